@@ -1,0 +1,74 @@
+"""Reads a picture of the demo world back: which colour, which shape, which place, on which background.
+
+Nothing is learned: the background is the border's median colour, the shape is what differs from it, and its name is that of the
+template (every shape, at several sizes and tilts, drawn by `world` itself) which overlaps it best.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from . import world
+
+MIN_AREA = 40  # pixels: less than this is no shape
+
+
+def read(picture: np.ndarray) -> world.Scene | None:
+    """The scene that a picture (SIZE, SIZE, 3) in [0, 1] shows, or None where no shape stands out."""
+    border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3), picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])
+    background = np.median(border, axis=0)
+    difference = np.linalg.norm(picture - background, axis=-1)
+    mask = difference > max(0.12, 0.5 * np.quantile(difference, 0.98))
+    if mask.sum() < MIN_AREA:
+        return None
+    y, x = np.nonzero(mask)
+    centre = (x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2
+    core = difference >= np.quantile(difference[mask], 0.5)
+    return world.Scene(_nearest(np.median(picture[core], axis=0), world.COLOURS), _shape(mask), _place(centre),
+                       _nearest(background, world.BACKGROUNDS))
+
+
+def score(pictures: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
+    """Share of pictures (batch, SIZE, SIZE, 3) that show what was asked: each fact, and 'all' for colour, shape and place at once."""
+    found = [read(picture) for picture in pictures]
+    facts = {fact: np.array([bool(seen) and getattr(seen, fact) == getattr(asked, fact) for seen, asked in zip(found, scenes)])
+             for fact in ("colour", "shape", "place", "background")}
+    everything = facts["colour"] & facts["shape"] & facts["place"]
+    return {fact: float(hits.mean()) for fact, hits in facts.items()} | {"all": float(everything.mean())}
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple]) -> str:
+    return min(palette, key=lambda name: float(np.square(colour - np.array(palette[name])).sum()))
+
+
+def _place(centre: tuple[float, float]) -> str:
+    column, row = (int(np.clip(round((c - 14) / 18), 0, 2)) for c in centre)
+    return world.PLACES[3 * row + column]
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[list[str], np.ndarray]:
+    """Every shape at several sizes and tilts, cut to a 32-pixel window about the middle of its bounding box: bool (count, 32, 32)."""
+    names, masks = [], []
+    for shape in world.SHAPES:
+        for radius in np.arange(8.5, 13.0, 0.5):
+            for tilt in (-0.2, -0.1, 0.0, 0.1, 0.2):
+                mask = world.coverage(shape, world.Pose(32, 32, radius, tilt)) > 0.5
+                names.append(shape)
+                masks.append(_window(mask))
+    return names, np.stack(masks)
+
+
+def _window(mask: np.ndarray, size: int = 32) -> np.ndarray:
+    """The mask moved so that its bounding box is centred in a window."""
+    y, x = np.nonzero(mask)
+    top, left = (y.min() + y.max() + 1 - size) // 2, (x.min() + x.max() + 1 - size) // 2
+    padded = np.pad(mask, size)
+    return padded[top + size:top + 2 * size, left + size:left + 2 * size]
+
+
+def _shape(mask: np.ndarray) -> str:
+    names, templates = _templates()
+    seen = _window(mask)
+    overlap = (templates & seen).sum((1, 2)) / np.maximum((templates | seen).sum((1, 2)), 1)
+    return names[int(overlap.argmax())]
