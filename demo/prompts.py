@@ -4,6 +4,15 @@ import torch
 
 from . import world
 
+SCORED = (  # what benches draw: every colour, shape, place and background at least twice
+    "a red circle top left on black", "a yellow square centre on white", "a cyan triangle bottom right on grey",
+    "a green star left on navy", "a purple ring bottom on white", "a pink cross top right on grey",
+    "a blue square bottom left on navy", "a orange triangle top on black", "a red star right on grey",
+    "a yellow ring top left on navy", "a cyan cross centre on black", "a green circle bottom right on white",
+    "a purple triangle left on navy", "a pink star bottom on black", "a blue ring top right on white",
+    "a orange cross bottom left on grey", "a red circle top on black", "a yellow square right on white",
+    "a cyan star top left on grey", "a green ring centre on navy",
+)
 WORD_DIM = 64  # channels of a prompt's token embeddings and of its pooled vector
 
 

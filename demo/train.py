@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..quant import diffusers as models
 from . import pictures, prompts, world
 
 CROP = 32  # pixels: the autoencoder is convolutional, so crops teach it the whole picture at a quarter of the cost
@@ -91,10 +92,14 @@ class PatchEncoder:
         last.bias.copy_(-(self.components * self.mean).sum((1, 2, 3)) * self.scale)
 
 
-def random_crops(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """One CROP x CROP window of each picture."""
-    corners = rng.integers(0, (images.shape[-1] - CROP) + 1, (len(images), 2))
-    return torch.stack([image[:, y:y + CROP, x:x + CROP] for image, (y, x) in zip(images, corners)])
+def crops_with_shapes(images: torch.Tensor, scenes: list[world.Scene], rng: np.random.Generator) -> torch.Tensor:
+    """One CROP x CROP window of each picture, near its shape: the rest is flat and teaches little."""
+    crops = []
+    for image, scene in zip(images, scenes, strict=True):
+        row, column = divmod(world.PLACES.index(scene.place), 3)
+        y, x = (int(np.clip(14 + 18 * i - CROP // 2 + rng.integers(-12, 13), 0, world.SIZE - CROP)) for i in (row, column))
+        crops.append(image[:, y:y + CROP, x:x + CROP])
+    return torch.stack(crops)
 
 
 def warm_cosine(optimizer: torch.optim.Optimizer, steps: int, warm: int = 100) -> torch.optim.lr_scheduler.LambdaLR:
@@ -103,17 +108,21 @@ def warm_cosine(optimizer: torch.optim.Optimizer, steps: int, warm: int = 100) -
         optimizer, lambda i: min(1.0, (i + 1) / warm) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps)))))
 
 
-def train_vae(out: Path, steps: int, batch: int = 16, seed: int = 0) -> None:
-    """Stage 1; writes vae-demo.safetensors (float16)."""
+def train_vae(out: Path, steps: int, batch: int = 8, seed: int = 0) -> None:
+    """Stage 1; writes vae-demo.safetensors (float16), or trains the one that is there further."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    vae = pictures.build_vae()
-    PatchEncoder(np.random.default_rng(seed)).write(vae)
-    silence_blocks(vae.decoder)
-    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1.5e-3, weight_decay=1e-4)
+    if (out / "vae-demo.safetensors").exists():
+        vae = pictures.load_vae(out / "vae-demo.safetensors").train()
+    else:
+        vae = pictures.build_vae()
+        PatchEncoder(np.random.default_rng(seed)).write(vae)
+        silence_blocks(vae.decoder)
+    optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = warm_cosine(optimizer, steps)
     for step in (bar := tqdm(range(steps), desc="autoencoder")):
-        images = random_crops(picture_batch(batch, rng)[1], rng)
+        scenes, images = picture_batch(batch, rng)
+        images = crops_with_shapes(images, scenes, rng)
         with torch.no_grad():
             latents = vae.encode(images).latents
         drawn = vae.decode(latents + 0.03 * torch.randn_like(latents)).sample
@@ -135,7 +144,7 @@ def flow_loss(flux, latents: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     t = torch.sigmoid(0.4 + 1.2 * torch.randn(len(latents)))
     x_t = torch.lerp(latents, noise, t[:, None, None, None])
     guidance = 1 + 4 * torch.rand(len(latents))
-    velocity = pictures.velocity(flux, x_t, t, *prompts.embed(words), guidance)
+    velocity = models.velocity(flux, x_t, t, *prompts.embed(words), guidance)
     return torch.nn.functional.mse_loss(velocity, noise - latents)
 
 
@@ -166,7 +175,7 @@ def train_flux(out: Path, steps: int, batch: int = 32, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the two weight files")
-    parser.add_argument("--vae-steps", type=int, default=1500, help="0: leave the autoencoder as it is")
+    parser.add_argument("--vae-steps", type=int, default=6000, help="0: leave the autoencoder as it is")
     parser.add_argument("--flux-steps", type=int, default=9000, help="0: leave the diffusion model as it is")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

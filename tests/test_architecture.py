@@ -12,7 +12,7 @@ HOSTS = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_execution", "comfy_extr
          "nodes", "diffusers", "comfy_kitchen", "nibble_kernels"}
 #    room              may import these rooms                       and these hosts
 RULES = {
-    "kernels":         (set(),                                      set()),
+    "kernels":         ({"kernels"},                                set()),
     "kernels.kitchen": ({"kernels"},                                {"comfy_kitchen"}),
     "kernels.native":  ({"kernels"},                                {"nibble_kernels"}),
     "quant":           ({"kernels"},                                set()),

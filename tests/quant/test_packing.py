@@ -1,0 +1,101 @@
+"""The int4 codec and the group scales: every function against its inverse."""
+
+import pytest
+import torch
+from compare import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nibble.quant.packing import dequantize_groups, group_absmax, group_range, pack_int4, quantize_groups, unpack_int4
+
+settings.register_profile("small", max_examples=40, deadline=None)
+settings.load_profile("small")
+
+
+def codes_of(low, high, columns):
+    shapes = st.tuples(st.integers(0, 5), columns)
+    return shapes.flatmap(lambda shape: st.integers(0, 2**31).map(lambda seed: random_codes(low, high, shape, seed)))
+
+
+def random_codes(low, high, shape, seed):
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+even = st.integers(0, 40).map(lambda half: 2 * half)
+grouped = st.sampled_from([64, 128, 320])
+
+
+@given(codes_of(-8, 7, even))
+def test_signed_codes_come_back(codes):
+    assert_same(unpack_int4(pack_int4(codes)), codes)
+
+
+@given(codes_of(0, 15, even))
+def test_unsigned_codes_come_back(codes):
+    assert_same(unpack_int4(pack_int4(codes), signed=False), codes)
+
+
+@given(codes_of(-128, 127, even))
+def test_every_byte_comes_back(packed):
+    for signed in (True, False):
+        assert_same(pack_int4(unpack_int4(packed, signed)), packed)
+
+
+def test_the_even_column_is_the_low_nibble():
+    assert pack_int4(torch.tensor([[1, 2, -1, 0]])).tolist() == [[0x21, 0x0F]]
+    assert unpack_int4(torch.tensor([[0x21, 0x0F]], dtype=torch.int8)).tolist() == [[1, 2, -1, 0]]
+
+
+def test_strided_codes_pack_like_contiguous_ones():
+    codes = torch.randint(-8, 8, (64, 6), dtype=torch.int8)
+    assert_same(pack_int4(codes.t()), pack_int4(codes.t().contiguous()))
+    assert_same(unpack_int4(codes.t()), unpack_int4(codes.t().contiguous()))
+
+
+@given(codes_of(-8, 7, grouped), st.integers(0, 2**31))
+def test_codes_survive_dequantizing_and_quantizing(codes, seed):
+    scale = torch.rand(codes.shape[1] // 64, codes.shape[0], generator=torch.Generator().manual_seed(seed)) + 0.01
+    for dtype in (torch.float32, torch.bfloat16):
+        stored = scale.to(dtype)
+        assert_same(quantize_groups(dequantize_groups(codes, stored), stored), codes)
+
+
+def test_quantizing_is_off_by_half_a_step_at_most():
+    weight = torch.randn(9, 192)
+    scale = group_absmax(weight) / 7
+    error = (dequantize_groups(quantize_groups(weight, scale), scale) - weight).unflatten(-1, (-1, 64)).abs()
+    assert (error <= scale.t()[..., None] * 0.5000001).all()
+
+
+def test_a_scale_of_zero_gives_codes_of_zero():
+    weight = torch.randn(3, 128)
+    scale = group_absmax(weight) / 7
+    scale[1, 2] = 0
+    codes = quantize_groups(weight, scale)
+    assert not codes[2, 64:].any() and codes[2, :64].any()
+
+
+def test_values_beyond_the_range_are_clamped():
+    assert quantize_groups(torch.full((1, 64), 100.0), torch.ones(1, 1)).unique().tolist() == [7]
+    assert quantize_groups(torch.full((1, 64), -100.0), torch.ones(1, 1)).unique().tolist() == [-8]
+
+
+def test_group_range_and_absmax_agree():
+    weight = torch.randn(5, 256)
+    low, high = group_range(weight)
+    assert low.shape == (4, 5)
+    assert torch.equal(torch.maximum(low.abs(), high.abs()), group_absmax(weight))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: pack_int4(torch.zeros(2, 3, dtype=torch.int8)), "K=3 is odd"),
+        (lambda: pack_int4(torch.zeros(2, 4)), "integers"),
+        (lambda: unpack_int4(torch.zeros(2, 4, dtype=torch.uint8)), "int8"),
+        (lambda: quantize_groups(torch.zeros(2, 100), torch.ones(1, 2)), "K=100 is not a multiple of the group size 64"),
+        (lambda: group_absmax(torch.zeros(2, 32)), "K=32"),
+    ],
+)
+def test_mistakes_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
