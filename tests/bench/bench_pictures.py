@@ -1,0 +1,83 @@
+"""Fidelity of whole pictures: the demo model drawn in 16 bit, and with its linears at 4 bits by several methods, same prompts and noise.
+
+    python tests/bench/bench_pictures.py --out tests/bench/results/pictures.json
+
+Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4 quantize exactly the linears that our own presets quantize to W4A4, and
+leave the others (modulation, embedders, final layer) in 16 bit, which favours them.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import conftest  # noqa: F401  (loads the checkout as `nibble`)
+from baselines import BASELINES
+from nibble.demo import pictures, run
+from nibble.quant import diffusers as models
+from nibble.quant import linears
+from nibble.quant.architectures import plan, recognise
+from nibble.quant.sources import Source
+from nibble.quant.svdquant.recipe import Recipe
+
+
+class Lambda(torch.nn.Module):
+    """A function in a linear's place."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+def baseline(name: str) -> torch.nn.Module:
+    """The demo FLUX with every W4A4 linear of our plan replaced by a baseline's."""
+    source = Source(pictures.FLUX_FILE)
+    layers = plan(source.shapes, recognise(source.shapes, source.name), Recipe.preset("fast"), source.name)
+    flux = pictures.load_flux()
+    found = linears.find_linears(flux)
+    for layer in (layer for layer in layers if layer.action == "w4a4"):
+        for part in models.diffusers_parts(layer.name):
+            linears.replace(flux, part, Lambda(BASELINES[name](found[part].weight.detach(), found[part].bias.detach())))
+    return flux
+
+
+def ours(preset: str, folder: Path) -> torch.nn.Module:
+    """The demo FLUX quantized by a preset, through the file and back."""
+    target = folder / f"demo-{preset}.safetensors"
+    run.quantize(target, Recipe.preset(preset))
+    return models.load_quantized(target, torch.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--sheet", type=Path, help="also write the pictures as one PNG, a method a row")
+    options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    vae, seeds = pictures.load_vae(), range(options.seeds)
+    full, _ = run.draw(pictures.load_flux(), vae, options.prompts, seeds)
+    rows, sheet = [{"method": "16-bit"} | run.compare(full, full, options.prompts, seeds)], [full]
+    makers = {"round-to-nearest W4A4": lambda: baseline("rtn"), "convrot_w4a4": lambda: baseline("convrot"),
+              "nibble fast": lambda: ours("fast", options.out.parent), "nibble best": lambda: ours("best", options.out.parent)}
+    for name, make in makers.items():
+        start = time.perf_counter()
+        drawn, _ = run.draw(make(), vae, options.prompts, seeds)
+        rows.append({"method": name, "seconds": time.perf_counter() - start} | run.compare(drawn, full, options.prompts, seeds))
+        sheet.append(drawn)
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
+    for path in options.out.parent.glob("demo-*.safetensors"):
+        path.unlink()
+    facts = {"command": " ".join(sys.argv), "prompts": options.prompts, "seeds": options.seeds, "steps": 12, "torch": torch.__version__, "rows": rows}
+    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+    if options.sheet:
+        run.side_by_side([row[::options.seeds] for row in sheet], columns=10).save(options.sheet)
+
+
+if __name__ == "__main__":
+    main()

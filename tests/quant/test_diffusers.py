@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+import torch
+from nibble.quant import diffusers as models
+from nibble.quant.container import FileRefused, open_quantized
+from nibble.quant.linears import find_linears
+from nibble.quant.svdquant.pipeline import quantize_checkpoint
+from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.svdquant.weight import FORMATS
+from safetensors.torch import load_file, save_file
+
+
+def tiny_flux(seed: int = 0):
+    torch.manual_seed(seed)
+    return models.flux_transformer(patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
+                                   num_attention_heads=1, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("flux")
+    source, target = folder / "tiny.safetensors", folder / "tiny-4bit.safetensors"
+    save_file({name: tensor.bfloat16().contiguous() for name, tensor in models.to_flux_names(tiny_flux().state_dict()).items()}, source)
+    quantize_checkpoint(source, target, Recipe.preset("fast", rank=16))
+    return source, target
+
+
+def inputs(batch: int = 1) -> tuple:
+    g = torch.Generator().manual_seed(1)
+    return (torch.randn(batch, 16, 8, 8, generator=g), torch.full((batch,), 0.5), torch.randn(batch, 4, 64, generator=g),
+            torch.randn(batch, 64, generator=g), torch.full((batch,), 3.5))
+
+
+def test_flux_names_and_back_change_nothing():
+    flux = tiny_flux()
+    again = models.flux_transformer(models.to_flux_names(flux.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(flux.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_names_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="no part of a FLUX transformer"):
+        models.to_flux_names({"blocks.0.attn.weight": torch.zeros(1)})
+
+
+def test_a_quantized_file_draws_like_the_dense_matrices_that_it_stands_for(files):
+    """Same network with each 4-bit layer's dequantized matrix: only the activations' rounding differs."""
+    file = open_quantized(files[1])
+    state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
+    for name, facts in file.layers.items():
+        weight = FORMATS[facts["format"]].from_tensors(file.layer(name), name)
+        state[f"{name}.weight"], state[f"{name}.bias"] = weight.dequantize(), weight.effective_bias()
+    with torch.no_grad():
+        dense = models.velocity(models.flux_transformer(state).eval(), *inputs())
+        four = models.velocity(models.load_quantized(files[1], torch.float32), *inputs())
+    assert 10 * torch.log10(dense.square().sum() / (four - dense).square().sum()) > 14
+
+
+def test_saving_a_loaded_file_gives_its_tensors_back_bit_for_bit(files, tmp_path):
+    target = tmp_path / "again.safetensors"
+    models.save_quantized(models.load_quantized(files[1]), target, origin=files[1])
+    before, after = load_file(files[1]), load_file(target)
+    assert before.keys() == after.keys()
+    differing = [name for name in before if not name.endswith("comfy_quant") and not torch.equal(before[name], after[name])]
+    assert not differing
+    open_quantized(target).verify()
+    assert open_quantized(target).layers == open_quantized(files[1]).layers
+
+
+def test_a_trained_branch_is_saved(files, tmp_path):
+    model = models.load_quantized(files[1], torch.float32, train=True)
+    velocity = models.velocity(model, *inputs())
+    velocity.square().mean().backward()
+    trained = [p for p in model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(trained) > 8
+    name = "transformer_blocks.0.ff.net.0.proj"
+    with torch.no_grad():
+        dict(model.named_modules())[name].get_parameter("weight_proj_up").add_(1)
+    models.save_quantized(model, tmp_path / "trained.safetensors", origin=files[1])
+    up = "double_blocks.0.img_mlp.0.weight_proj_up"
+    difference = load_file(tmp_path / "trained.safetensors")[up].float() - load_file(files[1])[up].float()
+    torch.testing.assert_close(difference, torch.ones_like(difference), atol=0.01, rtol=0)
+
+
+def test_another_models_file_is_refused_with_where_to_load_it(files, tmp_path):
+    tensors = {name: tensor for name, tensor in load_file(files[1]).items() if not name.startswith("vector_in")}
+    from safetensors import safe_open
+    with safe_open(files[1], "pt") as file:
+        save_file(tensors, tmp_path / "other.safetensors", file.metadata())
+    with pytest.raises(FileRefused, match="no FLUX.1 transformer.*load it in ComfyUI"):
+        models.load_quantized(tmp_path / "other.safetensors")
+
+
+def test_recorded_inputs_are_those_of_the_layers_named(files):
+    state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
+    names = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear2", "double_blocks.0.img_mod.lin"]
+    stats = models.record_inputs(state, names, steps=2, side=4, batch=1)
+    assert {name: s.k for name, s in stats.items()} == {names[0]: 128, names[1]: 640, names[2]: 128}
+    tokens = 2 * 4  # steps x image tokens of 4 x 4 latents
+    assert stats[names[0]].count == tokens and stats[names[2]].count == 2
+
+
+def test_every_linear_of_the_quantized_blocks_is_4_bit(files):
+    model = models.load_quantized(files[1])
+    left = {name for name, module in find_linears(model).items() if isinstance(module, torch.nn.Linear)}
+    assert not [name for name in left if "blocks." in name]
