@@ -175,7 +175,7 @@ def train_flux(out: Path, steps: int, batch: int = 32, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the two weight files")
-    parser.add_argument("--vae-steps", type=int, default=6000, help="0: leave the autoencoder as it is")
+    parser.add_argument("--vae-steps", type=int, default=4000, help="0: leave the autoencoder as it is")
     parser.add_argument("--flux-steps", type=int, default=9000, help="0: leave the diffusion model as it is")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
