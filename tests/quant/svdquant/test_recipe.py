@@ -1,0 +1,36 @@
+"""Recipes: presets, checks, JSON."""
+
+import pytest
+from nibble.quant.svdquant.recipe import PRESET_HELP, PRESETS, Recipe
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_json(preset):
+    recipe = Recipe.preset(preset, rank=64, keep=["final.*"])
+    assert Recipe.from_json(recipe.to_json()) == recipe and recipe.preset == preset and PRESET_HELP[preset]
+
+
+def test_none_leaves_a_preset_as_it_is():
+    assert Recipe.preset("best", rank=None) == Recipe.preset("best")
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"rank": 20}, "rank=20 is not a multiple of 16"), ({"solver": "magic"}, "'magic' is not one of alternating, svd"),
+    ({"rotation": True}, "not one of auto, on, off"), ({"smoothing_grid": 0}, "smoothing_grid=0"),
+    ({"keep": "final"}, "not a list of name patterns"),
+    ({"colour": 1}, "a recipe has no colour"), ({"seed": -1}, "seed=-1")], ids=str)
+def test_wrong_values_are_refused_in_words(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe.preset("fast", **wrong)
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(ValueError, match="'slow' is not one of fast, best"):
+        Recipe.preset("slow")
+    with pytest.raises(ValueError, match="JSON object"):
+        Recipe.from_json("[]")
+
+
+def test_patterns_match_whole_names():
+    assert Recipe().matches(("double_blocks.*.img_mod.lin",), "double_blocks.3.img_mod.lin")
+    assert not Recipe().matches(("lin",), "img_mod.lin")
