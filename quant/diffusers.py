@@ -53,6 +53,7 @@ _FLUX_MODULES = [
     ("final_layer.adaLN_modulation.1", ["norm_out.linear"]),
     ("final_layer.linear", ["proj_out"]),
 ]
+_SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) there, (scale, shift) in diffusers
 _TO_DIFFUSERS = dict(_FLUX_MODULES)
 _TO_FLUX = {part: (module, i) for module, parts in _FLUX_MODULES for i, part in enumerate(parts)}
 
@@ -85,7 +86,7 @@ def to_flux_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is no part of a FLUX transformer")
         module, place = row
         suffix = "scale" if module.endswith("_norm") else parameter
-        parts.setdefault(f"{module}.{suffix}", {})[place] = _swap_halves(tensor) if module == "final_layer.adaLN_modulation.1" else tensor
+        parts.setdefault(f"{module}.{suffix}", {})[place] = _swap_halves(tensor) if module == _SWAPPED else tensor
     return {name: torch.cat([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
 
 
@@ -99,7 +100,7 @@ def to_diffusers_names(state: dict[str, Tensor], rows: dict[str, int]) -> dict[s
             raise ValueError(f"{name} is no part of a FLUX transformer")
         pieces = tensor.split([rows[part] for part in parts]) if len(parts) > 1 else [tensor]
         for part, piece in zip(parts, pieces):
-            out[f"{part}.{'weight' if parameter == 'scale' else parameter}"] = _swap_halves(piece) if part == "norm_out.linear" else piece
+            out[f"{part}.{'weight' if parameter == 'scale' else parameter}"] = _swap_halves(piece) if module == _SWAPPED else piece
     return out
 
 
@@ -169,7 +170,7 @@ def load_quantized(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16,
         model = diffusers.FluxTransformer2DModel(**flux_config(kept, file.header.tensors))
     rows = {name: module.out_features for name, module in linears.find_linears(model).items()}
     for name, facts in file.layers.items():
-        whole, start = FORMATS[facts["format"]].from_tensors(file.layer(name), name), 0
+        whole, start = _swap_rows(name, FORMATS[facts["format"]].from_tensors(file.layer(name), name)), 0
         for part in diffusers_parts(name):
             linears.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
             start += rows[part]
@@ -192,7 +193,7 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
     units: dict[str, dict[str, Tensor]] = {}
     for name, facts in file.layers.items():
         pieces = [modules[part].quantized() for part in diffusers_parts(name)]
-        units[name] = FORMATS[facts["format"]].cat(pieces).tensors(name)
+        units[name] = _swap_rows(name, FORMATS[facts["format"]].cat(pieces)).tensors(name)
     kept = to_flux_names({name: tensor for name, tensor in model.state_dict().items() if _layer_of(name, modules, quantized=True) is None})
     for name, tensor in kept.items():
         name = name if name in file.header.tensors else name.removesuffix("scale") + "weight"
@@ -203,6 +204,12 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
         for unit, tensors in units.items():
             writer.write(unit, tensors, {})
         writer.finish([metadata])
+
+
+def _swap_rows(name: str, weight):
+    """`_swap_halves` for a quantized layer."""
+    half = weight.shape[0] // 2
+    return weight.cat([weight.rows(half, 2 * half), weight.rows(0, half)]) if name == _SWAPPED else weight
 
 
 def _layer_of(name: str, layers: Mapping, quantized: bool = False) -> str | None:

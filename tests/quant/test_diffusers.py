@@ -56,6 +56,15 @@ def test_a_quantized_file_draws_like_the_dense_matrices_that_it_stands_for(files
     assert 10 * torch.log10(dense.square().sum() / (four - dense).square().sum()) > 14
 
 
+def test_every_part_of_a_quantized_file_lands_in_its_place(files):
+    """Each diffusers linear against the 16-bit one of that name: rows split, halves of the last modulation swapped."""
+    state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
+    dense, four = find_linears(models.flux_transformer(state)), dict(models.load_quantized(files[1]).named_modules())
+    for name, module in dense.items():
+        found = four[name].quantized().dequantize() if hasattr(four[name], "quantized") else four[name].weight.float()
+        assert 10 * torch.log10(module.weight.square().sum() / (found - module.weight).square().sum()) > 17, name
+
+
 def test_saving_a_loaded_file_gives_its_tensors_back_bit_for_bit(files, tmp_path):
     target = tmp_path / "again.safetensors"
     models.save_quantized(models.load_quantized(files[1]), target, origin=files[1])
