@@ -96,8 +96,9 @@ def linear_w4a4(
     return y[: x.shape[0]]
 
 
-def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`reference.gemv_w4a16` through comfy_kitchen's public op. Shapes as there; x (M, K) with M > 0."""
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
+    weight_zeros = torch.zeros_like(weight_scale) if weight_zeros is None else weight_zeros
     return module().gemv_awq_w4a16(x.contiguous(), weight, weight_scale.to(dtype), weight_zeros.to(dtype), bias=bias)

@@ -23,7 +23,7 @@ from .reference import GROUP
 log = logging.getLogger("nibble")
 
 _LINEAR_W4A4 = "Tensor weight, Tensor weight_scale, Tensor smooth_factor, Tensor proj_down, Tensor proj_up, Tensor? bias=None"
-_LINEAR_W4A16 = "Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_zeros, Tensor? bias=None"
+_LINEAR_W4A16 = "Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zeros=None, Tensor? bias=None"
 SCHEMAS = {
     "quantize_down": "(Tensor x, Tensor smooth_factor, Tensor proj_down, bool act_unsigned=False, int rotation=0) "
     "-> (Tensor, Tensor, Tensor)",
@@ -73,7 +73,7 @@ def _gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias=None, act_u
     return run(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned).to(out_dtype or ascales.dtype)
 
 
-def _gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def _gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     if x.dim() != 2:
         raise ValueError(f"gemv_w4a16 takes x (M, K), not {tuple(x.shape)}; linear_w4a16 takes any leading shape")
     _check_w4a16(x, weight, weight_scale, weight_zeros, bias)
@@ -89,7 +89,7 @@ def _run_w4a16(x: Tensor, *parameters: Tensor | None) -> Tensor:
     return reference.gemv_w4a16(x, *parameters)
 
 
-def _linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     _check_w4a16(x, weight, weight_scale, weight_zeros, bias)
     return _run_w4a16(x.reshape(-1, x.shape[-1]), weight, weight_scale, weight_zeros, bias).reshape(*x.shape[:-1], len(weight))
 
@@ -159,7 +159,7 @@ def _check_gemm(q: Tensor, ascales: Tensor, h: Tensor, weight: Tensor, weight_sc
     _check_shape("bias", bias, "(N,)", n)
 
 
-def _check_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None) -> None:
+def _check_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None, bias: Tensor | None) -> None:
     k = _check_x(x)
     n = _check_weight(weight, k)
     _check_shape("weight_scale", weight_scale, "(K/64, N)", k // GROUP, n)
@@ -196,7 +196,7 @@ def _fake_gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias=None, 
     return ascales.new_empty((q.shape[0], weight.shape[0]), dtype=out_dtype or ascales.dtype)
 
 
-def _fake_linear_w4a16(x, weight, weight_scale, weight_zeros, bias=None):
+def _fake_linear_w4a16(x, weight, weight_scale, weight_zeros=None, bias=None):
     _check_w4a16(x, weight, weight_scale, weight_zeros, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -302,8 +302,8 @@ def gemm_w4a4_up(
     return gemm_w4a4_up_op(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned, out_dtype)
 
 
-def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
-    """4-bit weights with zero points, 16-bit x (M, K): see `reference.gemv_w4a16`."""
+def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """4-bit weights, with zero points or symmetric, 16-bit x (M, K): see `reference.gemv_w4a16`."""
     return gemv_w4a16_op(x, weight, weight_scale, weight_zeros, bias)
 
 
@@ -330,6 +330,6 @@ def linear_w4a4(
     return linear_w4a4_op(x, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, act_unsigned, rotation)
 
 
-def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """A whole 4-bit-weight linear: x (..., K) -> (..., N) in x.dtype; parameters as in `reference.gemv_w4a16`."""
     return linear_w4a16_op(x, weight, weight_scale, weight_zeros, bias)

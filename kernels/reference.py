@@ -69,14 +69,15 @@ def dequantize_w4(weight: Tensor, weight_scale: Tensor, dtype: torch.dtype = tor
     return codes.unflatten(-1, (-1, GROUP)).mul_(_per_group(weight_scale, dtype)).flatten(-2)
 
 
-def dequantize_w4_zeros(weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(W4 - 8) * weight_scale + weight_zeros.
+def dequantize_w4_zeros(weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(W4 - 8) * weight_scale + weight_zeros; without zeros the weights are symmetric.
 
     Shapes: weight int8 (N, K/2), codes 0..15; weight_scale, weight_zeros (K/64, N) -> (N, K) in `dtype`.
     """
     # Flipping the highest bit of a nibble turns an unsigned code u into the signed code u - 8: one pass over floats less.
     codes = unpack_nibbles(weight ^ FLIP_HIGHEST_BITS, True, dtype).unflatten(-1, (-1, GROUP))
-    return codes.mul_(_per_group(weight_scale, dtype)).add_(_per_group(weight_zeros, dtype)).flatten(-2)
+    codes = codes.mul_(_per_group(weight_scale, dtype))
+    return (codes if weight_zeros is None else codes.add_(_per_group(weight_zeros, dtype))).flatten(-2)
 
 
 def check_flags(act_unsigned: bool, rotation: int) -> None:
@@ -181,10 +182,10 @@ def gemm_w4a4_up(
     return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h.to(dtype), proj_up, bias)
 
 
-def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
+def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """x . ((W4 - 8) * weight_scale + weight_zeros)^T + bias, for few tokens.
 
-    Shapes: x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale, weight_zeros (K/64, N) · bias (N,) or None
+    Shapes: x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale (K/64, N) · weight_zeros (K/64, N) or None · bias (N,) or None
         -> (M, N) in x.dtype
     """
     dtype = operand_dtype(x)
@@ -250,7 +251,7 @@ def linear_w4a4_grad(
     return grad_x, grad_down, grad_up
 
 
-def linear_w4a16_grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor) -> Tensor:
+def linear_w4a16_grad(grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None) -> Tensor:
     """Gradient of `gemv_w4a16` to x. Shapes: grad (M, N) -> (M, K) in grad's dtype, which is that of x."""
     dtype = operand_dtype(grad)
     return (grad.to(dtype) @ dequantize_w4_zeros(weight, weight_scale, weight_zeros, compute_dtype(grad)).to(dtype)).to(grad.dtype)

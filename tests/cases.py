@@ -103,7 +103,7 @@ def make_w4a16(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, d
     parameters = make_w4a4(case, dtype, seed, device)
     zeros = torch.randn(case.K // 64, case.N, generator=torch.Generator().manual_seed(seed + 1)) * 0.01
     kept = {name: parameters[name] for name in ("weight", "weight_scale", "bias")}
-    return kept | {"weight_zeros": zeros.to(device, dtype)}
+    return kept | {"weight_zeros": zeros.to(device, dtype) if case.bias else None}  # symmetric layers lack zero points
 
 
 def plain_w4a4(q: Tensor, ascales: Tensor, h: Tensor, parameters: dict[str, Tensor | None], unsigned: bool, dtype: torch.dtype) -> Tensor:

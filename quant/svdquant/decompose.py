@@ -335,34 +335,22 @@ def _solve(problem: _Problem, space: InputSpace, recipe: Recipe, generator: torc
 # ---- few-token layers ------------------------------------------------------------------------------------------------
 
 
-def quantize_w4a16(weight: Tensor, bias: Tensor | None, stats: InputStats | None = None) -> tuple[W4A16Weight, float]:
-    """4-bit weights with zero points for layers that see few tokens (modulation); activations stay in 16 bit.
+def quantize_w4a16(weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe) -> tuple[W4A16Weight, float]:
+    """4-bit weights for layers that see few tokens (modulation); activations stay in 16 bit.
 
-    weight float (N, K), 64 | K; bias float (N,) | None. Ranges are clipped where that lowers the squared error, weighted by the inputs'
-    mean square when it is known. Returns the layer and its SQNR in dB on recorded, or else synthetic, inputs.
+    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs' covariance where the recipe says so and they were
+    recorded: inputs of modulation layers are few and alike, so that most of the rounding error can be moved to where they never point.
+    Returns the layer and its SQNR in dB on recorded, or else synthetic, inputs.
     """
-    problem = _problem(weight, bias, stats, False, torch.Generator().manual_seed(0))
-    n, k = weight.shape
-    groups = problem.weight.reshape(n, k // 64, 64)
-    square = torch.ones(k, device=weight.device) if stats is None or not stats.count else stats.mean_square.to(weight.device)
-    codes, scale, middle = _asymmetric(groups, square.reshape(1, k // 64, 64) + 1e-12)
-    result = W4A16Weight(pack_int4(codes.reshape(n, k)), scale.squeeze(-1).T.contiguous().bfloat16(),
-                         middle.squeeze(-1).T.contiguous().bfloat16(), None if bias is None else bias.bfloat16())
+    problem = _problem(weight, bias, stats, False, torch.Generator().manual_seed(recipe.seed))
+    diagonal = problem.covariance.diagonal(dim1=1, dim2=2)
+    hessian = problem.covariance + torch.diag_embed((DAMPING * diagonal.mean()).clamp_min(1e-20).expand_as(diagonal))
+    if recipe.gptq and problem.measured:
+        codes, scale = gptq(problem.weight, hessian, recipe.clip_search)
+    else:
+        codes, scale = round_to_nearest(problem.weight, hessian.diagonal(dim1=1, dim2=2).flatten(), recipe.clip_search)
+    bias = problem.bias
+    if bias is not None and problem.mean is not None:
+        bias = bias + (problem.weight - dequantize_groups(codes, scale)) @ problem.mean
+    result = W4A16Weight(pack_int4(codes + 8), scale.bfloat16(), None, None if bias is None else bias.bfloat16())
     return result, _sqnr(problem, result)
-
-
-def _asymmetric(groups: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """groups (N, K/64, 64) → codes int8 0..15, scale and zeros (N, K/64, 1) with W = (code - 8) scale + zeros, all bf16-exact."""
-    top, bottom = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
-    best = None
-    for share in (1.0, 0.95, 0.9, 0.85, 0.8):
-        scale = ((top - bottom) * share / 15).bfloat16().float()
-        zeros = ((top + bottom) / 2 + scale / 2).bfloat16().float()
-        codes = ((groups - zeros) / scale.clamp_min(1e-30) + 8).round_().clamp_(0, 15)
-        error = (groups - (codes - 8) * scale - zeros).square_().mul_(importance).sum(-1, keepdim=True)
-        if best is None:
-            best = (codes, scale, zeros, error)
-            continue
-        better = error < best[3]
-        best = tuple(torch.where(better, new, old) for new, old in zip((codes, scale, zeros, error), best))
-    return best[0].to(torch.int8), best[1], best[2]

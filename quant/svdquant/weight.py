@@ -51,7 +51,7 @@ class _Stored:
         facts = tensor_json(tensors[f"{prefix}.comfy_quant"])
         if facts.get("format") != cls.FORMAT:
             raise ValueError(f"{prefix} has the format {facts.get('format')!r}; {cls.FORMAT!r} was expected")
-        missing = [s for s in cls.SUFFIXES.values() if s != "bias" and f"{prefix}.{s}" not in tensors]
+        missing = [s for s in cls.SUFFIXES.values() if s not in ("bias", "weight_zeros") and f"{prefix}.{s}" not in tensors]
         if missing:
             raise ValueError(f"{prefix} lacks {', '.join(missing)}; the file is damaged or was written by another program")
         return {name: tensors.get(f"{prefix}.{suffix}") for name, suffix in cls.SUFFIXES.items()}, facts
@@ -184,13 +184,13 @@ class W4A16Weight(_Stored):
     Shapes:
         qweight  int8 (N, K/2)     two codes 0..15 a byte, low nibble = even column; W = (code - 8) * scale + zeros
         scale    bf16 (K/64, N)
-        zeros    bf16 (K/64, N)
+        zeros    bf16 (K/64, N) | None: symmetric, as Nibble's own files are
         bias     bf16 (N,) | None
     """
 
     qweight: Tensor
     scale: Tensor
-    zeros: Tensor
+    zeros: Tensor | None = None
     bias: Tensor | None = None
 
     FORMAT = "awq_w4a16"
@@ -223,8 +223,8 @@ class W4A16Weight(_Stored):
         """The matrix on x, float32 (N, K)."""
         codes = unpack_int4(self.qweight, signed=False)
         n, k = self.shape
-        grouped = (codes.reshape(n, k // 64, 64).float() - 8) * self.scale.float().T[..., None] + self.zeros.float().T[..., None]
-        return grouped.reshape(n, k)
+        grouped = (codes.reshape(n, k // 64, 64).float() - 8) * self.scale.float().T[..., None]
+        return (grouped if self.zeros is None else grouped + self.zeros.float().T[..., None]).reshape(n, k)
 
     def effective_bias(self) -> Tensor | None:
         """The bias in float32 (N,), or None."""
@@ -236,17 +236,18 @@ class W4A16Weight(_Stored):
 
     def rows(self, start: int, stop: int) -> "W4A16Weight":
         """The linear that computes outputs start..stop."""
-        return W4A16Weight(self.qweight[start:stop], self.scale[:, start:stop], self.zeros[:, start:stop],
+        return W4A16Weight(self.qweight[start:stop], self.scale[:, start:stop], None if self.zeros is None else self.zeros[:, start:stop],
                            None if self.bias is None else self.bias[start:stop])
 
     @staticmethod
     def cat(pieces: list["W4A16Weight"]) -> "W4A16Weight":
         """The inverse of `rows`. Raises ValueError when only some pieces have a bias."""
-        if len({p.bias is None for p in pieces}) > 1:
-            raise ValueError("only pieces that all have, or all lack, a bias can be joined along N")
+        if len({(p.bias is None, p.zeros is None) for p in pieces}) > 1:
+            raise ValueError("only pieces that all have, or all lack, a bias and zero points can be joined along N")
+        zeros = None if pieces[0].zeros is None else torch.cat([p.zeros for p in pieces], 1)
         bias = None if pieces[0].bias is None else torch.cat([p.bias for p in pieces])
         return W4A16Weight(torch.cat([p.qweight for p in pieces]), torch.cat([p.scale for p in pieces], 1),
-                           torch.cat([p.zeros for p in pieces], 1), bias)
+                           zeros, bias)
 
 
 FORMATS = {cls.FORMAT: cls for cls in (SVDQuantWeight, W4A16Weight)}

@@ -23,7 +23,8 @@ def test_codes_span_zero_to_fifteen():
 
 def dense(parameters, dtype):
     codes = unpack_int4(parameters["weight"], signed=False).to(dtype).unflatten(-1, (-1, 64)) - 8
-    scale, zeros = (parameters[name].to(dtype).t()[..., None] for name in ("weight_scale", "weight_zeros"))
+    scale = parameters["weight_scale"].to(dtype).t()[..., None]
+    zeros = 0 if parameters["weight_zeros"] is None else parameters["weight_zeros"].to(dtype).t()[..., None]
     return (codes * scale + zeros).flatten(-2)
 
 

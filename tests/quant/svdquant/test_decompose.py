@@ -187,10 +187,11 @@ def test_shared_smoothing_is_used_as_given(case):
 @pytest.mark.parametrize("statistics", [False, True], ids=["weights alone", "recorded inputs"])
 def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
     weight, bias, stats, x = case
-    result, error = quantize_w4a16(weight, bias, stats if statistics else None)
+    recipe = Recipe.preset("best" if statistics else "fast")
+    result, error = quantize_w4a16(weight, bias, stats if statistics else None, recipe)
     assert db(weight, bias, result, x) > 20 and error > 20
-    top = torch.tensor([0.0, 15.0]).repeat(32)[None] * 0.25 + 3  # a group of two values needs no rounding
-    exact, error = quantize_w4a16(top, None)
+    top = torch.tensor([-8.0, 7.0]).repeat(32)[None] * 0.25  # a group of two values that are codes needs no rounding
+    exact, error = quantize_w4a16(top, None, None, recipe)
     torch.testing.assert_close(exact.dequantize(), top)
 
 

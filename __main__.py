@@ -1,0 +1,255 @@
+"""The terminal's front door: python -m nibble {demo,quantize,inspect,bench}.
+
+Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import json
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
+  python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
+  python -m nibble inspect flux1-dev-svdq-int4.safetensors
+  python -m nibble inspect --plan flux1-dev
+  python -m nibble demo --out demo.png
+"""
+BENCHES = Path(__file__).resolve().parent / "tests" / "bench"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if arguments[:1] == ["bench"]:  # a bench has arguments of its own
+        command, options = bench, argparse.Namespace(rest=arguments[1:])
+    else:
+        options = _parser().parse_args(arguments)
+        command = {"demo": demo, "quantize": quantize, "inspect": inspect}[options.command]
+    try:
+        return command(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the finished layers", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` closed our output
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"nibble: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nibble", description="Diffusion transformers at 4 bits.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,quantize,inspect,bench}")
+    _demo_options(commands.add_parser("demo", help="quantize the demo model that is included, and draw with it"))
+    _quantize_options(commands.add_parser("quantize", help="make the 4-bit file of a model", epilog=EXAMPLES,
+                                          formatter_class=argparse.RawDescriptionHelpFormatter))
+    _inspect_options(commands.add_parser("inspect", help="show what a file holds, or what quantizing it would give", epilog=EXAMPLES,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter))
+    commands.add_parser("bench", help="run a benchmark of tests/bench: bench NAME [options]; needs a source checkout")
+    return parser
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument("--target", type=Path, default=Path("demo-svdq-int4.safetensors"), help="4-bit file to write (default: %(default)s)")
+    parser.add_argument("--preset", choices=("fast", "best"), default="best")
+
+
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model")
+    parser.add_argument("target", help="4-bit .safetensors file to write; an older one of Nibble's is replaced")
+    parser.add_argument("--method", choices=("svdquant",), default="svdquant")
+    parser.add_argument("--preset", choices=("fast", "best"), default="fast",
+                        help="fast: from the weights alone; best: calibrated by running the model")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="for --preset best: a .safetensors file with text encoders' outputs for your "
+                        "prompts, 'tokens' (P, T, context) and 'pooled' (P, vector); without it they are random")
+    parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
+    parser.add_argument("--solver", help="alternating or svd")
+    parser.add_argument("--rotation", help="auto, on or off")
+    parser.add_argument("--modulation", help="w4a16 or keep")
+    parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument("--keep", action="append", metavar="PATTERN", help="layers to keep in 16 bit, e.g. 'double_blocks.0.*'; repeatable")
+    parser.add_argument("--w4a16", action="append", metavar="PATTERN", help="layers with 4-bit weights only; may be repeated")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--memory-cap", type=float, default=2.0, metavar="GB",
+                        help="for recorded statistics, with --preset best (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a .safetensors file; with --plan also the name of a known model, such as flux1-dev")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plan", action="store_true", help="what quantizing this file would give: layers and size")
+    parser.add_argument("--rank", type=int, default=32, help="for --plan (default: %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="compare every tensor with its checksum")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Quantizes the included demo model and draws with 16 and with 4 bits."""
+    try:
+        from .demo import run
+    except ImportError as error:
+        raise ValueError(f"the demo needs diffusers and Pillow ({error}); pip install diffusers pillow") from None
+    with _Bar() as bar:
+        run.main(options.out, options.preset, options.target, bar)
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """SOURCE → TARGET, with a progress bar and a summary."""
+    from .quant.svdquant.pipeline import quantize_checkpoint
+    from .quant.svdquant.recipe import Recipe
+    changes = ("rank", "solver", "rotation", "gptq", "modulation", "keep", "w4a16", "seed")
+    recipe = Recipe.preset(options.preset, **{name: getattr(options, name) for name in changes})
+    statistics, calibration = _calibration(options, recipe) if options.preset == "best" else (None, None)
+    with _Bar() as bar:
+        report = quantize_checkpoint(options.source, options.target, recipe, statistics, bar, device=options.device, calibration=calibration)
+    _print_summary(options.target, report.summary())
+
+
+def _calibration(options: argparse.Namespace, recipe) -> tuple:
+    """Checks source and target before the long recording starts, then runs the model."""
+    from .quant.architectures import plan, recognise
+    from .quant.sources import Source
+    from .quant.writer import check_target
+    source = Source(options.source)
+    check_target(source.path, options.target)
+    architecture = recognise(source.shapes, source.name)
+    if architecture.name != "FLUX.1":
+        raise ValueError(f"{source.name} is a {architecture.name}, and outside ComfyUI only FLUX.1 can be calibrated; "
+                         "use --preset fast, or the node SVDQuant Quantize Checkpoint in ComfyUI")
+    names = [layer.name for layer in plan(source.shapes, architecture, recipe, source.name) if layer.action != "keep"]
+    try:
+        from .quant import diffusers
+    except ImportError as error:
+        raise ValueError(f"--preset best needs diffusers to run the model ({error}); pip install diffusers, or use --preset fast") from None
+    prompts = _prompts(options.prompts)
+    state = {name: source.read(name).float() for name in source.shapes}
+    with _Bar("tokens") as bar:
+        statistics = diffusers.record_inputs(state, names, *prompts, cap=int(options.memory_cap * 1e9), seed=recipe.seed,
+                                             report=lambda done, total: bar(done, total, "recording inputs"))
+    return statistics.get, {"kind": "prompts" if options.prompts else "random conditioning", "prompts": 0 if prompts[0] is None else len(prompts[0])}
+
+
+def _prompts(path: Path | None) -> tuple:
+    if path is None:
+        return None, None
+    from .quant.container import FileRefused, read_header, read_tensor
+    header = read_header(path)
+    if not {"tokens", "pooled"} <= header.tensors.keys():
+        raise FileRefused(f"{path.name} lacks the tensors 'tokens' and 'pooled'; save the text encoders' outputs under these names.")
+    return read_tensor(header, "tokens").float(), read_tensor(header, "pooled").float()
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Prints what a file is, or what would become of it."""
+    from .quant.container import FileRefused, is_quantized, open_quantized
+    if options.plan:
+        name, report = _plan(options)
+        facts = {"model": name, "rank": options.rank, "report": json.loads(report.to_json(seconds=False))}
+    elif is_quantized(options.file):
+        quantized = open_quantized(options.file)
+        if options.verify:
+            with _Bar("tensors") as bar:
+                quantized.verify(bar)
+        name, facts = quantized.path.name, {key: quantized.fact(key) for key in ("source", "recipe", "calibration", "report")}
+        facts = {"file": name, "format": quantized.metadata["nibble_version"], "method": quantized.metadata["method"],
+                 "layers": quantized.layers, **facts}
+    else:
+        if options.verify:
+            raise FileRefused(f"{Path(options.file).name} was not made by Nibble, so it has no checksums; leave out --verify.")
+        options.plan, options.rank = True, 32
+        name, report = _plan(options)
+        facts = {"file": name, "quantized": False, "architecture": report.architecture, "bytes": report.bytes_before,
+                 "layers": len(report.rows), "hint": "add --plan to see what quantizing it would give"}
+    print(json.dumps(facts, indent=1)) if options.json else _print_facts(name, facts, options.verify)
+
+
+def _plan(options: argparse.Namespace) -> tuple[str, object]:
+    from .quant.architectures import KNOWN_MODELS, known_shapes
+    from .quant.container import FileRefused
+    from .quant.sources import Source
+    from .quant.svdquant.pipeline import predict
+    from .quant.svdquant.recipe import Recipe
+    recipe, path = Recipe.preset("fast", rank=options.rank), Path(options.file)
+    if path.exists() or path.suffix:
+        source = Source(path)
+        return source.name, predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)
+    shapes = known_shapes(options.file)
+    if shapes is None:
+        raise FileRefused(f"{options.file} is no file and no known model; choose a file or one of {', '.join(KNOWN_MODELS)}.")
+    return options.file, predict(shapes, recipe, options.file)
+
+
+def _print_facts(name: str, facts: dict, verified: bool) -> None:
+    from .quant.svdquant.report import Report
+    if "report" in facts:
+        report = Report.from_json(json.dumps(facts["report"]))
+        lines = [(key, json.dumps(facts[key])) for key in ("format", "method", "source", "recipe", "calibration") if key in facts]
+        _print_rows(report.rows)
+        _print_summary(name, lines + report.summary() + [("checksums", "all tensors match")] * verified)
+        if facts.get("model"):
+            print(f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f} GB at rank {facts['rank']}")
+    else:
+        _print_summary(name, [(key, str(value)) for key, value in facts.items() if key != "file"])
+
+
+def _print_rows(rows: list) -> None:
+    print(f"{'layer':<46}{'action':<8}{'dB':>7}{'MB before':>11}{'after':>9}  why")
+    for row in rows:
+        db = "" if row.db is None else f"{row.db:.1f}"
+        print(f"{row.name:<46}{row.action:<8}{db:>7}{row.bytes_before / 1e6:>11.2f}{row.bytes_after / 1e6:>9.2f}  {row.why}")
+
+
+def _print_summary(title: object, lines: list[tuple[str, str]]) -> None:
+    print(title)
+    for label, value in lines:
+        print(f"  {label:<13} {value}")
+
+
+class _Bar:
+    """A tqdm bar as a progress callback (done, total, what)."""
+
+    def __init__(self, unit: str = "weights"):
+        self.unit = unit
+
+    def __enter__(self) -> "_Bar":
+        from tqdm import tqdm
+        self.bar = tqdm(unit=f" {self.unit}", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        self.bar.total = total
+        self.bar.set_description_str(what, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+def bench(options: argparse.Namespace) -> int | None:
+    """Runs tests/bench/bench_NAME.py, or all of them, with the remaining arguments."""
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHES.glob("bench_*.py"))}
+    if not found:
+        raise ValueError("the benchmarks are not part of the installed package; run this from a clone of the repository")
+    name, *rest = options.rest or ["--help"]
+    if name not in (*found, "all"):
+        print(f"usage: python -m nibble bench {{{','.join([*found, 'all'])}}} [options]", file=sys.stderr)
+        return 0 if name in ("-h", "--help") else 2
+    saved = sys.argv
+    try:
+        for path in found.values() if name == "all" else [found[name]]:
+            sys.argv = [str(path), *rest]
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv = saved
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

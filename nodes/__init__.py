@@ -1,0 +1,19 @@
+"""nodes/ - thin: a schema, one call into bridge/, one return. Nothing here computes."""
+
+from comfy_api.latest import ComfyExtension
+
+from . import demo, svdquant
+
+NODES = [*svdquant.NODES, *demo.NODES]
+
+
+class NibbleExtension(ComfyExtension):
+    """Nibble's nodes."""
+
+    async def get_node_list(self) -> list:
+        return NODES
+
+
+async def comfy_entrypoint() -> NibbleExtension:
+    """What ComfyUI calls to get the nodes."""
+    return NibbleExtension()

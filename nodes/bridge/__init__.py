@@ -1,0 +1,1 @@
+"""nodes/bridge/ - the only place that imports ComfyUI: its operations, its loader, its progress bar, its sampler."""

@@ -1,0 +1,57 @@
+"""What a node draws, as JSON: the one schema that web/ reads, under the UI key `nibble_chart`.
+
+    {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
+     "rows": [{"name", "action": "w4a4" | "w4a16" | "keep", "why", "db": float | null, "bytes_before", "bytes_after", "seconds"}, …]}
+    {"kind": "facts", "title": str, "summary": [[label, value], …]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import Counter
+
+import torch
+
+from ... import kernels
+from ...quant.container import QuantizedFile
+from ...quant.svdquant.report import Report
+
+KEY = "nibble_chart"
+
+
+def ui(chart: dict) -> dict:
+    """A chart as a node's `ui` result."""
+    return {KEY: [chart]}
+
+
+def size(count: int) -> str:
+    """Bytes for people: 6.52 GB, 11.4 MB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def layers_chart(report: Report, title: str, subtitle: str) -> dict:
+    """A quantization's report: the error of each layer, what was kept and why."""
+    rows = [dataclasses.asdict(row) for row in report.rows]
+    for row in rows:
+        row["db"] = row["db"] if row["db"] is not None and math.isfinite(row["db"]) else None
+    return {"kind": "layers", "title": title, "subtitle": subtitle, "summary": [list(pair) for pair in report.summary()], "rows": rows}
+
+
+def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
+    """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
+    formats = Counter(layer["format"] for layer in file.layers.values())
+    ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
+    backend, reason = kernels.which("linear_w4a4", device)
+    errors = [row["db"] for row in file.fact("report").get("rows", []) if row.get("db") is not None and row["action"] == "w4a4"]
+    summary = [["VRAM for 1024 × 1024", f"about {size(sum(needed))}, {size(needed[0])} of it weights"],
+               ["file", size(file.header.size)],
+               ["layers", f"{formats['svdquant_w4a4']} W4A4, rank {', '.join(map(str, ranks))}; {formats['awq_w4a16']} 4-bit weights only"],
+               ["computed by", f"{backend} ({reason})"]]
+    if errors:
+        summary.insert(3, ["error", f"median {statistics.median(errors):.1f} dB, worst {min(errors):.1f} dB"])
+    return {"kind": "facts", "title": file.path.name, "summary": summary}

@@ -1,0 +1,109 @@
+"""A quantized file → a MODEL that is ComfyUI's own in everything but its Linear layers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...quant import container
+from . import layouts, progress
+from .ops import NibbleOperations
+
+FOLDER = "diffusion_models"
+DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_known: dict[tuple[str, int, int], bool] = {}  # (path, modification time, size) → whether the file is one of ours
+
+
+def quantized_files() -> list[str]:
+    """Names of the quantized files among ComfyUI's diffusion models. Reads headers only, and each file's only once."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors") and _is_ours(name)]
+
+
+def _is_ours(name: str) -> bool:
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return False
+    stat = os.stat(path)
+    key = (path, stat.st_mtime_ns, stat.st_size)
+    if key not in _known:
+        _known[key] = container.is_quantized(path)
+    return _known[key]
+
+
+def model_path(name: str) -> Path:
+    """The path of a file in ComfyUI's diffusion model folders. Raises FileRefused for a name that is not there."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise container.FileRefused(f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and choose again.")
+    return Path(path)
+
+
+def stamp(name: str) -> str:
+    """Changes when the file does: modification time and size."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return "missing"
+    stat = os.stat(path)
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def load(path: str | os.PathLike, verify: bool = True, dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
+    """Loads a quantized file as ComfyUI's model patcher.
+
+    dtype: a key of DTYPES, what activations and 16-bit layers are computed in. Raises FileRefused with the reason.
+    """
+    file = container.open_quantized(path)
+    if verify:
+        file.verify(progress.Progress("checking"))
+    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    options = {"custom_operations": NibbleOperations} | ({"dtype": DTYPES[dtype]} if DTYPES[dtype] else {})
+    patcher = comfy.sd.load_diffusion_model_state_dict(packed(state, file.layers, DTYPES[dtype] or torch.bfloat16), model_options=options,
+                                                       metadata=metadata, disable_dynamic=disable_dynamic)
+    if patcher is None:
+        raise container.FileRefused(f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI.")
+    _check_complete(patcher, file)
+    patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype))
+    return patcher
+
+
+def packed(state: dict[str, torch.Tensor], layers: dict[str, dict], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A file's tensors with each quantized layer's joined into its `X.weight`, which then has the shape and dtype of the 16-bit model's.
+
+    ComfyUI's model detection, parameter count and dtype choice so see the model that was quantized.
+    """
+    out = dict(state)
+    for name, settings in layers.items():
+        parts = {key[len(name) + 1:]: out.pop(key) for key in [f"{name}.{part}" for part in _parts(settings)] if key in out}
+        out.pop(f"{name}.comfy_quant", None)
+        out[f"{name}.weight"] = layouts.pack(parts, settings, dtype)
+    return out
+
+
+def _parts(settings: dict) -> list[str]:
+    return list(container.FORMATS[settings["format"]][0])
+
+
+def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile) -> None:
+    """Every linear of the model must have got its weight, and every quantized layer its place."""
+    named = patcher.model.diffusion_model.named_modules()
+    modules = {name: module for name, module in named if isinstance(module, NibbleOperations.Linear)}
+    empty = next((name for name, module in modules.items() if module.weight is None), None)
+    homeless = next((name for name in file.layers if not layouts.is_ours(getattr(modules.get(name), "weight", None))), None)
+    if empty or homeless:
+        what = f"lacks the layer {empty}" if empty else f"has a layer that the model does not know, {homeless}"
+        raise container.FileRefused(f"{file.path.name} {what}; quantize the model again with this version of ComfyUI.")
+
+
+def vram_needed(patcher: ModelPatcher, pixels: int = 1024) -> tuple[int, int]:
+    """(bytes of the weights, bytes that ComfyUI reckons for making one picture of pixels x pixels without CFG)."""
+    latent = patcher.model.latent_format
+    side = pixels // getattr(latent, "spacial_downscale_ratio", 8)
+    frames = [1] * (getattr(latent, "latent_dimensions", 2) - 2)
+    return patcher.model_size(), int(patcher.model.memory_required([1, latent.latent_channels, *frames, side, side]))

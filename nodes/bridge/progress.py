@@ -1,0 +1,35 @@
+"""Progress bar, a line of text under the node, and the Stop button, in one object that algorithms call."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.utils
+
+try:
+    from server import PromptServer
+except ImportError:  # ComfyUI's library without its server, as in a script
+    PromptServer = None
+
+
+class Progress:
+    """Called as progress(done, total, name): moves the bar, shows "title: name", and stops where the user asked to."""
+
+    def __init__(self, title: str, node_id: str | None = None):
+        self.title, self.node_id = title, node_id
+        self.bar = comfy.utils.ProgressBar(1)
+
+    def __call__(self, done: int, total: int, name: str = "") -> None:
+        self.check()
+        self.bar.update_absolute(done, max(total, 1))
+        self.say(f"{self.title} {min(done + 1, total)}/{total}: {name}" if name else f"{self.title} {done}/{total}")
+
+    def say(self, text: str) -> None:
+        """Shows a line under the node, where there is a server to show it."""
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id)
+
+    @staticmethod
+    def check() -> None:
+        """Raises ComfyUI's InterruptProcessingException when the user pressed Stop."""
+        comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,75 @@
+"""What a quantization run did, layer by layer: shown in the node, printed by the command line, and kept in the file's metadata."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+
+ACTIONS = ("w4a4", "w4a16", "keep")
+
+
+@dataclass
+class LayerRow:
+    """One linear: what was done with it and why, its error (signal to quantization noise in dB, None: none), bytes, seconds."""
+    name: str
+    action: str
+    why: str
+    db: float | None
+    bytes_before: int
+    bytes_after: int
+    seconds: float = 0.0
+
+
+@dataclass
+class Report:
+    """A run. Sizes are of the diffusion model before and of the 4-bit file after; seconds are of this run only and never stored in the
+    file, so that two runs with the same options give the same bytes."""
+    architecture: str
+    rows: list[LayerRow] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def decibels(self, action: str = "w4a4") -> list[float]:
+        """The errors of all layers with this action, worst first."""
+        return sorted(row.db for row in self.rows if row.action == action and row.db is not None)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """(label, value) lines for people."""
+        counts = {action: sum(row.action == action for row in self.rows) for action in ACTIONS}
+        lines = [("architecture", self.architecture),
+                 ("size", f"{_size(self.bytes_before)} → {_size(self.bytes_after)} "
+                          f"({self.bytes_before / max(self.bytes_after, 1):.1f}x)"),
+                 ("layers", f"{counts['w4a4']} W4A4, {counts['w4a16']} 4-bit weights only, {counts['keep']} kept in 16 bit")]
+        if errors := self.decibels():
+            lines.append(("error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB"))
+        if self.seconds:
+            lines.append(("time", f"{self.seconds / 60:.1f} min" if self.seconds >= 90 else f"{self.seconds:.1f} s"))
+        return lines + [("note", note) for note in self.notes]
+
+    def to_json(self, seconds: bool = True, why: bool = True, rows: bool = True) -> str:
+        """JSON text; without seconds it depends on the result alone, without reasons or rows it is shorter."""
+        facts = asdict(self)
+        if not seconds:
+            facts.pop("seconds")
+        facts["rows"] = [self._row(row, seconds, why) for row in facts["rows"]] if rows else []
+        return json.dumps(facts, separators=(",", ":"))
+
+    @staticmethod
+    def _row(row: dict, seconds: bool, why: bool) -> dict:
+        row["db"] = None if row["db"] is None else round(row["db"], 2)
+        return {key: value for key, value in row.items() if (seconds or key != "seconds") and (why or key != "why")}
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`. Raises ValueError for text that is no report."""
+        try:
+            facts = json.loads(text)
+            facts["rows"] = [LayerRow(**({"why": ""} | row)) for row in facts["rows"]]
+            return cls(**facts)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"this is no report of a quantization: {error}") from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

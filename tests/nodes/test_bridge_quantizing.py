@@ -1,0 +1,208 @@
+"""From a file or a MODEL socket to a 4-bit file: what is measured, what is read, where it is written."""
+
+import os
+import shutil
+import time
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nibble.nodes.bridge import calibration, charts, loading, quantizing, sources
+from nibble.nodes.bridge.progress import Progress
+from nibble.quant import container
+from nibble.quant.sources import Source, StateDictSource
+from nibble.quant.statistics import InputStats
+from nibble.quant.svdquant.recipe import Recipe
+
+QUICK = dict(rank=16, solver="svd", rotation="off")
+LAYERS = ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear2", "single_blocks.1.modulation.lin"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, flux_file):
+    """ComfyUI's diffusion_models folder, with the 16-bit model in it; quick: without random conditioning, models are not measured."""
+    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: False)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
+    shutil.copy(flux_file, tmp_path / "flux.safetensors")
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
+
+
+def job(**changes) -> quantizing.Job:
+    return quantizing.Job(**({"model_name": "flux.safetensors", "recipe": Recipe.preset("fast", **QUICK)} | changes))
+
+
+def prompts(count: int) -> list:
+    draw = torch.Generator().manual_seed(1)
+    def entry():
+        return [torch.randn(1, 6, 64, generator=draw), {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5}]
+    return [entry() for _ in range(count)]
+
+
+def drawn(patcher, count: int = 2) -> calibration.Pictures:
+    return calibration.pictures_of(patcher, prompts(count), {"samples": torch.zeros(1, 16, 8, 8)}, 2, 0)
+
+
+# ---- measuring
+
+def test_every_named_layer_is_measured_on_every_prompt(dense_model):
+    stats = calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
+    assert {name: found.count for name, found in stats.items()} == {LAYERS[0]: 2 * 2 * 16, LAYERS[1]: 2 * 2 * 22, LAYERS[2]: 2 * 2}
+    assert all(found.absmax.min() > 0 for found in stats.values())
+
+
+def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
+    whole = calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
+    parts = calibration.record(dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring"))
+    for name in LAYERS:
+        assert torch.equal(whole[name].hessian, parts[name].hessian) and torch.equal(whole[name].samples, parts[name].samples)
+
+
+def test_random_conditioning_has_the_model_s_own_widths(dense_model):
+    pictures = calibration.random_pictures(dense_model, seed=0)
+    tokens, extras = pictures.prompts[0][0]
+    assert tokens.shape[-1] == 64 and extras["pooled_output"].shape[-1] == 64 and pictures.latent.shape == (1, 16, 32, 32)
+    assert not torch.equal(tokens, pictures.prompts[1][0][0])
+    again, other = (calibration.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1))
+    assert pictures.facts() == again != other
+
+
+def test_a_model_whose_text_input_is_unknown_gets_a_reason(dense_model):
+    del dense_model.model.diffusion_model.txt_in
+    assert "does not know how" in calibration.random_pictures(dense_model, seed=0)
+
+
+def test_measuring_stops_when_the_user_presses_stop(dense_model):
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
+    assert not any(module._forward_pre_hooks for module in dense_model.model.modules()), "no hook is left behind"
+
+
+# ---- reading a MODEL
+
+def test_a_connected_model_s_weights_are_the_file_s(dense_model, flux_file):
+    live, file = StateDictSource(sources.PatchedWeights(dense_model)), Source(flux_file)
+    assert live.shapes.items() >= {name: shape for name, shape in file.shapes.items() if "norm" not in name}.items()
+    for name in LAYERS:
+        assert torch.equal(live.weight(name), file.weight(name)) and torch.equal(live.bias(name), file.bias(name))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_patches_are_read_in_float32_whether_or_not_they_are_merged_now(dense_model, flux_file, loaded):
+    patched, delta = dense_model.clone(), torch.full((384, 128), 1e-4)
+    patched.add_patches({f"diffusion_model.{LAYERS[0]}.weight": ("diff", (delta,))}, 0.5)
+    if loaded:
+        comfy.model_management.load_models_gpu([patched])
+    live = StateDictSource(sources.PatchedWeights(patched))
+    expected = load_file(flux_file)[f"{LAYERS[0]}.weight"].float() + 0.5 * delta
+    assert torch.allclose(live.weight(LAYERS[0]), expected, atol=1e-8)
+    assert live.fingerprint != StateDictSource(sources.PatchedWeights(dense_model)).fingerprint
+
+
+def test_a_connected_4_bit_model_is_refused(model):
+    with pytest.raises(container.FileRefused, match="quantized by Nibble already"):
+        sources.PatchedWeights(model)
+
+
+# ---- the whole job
+
+def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
+    name, _ = quantizing.run(job())
+    assert name == "flux-svdq-int4-r16.safetensors" and (folder / name).exists()
+    assert loading.quantized_files() == [name] and quantizing.sources() == ["flux.safetensors"]
+
+
+def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypatch):
+    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: True)
+    name, report = quantizing.run(job())
+    assert report.notes == ["inputs were measured on noise and random conditioning"]
+    assert container.open_quantized(folder / name).fact("calibration")["kind"] == "random conditioning"
+
+
+def test_a_model_too_large_to_run_is_quantized_from_its_weights_and_says_so(folder):
+    name, report = quantizing.run(job())
+    assert "weights alone" in report.notes[0]
+    assert container.open_quantized(folder / name).fact("calibration") == {"kind": "weights only"}
+
+
+def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
+    _, first = quantizing.run(job())
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: True)
+    _, second = quantizing.run(job())
+    assert [row.db for row in second.rows] == [row.db for row in first.rows]
+
+
+def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, monkeypatch):
+    best, latent = Recipe.preset("best", **QUICK, smoothing_grid=2), {"samples": torch.zeros(1, 16, 8, 8)}
+    task = job(recipe=best, positive=prompts(2), latent=latent, steps=2)
+    _, first = quantizing.run(task)
+    assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
+    monkeypatch.setattr(calibration, "record", lambda *_: pytest.fail("measured again"))
+    _, second = quantizing.run(task)
+    assert [row.db for row in second.rows] == [row.db for row in first.rows]
+
+
+def test_best_without_prompts_says_what_to_connect(folder):
+    with pytest.raises(ValueError, match="Connect .* to 'positive'"):
+        quantizing.run(job(recipe=Recipe.preset("best", **QUICK)))
+
+
+def test_an_existing_file_of_other_options_needs_overwrite(folder):
+    name, _ = quantizing.run(job(filename="mine"))
+    old = (folder / name).read_bytes()
+    other = Recipe.preset("fast", **QUICK, seed=1)
+    with pytest.raises(container.FileRefused, match="overwrite"):
+        quantizing.run(job(filename="mine", recipe=other))
+    assert (folder / name).read_bytes() == old
+    quantizing.run(job(filename="mine", recipe=other, overwrite=True))
+    assert (folder / name).read_bytes() != old
+
+
+@pytest.mark.parametrize("name", ["../escape", "/etc/escape", "sub/../../escape"])
+def test_a_target_outside_the_folder_is_refused(folder, name):
+    with pytest.raises(container.FileRefused, match="outside"):
+        quantizing.run(job(filename=name))
+
+
+def test_a_read_only_home_sends_the_file_to_the_next_folder(folder, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, loading.FOLDER, ([str(folder), str(other)], {".safetensors"}))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: folder not in (path, *getattr(path, "parents", ())) and access(path, mode))
+    name, _ = quantizing.run(job())
+    assert (other / name).exists()
+
+
+def test_memory_is_given_back(folder):
+    quantizing.run(job())
+    assert not comfy.model_management.current_loaded_models
+
+
+# ---- listing and showing
+
+def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch, quantized_file):
+    for i in range(200):
+        os.link(quantized_file, folder / f"model-{i}.safetensors") if i % 2 else (folder / f"other-{i}.safetensors").write_bytes(b"x" * 100)
+    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
+    assert len(loading.quantized_files()) == 100
+    monkeypatch.setattr(container, "read_header", lambda path: pytest.fail("read again"))
+    began = time.monotonic()
+    assert len(loading.quantized_files()) == 100 and time.monotonic() - began < 0.5
+
+
+def test_the_charts_have_the_agreed_shape(folder):
+    name, report = quantizing.run(job())
+    chart = charts.layers_chart(report, name, "subtitle")
+    assert chart.keys() == {"kind", "title", "subtitle", "summary", "rows"}
+    assert all(row.keys() == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds"} for row in chart["rows"])
+    model = loading.load(folder / name)
+    facts = charts.model_chart(container.open_quantized(folder / name), loading.vram_needed(model), model.load_device)
+    assert facts["kind"] == "facts" and all(len(pair) == 2 for pair in facts["summary"])
+    assert loading.vram_needed(model)[0] == model.model_size() and loading.vram_needed(model)[1] > 1e6
