@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 inte
 import argparse
 import json
 import logging
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", help="4-bit .safetensors file to write; an older one of Nibble's is replaced")
     parser.add_argument("--method", choices=("svdquant",), default="svdquant")
     parser.add_argument("--preset", choices=("fast", "best"), default="fast",
-                        help="fast: from the weights alone; best: calibrated by running the model")
+                        help="fast: data-free, from the weights and noise; best: calibrated by running the model on your prompts")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="for --preset best: a .safetensors file with text encoders' outputs for your "
                         "prompts, 'tokens' (P, T, context) and 'pooled' (P, vector); without it they are random")
     parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
@@ -78,7 +79,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--w4a16", action="append", metavar="PATTERN", help="layers with 4-bit weights only; may be repeated")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--memory-cap", type=float, default=2.0, metavar="GB",
-                        help="for recorded statistics, with --preset best (default: %(default)s)")
+                        help="for recorded statistics; --preset fast runs the model on noise only if it fits under this too (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
 
 
@@ -105,21 +106,27 @@ def quantize(options: argparse.Namespace) -> None:
     from .quant.svdquant.pipeline import quantize_checkpoint
     from .quant.svdquant.recipe import Recipe
     changes = ("rank", "solver", "rotation", "gptq", "modulation", "keep", "w4a16", "seed")
-    recipe = Recipe.preset(options.preset, **{name: getattr(options, name) for name in changes})
-    statistics, calibration = _calibration(options, recipe) if options.preset == "best" else (None, None)
+    recipe = Recipe.from_preset(options.preset, **{name: getattr(options, name) for name in changes})
+    statistics, calibration = _calibration(options, recipe)
     with _Bar() as bar:
         report = quantize_checkpoint(options.source, options.target, recipe, statistics, bar, device=options.device, calibration=calibration)
     _print_summary(options.target, report.summary())
 
 
 def _calibration(options: argparse.Namespace, recipe) -> tuple:
-    """Checks source and target before the long recording starts, then runs the model."""
+    """Checks source and target before the long recording starts, then runs the model; (None, facts) for the weights alone.
+
+    The fast preset records only what costs little: a FLUX.1 that fits under the memory cap in float32, on random conditioning.
+    """
     from .quant.architectures import plan, recognise
     from .quant.sources import Source
     from .quant.writer import check_target
     source = Source(options.source)
     check_target(source.path, options.target)
     architecture = recognise(source.shapes, source.name)
+    fast = options.preset == "fast"
+    if fast and (architecture.name != "FLUX.1" or 4 * sum(map(math.prod, source.shapes.values())) > options.memory_cap * 1e9):
+        return None, {"kind": "weights only"}
     if architecture.name != "FLUX.1":
         raise ValueError(f"{source.name} is a {architecture.name}, and outside ComfyUI only FLUX.1 can be calibrated; "
                          "use --preset fast, or the node SVDQuant Quantize Checkpoint in ComfyUI")
@@ -127,13 +134,15 @@ def _calibration(options: argparse.Namespace, recipe) -> tuple:
     try:
         from .quant import diffusers
     except ImportError as error:
+        if fast:
+            return None, {"kind": "weights only"}
         raise ValueError(f"--preset best needs diffusers to run the model ({error}); pip install diffusers, or use --preset fast") from None
-    prompts = _prompts(options.prompts)
+    prompts = (None, None) if fast else _prompts(options.prompts)
     state = {name: source.read(name).float() for name in source.shapes}
     with _Bar("tokens") as bar:
         statistics = diffusers.record_inputs(state, names, *prompts, cap=int(options.memory_cap * 1e9), seed=recipe.seed,
                                              report=lambda done, total: bar(done, total, "recording inputs"))
-    return statistics.get, {"kind": "prompts" if options.prompts else "random conditioning", "prompts": 0 if prompts[0] is None else len(prompts[0])}
+    return statistics.get, {"kind": "random conditioning" if prompts[0] is None else "prompts", "prompts": 0 if prompts[0] is None else len(prompts[0])}
 
 
 def _prompts(path: Path | None) -> tuple:
@@ -176,7 +185,7 @@ def _plan(options: argparse.Namespace) -> tuple[str, object]:
     from .quant.sources import Source
     from .quant.svdquant.pipeline import predict
     from .quant.svdquant.recipe import Recipe
-    recipe, path = Recipe.preset("fast", rank=options.rank), Path(options.file)
+    recipe, path = Recipe.from_preset("fast", rank=options.rank), Path(options.file)
     if path.exists() or path.suffix:
         source = Source(path)
         return source.name, predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)

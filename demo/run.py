@@ -24,20 +24,27 @@ CALIBRATION_PROMPTS, CALIBRATION_SEED = 24, 1000  # drawn at random: neither the
 
 def quantize(target: Path, recipe: Recipe, progress: Callable[[int, int, str], None] = lambda done, total, name: None,
              source: Path = pictures.FLUX_FILE) -> Report:
-    """The demo FLUX in 4 bits. The best preset records what its layers read while it draws 24 random prompts."""
+    """The demo FLUX in 4 bits, after recording what its layers read: with the best preset while it draws random prompts of the world, with
+    the fast one (data-free) while it turns noise into something under random conditioning."""
     opened = Source(source)
-    statistics = record(opened, recipe).get if recipe.gptq else None
-    calibration = {"prompts": CALIBRATION_PROMPTS, "seed": CALIBRATION_SEED} if recipe.gptq else None
-    return quantize_checkpoint(opened, target, recipe, statistics, progress, calibration=calibration)
+    if recipe.preset == "best":
+        rng = np.random.default_rng(CALIBRATION_SEED)
+        asked = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
+        kind, conditioning = "prompts", prompts.embed(prompts.word_indices(asked))
+    else:
+        generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+        shapes = (8, 4, prompts.WORD_DIM), (8, prompts.WORD_DIM)
+        kind, conditioning = "random conditioning", [torch.randn(shape, generator=generator) for shape in shapes]
+    statistics = record(opened, recipe, *conditioning)
+    facts = {"kind": kind, "prompts": len(conditioning[0]), "seed": CALIBRATION_SEED}
+    return quantize_checkpoint(opened, target, recipe, statistics.get, progress, calibration=facts)
 
 
-def record(source: Source, recipe: Recipe) -> dict:
-    """name → InputStats of the demo model at work."""
-    rng = np.random.default_rng(CALIBRATION_SEED)
-    words = prompts.word_indices([str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)])
+def record(source: Source, recipe: Recipe, tokens: torch.Tensor, pooled: torch.Tensor) -> dict:
+    """name → InputStats of the demo model at work under this conditioning."""
     state = {name: source.read(name).float() for name in source.shapes}
     names = [layer.name for layer in plan(source.shapes, recognise(source.shapes, source.name), recipe, source.name) if layer.action != "keep"]
-    return models.record_inputs(state, names, *prompts.embed(words), steps=8, side=8, seed=CALIBRATION_SEED, batch=CALIBRATION_PROMPTS)
+    return models.record_inputs(state, names, tokens, pooled, steps=8, side=8, seed=CALIBRATION_SEED, batch=len(tokens))
 
 
 def draw(flux, vae, count: int, seeds: range, steps: int = 12) -> tuple[torch.Tensor, float]:
@@ -68,7 +75,7 @@ def main(out: Path, preset: str = "best", target: Path = Path("demo-svdq-int4.sa
     """The whole demo; returns what it printed as {"report", "16-bit", "4-bit"}."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    report = quantize(target, Recipe.preset(preset), progress)
+    report = quantize(target, Recipe.from_preset(preset), progress)
     say(f"quantized {pictures.FLUX_FILE.name} with the preset {preset!r} in {time.perf_counter() - start:.1f} s → {target}")
     for label, value in report.summary():
         say(f"  {label:<13} {value}")

@@ -37,7 +37,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
     @classmethod
     def execute(cls, model_name, preset, filename, overwrite, rank, solver, rotation, gptq, modulation, keep_layers, w4a16_layers, steps,
                 memory_gb, seed, model=None, positive=None, latent=None) -> io.NodeOutput:
-        recipe = Recipe.preset(preset, rank=rank, solver=solver, rotation=rotation, gptq=_CHOICE[gptq], modulation=modulation,
+        recipe = Recipe.from_preset(preset, rank=rank, solver=solver, rotation=rotation, gptq=_CHOICE[gptq], modulation=modulation,
                                keep=_patterns(keep_layers), w4a16=_patterns(w4a16_layers), seed=seed)
         job = quantizing.Job(model_name, recipe, filename, overwrite, model, positive, latent, steps, memory_gb, cls.hidden.unique_id)
         name, report = quantizing.run(job)

@@ -17,8 +17,9 @@ from .container import FileRefused, open_quantized
 from .statistics import InputStats
 from .svdquant.linear import as_module
 from .svdquant.weight import FORMATS
-from .writer import TensorSpec, Writer, check_target
+from .writer import TensorSpec, Writer, check_target, metadata_room
 
+TOKEN_STD = 0.25  # of T5's outputs
 SHIFT = 1.15  # of FLUX.1 dev's time schedule at small sizes, and ComfyUI's default for it
 
 # One row a module: Black Forest Labs' name, then diffusers' names of the parts that it holds one above another.
@@ -200,7 +201,7 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
         units[name] = {name: tensor.to(file.header.tensors[name].dtype)}
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for unit in units.values() for name, tensor in unit.items()]
     metadata = {key: value for key, value in file.metadata.items() if key != "checksums"}
-    with Writer(target, specs, identity=f"saved from {os.path.realpath(origin)}", room=sum(map(len, metadata.values())) + 4096) as writer:
+    with Writer(target, specs, identity=f"saved from {os.path.realpath(origin)}", room=metadata_room(metadata)) as writer:
         for unit, tensors in units.items():
             writer.write(unit, tensors, {})
         writer.finish([metadata])
@@ -256,7 +257,7 @@ def record_inputs(state: Mapping[str, Tensor], names: Iterable[str], tokens: Ten
     """What the named linears of a 16-bit FLUX.1 read while it draws.
 
     state           its weights under Black Forest Labs' names
-    tokens, pooled  prompts (P, T, context) and (P, vector); None draws them at random
+    tokens, pooled  prompts (P, T, context) and (P, vector); None draws them at random, spread like T5's and CLIP's outputs
     cap             bytes of statistics to hold at once: more layers than fit are recorded in several runs
     side            of the latents: 32 is a picture of 256 pixels
     Returns name → InputStats under the names given.
@@ -265,7 +266,7 @@ def record_inputs(state: Mapping[str, Tensor], names: Iterable[str], tokens: Ten
     generator = torch.Generator().manual_seed(seed)
     if tokens is None or pooled is None:
         config = model.config
-        tokens = torch.randn(batch, 64, config.joint_attention_dim, generator=generator)
+        tokens = torch.randn(batch, 64, config.joint_attention_dim, generator=generator) * TOKEN_STD
         pooled = torch.randn(batch, config.pooled_projection_dim, generator=generator)
     noise = torch.randn(len(tokens), model.config.in_channels // 4, side, side, generator=generator)
 

@@ -9,7 +9,7 @@ PRESETS = {
     "best": dict(solver="alternating", iterations=6, gptq=True, smoothing_grid=10),
 }
 PRESET_HELP = {
-    "fast": "Needs no sample pictures: weights alone, about half an hour for 12 B parameters on two CPU cores, a minute or two on a GPU.",
+    "fast": "Data-free: from the weights, and from noise run through the 16-bit model where it fits in memory. Minutes.",
     "best": "Records what the layers see while the model draws, then fits rounding and low-rank branch to it: closest to the 16-bit model.",
 }
 _CHOICES = {"preset": tuple(PRESETS), "solver": ("alternating", "svd"), "rotation": ("auto", "on", "off"), "modulation": ("w4a16", "keep")}
@@ -17,7 +17,7 @@ _CHOICES = {"preset": tuple(PRESETS), "solver": ("alternating", "svd"), "rotatio
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to quantize a model. Make one with `Recipe.preset("fast" | "best", **changes)`.
+    """How to quantize a model. Make one with `Recipe.from_preset("fast" | "best", **changes)`.
 
     preset          where the other values came from
     rank            of the 16-bit low-rank branch: a multiple of 16, 16..256
@@ -62,6 +62,17 @@ class Recipe:
                 raise ValueError(f"{name}={patterns!r} is not a list of name patterns such as 'double_blocks.0.*'")
             object.__setattr__(self, name, tuple(patterns))
 
+    @classmethod
+    def from_preset(cls, name: str = "fast", **changes) -> "Recipe":
+        """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
+        known = {field.name for field in fields(cls)}
+        unknown = changes.keys() - known
+        if unknown:
+            raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        return cls(preset=name, **(PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
+
     def to_json(self) -> str:
         """Every value, as JSON text."""
         return json.dumps(asdict(self))
@@ -72,23 +83,8 @@ class Recipe:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"a recipe is a JSON object, not {text[:40]!r}")
-        return cls.preset(values.pop("preset", "fast"), **values)
+        return cls.from_preset(values.pop("preset", "fast"), **values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:
         """Whether a module's name matches one of the patterns."""
         return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _from_preset(cls, name: str = "fast", **changes) -> Recipe:
-    """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
-    known = {field.name for field in fields(cls)}
-    unknown = changes.keys() - known
-    if unknown:
-        raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-    return cls(preset=name, **(PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
-
-
-# On the class, `preset` makes a recipe; on a recipe, it is the name of the preset. (In the class body it would become the field's default.)
-Recipe.preset = classmethod(_from_preset)

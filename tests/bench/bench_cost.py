@@ -85,7 +85,7 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
     for name in ("write", "finish"):
         setattr(writer.Writer, name, timed("write", getattr(writer.Writer, name)))
     cpu = time.process_time()
-    report = pipeline.quantize_checkpoint(source, target, Recipe.preset(preset, rank=rank))
+    report = pipeline.quantize_checkpoint(source, target, Recipe.from_preset(preset, rank=rank))
     rows = [{"name": r.name, "action": r.action, "seconds": r.seconds, "db": r.db, "before": r.bytes_before, "after": r.bytes_after} for r in report.rows]
     return {"baseline_bytes": baseline, "peak_bytes": memory("VmHWM"), "above_baseline_bytes": memory("VmHWM") - baseline,
             "seconds": report.seconds, "cpu_seconds": time.process_time() - cpu, "stages": stages,

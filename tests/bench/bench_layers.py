@@ -87,10 +87,10 @@ def measure(weight, bias, stats: InputStats, x: torch.Tensor, post_gelu: bool, r
     rows = {name: db(name, lambda: make(weight, bias)) for name, make in BASELINES.items()}
     rows["svdquant"] = db("svdquant", lambda: svdquant(weight, bias, stats, post_gelu=post_gelu, rank=rank))
     rows["svdquant+gptq"] = db("svdquant+gptq", lambda: svdquant(weight, bias, stats, post_gelu=post_gelu, rank=rank, with_gptq=True))
-    rows["fast, no samples"] = db("fast, no samples", lambda: ours("fast", None, Recipe.preset("fast", rank=rank)))
-    rows["fast"] = db("fast", lambda: ours("fast", stats, Recipe.preset("fast", rank=rank)))
-    rows["best, unrotated"] = db("best, unrotated", lambda: ours("plain", stats, Recipe.preset("best", rank=rank, rotation="off")))
-    rows["best"] = db("best", lambda: ours("best", stats, Recipe.preset("best", rank=rank)))
+    rows["fast, no samples"] = db("fast, no samples", lambda: ours("fast", None, Recipe.from_preset("fast", rank=rank)))
+    rows["fast"] = db("fast", lambda: ours("fast", stats, Recipe.from_preset("fast", rank=rank)))
+    rows["best, unrotated"] = db("best, unrotated", lambda: ours("plain", stats, Recipe.from_preset("best", rank=rank, rotation="off")))
+    rows["best"] = db("best", lambda: ours("best", stats, Recipe.from_preset("best", rank=rank)))
     rows["activations only"] = db("activations only", lambda: activations_only(weight, bias, made["best"][0]))
     return rows, seconds, str(made["best"][1])
 

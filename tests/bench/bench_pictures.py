@@ -36,7 +36,7 @@ class Lambda(torch.nn.Module):
 def baseline(name: str) -> torch.nn.Module:
     """The demo FLUX with every W4A4 linear of our plan replaced by a baseline's."""
     source = Source(pictures.FLUX_FILE)
-    layers = plan(source.shapes, recognise(source.shapes, source.name), Recipe.preset("fast"), source.name)
+    layers = plan(source.shapes, recognise(source.shapes, source.name), Recipe.from_preset("fast"), source.name)
     flux = pictures.load_flux()
     found = linears.find_linears(flux)
     for layer in (layer for layer in layers if layer.action == "w4a4"):
@@ -48,7 +48,7 @@ def baseline(name: str) -> torch.nn.Module:
 def ours(preset: str, folder: Path) -> torch.nn.Module:
     """The demo FLUX quantized by a preset, through the file and back."""
     target = folder / f"demo-{preset}.safetensors"
-    run.quantize(target, Recipe.preset(preset))
+    run.quantize(target, Recipe.from_preset(preset))
     return models.load_quantized(target, torch.float32)
 
 

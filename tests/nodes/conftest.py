@@ -81,7 +81,7 @@ def quantize(source: Path, name: str, **options) -> Path:
     """A 4-bit file beside the source, made by the pipeline."""
     from nibble.quant.svdquant.pipeline import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
-    quantize_checkpoint(source, source.with_name(name), Recipe.preset("fast", rank=16, solver="svd", **options))
+    quantize_checkpoint(source, source.with_name(name), Recipe.from_preset("fast", rank=16, solver="svd", **options))
     return source.with_name(name)
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch, flux_file):
 
 
 def job(**changes) -> quantizing.Job:
-    return quantizing.Job(**({"model_name": "flux.safetensors", "recipe": Recipe.preset("fast", **QUICK)} | changes))
+    return quantizing.Job(**({"model_name": "flux.safetensors", "recipe": Recipe.from_preset("fast", **QUICK)} | changes))
 
 
 def prompts(count: int) -> list:
@@ -140,7 +140,7 @@ def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
 
 
 def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, monkeypatch):
-    best, latent = Recipe.preset("best", **QUICK, smoothing_grid=2), {"samples": torch.zeros(1, 16, 8, 8)}
+    best, latent = Recipe.from_preset("best", **QUICK, smoothing_grid=2), {"samples": torch.zeros(1, 16, 8, 8)}
     task = job(recipe=best, positive=prompts(2), latent=latent, steps=2)
     _, first = quantizing.run(task)
     assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
@@ -151,13 +151,13 @@ def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, mon
 
 def test_best_without_prompts_says_what_to_connect(folder):
     with pytest.raises(ValueError, match="Connect .* to 'positive'"):
-        quantizing.run(job(recipe=Recipe.preset("best", **QUICK)))
+        quantizing.run(job(recipe=Recipe.from_preset("best", **QUICK)))
 
 
 def test_an_existing_file_of_other_options_needs_overwrite(folder):
     name, _ = quantizing.run(job(filename="mine"))
     old = (folder / name).read_bytes()
-    other = Recipe.preset("fast", **QUICK, seed=1)
+    other = Recipe.from_preset("fast", **QUICK, seed=1)
     with pytest.raises(container.FileRefused, match="overwrite"):
         quantizing.run(job(filename="mine", recipe=other))
     assert (folder / name).read_bytes() == old

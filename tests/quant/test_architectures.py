@@ -15,7 +15,7 @@ from nibble.quant.container import FileRefused
 from nibble.quant.svdquant.pipeline import layout, predict
 from nibble.quant.svdquant.recipe import Recipe
 
-FAST = Recipe.preset("fast")
+FAST = Recipe.from_preset("fast")
 FLUX = flux1_shapes(2, 3, 256, 64, 64)
 
 
@@ -38,7 +38,7 @@ def test_flux_layers_become_what_they_should():
 
 
 def test_a_recipe_moves_layers_but_never_those_that_detection_reads():
-    layers = actions(FLUX, Recipe.preset("fast", keep=["single_blocks.0.*"], w4a16=["*_in*", "single_blocks.1.linear1"], modulation="keep"))
+    layers = actions(FLUX, Recipe.from_preset("fast", keep=["single_blocks.0.*"], w4a16=["*_in*", "single_blocks.1.linear1"], modulation="keep"))
     assert layers["single_blocks.0.linear1"].action == "keep" and layers["single_blocks.1.linear1"].action == "w4a16"
     assert layers["double_blocks.0.img_mod.lin"].action == "keep"
     assert layers["img_in"].action == layers["txt_in"].action == layers["vector_in.in_layer"].action == "keep"
@@ -58,7 +58,7 @@ def test_layers_that_cannot_be_grouped_or_gain_nothing_stay():
 def test_unsigned_activations_need_a_bias_and_the_recipes_consent():
     shapes = {key: shape for key, shape in FLUX.items() if key != "double_blocks.0.img_mlp.2.bias"}
     assert not actions(shapes)["double_blocks.0.img_mlp.2"].post_gelu
-    assert not actions(FLUX, Recipe.preset("fast", act_unsigned=False))["double_blocks.0.img_mlp.2"].post_gelu
+    assert not actions(FLUX, Recipe.from_preset("fast", act_unsigned=False))["double_blocks.0.img_mlp.2"].post_gelu
 
 
 def test_projections_of_one_input_are_grouped_and_adjacent():
@@ -214,7 +214,7 @@ def detected(comfy, tensors):
     return comfy.model_detection.detect_unet_config(tensors, "")
 
 
-@pytest.mark.parametrize("recipe", [FAST, Recipe.preset("fast", w4a16=["*"])], ids=["preset", "everything asked for"])
+@pytest.mark.parametrize("recipe", [FAST, Recipe.from_preset("fast", w4a16=["*"])], ids=["preset", "everything asked for"])
 @pytest.mark.parametrize("name", MODELS)
 def test_comfyui_recognises_the_4_bit_file_as_its_source(comfy, name, recipe):
     linears, shapes = model_shapes(comfy, name)
@@ -257,7 +257,7 @@ def test_comfyui_reads_the_written_file(comfy, tmp_path):
     from nibble.quant.svdquant.pipeline import quantize_checkpoint
     shapes = flux1_shapes(1, 1, 128, 64, 768)
     save_file({name: torch.randn(shape).bfloat16() * 0.05 for name, shape in shapes.items()}, tmp_path / "m.safetensors")
-    quantize_checkpoint(tmp_path / "m.safetensors", tmp_path / "q.safetensors", Recipe.preset("fast", rank=16, smoothing_grid=1, iterations=1))
+    quantize_checkpoint(tmp_path / "m.safetensors", tmp_path / "q.safetensors", Recipe.from_preset("fast", rank=16, smoothing_grid=1, iterations=1))
     tensors, metadata = comfy.utils.load_torch_file(str(tmp_path / "q.safetensors"), return_metadata=True)
     assert metadata["format"] == "nibble" and tensors["single_blocks.0.linear1.weight"].shape == (896, 64)
     original = comfy.utils.load_torch_file(str(tmp_path / "m.safetensors"))

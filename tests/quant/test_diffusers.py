@@ -22,7 +22,7 @@ def files(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("flux")
     source, target = folder / "tiny.safetensors", folder / "tiny-4bit.safetensors"
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in models.to_flux_names(tiny_flux().state_dict()).items()}, source)
-    quantize_checkpoint(source, target, Recipe.preset("fast", rank=16))
+    quantize_checkpoint(source, target, Recipe.from_preset("fast", rank=16))
     return source, target
 
 

@@ -61,7 +61,7 @@ def case():
                          ids=["fast without samples", "fast", "best"])
 def test_quality_floor_on_unseen_inputs(case, preset, statistics, floor):
     weight, bias, stats, x = case
-    recipe = Recipe.preset(preset, rank=16, smoothing_grid=4, iterations=2)
+    recipe = Recipe.from_preset(preset, rank=16, smoothing_grid=4, iterations=2)
     result, error = quantize_linear(weight, bias, stats if statistics else None, recipe)
     measured = db(weight, bias, result, x)
     assert measured > floor and measured > rtn_db(weight, x) + 3
@@ -74,7 +74,7 @@ def test_more_effort_is_never_worse(case):
     weight, bias, stats, x = case
 
     def value(**changes):
-        recipe = Recipe.preset("best", **{"rank": 16, "smoothing_grid": 2, "iterations": 2} | changes)
+        recipe = Recipe.from_preset("best", **{"rank": 16, "smoothing_grid": 2, "iterations": 2} | changes)
         return db(weight, bias, quantize_linear(weight, bias, stats, recipe)[0], x)
 
     best = value()
@@ -86,7 +86,7 @@ def test_weights_of_low_rank_are_nearly_lossless():
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(N, 16, generator=g) @ torch.randn(16, K, generator=g)
     for stats in (None, recorded(inputs(1000))):
-        result, error = quantize_linear(weight, None, stats, Recipe.preset("fast", rank=16))
+        result, error = quantize_linear(weight, None, stats, Recipe.from_preset("fast", rank=16))
         assert error.db > 45 and db(weight, None, result, inputs(64, seed=3)) > 45
 
 
@@ -96,12 +96,12 @@ def gelu_inputs(tokens: int, seed: int) -> torch.Tensor:
 
 def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
     weight, bias = layer()
-    result, error = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), Recipe.preset("fast", rank=16), post_gelu=True)
+    result, error = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), Recipe.from_preset("fast", rank=16), post_gelu=True)
     assert result.act_unsigned and error.act_unsigned
     fold = SHIFT * result.residual().sum(1)
     torch.testing.assert_close(result.effective_bias(), result.bias.float() + fold)
     x = gelu_inputs(512, 2)
-    plain = Recipe.preset("fast", rank=16, act_unsigned=False, rotation="off")
+    plain = Recipe.from_preset("fast", rank=16, act_unsigned=False, rotation="off")
     signed, _ = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), plain)
     assert not signed.act_unsigned and db(weight, bias, result, x) > db(weight, bias, signed, x) + 1
     mean_error = (x @ result.dequantize().T + result.effective_bias() - x @ weight.T - bias).mean(0)
@@ -109,20 +109,20 @@ def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
 
 
 def test_without_a_bias_nothing_is_folded():
-    result, error = quantize_linear(layer()[0], None, recorded(gelu_inputs(500, 1)), Recipe.preset("fast", rank=16), post_gelu=True)
+    result, error = quantize_linear(layer()[0], None, recorded(gelu_inputs(500, 1)), Recipe.from_preset("fast", rank=16), post_gelu=True)
     assert result.bias is None and not error.act_unsigned
 
 
 @pytest.mark.parametrize("rotation, expected", [("on", 64), ("off", 0)])
 def test_rotation_can_be_asked_for_or_forbidden(case, rotation, expected):
     weight, bias, stats, x = case
-    result, _ = quantize_linear(weight, bias, stats, Recipe.preset("fast", rank=16, rotation=rotation))
+    result, _ = quantize_linear(weight, bias, stats, Recipe.from_preset("fast", rank=16, rotation=rotation))
     assert result.rotation == expected and db(weight, bias, result, x) > rtn_db(weight, x)
 
 
 def test_the_matrix_that_a_rotated_layer_stands_for_is_the_weight(case):
     weight, bias, _, _ = case
-    result, _ = quantize_linear(weight, bias, None, Recipe.preset("fast", rank=16, rotation="on"))
+    result, _ = quantize_linear(weight, bias, None, Recipe.from_preset("fast", rank=16, rotation="on"))
     assert (result.dequantize() - weight).norm() < 0.1 * weight.norm()
     assert torch.equal(result.bias, bias.bfloat16())
 
@@ -130,7 +130,7 @@ def test_the_matrix_that_a_rotated_layer_stands_for_is_the_weight(case):
 @pytest.mark.parametrize("preset", ["fast", "best"])
 def test_same_seed_same_tensors(case, preset):
     weight, bias, stats, _ = case
-    recipe = Recipe.preset(preset, rank=16, smoothing_grid=2, iterations=1)
+    recipe = Recipe.from_preset(preset, rank=16, smoothing_grid=2, iterations=1)
     one, two = (quantize_linear(weight, bias, stats, recipe)[0].tensors("x") for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -156,7 +156,7 @@ def test_degenerate_layers_give_finite_tensors(kind, preset):
         x = x[:1]
     else:
         x[:, 5] *= 1e4
-    result, error = quantize_linear(weight, bias, recorded(x), Recipe.preset(preset, rank=16, smoothing_grid=2, iterations=1))
+    result, error = quantize_linear(weight, bias, recorded(x), Recipe.from_preset(preset, rank=16, smoothing_grid=2, iterations=1))
     assert finite(result) and math.isfinite(error.db) and result.forward(x).isfinite().all()
     floor = {"constant inputs": 30, "huge outlier": 25}.get(kind, 12)
     if kind not in ("zero weight", "zero inputs", "one token"):
@@ -164,7 +164,7 @@ def test_degenerate_layers_give_finite_tensors(kind, preset):
 
 
 def test_wrong_input_is_refused_in_words():
-    recipe = Recipe.preset("fast", rank=16)
+    recipe = Recipe.from_preset("fast", rank=16)
     with pytest.raises(ValueError, match="K=100 is not a multiple of the group size 64"):
         quantize_linear(torch.zeros(64, 100), None, None, recipe)
     with pytest.raises(ValueError, match="does not fit a 64 x 128 linear"):
@@ -177,7 +177,7 @@ def test_wrong_input_is_refused_in_words():
 
 def test_shared_smoothing_is_used_as_given(case):
     weight, bias, stats, x = case
-    recipe = Recipe.preset("fast", rank=16)
+    recipe = Recipe.from_preset("fast", rank=16)
     smooth = shared_smoothing([weight[:64], weight[64:]], stats, recipe)
     parts = [quantize_linear(w, b, stats, recipe, smooth=smooth)[0] for w, b in ((weight[:64], bias[:64]), (weight[64:], bias[64:]))]
     assert all(torch.equal(part.smooth_factor, smooth.bfloat16()) for part in parts)
@@ -187,7 +187,7 @@ def test_shared_smoothing_is_used_as_given(case):
 @pytest.mark.parametrize("statistics", [False, True], ids=["weights alone", "recorded inputs"])
 def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
     weight, bias, stats, x = case
-    recipe = Recipe.preset("best" if statistics else "fast")
+    recipe = Recipe.from_preset("best" if statistics else "fast")
     result, error = quantize_w4a16(weight, bias, stats if statistics else None, recipe)
     assert db(weight, bias, result, x) > 20 and error > 20
     top = torch.tensor([-8.0, 7.0]).repeat(32)[None] * 0.25  # a group of two values that are codes needs no rounding
@@ -198,6 +198,6 @@ def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
 def test_a_layer_quantizes_on_its_device(device):
     weight, bias = layer(n=64, k=128)
     stats = recorded(inputs(200, k=128))
-    recipe = Recipe.preset("best", rank=16, smoothing_grid=2, iterations=1)
+    recipe = Recipe.from_preset("best", rank=16, smoothing_grid=2, iterations=1)
     result, error = quantize_linear(weight.to(device), bias.to(device), stats, recipe)
     assert result.qweight.device.type == device and error.db > 15

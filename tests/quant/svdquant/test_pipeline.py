@@ -23,7 +23,7 @@ from nibble.quant.svdquant.report import Report
 from nibble.quant.svdquant.weight import FORMATS
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
-FAST = Recipe.preset("fast", rank=16, smoothing_grid=1, iterations=1)
+FAST = Recipe.from_preset("fast", rank=16, smoothing_grid=1, iterations=1)
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -98,7 +98,7 @@ def test_a_second_run_returns_at_once_and_other_options_do_not(whole, monkeypatc
     again = quantize_checkpoint(source, target, FAST)
     assert [row.db for row in again.rows] == [row.db for row in report.rows] and target.stat().st_mtime_ns == before
     with pytest.raises(TypeError):
-        quantize_checkpoint(source, target, Recipe.preset("fast", rank=32))
+        quantize_checkpoint(source, target, Recipe.from_preset("fast", rank=32))
     with pytest.raises(TypeError):
         quantize_checkpoint(source, target, FAST, calibration={"kind": "prompts"})
     assert quantize_checkpoint(source, target, FAST).bytes_after == report.bytes_after  # the finished file was not touched
@@ -258,7 +258,7 @@ def test_a_report_survives_json():
 
 
 def test_a_pattern_that_names_no_layer_is_noted():
-    recipe = Recipe.preset("fast", rank=16, keep=["single_blocks.*", "singel_blocks.*"])
+    recipe = Recipe.from_preset("fast", rank=16, keep=["single_blocks.*", "singel_blocks.*"])
     assert predict(SHAPES, recipe, "m").notes == ["no layer matches the pattern 'singel_blocks.*'"]
 
 

@@ -6,12 +6,12 @@ from nibble.quant.svdquant.recipe import PRESET_HELP, PRESETS, Recipe
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
-    recipe = Recipe.preset(preset, rank=64, keep=["final.*"])
+    recipe = Recipe.from_preset(preset, rank=64, keep=["final.*"])
     assert Recipe.from_json(recipe.to_json()) == recipe and recipe.preset == preset and PRESET_HELP[preset]
 
 
 def test_none_leaves_a_preset_as_it_is():
-    assert Recipe.preset("best", rank=None) == Recipe.preset("best")
+    assert Recipe.from_preset("best", rank=None) == Recipe.from_preset("best")
 
 
 @pytest.mark.parametrize("wrong, words", [
@@ -21,12 +21,12 @@ def test_none_leaves_a_preset_as_it_is():
     ({"colour": 1}, "a recipe has no colour"), ({"seed": -1}, "seed=-1")], ids=str)
 def test_wrong_values_are_refused_in_words(wrong, words):
     with pytest.raises(ValueError, match=words):
-        Recipe.preset("fast", **wrong)
+        Recipe.from_preset("fast", **wrong)
 
 
 def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="'slow' is not one of fast, best"):
-        Recipe.preset("slow")
+        Recipe.from_preset("slow")
     with pytest.raises(ValueError, match="JSON object"):
         Recipe.from_json("[]")
 

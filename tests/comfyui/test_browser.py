@@ -1,0 +1,284 @@
+"""The pack in a real browser: search, charts in both renderers and both palettes, help pages, templates, translations."""
+
+import json
+import os
+import shutil
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from conftest import FLUX
+from server import ROOT
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run")
+CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+if not CHROMIUM:
+    pytest.skip("no chromium found (set CHROMIUM_PATH): the browser tests did NOT run", allow_module_level=True)
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+NODES = ("NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "NibbleDemoPrompt")
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+LOOKS = {"classic-dark": (False, "dark"), "classic-light": (False, "light"), "nodes2-dark": (True, "dark"), "nodes2-light": (True, "light")}
+OURS = "/extensions/ComfyUI-Nibble/"
+QUANTIZED = "flux-demo-browser.safetensors"
+READY = "() => !!(window.LiteGraph?.registered_node_types?.NibbleLoadSVDQuant && window.app?.extensionManager && window.app.canvas)"
+MAKE_GRAPH = """([source, target]) => {
+  app.graph.clear();
+  const [quantize, load, text] = ["NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "PreviewAny"].map((type) => LiteGraph.createNode(type));
+  [quantize, load, text].forEach((node, i) => { app.graph.add(node); node.pos = [20 + 460 * i, 60]; });
+  const set = (name, value) => { quantize.widgets.find((widget) => widget.name === name).value = value; };
+  set("model_name", source); set("filename", target); set("solver", "svd"); set("rotation", "off");
+  quantize.connect(0, load, "model_name"); load.connect(0, text, 0);
+  app.canvas.ds.scale = 1; app.canvas.ds.offset = [60, 40]; app.canvas.setDirty(true, true);
+}"""
+
+
+class Screen:
+    """The front end in one open page, and what went wrong in it because of this pack."""
+
+    def __init__(self, browser, url: str):
+        self.look = ""
+        self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
+        self.problems: list[str] = []
+        self.page.on("console", lambda m: self._note(m.type in ("error", "warning"), f"{m.text} {m.location.get('url', '')}"))
+        self.page.on("pageerror", lambda error: self._note(True, f"{error} {error.stack}"))
+        self.page.goto(url)
+        self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_timeout(1500)  # the first run's dialogs and the default workflow
+        self.page.keyboard.press("Escape")
+        self.set("Comfy.Minimap.Visible", False)
+
+    def wear(self, look: str) -> None:
+        """Switches the renderer and the palette and empties the canvas."""
+        self.page.evaluate("() => app.graph.clear()")
+        if look != self.look:
+            self.look = look
+            self.set("Comfy.VueNodes.Enabled", LOOKS[look][0])
+            self.set("Comfy.ColorPalette", LOOKS[look][1])
+            self.page.wait_for_timeout(500)
+        self.page.mouse.move(5, 5)
+
+    def _note(self, bad: bool, text: str) -> None:
+        """Help pages are asked for in every language first, so a missing translation is no problem."""
+        if bad and (OURS in text or "nibble" in text.lower()) and "/docs/" not in text:
+            self.problems.append(text)
+
+    def set(self, name: str, value) -> None:
+        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+
+    def run_graph(self) -> None:
+        """Quantize → load, as if Run was pressed; waits for both charts."""
+        self.page.evaluate(MAKE_GRAPH, [FLUX, QUANTIZED])
+        self.page.evaluate("() => app.queuePrompt(0, 1)")
+        ended = """() => app.lastExecutionError?.exception_message
+                   ?? (document.querySelectorAll(".nibble-chart-host").length === 2 && "drawn")"""
+        assert self.page.wait_for_function(ended, timeout=240_000).json_value() == "drawn"
+        self.page.wait_for_timeout(500)
+
+    def picture(self, name: str) -> None:
+        """A screenshot for people, where NIBBLE_SCREENSHOTS names a folder."""
+        if folder := os.environ.get("NIBBLE_SCREENSHOTS"):
+            self.page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield Screen(browser, server.url)
+        browser.close()
+
+
+@pytest.fixture
+def screen(page, request):
+    """The page in the look that the test asks for (classic-dark by default); errors of ours fail the test that caused them."""
+    page.wear(getattr(request, "param", "classic-dark"))
+    page.problems.clear()
+    yield page
+    assert page.problems == []
+
+
+def fetch(server, path: str) -> bytes:
+    with urllib.request.urlopen(server.url + urllib.parse.quote(path)) as answer:
+        return answer.read()
+
+
+def test_nodes_are_found_by_search(screen):
+    screen.page.mouse.dblclick(800, 700)
+    screen.page.get_by_test_id("search-filter-input").wait_for(timeout=10_000)
+    screen.page.keyboard.type("svdquant", delay=30)
+    for name in ("SVDQuant Quantize Checkpoint", "Load SVDQuant Model"):
+        screen.page.get_by_test_id("result-item").filter(has_text=name).first.wait_for(timeout=10_000)
+    screen.page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("screen", LOOKS, indirect=True)
+def test_charts_are_drawn_in_the_nodes_after_a_run(screen):
+    screen.run_graph()
+    report = screen.page.evaluate("() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind === 'layers')")
+    assert screen.page.locator(".nibble-dot").count() == sum(row["db"] is not None for row in report["rows"]) > 20
+    assert "smaller" in screen.page.locator(".nibble-size").inner_text()
+    box = screen.page.locator(".nibble-plot svg").bounding_box()
+    screen.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
+    tip = screen.page.locator(".nibble-tip")
+    assert tip.is_visible() and tip.locator("b").inner_text() in {row["name"] for row in report["rows"]}
+    screen.picture(f"charts-{screen.look}")
+    for chart in screen.page.locator(".nibble-widget").all():  # nothing is cut off
+        seen, needed = chart.evaluate("(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]")
+        assert needed <= seen + 1 and needed > 60
+
+
+@pytest.mark.parametrize("screen", ["classic-dark", "nodes2-dark"], indirect=True)
+def test_node_grows_and_shrinks_with_the_lists_in_its_chart(screen):
+    screen.run_graph()
+    height = lambda: screen.page.evaluate("() => document.querySelector('.nibble-widget').offsetHeight")  # noqa: E731
+    closed = height()
+    screen.page.locator(".nibble-details summary").first.click()
+    screen.page.wait_for_timeout(500)
+    opened = height()
+    screen.page.locator(".nibble-details summary").first.click()
+    screen.page.wait_for_timeout(500)
+    assert opened > closed + 60 and abs(height() - closed) <= 2
+
+
+def test_chart_comes_back_with_its_workflow_tab(screen):
+    screen.run_graph()
+    screen.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    screen.page.locator(".nibble-plot").wait_for(state="detached", timeout=10_000)
+    screen.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    screen.page.locator(".nibble-plot").wait_for(timeout=10_000)
+
+
+def test_wheel_over_a_chart_still_zooms_the_canvas(screen):
+    screen.run_graph()
+    box = screen.page.locator(".nibble-plot").bounding_box()
+    screen.page.mouse.move(box["x"] + 50, box["y"] + 50)
+    screen.page.mouse.wheel(0, -200)
+    screen.page.wait_for_timeout(300)
+    assert screen.page.evaluate("() => app.canvas.ds.scale") > 1
+
+
+def test_chart_is_not_saved_with_the_workflow(screen):
+    screen.run_graph()
+    saved = screen.page.evaluate("() => JSON.stringify(app.graph.serialize())")
+    assert "nibble_chart" not in saved and "bytes_before" not in saved
+
+
+def test_seed_stays_so_that_a_second_run_does_nothing(screen):
+    screen.run_graph()
+    assert screen.page.evaluate("() => app.graph._nodes[0].widgets.find((widget) => widget.name === 'seed').value") == 0
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_help_page_opens(screen, node):
+    screen.page.evaluate("""(name) => {
+      const node = LiteGraph.createNode(name);
+      node.pos = [300, 300];
+      app.graph.add(node);
+      app.canvas.ds.scale = 1; app.canvas.ds.offset = [100, 100];
+      app.canvas.selectNode(node); app.canvas.setDirty(true, true);
+    }""", node)
+    screen.page.get_by_test_id("info-button").click()
+    heading = (ROOT / "web" / "docs" / f"{node}.md").read_text().splitlines()[0].removeprefix("# ")
+    screen.page.get_by_role("heading", name=heading, level=1).wait_for(timeout=10_000)
+    assert screen.page.get_by_role("heading", name="Troubleshooting").count() == 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_template_loads_without_missing_nodes(screen, server, name):
+    workflow = json.loads(fetch(server, f"/api/workflow_templates/ComfyUI-Nibble/{name}.json"))
+    screen.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+    screen.page.wait_for_timeout(500)
+    notes = {"MarkdownNote", "Note"}
+    loaded = screen.page.evaluate("() => app.graph._nodes.map((node) => [node.type, node.type in LiteGraph.registered_node_types])")
+    assert len(loaded) == len(workflow["nodes"]) and all(known for kind, known in loaded if kind not in notes)
+    prompt = screen.page.evaluate("async () => (await app.graphToPrompt()).output")
+    schema = json.loads(fetch(server, "/object_info"))
+    for node in prompt.values():  # every required input has a value, and a choice that the pack itself offers is one of the choices
+        for key, spec in schema[node["class_type"]]["input"]["required"].items():
+            assert key in node["inputs"], f"{node['class_type']} lacks {key}"
+            _check_value(node["inputs"][key], spec)
+
+
+def _check_value(value, spec) -> None:
+    """A widget's saved value has the type of its input, so no value slipped into a neighbour's place."""
+    if isinstance(value, list):  # a link
+        return
+    kinds = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
+    kind, options = ("COMBO", spec[0]) if isinstance(spec[0], list) else (spec[0], spec[1].get("options", []) if len(spec) > 1 else [])
+    assert isinstance(value, kinds[kind]), f"{value!r} is no {kind}"
+    if options and not any("." in str(option) or "(" in str(option) for option in options):  # lists of files differ from machine to machine
+        assert value in options
+
+
+def test_templates_have_thumbnails_and_say_where_models_come_from(server):
+    assert {"Text to image with 4-bit FLUX.1 dev", "Quantize your own FLUX to 4 bits", "Try the demo model"} <= set(TEMPLATES)
+    assert sorted(json.loads(fetch(server, "/api/workflow_templates"))["ComfyUI-Nibble"]) == TEMPLATES
+    for name in TEMPLATES:
+        assert fetch(server, f"/api/workflow_templates/ComfyUI-Nibble/{name}.jpg")[:3] == b"\xff\xd8\xff"
+    workflow = json.loads((ROOT / "example_workflows" / "Text to image with 4-bit FLUX.1 dev.json").read_text())
+    models = {model["name"]: model for node in workflow["nodes"] for model in node["properties"].get("models", [])}
+    assert {"clip_l.safetensors", "ae.safetensors"} <= set(models)
+    assert all(model["url"].startswith("https://huggingface.co/") and model["directory"] for model in models.values())
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_translations_follow_the_schema(server, language):
+    served = json.loads(fetch(server, "/i18n"))[language]["nodeDefs"]
+    schema = json.loads(fetch(server, "/object_info"))
+    for node in NODES:
+        inputs = {key: spec for part in ("required", "optional") for key, spec in schema[node]["input"].get(part, {}).items()}
+        assert set(served[node]["inputs"]) == set(inputs), f"{language} {node}"
+        assert len(served[node]["outputs"]) == len(schema[node]["output"])
+        if language == "en":
+            assert all(served[node][key] == schema[node][key] for key in ("display_name", "description"))
+            assert all(served[node]["inputs"][key]["tooltip"] == spec[1]["tooltip"] for key, spec in inputs.items())
+
+
+def test_front_end_imports_one_script_of_ours(server):
+    assert [path for path in json.loads(fetch(server, "/extensions")) if "Nibble" in path] == [OURS + "nibble.js"]
+
+
+def test_plot_puts_layers_where_their_numbers_say(screen):
+    """Two layers of 10 and 20 dB on an axis from 5 to 25 dB: at a quarter and three quarters of the width and of the height."""
+    circles = screen.page.evaluate("""async () => {
+      const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
+      const row = (name, db) => ({ name, action: "w4a4", why: "", db, bytes_before: 8, bytes_after: 2, seconds: 1 });
+      const chart = drawChart({ kind: "layers", title: "t", summary: [], rows: [row("a.0", 10), row("a.1", 20)] });
+      return [...chart.shadowRoot.querySelectorAll("circle")].map((c) => ["cx", "cy"].map((name) => parseFloat(c.getAttribute(name))));
+    }""")
+    assert circles == [[25, 99], [75, 33]]  # per cent, and pixels of 132 from the top
+
+
+def test_plot_counts_blocks_up_and_puts_the_rest_behind(screen):
+    """Files sort names as text; the plot shows blocks as the model runs through them."""
+    names = screen.page.evaluate("""async () => {
+      const { layerPlot } = await import("/extensions/ComfyUI-Nibble/plot.mjs");
+      const row = (name) => ({ name, action: "w4a4", db: 20, bytes_before: 8, bytes_after: 2 });
+      const rows = ["blocks.10.a", "blocks.2.a", "final.1", "in"].map(row);
+      const plot = layerPlot(rows.reverse()), svg = plot.querySelector("svg"), names = [];
+      for (const _ of rows) {
+        svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+        names.push(plot.querySelector(".nibble-tip b").textContent);
+      }
+      return names;
+    }""")
+    assert names == ["blocks.2.a", "blocks.10.a", "final.1", "in"]
+
+
+def test_chart_with_hundreds_of_layers_and_hostile_names_is_drawn(screen):
+    drawn = screen.page.evaluate("""async () => {
+      const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
+      const rows = Array.from({ length: 500 }, (_, i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`,
+        action: i % 9 ? "w4a4" : "keep", why: "why",
+        db: i % 9 ? 20 + Math.sin(i) : null, bytes_before: 1e6, bytes_after: i % 9 ? 3e5 : 1e6, seconds: 0 }));
+      const draw = (chart) => drawChart({ title: "t", ...chart }).shadowRoot;
+      const root = draw({ kind: "layers", title: "<b>t</b>", summary: [["time", "1 s"]], rows });
+      const empty = draw({ kind: "layers", rows: [] }), unknown = draw({ kind: "new", summary: [["a", "b"]] });
+      const count = (selector) => root.querySelectorAll(selector).length;
+      return [count("circle"), count("img, .nibble-title b"), empty.textContent, unknown.textContent];
+    }""")
+    assert drawn == [444, 0, "t", "tab"]

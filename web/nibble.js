@@ -1,0 +1,34 @@
+/** Nibble's only registration with the ComfyUI front end: reports that its nodes send are drawn inside the node. */
+import { app } from "../../scripts/app.js";
+import { showChart } from "./widget.mjs";
+
+const chartOf = (output) => output?.nibble_chart?.[0];
+
+app.registerExtension({
+  name: "nibble.charts",
+
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (!nodeData.name.startsWith("Nibble")) return;
+    const before = nodeType.prototype.onExecuted;
+    nodeType.prototype.onExecuted = function (output, ...rest) {
+      const result = before?.call(this, output, ...rest);
+      if (chartOf(output)) showChart(this, chartOf(output));
+      return result;
+    };
+  },
+
+  /** Called when a workflow tab comes back with the outputs of its last run: its nodes are new and have no chart yet. */
+  onNodeOutputsUpdated(outputs) {
+    for (const [locator, output] of Object.entries(outputs ?? {})) {
+      const node = chartOf(output) && findNode(locator);
+      if (node) showChart(node, chartOf(output));
+    }
+  },
+});
+
+/** "12" is a node of the workflow, "<subgraph id>:12" one of a subgraph. */
+function findNode(locator) {
+  const [id, subgraph] = locator.split(":").reverse();
+  const graph = subgraph ? app.rootGraph?.subgraphs?.get(subgraph) : app.rootGraph;
+  return graph?.getNodeById(Number(id)) ?? null;
+}
