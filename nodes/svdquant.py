@@ -31,8 +31,9 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
         return True if preset in PRESET_HELP else f"preset {preset!r} is not one of {', '.join(PRESET_HELP)}"
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, **_):
-        return f"{loading.stamp(model_name)} {sorted(loading.quantized_files())}"
+    def fingerprint_inputs(cls, model_name, filename, rank, **_):
+        made = quantizing.file_name(model_name, filename, rank) in loading.quantized_files()
+        return loading.stamp(model_name) if made else float("nan")  # unequal to itself: the node runs until its file is there
 
     @classmethod
     def execute(cls, model_name, preset, filename, overwrite, rank, solver, rotation, gptq, modulation, keep_layers, w4a16_layers, steps,
@@ -80,7 +81,7 @@ def _expert_options() -> list:
         io.Int.Input("steps", default=8, min=1, max=100, advanced=True, tooltip="Sampling steps of each measured prompt."),
         io.Float.Input("memory_gb", default=4.0, min=0.25, max=256.0, step=0.25, advanced=True,
                        tooltip="Memory for measurements, in GB. Less: more passes over the prompts, the same result."),
-        io.Int.Input("seed", default=0, min=0, max=2**53, advanced=True,
+        io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, advanced=True,
                      tooltip="Of the measured pictures' noise and of every random choice."),
     ]
 

@@ -1,6 +1,6 @@
 """What a node draws, as JSON: the one schema that web/ reads, under the UI key `nibble_chart`.
 
-    {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
+    {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …], "bytes_before": int, "bytes_after": int,
      "rows": [{"name", "action": "w4a4" | "w4a16" | "keep", "why", "db": float | null, "bytes_before", "bytes_after", "seconds"}, …]}
     {"kind": "facts", "title": str, "summary": [[label, value], …]}
 """
@@ -39,7 +39,8 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
     rows = [dataclasses.asdict(row) for row in report.rows]
     for row in rows:
         row["db"] = row["db"] if row["db"] is not None and math.isfinite(row["db"]) else None
-    return {"kind": "layers", "title": title, "subtitle": subtitle, "summary": [list(pair) for pair in report.summary()], "rows": rows}
+    return {"kind": "layers", "title": title, "subtitle": subtitle, "summary": [list(pair) for pair in report.summary()],
+            "bytes_before": report.bytes_before, "bytes_after": report.bytes_after, "rows": rows}
 
 
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
@@ -48,7 +49,8 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
     backend, reason = kernels.which("linear_w4a4", device)
     errors = [row["db"] for row in file.fact("report").get("rows", []) if row.get("db") is not None and row["action"] == "w4a4"]
-    summary = [["VRAM for 1024 × 1024", f"about {size(sum(needed))}, {size(needed[0])} of it weights"],
+    whole = f" of {size(torch.cuda.get_device_properties(device).total_memory)}" if device.type == "cuda" else ""
+    summary = [["VRAM", f"about {size(sum(needed))}{whole}: {size(needed[0])} of weights, {size(needed[1])} that ComfyUI reckons for 1024 × 1024"],
                ["file", size(file.header.size)],
                ["layers", f"{formats['svdquant_w4a4']} W4A4, rank {', '.join(map(str, ranks))}; {formats['awq_w4a16']} 4-bit weights only"],
                ["computed by", f"{backend} ({reason})"]]

@@ -21,7 +21,7 @@ class Progress:
     def __call__(self, done: int, total: int, name: str = "") -> None:
         self.check()
         self.bar.update_absolute(done, max(total, 1))
-        self.say(f"{self.title} {min(done + 1, total)}/{total}: {name}" if name else f"{self.title} {done}/{total}")
+        self.say(f"{self.title}: {name or 'done'}")
 
     def say(self, text: str) -> None:
         """Shows a line under the node, where there is a server to show it."""

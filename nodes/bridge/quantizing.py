@@ -113,13 +113,16 @@ def _facts_of(target: Path, source, job: Job) -> dict | None:
     return facts if facts and facts.get("kind") != "prompts" else None
 
 
+def file_name(origin: str, filename: str, rank: int) -> str:
+    """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
+    name = filename.strip() or str(Path(origin).with_name(f"{Path(origin).name.removesuffix('.safetensors')}-svdq-int4-r{rank}"))
+    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+
+
 def _target(job: Job, source) -> tuple[Path, str]:
     """(path of the new file, its name in ComfyUI's lists): beside the source, else in the first folder that can be written to."""
-    stem = Path(job.model_name).stem if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
-    name = job.filename.strip() or f"{stem}-svdq-int4-r{job.recipe.rank}"
-    name = name if name.endswith(".safetensors") else f"{name}.safetensors"
-    if job.model is None and not job.filename.strip():
-        name = str(Path(job.model_name).parent / name)
+    origin = job.model_name if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
+    name = file_name(origin, job.filename, job.recipe.rank)
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
     home = next((folder for folder in folders if source.path is not None and folder in source.path.parents), None)
     for folder in [home, *folders] if home else folders:

@@ -200,9 +200,18 @@ def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch
 def test_the_charts_have_the_agreed_shape(folder):
     name, report = quantizing.run(job())
     chart = charts.layers_chart(report, name, "subtitle")
-    assert chart.keys() == {"kind", "title", "subtitle", "summary", "rows"}
+    assert chart.keys() == {"kind", "title", "subtitle", "summary", "bytes_before", "bytes_after", "rows"}
     assert all(row.keys() == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds"} for row in chart["rows"])
     model = loading.load(folder / name)
     facts = charts.model_chart(container.open_quantized(folder / name), loading.vram_needed(model), model.load_device)
     assert facts["kind"] == "facts" and all(len(pair) == 2 for pair in facts["summary"])
     assert loading.vram_needed(model)[0] == model.model_size() and loading.vram_needed(model)[1] > 1e6
+
+
+def test_the_node_runs_again_until_its_file_is_there(folder):
+    from nibble.nodes.svdquant import NibbleQuantizeSVDQuant as node
+    asked = {"model_name": "flux.safetensors", "filename": "", "rank": 16, "preset": "fast"}
+    absent = node.fingerprint_inputs(**asked)
+    assert absent != absent
+    quantizing.run(job())
+    assert node.fingerprint_inputs(**asked) == node.fingerprint_inputs(**asked)
