@@ -31,7 +31,7 @@ def read(picture: np.ndarray) -> world.Scene | None:
 def score(pictures: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
     """Share of pictures (batch, SIZE, SIZE, 3) that show what was asked: each fact, and 'all' for colour, shape and place at once."""
     found = [read(picture) for picture in pictures]
-    facts = {fact: np.array([bool(seen) and getattr(seen, fact) == getattr(asked, fact) for seen, asked in zip(found, scenes)])
+    facts = {fact: np.array([bool(seen) and getattr(seen, fact) == getattr(asked, fact) for seen, asked in zip(found, scenes, strict=True)])
              for fact in ("colour", "shape", "place", "background")}
     everything = facts["colour"] & facts["shape"] & facts["place"]
     return {fact: float(hits.mean()) for fact, hits in facts.items()} | {"all": float(everything.mean())}

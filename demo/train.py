@@ -149,13 +149,15 @@ def flow_loss(flux, latents: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
 
 
 def train_flux(out: Path, steps: int, batch: int = 32, seed: int = 0) -> None:
-    """Stage 2, on pictures drawn afresh for every step; writes flux-demo.safetensors (bfloat16, moving average of the weights)."""
+    """Stage 2, on pictures drawn afresh for every step; writes flux-demo.safetensors (bfloat16, moving average of the weights), or trains
+    the one that is there further."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng(seed + 1)
+    rng = np.random.default_rng()  # pictures without end: never the same twice, whatever was drawn before
     encoder = PatchEncoder(np.random.default_rng(seed))
-    flux = pictures.build_flux()
+    begun = (out / "flux-demo.safetensors").exists()
+    flux = pictures.load_flux(out / "flux-demo.safetensors").train() if begun else pictures.build_flux()
     averaged = torch.optim.swa_utils.AveragedModel(flux, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(flux.parameters(), lr=8e-4, weight_decay=0.01, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(flux.parameters(), lr=5e-4 if begun else 8e-4, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = warm_cosine(optimizer, steps, warm=300)
     for step in (bar := tqdm(range(steps), desc="flux")):
         scenes, images = picture_batch(batch, rng)

@@ -100,7 +100,7 @@ def to_diffusers_names(state: dict[str, Tensor], rows: dict[str, int]) -> dict[s
         if parts is None:
             raise ValueError(f"{name} is no part of a FLUX transformer")
         pieces = tensor.split([rows[part] for part in parts]) if len(parts) > 1 else [tensor]
-        for part, piece in zip(parts, pieces):
+        for part, piece in zip(parts, pieces, strict=True):
             out[f"{part}.{'weight' if parameter == 'scale' else parameter}"] = _swap_halves(piece) if module == _SWAPPED else piece
     return out
 

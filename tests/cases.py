@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from nibble.quant.packing import dequantize_groups, unpack_int4
 from torch import Tensor
+
+from nibble.quant.packing import dequantize_groups, unpack_int4
 
 
 @dataclass(frozen=True)

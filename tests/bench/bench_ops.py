@@ -18,10 +18,12 @@ import torch
 from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import conftest  # noqa: E402, F401  (loads the checkout as the package `nibble`)
 from bench.timer import side_by_side  # noqa: E402
-from cases import FLUX, FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options  # noqa: E402
+
 from nibble.kernels import ops, reference, which  # noqa: E402
+
+import conftest  # noqa: E402, F401  (loads the checkout as the package `nibble`)
+from cases import FLUX, FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options  # noqa: E402
 
 try:
     import comfy_kitchen
@@ -98,7 +100,7 @@ def environment(device: str) -> dict:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line, with defaults that fit the machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "ops.json", help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="smaller layers and fewer rounds: a smoke test, not a measurement")
     parser.add_argument("--scale", type=float, help="factor on M, K and N (default: 1 on a GPU, 0.25 on CPU, 0.05 with --quick)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """Fidelity of whole pictures: the demo model drawn in 16 bit, and with its linears at 4 bits by several methods, same prompts and noise.
 
-    python tests/bench/bench_pictures.py --out tests/bench/results/pictures.json
+    python tests/bench/bench_pictures.py
 
 Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4 quantize exactly the linears that our own presets quantize to W4A4, and
 leave the others (modulation, embedders, final layer) in 16 bit, which favours them.
@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: F401  (loads the checkout as `nibble`)
-from baselines import BASELINES
 from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
 from nibble.quant import linears
 from nibble.quant.architectures import plan, recognise
 from nibble.quant.sources import Source
 from nibble.quant.svdquant.recipe import Recipe
+
+import conftest  # noqa: F401  (loads the checkout as `nibble`)
+from baselines import BASELINES
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Lambda(torch.nn.Module):
@@ -54,7 +57,7 @@ def ours(preset: str, folder: Path) -> torch.nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS / "pictures.json")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--sheet", type=Path, help="also write the pictures as one PNG, a method a row")

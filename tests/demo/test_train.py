@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from nibble.demo import pictures, train
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from nibble.demo import prompts, scorer, world
 
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from cases import SMALL, Case, make_input, make_w4a4, options, plain_w4a4
-from compare import assert_twice_plain
+
 from nibble.kernels import ops
 from nibble.quant.packing import pack_int4
+
+from cases import SMALL, Case, make_input, make_w4a4, options, plain_w4a4
+from compare import assert_twice_plain
 
 
 def empty_branch(m, n):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+
+from nibble.kernels import SHIFT, kitchen, ops
+
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options
 from compare import relative_error, sqnr_db
-from nibble.kernels import SHIFT, kitchen, ops
 
 comfy_kitchen = pytest.importorskip("comfy_kitchen", reason="comfy_kitchen is not installed: its answers cannot be compared with ours")
 from comfy_kitchen.tensor import QuantizedTensor  # noqa: E402
@@ -93,9 +95,9 @@ def test_the_way_through_their_ops_agrees_with_the_reference(case):
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, FLOAT32_ROUNDING), (torch.bfloat16, BFLOAT16_ROUNDING)], ids=str)
 def test_w4a16_gives_their_answer(case, dtype, rounding):
     x, parameters = make_input(case, dtype), make_w4a16(case, dtype)
-    zeros = parameters["weight_zeros"]
+    scale, zeros = parameters["weight_scale"], parameters["weight_zeros"]
     params = TensorCoreAWQW4A16Layout.Params(
-        scale=parameters["weight_scale"], zeros=torch.zeros_like(parameters["weight_scale"]) if zeros is None else zeros, orig_dtype=dtype, orig_shape=(case.N, case.K)
+        scale=scale, zeros=torch.zeros_like(scale) if zeros is None else zeros, orig_dtype=dtype, orig_shape=(case.N, case.K)
     )
     theirs = torch.nn.functional.linear(x, QuantizedTensor(parameters["weight"], "TensorCoreAWQW4A16Layout", params), parameters["bias"])
     assert relative_error(ops.linear_w4a16(x, **parameters), theirs) < rounding

@@ -95,14 +95,14 @@ class Attached:
 
     def __enter__(self):
         for key, module in self.modules.items():
-            setattr(module, "weight_lowvram_function", LowVramPatch(key, self.patches))
-            setattr(module, "weight_function", [])
+            module.weight_lowvram_function = LowVramPatch(key, self.patches)
+            module.weight_function = []
         return self
 
     def __exit__(self, *_):
         for module in self.modules.values():
-            setattr(module, "weight_lowvram_function", None)
-            setattr(module, "weight_function", [])
+            module.weight_lowvram_function = None
+            module.weight_function = []
 
 
 # ---- loaded whole

@@ -2,13 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from nibble.quant import diffusers as models
 from nibble.quant.container import FileRefused, open_quantized
 from nibble.quant.linears import find_linears
 from nibble.quant.svdquant.pipeline import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.svdquant.weight import FORMATS
-from safetensors.torch import load_file, save_file
 
 
 def tiny_flux(seed: int = 0):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from nibble.quant.linears import Recorder, collect, find_linears, replace
 from nibble.quant.statistics import InputStats
-from torch import nn
 
 
 def model() -> nn.Module:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from compare import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nibble.quant.packing import dequantize_groups, group_absmax, group_range, pack_int4, quantize_groups, unpack_int4
+
+from compare import assert_same
 
 settings.register_profile("small", max_examples=40, deadline=None)
 settings.load_profile("small")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nibble.quant.statistics import InputStats, block_size
 
 

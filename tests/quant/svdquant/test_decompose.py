@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from nibble.kernels.reference import SHIFT
 from nibble.quant.packing import dequantize_groups, group_absmax, quantize_groups
 from nibble.quant.statistics import InputStats
@@ -181,7 +182,7 @@ def test_shared_smoothing_is_used_as_given(case):
     smooth = shared_smoothing([weight[:64], weight[64:]], stats, recipe)
     parts = [quantize_linear(w, b, stats, recipe, smooth=smooth)[0] for w, b in ((weight[:64], bias[:64]), (weight[64:], bias[64:]))]
     assert all(torch.equal(part.smooth_factor, smooth.bfloat16()) for part in parts)
-    assert all(db(w, b, part, x) > 20 for part, w, b in zip(parts, (weight[:64], weight[64:]), (bias[:64], bias[64:])))
+    assert all(db(w, b, part, x) > 20 for part, w, b in zip(parts, (weight[:64], weight[64:]), (bias[:64], bias[64:]), strict=True))
 
 
 @pytest.mark.parametrize("statistics", [False, True], ids=["weights alone", "recorded inputs"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nibble.kernels import reference
 from nibble.quant.packing import dequantize_groups
 from nibble.quant.svdquant.gptq import gptq, group_scales, round_codes, round_to_nearest, rounding_order

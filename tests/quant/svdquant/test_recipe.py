@@ -1,6 +1,7 @@
 """Recipes: presets, checks, JSON."""
 
 import pytest
+
 from nibble.quant.svdquant.recipe import PRESET_HELP, PRESETS, Recipe
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from nibble.kernels.reference import SHIFT, hadamard64
 from nibble.quant.packing import pack_int4
 from nibble.quant.svdquant.linear import SVDQuantLinear, W4A16Linear, as_module
