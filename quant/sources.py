@@ -8,6 +8,7 @@ such as "model.diffusion_model." is removed, so that names are those of ComfyUI'
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,7 @@ class _Stored(NamedTuple):
     nbytes: int
 
 
-class _Model:
+class _Model(ABC):
     """What a file and a live model share. Subclasses set `name`, `notes`, `bytes`, and read stored tensors by their name in the file."""
 
     name = "model"
@@ -116,12 +117,13 @@ class _Model:
                 digest.update(self._sample(name, start, min(count, length)))
         return digest.hexdigest()
 
+    @abstractmethod
     def _raw(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """A tensor as stored."""
 
+    @abstractmethod
     def _sample(self, name: str, start: int, count: int) -> bytes:
         """Bytes of `count` elements from the one numbered `start`."""
-        raise NotImplementedError
 
     def _logical(self, key: str) -> tuple[int, ...]:
         shape = self._stored[key].shape
