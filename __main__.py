@@ -114,12 +114,13 @@ def quantize(options: argparse.Namespace) -> None:
 
 
 def _calibration(options: argparse.Namespace, recipe) -> tuple:
-    """Checks source and target before the long recording starts, then runs the model; (None, facts) for the weights alone.
+    """(recorded inputs by layer | None, what they come from): checks source and target, and whether all is done, before the long recording.
 
     The fast preset records only what costs little: a FLUX.1 that fits under the memory cap in float32, on random conditioning.
     """
     from .quant.architectures import plan, recognise
     from .quant.sources import Source
+    from .quant.svdquant.pipeline import calibrated_on
     from .quant.writer import check_target
     source = Source(options.source)
     check_target(source.path, options.target)
@@ -137,22 +138,24 @@ def _calibration(options: argparse.Namespace, recipe) -> tuple:
         if fast:
             return None, {"kind": "weights only"}
         raise ValueError(f"--preset best needs diffusers to run the model ({error}); pip install diffusers, or use --preset fast") from None
-    prompts = (None, None) if fast else _prompts(options.prompts)
+    prompts, facts = ((None, None), {"kind": "random conditioning"}) if fast or options.prompts is None else _prompts(options.prompts)
+    if calibrated_on(options.target, source, recipe) == facts:
+        return None, facts
     state = {name: source.read(name).float() for name in source.shapes}
     with _Bar("tokens") as bar:
         statistics = diffusers.record_inputs(state, names, *prompts, cap=int(options.memory_cap * 1e9), seed=recipe.seed,
                                              report=lambda done, total: bar(done, total, "recording inputs"))
-    return statistics.get, {"kind": "random conditioning" if prompts[0] is None else "prompts", "prompts": 0 if prompts[0] is None else len(prompts[0])}
+    return statistics.get, facts
 
 
-def _prompts(path: Path | None) -> tuple:
-    if path is None:
-        return None, None
-    from .quant.container import FileRefused, read_header, read_tensor
+def _prompts(path: Path) -> tuple[tuple, dict]:
+    """((tokens, pooled), facts about them) of a file with text encoders' outputs."""
+    from .quant.container import FileRefused, checksum, read_header, read_tensor
     header = read_header(path)
     if not {"tokens", "pooled"} <= header.tensors.keys():
         raise FileRefused(f"{path.name} lacks the tensors 'tokens' and 'pooled'; save the text encoders' outputs under these names.")
-    return read_tensor(header, "tokens").float(), read_tensor(header, "pooled").float()
+    tokens, pooled = read_tensor(header, "tokens").float(), read_tensor(header, "pooled").float()
+    return (tokens, pooled), {"kind": "prompts", "prompts": len(tokens), "fingerprint": f"{checksum(tokens)}{checksum(pooled)}"}
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -93,9 +93,18 @@ def test_the_best_preset_runs_the_model_first(source, tmp_path, capsys):
     assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK, "--preset", "best", "--keep", "double*",
                      "--prompts", str(tmp_path / "prompts.safetensors")]) == 0
     file = open_quantized(tmp_path / "q.safetensors")
-    assert file.fact("calibration") == {"kind": "prompts", "prompts": 2}
+    facts = file.fact("calibration")
+    assert (facts["kind"], facts["prompts"]) == ("prompts", 2) and len(facts["fingerprint"]) == 16
     assert any("held-out samples" in row["why"] and "GPTQ" in row["why"] for row in file.fact("report")["rows"])
     assert "lacks the tensors" in refused(capsys, "quantize", source, tmp_path / "p.safetensors", "--preset", "best", "--prompts", source)
+
+
+def test_a_second_run_records_nothing(source, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("nibble.quant.diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI")
+    arguments = ["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]
+    assert cli.main(arguments) == 0
+    monkeypatch.setattr(diffusers, "record_inputs", lambda *_, **__: pytest.fail("recorded again"))
+    assert cli.main(arguments) == 0
 
 
 def test_wrong_usage_is_exit_code_2_and_help_has_examples(capsys):

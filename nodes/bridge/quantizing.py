@@ -12,9 +12,9 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ...quant.architectures import plan, recognise
-from ...quant.container import FileRefused, open_quantized
+from ...quant.container import FileRefused
 from ...quant.sources import Source, StateDictSource
-from ...quant.svdquant.pipeline import quantize_checkpoint
+from ...quant.svdquant.pipeline import calibrated_on, quantize_checkpoint
 from ...quant.svdquant.recipe import Recipe
 from ...quant.svdquant.report import Report
 from . import calibration
@@ -74,7 +74,7 @@ def _measure(job: Job, source, target: Path, name: str, names: list[str]) -> tup
     """(what the statistics come from, the statistics by layer): records the model's inputs, unless the target has the result already."""
     patcher, pictures, notes = _pictures(job, source)
     facts = pictures.facts() if pictures else {"kind": "weights only"}
-    if _made_from(target, source, job.recipe) == facts:
+    if calibrated_on(target, source, job.recipe) == facts:
         return facts, {}
     if target.exists() and not job.overwrite:
         raise FileRefused(f"{name} exists already and was made with other options; switch 'overwrite' on, or give another filename.")
@@ -97,19 +97,9 @@ def _pictures(job: Job, source) -> tuple[ModelPatcher | None, calibration.Pictur
     return patcher, pictures, ["inputs were measured on noise and random conditioning"]
 
 
-def _made_from(target: Path, source, recipe: Recipe) -> dict | None:
-    """What the target was calibrated on, when it was made from this model with this recipe; else None."""
-    try:
-        file = open_quantized(target)
-    except FileRefused:
-        return None
-    same = file.metadata.get("recipe") == recipe.to_json() and file.fact("source").get("fingerprint") == source.fingerprint
-    return file.fact("calibration") if same else None
-
-
 def _facts_of(target: Path, source, job: Job) -> dict | None:
     """The same for a job without prompts: the model need not even be loaded to see that all is done."""
-    facts = _made_from(target, source, job.recipe) if not job.positive else None
+    facts = calibrated_on(target, source, job.recipe) if not job.positive else None
     return facts if facts and facts.get("kind") != "prompts" else None
 
 

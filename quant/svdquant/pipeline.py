@@ -198,6 +198,17 @@ def _padded(text: Tensor) -> Tensor:
     return torch.cat([text.cpu(), torch.full((JSON_BYTES - len(text),), ord(" "), dtype=torch.uint8)])
 
 
+def calibrated_on(target: str | Path, source: Source | StateDictSource, recipe: Recipe) -> dict | None:
+    """What an existing target was calibrated on, if it was made from this model by this recipe; else None. Tells, before the long recording
+    of inputs starts, that all is done."""
+    try:
+        file = open_quantized(target)
+    except FileRefused:
+        return None
+    same = file.metadata.get("recipe") == recipe.to_json() and file.fact("source").get("fingerprint") == source.fingerprint
+    return file.fact("calibration") if same else None
+
+
 def _finished(target: str | Path, facts: Mapping[str, str]) -> Report | None:
     """The report of an existing target if it is the result of the same run."""
     if not Path(target).exists():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
 from nibble.quant.container import open_quantized
