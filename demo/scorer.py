@@ -1,7 +1,7 @@
 """Reads a picture of the demo world back: which colour, which shape, which place, on which background.
 
 Nothing is learned: the background is the border's median colour, the shape is what differs from it, and its name is that of the
-template (every shape, at several sizes and tilts, drawn by `world` itself) which overlaps it best.
+template (every shape, at several sizes, tilts and weights of its outline, drawn by `world` itself) which overlaps it best.
 """
 
 from functools import lru_cache
@@ -48,14 +48,15 @@ def _place(centre: tuple[float, float]) -> str:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Every shape at several sizes and tilts, cut to a 32-pixel window about the middle of its bounding box: bool (count, 32, 32)."""
+    """Every shape at several sizes and tilts, as drawn and with an outline a little fatter, cut to a 32-pixel window about the middle of its bounding box: bool (count, 32, 32)."""
     names, masks = [], []
     for shape in world.SHAPES:
         for radius in np.arange(8.5, 13.0, 0.5):
             for tilt in (-0.2, -0.1, 0.0, 0.1, 0.2):
-                mask = world.coverage(shape, world.Pose(32, 32, radius, tilt)) > 0.5
-                names.append(shape)
-                masks.append(_window(mask))
+                for grown in (0.0, 1.0):
+                    mask = world.coverage(shape, world.Pose(32, 32, radius, tilt), grown=grown) > 0.5
+                    names.append(shape)
+                    masks.append(_window(mask))
     return names, np.stack(masks)
 
 

@@ -5,6 +5,9 @@
 2. A FLUX (diffusers' class, small sizes) learns the latents by rectified flow: x_t = (1 - t) x_0 + t n, target n - x_0
    (Liu et al., "Flow Straight and Fast", eq. 1), with an exponential moving average of the weights.
 
+Run again on the same folder, it trains what is there further, at a lower rate. The shipped decoder had 3400 steps, the shipped FLUX 9000 and
+then 2600 more.
+
 The weights land as ``flux-demo.safetensors`` in Black Forest Labs' key names and ``vae-demo.safetensors`` in TAESD's.
 """
 
@@ -152,7 +155,7 @@ def train_flux(out: Path, steps: int, batch: int = 32, seed: int = 0) -> None:
     """Stage 2, on pictures drawn afresh for every step; writes flux-demo.safetensors (bfloat16, moving average of the weights), or trains
     the one that is there further."""
     torch.manual_seed(seed)
-    rng = np.random.default_rng()  # pictures without end: never the same twice, whatever was drawn before
+    rng = np.random.default_rng()  # never the same pictures twice, whatever was drawn before
     encoder = PatchEncoder(np.random.default_rng(seed))
     begun = (out / "flux-demo.safetensors").exists()
     flux = pictures.load_flux(out / "flux-demo.safetensors").train() if begun else pictures.build_flux()

@@ -71,12 +71,12 @@ def random_pose(place: str, rng: np.random.Generator) -> Pose:
     return Pose(x=14 + 18 * column + jitter[0], y=14 + 18 * row + jitter[1], radius=rng.uniform(9.0, 12.0), tilt=rng.uniform(-0.2, 0.2))
 
 
-def coverage(shape: str, pose: Pose, size: int = SIZE) -> np.ndarray:
-    """How much of each pixel the shape covers: float64 (size, size) in [0, 1]."""
+def coverage(shape: str, pose: Pose, size: int = SIZE, grown: float = 0.0) -> np.ndarray:
+    """How much of each pixel the shape covers, grown on all sides by so many pixels: float64 (size, size) in [0, 1]."""
     grid = np.arange(size) + 0.5
     x, y = np.meshgrid(grid - pose.x, grid - pose.y)
     c, s = np.cos(pose.tilt), np.sin(pose.tilt)
-    return np.clip(0.5 - _distance(shape, c * x + s * y, c * y - s * x, pose.radius), 0.0, 1.0)
+    return np.clip(0.5 + grown - _distance(shape, c * x + s * y, c * y - s * x, pose.radius), 0.0, 1.0)
 
 
 def render(scene: Scene, pose: Pose) -> np.ndarray:

@@ -4,6 +4,7 @@
 `record_inputs` draws with the 16-bit model to see what its layers read, and `euler` is the sampler for that.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -234,17 +235,17 @@ def velocity(flux: nn.Module, latents: Tensor, t: Tensor, tokens: Tensor, pooled
     return out.reshape(batch, h, w, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
 
 
-def schedule(steps: int) -> Tensor:
+def schedule(steps: int, shift: float = SHIFT) -> Tensor:
     """Shifted times from 1 to 0, float32 (steps + 1,): t = e^s / (e^s + 1/u - 1), as in FLUX.1's reference sampler."""
-    u, shift = torch.linspace(1, 0, steps + 1), torch.tensor(SHIFT).exp()
-    return shift * u / (1 + (shift - 1) * u)
+    u, scale = torch.linspace(1, 0, steps + 1), math.exp(shift)
+    return scale * u / (1 + (scale - 1) * u)
 
 
 @torch.no_grad()
 def euler(flux: nn.Module, noise: Tensor, tokens: Tensor, pooled: Tensor, steps: int, guidance: float = 3.5,
-          report: Callable[[int], None] = lambda step: None) -> Tensor:
+          shift: float = SHIFT, report: Callable[[int], None] = lambda step: None) -> Tensor:
     """Euler's method for the rectified flow dx/dt = velocity, from noise (batch, 16, h, w) at t = 1 to latents at t = 0."""
-    x, times = noise, schedule(steps).to(noise)
+    x, times = noise, schedule(steps, shift).to(noise)
     for i in range(steps):
         x = x + (times[i + 1] - times[i]) * velocity(flux, x, times[i].expand(len(x)), tokens, pooled, x.new_full((len(x),), guidance))
         report(i + 1)
