@@ -18,11 +18,12 @@ import torch
 from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench.timer import side_by_side  # noqa: E402
+if "nibble" not in sys.modules:
+    import conftest  # noqa: F401  loads the checkout as `nibble`
 
+from bench.timer import side_by_side  # noqa: E402
 from nibble.kernels import ops, reference, which  # noqa: E402
 
-import conftest  # noqa: E402, F401  (loads the checkout as the package `nibble`)
 from cases import FLUX, FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options  # noqa: E402
 
 try:

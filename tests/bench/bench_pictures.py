@@ -14,18 +14,21 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from nibble.demo import pictures, run
-from nibble.quant import diffusers as models
-from nibble.quant import linears
-from nibble.quant.architectures import plan, recognise
-from nibble.quant.sources import Source
-from nibble.quant.svdquant.recipe import Recipe
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+if "nibble" not in sys.modules:
+    import conftest  # noqa: F401  loads the checkout as `nibble`
 
-import conftest  # noqa: F401  (loads the checkout as `nibble`)
-from baselines import BASELINES
+from baselines import BASELINES  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from nibble.demo import pictures, run  # noqa: E402
+from nibble.quant import diffusers as models  # noqa: E402
+from nibble.quant import linears  # noqa: E402
+from nibble.quant.architectures import plan, recognise  # noqa: E402
+from nibble.quant.sources import Source  # noqa: E402
+from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
+
+RESULTS = HERE / "results"
 
 
 class Lambda(torch.nn.Module):
