@@ -48,7 +48,8 @@ def _place(centre: tuple[float, float]) -> str:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Every shape at several sizes and tilts, as drawn and with an outline a little fatter, cut to a 32-pixel window about the middle of its bounding box: bool (count, 32, 32)."""
+    """Every shape at several sizes and tilts, as drawn and with a fatter outline, cut to a 32-pixel window about the middle of its box:
+    names, bool (count, 32, 32)."""
     names, masks = [], []
     for shape in world.SHAPES:
         for radius in np.arange(8.5, 13.0, 0.5):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import SMALL, make_input, make_w4a4, make_w4a16, options
-from compare import assert_sqnr, assert_twice_plain
 
 from nibble.kernels import ops, reference
+
+from cases import SMALL, make_input, make_w4a4, make_w4a16, options
+from compare import assert_sqnr, assert_twice_plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
