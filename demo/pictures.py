@@ -11,6 +11,7 @@ from .prompts import WORD_DIM, embed, word_indices
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIFT = 3.0  # of the time schedule: a picture of 16 tokens is decided near pure noise, so most steps go there
+LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159  # ComfyUI's latent format of FLUX.1: the model sees (latent - shift) * scale
 FLUX_FILE, VAE_FILE = WEIGHTS / "flux-demo.safetensors", WEIGHTS / "vae-demo.safetensors"
 
 
@@ -32,8 +33,9 @@ def load_vae(path: Path = VAE_FILE):
 
 
 def save_vae(vae, path: Path) -> None:
-    """Writes TAESD's names in float16."""
-    save_file({name: tensor.half().contiguous() for name, tensor in models.to_taesd_names(vae).items()}, path)
+    """Writes TAESD's names in float16, and what ComfyUI does to a FLUX's latents between the model and the autoencoder."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in models.to_taesd_names(vae).items()}
+    save_file(tensors | {"vae_scale": torch.tensor(LATENT_SCALE), "vae_shift": torch.tensor(LATENT_SHIFT)}, path)
 
 
 def load_flux(path: Path = FLUX_FILE):

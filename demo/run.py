@@ -33,8 +33,8 @@ def quantize(target: Path, recipe: Recipe, progress: Callable[[int, int, str], N
         kind, conditioning = "prompts", prompts.embed(prompts.word_indices(asked))
     else:
         generator = torch.Generator().manual_seed(CALIBRATION_SEED)
-        shapes = (8, 4, prompts.WORD_DIM), (8, prompts.WORD_DIM)
-        kind, conditioning = "random conditioning", [torch.randn(shape, generator=generator) for shape in shapes]
+        tokens = torch.randn(CALIBRATION_PROMPTS, 4, prompts.WORD_DIM, generator=generator)
+        kind, conditioning = "random conditioning", (tokens, tokens.mean(1))
     statistics = record(opened, recipe, *conditioning)
     facts = {"kind": kind, "prompts": len(conditioning[0]), "seed": CALIBRATION_SEED}
     return quantize_checkpoint(opened, target, recipe, statistics.get, progress, calibration=facts)

@@ -338,14 +338,14 @@ def _solve(problem: _Problem, space: InputSpace, recipe: Recipe, generator: torc
 def quantize_w4a16(weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe) -> tuple[W4A16Weight, float]:
     """4-bit weights for layers that see few tokens (modulation); activations stay in 16 bit.
 
-    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs' covariance where the recipe says so and they were
+    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs' covariance, with any preset, where they were
     recorded: inputs of modulation layers are few and alike, so that most of the rounding error can be moved to where they never point.
     Returns the layer and its SQNR in dB on recorded, or else synthetic, inputs.
     """
     problem = _problem(weight, bias, stats, False, torch.Generator().manual_seed(recipe.seed))
     diagonal = problem.covariance.diagonal(dim1=1, dim2=2)
     hessian = problem.covariance + torch.diag_embed((DAMPING * diagonal.mean()).clamp_min(1e-20).expand_as(diagonal))
-    if recipe.gptq and problem.measured:
+    if problem.measured:
         codes, scale = gptq(problem.weight, hessian, recipe.clip_search)
     else:
         codes, scale = round_to_nearest(problem.weight, hessian.diagonal(dim1=1, dim2=2).flatten(), recipe.clip_search)

@@ -24,7 +24,7 @@ class Recipe:
     solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with the 4-bit part
     iterations      turns of the alternating solver; the best one is kept
     rotation        64-point Hadamard after smoothing: "auto" measures both on recorded inputs, and rotates without them
-    gptq            round each column so that the next ones make up for it (needs recorded inputs)
+    gptq            round each column so that the next ones make up for it (needs recorded inputs; w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
     clip_search     search each group's scale instead of absmax / 7
     act_unsigned    allow unsigned activations behind a GELU
