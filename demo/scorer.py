@@ -1,7 +1,7 @@
 """Reads a picture of the demo world back: which colour, which shape, which place, on which background.
 
-Nothing is learned: the background is the border's median colour, the shape is what differs from it, and its name is that of the
-template (every shape, at several sizes, tilts and weights of its outline, drawn by `world` itself) which overlaps it best.
+Nothing is learned: the background is the border's median colour, the shape is what differs from it (each pixel by how far it has gone
+from the background's colour to the shape's), and its name is that of the template (every shape, at several sizes, tilts and weights of its outline, drawn by `world` itself) which is nearest to it.
 """
 
 from functools import lru_cache
@@ -23,9 +23,10 @@ def read(picture: np.ndarray) -> world.Scene | None:
         return None
     y, x = np.nonzero(mask)
     centre = (x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2
-    core = difference >= np.quantile(difference[mask], 0.5)
-    return world.Scene(_nearest(np.median(picture[core], axis=0), world.COLOURS), _shape(mask), _place(centre),
-                       _nearest(background, world.BACKGROUNDS))
+    core = np.median(picture[difference >= np.quantile(difference[mask], 0.5)], axis=0)
+    towards = (core - background) / np.square(core - background).sum()
+    covered = np.clip((picture - background) @ towards, 0, 1)
+    return world.Scene(_nearest(core, world.COLOURS), _shape(covered, mask), _place(centre), _nearest(background, world.BACKGROUNDS))
 
 
 def score(pictures: np.ndarray, scenes: list[world.Scene]) -> dict[str, float]:
@@ -48,29 +49,28 @@ def _place(centre: tuple[float, float]) -> str:
 
 @lru_cache(maxsize=1)
 def _templates() -> tuple[list[str], np.ndarray]:
-    """Every shape at several sizes and tilts, as drawn and with a fatter outline, cut to a 32-pixel window about the middle of its box:
-    names, bool (count, 32, 32)."""
-    names, masks = [], []
+    """Every shape at several sizes and tilts, as drawn and with a fatter outline, in a window about its box: names, float32 (count, 32 * 32)."""
+    names, drawn = [], []
     for shape in world.SHAPES:
         for radius in np.arange(8.5, 13.0, 0.5):
             for tilt in (-0.2, -0.1, 0.0, 0.1, 0.2):
                 for grown in (0.0, 1.0):
-                    mask = world.coverage(shape, world.Pose(32, 32, radius, tilt), grown=grown) > 0.5
+                    covered = world.coverage(shape, world.Pose(32, 32, radius, tilt), grown=grown)
                     names.append(shape)
-                    masks.append(_window(mask))
-    return names, np.stack(masks)
+                    drawn.append(_window(covered, covered > 0.5).ravel())
+    return names, np.stack(drawn).astype(np.float32)
 
 
-def _window(mask: np.ndarray, size: int = 32) -> np.ndarray:
-    """The mask moved so that its bounding box is centred in a window."""
+def _window(covered: np.ndarray, mask: np.ndarray, dx: int = 0, dy: int = 0, size: int = 32) -> np.ndarray:
+    """What is covered, in a window about the middle of the mask's box moved by (dx, dy)."""
     y, x = np.nonzero(mask)
-    top, left = (y.min() + y.max() + 1 - size) // 2, (x.min() + x.max() + 1 - size) // 2
-    padded = np.pad(mask, size)
-    return padded[top + size:top + 2 * size, left + size:left + 2 * size]
+    top, left = (y.min() + y.max() + 1 - size) // 2 + dy, (x.min() + x.max() + 1 - size) // 2 + dx
+    return np.pad(covered, size)[top + size:top + 2 * size, left + size:left + 2 * size]
 
 
-def _shape(mask: np.ndarray) -> str:
+def _shape(covered: np.ndarray, mask: np.ndarray) -> str:
+    """The template with the least squared difference, each tried a pixel to every side."""
     names, templates = _templates()
-    seen = _window(mask)
-    overlap = (templates & seen).sum((1, 2)) / np.maximum((templates | seen).sum((1, 2)), 1)
-    return names[int(overlap.argmax())]
+    seen = np.stack([_window(covered, mask, dx, dy).ravel() for dx in (-1, 0, 1) for dy in (-1, 0, 1)]).astype(np.float32)
+    distance = np.square(templates).sum(1)[:, None] - 2 * templates @ seen.T + np.square(seen).sum(1)
+    return names[int(distance.min(1).argmin())]
