@@ -1,7 +1,8 @@
 """Reads a picture of the demo world back: which colour, which shape, which place, on which background.
 
-Nothing is learned: the background is the border's median colour, the shape is what differs from it (each pixel by how far it has gone
-from the background's colour to the shape's), and its name is that of the template (every shape, at several sizes, tilts and weights of its outline, drawn by `world` itself) which is nearest to it.
+Nothing is learned: the background is the border's median colour; the shape is what differs from it, each pixel by how far it has gone
+from the background's colour to the shape's; and its name is that of the nearest template, drawn by `world` itself at several sizes,
+tilts and weights of the outline.
 """
 
 from functools import lru_cache
