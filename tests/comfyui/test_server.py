@@ -130,7 +130,7 @@ def test_a_connected_model_is_quantized_with_its_lora(server, lora, graph):
     loaded = graph.add("NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default")
     saved = graph.save(graph.sample(loaded, graph.prompt()))
     styled = server.picture(server.run(graph.nodes)[saved])
-    assert psnr(styled, picture(server, FLUX, lora)) > PSNR_FLOOR - 2
+    assert psnr(styled, picture(server, FLUX, lora)) > psnr(styled, picture(server, FLUX)) + 4, "the LoRA is part of the file"
 
 
 def test_best_is_calibrated_on_the_connected_prompts(server, graph, dense):
