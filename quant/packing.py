@@ -45,12 +45,6 @@ def group_absmax(weight: Tensor) -> Tensor:
     return weight.unflatten(-1, (_groups(weight.shape[-1]), GROUP)).abs().amax(-1).t().contiguous()
 
 
-def group_range(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each group: (N, K) -> two tensors (K/64, N), in the weight's dtype."""
-    low, high = torch.aminmax(weight.unflatten(-1, (_groups(weight.shape[-1]), GROUP)), dim=-1)
-    return low.t().contiguous(), high.t().contiguous()
-
-
 def quantize_groups(weight: Tensor, scale: Tensor) -> Tensor:
     """round(weight / scale), half to even, clamped to -8..7: (N, K), (K/64, N) -> int8 (N, K). A scale of 0 gives codes 0."""
     groups = weight.unflatten(-1, (_groups(weight.shape[-1]), GROUP))

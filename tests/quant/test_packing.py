@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.packing import dequantize_groups, group_absmax, group_range, pack_int4, quantize_groups, unpack_int4
+from nibble.quant.packing import dequantize_groups, group_absmax, pack_int4, quantize_groups, unpack_int4
 
 from compare import assert_same
 
@@ -81,11 +81,12 @@ def test_values_beyond_the_range_are_clamped():
     assert quantize_groups(torch.full((1, 64), -100.0), torch.ones(1, 1)).unique().tolist() == [-8]
 
 
-def test_group_range_and_absmax_agree():
-    weight = torch.randn(5, 256)
-    low, high = group_range(weight)
-    assert low.shape == (4, 5)
-    assert torch.equal(torch.maximum(low.abs(), high.abs()), group_absmax(weight))
+def test_group_absmax_is_the_largest_magnitude_of_64_columns():
+    weight = torch.zeros(5, 256)
+    weight[3, 64], weight[3, 127], weight[4, 255] = 2.0, -3.0, -0.5
+    expected = torch.zeros(4, 5)
+    expected[1, 3], expected[3, 4] = 3.0, 0.5
+    assert torch.equal(group_absmax(weight), expected)
 
 
 @pytest.mark.parametrize(
