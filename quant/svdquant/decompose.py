@@ -24,7 +24,7 @@ from ...kernels.reference import SHIFT
 from ..packing import dequantize_groups, pack_int4
 from ..statistics import InputStats
 from .gptq import gptq, round_to_nearest
-from .lowrank import Metric, parallel_sum, svd_lowrank, times_blocks
+from .lowrank import Metric, parallel_sum, solve_blocks, svd_lowrank, times_blocks
 from .recipe import Recipe
 from .smooth import InputSpace, smoothings, with_signs
 from .weight import SVDQuantWeight, W4A16Weight
@@ -264,7 +264,7 @@ class _Fit:
         search = self.recipe.clip_search
         if not self.problem.measured:
             return round_to_nearest(residual, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search)
-        best = times_blocks(residual, torch.linalg.solve(self.hessian, self.moments).mT)  # (W' - L) C (C + S)^-1
+        best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)  # (W' - L) C (C + S)^-1
         if self.recipe.gptq:
             return gptq(best, self.hessian, search)
         return round_to_nearest(best, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search)

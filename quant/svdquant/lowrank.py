@@ -53,6 +53,14 @@ class Metric:
         return up, times_blocks(down.T, self.inverse_root).T
 
 
+def solve_blocks(a: Tensor, b: Tensor) -> Tensor:
+    """A^-1 B of each block, (K/B, B, B) both.
+
+    One block after the other: torch 2.13 with MKL answers a batch of larger blocks wrongly once the host program has called set_num_threads.
+    """
+    return torch.stack([torch.linalg.solve(left, right) for left, right in zip(a, b, strict=True)])
+
+
 def parallel_sum(a: Tensor, noise: Tensor) -> Tensor:
     """(A^-1 + diag(noise)^-1)^-1 = A - A (A + diag(noise))^-1 A, blockwise; A (K/B, B, B), noise (K,) positive."""
-    return a - a @ torch.linalg.solve(a + torch.diag_embed(noise.reshape(a.shape[:2])), a)
+    return a - a @ solve_blocks(a + torch.diag_embed(noise.reshape(a.shape[:2])), a)

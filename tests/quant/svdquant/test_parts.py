@@ -1,5 +1,9 @@
 """The parts of the decomposition against plain formulas: spaces, low rank in a metric, rounding, GPTQ."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,8 @@ from nibble.quant.packing import dequantize_groups
 from nibble.quant.svdquant.gptq import gptq, group_scales, round_codes, round_to_nearest, rounding_order
 from nibble.quant.svdquant.lowrank import Metric, parallel_sum, svd_lowrank, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def normal(*shape, seed: int = 0) -> torch.Tensor:
@@ -97,6 +103,23 @@ def test_the_fit_minimises_the_output_error_of_its_metric():
     assert (y - x @ down @ up.T).square().sum() < 1.02 * optimum
     plain_up, plain_down = svd_lowrank(weight, 16, torch.Generator().manual_seed(0))
     assert (y - x @ down @ up.T).norm() < 0.9 * (y - x @ plain_down @ plain_up.T).norm()
+
+
+def test_blocks_are_solved_rightly_whoever_has_set_the_threads():
+    """In a process of its own, because the call that breaks torch's batched solver cannot be taken back."""
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / '__init__.py')!r}, submodule_search_locations=[{str(ROOT)!r}])
+package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
+import torch
+from nibble.quant.svdquant.lowrank import solve_blocks
+torch.set_num_threads(2)
+a = torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(0))
+a = a @ a.mT / 256 + 0.1 * torch.eye(256)
+assert (a @ solve_blocks(a, a) - a).norm() < 1e-3 * a.norm()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_parallel_sum_of_diagonals_is_elementwise():
