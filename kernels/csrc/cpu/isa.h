@@ -1,0 +1,32 @@
+// The five ops as compiled for one instruction set. Each ops_*.cpp defines one table; dispatch.cpp picks.
+#pragma once
+
+#include "../nibble.h"
+
+#if !defined(NIBBLE_X86) && (defined(__x86_64__) || defined(_M_X64))
+#define NIBBLE_X86 1
+#endif
+
+// An inner loop that is inlined into its caller shares the registers with it, and GCC then keeps sums in memory.
+#ifdef _MSC_VER
+#define NIBBLE_NOINLINE __declspec(noinline)
+#else
+#define NIBBLE_NOINLINE __attribute__((noinline))
+#endif
+
+namespace nibble::cpu {
+
+// Up to so many tokens w4a16 goes from the file's bytes into the sums; for more of them decoding panels of weights first is faster.
+constexpr int64_t FEW_TOKENS = 4;
+
+struct Ops {
+    void (*quantize_down)(const QuantizeDown&, int threads);
+    void (*gemm_w4a4_up)(const GemmW4A4Up&, int threads);
+    void (*gemm_w4a4_up_gelu_quantize_down)(const GemmW4A4UpGeluQuantizeDown&, int threads);
+    void (*gemv_w4a16)(const W4A16&, int threads);
+    void (*gemm_w4a16)(const W4A16&, int threads);
+};
+
+extern const Ops ops_portable, ops_avx2, ops_avx512;
+
+}  // namespace nibble::cpu

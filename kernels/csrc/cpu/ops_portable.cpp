@@ -1,0 +1,18 @@
+// Every processor: no flags, no intrinsics.
+#include "isa.h"
+
+#include <cstring>
+
+#include "parallel.h"
+
+#define NIBBLE_DOT "dot_portable.inl"
+
+namespace nibble::cpu {
+namespace {
+#include "simd_portable.h"
+#include "kernels.inl"
+}  // namespace
+
+const Ops ops_portable{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16};
+
+}  // namespace nibble::cpu

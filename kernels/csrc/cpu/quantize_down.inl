@@ -1,0 +1,105 @@
+// x -> codes, scales and x . proj_down in one read of x. A task is a block of tokens; it walks along K in blocks that stay in L1.
+
+constexpr int64_t TOKENS = 32;      // of a task: that many share one conversion of proj_down
+constexpr int DOWN_BLOCK = 128;     // columns of K at once
+
+struct QuantizeScratch {
+    float *x, *down, *h;
+    QuantizeScratch(Carver& carver, int64_t rank)
+        : x(carver.take<float>(TOKENS * DOWN_BLOCK)), down(carver.take<float>(DOWN_BLOCK * PANEL)),
+          h(carver.take<float>(TOKENS * divide_up(rank, PANEL) * PANEL)) {}
+};
+
+struct Quantize {
+    const QuantizeDown& op;
+    const float* smooth;      // (K,)
+    int64_t ascales_stride;   // floats between two groups' scales; ascales may be a part of a wider array
+};
+
+inline void hadamard(F v[GROUP / LANES]) {
+    constexpr int COUNT = GROUP / LANES;
+    for (int i = 0; i < COUNT; ++i) v[i] = butterflies(v[i]);
+    for (int step = 1; step < COUNT; step *= 2)
+        for (int i = 0; i < COUNT; ++i)
+            if (!(i & step)) {
+                const F a = v[i], b = v[i + step];
+                v[i] = add(a, b);
+                v[i + step] = sub(a, b);
+            }
+    for (int i = 0; i < COUNT; ++i) v[i] = mul(v[i], splat(0.125f));
+}
+
+// One group of a token: (64,) floats -> 32 bytes and the scale.
+inline void quantize_group(const float* x, const float* smooth, bool act_unsigned, bool rotate, uint8_t* q, float* ascale) {
+    constexpr int COUNT = GROUP / LANES;
+    F v[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+        const F raw = load(x + i * LANES);
+        v[i] = div(act_unsigned ? add(raw, splat(SHIFT)) : raw, load(smooth + i * LANES));
+    }
+    if (rotate) hadamard(v);
+
+    // Floats of one sign are ordered like their bits, and a NaN's are above infinity's: integer maxima lose no NaN.
+    I magnitude = splat_int(0), positive = splat_int(0);
+    for (int i = 0; i < COUNT; ++i) {
+        magnitude = max_int(magnitude, and_(bits(v[i]), splat_int(0x7FFFFFFF)));
+        positive = max_int(positive, bits(v[i]));
+    }
+    const int32_t most = largest(magnitude), above = act_unsigned && most <= 0x7F800000 ? largest(positive) : most;
+    float peak;
+    std::memcpy(&peak, &above, 4);
+    const float scale = peak / (act_unsigned ? 15.0f : 7.0f);
+    *ascale = scale;
+    if (!(scale <= 3.402823466e38f)) {  // NaN or infinite: 0, as rounding NaN gives there
+        std::memset(q, 0, GROUP / 2);
+        return;
+    }
+    const F step = splat(scale > 1.175494351e-38f ? scale : 1.175494351e-38f);
+    I codes[COUNT];
+    for (int i = 0; i < COUNT; ++i) {
+        const F code = div(v[i], step);
+        codes[i] = round_to_int(act_unsigned ? maximum(code, zero()) : code);
+    }
+    pack_group(codes, q);
+}
+
+inline void quantize_task(const void* context, int64_t index, void* memory) {
+    const Quantize& quantize = *static_cast<const Quantize*>(context);
+    const QuantizeDown& op = quantize.op;
+    Carver carver{static_cast<char*>(memory)};
+    const QuantizeScratch scratch(carver, op.R);
+    const int64_t m0 = index * TOKENS, rows = smaller(TOKENS, op.M - m0);
+    const int64_t padded = divide_up(op.R, PANEL) * PANEL;
+    std::memset(scratch.h, 0, static_cast<size_t>(rows * padded) * 4);
+
+    for (int64_t k0 = 0; k0 < op.K; k0 += DOWN_BLOCK) {
+        const int64_t columns = smaller(DOWN_BLOCK, op.K - k0);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* x = scratch.x + r * DOWN_BLOCK;
+            to_floats(op.x_dtype, at(op.x, op.x_dtype, (m0 + r) * op.K + k0), columns, x);
+            for (int64_t k = 0; k < columns; k += GROUP) {
+                uint8_t* q = static_cast<uint8_t*>(op.q) + ((m0 + r) * op.K + k0 + k) / 2;
+                float* ascale = op.ascales + (k0 + k) / GROUP * quantize.ascales_stride + m0 + r;
+                quantize_group(x + k, quantize.smooth + k0 + k, op.act_unsigned, op.rotate, q, ascale);
+            }
+        }
+        for (int64_t c = 0; c < op.R; c += PANEL) {
+            const int64_t width = smaller(PANEL, op.R - c);
+            to_panel(op.param_dtype, at(op.proj_down, op.param_dtype, k0 * op.R + c), op.R, width, columns, scratch.down);
+            fma_rows(rows, scratch.x, DOWN_BLOCK, scratch.down, columns, scratch.h + c, padded);
+        }
+    }
+    for (int64_t r = 0; r < rows && op.R; ++r) std::memcpy(op.h + (m0 + r) * op.R, scratch.h + r * padded, static_cast<size_t>(op.R) * 4);
+}
+
+inline void quantize_rows(const QuantizeDown& op, const float* smooth, int64_t ascales_stride, int threads) {
+    const Quantize quantize{op, smooth, ascales_stride};
+    parallel(divide_up(op.M, TOKENS), threads, scratch_bytes<QuantizeScratch>(op.R), quantize_task, &quantize);
+}
+
+inline void quantize_down(const QuantizeDown& op, int threads) {
+    if (op.M == 0) return;
+    Scratch<float> smooth(op.K);
+    to_floats(op.param_dtype, op.smooth, op.K, smooth.data);
+    quantize_rows(op, smooth.data, op.M, threads);
+}
