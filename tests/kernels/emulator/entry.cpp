@@ -1,0 +1,91 @@
+// The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Where, and returns null or the error's words.
+#include <string>
+
+#include "cuda/gemm_w4a4.h"
+#include "emulator.h"
+#include "nibble.h"
+
+namespace {
+
+thread_local std::string words;
+
+template <class Work> const char* said(Work work) {
+    try {
+        work();
+        return nullptr;
+    } catch (const std::exception& error) {
+        words = error.what();
+        return words.c_str();
+    }
+}
+
+}  // namespace
+
+#define NIBBLE_ENTRY(Op, name) \
+    extern "C" const char* emulated_##name(const nibble::Op* op, const nibble::Where* where) { \
+        return said([&] { nibble::cuda::name(*op, *where); }); \
+    }
+
+// A library of some of the sources lacks the others: a definition replaces these.
+#define NIBBLE_ABSENT(...) __attribute__((weak)) __VA_ARGS__ { throw std::runtime_error("this library was built without that source"); }
+namespace nibble::cuda {
+NIBBLE_ABSENT(void quantize_down(const QuantizeDown&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a4_up(const GemmW4A4Up&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm75(const GemmW4A4Up&, const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm80(const GemmW4A4Up&, const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm100(const GemmW4A4Up&, const Where&, int))
+NIBBLE_ABSENT(size_t gemm_w4a4_up_sm90_workspace(Codes, int64_t, int64_t, int64_t))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
+NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Where&))
+NIBBLE_ABSENT(Route route(const char*, int, int64_t, int64_t, int64_t))
+NIBBLE_ABSENT(size_t workspace_bytes(const char*, int, int64_t, int64_t, int64_t, int64_t))
+NIBBLE_ABSENT(Codes codes(int))
+}  // namespace nibble::cuda
+
+NIBBLE_ENTRY(QuantizeDown, quantize_down)
+NIBBLE_ENTRY(GemmW4A4Up, gemm_w4a4_up)
+NIBBLE_ENTRY(GemmW4A4UpGeluQuantizeDown, gemm_w4a4_up_gelu_quantize_down)
+NIBBLE_ENTRY(W4A16, gemv_w4a16)
+NIBBLE_ENTRY(W4A16, gemm_w4a16)
+
+extern "C" {
+
+void emulated_seed(unsigned seed) { emulator::set_seed(seed); }
+
+size_t emulated_workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K, int64_t R) {
+    size_t bytes = 0;  // also for a GPU that the router refuses: the op itself then says so
+    said([&] { bytes = nibble::cuda::workspace_bytes(op, capability, M, N, K, R); });
+    return bytes;
+}
+
+int emulated_codes(int capability) {
+    int codes = -1;
+    said([&] { codes = int(nibble::cuda::codes(capability)); });
+    return codes;
+}
+
+// "path: reason", or "error: " and the words.
+const char* emulated_route(const char* op, int capability, int64_t M, int64_t N, int64_t K) {
+    const char* error = said([&] {
+        nibble::Route route = nibble::cuda::route(op, capability, M, N, K);
+        words = route.path + ": " + route.reason;
+    });
+    if (error) words = "error: " + words;
+    return words.c_str();
+}
+
+// Sizes that the caller's structs must have.
+size_t emulated_size(const char* name) {
+    std::string n = name;
+    if (n == "QuantizeDown") return sizeof(nibble::QuantizeDown);
+    if (n == "GemmW4A4Up") return sizeof(nibble::GemmW4A4Up);
+    if (n == "GemmW4A4UpGeluQuantizeDown") return sizeof(nibble::GemmW4A4UpGeluQuantizeDown);
+    if (n == "W4A16") return sizeof(nibble::W4A16);
+    return n == "Where" ? sizeof(nibble::Where) : 0;
+}
+}
