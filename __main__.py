@@ -17,6 +17,7 @@ EXAMPLES = """examples:
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
   python -m nibble demo --out demo.png
+  python -m nibble bench --env
 """
 BENCHES = Path(__file__).resolve().parent / "tests" / "bench"
 
@@ -52,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
                                           formatter_class=argparse.RawDescriptionHelpFormatter))
     _inspect_options(commands.add_parser("inspect", help="show what a file holds, or what quantizing it would give", epilog=EXAMPLES,
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
-    commands.add_parser("bench", help="run a benchmark of tests/bench: bench NAME [options]; needs a source checkout")
+    commands.add_parser("bench", help="run a benchmark of tests/bench (needs a source checkout): bench NAME [options]; "
+                        "or say what this machine has and what each op runs through: bench --env")
     return parser
 
 
@@ -245,13 +247,15 @@ class _Bar:
 
 
 def bench(options: argparse.Namespace) -> int | None:
-    """Runs tests/bench/bench_NAME.py, or all of them, with the remaining arguments."""
+    """Runs tests/bench/bench_NAME.py, or all of them, with the remaining arguments; --env says what this machine has."""
+    if options.rest[:1] == ["--env"]:
+        return _environment(options.rest[1:])
     found = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHES.glob("bench_*.py"))}
     if not found:
         raise ValueError("the benchmarks are not part of the installed package; run this from a clone of the repository")
     name, *rest = options.rest or ["--help"]
     if name not in (*found, "all"):
-        print(f"usage: python -m nibble bench {{{','.join([*found, 'all'])}}} [options]", file=sys.stderr)
+        print(f"usage: python -m nibble bench {{{','.join([*found, 'all', '--env'])}}} [options]", file=sys.stderr)
         return 0 if name in ("-h", "--help") else 2
     saved = sys.argv
     try:
@@ -261,6 +265,20 @@ def bench(options: argparse.Namespace) -> int | None:
     finally:
         sys.argv = saved
     return None
+
+
+def _environment(rest: list[str]) -> None:
+    """bench --env [--json FILE] [--shape M N K]: hardware, versions, and what each op runs through."""
+    from .kernels import environment
+    parser = argparse.ArgumentParser(prog="python -m nibble bench --env", description="What this machine has, and what each op runs through and why.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("M", "N", "K"), default=environment.ops.TYPICAL,
+                        help="tokens, outputs and inputs of the layer to speak of (default: %(default)s)")
+    options = parser.parse_args(rest)
+    found = environment.describe(tuple(options.shape))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(environment.table(found))
 
 
 if __name__ == "__main__":

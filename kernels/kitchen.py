@@ -22,6 +22,7 @@ _OPS = {
     "linear_w4a4": ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),
     "linear_w4a16": ("gemv_awq_w4a16",),
     "gemv_w4a16": ("gemv_awq_w4a16",),
+    "gemm_w4a16": ("gemv_awq_w4a16",),
 }
 
 

@@ -13,6 +13,8 @@ rounding of the float32 accumulation across groups, which the integer kernels ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -182,8 +184,35 @@ def gemm_w4a4_up(
     return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h.to(dtype), proj_up, bias)
 
 
+def gemm_w4a4_up_gelu_quantize_down(
+    q: Tensor,
+    ascales: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    smooth_factor2: Tensor,
+    proj_down2: Tensor,
+    act_unsigned: bool = False,
+    act_unsigned2: bool = False,
+    rotation2: int = 0,
+    mid_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantize_down(GELU(gemm_w4a4_up(...))): the first layer of an MLP straight into the input of its second.
+
+    The product is rounded to `mid_dtype`, as the first layer's output would be; the GELU (tanh approximation) of it is not rounded.
+
+    Shapes: as `gemm_w4a4_up`, with N a multiple of 64 · smooth_factor2 (N,) · proj_down2 (N, R2)
+        -> q2 int8 (M, N/2) · ascales2 float32 (N/64, M) · h2 float32 (M, R2)
+    """
+    y = gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned)
+    hidden = torch.nn.functional.gelu(y.to(mid_dtype or y.dtype).to(y.dtype), approximate="tanh")
+    return quantize_down(hidden, smooth_factor2, proj_down2, act_unsigned2, rotation2)
+
+
 def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """x . ((W4 - 8) * weight_scale + weight_zeros)^T + bias, for few tokens.
+    """x . ((W4 - 8) * weight_scale + weight_zeros)^T + bias. The same formula for few tokens and, under the name `gemm_w4a16`, for many.
 
     Shapes: x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale (K/64, N) · weight_zeros (K/64, N) or None · bias (N,) or None
         -> (M, N) in x.dtype
@@ -191,6 +220,12 @@ def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Te
     dtype = operand_dtype(x)
     dense = dequantize_w4_zeros(weight, weight_scale, weight_zeros, compute_dtype(x)).to(dtype)
     return torch.nn.functional.linear(x.to(dtype), dense, None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+gemm_w4a16 = gemv_w4a16
+
+
+# ---- whole layers ------------------------------------------------------------------------------------------------------
 
 
 def linear_w4a4(
@@ -208,12 +243,41 @@ def linear_w4a4(
 
     Shapes: x (M, K), the rest as there -> (M, N) in x.dtype
     """
-    xc = x.to(compute_dtype(x))
+    layers = [weight], [weight_scale], [proj_down], [proj_up], [bias]
+    return linear_w4a4_grouped(x, smooth_factor, *layers, act_unsigned, rotation)[0]
+
+
+def linear_w4a4_grouped(
+    x: Tensor,
+    smooth_factor: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    proj_down: Sequence[Tensor],
+    proj_up: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    act_unsigned: bool = False,
+    rotation: int = 0,
+) -> list[Tensor]:
+    """Several linears of one x that share its smoothing (q, k and v): x is quantized once.
+
+    Shapes: x (M, K) · smooth_factor (K,) · the lists hold what `linear_w4a4` takes for each -> (M, N) each, in x.dtype
+    """
+    xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
     codes, scale = _quantize_groups_of(xc, smooth_factor, act_unsigned, rotation)
-    dtype = operand_dtype(x)
     act = codes.mul_(scale).flatten(-2).to(dtype)
-    h = xc @ proj_down.to(xc.dtype)
-    return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h, proj_up, bias).to(x.dtype)
+    return [
+        _matmul_up(act, dequantize_w4(w, scale, dtype), xc @ down.to(xc.dtype), up, b).to(x.dtype)
+        for w, scale, down, up, b in zip(weight, weight_scale, proj_down, proj_up, bias, strict=True)
+    ]
+
+
+def mlp_w4a4(x: Tensor, first: Sequence[Tensor | None], second: Sequence[Tensor | None], flags: tuple = (False, 0), flags2: tuple = (False, 0)) -> Tensor:
+    """linear_w4a4 -> GELU (tanh approximation) -> linear_w4a4.
+
+    `first`, `second`: weight, weight_scale, smooth_factor, proj_down, proj_up, bias. `flags`: act_unsigned, rotation of each.
+    Shapes: x (M, K) -> (M, N of the second) in x.dtype
+    """
+    return linear_w4a4(torch.nn.functional.gelu(linear_w4a4(x, *first, *flags), approximate="tanh"), *second, *flags2)
 
 
 # ---- gradients: the straight-through model, in which Q is the identity -------------------------------------------------

@@ -20,6 +20,21 @@ def _load_checkout() -> None:
 _load_checkout()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--without-extension", action="store_true", help="run as if nibble_kernels were not installed: plain torch")
+
+
+def pytest_configure(config):
+    if config.getoption("--without-extension"):
+        sys.modules["nibble_kernels"] = None  # importing it raises ImportError
+
+
+def pytest_collection_modifyitems(config, items):
+    """Emulated GPU kernels do not ask what is installed: run once is enough."""
+    if config.getoption("--without-extension"):
+        items[:] = [item for item in items if "emulated" not in item.fixturenames]
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Every device there is; a missing GPU skips with its reason."""

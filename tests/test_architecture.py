@@ -1,6 +1,7 @@
 """The house's directions, kept by reading every import (those hidden in functions too), and its promises of size and lightness."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,11 +70,31 @@ def test_imports_point_downward(path):
             assert top not in HOSTS - hosts, f"{path}:{line} {here} may not import {target}"
 
 
-@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*") if p.suffix in {".py", ".mjs", ".js", ".cu", ".cpp"} and ".git" not in p.parts
+SOURCES = {".py", ".mjs", ".js", ".cu", ".cuh", ".cpp", ".h", ".inl", ".cmake"}
+
+
+@pytest.mark.parametrize("path", [p for p in ROOT.rglob("*") if p.suffix in SOURCES and ".git" not in p.parts
                                   and not any(part.startswith(".") or part == "build" for part in p.relative_to(ROOT).parts)],
                          ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_under_400_lines(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", [p for p in (ROOT / "kernels" / "csrc").rglob("*") if p.suffix in {".cu", ".cuh", ".cpp", ".h", ".inl"}],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_compiled_sources_keep_to_their_side(path):
+    """Nothing of torch anywhere; Python only in the bindings; CPU and GPU know the contract (nibble.h) and not each other."""
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"), re.MULTILINE)
+    strangers = {"torch", "ATen", "c10"} | ({"pybind11", "Python.h"} if path.name != "module.cpp" else set())
+    assert not [name for name in included if name.split("/")[0] in strangers]
+    other = {"cpu": "cuda", "cuda": "cpu"}.get(path.parent.name)
+    assert not [name for name in included if other and other in name.split("/")[:-1]]
+
+
+def test_the_packs_wheel_and_the_compiled_wheel_do_not_hold_each_other():
+    pack, compiled = ((ROOT / place).read_text(encoding="utf-8") for place in ("pyproject.toml", "kernels/pyproject.toml"))
+    assert "csrc" not in pack and "nibble-kernels" not in pack.split("[project.optional-dependencies]")[0]
+    assert "wheel.packages = []" in compiled
 
 
 def test_there_is_no_room_without_a_purpose():
