@@ -2,6 +2,7 @@
 
     python tests/bench/bench_pictures.py
 
+Where the compiled kernels are installed, our model is drawn once more in plain torch: how much faster they are, and how close the pictures.
 Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4 quantize exactly the linears that our own presets quantize to W4A4, and
 leave the others (modulation, embedders, final layer) in 16 bit, which favours them.
 """
@@ -21,12 +22,15 @@ if "nibble" not in sys.modules:
 
 from baselines import BASELINES  # noqa: E402
 
-from nibble.demo import pictures, run  # noqa: E402
+from nibble.demo import metrics, pictures, run  # noqa: E402
+from nibble.kernels import native, which  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant import linears  # noqa: E402
 from nibble.quant.architectures import plan, recognise  # noqa: E402
 from nibble.quant.sources import Source  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
+
+from plain import plain_torch  # noqa: E402
 
 RESULTS = HERE / "results"
 
@@ -58,6 +62,14 @@ def ours(preset: str, folder: Path) -> torch.nn.Module:
     return models.load_quantized(target, torch.float32)
 
 
+def through_plain_torch(model: torch.nn.Module, vae, drawn: torch.Tensor, seconds: float, options: argparse.Namespace) -> dict:
+    """Our model once more without the compiled kernels: {"times_as_fast", "sampling_seconds", "psnr" and "worst_psnr" between the two}."""
+    with plain_torch():
+        plain, slow = run.draw(model, vae, options.prompts, range(options.seeds))
+    each = metrics.psnr(drawn, plain)
+    return {"times_as_fast": slow / seconds, "sampling_seconds": slow, "psnr": each.median().item(), "worst_psnr": each.min().item()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "pictures.json")
@@ -67,19 +79,24 @@ def main() -> None:
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     vae, seeds = pictures.load_vae(), range(options.seeds)
-    full, _ = run.draw(pictures.load_flux(), vae, options.prompts, seeds)
-    rows, sheet = [{"method": "16-bit"} | run.compare(full, full, options.prompts, seeds)], [full]
+    full, sampling = run.draw(pictures.load_flux(), vae, options.prompts, seeds)
+    rows, sheet = [{"method": "16-bit", "sampling_seconds": sampling} | run.compare(full, full, options.prompts, seeds)], [full]
     makers = {"round-to-nearest W4A4": lambda: baseline("rtn"), "convrot_w4a4": lambda: baseline("convrot"),
               "nibble fast": lambda: ours("fast", options.out.parent), "nibble best": lambda: ours("best", options.out.parent)}
     for name, make in makers.items():
         start = time.perf_counter()
-        drawn, _ = run.draw(make(), vae, options.prompts, seeds)
-        rows.append({"method": name, "seconds": time.perf_counter() - start} | run.compare(drawn, full, options.prompts, seeds))
+        model = make()
+        drawn, sampling = run.draw(model, vae, options.prompts, seeds)
+        seconds = {"seconds": time.perf_counter() - start, "sampling_seconds": sampling}
+        rows.append({"method": name} | seconds | run.compare(drawn, full, options.prompts, seeds))
         sheet.append(drawn)
+        if name.startswith("nibble") and native.module()[0] is not None:
+            rows[-1]["plain_torch"] = through_plain_torch(model, vae, drawn, sampling, options)
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
     for path in options.out.parent.glob("demo-*.safetensors"):
         path.unlink()
-    facts = {"command": " ".join(sys.argv), "prompts": options.prompts, "seeds": options.seeds, "steps": 12, "torch": torch.__version__, "rows": rows}
+    facts = {"command": " ".join(sys.argv), "prompts": options.prompts, "seeds": options.seeds, "steps": 12, "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "linear_w4a4": which("linear_w4a4", "cpu", torch.float32)[1], "rows": rows}
     options.out.write_text(json.dumps(facts, indent=1) + "\n")
     if options.sheet:
         run.side_by_side([row[::options.seeds] for row in sheet], columns=10).save(options.sheet)

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,46 @@ import pytest
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
 
+def run(bench: str | Path, *arguments: object) -> str:
+    """Standard output of a bench in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name(bench) if isinstance(bench, str) else bench), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
 @pytest.mark.parametrize("bench", BENCHES, ids=lambda path: path.stem)
 def test_a_bench_starts_on_its_own_and_explains_itself(bench):
-    result = subprocess.run([sys.executable, str(bench), "--help"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "--out" in result.stdout
+    assert "--out" in run(bench, "--help")
+
+
+def test_the_gpu_bench_walks_through_all_its_sections_without_a_gpu(tmp_path):
+    """The same code at tiny shapes on the CPU: so that a machine with a GPU meets no mistake in Python."""
+    out = tmp_path / "gpu.json"
+    printed = run("bench_gpu.py", "--dry", "--out", out)
+    found = json.loads(out.read_text())
+    assert {name: facts["state"] for name, facts in found.items() if name != "environment"} == dict.fromkeys(
+        ("ceilings", "correctness", "layers", "transformer", "robustness", "routes", "sanitizer", "resources"), "finished")
+    assert found["correctness"]["checks"] >= 16 and found["correctness"]["failed"] == 0, printed
+    assert found["robustness"]["failed"] == [] and found["sanitizer"]["rows"][0]["ok"], printed
+    assert "nibble" in found["transformer"]["summary"] and found["layers"]["summary"]
+
+
+def test_the_bench_of_ops_says_who_is_faster_and_why_a_peer_is_missing(tmp_path):
+    out = tmp_path / "ops.json"
+    printed = run("bench_ops.py", "--quick", "--out", out)
+    found = json.loads(out.read_text())
+    assert "times as fast as the peer" in printed and found["environment"]["command"].startswith("python bench_ops.py")
+    row = found["rows"][0]
+    assert {"nibble", "torch bfloat16", "torch float32"} <= row["timings"].keys() and all(row["absent"].values())
+    assert row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"]) and row["difference"] < 0.05
+
+
+def test_the_estimate_on_paper_adds_up(tmp_path):
+    """One layer by hand: on an RTX 4090, 2 * 4608 * 3072 * 3072 products at 1321.2 TOP/s are 65.8 microseconds, and they bind."""
+    out = tmp_path / "roofline.json"
+    run("bench_roofline.py", "--out", out)
+    gpus = {entry["gpu"]: entry for entry in json.loads(out.read_text())["gpus"]}
+    first = gpus["RTX 4090"]["layers"][0]
+    assert first["bounds_ms"]["mma"] == pytest.approx(0.0658, abs=1e-4) and first["binds"] == "mma"
+    assert gpus["A100"]["layers"][0]["binds"] == "rescale"
