@@ -198,7 +198,8 @@ def test_codes_for_the_next_layer_as_8_bit_floats(emulated, family):
     arguments = (q, ascales, h, *parameters.values(), False, *second)
     packed, *_ = emulated.gemm_w4a4_up_gelu_quantize_down(*arguments, capability=family)
     floats, *_ = emulated.gemm_w4a4_up_gelu_quantize_down(*arguments, capability=family, form2=emulated.E4M3)
-    assert_same(floats.view(torch.float8_e4m3fn).float(), unpack_int4(packed).float())
+    blocks = floats.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 2, 4, 4))  # 32 columns: (half, t, i) holds column 8t + 4 half + i
+    assert_same(blocks.transpose(-3, -2).flatten(-4), unpack_int4(packed).float())
 
 
 def test_a_nan_in_y_stays_in_its_token(emulated, family):
@@ -247,7 +248,7 @@ for capability in (75, 80):
         q, weight = (torch.randint(-128, 128, (rows, k // 2), dtype=torch.int8) for rows in (m, n))
         ascales, h, scale = torch.rand(k // 64, m), torch.randn(m, r), torch.rand(k // 64, n).bfloat16()
         first = (q, ascales, h, weight, scale, torch.randn(n, r).bfloat16(), torch.randn(n).bfloat16(), unsigned)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32)[: 1 if m > 100 else 2]:
             assert emulated.gemm_w4a4_up(*first, dtype, capability=capability).isfinite().all()
     q, weight = torch.zeros(5, 32, dtype=torch.int8), torch.zeros(192, 32, dtype=torch.int8)
     half = lambda *shape: torch.rand(*shape).bfloat16()

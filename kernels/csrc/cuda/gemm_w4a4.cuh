@@ -28,7 +28,8 @@ constexpr float MAGIC = 12582912.f;
 constexpr int MAGIC_BITS = 0x4B400000;
 
 // Copies STEP groups into a stage: of each 16 bytes of two rows of either operand a thread, a token's scale and the scales of two columns.
-// What a thread copies never changes, so all that remains a round is to advance pointers. What lies outside of the matrix becomes zero.
+// What lies outside of the matrix becomes zero. Addresses are computed anew each time: it is a few instructions a round, and four pointers
+// would be eight of the registers that the products need.
 // Without asynchronous copies `issue` loads into registers and `land` stores them, with the round's computing in between.
 template <class Mma, class Tp, int Rows> class Loader {
     using G = Group<Tp, Rows>;
@@ -36,48 +37,42 @@ template <class Mma, class Tp, int Rows> class Loader {
     static constexpr int PASSES_A = Rows > PASS ? Rows / PASS : 1, PASSES_B = COLUMNS / PASS;
 
   public:
-    NIBBLE_DEVICE Loader(const GemmW4A4Up& op, Corner corner, int thread) {
-        const int row = thread / 2, chunk = thread % 2;
-        const int64_t bytes = op.K / 2;
-        rows_ = int(op.M) - corner.row;
-        columns_ = int(op.N) - corner.column;
-        a_ = static_cast<const uint8_t*>(op.q) + (corner.row + row) * bytes + 16 * chunk;
-        b_ = static_cast<const uint8_t*>(op.weight) + (corner.column + row) * bytes + 16 * chunk;
-        to_a_ = G::offset(Tile<Rows>::place_of_row(row), chunk);
-        to_b_ = G::B + G::offset(Tile<Rows>::place_of_column(row), chunk);
-        ascales_ = op.ascales + corner.row;
-        weight_scales_ = static_cast<const Tp*>(op.weight_scale) + corner.column;
-    }
+    NIBBLE_DEVICE Loader(Corner corner, int thread)
+        : corner_(corner), to_a_(G::offset(Tile<Rows>::place_of_row(thread / 2), thread % 2)),
+          to_b_(G::B + G::offset(Tile<Rows>::place_of_column(thread / 2), thread % 2)) {}
 
-    // `groups` of the STEP exist.
-    NIBBLE_DEVICE void issue(G* stage, int groups, const GemmW4A4Up& op) {
-        char* to = reinterpret_cast<char*>(stage);
-        const int64_t pass = op.K / 2 * PASS;
+    // `groups` of the STEP from `group` on exist.
+    NIBBLE_DEVICE void issue(G* stage, int group, int groups, const GemmW4A4Up& op) {
+        const int row0 = recomputed(corner_.row), column0 = recomputed(corner_.column);
+        const int rows = int(op.M) - row0, columns = int(op.N) - column0;
         const int thread = int(threadIdx.x), row = thread / 2, column = 2 * (thread - FIRST_OF_PAIRS);
+        const int64_t bytes = op.K / 2, pass = bytes * PASS, at = 32 * group + 16 * (thread % 2);
+        const uint8_t* a = static_cast<const uint8_t*>(op.q) + (row0 + row) * bytes + at;
+        const uint8_t* b = static_cast<const uint8_t*>(op.weight) + (column0 + row) * bytes + at;
+        const float* ascales = op.ascales + group * op.M + (row0 + thread);
+        const Tp* pair = static_cast<const Tp*>(op.weight_scale) + group * op.N + (column0 + column);
+        char* to = reinterpret_cast<char*>(stage);
 #pragma unroll
         for (int s = 0; s < STEP<Mma>; s++, to += sizeof(G)) {
             if (s && groups <= s) break;
 #pragma unroll
             for (int p = 0; p < PASSES_A; p++)
-                if (copies_a(thread)) copy(to + to_a_ + p * PASS * 32, a_ + p * pass + 32 * s, row + p * PASS < rows_, codes_a_[p]);
+                if (copies_a(thread)) copy(to + to_a_ + p * PASS * 32, a + p * pass + 32 * s, row + p * PASS < rows, codes_a_[p]);
 #pragma unroll
             for (int p = 0; p < PASSES_B; p++)
-                copy(to + to_b_ + p * PASS * 32, b_ + p * pass + 32 * s, row + p * PASS < columns_, codes_b_[p]);
-            if (thread < Rows) copy(to + G::ASCALES + 4 * thread, ascales_ + thread, thread < rows_, token_scale_);
+                copy(to + to_b_ + p * PASS * 32, b + p * pass + 32 * s, row + p * PASS < columns, codes_b_[p]);
+            if (thread < Rows) copy(to + G::ASCALES + 4 * thread, ascales + s * op.M, thread < rows, token_scale_);
             if (column >= 0) {
-                const Tp* pair = weight_scales_ + column;
+                const Tp* two = pair + s * op.N;
                 if (op.N % 2) {  // rows begin at odd addresses: no copy of 4 bytes can read them
-                    pair_scales_ = column < columns_ ? pair[0].bits : 0;
-                    if (column + 1 < columns_) pair_scales_ |= uint32_t(pair[1].bits) << 16;
+                    pair_scales_ = column < columns ? two[0].bits : 0;
+                    if (column + 1 < columns) pair_scales_ |= uint32_t(two[1].bits) << 16;
                     if constexpr (Mma::ASYNC) *reinterpret_cast<uint32_t*>(to + G::WEIGHT_SCALES + 2 * column) = pair_scales_;
                 } else {
-                    copy(to + G::WEIGHT_SCALES + 2 * column, pair, column < columns_, pair_scales_);
+                    copy(to + G::WEIGHT_SCALES + 2 * column, two, column < columns, pair_scales_);
                 }
             }
-            ascales_ += op.M;
-            weight_scales_ += op.N;
         }
-        a_ += 32 * STEP<Mma>, b_ += 32 * STEP<Mma>;
     }
 
     NIBBLE_DEVICE void land(G* stage) const {
@@ -106,12 +101,7 @@ template <class Mma, class Tp, int Rows> class Loader {
         else held = valid ? *static_cast<const uint32_t*>(from) : 0;
     }
 
-    // The same for the whole block: where its tile begins in the scales' rows, and how much of the matrix follows from there on.
-    const float* ascales_;
-    const Tp* weight_scales_;
-    int rows_, columns_;
-    // This thread's own, and what it holds between `issue` and `land`.
-    const uint8_t *a_, *b_;
+    Corner corner_;
     int to_a_, to_b_;
     uint4 codes_a_[PASSES_A], codes_b_[PASSES_B];
     uint32_t token_scale_, pair_scales_;
@@ -159,6 +149,7 @@ NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][
             const float2 as = *reinterpret_cast<const float2*>(&group.ascales[row + T::row_of(g, i, 0)]);
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
+                if (Mma::UNIT > 1 || !Mma::ASYNC) sync_warp();  // widened fragments, or what `issue` holds, need registers too
                 int dot[4];
                 Mma::template product<Unsigned>(dot, a, b[j], magic);
 #pragma unroll
@@ -172,7 +163,7 @@ NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][
 }
 
 template <class Mma, class Tp, int Rows, bool Unsigned, class Epilogue>
-__global__ void __launch_bounds__(THREADS, Tile<Rows>::BLOCKS) gemm_w4a4(GemmW4A4Up op, Epilogue epilogue) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>) gemm_w4a4(GemmW4A4Up op, Epilogue epilogue) {
     using T = Tile<Rows>;
     using Stage = Group<Tp, Rows>[STEP<Mma>];
     constexpr int DEPTH = STAGES<Mma, Rows>;
@@ -180,12 +171,12 @@ __global__ void __launch_bounds__(THREADS, Tile<Rows>::BLOCKS) gemm_w4a4(GemmW4A
     const int groups = int(op.K / GROUP);
 
     const Corner corner = corner_of_block(op.M, op.N, Rows, blockIdx.x);
-    Loader<Mma, Tp, Rows> loader(op, corner, int(threadIdx.x));
+    Loader<Mma, Tp, Rows> loader(corner, int(threadIdx.x));
 #pragma unroll
     for (int s = 0; s < DEPTH - 1; s++) {
         const int left = groups - s * STEP<Mma>;
         if (left > 0) {
-            loader.issue(ring[s], left, op);
+            loader.issue(ring[s], s * STEP<Mma>, left, op);
             loader.land(ring[s]);
         }
         copy_async_commit();
@@ -200,7 +191,7 @@ __global__ void __launch_bounds__(THREADS, Tile<Rows>::BLOCKS) gemm_w4a4(GemmW4A
         copy_async_wait<DEPTH - 2>();
         sync_block();  // everybody's copies of this stage have landed, and everybody is done with the empty one
         const int ahead = left - (DEPTH - 1) * STEP<Mma>;
-        if (ahead > 0) loader.issue(ring[empty], ahead, op);
+        if (ahead > 0) loader.issue(ring[empty], groups - ahead, ahead, op);
         copy_async_commit();
         const int present = left < STEP<Mma> ? left : STEP<Mma>;
 #pragma unroll 1

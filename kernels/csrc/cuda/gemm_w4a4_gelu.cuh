@@ -1,8 +1,8 @@
 // The epilogue between the two linears of an MLP: y = sums, rounded as the first layer's output; GELU(y) is smoothed, rotated and
 // quantized for the second layer and multiplied by its proj_down, all without leaving the registers. Formulas: reference.quantize_down.
 //
-// A warp's share is 64 columns wide: one group, of which the four lanes of a row hold 16 columns each. What GELU(y) . proj_down sums over the
-// 128 columns of a tile goes to the workspace; a second small kernel adds the tiles up, in one order.
+// A warp's share is 64 columns wide: one group, of which the four lanes of a row hold 16 columns each. What GELU(y) . proj_down sums
+// over the 128 columns of a tile goes to the workspace; a second small kernel adds the tiles up, in one order.
 #pragma once
 
 #include "gemm_w4a4.cuh"
@@ -110,7 +110,10 @@ template <class Mma, class Tp> struct GeluQuantizeDown {
         } else {
 #pragma unroll
             for (int c = 0; c < 16; c += 2) words[c / 4] |= uint32_t(pack2_e4m3(codes[c], codes[c + 1])) << (8 * (c % 4));
-            *reinterpret_cast<uint4*>(static_cast<uint8_t*>(op.q2) + at) = {words[0], words[1], words[2], words[3]};
+            // Of every eight columns the first four go to the lower half of a block of 32 bytes, the last four to the upper (see Codes::e4m3).
+            uint8_t* to = static_cast<uint8_t*>(op.q2) + (at & ~int64_t(31)) + (at & 16) / 2;
+            *reinterpret_cast<uint2*>(to) = {words[0], words[2]};
+            *reinterpret_cast<uint2*>(to + 16) = {words[1], words[3]};
         }
     }
 

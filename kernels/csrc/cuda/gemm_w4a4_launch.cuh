@@ -42,8 +42,9 @@ template <class Mma> void gemm_w4a4_up_by(const GemmW4A4Up& op, const Where& whe
 }
 
 template <class Mma, class Tp> void gelu_quantize_down_of(const GemmW4A4UpGeluQuantizeDown& op, const Where& where, int rows) {
+    constexpr int TALL = Mma::UNIT == 1 ? 128 : 64;  // int8 needs more registers for fragments, and this epilogue for itself
     const GeluQuantizeDown<Mma, Tp> epilogue{op};
-    rows == 128 ? start_signed<Mma, Tp, 128>(op.first, where, epilogue) : start_signed<Mma, Tp, 32>(op.first, where, epilogue);
+    rows > 32 ? start_signed<Mma, Tp, TALL>(op.first, where, epilogue) : start_signed<Mma, Tp, 32>(op.first, where, epilogue);
 }
 
 template <class Mma> void gelu_quantize_down_by(const GemmW4A4UpGeluQuantizeDown& op, const Where& where, int rows) {

@@ -24,7 +24,6 @@ constexpr int COLUMNS = 128;  // of every tile
 template <int Rows> struct Tile {
     static constexpr int ROWS = Rows, WARP_ROWS = Rows / 2, WARP_COLUMNS = COLUMNS / 2;
     static constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
-    static constexpr int BLOCKS = Rows == 128 ? 2 : Rows == 64 ? 3 : 4;  // that live on a multiprocessor: bounds the registers
 
     // Where the share of a thread's warp begins, in the tile.
     NIBBLE_DEVICE static int first_row(int thread) { return thread / 64 * WARP_ROWS; }
@@ -65,9 +64,11 @@ template <class Tp, int Rows> struct Group {
     NIBBLE_DEVICE static int offset(int place, int chunk) { return place * 32 + ((chunk ^ (place >> 2 & 1)) << 4); }
 };
 
-// Groups that are copied, waited for and computed together, and how many such stages the ring has. The blocks that registers allow must fit
-// into a multiprocessor's 100 KB (8.6, 8.9, 12.0), and 48 KB need no permission. The smallest tiles are for few tokens, when there are few
-// blocks and the weight's bandwidth is all that counts: more is in flight there. Turing stages through registers, of which there are few.
+// BLOCKS that shall live on a multiprocessor, which bounds the registers (widened fragments need more of them); STEP, the groups that
+// are copied, waited for and computed together; and how many such STAGES the ring has. All blocks' rings should fit into the 100 KB of
+// 8.6, 8.9 and 12.0, and 48 KB need no permission. The smallest tiles are for few tokens, when there are few blocks and the weight's
+// bandwidth is all that counts: more is in flight there. Turing stages through registers, of which there are few.
+template <class Mma, int Rows> constexpr int BLOCKS = Rows == 32 ? 4 : Rows == 64 && Mma::UNIT == 1 ? 3 : 2;
 template <class Mma> constexpr int STEP = Mma::ASYNC ? 2 : 1;
 template <class Mma, int Rows> constexpr int STAGES = Mma::ASYNC && Rows == 32 ? 4 : 2;
 

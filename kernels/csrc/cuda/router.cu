@@ -84,9 +84,10 @@ Route route(const char* op, int capability, int64_t M, int64_t N, int64_t) {
                                        : "no int4 in the matrix units";
         const int64_t largest = tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
         const std::string tile = M <= 32                   ? "32x128"
-                                 : !is(op, "gemm_w4a4_up") ? "128x128"
+                                 : !is(op, "gemm_w4a4_up") ? (gpu.turing || gpu.ampere ? "128x128" : "64x128")
                                  : M <= 64                 ? "64x128"
-                                                           : "128x128 on up to " + std::to_string(largest) + " multiprocessors, 64x128 on more";
+                                                           : "128x128 on up to " + std::to_string(largest) +
+                                                                 " multiprocessors, 64x128 on more";
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
     return {"cuda: " + std::string(op), "one kernel for every GPU from 7.5 on"};
