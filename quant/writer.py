@@ -41,8 +41,9 @@ class TensorSpec(NamedTuple):
         return size
 
 
-def check_target(source: str | os.PathLike | None, target: str | os.PathLike) -> None:
-    """Refuses a target that is the source (by whatever name), someone else's file, or in a place that cannot be written."""
+def check_target(source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble") -> None:
+    """Refuses a target that is the source (by whatever name), a file of another kind ('format' in its metadata), or in a place that cannot
+    be written."""
     target = Path(target)
     if target.suffix != ".safetensors":
         raise FileRefused(f"{target.name} does not end in .safetensors, so ComfyUI would not list it; add the ending.")
@@ -52,14 +53,14 @@ def check_target(source: str | os.PathLike | None, target: str | os.PathLike) ->
         raise FileRefused(f"The folder {target.parent} does not exist; create it or choose another one.")
     same = source is not None and os.path.realpath(source) == os.path.realpath(target)
     if same or (source is not None and target.exists() and os.path.samefile(source, target)):
-        raise FileRefused(f"{target.name} is the file that would be read; choose another name for the 4-bit file.")
+        raise FileRefused(f"{target.name} is the file that would be read; choose another name for the {'4-bit file' if kind == 'nibble' else 'new file'}.")
     if target.exists():
         try:
-            ours = read_header(target).metadata.get("format") == "nibble"
+            ours = read_header(target).metadata.get("format") == kind
         except FileRefused:
             ours = False
         if not ours:
-            raise FileRefused(f"{target.name} exists and was not made by Nibble; choose another name.")
+            raise FileRefused(f"{target.name} exists and {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'}; choose another name.")
 
 
 def metadata_room(metadata: Mapping[str, str]) -> int:

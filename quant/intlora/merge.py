@@ -1,0 +1,245 @@
+"""Applying adapters to a base: merged into its integers, or beside it.
+
+Three ways, from the one that keeps everything to the one that costs nothing:
+
+    merged       P in wider integers (int8 where it fits, else int16, else int32) under the scale of `variants`. Exact: the merged weight and the
+                 one computed from base and adapter apart are equal bit for bit. No longer a 4-bit weight: an int4 kernel cannot read it.
+    beside       base as it is, plus x . change^T: dense, or (SHIFT-ADD) as low-rank factors, which a layer's 16-bit branch takes up. The
+                 factors skip the rounding to 2^-k, so they differ from `merged` by at most half a step of s 2^-k a weight.
+    folded       into the format that the layer has: for `svdquant_w4a4` the branch and the factors are joined and, where a rank is given,
+                 cut back to it (no run-time cost); for plain 4-bit weights the sum is rounded to 4 bits again. Says what share was kept.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..packing import pack_int4
+from .adapter import LayerAdapter
+from .base import IntBase
+from .factors import balanced
+from .variants import ShiftAdd, bits_needed
+
+BLOCK = 2 ** 22  # weights at once
+_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+Uses = Sequence[tuple[LayerAdapter, float]]
+
+
+class Overflow(ValueError):
+    """P does not fit the integers asked for; `largest_k` is the largest k that does, or -1."""
+
+    def __init__(self, bits: int, k: int, largest_k: int):
+        self.largest_k = largest_k
+        fix = f"choose k <= {largest_k}" if largest_k >= 0 else "lower the strength"
+        super().__init__(f"with k={k} the merged integers do not fit int{bits}; {fix}")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged layer: its integers as a base of their own, and what had to be changed for them to fit."""
+
+    base: IntBase
+    notes: tuple[str, ...] = ()
+
+
+def merge(base: IntBase, uses: Uses, bits: int = 16, lower_k: bool = True) -> Merged:
+    """Adapters with their strengths into a base's integers.
+
+    Several SHIFT-ADD adapters add up on the finest of their grids. MUL and SHIFT stand alone (a strength of t scales the adapter's A B, not
+    R: at 0 an adapter with R still gives the model as it was before training), with SHIFT-ADD adapters on top of what they give.
+    bits     the widest integers allowed for SHIFT-ADD; lower_k: choose a smaller k where they do not suffice, and say so
+    Raises Overflow where that is not allowed, ValueError for two MUL or SHIFT adapters on the same rows.
+    """
+    if not all(math.isfinite(strength) for _, strength in uses):
+        raise ValueError("a strength is not a finite number")
+    cuts = sorted({0, base.shape[0], *(row for use, _ in uses for row in use.rows or ())})
+    runs, notes = [], []
+    for start, stop in itertools.pairwise(cuts):
+        here = [(_within(use, start, stop), strength) for use, strength in uses
+                if (strength != 0 or use.separated) and (use.rows is None or use.rows[0] <= start < use.rows[1])]
+        runs.append(_run(base.rows(start, stop), here, bits, lower_k, notes))
+    p, scale = torch.cat([run[0] for run in runs]), torch.cat([run[1] for run in runs], 1)
+    width = bits_needed(p)
+    return Merged(_as_base(base, p.to(_DTYPES[width]), scale, width), tuple(notes))
+
+
+def _within(use: LayerAdapter, start: int, stop: int) -> LayerAdapter:
+    first = use.rows[0] if use.rows else 0
+    return use.part(start - first, stop - first)
+
+
+def _as_base(base: IntBase, p: Tensor, scale: Tensor, bits: int = 32) -> IntBase:
+    return replace(base, codes=p, scale=scale, bits=bits, unsigned=False, odd=False)
+
+
+def _ground(base: IntBase, uses: Uses) -> IntBase:
+    """The base under the SHIFT-ADD adapters: itself, or what MUL or SHIFT makes of it."""
+    alone = [(use, strength) for use, strength in uses if not use.additive]
+    if len(alone) > 1:
+        raise ValueError("two MUL or SHIFT adapters cannot share a layer: each multiplies the integers that the other was trained on; "
+                         "keep one of them and convert the others with Convert LoRA to IntLoRA")
+    if not alone:
+        return base
+    use, strength = alone[0]
+    product = use.rule.product(base, use.change(base, strength))
+    return _as_base(base, product.p, product.scale)
+
+
+def _sum(base: IntBase, ground: IntBase, uses: Uses, k: int) -> Tensor:
+    """P of the SHIFT-ADD adapters at k, int32. Each is rounded at its own k (as when it is alone) and shifted up; a lower k rounds again."""
+    p = ground.integers().long() << k
+    for use, strength in uses:
+        if use.additive:
+            own = min(use.rule.k, k)
+            p += ShiftAdd(own).addend(ground, use.change(base, strength)).long() << (k - own)
+    return p.clamp(-(2 ** 31), 2 ** 31 - 1)
+
+
+def _run(base: IntBase, uses: Uses, bits: int, lower_k: bool, notes: list[str]) -> tuple[Tensor, Tensor]:
+    """P (int8, int16 or int32) and scale float32 of rows that share their adapters, at the adapters' largest k, lowered until P fits."""
+    wanted = max((use.rule.k for use, _ in uses if use.additive), default=None)
+    if wanted is None:
+        return _at(base, uses, None, 32)
+    k, found = wanted, _at(base, uses, wanted, bits)
+    while found is None and k > 0:
+        k -= 1
+        found = _at(base, uses, k, bits)
+    if found is None or (k < wanted and not lower_k):
+        raise Overflow(bits, wanted, -1 if found is None else k)
+    if k < wanted:
+        notes.append(f"k was lowered from {wanted} to {k}, for the merged integers to fit int{bits}")
+    return found
+
+
+def _at(base: IntBase, uses: Uses, k: int | None, bits: int) -> tuple[Tensor, Tensor] | None:
+    """P and scale at k, a block of rows after another; None as soon as P does not fit."""
+    pieces, step = [], max(1, BLOCK // base.shape[1])
+    for row in range(0, base.shape[0], step):
+        end = min(row + step, base.shape[0])
+        part, block = base.rows(row, end), [(use.part(row, end), strength) for use, strength in uses]
+        ground = _ground(part, block)
+        p, scale = (ground.integers(), ground.scale.float()) if k is None else (_sum(part, ground, block, k), ShiftAdd(k).scale(ground))
+        if bits_needed(p) > bits:
+            return None
+        pieces.append((p.to(_DTYPES[bits]), scale))
+    return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces], 1)
+
+
+def unmerged(base: IntBase, use: LayerAdapter, strength: float = 1.0) -> Tensor:
+    """W' of one adapter computed from base and adapter apart, float32 (N, K) in the base's space: what `merge` must equal."""
+    return use.rule.unmerged(base, use.change(base, strength))
+
+
+def change(base: IntBase, uses: Uses) -> Tensor:
+    """What the adapters change of the weight on raw inputs, dense float32 (N, K): y += x . change^T beside the base's kernel."""
+    return base.out_of(merge(base, uses).base.weight() - base.weight())
+
+
+def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
+    """SHIFT-ADD adapters as one low-rank branch, (down float32 (K, R), up float32 (N, R)), strengths inside: y += (x . down) . up^T.
+
+    Raises ValueError for adapters that have no low rank: MUL, SHIFT, and dense changes.
+    """
+    downs, ups = [], []
+    for use, strength in uses:
+        if use.factors is None or not use.additive:
+            kind = "a dense change" if use.additive else use.rule.NAME.upper()
+            raise ValueError(f"{kind} has no low rank; merge it, or compute it densely beside the layer")
+        if strength:
+            down, up = use.factors.floats()
+            above = use.rows[0] if use.rows else 0
+            downs.append(down)
+            ups.append(torch.nn.functional.pad(up * strength, (0, 0, above, base.shape[0] - above - up.shape[0])))
+    if not downs:
+        empty = torch.zeros(base.shape[1], 0, device=base.codes.device), torch.zeros(base.shape[0], 0, device=base.codes.device)
+        return empty
+    return torch.cat(downs, 1), torch.cat(ups, 1)
+
+
+# ---- folded: the same format as before -----------------------------------------------------------------------------------
+
+
+def fold_into_branch(weight, down: Tensor, up: Tensor, rank: int | None = None):
+    """A low-rank change into the 16-bit branch of an `SVDQuantWeight`, whose 4-bit part stays as it is, bit for bit.
+
+    down float (K, R), up float (N, R)
+    rank  of the new branch: None joins the two (their ranks add up, to a multiple of 16; nothing is lost beyond bf16). A number cuts the
+          joined branch to its best approximation of that rank, in the smoothed space of the inputs: the layer's own rank costs nothing at run time.
+    Returns the new weight and the share of the change that was kept (1 - |lost| / |change| in that space, not below 0).
+    """
+    joined_down = torch.cat([weight.proj_down.float(), down.to(weight.proj_down.device).float()], 1)
+    joined_up = torch.cat([weight.proj_up.float(), up.to(weight.proj_up.device).float()], 1)
+    smooth = weight.smooth_factor.float()
+    wanted = joined_down.shape[1] + -joined_down.shape[1] % 16 if rank is None else rank
+    if rank is not None and rank < joined_down.shape[1]:
+        new_up, thin = balanced(joined_up, (joined_down * smooth[:, None]).T, rank)
+        joined_up, joined_down = new_up, thin.T / smooth[:, None]
+    pad = (0, max(0, wanted - joined_down.shape[1]))
+    dtype = weight.proj_down.dtype
+    new = replace(weight, proj_down=torch.nn.functional.pad(joined_down, pad).to(dtype), proj_up=torch.nn.functional.pad(joined_up, pad).to(dtype))
+    lost = thin_norm([(new.proj_up.float(), new.proj_down.float(), 1.0), (weight.proj_up.float(), weight.proj_down.float(), -1.0),
+                       (up.float(), down.float(), -1.0)], smooth)
+    size = thin_norm([(up.float(), down.float(), 1.0)], smooth)
+    return new, 1.0 if size == 0 else max(0.0, 1 - lost / size)
+
+
+def thin_norm(terms: list[tuple[Tensor, Tensor, float]], smooth: Tensor | None = None) -> float:
+    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r), sign), without the dense sum."""
+    up = torch.cat([u.double() * sign for u, _, sign in terms], 1)
+    down = torch.cat([d.double() if smooth is None else d.double() * smooth.double()[:, None] for _, d, _ in terms], 1)
+    return ((up.T @ up) * (down.T @ down)).sum().clamp_min(0).sqrt().item()
+
+
+def fold_into_codes(weight, merged: IntBase):
+    """A merged plain base rounded to 4 bits again, in the form of a `W4A16Weight`: no run-time cost, and most of a small change is lost.
+
+    Scales are searched anew where that is closer. Returns the new weight and the share of the change that was kept, not below 0.
+    """
+    pieces, lost, size = [], 0.0, 0.0
+    step = max(1, BLOCK // merged.shape[1])
+    for row in range(0, merged.shape[0], step):
+        old, target = weight.rows(row, row + step), merged.rows(row, row + step).weight(torch.float64)
+        pieces.append(_rounded_again(old, target))
+        lost += (IntBase.of(pieces[-1]).weight(torch.float64) - target).square().sum().item()
+        size += (IntBase.of(old).weight(torch.float64) - target).square().sum().item()
+    return weight.cat(pieces), 1.0 if size == 0 else max(0.0, 1 - math.sqrt(lost / size))
+
+
+def _rounded_again(weight, target: Tensor):
+    """Rows of a `W4A16Weight` moved to a target float64 (N, K), each group by its old scale or by a new one, whichever is closer."""
+    base = IntBase.of(weight)
+    target = target if weight.zeros is None else target - base.spread(weight.zeros, torch.float64)
+    fresh = IntBase.from_weight(target, 4, base.group).scale.to(weight.scale.dtype)
+    tried = [(target / _nonzero(base.spread(scale, torch.float64))).round().clamp(-8, 7) for scale in (weight.scale, fresh)]
+    losses = [_group_loss(target, codes, scale, base) for codes, scale in zip(tried, (weight.scale, fresh), strict=True)]
+    better = losses[1] < losses[0]  # (N, G)
+    codes = torch.where(better.repeat_interleave(base.group, 1), tried[1], tried[0])
+    return replace(weight, qweight=pack_int4(codes.to(torch.int8) + 8), scale=torch.where(better.T, fresh, weight.scale))
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.inf, scale)
+
+
+def _group_loss(target: Tensor, codes: Tensor, scale: Tensor, base: IntBase) -> Tensor:
+    return (codes * base.spread(scale, codes.dtype) - target).square().unflatten(1, (-1, base.group)).sum(-1)
+
+
+def rounded_to_base(base: IntBase, delta: Tensor) -> Tensor:
+    """What is left of a change, float (N, K) in the base's space, when base + change is rounded to the base's own levels; in its dtype."""
+    low, high = -(2 ** (base.bits - 1)), 2 ** (base.bits - 1) - 1
+    scale, z = base.spread(base.scale, delta.dtype), base.integers()
+    steps = delta / _nonzero(scale)
+    if base.odd:
+        return ((((z + steps - 1) / 2).round().clamp(low, high) * 2 + 1) - z) * scale
+    return ((z + steps).round().clamp(low, high) - z) * scale
+
+
+def finished_weight(merged: Merged) -> Tensor:
+    """The merged weight on raw inputs, float32 (N, K)."""
+    return merged.base.out_of(merged.base.weight())
+
