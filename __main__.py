@@ -1,4 +1,4 @@
-"""The terminal's front door: python -m nibble {demo,quantize,inspect,bench}.
+"""The terminal's front door: python -m nibble {demo,quantize,inspect,convert,bench}.
 
 Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
+  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
   python -m nibble demo --out demo.png
   python -m nibble bench --env
 """
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         command, options = bench, argparse.Namespace(rest=arguments[1:])
     else:
         options = _parser().parse_args(arguments)
-        command = {"demo": demo, "quantize": quantize, "inspect": inspect}[options.command]
+        command = {"demo": demo, "quantize": quantize, "inspect": inspect, "convert": convert}[options.command]
     try:
         return command(options) or 0
     except KeyboardInterrupt:
@@ -47,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nibble", description="Diffusion transformers at 4 bits.", epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,quantize,inspect,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,quantize,inspect,convert,bench}")
     _demo_options(commands.add_parser("demo", help="quantize the demo model that is included, and draw with it"))
     _quantize_options(commands.add_parser("quantize", help="make the 4-bit file of a model", epilog=EXAMPLES,
                                           formatter_class=argparse.RawDescriptionHelpFormatter))
     _inspect_options(commands.add_parser("inspect", help="show what a file holds, or what quantizing it would give", epilog=EXAMPLES,
+                                         formatter_class=argparse.RawDescriptionHelpFormatter))
+    _convert_options(commands.add_parser("convert", help="write a 4-bit file in another program's format", epilog=EXAMPLES,
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
     commands.add_parser("bench", help="run a benchmark of tests/bench (needs a source checkout): bench NAME [options]; "
                         "or say what this machine has and what each op runs through: bench --env")
@@ -91,6 +94,12 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="what quantizing this file would give: layers and size")
     parser.add_argument("--rank", type=int, default=32, help="for --plan (default: %(default)s)")
     parser.add_argument("--verify", action="store_true", help="compare every tensor with its checksum")
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="4-bit .safetensors file of Nibble, Nunchaku or comfy-kitchen, or a folder of Nunchaku's first version")
+    parser.add_argument("target", help=".safetensors file to write")
+    parser.add_argument("--to", choices=("nibble", "kitchen", "nunchaku"), default="nibble", help="its format (default: %(default)s)")
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -160,9 +169,19 @@ def _prompts(path: Path) -> tuple[tuple, dict]:
     return (tokens, pooled), {"kind": "prompts", "prompts": len(tokens), "fingerprint": f"{checksum(tokens)}{checksum(pooled)}"}
 
 
+def convert(options: argparse.Namespace) -> None:
+    """SOURCE → TARGET with the same numbers, with a progress bar and a summary."""
+    from .quant.published.convert import convert as run
+    with _Bar("layers") as bar:
+        lines = run(options.source, options.target, options.to, bar)
+    _print_summary(options.target, lines)
+
+
 def inspect(options: argparse.Namespace) -> None:
     """Prints what a file is, or what would become of it."""
     from .quant.container import FileRefused, is_quantized, open_quantized
+    from .quant.published.convert import facts_of
+    from .quant.published.opening import is_4bit
     if options.plan:
         name, report = _plan(options)
         facts = {"model": name, "rank": options.rank, "report": json.loads(report.to_json(seconds=False))}
@@ -177,6 +196,10 @@ def inspect(options: argparse.Namespace) -> None:
     else:
         if options.verify:
             raise FileRefused(f"{Path(options.file).name} was not made by Nibble, so it has no checksums; leave out --verify.")
+        if Path(options.file).is_dir() or is_4bit(options.file):
+            facts = facts_of(options.file)
+            print(json.dumps(facts, indent=1)) if options.json else _print_facts(facts["file"], facts, False)
+            return
         options.plan, options.rank = True, 32
         name, report = _plan(options)
         facts = {"file": name, "quantized": False, "architecture": report.architecture, "bytes": report.bytes_before,

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused, open_quantized
+from ..quant.container import FileRefused
+from ..quant.published.opening import open_4bit
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from .bridge import charts, loading, quantizing
 
@@ -97,15 +98,17 @@ class NibbleLoadSVDQuant(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleLoadSVDQuant", display_name="Load SVDQuant Model", category="Nibble", has_intermediate_output=True,
-            description="Loads a 4-bit model made by SVDQuant Quantize Checkpoint. "
+            description="Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4 file of Nunchaku or comfy-kitchen. "
                         "It works as any other model: samplers, LoRA, ControlNet, low VRAM.",
             search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
             inputs=[
                 io.Combo.Input("model_name", options=loading.quantized_files() or [NO_FILES],
-                               tooltip="A quantized file in models/diffusion_models. Files of other kinds are not listed."),
+                               tooltip="A 4-bit file in models/diffusion_models: Nibble's own, or a published svdq-int4 file. Others are not listed."),
                 io.Boolean.Input("verify", default=True, advanced=True, tooltip="Compare every tensor with its checksum before use."),
                 io.Combo.Input("compute_dtype", options=list(loading.DTYPES), default="default", advanced=True,
                                tooltip="What activations and 16-bit layers are computed in. default: what ComfyUI chooses for this GPU."),
+                io.Combo.Input("modulation_in", options=list(loading.MODULATION), default="vram", advanced=True, optional=True,
+                               tooltip="Where 4-bit modulation layers stay. ram: about 1.7 GB less VRAM for FLUX; the CPU computes them."),
             ],
             outputs=[io.Model.Output("model", tooltip="The model, ready for a sampler.")])
 
@@ -113,7 +116,7 @@ class NibbleLoadSVDQuant(io.ComfyNode):
     def validate_inputs(cls, model_name=None):
         try:
             if model_name is not None:  # a linked name is known only when the graph runs
-                open_quantized(loading.model_path(model_name))
+                open_4bit(loading.model_path(model_name))
         except FileRefused as refusal:
             return str(refusal)
         return True
@@ -123,10 +126,11 @@ class NibbleLoadSVDQuant(io.ComfyNode):
         return loading.stamp(model_name)
 
     @classmethod
-    def execute(cls, model_name, verify, compute_dtype) -> io.NodeOutput:
+    def execute(cls, model_name, verify, compute_dtype, modulation_in="vram") -> io.NodeOutput:
         path = loading.model_path(model_name)
-        model = loading.load(path, verify, compute_dtype)
-        return io.NodeOutput(model, ui=charts.ui(charts.model_chart(open_quantized(path), loading.vram_needed(model), model.load_device)))
+        model = loading.load(path, verify, compute_dtype, modulation_in)
+        chart = charts.model_chart(open_4bit(path), loading.vram_needed(model), model.load_device, loading.ram_kept(model))
+        return io.NodeOutput(model, ui=charts.ui(chart))
 
 
 NODES = [NibbleQuantizeSVDQuant, NibbleLoadSVDQuant]

@@ -23,7 +23,7 @@ METHODS = ("svdquant",)
 # The tensors that a quantized linear must have (N outputs, K inputs, G = K/64 groups, R rank) and the options that its JSON may hold.
 FORMATS = {
     "svdquant_w4a4": ({"weight": "N,K/2", "weight_scale": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R",
-                       "weight_smooth_factor": "K"}, {"format", "rank", "act_unsigned", "rotation"}),
+                       "weight_smooth_factor": "K"}, {"format", "rank", "act_unsigned", "rotation", "unsigned_from"}),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format"}),
 }
 OPTIONAL = {"awq_w4a16": {"weight_zeros": "G,N"}}  # tensors that a layer may have besides: without zero points it is symmetric
@@ -171,6 +171,12 @@ class QuantizedFile:
     """An opened quantized model: `layers` holds each quantized linear's JSON, `metadata` what the writer recorded."""
     header: Header
     layers: dict[str, dict]
+    kind = "Nibble"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.header.size
 
     @property
     def path(self) -> Path:

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.container import open_quantized
 
+from published_files import RandomFlux
+
 cli = importlib.import_module("nibble.__main__")
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
 QUICK = ["--rank", "16"]
@@ -57,6 +59,24 @@ def test_inspect_of_a_16_bit_file(source, capsys):
     assert cli.main(["inspect", str(source), "--plan", "--rank", "16", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["rank"] == 16 and {row["action"] for row in facts["report"]["rows"]} == {"w4a4", "w4a16", "keep"}
+
+
+def test_published_files_are_named_and_converted(tmp_path, capsys):
+    blocks, others = RandomFlux(single=1).nunchaku()
+    for name, tensors in (("transformer_blocks", blocks), ("unquantized_layers", others)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    for path in (tmp_path, tmp_path / "transformer_blocks.safetensors"):
+        assert cli.main(["inspect", str(path)]) == 0
+        assert "Nunchaku INT4" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"] == "FLUX.1"
+    own, back = tmp_path / "own.safetensors", tmp_path / "back.safetensors"
+    assert cli.main(["convert", str(tmp_path), str(own)]) == 0
+    assert "Nunchaku INT4 → Nibble" in capsys.readouterr().out
+    assert cli.main(["inspect", str(own), "--verify"]) == 0
+    assert "from Nunchaku INT4" in capsys.readouterr().out
+    assert cli.main(["convert", str(own), str(back), "--to", "nunchaku"]) == 0
+    assert "two kinds side by side" in refused(capsys, "convert", own, tmp_path / "k.safetensors", "--to", "kitchen")
 
 
 def test_the_plan_of_flux1_dev_needs_no_file(capsys):

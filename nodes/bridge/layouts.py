@@ -134,10 +134,11 @@ class NibbleSVDQuantLayout(_Layout):
         smooth_factor: torch.Tensor | None = None
         act_unsigned: bool = False
         rotation: int = 0
+        unsigned_from: int = 0
 
     @classmethod
     def base(cls, qdata: torch.Tensor, p: Params, bias: torch.Tensor | None = None) -> SVDQuantWeight:
-        return SVDQuantWeight(qdata, p.scale, p.proj_down, p.proj_up, p.smooth_factor, bias, p.act_unsigned, p.rotation)
+        return SVDQuantWeight(qdata, p.scale, p.proj_down, p.proj_up, p.smooth_factor, bias, p.act_unsigned, p.rotation, p.unsigned_from)
 
     @classmethod
     def params(cls, tensors: dict[str, torch.Tensor], settings: dict, dtype: torch.dtype) -> Params:
@@ -145,12 +146,13 @@ class NibbleSVDQuantLayout(_Layout):
         return cls.Params(scale=tensors["weight_scale"], orig_dtype=dtype, orig_shape=shape,
                           proj_down=tensors["weight_proj_down"], proj_up=tensors["weight_proj_up"],
                           smooth_factor=tensors["weight_smooth_factor"], delta=tensors.get("weight_delta"), hook=HookCell(),
-                          act_unsigned=bool(settings.get("act_unsigned", False)), rotation=int(settings.get("rotation", 0)))
+                          act_unsigned=bool(settings.get("act_unsigned", False)), rotation=int(settings.get("rotation", 0)),
+                          unsigned_from=int(settings.get("unsigned_from", 0)))
 
     @classmethod
     def settings(cls, p: Params) -> dict:
-        extra = {"act_unsigned": True} if p.act_unsigned else {"rotation": p.rotation} if p.rotation else {}
-        return {"format": cls.FORMAT, "rank": p.proj_down.shape[1]} | extra
+        extra = {"act_unsigned": p.act_unsigned, "rotation": p.rotation, "unsigned_from": p.unsigned_from}
+        return {"format": cls.FORMAT, "rank": p.proj_down.shape[1]} | {name: value for name, value in extra.items() if value}
 
 
 class NibbleW4A16Layout(_Layout):

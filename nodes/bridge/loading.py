@@ -12,28 +12,31 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...quant import container
-from . import layouts, progress
+from ...quant.published import opening
+from ...quant.published.model import PublishedFile
+from . import layouts, modulation, progress
 from .ops import NibbleOperations
 
 FOLDER = "diffusion_models"
+MODULATION = ("vram", "ram")
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_known: dict[tuple[str, int, int], bool] = {}  # (path, modification time, size) → whether the file is one of ours
+_known: dict[tuple[str, int, int], bool] = {}  # (path, modification time, size) → whether the file can be loaded
 
 
 def quantized_files() -> list[str]:
-    """Names of the quantized files among ComfyUI's diffusion models. Reads headers only, and each file's only once."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors") and _is_ours(name)]
+    """Names of the 4-bit files among ComfyUI's diffusion models, whoever wrote them. Reads headers only, and each file's only once."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors") and _is_4bit(name)]
 
 
-def _is_ours(name: str) -> bool:
+def _is_4bit(name: str) -> bool:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         return False
     stat = os.stat(path)
     key = (path, stat.st_mtime_ns, stat.st_size)
     if key not in _known:
-        _known[key] = container.is_quantized(path)
+        _known[key] = opening.is_4bit(path)
     return _known[key]
 
 
@@ -54,23 +57,39 @@ def stamp(name: str) -> str:
     return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
-def load(path: str | os.PathLike, verify: bool = True, dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
-    """Loads a quantized file as ComfyUI's model patcher.
+def load(path: str | os.PathLike, verify: bool = True, dtype: str = "default", modulation_in: str = "vram",
+         disable_dynamic: bool = False) -> ModelPatcher:
+    """Loads a 4-bit file, Nibble's own or a published one, as ComfyUI's model patcher.
 
-    dtype: a key of DTYPES, what activations and 16-bit layers are computed in. Raises FileRefused with the reason.
+    dtype: a key of DTYPES, what activations and 16-bit layers are computed in. modulation_in: one of MODULATION, where 4-bit modulation
+    layers stay. Raises FileRefused with the reason.
     """
-    file = container.open_quantized(path)
-    if verify:
-        file.verify(progress.Progress("checking"))
-    state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    file = opening.open_4bit(path)
+    if isinstance(file, PublishedFile):
+        state, metadata = _read(file), {}
+    else:
+        if verify:
+            file.verify(progress.Progress("checking"))
+        state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     options = {"custom_operations": NibbleOperations} | ({"dtype": DTYPES[dtype]} if DTYPES[dtype] else {})
     patcher = comfy.sd.load_diffusion_model_state_dict(packed(state, file.layers, DTYPES[dtype] or torch.bfloat16), model_options=options,
                                                        metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise container.FileRefused(f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI.")
     _check_complete(patcher, file)
-    patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype))
+    if modulation_in == "ram":
+        modulation.keep_in_ram(patcher)
+    patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype, modulation_in))
     return patcher
+
+
+def _read(file: PublishedFile) -> dict[str, torch.Tensor]:
+    """All of a published file's tensors, in Nibble's form."""
+    state, report, units = {}, progress.Progress("reading"), list(file.units)
+    for done, name in enumerate(units):
+        report(done, len(units), name)
+        state |= file.unit(name)
+    return state
 
 
 def packed(state: dict[str, torch.Tensor], layers: dict[str, dict], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -87,10 +106,11 @@ def packed(state: dict[str, torch.Tensor], layers: dict[str, dict], dtype: torch
 
 
 def _parts(settings: dict) -> list[str]:
-    return list(container.FORMATS[settings["format"]][0])
+    kind = settings["format"]
+    return [*container.FORMATS[kind][0], *container.OPTIONAL.get(kind, ())]
 
 
-def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile) -> None:
+def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile | PublishedFile) -> None:
     """Every linear of the model must have got its weight, and every quantized layer its place."""
     named = patcher.model.diffusion_model.named_modules()
     modules = {name: module for name, module in named if isinstance(module, NibbleOperations.Linear)}
@@ -98,7 +118,13 @@ def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile) -> Non
     homeless = next((name for name in file.layers if not layouts.is_ours(getattr(modules.get(name), "weight", None))), None)
     if empty or homeless:
         what = f"lacks the layer {empty}" if empty else f"has a layer that the model does not know, {homeless}"
-        raise container.FileRefused(f"{file.path.name} {what}; quantize the model again with this version of ComfyUI.")
+        fix = "download it again" if isinstance(file, PublishedFile) else "quantize the model again with this version of ComfyUI"
+        raise container.FileRefused(f"{file.path.name} {what}; {fix}.")
+
+
+def ram_kept(patcher: ModelPatcher) -> int:
+    """Bytes of modulation layers that stay in RAM."""
+    return sum(layer.nbytes for layer in modulation.hosted(patcher))
 
 
 def vram_needed(patcher: ModelPatcher, pixels: int = 1024) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...kernels import ops as kernels
-from ...quant.svdquant.weight import tensor_json
+from ...quant.svdquant.weight import linear_in_two, split_columns, tensor_json
 from . import layouts, lora
 
 log = logging.getLogger("nibble")
@@ -161,7 +161,8 @@ class NibbleOperations(comfy.ops.manual_cast):
             return self._set_plain("bias", value, seed, return_weight)
 
         def _bias_shift(self, like):
-            if not (layouts.is_ours(self.weight) and getattr(self.weight._params, "act_unsigned", False)):
+            params = self.weight._params if layouts.is_ours(self.weight) else None
+            if not (getattr(params, "act_unsigned", False) or getattr(params, "unsigned_from", 0)):
                 return None
             here = self.weight.to(device=like.device)
             return layouts.unpack(here).effective_bias()
@@ -174,7 +175,7 @@ class NibbleOperations(comfy.ops.manual_cast):
                 return self.forward_comfy_cast_weights(input)
             if hasattr(self, "_v") and comfy.model_management.is_device_cpu(input.device):
                 # a streamed layer that is used on the CPU: the cast would dequantize it
-                return _linear(input, self.weight, None if self.bias is None else self.bias.to(input.dtype), self._weight_functions)
+                return patched_linear(input, self.weight, None if self.bias is None else self.bias.to(input.dtype), self._weight_functions)
             functions, self._weight_functions = self._weight_functions, []  # the cast would dequantize for them, too
             try:
                 cast = comfy.ops.CastBiasWeightContext(self, None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
@@ -182,10 +183,10 @@ class NibbleOperations(comfy.ops.manual_cast):
             finally:
                 self._weight_functions = functions
             with cast as (weight, bias):
-                return _linear(input, weight, bias, functions)
+                return patched_linear(input, weight, bias, functions)
 
 
-def _linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, functions: list) -> torch.Tensor:
+def patched_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, functions: list) -> torch.Tensor:
     """x (…, K) → (…, N): the quantized product, and beside it whatever patches ask for."""
     patches = [lora.entries_of(function) for function in functions]
     if None in patches:
@@ -200,7 +201,11 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tenso
     """x (…, K) → (…, N) in x's dtype through `nibble.kernels`, with all that was added to the weight."""
     p = weight._params
     if weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__:
-        y = kernels.linear_w4a4(x, weight._qdata, p.scale, p.smooth_factor, p.proj_down, p.proj_up, bias, p.act_unsigned, p.rotation)
+        if p.unsigned_from:
+            codes = split_columns(weight._qdata, p.unsigned_from)
+            y = linear_in_two(x, *codes, p.scale, p.smooth_factor, p.proj_down, p.proj_up, bias)
+        else:
+            y = kernels.linear_w4a4(x, weight._qdata, p.scale, p.smooth_factor, p.proj_down, p.proj_up, bias, p.act_unsigned, p.rotation)
         y = lora.Change(delta=p.delta).add_to(y, x)
     else:
         y = kernels.linear_w4a16(x, weight._qdata, p.scale, p.zeros, bias)

@@ -4,7 +4,8 @@
     awq_w4a16       y = x . ((codes - 8) * scale + zeros)^T + bias
 
 The first is SVDQuant (Li et al., 2024, arXiv:2411.05007, eq. 7), optionally with unsigned activations (a shift is folded into the
-bias) or a 64-point Hadamard rotation after smoothing. Layouts are natural: row major, low nibble = even column.
+bias), all of them or those from one column on, or a 64-point Hadamard rotation after smoothing. Layouts are natural: row major,
+low nibble = even column.
 """
 
 import json
@@ -82,6 +83,8 @@ class SVDQuantWeight(_Stored):
         proj_up        bf16 (N, R)
         smooth_factor  bf16 (K,)         nonzero; with a rotation it may be negative: its signs randomize the Hadamard
         bias           bf16 (N,) | None  with act_unsigned, SHIFT times the row sums of the 4-bit part is already subtracted
+    unsigned_from: a column; the inputs before it are signed, those from it on unsigned, as where a linear reads attention and a GELU
+    side by side (FLUX's linear2). 0: act_unsigned says it for all.
     """
 
     qweight: Tensor
@@ -92,6 +95,7 @@ class SVDQuantWeight(_Stored):
     bias: Tensor | None = None
     act_unsigned: bool = False
     rotation: int = 0
+    unsigned_from: int = 0
 
     FORMAT = "svdquant_w4a4"
     SUFFIXES = {"qweight": "weight", "scale": "weight_scale", "proj_down": "weight_proj_down", "proj_up": "weight_proj_up",
@@ -109,6 +113,8 @@ class SVDQuantWeight(_Stored):
             raise ValueError(f"K={k} is not a multiple of the group size 64")
         if self.rotation not in (0, 64) or (self.rotation and self.act_unsigned):
             raise ValueError(f"rotation={self.rotation}, act_unsigned={self.act_unsigned}: rotation is 0 or 64, and excludes act_unsigned")
+        if self.unsigned_from and (self.rotation or self.act_unsigned or self.unsigned_from % 64 or not 0 < self.unsigned_from < k):
+            raise ValueError(f"unsigned_from={self.unsigned_from} must be a multiple of 64 within K={k}, beside neither rotation nor act_unsigned")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -122,17 +128,18 @@ class SVDQuantWeight(_Stored):
 
     def facts(self) -> dict:
         """The layer's JSON: format, rank, and the options that differ from plain SVDQuant."""
-        options = {"act_unsigned": self.act_unsigned, "rotation": self.rotation}
+        options = {"act_unsigned": self.act_unsigned, "rotation": self.rotation, "unsigned_from": self.unsigned_from}
         return {"format": self.FORMAT, "rank": self.rank} | {name: value for name, value in options.items() if value}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "SVDQuantWeight":
         """The inverse of `tensors`. Raises ValueError for a missing tensor, another format, or an option that it does not know."""
         parts, facts = cls._read(tensors, prefix)
-        unknown = facts.keys() - {"format", "rank", "act_unsigned", "rotation"}
+        unknown = facts.keys() - {"format", "rank", "act_unsigned", "rotation", "unsigned_from"}
         if unknown:
             raise ValueError(f"{prefix} uses {', '.join(sorted(unknown))}, which this version does not know; please update")
-        weight = cls(**parts, act_unsigned=bool(facts.get("act_unsigned", False)), rotation=int(facts.get("rotation", 0)))
+        weight = cls(**parts, act_unsigned=bool(facts.get("act_unsigned", False)), rotation=int(facts.get("rotation", 0)),
+                     unsigned_from=int(facts.get("unsigned_from", 0)))
         if facts.get("rank", weight.rank) != weight.rank:
             raise ValueError(f"{prefix} says rank {facts['rank']}, its factors have {weight.rank}")
         return weight
@@ -149,13 +156,16 @@ class SVDQuantWeight(_Stored):
 
     def effective_bias(self) -> Tensor | None:
         """The bias that goes with `dequantize`: without the fold of unsigned activations. float32 (N,) | None."""
-        if not self.act_unsigned:
+        if not self.act_unsigned and not self.unsigned_from:
             return None if self.bias is None else self.bias.float()
-        fold = self.residual().sum(1) * reference.SHIFT
+        fold = self.residual()[:, self.unsigned_from:].sum(1) * reference.SHIFT
         return fold if self.bias is None else self.bias.float() + fold
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) → (..., N) in x's dtype, with 4-bit activations."""
+        if self.unsigned_from:
+            halves = split_columns(self.qweight, self.unsigned_from)
+            return linear_in_two(x, *halves, self.scale, self.smooth_factor, self.proj_down, self.proj_up, self.bias)
         return ops.linear_w4a4(x, self.qweight, self.scale, self.smooth_factor, self.proj_down, self.proj_up, self.bias,
                                self.act_unsigned, self.rotation)
 
@@ -248,6 +258,23 @@ class W4A16Weight(_Stored):
         bias = None if pieces[0].bias is None else torch.cat([p.bias for p in pieces])
         return W4A16Weight(torch.cat([p.qweight for p in pieces]), torch.cat([p.scale for p in pieces], 1),
                            zeros, bias)
+
+
+def split_columns(qweight: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Packed codes (N, K/2) before a column and from it on, each contiguous: (N, column/2), (N, (K - column)/2)."""
+    return qweight[:, :column // 2].contiguous(), qweight[:, column // 2:].contiguous()
+
+
+def linear_in_two(x: Tensor, signed: Tensor, unsigned: Tensor, scale: Tensor, smooth_factor: Tensor, proj_down: Tensor, proj_up: Tensor,
+                  bias: Tensor | None) -> Tensor:
+    """A linear whose first columns read signed inputs and whose others unsigned ones: the sum of two products, in x's dtype.
+
+    signed, unsigned: packed codes of the two, as `split_columns` gives them; the rest as in `SVDQuantWeight`, for all K columns.
+    """
+    k = signed.shape[1] * 2
+    g = k // 64
+    y = ops.linear_w4a4(x[..., k:].contiguous(), unsigned, scale[g:], smooth_factor[k:], proj_down[k:], proj_up, bias, True, 0)
+    return y + ops.linear_w4a4(x[..., :k].contiguous(), signed, scale[:g], smooth_factor[:k], proj_down[:k], proj_up, None, False, 0)
 
 
 FORMATS = {cls.FORMAT: cls for cls in (SVDQuantWeight, W4A16Weight)}

@@ -1,0 +1,214 @@
+"""Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the blocks that ask for them.
+
+FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step it turns one vector (timestep, guidance, pooled text) into
+shifts, scales and gates, 2 MB in all. So the weights need not be in VRAM. A `HostLinear` takes the place of ComfyUI's Linear after loading;
+it owns no parameter, so that ComfyUI neither moves nor counts it, and its weights stay in the model's state dict for LoRAs and saving.
+
+For a GPU's input the product is torch's own 4-bit one for CPUs, on a second copy of the weights in RAM, unless compiled kernels bring
+their own; for an input on the CPU it is the layer itself, so that the numbers are those of the model without this option.
+
+A result is looked up by the very bytes of its input (compared, never assumed equal by identity), so equal steps of the next picture cost
+nothing. The first block to see a new vector has all others computed for it by a thread: if they then ask with other bytes, the guess is not
+used. Fetching the vector makes the CPU wait for the GPU once a layer; that price, and the time as a whole, is not yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from threading import Lock
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+
+from ... import kernels
+from ...quant.architectures import recognise
+from ...quant.svdquant.host import HostMatrix
+from . import layouts, ops
+
+CALLBACK = "nibble_modulation"
+_CACHE_BYTES = 256 << 20  # of results: some hundred steps of FLUX
+_PASSED_ON = re.compile(r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+|(set|convert)_(weight|bias)|(in|out)_features)$")
+
+
+class HostLinear(torch.nn.Module):
+    """A linear whose weights stay in RAM. `held` is the layer that it stands for."""
+
+    def __init__(self, held: torch.nn.Module, name: str, bank: Bank):
+        super().__init__()
+        self._held = (held,)  # in a tuple: not a child, so that nothing moves it
+        self.name, self._bank = name, bank
+        self.functions: list = []  # patches of the weight, as ComfyUI hands them to a layer that it streams
+        self.bias_functions: list = []
+        self._packed: HostMatrix | None = None  # for inputs from a GPU
+
+    def __getattr__(self, name: str):
+        # what ComfyUI reads off a linear by the names of the state dict; not what would make it load the layer
+        return getattr(self._held[0], name) if _PASSED_ON.match(name) else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            setattr(self._held[0], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def state_dict(self, *args, **kwargs):
+        return self._held[0].state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        return self._held[0]._load_from_state_dict(*args, **kwargs)
+
+    @torch.compiler.disable
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input (…, K) on any device → (…, N) there."""
+        if torch.is_grad_enabled() and input.requires_grad:
+            return self.compute(input.cpu()).to(input.device)
+        rows = input.detach().cpu()
+        return self._bank.result(self, rows, fast=input.device.type != "cpu").to(input.device, non_blocking=True)
+
+    def compute(self, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
+        """The layer itself, on the CPU; fast: by torch's 4-bit product where that can do it."""
+        weight, bias = self._held[0].weight, self._held[0].bias
+        if fast and not (self.functions or self.bias_functions or self.is_patched) and self._pack(weight, rows.dtype):
+            return self._packed.product(rows, bias)
+        bias = None if bias is None else bias.to(rows.dtype)
+        for function in self.bias_functions:
+            bias = function(bias)
+        return ops.patched_linear(rows, weight, bias, self.functions)
+
+    def _pack(self, weight, dtype: torch.dtype) -> bool:
+        """Packs the weight for the CPU, once; whether that was possible and is of use."""
+        base = layouts.unpack(weight)
+        if self._packed is not None and self._packed.dtype != dtype:
+            self._packed = None
+        if self._packed is None and HostMatrix.supports(base) and kernels.which("gemv_w4a16", torch.device("cpu"))[0] != "native":
+            self._packed = HostMatrix(base, dtype)
+        return self._packed is not None
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether a patch or a hook is part of the weight itself."""
+        params = self._held[0].weight._params
+        return self.is_hooked or params.proj_up is not None or params.delta is not None
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether a LoRA hook is on: what it changes comes and goes between steps."""
+        hook = self._held[0].weight._params.hook
+        return hook is not None and hook.value is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in RAM."""
+        return comfy.model_management.module_size(self._held[0])
+
+
+class Bank:
+    """Results of one model's layers, by layer and by the bytes of their input."""
+
+    def __init__(self, limit: int = _CACHE_BYTES):
+        self.layers: list[HostLinear] = []
+        self.computed = 0
+        self._limit, self._size = limit, 0
+        self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._pending: dict[tuple, Future] = {}
+        self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, "nibble-modulation")
+
+    def result(self, layer: HostLinear, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
+        """The layer's output for rows (…, K) on the CPU."""
+        if layer.is_hooked:
+            return layer.compute(rows, fast)
+        with self._lock:
+            key = self._key(layer, rows, fast)
+            if key in self._results:
+                self._results.move_to_end(key)
+                return self._results[key]
+            if key not in self._pending:
+                for other in self._likely(layer):
+                    self._submit(other, rows, fast)
+            future = self._pending[key]
+        return future.result()
+
+    def clear(self) -> None:
+        """Forgets all results, as when patches change."""
+        with self._lock:
+            self._results.clear()
+            self._pending = {}  # what a thread still computes belongs to the past
+            self._size = 0
+
+    def _likely(self, layer: HostLinear) -> Iterator[HostLinear]:
+        """The layer, and those behind it that will be asked with the same vector: those of the blocks, if it is one."""
+        yield layer
+        if "blocks." in layer.name:
+            start = self.layers.index(layer) + 1
+            yield from (other for other in self.layers[start:] if "blocks." in other.name and other.in_features == layer.in_features)
+
+    def _submit(self, layer: HostLinear, rows: torch.Tensor, fast: bool) -> None:
+        key = self._key(layer, rows, fast)
+        if key not in self._results and key not in self._pending and not layer.is_hooked:
+            pending = self._pending
+            pending[key] = self._thread.submit(self._compute, layer, rows, fast, key, pending)
+
+    def _compute(self, layer: HostLinear, rows: torch.Tensor, fast: bool, key: tuple, pending: dict) -> torch.Tensor:
+        with torch.no_grad():  # a mode of the thread, not of the program
+            y = layer.compute(rows, fast)
+        with self._lock:
+            self.computed += 1
+            pending.pop(key, None)
+            if pending is self._pending:
+                self._results[key] = y
+                self._size += y.nbytes
+                while self._size > self._limit and len(self._results) > 1:
+                    self._size -= self._results.popitem(last=False)[1].nbytes
+        return y
+
+    @staticmethod
+    def _key(layer: HostLinear, rows: torch.Tensor, fast: bool) -> tuple:
+        raw = rows.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return layer.name, fast, str(rows.dtype), tuple(rows.shape), raw
+
+
+def keep_in_ram(patcher: ModelPatcher) -> int:
+    """Puts the 4-bit modulation layers of a fresh model into RAM for good; returns their bytes. Other layers are not touched."""
+    model = patcher.model.diffusion_model
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    patterns = recognise(_detectable(shapes), "The model").modulation
+    bank = Bank()
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if layouts.is_ours(weight) and weight._layout_cls == layouts.NibbleW4A16Layout.__name__ and any(fnmatchcase(name, p) for p in patterns):
+            parent, _, child = name.rpartition(".")
+            host = HostLinear(module, name, bank)
+            setattr(model.get_submodule(parent), child, host)
+            bank.layers.append(host)
+    held = sum(layer.nbytes for layer in bank.layers)
+    if held:
+        patcher.size = patcher.model_size() - held  # what ComfyUI reserves VRAM for
+        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, CALLBACK, _attach)
+    return held
+
+
+def _detectable(shapes: dict) -> dict:
+    """Some keys under which a family is recognised are called otherwise once a model is built."""
+    return shapes | {name.removesuffix("weight") + "scale": shape for name, shape in shapes.items() if name.endswith("_norm.weight")}
+
+
+def hosted(patcher: ModelPatcher) -> list[HostLinear]:
+    """The layers of a model that stay in RAM."""
+    return [module for module in patcher.model.diffusion_model.modules() if isinstance(module, HostLinear)]
+
+
+def _attach(patcher: ModelPatcher, *_) -> None:
+    """Gives every layer in RAM the patches of the patcher that was just loaded."""
+    for layer in hosted(patcher):
+        for parameter, functions in (("weight", layer.functions), ("bias", layer.bias_functions)):
+            key = f"diffusion_model.{layer.name}.{parameter}"
+            functions[:] = [LowVramPatch(key, patcher.patches)] if key in patcher.patches else []
+            functions.extend(patcher.weight_wrapper_patches.get(key, ()))
+        layer._bank.clear()
