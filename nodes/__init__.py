@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import demo, svdquant
+from . import demo, intlora, svdquant
 
-NODES = [*svdquant.NODES, *demo.NODES]
+NODES = [*svdquant.NODES, *intlora.NODES, *demo.NODES]
 
 
 class NibbleExtension(ComfyExtension):

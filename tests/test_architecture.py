@@ -20,6 +20,8 @@ RULES = {
     "quant.sources":   ({"kernels", "quant"},                       {"comfy_kitchen"}),
     "quant.diffusers": ({"kernels", "quant"},                       {"diffusers"}),
     "quant.svdquant":  ({"kernels", "quant"},                       set()),
+    "quant.intlora":   ({"kernels", "quant"},                       set()),
+    "quant.published": ({"kernels", "quant"},                       set()),
     "accel":           ({"kernels"},                                set()),
     "nodes":           ({"nodes.bridge", "quant", "accel", "demo"}, {"comfy_api"}),
     "nodes.bridge":    ({"quant", "accel", "kernels", "demo"},      HOSTS - {"diffusers", "nibble_kernels"}),
@@ -115,7 +117,7 @@ import importlib.util, sys
 sys.dont_write_bytecode = True
 spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / '__init__.py')!r}, submodule_search_locations=[{str(ROOT)!r}])
 package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
-import nibble.kernels, nibble.quant.container, nibble.quant.svdquant.weight
+import nibble.kernels, nibble.quant.container, nibble.quant.svdquant.weight, nibble.quant.intlora.train
 import torch
 assert not torch.cuda.is_initialized()
 heavy = set(sys.modules) & {{"diffusers", "transformers", "comfy", "comfy_kitchen"}}

@@ -16,7 +16,9 @@ import torch
 
 from ... import kernels
 from ...quant.container import QuantizedFile
+from ...quant.published.model import PublishedFile
 from ...quant.svdquant.report import Report
+from .intlora import Converted
 
 KEY = "nibble_chart"
 
@@ -43,7 +45,23 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
             "bytes_before": report.bytes_before, "bytes_after": report.bytes_after, "rows": rows}
 
 
-def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
+def retention_chart(done: Converted, lora_name: str) -> dict:
+    """A LoRA's conversion: how much of it each layer keeps. A share kept of 1 - e is 20 log10(1 / e) dB."""
+    found, layers = done.conversion, done.conversion.adapter.layers
+    rows = [{"name": row.layer, "action": done.actions[row.layer], "db": None if row.kept >= 1 else -20 * math.log10(1 - row.kept),
+             "why": f"keeps {row.kept:.2%} with k = {row.k}; rounding to 4 bits would keep {row.nearest:.1%}" + (f"; {row.note}" if row.note else ""),
+             "bytes_before": done.bytes_before[row.layer], "bytes_after": layers[row.layer].nbytes, "seconds": 0.0} for row in found.rows]
+    worst, ks = min(found.rows, key=lambda row: row.kept), sorted({row.k for row in found.rows})
+    summary = [["kept", f"{found.kept:.2%}, least {worst.kept:.2%}"],
+               ["rounding alone would keep", f"{statistics.mean(row.nearest for row in found.rows):.1%}"],
+               ["k", f"{ks[0]}" if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"], ["file", size(done.nbytes)]]
+    if done.left_out:
+        summary.append(["left out", f"{len(done.left_out)} tensors of the LoRA, for parts that are not in 4 bits, {done.left_out[0]} first"])
+    return {"kind": "layers", "title": done.name, "subtitle": f"{lora_name} as SHIFT-ADD", "summary": summary,
+            "bytes_before": sum(done.bytes_before.values()), "bytes_after": sum(layer.nbytes for layer in layers.values()), "rows": rows}
+
+
+def model_chart(file: QuantizedFile | PublishedFile, needed: tuple[int, int], device: torch.device, in_ram: int = 0) -> dict:
     """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
     formats = Counter(layer["format"] for layer in file.layers.values())
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
@@ -51,9 +69,11 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
     errors = [row["db"] for row in file.fact("report").get("rows", []) if row.get("db") is not None and row["action"] == "w4a4"]
     whole = f" of {size(torch.cuda.get_device_properties(device).total_memory)}" if device.type == "cuda" else ""
     summary = [["VRAM", f"about {size(sum(needed))}{whole}: {size(needed[0])} of weights, {size(needed[1])} that ComfyUI reckons for 1024 × 1024"],
-               ["file", size(file.header.size)],
+               ["file", f"{size(file.size)}, {file.kind}"],
                ["layers", f"{formats['svdquant_w4a4']} W4A4, rank {', '.join(map(str, ranks))}; {formats['awq_w4a16']} 4-bit weights only"],
                ["computed by", f"{backend} ({reason})"]]
+    if in_ram:
+        summary.insert(1, ["RAM", f"{size(in_ram)} of modulation layers, computed on the CPU"])
     if errors:
-        summary.insert(3, ["error", f"median {statistics.median(errors):.1f} dB, worst {min(errors):.1f} dB"])
+        summary.insert(-1, ["error", f"median {statistics.median(errors):.1f} dB, worst {min(errors):.1f} dB"])
     return {"kind": "facts", "title": file.path.name, "summary": summary}

@@ -1,0 +1,286 @@
+"""IntLoRA on a MODEL socket: an ordinary LoRA to an adapter of the model's own integers, and an adapter onto the model.
+
+Keys of LoRA files are mapped by ComfyUI's own loader, parts of fused layers included. What an adapter changes is handed back to ComfyUI
+as patches of its own: low-rank factors as a LoRA, which joins the layer's 16-bit branch, anything else as a difference of weights. So
+the 4-bit codes are never written, and taking the patches off gives the base back bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+
+from ...quant.container import FileRefused
+from ...quant.intlora import file, merge
+from ...quant.intlora.adapter import Adapter, LayerAdapter, key_of
+from ...quant.intlora.base import IntBase, refuse_format
+from ...quant.intlora.convert import Change, Conversion, convert
+from . import layouts, lora
+from .progress import Progress
+
+FOLDER, ENDING = "loras", ".intlora.safetensors"
+MODES = ("branch", "merge")
+_PREFIX, _MODEL = "diffusion_model.", "the connected model"
+_APPLIED = "nibble_intlora"  # attachment of a MODEL: ((layer key, file), …) of the adapters on it that no other may join
+
+
+# ---- files
+
+
+def ordinary_files() -> list[str]:
+    """Names of the LoRAs in ComfyUI's folders that are no IntLoRA."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if not name.endswith(ENDING)]
+
+
+def adapter_files() -> list[str]:
+    """Names of the IntLoRA files in ComfyUI's LoRA folders."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(ENDING)]
+
+
+def path_of(name: str) -> Path:
+    """The path of a file in ComfyUI's LoRA folders. Raises FileRefused for a name that is not there."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise FileRefused(f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and choose again.")
+    return Path(path)
+
+
+def stamp(name: str) -> str:
+    """Changes when the file does: modification time and size."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        return "missing"
+    stat = os.stat(path)
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def file_name(lora_name: str, filename: str) -> str:
+    """The adapter's name in ComfyUI's lists: as asked for, else beside its LoRA; always with the ending."""
+    name = filename.strip() or str(Path(lora_name).with_suffix(""))
+    return name.removesuffix(".safetensors").removesuffix(".intlora") + ENDING
+
+
+def _target(lora_name: str, filename: str, overwrite: bool) -> tuple[Path, str]:
+    """(path of the new adapter, its name in ComfyUI's lists), in the first LoRA folder that can be written to."""
+    name = file_name(lora_name, filename)
+    folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(FOLDER)]
+    for folder in folders:
+        target = (folder / name).resolve()
+        if folder not in target.parents:
+            raise FileRefused(f"{name} lies outside ComfyUI's {FOLDER} folder; give a plain file name.")
+        if not os.access(folder, os.W_OK):
+            continue
+        if target.exists() and not overwrite:
+            raise FileRefused(f"{name} exists already; switch 'overwrite' on, or give another filename.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target, os.path.relpath(target, folder)
+    raise FileRefused(f"None of ComfyUI's {FOLDER} folders can be written to ({', '.join(map(str, folders))}); change their permissions.")
+
+
+# ---- the model's integers
+
+
+class Bases(Mapping):
+    """Module name → integers of a 4-bit MODEL's layers, made when asked for. weights: as in the file, also while patches are on the model."""
+
+    def __init__(self, model: ModelPatcher, device: torch.device | None = None):
+        named = [(name, getattr(module, "weight", None)) for name, module in model.model.diffusion_model.named_modules()]
+        backups = {name: model.backup.get(f"{_PREFIX}{name}.weight") for name, weight in named if layouts.is_ours(weight)}
+        self.weights = {name: backups[name].weight if backups[name] else weight for name, weight in named if name in backups}
+        self._device = device
+        if not self.weights:
+            _refuse_model(named)
+
+    def __getitem__(self, name: str) -> IntBase:
+        base = IntBase.of(layouts.unpack(self.weights[name]), name, _MODEL)
+        return base if self._device is None else base.to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+
+def _refuse_model(named: list[tuple[str, torch.Tensor | None]]) -> None:
+    """Raises FileRefused for a model without any layer of ours, naming the format that it has."""
+    for name, weight in named:
+        if isinstance(weight, QuantizedTensor):
+            refuse_format(str(weight._layout_cls), name, _MODEL.capitalize())
+        if weight is not None and weight.element_size() == 1:
+            refuse_format(str(weight.dtype).removeprefix("torch."), name, _MODEL.capitalize())
+    raise FileRefused(f"{_MODEL.capitalize()} is in 16 bit and has no integers for an IntLoRA; connect Load SVDQuant Model, "
+                      "or apply the LoRA with Load LoRA.")
+
+
+# ---- an ordinary LoRA → an adapter
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for: k None chooses it for the target."""
+
+    model: ModelPatcher
+    lora_name: str
+    target: float = 0.02
+    k: int | None = None
+    filename: str = ""
+    overwrite: bool = False
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A conversion that was saved. name: in ComfyUI's lists; bytes_before: of the LoRA's tensors by the adapter's keys; left_out: the rest
+    of the LoRA, by ComfyUI's names; actions: 'w4a4' | 'w4a16' by key."""
+
+    name: str
+    conversion: Conversion
+    bytes_before: dict[str, int]
+    left_out: list[str]
+    actions: dict[str, str]
+    nbytes: int
+
+
+def run(job: Job) -> Converted:
+    """Converts a LoRA and saves the adapter. Raises FileRefused with the reason; the model stays as it is."""
+    bases = Bases(job.model, comfy.model_management.get_torch_device())
+    path = path_of(job.lora_name)
+    target, name = _target(job.lora_name, job.filename, job.overwrite)
+    changes, sizes, left_out = _changes(job.model, bases, path)
+    found = convert(changes, bases, path.name, target=job.target, k=job.k, progress=Progress("converting", job.node_id))
+    on_cpu = Adapter({key: layer.to("cpu") for key, layer in found.adapter.layers.items()}, found.adapter.facts)
+    file.save(on_cpu, target)
+    folder_paths.filename_list_cache.pop(FOLDER, None)  # so that the apply node of this very graph finds the file
+    actions = {row.layer: layouts.unpack(bases.weights[row.layer.partition("@")[0]]).FORMAT.partition("_")[2] for row in found.rows}
+    return Converted(name, found, sizes, left_out, actions, target.stat().st_size)
+
+
+def _changes(model: ModelPatcher, bases: Bases, path: Path) -> tuple[list[Change], dict[str, int], list[str]]:
+    """(what a LoRA file does to the 4-bit layers, bytes of it by the adapter's keys, names of what it does elsewhere)."""
+    try:
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except Exception as error:  # whatever the reader of that kind of file raises
+        raise FileRefused(f"{path.name} cannot be read as a LoRA ({error}); download it again.") from error
+    if any(name.endswith(".lora_A_scale") for name in tensors):
+        raise FileRefused(f"{path.name} is an IntLoRA already; use Apply IntLoRA.")
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(tensors), keys, log_missing=False)
+    if not patches:
+        raise FileRefused(f"{path.name} has no key that this model ({type(model.model).__name__}) knows, such as {next(iter(tensors), 'any')}: "
+                          "it was made for another model; choose a LoRA made for this one.")
+    changes, sizes, left_out = [], {}, []
+    for key, patch in patches.items():
+        name, offset, function = (key, None, None) if isinstance(key, str) else (*key, None, None)[:3]
+        module = name.removeprefix(_PREFIX).removesuffix(".weight")
+        if module not in bases or not name.endswith(".weight") or function is not None:
+            left_out.append(name.removeprefix(_PREFIX))
+            continue
+        change = _change(module, bases, name, patch, offset, path.name)
+        changes.append(change)
+        sizes[key_of(module, change.rows)] = _bytes_of(patch)
+    return changes, sizes, left_out
+
+
+def _change(module: str, bases: Bases, key: str, patch: object, offset: tuple[int, int, int] | None, name: str) -> Change:
+    """One entry of a LoRA file: its factors if it is a plain LoRA, else the difference that ComfyUI computes, factored where it has low rank.
+
+    offset: (dimension, start, length) of the part of a fused weight that it is for.
+    """
+    n, k = bases.weights[module].shape
+    if isinstance(patch, LoRAAdapter) and all(extra is None for extra in patch.weights[3:]):
+        up, down, alpha = patch.weights[:3]
+        up, down = up.flatten(1).float(), down.flatten(1).float()
+        rows = (offset[1], offset[1] + offset[2]) if offset is not None and offset[0] == 0 else None
+        if offset is not None and offset[0] == 1:
+            down = torch.nn.functional.pad(down, (offset[1], k - offset[1] - offset[2]))
+        return Change(module, up, down, alpha, rows=rows)
+    weight = layouts.effective_weight(layouts.unpack(bases.weights[module]), bases.weights[module]._params)
+    delta = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight.clone(), key) - weight
+    if delta.shape != (n, k):
+        raise FileRefused(f"{name} was made for another model: it makes {module} {' x '.join(map(str, delta.shape))}, this model has {n} x {k}; "
+                          "choose a LoRA made for this model.")
+    factors = lora.factorise(delta, weight.square().sum().item() * lora.ROUNDING ** 2)
+    if factors is None or not factors[0].shape[1]:
+        return Change(module, dense=delta)
+    return Change(module, factors[1], factors[0].T)
+
+
+def _bytes_of(patch: object) -> int:
+    parts = patch.weights if isinstance(patch, WeightAdapterBase) else patch[1]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
+# ---- an adapter → a MODEL
+
+
+def apply(model: ModelPatcher, name: str, strength: float, mode: str = "branch", node_id: str | None = None) -> ModelPatcher:
+    """A clone of the model with an adapter on it; the model itself stays as it is.
+
+    branch: low-rank factors beside the 4-bit weights, as a stock LoRA. merge: the change that the merged integers make, rounding included,
+    dense in 16 bit; adapters without low rank (MUL, SHIFT, dense changes) are always applied so. Raises FileRefused with the reason.
+    """
+    bases = Bases(model)
+    adapter = file.read(path_of(name))
+    file.check_bases(adapter, bases, name, _MODEL)
+    applied = _room_for(model, adapter, name)
+    patched, patches = model.clone(), {}
+    report, modules = Progress("applying", node_id), adapter.by_module()
+    for done, (module, layers) in enumerate(modules.items()):
+        report(done, len(modules), module)
+        patches |= _patches(module, bases, layers, strength, mode)
+    report(len(modules), len(modules))
+    patched.add_patches(patches)
+    if applied:
+        patched.set_attachments(_APPLIED, applied)
+    return patched
+
+
+def _room_for(model: ModelPatcher, adapter: Adapter, name: str) -> tuple[tuple[str, str], ...]:
+    """The attachment with this adapter's MUL and SHIFT layers; refuses a second one on the same layer."""
+    applied = model.get_attachment(_APPLIED) or ()
+    alone = [key for key, layer in adapter.layers.items() if not layer.additive]
+    taken = {key.partition("@")[0]: other for key, other in applied}
+    clash = next((key for key in alone if key.partition("@")[0] in taken), None)
+    if clash is not None:
+        raise FileRefused(f"{name} multiplies the integers of {clash}, and so does {taken[clash.partition('@')[0]]} on this model already; "
+                          "keep one of them, and convert the others with Convert LoRA to IntLoRA.")
+    return (*applied, *((key, name) for key in alone))
+
+
+def _patches(module: str, bases: Bases, layers: list[LayerAdapter], strength: float, mode: str) -> dict:
+    """ComfyUI's patches of one layer: none at strength 0, unless the base lacks what the adapter adds (see `LayerAdapter.separated`)."""
+    key = f"{_PREFIX}{module}.weight"
+    live = [layer for layer in layers if strength != 0 or layer.separated]
+    thin = [layer for layer in live if mode == "branch" and layer.additive and layer.factors is not None]
+    patches = {}
+    for layer in thin:
+        down, up = layer.factors.floats()
+        place = key if layer.rows is None else (key, (0, layer.rows[0], layer.rows[1] - layer.rows[0]))
+        patches[place] = LoRAAdapter(set(), (up * strength, down.T.contiguous(), None, None, None, None))
+    rest = [layer for layer in live if layer not in thin]
+    if rest:
+        patches[(key, None) if thin else key] = ("diff", (_dense(module, bases, rest, strength),))
+    return patches
+
+
+def _dense(module: str, bases: Bases, layers: list[LayerAdapter], strength: float) -> torch.Tensor:
+    """What adapters change of a layer's weight on raw inputs, (N, K) in 16 bit, on the CPU; computed on ComfyUI's device."""
+    device, weight = comfy.model_management.get_torch_device(), bases.weights[module]
+    change = merge.change(bases[module].to(device), [(layer.to(device), strength) for layer in layers])
+    return change.to(weight._params.scale.dtype).cpu()

@@ -1,0 +1,84 @@
+"""IntLoRA's nodes: convert an ordinary LoRA to a 4-bit model's integers, put one on the model."""
+
+from comfy_api.latest import io
+
+from ..quant.container import FileRefused
+from .bridge import charts, intlora
+
+NO_LORAS = "(no LoRAs in models/loras)"
+NO_FILES = "(no IntLoRA files yet)"
+
+
+class NibbleConvertIntLoRA(io.ComfyNode):
+    """An ordinary LoRA as an adapter of a 4-bit model's integers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleConvertIntLoRA", display_name="Convert LoRA to IntLoRA", category="Nibble", is_output_node=True,
+            description="Turns an ordinary LoRA into one for the integers of a 4-bit model, without training, and draws how much of it each layer keeps.",
+            search_aliases=["nibble", "intlora", "lora", "convert lora", "int4"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load SVDQuant Model. The IntLoRA fits this 4-bit file and no other."),
+                io.Combo.Input("lora_name", options=intlora.ordinary_files() or [NO_LORAS], tooltip="A LoRA in models/loras, made for this model."),
+                io.Float.Input("target_error", default=0.02, min=0.0005, max=0.5, step=0.0005, round=0.0001,
+                               tooltip="How much of the LoRA may be lost in each layer: 0.02 is 2 %. Less: wider merged integers."),
+                io.String.Input("filename", default="", tooltip="Name of the new file in models/loras. Empty: the LoRA's name. Ends in .intlora.safetensors."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+                io.Int.Input("k", default=-1, min=-1, max=12, advanced=True,
+                             tooltip="Extra bits below the 4-bit grid, for all layers. -1: chosen layer by layer for the target error."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Combo.Output("intlora_name", tooltip="The new file's name; connect it to Apply IntLoRA.")])
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, filename, **_):
+        made = lora_name and intlora.file_name(lora_name, filename) in intlora.adapter_files()
+        return intlora.stamp(lora_name) if made else float("nan")  # unequal to itself: the node runs until its file is there
+
+    @classmethod
+    def execute(cls, model, lora_name, target_error, filename, overwrite, k) -> io.NodeOutput:
+        done = intlora.run(intlora.Job(model, lora_name, target_error, None if k < 0 else k, filename, overwrite, cls.hidden.unique_id))
+        return io.NodeOutput(done.name, ui=charts.ui(charts.retention_chart(done, lora_name)))
+
+
+class NibbleApplyIntLoRA(io.ComfyNode):
+    """A 4-bit model with an adapter on it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleApplyIntLoRA", display_name="Apply IntLoRA", category="Nibble",
+            description="Puts an IntLoRA on a 4-bit model. Several can be chained, with each other and with Load LoRA; the 4-bit weights are never changed.",
+            search_aliases=["nibble", "intlora", "lora", "apply lora", "load intlora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The 4-bit model that the IntLoRA was made for."),
+                io.Combo.Input("intlora_name", options=intlora.adapter_files() or [NO_FILES],
+                               tooltip="A file in models/loras that ends in .intlora.safetensors."),
+                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="How strongly it is applied. 0: the base, bit for bit."),
+                io.Combo.Input("mode", options=list(intlora.MODES), default="branch", advanced=True,
+                               tooltip="branch: beside the 4-bit weights, as thin factors. merge: exactly what the merged integers give, as much memory "
+                                       "as 16-bit weights; for comparing."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.Model.Output("model", tooltip="The model with the IntLoRA on it.")])
+
+    @classmethod
+    def validate_inputs(cls, intlora_name=None):
+        try:
+            if intlora_name is not None:  # a linked name is known only when the graph runs
+                intlora.path_of(intlora_name)
+        except FileRefused as refusal:
+            return str(refusal)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, intlora_name, **_):
+        return intlora.stamp(intlora_name)
+
+    @classmethod
+    def execute(cls, model, intlora_name, strength, mode) -> io.NodeOutput:
+        return io.NodeOutput(intlora.apply(model, intlora_name, strength, mode, cls.hidden.unique_id))
+
+
+NODES = [NibbleConvertIntLoRA, NibbleApplyIntLoRA]
