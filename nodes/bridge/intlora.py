@@ -27,7 +27,7 @@ from ...quant.intlora import file, merge
 from ...quant.intlora.adapter import Adapter, LayerAdapter, key_of
 from ...quant.intlora.base import IntBase, refuse_format
 from ...quant.intlora.convert import Change, Conversion, convert
-from . import layouts, lora
+from . import layouts, loading, lora
 from .progress import Progress
 
 FOLDER, ENDING = "loras", ".intlora.safetensors"
@@ -51,19 +51,12 @@ def adapter_files() -> list[str]:
 
 def path_of(name: str) -> Path:
     """The path of a file in ComfyUI's LoRA folders. Raises FileRefused for a name that is not there."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise FileRefused(f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and choose again.")
-    return Path(path)
+    return loading.model_path(name, FOLDER)
 
 
 def stamp(name: str) -> str:
-    """Changes when the file does: modification time and size."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        return "missing"
-    stat = os.stat(path)
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
+    """Changes when the file does."""
+    return loading.stamp(name, FOLDER)
 
 
 def file_name(lora_name: str, filename: str) -> str:

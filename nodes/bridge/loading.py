@@ -40,17 +40,17 @@ def _is_4bit(name: str) -> bool:
     return _known[key]
 
 
-def model_path(name: str) -> Path:
-    """The path of a file in ComfyUI's diffusion model folders. Raises FileRefused for a name that is not there."""
-    path = folder_paths.get_full_path(FOLDER, name)
+def model_path(name: str, folder: str = FOLDER) -> Path:
+    """The path of a file in one of ComfyUI's model folders. Raises FileRefused for a name that is not there."""
+    path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise container.FileRefused(f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and choose again.")
+        raise container.FileRefused(f"{name} is not in ComfyUI's {folder} folder any more; press R to refresh the list and choose again.")
     return Path(path)
 
 
-def stamp(name: str) -> str:
+def stamp(name: str, folder: str = FOLDER) -> str:
     """Changes when the file does: modification time and size."""
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folder_paths.get_full_path(folder, name)
     if path is None:
         return "missing"
     stat = os.stat(path)

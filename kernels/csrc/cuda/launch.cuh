@@ -46,7 +46,7 @@ class OnDevice {
 };
 
 // kernel<<<grid, threads, shared, stream>>>(arguments...) on where.device. More than 48 KB of shared memory has to be allowed first,
-// for each kernel and device; asking every time costs under a microsecond and keeps no state.
+// for each kernel and device; asking every time keeps no state.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Where& where, Arguments... arguments) {
     OnDevice on(where.device);
