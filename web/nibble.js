@@ -1,4 +1,5 @@
 /** Nibble's only registration with the ComfyUI front end: reports that its nodes send are drawn inside the node. */
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { showChart } from "./widget.mjs";
 
@@ -6,6 +7,14 @@ const chartOf = (output) => output?.nibble_chart?.[0];
 
 app.registerExtension({
   name: "nibble.charts",
+
+  /** A node may draw while it works. */
+  setup() {
+    api.addEventListener("nibble_chart", ({ detail }) => {
+      const node = runningNode(detail.node);
+      if (node) showChart(node, detail.chart);
+    });
+  },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("Nibble")) return;
@@ -31,4 +40,11 @@ function findNode(locator) {
   const [id, subgraph] = locator.split(":").reverse();
   const graph = subgraph ? app.rootGraph?.subgraphs?.get(subgraph) : app.rootGraph;
   return graph?.getNodeById(Number(id)) ?? null;
+}
+
+/** "12" is a node of the workflow, "12:5" the node 5 inside its subgraph node 12, and so on down. */
+function runningNode(id) {
+  const [last, ...outer] = String(id).split(":").reverse();
+  const graph = outer.reverse().reduce((inside, part) => inside?.getNodeById(Number(part))?.subgraph, app.rootGraph);
+  return graph?.getNodeById(Number(last)) ?? null;
 }

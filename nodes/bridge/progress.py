@@ -1,4 +1,4 @@
-"""Progress bar, a line of text under the node, and the Stop button, in one object that algorithms call."""
+"""Progress bar, a line of text under the node, a chart that changes while the node works, and the Stop button: one object that algorithms call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ try:
     from server import PromptServer
 except ImportError:  # ComfyUI's library without its server, as in a script
     PromptServer = None
+
+CHART_EVENT = "nibble_chart"  # {"node": execution id, "chart": JSON}, heard by web/nibble.js
 
 
 class Progress:
@@ -28,6 +30,12 @@ class Progress:
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.node_id is not None:
             server.send_progress_text(text, self.node_id)
+
+    def show(self, chart: dict) -> None:
+        """Draws a chart (`charts.py`) in the node now, in place of the last one; the node's own result replaces it at the end."""
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_sync(CHART_EVENT, {"node": self.node_id, "chart": chart}, server.client_id)
 
     @staticmethod
     def check() -> None:
