@@ -23,10 +23,11 @@ METHODS = ("svdquant",)
 # The tensors that a quantized linear must have (N outputs, K inputs, G = K/64 groups, R rank) and the options that its JSON may hold.
 FORMATS = {
     "svdquant_w4a4": ({"weight": "N,K/2", "weight_scale": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R",
-                       "weight_smooth_factor": "K"}, {"format", "rank", "act_unsigned", "rotation", "unsigned_from"}),
-    "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format"}),
+                       "weight_smooth_factor": "K"}, {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"}),
+    "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
 }
-OPTIONAL = {"awq_w4a16": {"weight_zeros": "G,N"}}  # tensors that a layer may have besides: without zero points it is symmetric
+# Tensors that a layer may have besides: without zero points it is symmetric, without factors nothing was merged beside it.
+OPTIONAL = {"awq_w4a16": {"weight_zeros": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"}}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
@@ -258,11 +259,13 @@ def _layer_json(header: Header, name: str) -> dict:
 
 
 def _check_layer(header: Header, name: str, facts: dict) -> None:
-    optional = {suffix: rule for suffix, rule in OPTIONAL.get(facts["format"], {}).items() if f"{name}.{suffix}" in header.tensors}
-    rules = FORMATS[facts["format"]][0] | optional
+    optional = {suffix: rule for suffix, rule in OPTIONAL.get(facts["format"], {}).items()
+                if f"{name}.{suffix}" in header.tensors or ("R" in rule.split(",") and "rank" in facts)}
+    several = {"weight_smooth_factor": "P,K"} if facts.get("smooth_rows") else {}
+    rules = FORMATS[facts["format"]][0] | optional | several
     shapes = {suffix: header.tensors[f"{name}.{suffix}"].shape for suffix in rules if f"{name}.{suffix}" in header.tensors}
     n, half = (*shapes.get("weight", ()), 0, 0)[:2]
-    sizes = {"N": n, "K/2": half, "K": 2 * half, "G": 2 * half // 64, "R": facts.get("rank", 0)}
+    sizes = {"N": n, "K/2": half, "K": 2 * half, "G": 2 * half // 64, "R": facts.get("rank", 0), "P": len(facts.get("smooth_rows", ()))}
     for suffix, rule in rules.items():
         if shapes.get(suffix) != tuple(sizes[letter] for letter in rule.split(",")) or half % 32:
             raise FileRefused(f"{header.path.name} has a damaged layer: {name}.{suffix} is missing or has the shape {shapes.get(suffix)}; "

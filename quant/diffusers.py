@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from . import linears
 from .container import FileRefused, open_quantized
+from .published.convert import open_source
+from .published.names import families
 from .statistics import InputStats
+from .svdquant.joining import join_rows
 from .svdquant.linear import as_module
 from .svdquant.weight import FORMATS
 from .writer import TensorSpec, Writer, check_target, metadata_room
@@ -23,58 +26,23 @@ from .writer import TensorSpec, Writer, check_target, metadata_room
 TOKEN_STD = 0.25  # of T5's outputs
 SHIFT = 1.15  # of FLUX.1 dev's time schedule at small sizes, and ComfyUI's default for it
 
-# One row a module: Black Forest Labs' name, then diffusers' names of the parts that it holds one above another.
-_FLUX_MODULES = [
-    ("img_in", ["x_embedder"]),
-    ("txt_in", ["context_embedder"]),
-    ("time_in.in_layer", ["time_text_embed.timestep_embedder.linear_1"]),
-    ("time_in.out_layer", ["time_text_embed.timestep_embedder.linear_2"]),
-    ("vector_in.in_layer", ["time_text_embed.text_embedder.linear_1"]),
-    ("vector_in.out_layer", ["time_text_embed.text_embedder.linear_2"]),
-    ("guidance_in.in_layer", ["time_text_embed.guidance_embedder.linear_1"]),
-    ("guidance_in.out_layer", ["time_text_embed.guidance_embedder.linear_2"]),
-    ("double_blocks.#.img_mod.lin", ["transformer_blocks.#.norm1.linear"]),
-    ("double_blocks.#.txt_mod.lin", ["transformer_blocks.#.norm1_context.linear"]),
-    ("double_blocks.#.img_attn.qkv", [f"transformer_blocks.#.attn.to_{c}" for c in "qkv"]),
-    ("double_blocks.#.txt_attn.qkv", [f"transformer_blocks.#.attn.add_{c}_proj" for c in "qkv"]),
-    ("double_blocks.#.img_attn.proj", ["transformer_blocks.#.attn.to_out.0"]),
-    ("double_blocks.#.txt_attn.proj", ["transformer_blocks.#.attn.to_add_out"]),
-    ("double_blocks.#.img_attn.norm.query_norm", ["transformer_blocks.#.attn.norm_q"]),
-    ("double_blocks.#.img_attn.norm.key_norm", ["transformer_blocks.#.attn.norm_k"]),
-    ("double_blocks.#.txt_attn.norm.query_norm", ["transformer_blocks.#.attn.norm_added_q"]),
-    ("double_blocks.#.txt_attn.norm.key_norm", ["transformer_blocks.#.attn.norm_added_k"]),
-    ("double_blocks.#.img_mlp.0", ["transformer_blocks.#.ff.net.0.proj"]),
-    ("double_blocks.#.img_mlp.2", ["transformer_blocks.#.ff.net.2"]),
-    ("double_blocks.#.txt_mlp.0", ["transformer_blocks.#.ff_context.net.0.proj"]),
-    ("double_blocks.#.txt_mlp.2", ["transformer_blocks.#.ff_context.net.2"]),
-    ("single_blocks.#.modulation.lin", ["single_transformer_blocks.#.norm.linear"]),
-    ("single_blocks.#.linear1", [*(f"single_transformer_blocks.#.attn.to_{c}" for c in "qkv"), "single_transformer_blocks.#.proj_mlp"]),
-    ("single_blocks.#.linear2", ["single_transformer_blocks.#.proj_out"]),
-    ("single_blocks.#.norm.query_norm", ["single_transformer_blocks.#.attn.norm_q"]),
-    ("single_blocks.#.norm.key_norm", ["single_transformer_blocks.#.attn.norm_k"]),
-    ("final_layer.adaLN_modulation.1", ["norm_out.linear"]),
-    ("final_layer.linear", ["proj_out"]),
-]
-_SWAPPED = "final_layer.adaLN_modulation.1"  # (shift, scale) there, (scale, shift) in diffusers
-_TO_DIFFUSERS = dict(_FLUX_MODULES)
-_TO_FLUX = {part: (module, i) for module, parts in _FLUX_MODULES for i, part in enumerate(parts)}
-
-
-def _numbered(table: dict, module: str):
-    """Looks a numbered module up in a table whose rows have '#' for the number; returns (row, the number or '')."""
-    number = next(iter(re.findall(r"(?<=blocks\.)\d+", module)), "")
-    return table.get(re.sub(r"(?<=blocks\.)\d+", "#", module)), number
+# A family's last way to put a module together is that of diffusers' own, unquantized modules.
+_FLUX = next(family for family in families() if family.name == "FLUX.1")
+_TO_DIFFUSERS = {module: [part.module for part in ways[-1].parts] for module, ways in _FLUX.rows.items()}
+_TO_FLUX = {part: (module, i) for module, parts in _TO_DIFFUSERS.items() for i, part in enumerate(parts)}
 
 
 def diffusers_parts(module: str) -> list[str] | None:
     """Diffusers' modules that make up one FLUX module, in row order: 'single_blocks.3.linear1' → to_q, to_k, to_v, proj_mlp."""
-    parts, number = _numbered(_TO_DIFFUSERS, module)
+    pattern, number = _FLUX.numbered(module)
+    parts = _TO_DIFFUSERS.get(pattern)
     return parts and [part.replace("#", number) for part in parts]
 
 
 def flux_module(part: str) -> tuple[str, int] | None:
     """The FLUX module that holds a diffusers module, and its place in it: '….attn.to_k' → ('double_blocks.0.img_attn.qkv', 1)."""
-    row, number = _numbered(_TO_FLUX, part)
+    pattern, number = _FLUX.numbered(part)
+    row = _TO_FLUX.get(pattern)
     return row and (row[0].replace("#", number), row[1])
 
 
@@ -88,7 +56,7 @@ def to_flux_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} is no part of a FLUX transformer")
         module, place = row
         suffix = "scale" if module.endswith("_norm") else parameter
-        parts.setdefault(f"{module}.{suffix}", {})[place] = _swap_halves(tensor) if module == _SWAPPED else tensor
+        parts.setdefault(f"{module}.{suffix}", {})[place] = _swap_halves(tensor) if module in _FLUX.swapped else tensor
     return {name: torch.cat([pieces[i] for i in sorted(pieces)]) for name, pieces in parts.items()}
 
 
@@ -102,7 +70,7 @@ def to_diffusers_names(state: dict[str, Tensor], rows: dict[str, int]) -> dict[s
             raise ValueError(f"{name} is no part of a FLUX transformer")
         pieces = tensor.split([rows[part] for part in parts]) if len(parts) > 1 else [tensor]
         for part, piece in zip(parts, pieces, strict=True):
-            out[f"{part}.{'weight' if parameter == 'scale' else parameter}"] = _swap_halves(piece) if module == _SWAPPED else piece
+            out[f"{part}.{'weight' if parameter == 'scale' else parameter}"] = _swap_halves(piece) if module in _FLUX.swapped else piece
     return out
 
 
@@ -158,25 +126,26 @@ def _taesd_names(state: dict[str, Tensor], to_diffusers: bool) -> Iterable[tuple
 
 
 def load_quantized(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, train: bool = False) -> diffusers.FluxTransformer2DModel:
-    """A quantized FLUX.1 file as a diffusers transformer on the CPU; its 4-bit layers stay 4-bit.
+    """A 4-bit FLUX.1 file, Nibble's or a published one, as a diffusers transformer on the CPU; its 4-bit layers stay 4-bit.
 
     dtype   of the layers that the file keeps in 16 bit
     train   make the low-rank factors and biases of the 4-bit layers parameters
     Raises FileRefused for a file that is damaged, or of another model than FLUX.1.
     """
-    file = open_quantized(path)
-    kept = {name: info for name, info in file.header.tensors.items() if _layer_of(name, file.layers) is None}
+    file = open_source(path)
+    kept = {spec.name: spec for unit in file.units if unit not in file.layers for spec in file.specs(unit)}
     if not {"img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"} <= kept.keys():
         raise FileRefused(f"{file.path.name} is no FLUX.1 transformer, the only model that loads into diffusers; load it in ComfyUI.")
     with torch.device("meta"):
-        model = diffusers.FluxTransformer2DModel(**flux_config(kept, file.header.tensors))
+        model = diffusers.FluxTransformer2DModel(**flux_config(kept, [*kept, *(f"{name}.weight" for name in file.layers)]))
     rows = {name: module.out_features for name, module in linears.find_linears(model).items()}
     for name, facts in file.layers.items():
         whole, start = _swap_rows(name, FORMATS[facts["format"]].from_tensors(file.layer(name), name)), 0
         for part in diffusers_parts(name):
             linears.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
             start += rows[part]
-    state = to_diffusers_names({name: file.read(name).to(dtype) for name in kept}, rows)
+    tensors = {name: tensor.to(dtype) for unit in file.units if unit not in file.layers for name, tensor in file.unit(unit).items()}
+    state = to_diffusers_names(tensors, rows)
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if empty or unexpected:
@@ -195,7 +164,8 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
     units: dict[str, dict[str, Tensor]] = {}
     for name, facts in file.layers.items():
         pieces = [modules[part].quantized() for part in diffusers_parts(name)]
-        units[name] = _swap_rows(name, FORMATS[facts["format"]].cat(pieces)).tensors(name)
+        whole = join_rows(pieces) if facts.get("smooth_rows") else FORMATS[facts["format"]].cat(pieces)
+        units[name] = _swap_rows(name, whole).tensors(name)
     kept = to_flux_names({name: tensor for name, tensor in model.state_dict().items() if _layer_of(name, modules, quantized=True) is None})
     for name, tensor in kept.items():
         name = name if name in file.header.tensors else name.removesuffix("scale") + "weight"
@@ -211,7 +181,7 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
 def _swap_rows(name: str, weight):
     """`_swap_halves` for a quantized layer."""
     half = weight.shape[0] // 2
-    return weight.cat([weight.rows(half, 2 * half), weight.rows(0, half)]) if name == _SWAPPED else weight
+    return weight.cat([weight.rows(half, 2 * half), weight.rows(0, half)]) if name in _FLUX.swapped else weight
 
 
 def _layer_of(name: str, layers: Mapping, quantized: bool = False) -> str | None:

@@ -94,9 +94,10 @@ def svdquant(prefix: str, part: dict[str, Tensor], modern: bool = False) -> dict
     """A linear in Nunchaku's form; `part` has weight, weight_scale, … as Nibble's files name them."""
     names = ("proj_down", "proj_up", "smooth_factor") if modern else ("lora_down", "lora_up", "smooth")
     smooth = pack_vector(part["weight_smooth_factor"])
-    return {f"{prefix}.qweight": pack_weight(part["weight"]), f"{prefix}.wscales": pack_scale(part["weight_scale"]),
+    bias = {f"{prefix}.bias": pack_vector(part["bias"])} if "bias" in part else {}
+    return bias | {f"{prefix}.qweight": pack_weight(part["weight"]), f"{prefix}.wscales": pack_scale(part["weight_scale"]),
             f"{prefix}.{names[0]}": pack_down(part["weight_proj_down"]), f"{prefix}.{names[1]}": pack_up(part["weight_proj_up"]),
-            f"{prefix}.{names[2]}": smooth, f"{prefix}.{names[2]}_orig": smooth.clone(), f"{prefix}.bias": pack_vector(part["bias"])}
+            f"{prefix}.{names[2]}": smooth, f"{prefix}.{names[2]}_orig": smooth.clone()}
 
 
 def awq(prefix: str, part: dict[str, Tensor], splits: int) -> dict[str, Tensor]:
@@ -192,7 +193,12 @@ class RandomFlux:
             blocks |= svdquant(_modern(name) if modern else name, part, modern)
         for name, part in self.mods.items():
             blocks |= awq(name, part, 3 if name.startswith("single") else 6)
-        attn = "attn." if modern else ""
+        norms, others = self.nunchaku_plain("attn." if modern else "")
+        return blocks | norms, others
+
+    def nunchaku_plain(self, attn: str = "attn.") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(norms of the blocks, all tensors outside them) under diffusers' names."""
+        blocks: dict[str, Tensor] = {}
         for i in range(self.double):
             for side, added in (("img", ""), ("txt", "added_")):
                 for kind in ("query", "key"):

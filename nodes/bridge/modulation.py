@@ -1,4 +1,4 @@
-"""Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the blocks that ask for them.
+"""Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the step that asks for them (`quant/svdquant/ahead.py`).
 
 FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step it turns one vector (timestep, guidance, pooled text) into
 shifts, scales and gates, 2 MB in all. So the weights need not be in VRAM. A `HostLinear` takes the place of ComfyUI's Linear after loading;
@@ -6,33 +6,26 @@ it owns no parameter, so that ComfyUI neither moves nor counts it, and its weigh
 
 For a GPU's input the product is torch's own 4-bit one for CPUs, on a second copy of the weights in RAM, unless compiled kernels bring
 their own; for an input on the CPU it is the layer itself, so that the numbers are those of the model without this option.
-
-A result is looked up by the very bytes of its input (compared, never assumed equal by identity), so equal steps of the next picture cost
-nothing. The first block to see a new vector has all others computed for it by a thread: if they then ask with other bytes, the guess is not
-used. Fetching the vector makes the CPU wait for the GPU once a layer; that price, and the time as a whole, is not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
 from fnmatch import fnmatchcase
-from threading import Lock
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import LowVramPatch, ModelPatcher
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ... import kernels
 from ...quant.architectures import recognise
+from ...quant.svdquant.ahead import Bank
 from ...quant.svdquant.host import HostMatrix
 from . import layouts, ops
 
-CALLBACK = "nibble_modulation"
-_CACHE_BYTES = 256 << 20  # of results: some hundred steps of FLUX
+KEY = "nibble_modulation"
 _PASSED_ON = re.compile(r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+|(set|convert)_(weight|bias)|(in|out)_features)$")
 
 
@@ -68,8 +61,7 @@ class HostLinear(torch.nn.Module):
         """input (…, K) on any device → (…, N) there."""
         if torch.is_grad_enabled() and input.requires_grad:
             return self.compute(input.cpu()).to(input.device)
-        rows = input.detach().cpu()
-        return self._bank.result(self, rows, fast=input.device.type != "cpu").to(input.device, non_blocking=True)
+        return self._bank.output(self, input)
 
     def compute(self, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
         """The layer itself, on the CPU; fast: by torch's 4-bit product where that can do it."""
@@ -94,7 +86,8 @@ class HostLinear(torch.nn.Module):
     def is_patched(self) -> bool:
         """Whether a patch or a hook is part of the weight itself."""
         params = self._held[0].weight._params
-        return self.is_hooked or params.proj_up is not None or params.delta is not None
+        added = (getattr(params, name, None) for name in ("proj_up", "delta", "row_scale", "side_up"))
+        return self.is_hooked or any(tensor is not None for tensor in added)
 
     @property
     def is_hooked(self) -> bool:
@@ -108,81 +101,17 @@ class HostLinear(torch.nn.Module):
         return comfy.model_management.module_size(self._held[0])
 
 
-class Bank:
-    """Results of one model's layers, by layer and by the bytes of their input."""
-
-    def __init__(self, limit: int = _CACHE_BYTES):
-        self.layers: list[HostLinear] = []
-        self.computed = 0
-        self._limit, self._size = limit, 0
-        self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
-        self._pending: dict[tuple, Future] = {}
-        self._lock = Lock()
-        self._thread = ThreadPoolExecutor(1, "nibble-modulation")
-
-    def result(self, layer: HostLinear, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
-        """The layer's output for rows (…, K) on the CPU."""
-        if layer.is_hooked:
-            return layer.compute(rows, fast)
-        with self._lock:
-            key = self._key(layer, rows, fast)
-            if key in self._results:
-                self._results.move_to_end(key)
-                return self._results[key]
-            if key not in self._pending:
-                for other in self._likely(layer):
-                    self._submit(other, rows, fast)
-            future = self._pending[key]
-        return future.result()
-
-    def clear(self) -> None:
-        """Forgets all results, as when patches change."""
-        with self._lock:
-            self._results.clear()
-            self._pending = {}  # what a thread still computes belongs to the past
-            self._size = 0
-
-    def _likely(self, layer: HostLinear) -> Iterator[HostLinear]:
-        """The layer, and those behind it that will be asked with the same vector: those of the blocks, if it is one."""
-        yield layer
-        if "blocks." in layer.name:
-            start = self.layers.index(layer) + 1
-            yield from (other for other in self.layers[start:] if "blocks." in other.name and other.in_features == layer.in_features)
-
-    def _submit(self, layer: HostLinear, rows: torch.Tensor, fast: bool) -> None:
-        key = self._key(layer, rows, fast)
-        if key not in self._results and key not in self._pending and not layer.is_hooked:
-            pending = self._pending
-            pending[key] = self._thread.submit(self._compute, layer, rows, fast, key, pending)
-
-    def _compute(self, layer: HostLinear, rows: torch.Tensor, fast: bool, key: tuple, pending: dict) -> torch.Tensor:
-        with torch.no_grad():  # a mode of the thread, not of the program
-            y = layer.compute(rows, fast)
-        with self._lock:
-            self.computed += 1
-            pending.pop(key, None)
-            if pending is self._pending:
-                self._results[key] = y
-                self._size += y.nbytes
-                while self._size > self._limit and len(self._results) > 1:
-                    self._size -= self._results.popitem(last=False)[1].nbytes
-        return y
-
-    @staticmethod
-    def _key(layer: HostLinear, rows: torch.Tensor, fast: bool) -> tuple:
-        raw = rows.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return layer.name, fast, str(rows.dtype), tuple(rows.shape), raw
-
-
 def keep_in_ram(patcher: ModelPatcher) -> int:
-    """Puts the 4-bit modulation layers of a fresh model into RAM for good; returns their bytes. Other layers are not touched."""
+    """Puts the 4-bit modulation layers of a fresh model into RAM for good; returns their bytes. Other layers are not touched, nor such as
+    embed one of the vector's sources."""
     model = patcher.model.diffusion_model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    patterns = recognise(_detectable(shapes), "The model").modulation
-    bank = Bank()
+    patterns = () if "input_blocks.0.0.weight" in shapes else recognise(_detectable(shapes), "The model").modulation  # a U-Net has none
+    base = weakref.ref(patcher.model)  # a strong one would keep the model alive through its own layers
+    bank = Bank(lambda sigmas: base().model_sampling.timestep(sigmas))
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
-        if layouts.is_ours(weight) and weight._layout_cls == layouts.NibbleW4A16Layout.__name__ and any(fnmatchcase(name, p) for p in patterns):
+        if layouts.is_ours(weight) and weight._layout_cls == layouts.NibbleW4A16Layout.__name__ and _is_modulation(name, module, patterns):
             parent, _, child = name.rpartition(".")
             host = HostLinear(module, name, bank)
             setattr(model.get_submodule(parent), child, host)
@@ -190,8 +119,14 @@ def keep_in_ram(patcher: ModelPatcher) -> int:
     held = sum(layer.nbytes for layer in bank.layers)
     if held:
         patcher.size = patcher.model_size() - held  # what ComfyUI reserves VRAM for
-        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, CALLBACK, _attach)
+        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _attach)
+        patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, bank.around)
     return held
+
+
+def _is_modulation(name: str, module: torch.nn.Module, patterns: tuple[str, ...]) -> bool:
+    """Whether a layer makes shifts, scales and gates: more numbers than it reads."""
+    return module.out_features > module.in_features and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _detectable(shapes: dict) -> dict:
@@ -206,9 +141,11 @@ def hosted(patcher: ModelPatcher) -> list[HostLinear]:
 
 def _attach(patcher: ModelPatcher, *_) -> None:
     """Gives every layer in RAM the patches of the patcher that was just loaded."""
-    for layer in hosted(patcher):
+    layers = hosted(patcher)
+    for layer in layers:
         for parameter, functions in (("weight", layer.functions), ("bias", layer.bias_functions)):
             key = f"diffusion_model.{layer.name}.{parameter}"
             functions[:] = [LowVramPatch(key, patcher.patches)] if key in patcher.patches else []
             functions.extend(patcher.weight_wrapper_patches.get(key, ()))
-        layer._bank.clear()
+    for bank in {layer._bank for layer in layers}:
+        bank.clear()

@@ -82,6 +82,10 @@ class ToKitchen(Export):
                 raise self.refused(name, "has a rotation", "quantize the 16-bit file again with --rotation off")
             if facts.get("unsigned_from"):
                 raise self.refused(name, "has inputs of two kinds side by side", "convert it to nibble, which can")
+            if facts.get("smooth_rows"):
+                raise self.refused(name, "joins parts of unequal smoothing", "convert it to nibble, which can")
+            if facts["format"] == "awq_w4a16" and facts.get("rank"):
+                raise self.refused(name, "has a low-rank branch beside 4-bit weights", "merge the LoRA again without its modulation part")
 
     def make(self, name: str) -> dict[str, Tensor]:
         tensors = dict(self.source.unit(name))

@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..architectures import recognise
 from ..container import FORMATS, OPTIONAL, FileRefused, Header, read_tensor, tensor_bytes
 from ..sources import PREFIXES
 from ..svdquant.weight import FORMATS as WEIGHTS
@@ -20,6 +19,7 @@ from ..svdquant.weight import json_tensor
 from ..writer import TensorSpec
 from . import tiles
 from .model import PublishedFile
+from .names import family_name
 
 _ALIASES = {"weight_proj_down": "proj_down", "weight_proj_up": "proj_up", "weight_smooth_factor": "smooth_factor", "weight_zeros": "weight_zero",
             "weight_scale": "wscales"}
@@ -50,7 +50,7 @@ class KitchenFile(PublishedFile):
         self._plain = [name for name in self._names if name not in owned]
         shapes = {name: header.tensors[self._names[name]].shape for name in self._plain}
         shapes |= {f"{name}.weight": (0, 0) for name in self.layers}
-        self.family = recognise(shapes, self.path.name).name
+        self.family = family_name(shapes, self.path.name)
 
     def _read(self, name: str) -> Tensor:
         return read_tensor(self._header, self._names[name])

@@ -9,15 +9,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ..architectures import recognise
 from ..container import FileRefused
 
 # The oldest files' names of a quantized linear's tensors, in today's.
 SUFFIXES = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor", "smooth_orig": "smooth_factor_orig"}
-_BLOCK = re.compile(r"(?<=\.)\d+(?=\.)")
 _REFUSED = [
     ("double_stream_modulation_img.", "is a FLUX.2 model, which Nibble cannot read from this format yet; quantize the 16-bit file with "
                                       "SVDQuant Quantize Checkpoint"),
-    ("down_blocks.", "is an SDXL U-Net, whose 4-bit form Nibble has no layers for; use the 16-bit or fp8 file"),
     ("encoder.block.", "is a text encoder and not a diffusion model; use the fp8 text encoder with the stock loader"),
     ("transformer_blocks.0.attn1.", "is a SANA or PixArt model, which Nibble cannot read; use the 16-bit file"),
 ]
@@ -40,10 +39,14 @@ class Recipe(NamedTuple):
 class Family:
     """One model family's names; see names.json."""
     name: str
+    model_class: str
     has: str
     modules: Mapping[str, list[str]]
     first_version: Mapping[str, str]
-    kinds: tuple[str, ...]
+    first_suffixes: bool
+    block: str
+    kinds: Mapping[str, str]
+    fused: Mapping[str, list[str]]
     unsigned: tuple[str, ...]
     adanorm: Mapping[str, int]
     swapped: tuple[str, ...]
@@ -57,8 +60,8 @@ class Family:
         """ComfyUI's module → ways to put it together, with '#' for a block's number and every kind of block spelled out."""
         spelled = {}
         for target, ways in self.modules.items():
-            for kind in self.kinds if "@" in target else ("",):
-                spelled[target.replace("@", kind)] = [_recipe(way.replace("@", kind)) for way in ways]
+            for ours, theirs in self.kinds.items() if "@" in target else (("", ""),):
+                spelled[target.replace("@", ours)] = [_recipe(way.replace("@", theirs)) for way in ways]
         return spelled
 
     @cached_property
@@ -74,7 +77,7 @@ class Family:
         """ComfyUI's module → its parts, for all that can be made of the modules of a file."""
         modules, recipes = set(modules), {}
         for module in sorted(modules):
-            pattern, number = numbered(module)
+            pattern, number = self.numbered(module)
             for target in self.targets_of.get(pattern, ()):
                 name = target.replace("#", number)
                 for way in self.rows[target]:
@@ -83,9 +86,14 @@ class Family:
                         recipes[name] = way._replace(parts=parts)
         return recipes
 
+    def numbered(self, module: str) -> tuple[str, str]:
+        """('blocks.3.attn.0', …) → ('blocks.#.attn.0', '3'): the first number (behind `block`, if the family has one) is a block's."""
+        found = re.search(rf"(?<={re.escape(self.block)}\.)\d+(?=\.)", module)
+        return (module[:found.start()] + "#" + module[found.end():], found[0]) if found else (module, "")
+
     def first_name(self, module: str) -> str:
         """The inverse of `modern` for a module's name."""
-        pattern, number = numbered(module)
+        pattern, number = self.numbered(module)
         return next((old for old, new in self.first_version.items() if new == pattern), pattern).replace("#", number)
 
     def is_unsigned(self, module: str) -> bool:
@@ -95,12 +103,6 @@ class Family:
     def splits(self, module: str) -> int:
         """How many vectors a published module interleaves; 0 for one that is no modulation."""
         return next((count for pattern, count in self.adanorm.items() if fnmatchcase(module, pattern)), 0)
-
-
-def numbered(module: str) -> tuple[str, str]:
-    """('blocks.3.attn.0', …) → ('blocks.#.attn.0', '3'): the first number alone is a block's, and its module is never the last word."""
-    found = _BLOCK.search(module)
-    return (module[:found.start()] + "#" + module[found.end():], found[0]) if found else (module, "")
 
 
 def _recipe(way: str) -> Recipe:
@@ -117,9 +119,10 @@ def _part(text: str) -> Part:
 def families() -> tuple[Family, ...]:
     """Every family, in the order in which they are tried."""
     data = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    lists = ("kinds", "unsigned", "swapped", "scale", "four_bit", "refiners")
-    return tuple(Family(entry["name"], entry["has"], entry["modules"], entry.get("first_version", {}), adanorm=entry.get("adanorm", {}),
-                        rest=entry["rest"], **{key: tuple(entry.get(key, ())) for key in lists}) for entry in data["families"])
+    lists, tables = ("unsigned", "swapped", "scale", "four_bit", "refiners"), ("first_version", "kinds", "fused", "adanorm")
+    return tuple(Family(entry["name"], entry["model_class"], entry["has"], entry["modules"], first_suffixes=entry.get("first_suffixes", False),
+                        block=entry.get("block", ""), rest=entry["rest"], **{key: entry.get(key, {}) for key in tables},
+                        **{key: tuple(entry.get(key, ())) for key in lists}) for entry in data["families"])
 
 
 def family_of(names: Iterable[str], file: str) -> Family:
@@ -136,8 +139,13 @@ def family_of(names: Iterable[str], file: str) -> Family:
                       f"{', '.join(sorted(names)[:3])}); choose one of: {known}.")
 
 
+def family_name(shapes: Mapping[str, tuple[int, ...]], file: str) -> str:
+    """The family of a model under ComfyUI's names, also of those that come only as published files. Raises FileRefused for any other."""
+    return "SDXL" if "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" in shapes else recognise(shapes, file).name
+
+
 def modern(name: str, family: Family) -> str:
     """A tensor's name in the first files → its name in today's; other names stay."""
     module, _, suffix = name.rpartition(".")
-    pattern, number = numbered(module)
+    pattern, number = family.numbered(module)
     return f"{family.first_version.get(pattern, pattern).replace('#', number)}.{SUFFIXES.get(suffix, suffix)}" if module else name

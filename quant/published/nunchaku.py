@@ -6,8 +6,12 @@
 The first files came as a folder of two, later ones as one; older names are put in today's words first. The input of a layer behind a GELU is
 unsigned, with the shift folded into its bias, as in Nibble. AWQ rows of a modulation lie interleaved, with the 1 of "1 + scale" in the
 bias: both are undone. q, k and v are one module; FLUX's single blocks keep as two modules what ComfyUI has as one (see `joining`).
+
+Diffusers' own dialect (Nunchaku Lite, quantization/nunchaku in its documentation) packs single linears of diffusers' models in the same way:
+q, k and v stay apart, with a smoothing each, all inputs are signed, and modulations have their natural rows and bias.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,10 +21,11 @@ from torch import Tensor
 
 from ..container import DTYPES, FileRefused, Header, read_header, read_tensor
 from ..sources import PREFIXES
-from ..svdquant.joining import join_columns, join_rows
+from ..svdquant.joining import join_columns, join_rows, smoothings
 from ..svdquant.weight import SVDQuantWeight, W4A16Weight, json_tensor
 from ..writer import TensorSpec
 from . import tiles
+from .fused import find_fused, unfused
 from .model import PublishedFile
 from .names import SUFFIXES, Part, Recipe, family_of, modern
 
@@ -32,7 +37,8 @@ _OWN = {*_W4A4, *_W4A16, *SUFFIXES, "smooth_factor_orig", "bias", "wtscale", "wc
 _UNREAD = ("smooth_factor_orig",)  # of no use at run time
 _MARKS = (".qweight", ".wscales")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_INT4 = "download the file with int4 in its name: Nibble runs it on every GPU"
+_LITE, _SEPARATE = "nunchaku_lite", (".attn.to_q.qweight", ".attn.add_q_proj.qweight", ".attention.to_q.qweight")
+_SHARDS = re.compile(r"diffusion_pytorch_model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 
 
 def is_nunchaku(header: Header) -> bool:
@@ -42,13 +48,25 @@ def is_nunchaku(header: Header) -> bool:
 
 def open_nunchaku(path: Path, header: Header | None = None) -> "NunchakuFile":
     """Opens a file, or a folder of the first version. Raises FileRefused with the reason."""
+    folder = path if path.is_dir() else path.parent
+    if _SHARDS.fullmatch(path.name) or (path.is_dir() and not (path / BLOCKS).is_file() and _shards(path)):
+        return NunchakuFile([read_header(shard) for shard in _shards(folder)], _folder_facts(folder))
     if path.is_dir() or path.name in (BLOCKS, OTHERS):
-        folder = path if path.is_dir() else path.parent
         missing = [name for name in (BLOCKS, OTHERS) if not (folder / name).is_file()]
         if missing:
             raise FileRefused(f"The folder {folder.name} lacks {' and '.join(missing)}; download the whole folder again.")
         return NunchakuFile([read_header(folder / BLOCKS), read_header(folder / OTHERS)], _folder_facts(folder))
     return NunchakuFile([header or read_header(path)], {})
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The file or files of a model that diffusers saved in a folder. Raises FileRefused where one is missing."""
+    found = {path: _SHARDS.fullmatch(path.name) for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))}
+    found = {path: match for path, match in found.items() if match}
+    wanted = max((int(match[2] or 1) for match in found.values()), default=0)
+    if len(found) != wanted:
+        raise FileRefused(f"The folder {folder.name} has {len(found)} of the {wanted} parts diffusion_pytorch_model-*.safetensors; download it again.")
+    return list(found)
 
 
 def _folder_facts(folder: Path) -> dict[str, str]:
@@ -72,7 +90,10 @@ class NunchakuFile(PublishedFile):
             raise self.refusal("holds some layers twice, under old and new names; download it again")
         self._modules = {name.rpartition(".")[0] for name in self._stored}
         self._quantized = {name.removesuffix(".qweight") for name in self._stored if name.endswith(".qweight")}
+        self._lite = any(_LITE in self.metadata.get(key, "") for key in FACTS) or any(name.endswith(_SEPARATE) for name in self._stored)
+        self.kind = "Nunchaku Lite INT4 (diffusers)" if self._lite else type(self).kind
         self._check()
+        self._fused = find_fused(self._family, self._quantized, self._read, self._stored.__contains__)
         self._recipes = self._find_recipes()
         self.layers = {name: self._facts(name, recipe) for name, recipe in self._recipes.items() if self._is_quantized(name, recipe)}
 
@@ -91,11 +112,16 @@ class NunchakuFile(PublishedFile):
         fp4 = [name for name in self._stored if name.endswith((".wtscale", ".wcscales")) or
                (name.endswith(".wscales") and self._info(name).dtype == DTYPES["F8_E4M3"])]
         if fp4:
-            raise self.refusal(f"is an NVFP4 file, for which Nibble has no arithmetic; {_INT4}")
+            raise self.refusal(f"is an NVFP4 file, for which Nibble has no arithmetic; {self._int4()}")
         if not self._quantized:
             raise self.refusal("holds no quantized layers; download the 4-bit file again")
         for module in sorted(self._quantized):
             self._check_module(module)
+
+    def _int4(self) -> str:
+        """What to download instead."""
+        name = re.sub(r"(?i)(nv)?fp4", "int4", self.path.name)
+        return f"download {name if name != self.path.name else 'the file with int4 in its name'}: Nibble runs it on every GPU"
 
     def _check_module(self, module: str) -> None:
         awq = f"{module}.wzeros" in self._stored
@@ -110,7 +136,7 @@ class NunchakuFile(PublishedFile):
             raise self.refusal(f"has a layer of unknown shape, {module} ({shapes}); it was damaged, or written by a program that differs")
         bad = [suffix for suffix in wanted if suffix != "qweight" and self._info(f"{module}.{suffix}").dtype not in _FLOATS]
         if bad or self._info(f"{module}.qweight").dtype != (torch.int32 if awq else torch.int8):
-            raise self.refusal(f"stores {module}.{(bad or ['qweight'])[0]} in a way that Nibble cannot read; {_INT4}")
+            raise self.refusal(f"stores {module}.{(bad or ['qweight'])[0]} in a way that Nibble cannot read; {self._int4()}")
 
     @staticmethod
     def _expected(module: str, awq: bool, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]] | None:
@@ -148,13 +174,30 @@ class NunchakuFile(PublishedFile):
             if len(parts) > 1:
                 raise self.refusal(f"has {name} in several pieces of 4-bit weights only, which no known program writes; download it again")
             return {"format": W4A16Weight.FORMAT}
-        unsigned = [self._family.is_unsigned(part) for part in parts]
+        unsigned = [self._is_unsigned(part) for part in parts]
         widths = [2 * self._info(f"{part}.qweight").shape[1] for part in parts]
         first = widths[0] if recipe.axis == 1 and unsigned == [False, True] else 0
         options = {"act_unsigned": True} if all(unsigned) else {"unsigned_from": first} if first else {}
         if any(unsigned) and not options:
             raise self.refusal(f"has {name} in pieces whose inputs have different signs; download it again")
-        return {"format": SVDQuantWeight.FORMAT, "rank": self._rank(parts, recipe.axis)} | options
+        return {"format": SVDQuantWeight.FORMAT, "rank": self._rank(parts, recipe.axis)} | options | self._several_smoothings(recipe)
+
+    def _is_unsigned(self, module: str) -> bool:
+        return not self._lite and self._family.is_unsigned(module)
+
+    def _splits(self, module: str) -> int:
+        return 0 if self._lite else self._family.splits(module)
+
+    def _several_smoothings(self, recipe: Recipe) -> dict:
+        """{"smooth_rows": heights} where parts one above another smooth their input each in its own way."""
+        if recipe.axis or len(recipe.parts) == 1:
+            return {}
+        heights = [(self._info(f"{part.module}.qweight").shape[0] // part.pieces,) for part in recipe.parts]
+        factors = [self._read(f"{part.module}.smooth_factor") for part in recipe.parts]
+        if len({factor.shape for factor in factors}) > 1:
+            return {}  # they read different inputs: refused when they are joined
+        rows = smoothings(factors, heights)[1]
+        return {"smooth_rows": list(rows)} if rows else {}
 
     def _rank(self, parts: list[str], axis: int) -> int:
         """The sum of the parts' ranks, or that of the factor which they share."""
@@ -178,8 +221,9 @@ class NunchakuFile(PublishedFile):
         widths = [2 * self._info(f"{part.module}.qweight").shape[1] for part in recipe.parts]
         n, k = (sum(heights), widths[0]) if recipe.axis == 0 else (heights[0], sum(widths))
         part, r = recipe.parts[0].module, facts["rank"]
+        smooth = (len(facts["smooth_rows"]), k) if "smooth_rows" in facts else (k,)
         rows = [("weight", "qweight", (n, k // 2)), ("weight_scale", "wscales", (k // 64, n)), ("weight_proj_down", "proj_down", (k, r)),
-                ("weight_proj_up", "proj_up", (n, r)), ("weight_smooth_factor", "smooth_factor", (k,))]
+                ("weight_proj_up", "proj_up", (n, r)), ("weight_smooth_factor", "smooth_factor", smooth)]
         biased = next((p.module for p in recipe.parts if f"{p.module}.bias" in self._stored), None)
         specs = [TensorSpec(f"{name}.{own}", self._info(f"{part}.{theirs}").dtype, shape) for own, theirs, shape in rows]
         specs += [TensorSpec(f"{name}.bias", self._info(f"{biased}.bias").dtype, (n,))] if biased else []
@@ -196,6 +240,9 @@ class NunchakuFile(PublishedFile):
                 weight = self._w4a16(recipe.parts[0])
             else:
                 weight = (join_columns if recipe.axis else join_rows)([self._w4a4(part) for part in recipe.parts])
+            if name in self._family.swapped:
+                n = weight.shape[0]
+                weight = weight.cat([weight.rows(n // 2, n), weight.rows(0, n // 2)])
         except ValueError as error:
             raise self.refusal(f"has pieces of {name} that do not fit together ({error})") from error
         if weight.facts() != self.layers[name]:
@@ -208,11 +255,13 @@ class NunchakuFile(PublishedFile):
         bias = tiles.vector_from_nunchaku(tensor("bias")) if f"{part.module}.bias" in self._stored else None
         whole = SVDQuantWeight(tiles.weight_from_nunchaku(tensor("qweight")), tiles.scale_from_nunchaku(tensor("wscales")),
                                tiles.down_from_nunchaku(tensor("proj_down")), tiles.up_from_nunchaku(tensor("proj_up")),
-                               tiles.vector_from_nunchaku(tensor("smooth_factor")), bias, self._family.is_unsigned(part.module))
+                               tiles.vector_from_nunchaku(tensor("smooth_factor")), bias, self._is_unsigned(part.module))
+        if part.module in self._fused:
+            whole = unfused(whole, self._fused[part.module])
         return _piece(whole, part)
 
     def _w4a16(self, part: Part) -> W4A16Weight:
-        splits, groups = self._family.splits(part.module), self._info(f"{part.module}.qweight").shape[1] // 32
+        splits, groups = self._splits(part.module), self._info(f"{part.module}.qweight").shape[1] // 32
         codes = tiles.awq_from_nunchaku(self._read(f"{part.module}.qweight"))
         scale, zeros = (self._read(f"{part.module}.{suffix}")[:groups] for suffix in ("wscales", "wzeros"))
         bias = self._read(f"{part.module}.bias") if f"{part.module}.bias" in self._stored else None

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ..architectures import recognise
 from ..container import QuantizedFile
 from ..writer import TensorSpec
 from .model import PublishedFile
+from .names import family_name
 
 
 class OwnFile(PublishedFile):
@@ -22,7 +22,7 @@ class OwnFile(PublishedFile):
             self._keys.setdefault(key.rpartition(".")[0], []).append(key)
         self._plain = [key for module, keys in self._keys.items() if module not in file.layers for key in keys]
         shapes = {name: file.header.tensors[name].shape for name in self._plain} | {f"{name}.weight": (0, 0) for name in file.layers}
-        self.family = recognise(shapes, self.path.name).name
+        self.family = family_name(shapes, self.path.name)
 
     @property
     def units(self) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""A 4-bit model as Nunchaku's programs read it: `nunchaku.py` the other way round, for FLUX.1, Qwen-Image and Z-Image."""
+"""A 4-bit model as Nunchaku's programs read it: `nunchaku.py` the other way round, for the families of names.json."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ..writer import TensorSpec
 from . import tiles
 from .export import Export, kept_facts, weight_of
 from .model import PublishedFile
-from .names import SUFFIXES, Family, Part, families, numbered
+from .names import SUFFIXES, Family, Part, families
 from .nunchaku import shift_of_one
 
 _FIRST_SUFFIX = {new: old for old, new in SUFFIXES.items()}
@@ -54,7 +54,7 @@ class ToNunchaku(Export):
         """Nunchaku's module → where its rows come from, in order."""
         found: dict[str, list[_Provider]] = {}
         for name in self.source.layers:
-            pattern, number = numbered(name)
+            pattern, number = self._family.numbered(name)
             way = self._family.rows.get(pattern, [None])[0]
             parts = (Part(name),) if way is None else tuple(p._replace(module=p.module.replace("#", number)) for p in way.parts)
             for index, part in enumerate(parts):
@@ -70,6 +70,8 @@ class ToNunchaku(Export):
             if len(self._providers[module]) != self._providers[module][0].parts[0].pieces:
                 raise self.refused(target, "has only a part of a fused layer in 4 bits", _GAIN)
             expected = self._family.splits(module) > 0
+            if facts["format"] == W4A16Weight.FORMAT and facts.get("rank"):
+                raise self.refused(target, "has a low-rank branch beside 4-bit weights", "merge the LoRA again without its modulation part")
             if facts.get("rotation"):
                 raise self.refused(target, "has a rotation", "quantize the 16-bit file again with --rotation off")
             if expected != (facts["format"] == W4A16Weight.FORMAT) and (expected or self._is_four_bit(target)):
@@ -127,9 +129,8 @@ class ToNunchaku(Export):
         return self._unquantized(target, {"weight": weight.dequantize().to(weight.scale.dtype)} | bias)
 
     def _named(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        first = bool(self._family.first_version)
-        stem = self._family.first_name(module) if first else module
-        return {f"{stem}.{_FIRST_SUFFIX.get(suffix, suffix) if first else suffix}": tensor for suffix, tensor in tensors.items()}
+        first = self._family.first_suffixes
+        return {f"{self._family.first_name(module)}.{_FIRST_SUFFIX.get(suffix, suffix) if first else suffix}": tensor for suffix, tensor in tensors.items()}
 
     def _weight(self, module: str) -> SVDQuantWeight:
         pieces = []
@@ -142,9 +143,12 @@ class ToNunchaku(Export):
                 weight = (split_columns if provider.axis else split_rows)(weight, sizes)[provider.index]
             pieces.append(weight)
         try:
-            return join_rows(pieces)
+            weight = join_rows(pieces)
         except ValueError as error:
-            raise self.refused(self._providers[module][0].target, "has q, k and v that differ in smoothing", _GAIN) from error
+            raise self.refused(self._providers[module][0].target, "has q, k and v whose inputs differ in sign or rotation", _GAIN) from error
+        if weight.smooth_rows:
+            raise self.refused(self._providers[module][0].target, "has q, k and v that differ in smoothing", _GAIN)
+        return weight
 
     def _w4a4(self, module: str, weight: SVDQuantWeight) -> dict[str, Tensor]:
         n, k = weight.shape
@@ -154,11 +158,11 @@ class ToNunchaku(Export):
             weight = self._with_unsigned_input(module, weight)
         down, up = (torch.nn.functional.pad(t, (0, self.rank - weight.rank)) for t in (weight.proj_down, weight.proj_up))
         dtype = weight.scale.dtype
-        bias = weight.bias if weight.bias is not None else torch.zeros(n, dtype=dtype)
+        bias = {} if weight.bias is None else {"bias": tiles.vector_to_nunchaku(weight.bias.to(dtype))}
         smooth = tiles.vector_to_nunchaku(weight.smooth_factor.to(dtype))
         return {"qweight": tiles.weight_to_nunchaku(weight.qweight), "wscales": tiles.scale_to_nunchaku(weight.scale),
                 "proj_down": tiles.down_to_nunchaku(down), "proj_up": tiles.up_to_nunchaku(up), "smooth_factor": smooth,
-                "smooth_factor_orig": smooth.clone(), "bias": tiles.vector_to_nunchaku(bias.to(dtype))}
+                "smooth_factor_orig": smooth.clone()} | bias
 
     def _with_unsigned_input(self, module: str, weight: SVDQuantWeight) -> SVDQuantWeight:
         """Signed inputs behind a GELU become unsigned: finer steps, and the shift goes into the bias."""
@@ -195,7 +199,7 @@ class ToNunchaku(Export):
         return out
 
     def _unquantized(self, target: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pattern, number = numbered(target)
+        pattern, number = self._family.numbered(target)
         ways = self._family.rows.get(pattern)
         if target in self._family.swapped:
             tensors = {suffix: torch.cat(tensor.chunk(2)[::-1]) for suffix, tensor in tensors.items()}
@@ -209,7 +213,7 @@ class ToNunchaku(Export):
             gate = self.source.unit(f"{target[:-1]}3.weight")[f"{target[:-1]}3.weight"]
             tensors = {"weight": torch.cat([gate, tensors["weight"]])}
         stem = ways[0].parts[0].module.replace("#", number)
-        stem = self._family.first_name(stem) if self._family.first_version else stem
+        stem = self._family.first_name(stem)
         return {f"{stem}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
     def _note(self, text: str) -> None:
@@ -221,9 +225,7 @@ class ToNunchaku(Export):
         group = {"dtype": "int4", "scale_dtype": None, "group_size": 64}
         config = {"method": "svdquant", "weight": group, "activation": group, "rank": self.rank}
         facts.setdefault("quantization_config", json.dumps(config | ({"skip_refiners": True} if self._skip_refiners else {})))
-        classes = {"FLUX.1": "NunchakuFluxTransformer2dModel", "Qwen-Image": "NunchakuQwenImageTransformer2DModel",
-                   "Z-Image": "NunchakuZImageTransformer2DModel"}
-        facts.setdefault("model_class", classes[self._family.name])
+        facts.setdefault("model_class", self._family.model_class)
         for key, value in self._configs().items():
             facts.setdefault(key, json.dumps(value))
         if "config" not in facts:

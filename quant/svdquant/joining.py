@@ -1,7 +1,7 @@
 """Several SVDQuant linears as one, and one as several: what one program keeps apart, another keeps together.
 
-Joined along N, linears that read the same input (one smoothing) share its 4-bit codes; joined along K, linears whose results are added lie
-side by side. Their low-rank branches stand block by block, unless they are the same:
+Joined along N, linears that smooth their input alike share its 4-bit codes, others keep a smoothing each (`smooth_rows`); joined along K,
+linears whose results are added lie side by side. Their low-rank branches stand block by block, unless they are the same:
 
     along N   proj_down = [D1 D2], proj_up = diag(U1, U2)        along K   proj_down = diag(D1, D2), proj_up = [U1 U2]
 
@@ -13,28 +13,42 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .weight import SVDQuantWeight
+from .weight import SVDQuantWeight, spans
 
 
 def join_rows(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
-    """One linear whose outputs are those of the pieces one behind the other. Raises ValueError unless they read the input alike."""
+    """One linear whose outputs are those of the pieces one behind the other. Raises ValueError unless they quantize the input alike."""
     first = pieces[0]
     if len(pieces) == 1:
         return first
-    alike = [(p.act_unsigned, p.rotation, p.unsigned_from) == (first.act_unsigned, first.rotation, first.unsigned_from)
-             and torch.equal(p.smooth_factor, first.smooth_factor) for p in pieces]
-    if not all(alike):
-        raise ValueError("linears that smooth or quantize their input differently cannot be one")
+    if any((p.act_unsigned, p.rotation, p.unsigned_from) != (first.act_unsigned, first.rotation, first.unsigned_from) for p in pieces):
+        raise ValueError("linears that quantize their input differently cannot be one")
+    if len({p.shape[1] for p in pieces}) > 1:
+        raise ValueError(f"linears of {' and '.join(str(p.shape[1]) for p in pieces)} inputs cannot be one")
     shared = all(p.proj_down.shape == first.proj_down.shape and torch.equal(p.proj_down, first.proj_down) for p in pieces)
     down = first.proj_down if shared else torch.cat([p.proj_down for p in pieces], 1)
     up = torch.cat([p.proj_up for p in pieces]) if shared else torch.block_diag(*(p.proj_up for p in pieces))
+    smooth, heights = smoothings([p.smooth_factor for p in pieces], [p.smooth_rows or (p.shape[0],) for p in pieces])
     return replace(first, qweight=torch.cat([p.qweight for p in pieces]), scale=torch.cat([p.scale for p in pieces], 1), proj_down=down,
-                   proj_up=up, bias=_stacked([p.bias for p in pieces], [p.shape[0] for p in pieces]))
+                   proj_up=up, bias=_stacked([p.bias for p in pieces], [p.shape[0] for p in pieces]), smooth_factor=smooth, smooth_rows=heights)
+
+
+def smoothings(factors: list[Tensor], rows: list[tuple[int, ...]]) -> tuple[Tensor, tuple[int, ...]]:
+    """smooth_factor and smooth_rows of pieces one above another, from those of each: neighbours that smooth alike are one run."""
+    runs: list[tuple[Tensor, int]] = []
+    for factor, heights in zip(factors, rows, strict=True):
+        for smooth, height in zip(factor.reshape(len(heights), -1), heights, strict=True):
+            if runs and torch.equal(runs[-1][0], smooth):
+                runs[-1] = (smooth, runs[-1][1] + height)
+            else:
+                runs.append((smooth, height))
+    smooths, heights = zip(*runs, strict=True)
+    return (smooths[0], ()) if len(runs) == 1 else (torch.stack(smooths), heights)
 
 
 def split_rows(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeight]:
     """The inverse of `join_rows` for pieces of `sizes` outputs."""
-    bounds = _bounds(sizes)
+    bounds = spans(sizes)
     pieces = [weight.rows(start, stop) for start, stop in bounds]
     if columns := _own_columns([p.proj_up for p in pieces], weight.rank):
         pieces = [replace(p, proj_down=p.proj_down[:, own], proj_up=p.proj_up[:, own]) for p, own in zip(pieces, columns, strict=True)]
@@ -47,6 +61,8 @@ def join_columns(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
     first = pieces[0]
     if len(pieces) == 1:
         return first
+    if any(p.smooth_rows for p in pieces):
+        raise ValueError("linears with several smoothings cannot stand side by side")
     signs = [p.act_unsigned for p in pieces]
     if signs != sorted(signs) or any(p.rotation or p.unsigned_from for p in pieces) or len({p.shape[0] for p in pieces}) > 1:
         raise ValueError("linears of unequal height, or with unsigned inputs before signed ones, cannot be one")
@@ -62,9 +78,9 @@ def join_columns(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
 def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeight]:
     """The inverse of `join_columns` for pieces of `sizes` inputs; the bias stays with the last. Raises ValueError for a rotated linear, and
     where the inputs' signs do not change at a seam."""
-    bounds = _bounds(sizes)
-    if weight.rotation or (weight.unsigned_from and weight.unsigned_from not in [start for start, _ in bounds]):
-        raise ValueError("a rotated linear, or one whose inputs' signs change within a piece, cannot be split")
+    bounds = spans(sizes)
+    if weight.rotation or weight.smooth_rows or (weight.unsigned_from and weight.unsigned_from not in [start for start, _ in bounds]):
+        raise ValueError("a rotated linear, or one whose smoothing or inputs' signs change within a piece, cannot be split")
     downs, ups = [weight.proj_down[start:stop] for start, stop in bounds], [weight.proj_up] * len(bounds)
     if columns := _own_columns(downs, weight.rank):
         downs, ups = ([t[:, own] for t, own in zip(tensors, columns, strict=True)] for tensors in (downs, ups))
@@ -75,10 +91,6 @@ def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeig
         pieces.append(SVDQuantWeight(weight.qweight[:, start // 2:stop // 2], weight.scale[start // 64:stop // 64], down, up,
                                      weight.smooth_factor[start:stop], bias, unsigned))
     return pieces
-
-
-def _bounds(sizes: list[int]) -> list[tuple[int, int]]:
-    return [(sum(sizes[:i]), sum(sizes[:i + 1])) for i in range(len(sizes))]
 
 
 def _own_columns(blocks: list[Tensor], rank: int) -> list[slice] | None:

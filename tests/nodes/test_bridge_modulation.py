@@ -8,6 +8,7 @@ from test_bridge_ops import little_for_weights, run, sampled
 
 from nibble import kernels
 from nibble.nodes.bridge import layouts, loading, modulation
+from nibble.quant.svdquant.ahead import Bank, Vector
 
 LIN = "double_blocks.0.img_mod.lin"
 
@@ -31,8 +32,7 @@ def lora(model, name, seed=0):
 
 def test_the_picture_is_the_same(model, in_ram):
     assert {layer.name for layer in modulation.hosted(in_ram)} == {
-        LIN, "double_blocks.0.txt_mod.lin", "single_blocks.0.modulation.lin", "single_blocks.1.modulation.lin", "final_layer.adaLN_modulation.1",
-        "guidance_in.out_layer", "vector_in.out_layer"}
+        LIN, "double_blocks.0.txt_mod.lin", "single_blocks.0.modulation.lin", "single_blocks.1.modulation.lin", "final_layer.adaLN_modulation.1"}
     assert torch.equal(run(on(in_ram)), run(on(model)))
     assert torch.equal(sampled(in_ram), sampled(model))
 
@@ -75,31 +75,136 @@ def _settled(bank):
     return bank.computed
 
 
-def test_the_blocks_behind_are_computed_ahead(in_ram):
-    layers = modulation.hosted(in_ram)
-    bank, x = layers[0]._bank, torch.randn(1, 1, 128)
-    next(layer for layer in layers if layer.name == LIN)(x)
-    assert _settled(bank) == 4  # the four of the blocks, and not the three that read something else
-    for layer in layers:
-        assert torch.equal(layer(x), layer.compute(x))
-    assert _settled(bank) == 7
+# ---- ahead of the step
+
+
+class Layer:
+    """Doubles its input."""
+    is_hooked, in_features, out_features = False, 8, 8
+
+    def __init__(self, name, bank):
+        self.name, self.calls = name, []
+        bank.layers.append(self)
+
+    def compute(self, rows, fast):
+        self.calls.append((len(rows), fast))
+        return rows * 2
+
+
+def bank_of(count=3, **options):
+    bank = Bank(lambda sigmas: sigmas * 10, **options)
+    return bank, [Layer(f"blocks.{i}", bank) for i in range(count)]
+
+
+class Network:
+    """Reads a vector of its timestep and pooled text in every layer; `change` alters what the last reads."""
+
+    def __init__(self, bank, layers):
+        self.bank, self.layers, self.change, self.runs, self.reads = bank, layers, 0.0, 0, []
+
+    def original(self, x, timestep, context, y, transformer_options=None):
+        self.runs += 1
+        vector = timestep[:, None] + y
+        outputs = [self.bank.output(layer, vector + self.change * (layer is self.layers[-1])) for layer in self.layers]
+        return torch.stack(outputs)
+
+    __call__ = original
+
+    def step(self, timestep, y, sigmas=None):
+        x = torch.zeros(1, 16)
+        with torch.no_grad():
+            return self.bank.around(self, x, timestep, torch.zeros(1, 4), y, transformer_options={"sample_sigmas": sigmas})
+
+
+def expected(network, timestep, y):
+    v = timestep[:, None] + y
+    return torch.stack([2 * (v + network.change * (layer is network.layers[-1])) for layer in network.layers])
+
+
+def test_a_run_s_results_are_made_before_its_steps_ask():
+    bank, layers = bank_of()
+    network, y, sigmas = Network(bank, layers), torch.rand(1, 8), torch.linspace(1, 0, 29)
+    for sigma in sigmas[:-1]:
+        t = (sigma * 10).reshape(1)
+        assert torch.equal(network.step(t, y, sigmas), expected(network, t, y))
+    assert (bank.steps, bank.hits) == (27, 26), "the first step learns; the second finds out about the rest"
+    assert _settled(bank) == 28 * 3 and len(bank._followers) == 3
+    for sigma in sigmas[:-1]:
+        network.step((sigma * 10).reshape(1), y, sigmas)
+    assert (bank.steps, bank.hits, _settled(bank)) == (55, 54, 28 * 3), "the same prompt again: nothing is computed"
+
+
+def test_another_prompt_and_a_sampler_s_own_timesteps_are_computed_anew():
+    bank, layers = bank_of()
+    network, sigmas = Network(bank, layers), torch.linspace(1, 0, 5)
+    for y in (torch.rand(1, 8), torch.rand(2, 8)):  # the second with both signs of guidance in one batch
+        for value in (10.0, 8.75, 7.5):
+            t = torch.full((len(y),), value)
+            assert torch.equal(network.step(t, y, sigmas), expected(network, t, y))
+
+
+def test_a_vector_that_something_changes_on_the_way_is_noticed():
+    bank, layers = bank_of()
+    network, y = Network(bank, layers), torch.rand(1, 8)
+    t = torch.tensor([5.0])
+    network.step(t, y)
+    assert torch.equal(network.step(t, y), expected(network, t, y)) and bank._trusted
+    network.change = 0.125
+    before = network.runs
+    assert torch.equal(network.step(t, y), expected(network, t, y))
+    assert network.runs == before + 2 and not bank._trusted, "done again, every layer looking for itself"
+    assert torch.equal(network.step(t, y), expected(network, t, y)) and network.runs == before + 3
+
+
+def test_a_layer_that_reads_something_else_is_no_follower():
+    bank, layers = bank_of()
+    network, y = Network(bank, layers), torch.rand(1, 8)
+    network.change = 1.0
+    for value in (3.0, 2.0, 2.0):
+        t = torch.tensor([value])
+        assert torch.equal(network.step(t, y), expected(network, t, y))
+    assert bank._followers == layers[:2] and bank._trusted
+
+
+def test_for_a_gpu_every_weight_is_read_once_for_all_steps():
+    bank, layers = bank_of()
+    rows = torch.rand(5, 8)
+    found, new = bank._asked(layers, rows, True)
+    vector = Vector(rows, rows.shape, torch.device("meta"))
+    assert new == 15 and torch.equal(bank._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1))
+    assert all(layer.calls == [(5, True)] for layer in layers)
 
 
 def test_the_cache_is_bounded():
-    class Layer:
-        name, in_features, is_hooked = "final", 8, False
-        def compute(self, rows, fast):
-            return rows * 2
-    bank = modulation.Bank(limit=3 * 32)
+    bank, (layer,) = bank_of(1, limit=3 * 32)
     for i in range(10):
-        assert torch.equal(bank.result(Layer(), torch.full((8,), float(i))), torch.full((8,), 2.0 * i))
+        assert torch.equal(bank.output(layer, torch.full((8,), float(i))), torch.full((8,), 2.0 * i))
     assert len(bank._results) == 3 and bank._size == 96
+
+
+def test_an_interrupted_step_leaves_nothing_behind():
+    bank, layers = bank_of()
+    network, y, t = Network(bank, layers), torch.rand(1, 8), torch.tensor([1.0])
+    network.step(t, y)
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    network.__class__ = type("Stopping", (Network,), {"__call__": stop})
+    with pytest.raises(KeyboardInterrupt):
+        network.step(t, y)
+    assert bank._step is None and bank._seen is None and not bank._probing
+
+
+def test_sampling_finds_its_results_made(in_ram, model):
+    bank = modulation.hosted(in_ram)[0]._bank
+    assert torch.equal(sampled(in_ram), sampled(model)) and len(bank._followers) == 5
+    assert torch.equal(sampled(in_ram), sampled(model))
+    assert (bank.steps, bank.hits, bank._trusted) == (3, 2, True)
 
 
 def test_the_product_for_a_gpu_s_input_is_the_layer_s(in_ram):
     for layer in modulation.hosted(in_ram):
         x = torch.randn(2, 1, layer.in_features)
-        plain, fast = layer.compute(x), layer._bank.result(layer, x, fast=True)
+        plain, fast = layer.compute(x), layer.compute(x, fast=True)
         compiled = kernels.which("gemv_w4a16", "cpu")[0] == "native"  # then no second copy of the weight is packed
         assert (layer._packed is None) == compiled and (fast - plain).norm() < 1e-5 * plain.norm()
 

@@ -11,6 +11,9 @@ from nibble.quant.svdquant.pipeline import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.svdquant.weight import FORMATS
 
+from published_files import METADATA, RandomFlux
+from published_others import LiteFlux
+
 
 def tiny_flux(seed: int = 0):
     torch.manual_seed(seed)
@@ -114,3 +117,23 @@ def test_every_linear_of_the_quantized_blocks_is_4_bit(files):
     model = models.load_quantized(files[1])
     left = {name for name, module in find_linears(model).items() if isinstance(module, torch.nn.Linear)}
     assert not [name for name in left if "blocks." in name]
+
+
+@pytest.mark.parametrize("kind", ["Nunchaku, unsigned behind GELUs", "diffusers' dialect, a smoothing each"])
+def test_published_files_load_draw_like_our_own_and_are_saved_again(tmp_path, kind):
+    lite = kind.startswith("diffusers")
+    flux = LiteFlux() if lite else RandomFlux()
+    published = flux.lite() if lite else {name: tensor for part in flux.nunchaku() for name, tensor in part.items()}
+    save_file({name: tensor.contiguous() for name, tensor in published.items()}, tmp_path / "published.safetensors")
+    save_file(flux.nibble(), tmp_path / "own.safetensors", METADATA)
+    theirs, ours = (models.load_quantized(tmp_path / f"{name}.safetensors", torch.float32) for name in ("published", "own"))
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 16, 8, 8), (1, 6, 64), (1, 64))]
+    with torch.no_grad():
+        x, tokens, pooled = inputs
+        one, other = (models.velocity(model, x, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5])) for model in (theirs, ours))
+    assert one.isfinite().all() and one.std() > 1e-3 and torch.equal(one, other)
+    out = theirs.single_transformer_blocks[0].proj_out
+    assert out.facts.get("unsigned_from", 0) == (0 if lite else 128)
+    models.save_quantized(ours, tmp_path / "again.safetensors", tmp_path / "own.safetensors")
+    before, after = load_file(tmp_path / "own.safetensors"), load_file(tmp_path / "again.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("comfy_quant"))

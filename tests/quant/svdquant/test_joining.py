@@ -59,7 +59,7 @@ def test_biases_of_columns_are_added():
 
 
 @pytest.mark.parametrize("join, pieces", [
-    (join_rows, [weight(64, 128, 1), weight(64, 128, 2)]),
+    (join_rows, [weight(64, 128, 1), weight(64, 192, 2)]), (join_rows, [weight(64, 128, 1), weight(64, 128, 2, True)]),
     (join_columns, [weight(64, 128, 1, True), weight(64, 128, 2)]),
     (join_columns, [weight(64, 128, 1), weight(128, 128, 2)]),
     (join_columns, [weight(64, 128, 1), weight(64, 128, 2, rotation=64)])])

@@ -1,0 +1,272 @@
+"""The results of modulation layers that stay in RAM, computed ahead of the step that asks for them.
+
+All modulation layers of a transformer read one vector, a function of (timestep, guidance, pooled text). So, for every step of a run:
+
+1. `Bank.around` wraps the network (as ComfyUI's DIFFUSION_MODEL wrapper does). From its small inputs (their bytes are the key) it knows the
+   vector; for a new key it lets the network's own code run up to its first modulation layer, which gives the vector to the bit. At the first
+   step it does so for every timestep of the run.
+2. The products of all layers with all new vectors are made on the CPU, each weight being read once for all of them: first this step's, then, in
+   a thread, those of the steps to come.
+3. One transfer brings a step's results to the device, side by side; during the step every layer takes its part, and nothing waits for the GPU.
+4. Each layer compares its input with the vector foretold, on the device; the answer is read after the step. Had any differed (a patch of another
+   node that changes the vector), the step is done again with every layer looking at its own input, and so are all steps after it.
+
+Which layers read the one vector is learned in the first step, in which every layer looks at its own input.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+
+_CACHE_BYTES = 256 << 20  # of results: a hundred steps of FLUX
+_SMALL = 64 << 10  # bytes; a network's inputs up to this size tell its modulation: timestep, guidance, pooled text
+
+
+class Vector(NamedTuple):
+    """What the layers read: rows (M, K) on the CPU, and the shape and device of the layer's input that they are."""
+    rows: torch.Tensor
+    shape: torch.Size
+    device: torch.device
+
+    @classmethod
+    def of(cls, input: torch.Tensor) -> Vector:
+        return cls(input.detach().reshape(-1, input.shape[-1]).cpu(), input.shape, input.device)
+
+    @property
+    def fast(self) -> bool:
+        """Whether the product need not be that of the CPU's own layers, bit for bit."""
+        return self.device.type != "cpu"
+
+
+class _Found(Exception):
+    """Ends a run of the network at its first modulation layer."""
+
+    def __init__(self, vector: Vector):
+        super().__init__()
+        self.vector = vector
+
+
+class _Step:
+    """One step's results on the device, and whether what the layers read was what had been foretold."""
+
+    def __init__(self, layers: Sequence, vector: Vector, results: torch.Tensor, buffers: dict):
+        self._rows = _sent(vector.rows, vector.device, "vector", buffers)
+        parts = _sent(results, vector.device, "results", buffers).split([layer.out_features for layer in layers], -1)
+        self._parts = {id(layer): part for layer, part in zip(layers, parts, strict=True)}
+        self._wrong = torch.zeros((), dtype=torch.bool, device=vector.device)
+
+    def take(self, layer, input: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output; None where it has none or the input is of another kind."""
+        part, rows = self._parts.get(id(layer)), input.reshape(-1, input.shape[-1])
+        if part is None or (rows.shape, rows.dtype, rows.device) != (self._rows.shape, self._rows.dtype, self._rows.device):
+            return None
+        self._wrong |= (rows != self._rows).any()
+        return part.reshape(*input.shape[:-1], -1)
+
+    def was_right(self) -> bool:
+        """Waits for the device."""
+        return not bool(self._wrong)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device, use: str, buffers: dict) -> torch.Tensor:
+    """A copy on the device, at the same place in its memory every time, so that a recorded graph finds it there."""
+    key = (use, tuple(tensor.shape), tensor.dtype, device)
+    if key not in buffers:
+        if len(buffers) > 8:
+            buffers.clear()
+        buffers[key] = torch.empty_like(tensor, device=device)
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return buffers[key].copy_(source, non_blocking=True)
+
+
+class Bank:
+    """Results of one model's layers. A layer has name, in_features, out_features, is_hooked and compute(rows, fast)."""
+
+    def __init__(self, timesteps: Callable[[torch.Tensor], torch.Tensor] | None = None, limit: int = _CACHE_BYTES):
+        self.layers: list = []
+        self.computed = self.steps = self.hits = 0  # products of a layer with a row; steps, and how many found their results made
+        self._timesteps, self._limit, self._size = timesteps, limit, 0
+        self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+        self._pending: dict[tuple, Future] = {}
+        self._vectors: OrderedDict[tuple, Vector] = OrderedDict()
+        self._followers: list | None = None  # the layers that read the one vector, once that is known
+        self._seen: dict | None = None
+        self._step: _Step | None = None
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._probing, self._trusted, self._lock = False, True, Lock()
+        self._thread = ThreadPoolExecutor(1, "nibble-modulation")
+
+    # ---- what a layer asks
+
+    def output(self, layer, input: torch.Tensor) -> torch.Tensor:
+        """The layer's output for its input (…, K), there where the input is."""
+        if self._probing and layer in self._followers:
+            raise _Found(Vector.of(input))
+        if self._step is not None and (ready := self._step.take(layer, input)) is not None:
+            return ready
+        vector = Vector.of(input)
+        if self._seen is not None:
+            self._seen.setdefault(_key(vector.rows), []).append(layer)
+        if layer.is_hooked:
+            y = layer.compute(vector.rows, vector.fast)
+        else:
+            together = self._followers if self._followers and layer in self._followers else [layer]
+            y = self._rows([layer], self._asked(together, vector.rows, vector.fast)[0], vector)
+        return y.reshape(*input.shape[:-1], -1).to(input.device, non_blocking=True)
+
+    def clear(self) -> None:
+        """Forgets all results, as when patches change."""
+        with self._lock:
+            self._results.clear()
+            self._pending = {}  # what a thread still computes belongs to the past
+            self._vectors.clear()
+            self._size, self._trusted = 0, True
+
+    # ---- a step
+
+    def around(self, executor, *args, **kwargs):
+        """The network's output for its inputs (picture, timestep, …), once what the step's layers will ask for is there. executor: calls the
+        network, and has it, with nothing around it, as `original`."""
+        step = self._prepare(executor, args, kwargs)
+        with self._serving(step):
+            out = executor(*args, **kwargs)
+        if step is None or step.was_right():
+            return out
+        self._trusted = False
+        with self._serving(None):
+            return executor(*args, **kwargs)
+
+    @contextmanager
+    def _serving(self, step: _Step | None):
+        self._step, self._seen = step, {} if step is None and self._followers is None else None
+        try:
+            yield
+            if self._seen:
+                self._followers = max(self._seen.values(), key=len)
+        finally:
+            self._step = self._seen = None
+
+    def _prepare(self, executor, args: tuple, kwargs: dict) -> _Step | None:
+        if not self._followers or not self._trusted or torch.is_grad_enabled() or any(layer.is_hooked for layer in self.layers):
+            return None
+        key = _key(*_small_inputs(args, kwargs))
+        new = key not in self._vectors
+        if new and not self._foretell(key, executor, args, kwargs):
+            return None
+        vector = self._vectors[key]
+        found, made = self._asked(self._followers, vector.rows, vector.fast)
+        self.steps, self.hits = self.steps + 1, self.hits + (made == 0)
+        if new:
+            self._foretell_run(executor, args, kwargs, vector)
+        return _Step(self._followers, vector, self._rows(self._followers, found, vector), self._buffers)
+
+    def _foretell(self, key: tuple, executor, args: tuple, kwargs: dict) -> bool:
+        """Lets the network run up to its first modulation layer; whether there was one."""
+        self._probing = True
+        try:
+            executor.original(*args, **kwargs)
+        except _Found as found:
+            self._vectors[key] = found.vector
+        finally:
+            self._probing = False
+        while len(self._vectors) > 4096:
+            self._vectors.popitem(last=False)
+        self._trusted = key in self._vectors
+        return self._trusted
+
+    def _foretell_run(self, executor, args: tuple, kwargs: dict, now: Vector) -> None:
+        """The vectors of the run's other steps, and in the thread their products."""
+        vectors = []
+        for timestep in self._others(args, kwargs):
+            key = _key(*_small_inputs((args[0], timestep, *args[2:]), kwargs))
+            if key not in self._vectors and self._foretell(key, executor, (args[0], timestep, *args[2:]), kwargs):
+                vectors.append(self._vectors[key])
+        if vectors:
+            self._asked(self._followers, torch.cat([vector.rows for vector in vectors]), now.fast)
+
+    def _others(self, args: tuple, kwargs: dict) -> Iterable[torch.Tensor]:
+        """The network's timestep input at every step of the run, as far as the sampler says it."""
+        options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict)), {})
+        sigmas = options.get("sample_sigmas")
+        if sigmas is None or self._timesteps is None or not isinstance(args[1], torch.Tensor):
+            return []
+        now, row = args[1], sum(layer.out_features for layer in self._followers) * 4
+        sigmas = sigmas[:-1][:max(1, self._limit // (4 * row))]  # what is made ahead must still be there when it is asked for
+        return [t.to(now).expand_as(now).contiguous() for t in self._timesteps(sigmas.to(now.device, torch.float32)).float()]
+
+    # ---- products
+
+    def _asked(self, layers: Sequence, rows: torch.Tensor, fast: bool) -> tuple[dict[tuple, torch.Tensor | Future], int]:
+        """Key → result, or the future that brings it; and how many had to be begun."""
+        found: dict[tuple, torch.Tensor | Future] = {}
+        new: dict[tuple, tuple] = {}
+        with self._lock:
+            for layer in layers:
+                for row in rows:
+                    key = self._key(layer, row, fast)
+                    if key in self._results:
+                        self._results.move_to_end(key)
+                        found[key] = self._results[key]
+                    elif key in self._pending:
+                        found[key] = self._pending[key]
+                    else:
+                        new[key] = (layer, row)
+            if new:
+                future = self._thread.submit(self._compute, new, fast, self._pending)
+                self._pending.update(dict.fromkeys(new, future))
+                found.update(dict.fromkeys(new, future))
+        return found, len(new)
+
+    def _rows(self, layers: Sequence, found: dict[tuple, torch.Tensor | Future], vector: Vector) -> torch.Tensor:
+        """(M, sum of N): the layers' outputs side by side, once they are made."""
+        def result(layer, row: torch.Tensor) -> torch.Tensor:
+            key = self._key(layer, row, vector.fast)
+            return found[key].result()[key] if isinstance(found[key], Future) else found[key]
+        return torch.stack([torch.cat([result(layer, row) for layer in layers]) for row in vector.rows])
+
+    def _compute(self, new: dict[tuple, tuple], fast: bool, pending: dict) -> dict[tuple, torch.Tensor]:
+        """All products wanted; where bits may differ, each layer's with all its rows at once."""
+        groups: dict[int, list[tuple]] = {}
+        for key, (layer, _) in new.items():
+            groups.setdefault(id(layer), []).append(key)
+        made = {}
+        with torch.no_grad():  # a mode of the thread, not of the program
+            for keys in groups.values():
+                layer = new[keys[0]][0]
+                rows = [new[key][1][None] for key in keys]
+                outputs = layer.compute(torch.cat(rows), fast) if fast else torch.cat([layer.compute(row, fast) for row in rows])
+                made |= zip(keys, outputs.unbind(0), strict=True)
+        with self._lock:
+            self.computed += len(made)
+            for key, y in made.items():
+                pending.pop(key, None)
+                if pending is self._pending:
+                    self._results[key] = y
+                    self._size += y.nbytes
+            while self._size > self._limit and len(self._results) > 1:
+                self._size -= self._results.popitem(last=False)[1].nbytes
+        return made
+
+    @staticmethod
+    def _key(layer, row: torch.Tensor, fast: bool) -> tuple:
+        return layer.name, fast, _key(row)
+
+
+def _key(*tensors: torch.Tensor) -> tuple:
+    """Equal only for equal dtypes, shapes and bytes."""
+    return tuple((str(t.dtype), tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors)
+
+
+def _small_inputs(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The network's inputs that tell its modulation, on the CPU after one transfer: all small tensors but the picture and the prompt's tokens."""
+    named = {name: value for name, value in kwargs.items() if name != "context"}
+    tensors = [t for t in (*args[1:2], *args[3:], *named.values()) if isinstance(t, torch.Tensor) and t.nbytes <= _SMALL]
+    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors]) if tensors else torch.zeros(0)
+    return [flat.cpu(), torch.tensor([t.numel() for t in tensors])]
