@@ -3,6 +3,8 @@
     {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …], "bytes_before": int, "bytes_after": int,
      "rows": [{"name", "action": "w4a4" | "w4a16" | "keep", "why", "db": float | null, "bytes_before", "bytes_after", "seconds"}, …]}
     {"kind": "facts", "title": str, "summary": [[label, value], …]}
+    {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
+     "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (shares of a LoRA that layers keep: `kept`)
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from ... import kernels
 from ...quant.container import QuantizedFile
 from ...quant.published.model import PublishedFile
 from ...quant.svdquant.report import Report
-from .intlora import Converted
 
 KEY = "nibble_chart"
 
@@ -43,22 +44,6 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
         row["db"] = row["db"] if row["db"] is not None and math.isfinite(row["db"]) else None
     return {"kind": "layers", "title": title, "subtitle": subtitle, "summary": [list(pair) for pair in report.summary()],
             "bytes_before": report.bytes_before, "bytes_after": report.bytes_after, "rows": rows}
-
-
-def retention_chart(done: Converted, lora_name: str) -> dict:
-    """A LoRA's conversion: how much of it each layer keeps. A share kept of 1 - e is 20 log10(1 / e) dB."""
-    found, layers = done.conversion, done.conversion.adapter.layers
-    rows = [{"name": row.layer, "action": done.actions[row.layer], "db": None if row.kept >= 1 else -20 * math.log10(1 - row.kept),
-             "why": f"keeps {row.kept:.2%} with k = {row.k}; rounding to 4 bits would keep {row.nearest:.1%}" + (f"; {row.note}" if row.note else ""),
-             "bytes_before": done.bytes_before[row.layer], "bytes_after": layers[row.layer].nbytes, "seconds": 0.0} for row in found.rows]
-    worst, ks = min(found.rows, key=lambda row: row.kept), sorted({row.k for row in found.rows})
-    summary = [["kept", f"{found.kept:.2%}, least {worst.kept:.2%}"],
-               ["rounding alone would keep", f"{statistics.mean(row.nearest for row in found.rows):.1%}"],
-               ["k", f"{ks[0]}" if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"], ["file", size(done.nbytes)]]
-    if done.left_out:
-        summary.append(["left out", f"{len(done.left_out)} tensors of the LoRA, for parts that are not in 4 bits, {done.left_out[0]} first"])
-    return {"kind": "layers", "title": done.name, "subtitle": f"{lora_name} as SHIFT-ADD", "summary": summary,
-            "bytes_before": sum(done.bytes_before.values()), "bytes_after": sum(layer.nbytes for layer in layers.values()), "rows": rows}
 
 
 def model_chart(file: QuantizedFile | PublishedFile, needed: tuple[int, int], device: torch.device, in_ram: int = 0) -> dict:

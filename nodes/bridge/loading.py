@@ -10,11 +10,12 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...quant import container
 from ...quant.published import opening
 from ...quant.published.model import PublishedFile
-from . import layouts, modulation, progress
+from . import layouts, lora, modulation, progress
 from .ops import NibbleOperations
 
 FOLDER = "diffusion_models"
@@ -79,6 +80,7 @@ def load(path: str | os.PathLike, verify: bool = True, dtype: str = "default", m
     _check_complete(patcher, file)
     if modulation_in == "ram":
         modulation.keep_in_ram(patcher)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.announce)
     patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype, modulation_in))
     return patcher
 

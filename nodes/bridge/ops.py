@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...kernels import ops as kernels
-from ...quant.svdquant.weight import linear_in_two, split_columns, tensor_json
+from ...quant.svdquant.weight import halves_of, linear_in_runs, linear_in_two, tensor_json
 from . import layouts, lora
 
 log = logging.getLogger("nibble")
@@ -39,6 +39,7 @@ class NibbleOperations(comfy.ops.manual_cast):
             self.expects_bias = bias
             self._side_patch = self._lowvram_patch = None
             self._weight_functions = []
+            self._beside = lora.Beside()
 
         # ---- state dict: the file's names, in both directions
 
@@ -87,8 +88,9 @@ class NibbleOperations(comfy.ops.manual_cast):
 
         def _apply(self, fn, recurse=True):  # torch's own would swap the tensor's insides through `.data`
             for name, parameter in self._parameters.items():
-                if parameter is not None:
-                    self._parameters[name] = layouts.live(fn(parameter))
+                moved = None if parameter is None else fn(parameter)
+                if moved is not parameter:  # one that was made in inference mode and stays must not be wrapped again outside of it
+                    self._parameters[name] = layouts.live(moved)
             return self
 
         # ---- patches
@@ -99,6 +101,7 @@ class NibbleOperations(comfy.ops.manual_cast):
 
         @weight_function.setter
         def weight_function(self, functions: list):
+            self._beside.forget()
             self._weight_functions = functions if self._side_patch is None else [*functions, self._side_patch]
 
         @property
@@ -116,8 +119,12 @@ class NibbleOperations(comfy.ops.manual_cast):
             self.weight_function = functions
 
         def convert_weight(self, weight, inplace=False, **kwargs):
-            """The float weight that patches are computed on: float32 (N, K) for a quantized one."""
-            return layouts.effective_weight(layouts.unpack(weight), weight._params) if layouts.is_ours(weight) else weight
+            """The float weight that patches are computed on: float32 (N, K) for a quantized one, without storage where they are known."""
+            if not layouts.is_ours(weight):
+                return weight
+            if lora.expected(self, weight):
+                return torch.empty(weight.shape, device="meta")
+            return layouts.effective_weight(layouts.unpack(weight), weight._params)
 
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
             """Takes the patched float weight back: into a new parameter, so that ComfyUI's backup stays the base bit for bit."""
@@ -125,7 +132,7 @@ class NibbleOperations(comfy.ops.manual_cast):
                 return self._set_plain("weight", weight, seed, return_weight)
             if inplace_update and not return_weight:
                 return self._set_hooked(weight)
-            patched = lora.absorb(self.weight, weight)
+            patched = lora.take(self) if weight.is_meta else lora.absorb(self.weight, weight)
             if return_weight:
                 return patched
             self.weight = layouts.live(patched)
@@ -175,7 +182,7 @@ class NibbleOperations(comfy.ops.manual_cast):
                 return self.forward_comfy_cast_weights(input)
             if hasattr(self, "_v") and comfy.model_management.is_device_cpu(input.device):
                 # a streamed layer that is used on the CPU: the cast would dequantize it
-                return patched_linear(input, self.weight, None if self.bias is None else self.bias.to(input.dtype), self._weight_functions)
+                return patched_linear(input, self.weight, None if self.bias is None else self.bias.to(input.dtype), self._weight_functions, self._beside)
             functions, self._weight_functions = self._weight_functions, []  # the cast would dequantize for them, too
             try:
                 cast = comfy.ops.CastBiasWeightContext(self, None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
@@ -183,34 +190,54 @@ class NibbleOperations(comfy.ops.manual_cast):
             finally:
                 self._weight_functions = functions
             with cast as (weight, bias):
-                return patched_linear(input, weight, bias, functions)
+                return patched_linear(input, weight, bias, functions, self._beside)
 
 
-def patched_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, functions: list) -> torch.Tensor:
-    """x (…, K) → (…, N): the quantized product, and beside it whatever patches ask for."""
-    patches = [lora.entries_of(function) for function in functions]
-    if None in patches:
+def patched_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, functions: list, beside: lora.Beside | None = None) -> torch.Tensor:
+    """x (…, K) → (…, N): the quantized product with whatever patches ask for; beside: what is remembered of them between calls."""
+    if not all(lora.entries_of(function) for function in functions):
         return _linear_with_functions(x, weight, bias, functions)
-    y = quantized_linear(x, weight, bias)
-    for key, entries in patches:
-        y = lora.add_beside(y, x, key, entries, lambda: layouts.effective_weight(layouts.unpack(weight), weight._params))
-    return y
+    beside = lora.Beside() if beside is None else beside
+    return quantized_linear(x, weight, bias, [beside.change(function, weight, x) for function in functions])
 
 
-def quantized_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x (…, K) → (…, N) in x's dtype through `nibble.kernels`, with all that was added to the weight."""
+def quantized_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, changes: list[lora.Change] = ()) -> torch.Tensor:
+    """x (…, K) → (…, N) in x's dtype through `nibble.kernels`, with all that was added to the weight, then the changes, in order."""
     p = weight._params
     if weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__:
-        if p.unsigned_from:
-            codes = split_columns(weight._qdata, p.unsigned_from)
-            y = linear_in_two(x, *codes, p.scale, p.smooth_factor, p.proj_down, p.proj_up, bias)
-        else:
-            y = kernels.linear_w4a4(x, weight._qdata, p.scale, p.smooth_factor, p.proj_down, p.proj_up, bias, p.act_unsigned, p.rotation)
-        y = lora.Change(delta=p.delta).add_to(y, x)
+        (down, up), changes = _branch(p, changes, x.dtype)
+        y = _w4a4(x, weight._qdata, p, down, up, bias)
+        y = lora.Change(p.side_down, p.side_up, p.delta, p.row_scale, p.row_fold).add_to(y, x, bias)
     else:
         y = kernels.linear_w4a16(x, weight._qdata, p.scale, p.zeros, bias)
-        y = lora.Change(p.proj_down, p.proj_up, p.delta).add_to(y, x)
+        y = lora.Change(p.proj_down, p.proj_up).add_to(y, x)
+        y = lora.Change(p.side_down, p.side_up, p.delta, p.row_scale, p.row_fold).add_to(y, x, bias)
+    for change in changes:
+        y = change.add_to(y, x, bias)
     return y if p.hook is None or p.hook.value is None else p.hook.value.add_to(y, x)
+
+
+def _branch(p, changes: list[lora.Change], dtype: torch.dtype) -> tuple[tuple[torch.Tensor, torch.Tensor], list[lora.Change]]:
+    """The low-rank branch with the factors of changes that may join it, and what is left of the changes.
+
+    Only those before the first that scales rows, which would scale them, too.
+    """
+    down, up, rest = p.proj_down, p.proj_up, []
+    for change in changes:
+        if p.row_scale is None and not rest and change.row_scale is None and change.up is not None:
+            down, up = lora.longer(down, up, change, dtype)
+            change = lora.Change(delta=change.delta)
+        if change.delta is not None or change.up is not None or change.row_scale is not None:
+            rest.append(change)
+    return (down, up), rest
+
+
+def _w4a4(x, codes, p, down, up, bias) -> torch.Tensor:
+    if p.unsigned_from:
+        return linear_in_two(x, *halves_of(codes, p.unsigned_from), p.scale, p.smooth_factor, down, up, bias)
+    if p.smooth_rows:
+        return linear_in_runs(x, codes, p.scale, p.smooth_factor, down, up, bias, p.smooth_rows, p.act_unsigned, p.rotation)
+    return kernels.linear_w4a4(x, codes, p.scale, p.smooth_factor, down, up, bias, p.act_unsigned, p.rotation)
 
 
 def _linear_with_functions(x, weight, bias, functions) -> torch.Tensor:

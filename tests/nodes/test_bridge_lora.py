@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy.model_patcher import LowVramPatch
 
+from nibble.kernels.reference import SHIFT
 from nibble.nodes.bridge import layouts, loading, lora
 
 QKV, MLP, POST_GELU, MODULATION = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "double_blocks.0.img_mlp.2",
@@ -58,11 +59,22 @@ def with_lora(model, tensors, strength: float = 0.8):
     return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
 
 
+def inputs(model, name: str) -> torch.Tensor:
+    """Inputs of a layer that 4-bit activations hold exactly, so that scaling what it computes scales no rounding error."""
+    linear, draw = layer_of(model, name), torch.Generator().manual_seed(3)
+    shape, params = (1, 7, linear.in_features), linear.weight._params
+    if name == MODULATION or params.rotation:
+        return torch.randn(shape, generator=draw)
+    codes = torch.randint(0, 16, shape, generator=draw) if params.act_unsigned else torch.randint(-7, 8, shape, generator=draw)
+    codes[..., ::64] = 15 if params.act_unsigned else 7
+    return codes * params.smooth_factor.float() * 0.25 - (SHIFT if params.act_unsigned else 0)
+
+
 def outputs(model) -> dict[str, torch.Tensor]:
     """Each patched layer's output for a fixed input."""
     out = {}
     for name in (QKV, MLP, POST_GELU, MODULATION):
-        x = torch.randn(1, 7, layer_of(model, name).in_features, generator=torch.Generator().manual_seed(3))
+        x = inputs(model, name)
         with torch.no_grad():
             out[name] = (x, layer_of(model, name)(x))
     return out
