@@ -1,4 +1,4 @@
-"""The loop that trains anything small beside a frozen model: AdamW with warm-up, one loss at a time, interruptible and resumable.
+"""The loop that trains anything small beside a frozen model: warm-up, one loss at a time, interruptible and resumable.
 
 The loss is the caller's; it gets a random generator that depends on the seed and the step alone, so that a run that was interrupted and
 resumed ends, bit for bit, as one that was not.
@@ -7,6 +7,7 @@ resumed ends, bit for bit, as one that was not.
 import contextlib
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,19 +15,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from .container import FileRefused, read_header, read_tensor
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop}
+_MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg")  # what these remember of a parameter, besides the number of steps
+_FREE = ("steps", "save_every", "lr")  # options that may change when a run is resumed
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a training run. lr is AdamW's, constant after `warmup` steps; clip: of the gradient's norm; accumulate: losses a step."""
+    """Of a training run. lr: constant after `warmup` steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate: losses a step."""
 
     steps: int = 500
     lr: float = 1e-3
+    optimizer: str = "AdamW"
     weight_decay: float = 1e-2
     warmup: int = 10
     clip: float = 1.0
@@ -35,7 +41,11 @@ class Options:
     save_every: int = 50
 
     def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
         for name, value in asdict(self).items():
+            if name == "optimizer":
+                continue
             low = 0 if name in ("weight_decay", "warmup", "seed") else 1e-12
             if not low <= value < 2 ** 63:
                 raise ValueError(f"{name}={value} is not {'positive' if low else 'zero or more'}")
@@ -48,20 +58,22 @@ def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generato
 
     parameters    name → what is trained; the names are those in the state file
     loss          generator → a scalar; everything random in it must come from the generator
-    identity      what must agree for a state to be resumed, besides the options (the number of steps may grow)
+    identity      what must agree for a state to be resumed, besides the options (steps and lr may change)
     state         a file to resume from and to save to, atomically, every `save_every` steps and at the end; None: nothing is kept
     checkpointed  blocks whose activations are computed again in the backward pass instead of kept
     losses        a list that is filled with the loss of every step, the resumed ones first
-    Raises FileRefused for a state file of another run, ValueError where the loss stops being finite.
+    Raises FileRefused for a state file of another run, ValueError where loss or gradient stop being finite: the parameters and the state are then
+    those of the last good step.
     """
     losses = [] if losses is None else losses
     names = {parameter: name for name, parameter in parameters.items()}
-    identity = json.dumps([identity, {name: value for name, value in asdict(options).items() if name not in ("steps", "save_every")}])
-    optimizer = torch.optim.AdamW(names, lr=options.lr, weight_decay=options.weight_decay)
+    identity = json.dumps([identity, {name: value for name, value in asdict(options).items() if name not in _FREE}])
+    decay = {"weight_decay": options.weight_decay} if options.optimizer == "AdamW" else {}
+    optimizer = OPTIMIZERS[options.optimizer](names, lr=options.lr, **decay)
     if state is not None:
         _resume(Path(state), names, optimizer, identity, losses)
     try:
-        with _checkpointing(checkpointed):
+        with checkpointing(checkpointed):
             while len(losses) < options.steps:
                 losses.append(_step(loss, options, optimizer, len(losses)))
                 if state is not None and len(losses) % options.save_every == 0:
@@ -73,7 +85,7 @@ def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generato
 
 
 def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, done: int) -> float:
-    """One step of AdamW; the mean loss."""
+    """One step of the optimizer; the mean loss."""
     for group in optimizer.param_groups:
         group["lr"] = options.lr * min(1.0, (done + 1) / max(1, options.warmup))
     total = 0.0
@@ -86,26 +98,116 @@ def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, do
         value.backward()
         total += value.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+    if not torch.nn.utils.clip_grad_norm_(parameters, options.clip).isfinite():
+        raise ValueError(f"the gradient is not finite at step {done + 1}; lower the learning rate, or train in fp32")
     optimizer.step()
     return total
 
 
-@contextlib.contextmanager
-def _checkpointing(blocks: Iterable[nn.Module]):
-    """Recomputes the blocks' activations in the backward pass while entered."""
-    blocks = list(blocks)
-    for block in blocks:
-        plain = block.forward
+# ---- the forward passes of blocks that were not written for training
 
-        def forward(*args, plain=plain, **kwargs):
-            return checkpoint(plain, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else plain(*args, **kwargs)
-        block.forward = forward
+
+class _Kept:
+    """A tensor that the backward pass needs."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class _Keeper:
+    """Knows what is kept for the backward pass, by storage, and copies it before it is written to."""
+
+    def __init__(self):
+        self.kept: dict[int, weakref.WeakSet[_Kept]] = {}
+
+    def keep(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor.detach())
+        if type(tensor) is Tensor and tensor.is_floating_point():
+            if len(self.kept) > 4096:
+                self.kept = {place: still for place, still in self.kept.items() if still}
+            self.kept.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(kept)
+        return kept
+
+    def written(self, tensor: Tensor) -> None:
+        for kept in self.kept.pop(tensor.untyped_storage().data_ptr(), ()):
+            kept.tensor = kept.tensor.clone()
+
+
+class _Watched(TorchFunctionMode):
+    """Tells a keeper of every write: x += y, x.mul_(y), x[i] = y, out=x."""
+
+    def __init__(self, keeper: _Keeper):
+        super().__init__()
+        self.keeper = keeper
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        target = args[0] if writes and args else kwargs.get("out")
+        if type(target) is Tensor:
+            self.keeper.written(target)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _wrapped(blocks: Iterable[nn.Module], wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """While entered, each block's forward is wrap(forward)."""
+    blocks = list(blocks)
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = wrap(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def allowing_writes(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Lets blocks be trained through that write to tensors which the backward pass needs, as ComfyUI's FLUX does with `img += ...`.
+
+    Autograd refuses that, and torch's recomputation does not even see it; here such a tensor is copied before it is written to.
+    """
+    keeper = _Keeper()
+
+    def wrap(plain):
+        def forward(*args, **kwargs):
+            # in here and not around everything: both belong to a thread, and a CUDA backward pass, which computes blocks again, has its own
+            with _Watched(keeper), torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda kept: kept.tensor):
+                return plain(*args, **kwargs)
+        return forward
+    return _wrapped(blocks, wrap)
+
+
+def checkpointing(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Recomputes the blocks' activations in the backward pass while entered.
+
+    In torch's reentrant form, whose second pass is ordinary autograd: a tensor that was written to after it was saved is an error there (and with
+    `allowing_writes` none). The other form silently uses what was written.
+    """
+    def wrap(plain):
+        def forward(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            leaves, form = tree_flatten((args, kwargs))
+
+            def again(_, *leaves):
+                inputs, named = tree_unflatten([_copied(leaf) for leaf in leaves], form)
+                return plain(*inputs, **named)
+            wanted = torch.zeros((), requires_grad=True)  # some input must ask for gradients: the first block's own do not
+            return checkpoint(again, wanted, *leaves, use_reentrant=True)
+        return forward
+    return _wrapped(blocks, wrap)
+
+
+def _copied(value):
+    """What a block adds to in place must be as it was when the block is computed again."""
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _save(path: Path, names: Mapping[nn.Parameter, str], optimizer: torch.optim.Optimizer, identity: str, losses: list[float]) -> None:
@@ -113,7 +215,7 @@ def _save(path: Path, names: Mapping[nn.Parameter, str], optimizer: torch.optim.
     for parameter, name in names.items():
         tensors[name] = parameter.detach().cpu().contiguous()
         for moment in _MOMENTS:
-            if parameter in optimizer.state:
+            if moment in optimizer.state.get(parameter, ()):
                 tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().contiguous()
     data = save(tensors, {"format": "nibble_training", "identity": identity, "losses": json.dumps(losses)})
     partial = path.with_name(path.name + ".partial")
@@ -142,7 +244,7 @@ def _resume(path: Path, names: Mapping[nn.Parameter, str], optimizer: torch.opti
     for parameter, name in names.items():
         with torch.no_grad():
             parameter.copy_(read_tensor(header, name))
-        if f"{name}.exp_avg" in header.tensors:
-            moments = {moment: read_tensor(header, f"{name}.{moment}").to(parameter.device) for moment in _MOMENTS}
+        moments = {moment: read_tensor(header, f"{name}.{moment}").to(parameter.device) for moment in _MOMENTS if f"{name}.{moment}" in header.tensors}
+        if moments:  # SGD has none
             optimizer.state[parameter] = {"step": torch.tensor(float(len(done))), **moments}
     losses.extend(done)

@@ -37,6 +37,10 @@ class Progress:
         if server is not None and self.node_id is not None:
             server.send_sync(CHART_EVENT, {"node": self.node_id, "chart": chart}, server.client_id)
 
+    def picture(self, done: int, total: int, preview: tuple) -> None:
+        """Shows a picture under the node as samplers do; preview: (format, PIL image, largest side), as ComfyUI's previewers give it."""
+        self.bar.update_absolute(done, max(total, 1), preview)
+
     @staticmethod
     def check() -> None:
         """Raises ComfyUI's InterruptProcessingException when the user pressed Stop."""

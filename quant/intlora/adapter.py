@@ -51,6 +51,11 @@ class LayerAdapter:
         return isinstance(self.rule, ShiftAdd)
 
     @property
+    def thin(self) -> bool:
+        """Whether it is a low-rank change beside the base: of MUL and SHIFT, and of dense changes, only whole matrices can be added."""
+        return self.additive and self.factors is not None
+
+    @property
     def separated(self) -> bool:
         """Whether its base lacks the auxiliary matrix R, which it adds: such a base is of no use without an adapter."""
         return getattr(self.rule, "noise", None) is not None

@@ -86,6 +86,9 @@ class IntBase:
         facts = weight.facts() if hasattr(weight, "facts") else {"format": type(weight).__name__}
         if facts["format"] == "awq_w4a16":
             return cls(weight.qweight, weight.scale, zeros=weight.zeros, unsigned=True)
+        if facts.get("smooth_rows"):
+            raise FileRefused(f"{model} joins parts that smooth their inputs unlike one another in {layer}, so that its integers have no one grid; "
+                              "use a file that Nibble made (SVDQuant Quantize Checkpoint), or apply the LoRA with Load LoRA.")
         if facts["format"] == "svdquant_w4a4":
             return cls(weight.qweight, weight.scale, smooth=weight.smooth_factor, rotation=weight.rotation)
         return refuse_format(facts["format"], layer, model)

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..container import FileRefused
 from .adapter import Adapter, LayerAdapter, key_of
 from .base import IntBase
-from .factors import Factors, balanced, quantize
-from .merge import BLOCK, Overflow, merge, rounded_to_base, thin_norm
+from .factors import Factors, balanced, quantize, thin_norm
+from .fold import rounded_to_base
+from .merge import BLOCK, Overflow, merge
 from .variants import MAX_K, ShiftAdd, bits_needed
 
 

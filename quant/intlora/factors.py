@@ -90,3 +90,10 @@ def balanced(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor,
     hartley = (angle.cos() + angle.sin()) / math.sqrt(kept)
     root = s[:kept].sqrt()[:, None] * hartley
     return (qu @ (u[:, :kept] @ root)).float(), (root.T @ vh[:kept] @ qd.T).float()
+
+
+def thin_norm(terms: list[tuple[Tensor, Tensor, float]], smooth: Tensor | None = None) -> float:
+    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r), sign), without the dense sum."""
+    up = torch.cat([u.double() * sign for u, _, sign in terms], 1)
+    down = torch.cat([d.double() if smooth is None else d.double() * smooth.double()[:, None] for _, d, _ in terms], 1)
+    return ((up.T @ up) * (down.T @ down)).sum().clamp_min(0).sqrt().item()

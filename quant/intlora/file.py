@@ -8,7 +8,7 @@ variant, its k, bits or window, its seed, the digest of its base), `facts`, and 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -143,8 +143,10 @@ def _expect(condition: bool, otherwise: str) -> None:
         raise ValueError(otherwise)
 
 
-def check_bases(adapter: Adapter, bases: Mapping[str, IntBase], file: str, model: str = "the model") -> None:
-    """Refuses an adapter that was not made for these integers, before anything is changed. bases: by module name, as in the adapter.
+def check_bases(adapter: Adapter, bases: Mapping[str, IntBase], file: str, model: str = "the model",
+                digest: Callable[[str, tuple[int, int]], str] | None = None) -> None:
+    """Refuses an adapter that was not made for these integers, before anything is changed. bases: by module name, as in the adapter;
+    digest: of (module, rows), where it is known already.
 
     Raises FileRefused for no layer in common, a layer that the model lacks, another shape, another base.
     """
@@ -160,7 +162,7 @@ def check_bases(adapter: Adapter, bases: Mapping[str, IntBase], file: str, model
         start, stop = layer.rows or (0, n)
         if layer.shape != (stop - start, k) or not 0 <= start < stop <= n:
             raise FileRefused(f"{file} has {key} as {' x '.join(map(str, layer.shape))}, {model} as {n} x {k}; choose the model that it was made for.")
-        if base.rows(start, stop).digest() != layer.base:
+        if (base.rows(start, stop).digest() if digest is None else digest(module_of(key), (start, stop))) != layer.base:
             raise FileRefused(f"{file} was made for another 4-bit file than {model} ({key} has other integers); choose the file that it was made "
                               "for, or convert or train it again on this one.")
 

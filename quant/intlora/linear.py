@@ -20,7 +20,7 @@ from .base import IntBase, rotate
 from .noise import Noise, scales
 from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, finished
 
-BLOCK = {"cpu": 2 ** 20, "cuda": 2 ** 24}  # weights made at once
+BLOCK = {"cpu": 2 ** 20}  # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive at a time
 
 
 def separated(weight: Tensor, variant: str, seed: int, name: str, bits: int = 4, group: int = 64, lora_bits: int = 8,
@@ -67,17 +67,24 @@ class IntLoRALinear(nn.Module):
     def __init__(self, base: IntBase, rule: Rule, rank: int, bias: Tensor | None = None, inner: nn.Module | None = None,
                  generator: torch.Generator | None = None, width: torch.dtype = torch.int8):
         super().__init__()
-        (self.out_features, self.in_features), device = base.shape, base.codes.device
+        (self.out_features, self.in_features), device = base.shape, base.scale.device
         if not 1 <= rank <= min(base.shape):
             raise ValueError(f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a {base.shape[0]} x {base.shape[1]} layer")
-        self.base, self.rule, self.inner, self.width = base, rule, inner, width
         self.register_buffer("bias", bias, persistent=False)
+        self.base, self.rule, self.inner, self.width = base, rule, inner, width
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA
         drawn = torch.rand(rank, self.in_features, generator=generator) * 2 * bound - bound
         self.lora_down = nn.Parameter(drawn.to(device))
         self.lora_up = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         noise = getattr(rule, "noise", None)
         self._working = rule if noise is None else type(rule)(**vars(rule) | {"noise": noise.hold(self.in_features)})
+
+    def __getattr__(self, name: str):
+        """Whatever a model reads off its linears besides calling them (`weight.dtype`) is the inner layer's."""
+        inner = self.__dict__.get("_modules", {}).get("inner")
+        if inner is None or name in self.__dict__["_parameters"] or name in self.__dict__["_buffers"]:
+            return super().__getattr__(name)
+        return inner if name == "inner" else getattr(inner, name)
 
     def _apply(self, fn, recurse=True):
         """Integers and rule follow the factors to another device."""
@@ -100,7 +107,11 @@ class IntLoRALinear(nn.Module):
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             base, rule = self.base.rows(rows.start, rows.stop), self._working.rows(rows.start, rows.stop)
-            product = rule.product(base, base.into(up[rows] @ down), slope)
+            delta = base.into(up[rows] @ down)
+            if self.inner is not None and isinstance(rule, ShiftAdd):  # needs no code of the base, which may lie elsewhere
+                yield rows, rule.change(base, delta), None
+                continue
+            product = rule.product(base, delta, slope)
             matrix = finished(base, product)
             yield rows, matrix if self.inner is None else matrix - base.weight(), product.slope
 

@@ -6,8 +6,7 @@ Three ways, from the one that keeps everything to the one that costs nothing:
                  one computed from base and adapter apart are equal bit for bit. No longer a 4-bit weight: an int4 kernel cannot read it.
     beside       base as it is, plus x . change^T: dense, or (SHIFT-ADD) as low-rank factors, which a layer's 16-bit branch takes up. The
                  factors skip the rounding to 2^-k, so they differ from `merged` by at most half a step of s 2^-k a weight.
-    folded       into the format that the layer has: for `svdquant_w4a4` the branch and the factors are joined and, where a rank is given,
-                 cut back to it (no run-time cost); for plain 4-bit weights the sum is rounded to 4 bits again. Says what share was kept.
+    folded       into the format that the layer has: see `fold`.
 """
 
 import itertools
@@ -18,10 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..packing import pack_int4
 from .adapter import LayerAdapter
 from .base import IntBase
-from .factors import balanced
 from .variants import ShiftAdd, bits_needed
 
 BLOCK = 2 ** 22  # weights at once
@@ -146,7 +143,7 @@ def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
     """
     downs, ups = [], []
     for use, strength in uses:
-        if use.factors is None or not use.additive:
+        if not use.thin:
             kind = "a dense change" if use.additive else use.rule.NAME.upper()
             raise ValueError(f"{kind} has no low rank; merge it, or compute it densely beside the layer")
         if strength:
@@ -158,85 +155,6 @@ def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
         empty = torch.zeros(base.shape[1], 0, device=base.codes.device), torch.zeros(base.shape[0], 0, device=base.codes.device)
         return empty
     return torch.cat(downs, 1), torch.cat(ups, 1)
-
-
-# ---- folded: the same format as before -----------------------------------------------------------------------------------
-
-
-def fold_into_branch(weight, down: Tensor, up: Tensor, rank: int | None = None):
-    """A low-rank change into the 16-bit branch of an `SVDQuantWeight`, whose 4-bit part stays as it is, bit for bit.
-
-    down float (K, R), up float (N, R)
-    rank  of the new branch: None joins the two (their ranks add up, to a multiple of 16; nothing is lost beyond bf16). A number cuts the
-          joined branch to its best approximation of that rank, in the smoothed space of the inputs: the layer's own rank costs nothing at run time.
-    Returns the new weight and the share of the change that was kept (1 - |lost| / |change| in that space, not below 0).
-    """
-    joined_down = torch.cat([weight.proj_down.float(), down.to(weight.proj_down.device).float()], 1)
-    joined_up = torch.cat([weight.proj_up.float(), up.to(weight.proj_up.device).float()], 1)
-    smooth = weight.smooth_factor.float()
-    wanted = joined_down.shape[1] + -joined_down.shape[1] % 16 if rank is None else rank
-    if rank is not None and rank < joined_down.shape[1]:
-        new_up, thin = balanced(joined_up, (joined_down * smooth[:, None]).T, rank)
-        joined_up, joined_down = new_up, thin.T / smooth[:, None]
-    pad = (0, max(0, wanted - joined_down.shape[1]))
-    dtype = weight.proj_down.dtype
-    new = replace(weight, proj_down=torch.nn.functional.pad(joined_down, pad).to(dtype), proj_up=torch.nn.functional.pad(joined_up, pad).to(dtype))
-    lost = thin_norm([(new.proj_up.float(), new.proj_down.float(), 1.0), (weight.proj_up.float(), weight.proj_down.float(), -1.0),
-                       (up.float(), down.float(), -1.0)], smooth)
-    size = thin_norm([(up.float(), down.float(), 1.0)], smooth)
-    return new, 1.0 if size == 0 else max(0.0, 1 - lost / size)
-
-
-def thin_norm(terms: list[tuple[Tensor, Tensor, float]], smooth: Tensor | None = None) -> float:
-    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r), sign), without the dense sum."""
-    up = torch.cat([u.double() * sign for u, _, sign in terms], 1)
-    down = torch.cat([d.double() if smooth is None else d.double() * smooth.double()[:, None] for _, d, _ in terms], 1)
-    return ((up.T @ up) * (down.T @ down)).sum().clamp_min(0).sqrt().item()
-
-
-def fold_into_codes(weight, merged: IntBase):
-    """A merged plain base rounded to 4 bits again, in the form of a `W4A16Weight`: no run-time cost, and most of a small change is lost.
-
-    Scales are searched anew where that is closer. Returns the new weight and the share of the change that was kept, not below 0.
-    """
-    pieces, lost, size = [], 0.0, 0.0
-    step = max(1, BLOCK // merged.shape[1])
-    for row in range(0, merged.shape[0], step):
-        old, target = weight.rows(row, row + step), merged.rows(row, row + step).weight(torch.float64)
-        pieces.append(_rounded_again(old, target))
-        lost += (IntBase.of(pieces[-1]).weight(torch.float64) - target).square().sum().item()
-        size += (IntBase.of(old).weight(torch.float64) - target).square().sum().item()
-    return weight.cat(pieces), 1.0 if size == 0 else max(0.0, 1 - math.sqrt(lost / size))
-
-
-def _rounded_again(weight, target: Tensor):
-    """Rows of a `W4A16Weight` moved to a target float64 (N, K), each group by its old scale or by a new one, whichever is closer."""
-    base = IntBase.of(weight)
-    target = target if weight.zeros is None else target - base.spread(weight.zeros, torch.float64)
-    fresh = IntBase.from_weight(target, 4, base.group).scale.to(weight.scale.dtype)
-    tried = [(target / _nonzero(base.spread(scale, torch.float64))).round().clamp(-8, 7) for scale in (weight.scale, fresh)]
-    losses = [_group_loss(target, codes, scale, base) for codes, scale in zip(tried, (weight.scale, fresh), strict=True)]
-    better = losses[1] < losses[0]  # (N, G)
-    codes = torch.where(better.repeat_interleave(base.group, 1), tried[1], tried[0])
-    return replace(weight, qweight=pack_int4(codes.to(torch.int8) + 8), scale=torch.where(better.T, fresh, weight.scale))
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.inf, scale)
-
-
-def _group_loss(target: Tensor, codes: Tensor, scale: Tensor, base: IntBase) -> Tensor:
-    return (codes * base.spread(scale, codes.dtype) - target).square().unflatten(1, (-1, base.group)).sum(-1)
-
-
-def rounded_to_base(base: IntBase, delta: Tensor) -> Tensor:
-    """What is left of a change, float (N, K) in the base's space, when base + change is rounded to the base's own levels; in its dtype."""
-    low, high = -(2 ** (base.bits - 1)), 2 ** (base.bits - 1) - 1
-    scale, z = base.spread(base.scale, delta.dtype), base.integers()
-    steps = delta / _nonzero(scale)
-    if base.odd:
-        return ((((z + steps - 1) / 2).round().clamp(low, high) * 2 + 1) - z) * scale
-    return ((z + steps).round().clamp(low, high) - z) * scale
 
 
 def finished_weight(merged: Merged) -> Tensor:

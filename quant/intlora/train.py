@@ -62,14 +62,15 @@ def adapter(layers: Mapping[str, IntLoRALinear], **facts) -> Adapter:
 
 def train(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator], Tensor], options: Options,
           state: str | os.PathLike | None = None, checkpointed: Iterable[nn.Module] = (),
-          progress: Callable[[int, int, float], None] = lambda step, steps, loss: None) -> list[float]:
+          progress: Callable[[int, int, float], None] = lambda step, steps, loss: None, data: str = "",
+          losses: list[float] | None = None) -> list[float]:
     """The whole run; returns the loss of every step, those of resumed runs included.
 
-    progress(step, steps, loss) is called after each step; an exception raised in it stops the run, and the state is kept. For `state`,
-    `checkpointed` and the exceptions see `training.steps`.
+    progress(step, steps, loss) is called after each step; an exception raised in it stops the run, and the state is kept. data: a name for
+    what `loss` depends on; a state is resumed with the same only. For `state`, `checkpointed`, `losses` and the exceptions see `training.steps`.
     """
-    losses: list[float] = []
-    running = steps(layers, loss, options, state, checkpointed, losses)
+    losses = [] if losses is None else losses
+    running = steps(layers, loss, options, state, checkpointed, losses, data)
     with contextlib.closing(running):
         for step, value in running:
             progress(step, options.steps, value)
@@ -78,13 +79,15 @@ def train(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator],
 
 def steps(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator], Tensor], options: Options,
           state: str | os.PathLike | None = None, checkpointed: Iterable[nn.Module] = (),
-          losses: list[float] | None = None) -> Iterator[tuple[int, float]]:
+          losses: list[float] | None = None, data: str = "") -> Iterator[tuple[int, float]]:
     """Trains, yielding (steps done, loss) after each step: `training.steps` on the factors of the layers."""
     parameters = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in ("lora_up", "lora_down")}
-    return training.steps(parameters, loss, options, _identity(layers), state, checkpointed, losses)
+    return training.steps(parameters, loss, options, _identity(layers, data), state, checkpointed, losses)
 
 
-def _identity(layers: Mapping[str, IntLoRALinear]) -> str:
-    """What must agree for a state to be resumed: every layer's rule and shapes, and the base."""
-    shapes = {name: [layer.rule.NAME, *layer.lora_up.shape, *layer.lora_down.shape] for name, layer in layers.items()}
-    return json.dumps([shapes, next(iter(layers.values())).base.digest() if layers else ""])
+def _identity(layers: Mapping[str, nn.Module], data: str) -> str:
+    """What must agree for a state to be resumed: every layer's rule and shapes, the first base, the data. Floats of an ordinary LoRA have no base."""
+    rules = {name: getattr(getattr(layer, "rule", None), "NAME", "") for name, layer in layers.items()}
+    shapes = {name: [rules[name], *layer.lora_up.shape, *layer.lora_down.shape] for name, layer in layers.items()}
+    base = getattr(next(iter(layers.values()), None), "base", None)
+    return json.dumps([shapes, "" if base is None else base.digest(), data])

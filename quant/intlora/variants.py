@@ -76,6 +76,10 @@ class ShiftAdd:
         steps = _grouped(base, delta) * 2.0 ** self.k / torch.where(scale == 0, torch.inf, scale)
         return steps.round().clamp(-_FAR, _FAR).int().flatten(1)
 
+    def change(self, base: IntBase, delta: Tensor) -> Tensor:
+        """W' - W without the base's codes: (s 2^-k) float(addend), (N, K) in delta's dtype."""
+        return (_grouped(base, self.addend(base, delta).to(delta.dtype)) * self.scale(base).T.to(delta.dtype)[..., None]).flatten(1)
+
     def scale(self, base: IntBase) -> Tensor:
         """s 2^-k, float32 (G, N)."""
         return base.scale.float() * 2.0 ** -self.k

@@ -45,7 +45,8 @@ from nibble.quant.intlora import file as files  # noqa: E402
 from nibble.quant.intlora import train  # noqa: E402
 from nibble.quant.intlora.base import IntBase  # noqa: E402
 from nibble.quant.intlora.convert import Change, convert  # noqa: E402
-from nibble.quant.intlora.merge import branch, fold_into_branch, merge, unmerged  # noqa: E402
+from nibble.quant.intlora.fold import fold_into_branch  # noqa: E402
+from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
 from nibble.quant.svdquant.linear import as_module  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 

@@ -215,7 +215,7 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_states_of_other_runs_are_refused(tmp_path):
     run(tmp_path, steps=2)
     with pytest.raises(FileRefused, match="state.safetensors belongs to a training run with other options"):
-        run(tmp_path, lr=0.5)
+        run(tmp_path, seed=8)
     (tmp_path / "state.safetensors").write_bytes((tmp_path / "state.safetensors").read_bytes()[:-10])
     with pytest.raises(FileRefused, match="cut off"):
         run(tmp_path)
