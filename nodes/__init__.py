@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import demo, intlora, svdquant
+from . import demo, intlora, lora, svdquant, training
 
-NODES = [*svdquant.NODES, *intlora.NODES, *demo.NODES]
+NODES = [*svdquant.NODES, *lora.NODES, *intlora.NODES, *training.NODES, *demo.NODES]
 
 
 class NibbleExtension(ComfyExtension):

@@ -2,14 +2,17 @@
  * Draws the charts that Nibble's nodes report: chart JSON in (its schema is nodes/bridge/charts.py), one HTML element out.
  * Pure drawing: knows nothing of ComfyUI but the names of its palette variables.
  */
+import { curvePlot } from "./curve.mjs";
 import { bytes, decibels, groupBy, h, sum } from "./dom.mjs";
+import { keptBody, keptList } from "./kept.mjs";
+import { loraBody, loraList } from "./lora.mjs";
 import { ACTIONS, layerPlot } from "./plot.mjs";
 import { CSS } from "./style.mjs";
 
 const HARDEST = 6; // layers in the list of the least accurate
 const LONG = 40; // characters; a longer value is a sentence and not a figure
 const DRAWN = new Set(["size", "layers"]); // summary lines that the bar and its legend already tell
-const DRAW = { layers: layersChart, facts: factsChart };
+const DRAW = { layers: layersChart, facts: factsChart, lora: loraChart, kept: keptChart, curve: curveChart };
 const afterOf = (rows) => sum(rows, (row) => row.bytes_after);
 let sheet = null;
 
@@ -43,6 +46,22 @@ function layersChart(chart) {
 function factsChart(chart) {
   const facts = (chart.summary ?? []).map(([label, value]) => meter(label, value) ?? h("div", h("dt", label), h("dd", value)));
   return h("section.nibble-chart", heading(chart), h("dl.nibble-facts", facts));
+}
+
+/** What LoRAs do to a model's layers. */
+function loraChart(chart) {
+  return h("section.nibble-chart", heading(chart), loraBody(chart), statistics(chart.summary), loraList(chart));
+}
+
+/** How much of a LoRA each layer keeps. */
+function keptChart(chart) {
+  return h("section.nibble-chart", heading(chart), keptBody(chart), statistics(chart.summary), keptList(chart));
+}
+
+/** A training: its figures, and the loss over its steps. */
+function curveChart(chart) {
+  return h("section.nibble-chart", heading(chart), statistics(chart.summary), chart.points?.length && [
+    h("div.nibble-plot-title", h("span", "Loss"), h("span.nibble-note", "dots: steps; line: their mean; ring: its lowest point")), curvePlot(chart)]);
 }
 
 function heading(chart) {

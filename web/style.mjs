@@ -50,6 +50,7 @@ export const CSS = `
 .nibble-swatch { display: inline-block; width: 8px; height: 8px; margin-right: 5px; border-radius: 2px; background: var(--nibble-w4a4); }
 .nibble-swatch.nibble-w4a16 { background: var(--nibble-w4a16); }
 .nibble-swatch.nibble-keep { background: var(--nibble-keep); }
+.nibble-swatch.nibble-over { background: var(--nibble-bad); }
 
 .nibble-stats { display: flex; flex-wrap: wrap; gap: 6px 24px; margin-top: 12px; }
 .nibble-chart dt::first-letter { text-transform: uppercase; }
@@ -85,6 +86,13 @@ export const CSS = `
 .nibble-cell { shape-rendering: crispEdges; }
 .nibble-cursor { stroke: var(--nibble-ink); stroke-width: 1; opacity: .55; }
 .nibble-halo { fill: none; stroke: var(--nibble-ink); stroke-width: 1.5; }
+.nibble-raw { fill: var(--nibble-w4a4); opacity: .42; }
+.nibble-line { fill: none; stroke: var(--nibble-w4a16); stroke-width: 2; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+.nibble-lowest { fill: none; stroke: var(--nibble-w4a16); stroke-width: 1.5; }
+.nibble-curve > .nibble-tick { width: auto; }
+.nibble-steps { position: relative; height: 15px; margin-top: 3px; font-size: 10px; line-height: 15px; color: var(--nibble-soft); }
+.nibble-steps > span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.nibble-steps > .nibble-end { transform: none; }
 .nibble-groups { position: relative; height: 15px; margin-top: 3px; font-size: 10px; line-height: 15px; color: var(--nibble-soft); }
 .nibble-groups > span {
   position: absolute; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center; padding: 0 2px;

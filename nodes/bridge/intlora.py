@@ -2,11 +2,15 @@
 
 Keys of LoRA files are mapped by ComfyUI's own loader, parts of fused layers included. What an adapter changes is handed back to ComfyUI
 as patches of its own: low-rank factors as a LoRA, which joins the layer's 16-bit branch, anything else as a difference of weights. So
-the 4-bit codes are never written, and taking the patches off gives the base back bit for bit.
+the 4-bit codes are never written, and taking the patches off gives the base back bit for bit. (Merging into the layers: `merging`.)
+
+IntLoRA files have a folder of their own, models/intlora: ComfyUI's Load LoRA knows no key of them, would say so only in the log, and change
+nothing; so it had better not list them. Files of that ending in models/loras are read all the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,19 +25,25 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...quant.container import FileRefused
 from ...quant.intlora import file, merge
 from ...quant.intlora.adapter import Adapter, LayerAdapter, key_of
 from ...quant.intlora.base import IntBase, refuse_format
 from ...quant.intlora.convert import Change, Conversion, convert
+from ...quant.published.convert import open_source
+from ...quant.published.export import weight_of
 from . import layouts, loading, lora
 from .progress import Progress
 
-FOLDER, ENDING = "loras", ".intlora.safetensors"
-MODES = ("branch", "merge")
-_PREFIX, _MODEL = "diffusion_model.", "the connected model"
-_APPLIED = "nibble_intlora"  # attachment of a MODEL: ((layer key, file), …) of the adapters on it that no other may join
+FOLDER, LORAS, ENDING = "intlora", "loras", ".intlora.safetensors"
+_PREFIX, MODEL = "diffusion_model.", "the connected model"
+APPLIED = "nibble_intlora"  # attachment of a MODEL: ((layer key, file), …) of the adapters on it that no other may join
+MERGED = "nibble_merged"    # attachment of a MODEL: (path of the base file, names of the layers in which IntLoRAs were merged)
+_digests: dict = WeakIdKeyDictionary()  # weight → rows of it → digest: a layer is hashed once for as long as its tensor lives
+
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
 
 # ---- files
@@ -41,64 +51,88 @@ _APPLIED = "nibble_intlora"  # attachment of a MODEL: ((layer key, file), …) o
 
 def ordinary_files() -> list[str]:
     """Names of the LoRAs in ComfyUI's folders that are no IntLoRA."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if not name.endswith(ENDING)]
+    return [name for name in folder_paths.get_filename_list(LORAS) if not name.endswith(ENDING)]
 
 
 def adapter_files() -> list[str]:
-    """Names of the IntLoRA files in ComfyUI's LoRA folders."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(ENDING)]
+    """Names of the IntLoRA files: all in their own folder, and those among the LoRAs that end as they do."""
+    own = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
+    return own + [name for name in folder_paths.get_filename_list(LORAS) if name.endswith(ENDING) and name not in own]
+
+
+def _home(name: str) -> str:
+    """The folder in which a name is looked for: the IntLoRA folder, and the LoRA folder for what is only there."""
+    return LORAS if folder_paths.get_full_path(FOLDER, name) is None and folder_paths.get_full_path(LORAS, name) is not None else FOLDER
 
 
 def path_of(name: str) -> Path:
-    """The path of a file in ComfyUI's LoRA folders. Raises FileRefused for a name that is not there."""
-    return loading.model_path(name, FOLDER)
+    """The path of an IntLoRA file. Raises FileRefused for a name that is not there."""
+    return loading.model_path(name, _home(name))
 
 
 def stamp(name: str) -> str:
-    """Changes when the file does."""
-    return loading.stamp(name, FOLDER)
+    """Changes when the file, an IntLoRA or a LoRA, does."""
+    return loading.stamp(name, _home(name))
 
 
 def file_name(lora_name: str, filename: str) -> str:
-    """The adapter's name in ComfyUI's lists: as asked for, else beside its LoRA; always with the ending."""
+    """The adapter's name in ComfyUI's lists: as asked for, else its LoRA's; always with the ending."""
     name = filename.strip() or str(Path(lora_name).with_suffix(""))
     return name.removesuffix(".safetensors").removesuffix(".intlora") + ENDING
 
 
-def _target(lora_name: str, filename: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of the new adapter, its name in ComfyUI's lists), in the first LoRA folder that can be written to."""
-    name = file_name(lora_name, filename)
+def new_file(name: str, overwrite: bool) -> tuple[Path, str]:
+    """(path of a new adapter, its name in ComfyUI's lists), in the first IntLoRA folder that can be written to. Raises FileRefused."""
     folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(FOLDER)]
     for folder in folders:
         target = (folder / name).resolve()
         if folder not in target.parents:
             raise FileRefused(f"{name} lies outside ComfyUI's {FOLDER} folder; give a plain file name.")
-        if not os.access(folder, os.W_OK):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if not os.access(target.parent, os.W_OK):
             continue
         if target.exists() and not overwrite:
             raise FileRefused(f"{name} exists already; switch 'overwrite' on, or give another filename.")
-        target.parent.mkdir(parents=True, exist_ok=True)
         return target, os.path.relpath(target, folder)
     raise FileRefused(f"None of ComfyUI's {FOLDER} folders can be written to ({', '.join(map(str, folders))}); change their permissions.")
+
+
+def refresh() -> None:
+    """Makes ComfyUI's lists show a new file, so that the apply node of this very graph finds it."""
+    folder_paths.filename_list_cache.pop(FOLDER, None)
 
 
 # ---- the model's integers
 
 
 class Bases(Mapping):
-    """Module name → integers of a 4-bit MODEL's layers, made when asked for. weights: as in the file, also while patches are on the model."""
+    """Module name → integers of a 4-bit MODEL's base, made when asked for: also while patches are on the model, and where IntLoRAs were merged
+    into it before (read from the file then). weights: the model's own, without patches."""
 
     def __init__(self, model: ModelPatcher, device: torch.device | None = None):
         named = [(name, getattr(module, "weight", None)) for name, module in model.model.diffusion_model.named_modules()]
         backups = {name: model.backup.get(f"{_PREFIX}{name}.weight") for name, weight in named if layouts.is_ours(weight)}
         self.weights = {name: backups[name].weight if backups[name] else weight for name, weight in named if name in backups}
+        path, self._merged = model.get_attachment(MERGED) or (None, ())
+        self._file = None if path is None else open_source(path)
         self._device = device
         if not self.weights:
             _refuse_model(named)
 
     def __getitem__(self, name: str) -> IntBase:
-        base = IntBase.of(layouts.unpack(self.weights[name]), name, _MODEL)
+        stored = weight_of(self._file, name) if name in self._merged else layouts.unpack(self.weights[name])
+        base = IntBase.of(stored, name, MODEL)
         return base if self._device is None else base.to(self._device)
+
+    def digest(self, name: str, rows: tuple[int, int]) -> str:
+        """`IntBase.digest` of rows of a layer."""
+        known = _digests.setdefault(self.weights[name], {})
+        if rows not in known:
+            known[rows] = self[name].rows(*rows).digest()
+        return known[rows]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -114,10 +148,10 @@ def _refuse_model(named: list[tuple[str, torch.Tensor | None]]) -> None:
     """Raises FileRefused for a model without any layer of ours, naming the format that it has."""
     for name, weight in named:
         if isinstance(weight, QuantizedTensor):
-            refuse_format(str(weight._layout_cls), name, _MODEL.capitalize())
+            refuse_format(str(weight._layout_cls), name, MODEL.capitalize())
         if weight is not None and weight.element_size() == 1:
-            refuse_format(str(weight.dtype).removeprefix("torch."), name, _MODEL.capitalize())
-    raise FileRefused(f"{_MODEL.capitalize()} is in 16 bit and has no integers for an IntLoRA; connect Load SVDQuant Model, "
+            refuse_format(str(weight.dtype).removeprefix("torch."), name, MODEL.capitalize())
+    raise FileRefused(f"{MODEL.capitalize()} is in 16 bit and has no integers for an IntLoRA; connect Load SVDQuant Model, "
                       "or apply the LoRA with Load LoRA.")
 
 
@@ -151,17 +185,32 @@ class Converted:
 
 
 def run(job: Job) -> Converted:
-    """Converts a LoRA and saves the adapter. Raises FileRefused with the reason; the model stays as it is."""
+    """Converts a LoRA and saves the adapter, unless it is there already. Raises FileRefused with the reason; the model stays as it is."""
     bases = Bases(job.model, comfy.model_management.get_torch_device())
-    path = path_of(job.lora_name)
-    target, name = _target(job.lora_name, job.filename, job.overwrite)
+    path = loading.model_path(job.lora_name, LORAS)
+    facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "k": job.k}
+    wanted = file_name(job.lora_name, job.filename)
+    done = _made_of(wanted, facts | {"target": job.target})
+    target, name = new_file(wanted, job.overwrite or done)
     changes, sizes, left_out = _changes(job.model, bases, path)
-    found = convert(changes, bases, path.name, target=job.target, k=job.k, progress=Progress("converting", job.node_id))
+    found = convert(changes, bases, path.name, target=job.target, k=job.k, progress=Progress("converting", job.node_id), facts=facts)
     on_cpu = Adapter({key: layer.to("cpu") for key, layer in found.adapter.layers.items()}, found.adapter.facts)
-    file.save(on_cpu, target)
-    folder_paths.filename_list_cache.pop(FOLDER, None)  # so that the apply node of this very graph finds the file
+    if done and not job.overwrite and {key: layer.base for key, layer in file.read(target).layers.items()} != {k: v.base for k, v in on_cpu.layers.items()}:
+        raise FileRefused(f"{name} exists already, made of this LoRA for another 4-bit file; switch 'overwrite' on, or give another filename.")
+    if job.overwrite or not done:
+        file.save(on_cpu, target)
+    refresh()
     actions = {row.layer: layouts.unpack(bases.weights[row.layer.partition("@")[0]]).FORMAT.partition("_")[2] for row in found.rows}
     return Converted(name, found, sizes, left_out, actions, target.stat().st_size)
+
+
+def _made_of(name: str, facts: dict) -> bool:
+    """Whether there is an adapter of that name that says these things of itself, such as which LoRA it was made of."""
+    path = folder_paths.get_full_path(FOLDER, name)
+    try:
+        return path is not None and facts.items() <= file.read(path).facts.items()
+    except FileRefused:
+        return False
 
 
 def _changes(model: ModelPatcher, bases: Bases, path: Path) -> tuple[list[Change], dict[str, int], list[str]]:
@@ -222,31 +271,31 @@ def _bytes_of(patch: object) -> int:
 # ---- an adapter → a MODEL
 
 
-def apply(model: ModelPatcher, name: str, strength: float, mode: str = "branch", node_id: str | None = None) -> ModelPatcher:
-    """A clone of the model with an adapter on it; the model itself stays as it is.
+def beside(model: ModelPatcher, name: str, strength: float, node_id: str | None = None) -> ModelPatcher:
+    """A clone of the model with an adapter beside its 4-bit weights; the model itself stays as it is.
 
-    branch: low-rank factors beside the 4-bit weights, as a stock LoRA. merge: the change that the merged integers make, rounding included,
-    dense in 16 bit; adapters without low rank (MUL, SHIFT, dense changes) are always applied so. Raises FileRefused with the reason.
+    SHIFT-ADD adapters are their low-rank factors, as a stock LoRA. MUL, SHIFT and dense changes have no low rank: the change that the merged
+    integers make, rounding included, dense in 16 bit. Raises FileRefused with the reason.
     """
     bases = Bases(model)
     adapter = file.read(path_of(name))
-    file.check_bases(adapter, bases, name, _MODEL)
-    applied = _room_for(model, adapter, name)
+    file.check_bases(adapter, bases, name, MODEL, bases.digest)
+    applied = room_for(model, adapter, name)
     patched, patches = model.clone(), {}
     report, modules = Progress("applying", node_id), adapter.by_module()
     for done, (module, layers) in enumerate(modules.items()):
         report(done, len(modules), module)
-        patches |= _patches(module, bases, layers, strength, mode)
+        patches |= _patches(module, bases, layers, strength)
     report(len(modules), len(modules))
     patched.add_patches(patches)
     if applied:
-        patched.set_attachments(_APPLIED, applied)
+        patched.set_attachments(APPLIED, applied)
     return patched
 
 
-def _room_for(model: ModelPatcher, adapter: Adapter, name: str) -> tuple[tuple[str, str], ...]:
+def room_for(model: ModelPatcher, adapter: Adapter, name: str) -> tuple[tuple[str, str], ...]:
     """The attachment with this adapter's MUL and SHIFT layers; refuses a second one on the same layer."""
-    applied = model.get_attachment(_APPLIED) or ()
+    applied = model.get_attachment(APPLIED) or ()
     alone = [key for key, layer in adapter.layers.items() if not layer.additive]
     taken = {key.partition("@")[0]: other for key, other in applied}
     clash = next((key for key in alone if key.partition("@")[0] in taken), None)
@@ -256,11 +305,11 @@ def _room_for(model: ModelPatcher, adapter: Adapter, name: str) -> tuple[tuple[s
     return (*applied, *((key, name) for key in alone))
 
 
-def _patches(module: str, bases: Bases, layers: list[LayerAdapter], strength: float, mode: str) -> dict:
+def _patches(module: str, bases: Bases, layers: list[LayerAdapter], strength: float) -> dict:
     """ComfyUI's patches of one layer: none at strength 0, unless the base lacks what the adapter adds (see `LayerAdapter.separated`)."""
     key = f"{_PREFIX}{module}.weight"
     live = [layer for layer in layers if strength != 0 or layer.separated]
-    thin = [layer for layer in live if mode == "branch" and layer.additive and layer.factors is not None]
+    thin = [layer for layer in live if layer.thin]
     patches = {}
     for layer in thin:
         down, up = layer.factors.floats()

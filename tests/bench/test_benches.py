@@ -51,3 +51,22 @@ def test_the_estimate_on_paper_adds_up(tmp_path):
     first = gpus["RTX 4090"]["layers"][0]
     assert first["bounds_ms"]["mma"] == pytest.approx(0.0658, abs=1e-4) and first["binds"] == "mma"
     assert gpus["A100"]["layers"][0]["binds"] == "rescale"
+
+
+def test_the_bench_of_loras_counts_what_a_rank_costs(tmp_path):
+    """16 more ranks of a 3072 x 3072 layer are 2 * 16 / 3072 of its products and 16 * 6144 numbers of 16 bits."""
+    out = tmp_path / "lora.json"
+    run("bench_lora.py", "--parts", "rank", "--shapes", "proj", "--tokens", "8", "--rounds", "1", "--out", out)
+    row = json.loads(out.read_text())["rank"]["rows"][0]
+    assert row["operations"]["16"] == pytest.approx(2 * 16 / 3072, abs=1e-5) and row["bytes"]["16"] == 2 * 16 * 6144
+    assert row["ratio"]["+0"] == 1 and {"+128", "beside 128"} <= row["ms"].keys()
+
+
+def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
+    """FLUX.1 dev: 38 layers of 18432 x 3072, 38 of 9216 x 3072 and one of 6144 x 3072, at half a byte and a 32nd for scales, and 2 bytes an output."""
+    out = tmp_path / "modulation.json"
+    run("bench_modulation.py", "--rounds", "1", "--copies", "1", "--share", "77", "--step", "0", "--out", out)
+    found = json.loads(out.read_text())
+    outputs = 38 * (18432 + 9216) + 6144
+    assert found["bytes"] == {"layers": 77, "weights": outputs * 3072 * 17 // 32 + 2 * outputs, "a_step": 2 * outputs}
+    assert [row["ready"] for row in found["run"]["runs"]] == [26, 28] and found["run"]["products"] == 28

@@ -133,11 +133,11 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as reply:
             return np.asarray(Image.open(io.BytesIO(reply.read())).convert("RGB"), dtype=np.float64) / 255
 
-    def events(self, graph: dict) -> list[dict]:
-        """Runs a graph and returns what a browser is told meanwhile over the websocket; binary events as {"type": "binary"}."""
-        return asyncio.run(self._events(graph))
+    def events(self, graph: dict, watch=lambda event: None) -> list[dict]:
+        """Runs a graph and returns what a browser is told meanwhile over the websocket; binary events as {"type": "binary"}. watch sees each at once."""
+        return asyncio.run(self._events(graph, watch))
 
-    async def _events(self, graph: dict) -> list[dict]:
+    async def _events(self, graph: dict, watch) -> list[dict]:
         import aiohttp
         seen = []
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={self.client}") as socket:
@@ -145,8 +145,10 @@ class Server:
             async for message in socket:
                 if message.type == aiohttp.WSMsgType.BINARY:
                     seen.append({"type": "binary", "data": message.data})
+                    await asyncio.to_thread(watch, seen[-1])
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     seen.append(json.loads(message.data))
+                    await asyncio.to_thread(watch, seen[-1])
                     done = seen[-1]["type"] in ("execution_success", "execution_error", "execution_interrupted")
                     if done and seen[-1]["data"].get("prompt_id") == prompt:
                         return seen

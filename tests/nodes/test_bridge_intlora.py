@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from test_bridge_lora import MLP, MODULATION, POST_GELU, QKV, assert_untouched, bits, changes, layer_of, lora_file, outputs, pair, with_lora
 
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge import charts, intlora, loading
+from nibble.nodes.bridge import intlora, kept, loading, merging
 from nibble.quant.container import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
+from nibble.quant.intlora.base import IntBase
 from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.variants import Mul, Shift
 
@@ -22,17 +23,28 @@ STYLE, OTHER = "style.safetensors", "other.safetensors"
 
 @pytest.fixture
 def loras(tmp_path, monkeypatch, model):
-    """ComfyUI's LoRA folder, with two LoRAs of the model in it."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, intlora.FOLDER, ([str(tmp_path)], {".safetensors"}))
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
-    save_file(lora_file(model), tmp_path / STYLE)
-    save_file(lora_file(model, seed=40), tmp_path / OTHER)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is empty."""
+    for kind in (intlora.LORAS, intlora.FOLDER):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+        folder_paths.filename_list_cache.pop(kind, None)
+    save_file(lora_file(model), tmp_path / intlora.LORAS / STYLE)
+    save_file(lora_file(model, seed=40), tmp_path / intlora.LORAS / OTHER)
+    yield tmp_path / intlora.LORAS
+    for kind in (intlora.LORAS, intlora.FOLDER):
+        folder_paths.filename_list_cache.pop(kind, None)
 
 
 def converted(model, name: str = STYLE, **options) -> str:
     return intlora.run(intlora.Job(model, name, **options)).name
+
+
+def apply(model, *args):
+    return merging.apply(model, *args)[0]
+
+
+def adapter_path(loras, name: str):
+    return loras.parent / intlora.FOLDER / name
 
 
 def on(*patchers) -> dict:
@@ -47,7 +59,7 @@ def handmade(model, folder, rule, name: str) -> str:
     base = intlora.Bases(model)[MLP]
     up, down = pair(*base.shape)
     layer = LayerAdapter(rule(base), base.digest(), quantize(up * 0.3, down))
-    file.save(Adapter({MLP: layer}), folder / name)
+    file.save(Adapter({MLP: layer}), adapter_path(folder, name))
     folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
     return name
 
@@ -58,12 +70,12 @@ def handmade(model, folder, rule, name: str) -> str:
 def test_a_lora_is_converted_with_its_parts_of_fused_layers_and_reported(model, loras):
     done = intlora.run(intlora.Job(model, STYLE))
     assert done.name == "style.intlora.safetensors" and done.name in intlora.adapter_files() and STYLE in intlora.ordinary_files()
-    adapter = file.read(loras / done.name)
+    adapter = file.read(adapter_path(loras, done.name))
     assert adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"} and not done.left_out
     assert all(row.kept > 0.975 for row in done.conversion.rows)
-    chart = charts.retention_chart(done, STYLE)
-    assert chart["kind"] == "layers" and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
-    assert all(row["db"] > 32 and "keeps 9" in row["why"] for row in chart["rows"]) and chart["summary"][0][1].startswith("9")
+    chart = kept.conversion_chart(done, STYLE)
+    assert chart["kind"] == "kept" and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
+    assert all(row["kept"] > 0.975 > row["nearest"] and "k = " in row["why"] for row in chart["rows"]) and chart["summary"][0][1].startswith("9")
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha"])
@@ -75,29 +87,30 @@ def test_other_kinds_of_lora_are_converted_too(model, loras, kind):
                         f"{stem}.hada_w2_a": up2, f"{stem}.hada_w2_b": down2}}[kind]
     save_file(tensors, loras / STYLE)
     before, stock = on(model), on(with_lora(model, tensors, 1.0))
-    after = on(model, intlora.apply(model, converted(model), 1.0))
+    after = on(model, apply(model, converted(model), 1.0))
     wanted = stock[MLP][1] - before[MLP][1]
     assert (after[MLP][1] - stock[MLP][1]).norm() < 0.03 * wanted.norm()
 
 
 def test_a_given_k_is_used_and_names_are_kept(model, loras):
     name = converted(model, k=3, filename="mine.safetensors")
-    assert name == "mine.intlora.safetensors" and {layer.rule.k for layer in file.read(loras / name).layers.values()} == {3}
+    assert name == "mine.intlora.safetensors" and {layer.rule.k for layer in file.read(adapter_path(loras, name)).layers.values()} == {3}
+    written = adapter_path(loras, name).stat().st_mtime_ns
+    assert converted(model, k=3, filename="mine") == name and adapter_path(loras, name).stat().st_mtime_ns == written, "it is there already"
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         converted(model, filename="mine")
     assert converted(model, filename="mine", overwrite=True) == name
-    with pytest.raises(FileRefused, match="outside ComfyUI's loras folder"):
+    with pytest.raises(FileRefused, match="outside ComfyUI's intlora folder"):
         converted(model, filename="../mine")
 
 
 # ---- apply
 
 
-@pytest.mark.parametrize("mode", intlora.MODES)
 @pytest.mark.parametrize("strength", [0.8, -0.5])
-def test_it_changes_what_the_stock_lora_changes_within_the_share_that_was_kept(model, loras, mode, strength):
+def test_it_changes_what_the_stock_lora_changes_within_the_share_that_was_kept(model, loras, strength):
     before = on(model)
-    after = on(intlora.apply(model, converted(model), strength, mode))
+    after = on(apply(model, converted(model), strength))
     for name, delta in changes(lora_file(model), strength).items():
         x, y = before[name]
         assert (after[name][1] - y - x @ delta.T).norm() < 0.03 * (x @ delta.T).norm(), name
@@ -106,24 +119,22 @@ def test_it_changes_what_the_stock_lora_changes_within_the_share_that_was_kept(m
 def test_in_branch_mode_it_lies_in_the_low_rank_branch(model, loras):
     comfy.model_management.load_models_gpu([model])
     base = layer_of(model, MLP).weight
-    on(intlora.apply(model, converted(model), 1.0))
+    on(apply(model, converted(model), 1.0))
     patched = layer_of(model, MLP).weight
     assert torch.equal(patched._qdata, base._qdata) and patched._params.delta is None
     assert patched._params.proj_up.shape[1] == base._params.proj_up.shape[1] + 16
 
 
-@pytest.mark.parametrize("mode", intlora.MODES)
-def test_strength_zero_is_the_base_bit_for_bit(model, loras, mode):
+def test_strength_zero_is_the_base_bit_for_bit(model, loras):
     before = on(model)
-    patched = intlora.apply(model, converted(model), 0.0, mode)
+    patched = apply(model, converted(model), 0.0)
     assert not patched.patches and all(torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items())
 
 
-@pytest.mark.parametrize("mode", intlora.MODES)
-def test_taken_off_the_base_is_back_bit_for_bit(model, loras, mode):
+def test_taken_off_the_base_is_back_bit_for_bit(model, loras):
     comfy.model_management.load_models_gpu([model])
     before = bits(model)
-    patched = intlora.apply(model, converted(model), 1.0, mode)
+    patched = apply(model, converted(model), 1.0)
     assert not model.patches and not model.attachments
     assert_untouched(model, before)
     for _ in range(2):
@@ -134,7 +145,7 @@ def test_taken_off_the_base_is_back_bit_for_bit(model, loras, mode):
 
 def test_two_add_up_and_a_stock_lora_joins_them(model, loras):
     before, first, second = on(model), converted(model), converted(model, OTHER)
-    after = on(with_lora(intlora.apply(intlora.apply(model, first, 0.5), second, 0.3), lora_file(model), 0.5))
+    after = on(with_lora(apply(apply(model, first, 0.5), second, 0.3), lora_file(model), 0.5))
     one, two = changes(lora_file(model), 1.0), changes(lora_file(model, seed=40), 0.3)
     for name in one:
         x, y = before[name]
@@ -142,12 +153,11 @@ def test_two_add_up_and_a_stock_lora_joins_them(model, loras):
         assert (after[name][1] - y - wanted).norm() < 0.03 * wanted.norm(), name
 
 
-@pytest.mark.parametrize("mode", intlora.MODES)
-def test_partly_loaded_it_runs_beside_the_layer(model, loras, mode):
+def test_partly_loaded_it_runs_beside_the_layer(model, loras):
     model.patch_model(model.load_device, lowvram_model_memory=1)
     before = outputs(model)
     model.detach()
-    patched = intlora.apply(model, converted(model), 0.8, mode)
+    patched = apply(model, converted(model), 0.8)
     patched.patch_model(patched.load_device, lowvram_model_memory=1)
     assert layer_of(model, MLP).weight_function, "the patch is attached, not merged"
     after = outputs(model)
@@ -160,20 +170,20 @@ def test_partly_loaded_it_runs_beside_the_layer(model, loras, mode):
 @pytest.mark.parametrize("rule", [Mul.anchored, Shift.fitting])
 def test_mul_and_shift_are_applied_densely_and_not_twice(model, loras, rule):
     before, name = on(model), handmade(model, loras, rule, "trained.intlora.safetensors")
-    patched = intlora.apply(model, name, 1.0)
-    dense = intlora.merge.change(intlora.Bases(model)[MLP], [(file.read(loras / name).layers[MLP], 1.0)])
+    patched = apply(model, name, 1.0)
+    dense = intlora.merge.change(intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)])
     x, y = before[MLP]
     assert ((on(patched)[MLP][1] - y) - x @ dense.T).norm() < 6e-3 * (x @ dense.T).norm()
     with pytest.raises(FileRefused, match=r"multiplies the integers of double_blocks.0.img_mlp.0, and so does trained"):
-        intlora.apply(patched, name, 0.5)
-    intlora.apply(patched, converted(model), 0.5)
+        apply(patched, name, 0.5)
+    apply(patched, converted(model), 0.5)
 
 
 def test_it_fits_a_patched_model_too(model, loras):
     name = converted(model)
     patched = with_lora(model, lora_file(model, seed=40))
     comfy.model_management.load_models_gpu([patched])
-    assert converted(patched, filename="again") and intlora.apply(patched, name, 1.0).patches
+    assert converted(patched, filename="again") and apply(patched, name, 1.0).patches
 
 
 # ---- refused
@@ -190,21 +200,23 @@ def refused(model, words: str, work) -> None:
 
 def test_another_4_bit_file_is_refused(model, rotated_file, loras):
     name, other = converted(model), loading.load(rotated_file)
-    refused(other, "was made for another 4-bit file than the connected model", lambda: intlora.apply(other, name, 1.0))
+    refused(other, "was made for another 4-bit file than the connected model", lambda: apply(other, name, 1.0))
 
 
 def test_a_model_without_integers_is_refused(dense_model, model, loras):
     name = converted(model)
-    for work in (lambda: intlora.apply(dense_model, name, 1.0), lambda: converted(dense_model)):
+    for work in (lambda: apply(dense_model, name, 1.0), lambda: converted(dense_model)):
         refused(dense_model, "The connected model is in 16 bit and has no integers for an IntLoRA; connect Load SVDQuant Model", work)
 
 
 def test_an_ordinary_lora_and_no_lora_are_refused(model, loras):
-    refused(model, "is an ordinary LoRA; use Load LoRA, or Convert LoRA to IntLoRA", lambda: intlora.apply(model, STYLE, 1.0))
+    refused(model, "is an ordinary LoRA; use Load LoRA, or Convert LoRA to IntLoRA", lambda: apply(model, STYLE, 1.0))
     save_file({"a": torch.zeros(1)}, loras / "odd.safetensors")
-    refused(model, "is no IntLoRA adapter", lambda: intlora.apply(model, "odd.safetensors", 1.0))
-    refused(model, "not in ComfyUI's loras folder any more", lambda: intlora.apply(model, "gone.safetensors", 1.0))
+    refused(model, "is no IntLoRA adapter", lambda: apply(model, "odd.safetensors", 1.0))
+    refused(model, "not in ComfyUI's intlora folder any more", lambda: apply(model, "gone.safetensors", 1.0))
     name = converted(model)
+    (loras / name).write_bytes(adapter_path(loras, name).read_bytes())
+    folder_paths.filename_list_cache.pop(intlora.LORAS, None)
     refused(model, "is an IntLoRA already; use Apply IntLoRA", lambda: converted(model, name, filename="x"))
 
 
@@ -225,10 +237,28 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
     extra = {"lora_unet_img_in.lora_up.weight": up, "lora_unet_img_in.lora_down.weight": down}
     save_file(lora_file(model) | extra, loras / STYLE)
     done = intlora.run(intlora.Job(model, STYLE))
-    assert done.left_out == ["img_in.weight"] and "left out" in dict(charts.retention_chart(done, STYLE)["summary"])
+    assert done.left_out == ["img_in.weight"] and "left out" in dict(kept.conversion_chart(done, STYLE)["summary"])
 
 
 # ---- nodes
+
+
+def test_its_files_are_kept_from_the_stock_loader_and_found_in_both_folders(model, loras):
+    name = converted(model)
+    assert name not in folder_paths.get_filename_list(intlora.LORAS), "Load LoRA would do nothing with it"
+    adapter_path(loras, name).rename(loras / name)
+    for kind in (intlora.LORAS, intlora.FOLDER):
+        folder_paths.filename_list_cache.pop(kind, None)
+    assert intlora.adapter_files() == [name] and intlora.path_of(name) == loras / name and name not in intlora.ordinary_files()
+
+
+def test_layers_are_hashed_once_for_as_long_as_they_live(model, loras, monkeypatch):
+    name, counted = converted(model), []
+    digest = IntBase.digest
+    monkeypatch.setattr(IntBase, "digest", lambda base: counted.append(1) or digest(base))
+    for model_again in (model, apply(model, name, 1.0), model):
+        apply(model_again, name, 0.5)
+    assert len(counted) == len(file.read(adapter_path(loras, name)).layers)
 
 
 def test_the_nodes_do_the_work(model, loras, monkeypatch):
