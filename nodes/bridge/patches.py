@@ -20,7 +20,8 @@ import torch
 from comfy.model_management import cast_to_device
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 
-ENERGY = 1e-5   # share of a LoHa's or LoKr's energy that its factors may leave out: -50 dB of the change, below what 16 bits of the output show
+ENERGY = 1e-5   # share of a LoHa's or LoKr's energy that its factors may leave out, 50 dB below the change. On the demo model, with changes half as
+                # large as the weights: at least 57 dB below a layer's output, where 4-bit activations cost 28 dB in the median layer and 40 in the best
 MOST = 4        # factors of more than min(N, K)/MOST columns cost more than the dense change saves
 _KNOWN = {LoRAAdapter: "LoRA", LoHaAdapter: "LoHa", LoKrAdapter: "LoKr"}
 Factors = tuple[torch.Tensor, torch.Tensor, float]  # up (N', r), down (r, K') and the share of energy that they leave out

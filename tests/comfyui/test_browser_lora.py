@@ -23,6 +23,7 @@ TEXT = "() => [...document.querySelectorAll('.nibble-chart-host')].map((host) =>
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
 def test_the_report_is_drawn(screen, quantized, files):  # noqa: F811
+    screen.page.evaluate("() => app.refreshComboInNodes()")  # as pressing R: the page may be older than the files
     screen.page.evaluate(MAKE, [quantized, [files["first"], files["scaled"]]])
     screen.page.wait_for_function(f"() => ({TEXT})().includes('LoRAs on this model')", timeout=120_000)
     screen.page.wait_for_timeout(600)

@@ -45,6 +45,18 @@ def test_every_tensor_that_it_owns_moves_with_it(weight):
     assert all(low <= part.data_ptr() < high for part in parts(view)), "all of it lies in the streamed buffer"
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
+@pytest.mark.parametrize("wanted", [{"device": torch.device("cpu")}, {"dtype": torch.bfloat16}], ids=["device", "dtype"])
+def test_a_copy_that_is_asked_for_is_one(weight, wanted, inference):
+    """ComfyUI's backups are made so. In inference mode comfy_kitchen's own tensors give themselves back."""
+    own = layouts.live(weight)
+    with torch.inference_mode(inference):
+        copy = own.to(**wanted, copy=True)
+        assert isinstance(copy, layouts.NibbleTensor) and copy._qdata.data_ptr() != weight._qdata.data_ptr() and torch.equal(copy._qdata, weight._qdata)
+        same = own.to(**wanted)
+        assert same._qdata.data_ptr() == weight._qdata.data_ptr()
+
+
 def test_its_effective_weight_is_the_file_s(weight, quantized_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
     file = container.open_quantized(quantized_file)

@@ -1,5 +1,6 @@
 """Train IntLoRA on a MODEL: it learns, stops, goes on bit for bit, and leaves neither the model nor ComfyUI otherwise than they were."""
 
+import copy
 import dataclasses
 import gc
 
@@ -194,6 +195,7 @@ def weights_of(model) -> dict:
 def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
     comfy.model_management.load_models_gpu([model])
     before, modules = weights_of(model), dict(model.model.diffusion_model.named_modules())
+    wrappers = copy.deepcopy(model.wrappers)
     if how == "stopped":
         stopping_at(monkeypatch, 2)
     elif how == "failed":
@@ -208,7 +210,7 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
     now = dict(model.model.diffusion_model.named_modules())
     assert now == modules and not any("forward" in vars(module) or module._forward_hooks for module in now.values())
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.model.parameters())
-    assert not model.patches and not model.wrappers and not model.object_patches and not comfy.model_management.in_training
+    assert not model.patches and model.wrappers == wrappers and not model.object_patches and not comfy.model_management.in_training
     mine = [loaded.model for loaded in comfy.model_management.current_loaded_models if loaded.model is not None]
     assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), "the copy is unloaded"
     assert torch.is_grad_enabled() and not list(loras.glob("*.partial"))
