@@ -14,8 +14,10 @@ from pathlib import Path
 EXAMPLES = """examples:
   python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
   python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
+  python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 --preset best
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
+  python -m nibble inspect --plan flux1-dev --method vq --bits 2
   python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
   python -m nibble demo --out demo.png
   python -m nibble bench --env
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,quantize,inspect,convert,bench}")
     _demo_options(commands.add_parser("demo", help="quantize the demo model that is included, and draw with it"))
-    _quantize_options(commands.add_parser("quantize", help="make the 4-bit file of a model", epilog=EXAMPLES,
+    _quantize_options(commands.add_parser("quantize", help="make the quantized file of a model", epilog=EXAMPLES,
                                           formatter_class=argparse.RawDescriptionHelpFormatter))
     _inspect_options(commands.add_parser("inspect", help="show what a file holds, or what quantizing it would give", epilog=EXAMPLES,
                                          formatter_class=argparse.RawDescriptionHelpFormatter))
@@ -69,10 +71,11 @@ def _demo_options(parser: argparse.ArgumentParser) -> None:
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model")
-    parser.add_argument("target", help="4-bit .safetensors file to write; an older one of Nibble's is replaced")
-    parser.add_argument("--method", choices=("svdquant",), default="svdquant")
-    parser.add_argument("--preset", choices=("fast", "best"), default="fast",
-                        help="fast: data-free, from the weights and noise; best: calibrated by running the model on your prompts")
+    parser.add_argument("target", help="quantized .safetensors file to write; an older one of Nibble's is replaced")
+    parser.add_argument("--method", choices=("svdquant", "vq"), default="svdquant",
+                        help="svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight (default: %(default)s)")
+    parser.add_argument("--preset", choices=("fast", "vq4dit", "best"), default="fast",
+                        help="fast: data-free, from the weights and noise; best: calibrated by running the model; vq4dit: the paper (vq only)")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="for --preset best: a .safetensors file with text encoders' outputs for your "
                         "prompts, 'tokens' (P, T, context) and 'pooled' (P, vector); without it they are random")
     parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
@@ -82,10 +85,22 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--keep", action="append", metavar="PATTERN", help="layers to keep in 16 bit, e.g. 'double_blocks.0.*'; repeatable")
     parser.add_argument("--w4a16", action="append", metavar="PATTERN", help="layers with 4-bit weights only; may be repeated")
+    _vq_options(parser)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--memory-cap", type=float, default=2.0, metavar="GB",
-                        help="for recorded statistics; --preset fast runs the model on noise only if it fits under this too (default: %(default)s)")
+                        help="for recorded statistics, or one block's inputs and outputs; --preset fast runs the model on noise only if it fits "
+                        "under this too (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+
+
+def _vq_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("--method vq")
+    group.add_argument("--bits", type=int, help="a weight: 2, 3 (default) or 4")
+    group.add_argument("--codewords", type=int, help="instead of --bits: a power of two of codewords, of --vector weights each")
+    group.add_argument("--vector", type=int)
+    group.add_argument("--budget", type=float, metavar="GB", help="size of the whole file: layers get 2, 3 or 4 bits by what each needs most")
+    group.add_argument("--candidates", type=int, help="codewords that a group of weights may choose from, for --preset vq4dit (default: 2)")
+    group.add_argument("--steps", type=int, help="of calibration a block")
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +108,8 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plan", action="store_true", help="what quantizing this file would give: layers and size")
     parser.add_argument("--rank", type=int, default=32, help="for --plan (default: %(default)s)")
+    parser.add_argument("--method", choices=("svdquant", "vq"), default="svdquant", help="for --plan (default: %(default)s)")
+    parser.add_argument("--bits", type=int, default=3, help="for --plan --method vq (default: %(default)s)")
     parser.add_argument("--verify", action="store_true", help="compare every tensor with its checksum")
 
 
@@ -114,49 +131,76 @@ def demo(options: argparse.Namespace) -> None:
 
 def quantize(options: argparse.Namespace) -> None:
     """SOURCE → TARGET, with a progress bar and a summary."""
-    from .quant.svdquant.pipeline import quantize_checkpoint
-    from .quant.svdquant.recipe import Recipe
-    changes = ("rank", "solver", "rotation", "gptq", "modulation", "keep", "w4a16", "seed")
-    recipe = Recipe.from_preset(options.preset, **{name: getattr(options, name) for name in changes})
-    statistics, calibration = _calibration(options, recipe)
+    recipe = _recipe(options)
+    statistics, teacher, calibration = _calibration(options, recipe)
     with _Bar() as bar:
-        report = quantize_checkpoint(options.source, options.target, recipe, statistics, bar, device=options.device, calibration=calibration)
+        if options.method == "vq":
+            from .quant.vq4dit.pipeline import quantize_checkpoint
+            report = quantize_checkpoint(options.source, options.target, recipe, statistics, teacher, bar, bar.note, device=options.device,
+                                         calibration=calibration)
+        else:
+            from .quant.svdquant.pipeline import quantize_checkpoint
+            report = quantize_checkpoint(options.source, options.target, recipe, statistics, bar, device=options.device, calibration=calibration)
     _print_summary(options.target, report.summary())
 
 
+_SVDQUANT_OPTIONS = ("rank", "solver", "rotation", "gptq", "w4a16")
+_VQ_OPTIONS = {"bits": "bits", "codewords": "codewords", "vector": "vector", "budget": "budget_gb", "candidates": "candidates", "steps": "steps"}
+
+
+def _recipe(options: argparse.Namespace):
+    """The method's recipe. Raises ValueError for options of the other method."""
+    vq = options.method == "vq"
+    strange = [name for name in (_SVDQUANT_OPTIONS if vq else _VQ_OPTIONS) if getattr(options, name) is not None]
+    if strange:
+        raise ValueError(f"--{strange[0]} belongs to --method {'svdquant' if vq else 'vq'}; leave it out, or choose that method")
+    if vq:
+        from .quant.vq4dit.recipe import Recipe
+        modulation = "vq" if options.modulation == "w4a16" else options.modulation
+        changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()} | {"modulation": modulation}
+    else:
+        from .quant.svdquant.recipe import Recipe
+        changes = {name: getattr(options, name) for name in (*_SVDQUANT_OPTIONS, "modulation")}
+    return Recipe.from_preset(options.preset, keep=options.keep, seed=options.seed, **changes)
+
+
 def _calibration(options: argparse.Namespace, recipe) -> tuple:
-    """(recorded inputs by layer | None, what they come from): checks source and target, and whether all is done, before the long recording.
+    """(recorded inputs by layer | None, the model at work | None, what they come from): checks source and target, and whether all is done,
+    before the long recording.
 
     The fast preset records only what costs little: a FLUX.1 that fits under the memory cap in float32, on random conditioning.
     """
     from .quant.architectures import plan, recognise
+    from .quant.conversion import calibrated_on
     from .quant.sources import Source
-    from .quant.svdquant.pipeline import calibrated_on
     from .quant.writer import check_target
     source = Source(options.source)
     check_target(source.path, options.target)
     architecture = recognise(source.shapes, source.name)
     fast = options.preset == "fast"
     if fast and (architecture.name != "FLUX.1" or 4 * sum(map(math.prod, source.shapes.values())) > options.memory_cap * 1e9):
-        return None, {"kind": "weights only"}
+        return None, None, {"kind": "weights only"}
     if architecture.name != "FLUX.1":
         raise ValueError(f"{source.name} is a {architecture.name}, and outside ComfyUI only FLUX.1 can be calibrated; "
-                         "use --preset fast, or the node SVDQuant Quantize Checkpoint in ComfyUI")
+                         f"use --preset fast, or the node {'VQ' if options.method == 'vq' else 'SVDQuant'} Quantize Checkpoint in ComfyUI")
     names = [layer.name for layer in plan(source.shapes, architecture, recipe, source.name) if layer.action != "keep"]
     try:
         from .quant import diffusers
     except ImportError as error:
         if fast:
-            return None, {"kind": "weights only"}
-        raise ValueError(f"--preset best needs diffusers to run the model ({error}); pip install diffusers, or use --preset fast") from None
-    prompts, facts = ((None, None), {"kind": "random conditioning"}) if fast or options.prompts is None else _prompts(options.prompts)
+            return None, None, {"kind": "weights only"}
+        raise ValueError(f"--preset {options.preset} needs diffusers to run the model ({error}); pip install diffusers, or use --preset fast") from None
+    random = fast or options.prompts is None
+    prompts, facts = ((None, None), {"kind": "random conditioning"}) if random else _prompts(options.prompts)
     if calibrated_on(options.target, source, recipe) == facts:
-        return None, facts
-    state = {name: source.read(name).float() for name in source.shapes}
+        return None, None, facts
+    state, cap = {name: source.read(name).float() for name in source.shapes}, int(options.memory_cap * 1e9)
+    if options.method == "vq" and not fast:
+        return None, diffusers.flux_teacher(state, *prompts, cap=cap, seed=recipe.seed), facts
     with _Bar("tokens") as bar:
-        statistics = diffusers.record_inputs(state, names, *prompts, cap=int(options.memory_cap * 1e9), seed=recipe.seed,
+        statistics = diffusers.record_inputs(state, names, *prompts, cap=cap, seed=recipe.seed,
                                              report=lambda done, total: bar(done, total, "recording inputs"))
-    return statistics.get, facts
+    return statistics.get, None, facts
 
 
 def _prompts(path: Path) -> tuple[tuple, dict]:
@@ -184,7 +228,8 @@ def inspect(options: argparse.Namespace) -> None:
     from .quant.published.opening import is_4bit
     if options.plan:
         name, report = _plan(options)
-        facts = {"model": name, "rank": options.rank, "report": json.loads(report.to_json(seconds=False))}
+        size = f"rank {options.rank}" if options.method == "svdquant" else f"{options.bits} bits"
+        facts = {"model": name, "options": size, "report": json.loads(report.to_json(seconds=False))}
     elif is_quantized(options.file):
         quantized = open_quantized(options.file)
         if options.verify:
@@ -200,7 +245,7 @@ def inspect(options: argparse.Namespace) -> None:
             facts = facts_of(options.file)
             print(json.dumps(facts, indent=1)) if options.json else _print_facts(facts["file"], facts, False)
             return
-        options.plan, options.rank = True, 32
+        options.plan, options.method, options.rank = True, "svdquant", 32
         name, report = _plan(options)
         facts = {"file": name, "quantized": False, "architecture": report.architecture, "bytes": report.bytes_before,
                  "layers": len(report.rows), "hint": "add --plan to see what quantizing it would give"}
@@ -211,9 +256,15 @@ def _plan(options: argparse.Namespace) -> tuple[str, object]:
     from .quant.architectures import KNOWN_MODELS, known_shapes
     from .quant.container import FileRefused
     from .quant.sources import Source
-    from .quant.svdquant.pipeline import predict
-    from .quant.svdquant.recipe import Recipe
-    recipe, path = Recipe.from_preset("fast", rank=options.rank), Path(options.file)
+    if options.method == "vq":
+        from .quant.vq4dit.pipeline import predict
+        from .quant.vq4dit.recipe import Recipe
+        recipe = Recipe.from_preset("best", bits=options.bits)
+    else:
+        from .quant.svdquant.pipeline import predict
+        from .quant.svdquant.recipe import Recipe
+        recipe = Recipe.from_preset("fast", rank=options.rank)
+    path = Path(options.file)
     if path.exists() or path.suffix:
         source = Source(path)
         return source.name, predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)
@@ -224,14 +275,14 @@ def _plan(options: argparse.Namespace) -> tuple[str, object]:
 
 
 def _print_facts(name: str, facts: dict, verified: bool) -> None:
-    from .quant.svdquant.report import Report
+    from .quant.report import Report
     if "report" in facts:
         report = Report.from_json(json.dumps(facts["report"]))
         lines = [(key, json.dumps(facts[key])) for key in ("format", "method", "source", "recipe", "calibration") if key in facts]
         _print_rows(report.rows)
         _print_summary(name, lines + report.summary() + [("checksums", "all tensors match")] * verified)
         if facts.get("model"):
-            print(f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f} GB at rank {facts['rank']}")
+            print(f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f} GB at {facts['options']}")
     else:
         _print_summary(name, [(key, str(value)) for key, value in facts.items() if key != "file"])
 
@@ -267,6 +318,10 @@ class _Bar:
         self.bar.total = total
         self.bar.set_description_str(what, refresh=False)
         self.bar.update(done - self.bar.n)
+
+    def note(self, error) -> None:
+        """A block's progress in calibration, behind the bar."""
+        self.bar.set_postfix_str(f"step {error.step}/{error.steps}, {error.db:.1f} dB")
 
 
 def bench(options: argparse.Namespace) -> int | None:

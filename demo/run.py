@@ -13,34 +13,48 @@ from PIL import Image
 
 from ..quant import diffusers as models
 from ..quant.architectures import plan, recognise
+from ..quant.report import Report
 from ..quant.sources import Source
 from ..quant.svdquant.pipeline import quantize_checkpoint
 from ..quant.svdquant.recipe import Recipe
-from ..quant.svdquant.report import Report
+from ..quant.vq4dit import pipeline
+from ..quant.vq4dit import recipe as vq
 from . import metrics, pictures, prompts, scorer, world
 
 CALIBRATION_PROMPTS, CALIBRATION_SEED = 24, 1000  # drawn at random: neither they nor their noise are those that are scored
 
 
-def quantize(target: Path, recipe: Recipe, progress: Callable[[int, int, str], None] = lambda done, total, name: None,
-             source: Path = pictures.FLUX_FILE) -> Report:
-    """The demo FLUX in 4 bits, after recording what its layers read: with the best preset while it draws random prompts of the world, with
-    the fast one (data-free) while it turns noise into something under random conditioning."""
+def quantize(target: Path, recipe: Recipe | vq.Recipe, progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+             source: Path = pictures.FLUX_FILE, zero_data: bool | None = None) -> Report:
+    """The demo FLUX by either method, after recording what its layers read or calibrating on it: while it draws random prompts of the world, or
+    (zero_data; by default all presets but best) while it turns noise into something under random conditioning."""
     opened = Source(source)
-    if recipe.preset == "best":
-        rng = np.random.default_rng(CALIBRATION_SEED)
-        asked = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
-        kind, conditioning = "prompts", prompts.embed(prompts.word_indices(asked))
-    else:
+    if recipe.preset != "best" if zero_data is None else zero_data:
         generator = torch.Generator().manual_seed(CALIBRATION_SEED)
         tokens = torch.randn(CALIBRATION_PROMPTS, 4, prompts.WORD_DIM, generator=generator)
         kind, conditioning = "random conditioning", (tokens, tokens.mean(1))
-    statistics = record(opened, recipe, *conditioning)
+    else:
+        rng = np.random.default_rng(CALIBRATION_SEED)
+        asked = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
+        kind, conditioning = "prompts", prompts.embed(prompts.word_indices(asked))
     facts = {"kind": kind, "prompts": len(conditioning[0]), "seed": CALIBRATION_SEED}
+    if isinstance(recipe, vq.Recipe):
+        return _to_codewords(opened, target, recipe, conditioning, facts, progress)
+    statistics = record(opened, recipe, *conditioning)
     return quantize_checkpoint(opened, target, recipe, statistics.get, progress, calibration=facts)
 
 
-def record(source: Source, recipe: Recipe, tokens: torch.Tensor, pooled: torch.Tensor) -> dict:
+def _to_codewords(source: Source, target: Path, recipe: vq.Recipe, conditioning: tuple, facts: dict, progress: Callable) -> Report:
+    """Closed form on recorded inputs where the recipe has turns of feedback, from the weights alone where not; or calibrated at work."""
+    if recipe.calibrated:
+        state = {name: source.read(name).float() for name in source.shapes}
+        teacher = models.flux_teacher(state, *conditioning, side=8, seed=CALIBRATION_SEED, batch=8, shift=pictures.SHIFT)
+        return pipeline.quantize_checkpoint(source, target, recipe, None, teacher, progress, calibration=facts)
+    statistics = record(source, recipe, *conditioning).get if recipe.turns else None
+    return pipeline.quantize_checkpoint(source, target, recipe, statistics, None, progress, calibration=facts)
+
+
+def record(source: Source, recipe: Recipe | vq.Recipe, tokens: torch.Tensor, pooled: torch.Tensor) -> dict:
     """name → InputStats of the demo model at work under this conditioning."""
     state = {name: source.read(name).float() for name in source.shapes}
     names = [layer.name for layer in plan(source.shapes, recognise(source.shapes, source.name), recipe, source.name) if layer.action != "keep"]

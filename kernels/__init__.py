@@ -9,10 +9,12 @@ The shape alphabet, used in every signature, comment and test:
 """
 
 from .ops import (
+    gemm_vq,
     gemm_w4a4_up,
     gemm_w4a4_up_gelu_quantize_down,
     gemm_w4a16,
     gemv_w4a16,
+    linear_vq,
     linear_w4a4,
     linear_w4a4_grouped,
     linear_w4a16,
@@ -23,6 +25,6 @@ from .ops import (
 from .reference import GROUP, SHIFT, hadamard64
 
 __all__ = [
-    "GROUP", "SHIFT", "gemm_w4a16", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "hadamard64", "linear_w4a16",
-    "linear_w4a4", "linear_w4a4_grouped", "mlp_w4a4", "quantize_down", "which",
+    "GROUP", "SHIFT", "gemm_vq", "gemm_w4a16", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "hadamard64", "linear_vq",
+    "linear_w4a16", "linear_w4a4", "linear_w4a4_grouped", "mlp_w4a4", "quantize_down", "which",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kitchen, launch, reference, refusals
+from . import kitchen, launch, reference, reference_vq, refusals
 
 log = logging.getLogger("nibble")
 
@@ -25,6 +25,7 @@ PARTS = {
     "linear_w4a4_grouped": ("quantize_down", "gemm_w4a4_up"),
     "mlp_w4a4": ("quantize_down", "gemm_w4a4_up_gelu_quantize_down", "gemm_w4a4_up"),
     "linear_w4a16": ("gemv_w4a16", "gemm_w4a16"),
+    "linear_vq": ("gemm_vq",),
 }
 """Ops made of others."""
 
@@ -201,3 +202,27 @@ def mlp_w4a4(
         hidden = torch.nn.functional.gelu(_rows_w4a4(rows, *first, *flags), approximate="tanh")
         y = _rows_w4a4(hidden, *second, *flags2)
     return y.reshape(*x.shape[:-1], len(weight2))
+
+
+# ---- codebook weights ----------------------------------------------------------------------------------------------------
+
+
+def _runs_vq(op: str, x: Tensor, codebook: Tensor) -> bool:
+    """Whether compiled code takes this layer; a codebook of a layout that it lacks goes through the reference."""
+    return choose(op, x.device, x.dtype, ()).backend == "native" and launch.has_vq_layout(x.device, x.shape[-1], codebook)
+
+
+def gemm_vq(x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    refusals.gemm_vq(x, indices, codebook, scale, bias)
+    run = launch.gemm_vq if _runs_vq("gemm_vq", x, codebook) else reference_vq.gemm_vq
+    return run(x, indices, codebook, scale, bias)
+
+
+def linear_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, proj_down: Tensor | None = None, proj_up: Tensor | None = None,
+    bias: Tensor | None = None, rotation: int = 0,
+) -> Tensor:
+    refusals.linear_vq(x, indices, codebook, scale, proj_down, proj_up, bias, rotation)
+    run = launch.linear_vq if _runs_vq("linear_vq", x, codebook) else reference_vq.linear_vq
+    y = run(x.reshape(-1, x.shape[-1]), indices, codebook, scale, proj_down, proj_up, bias, rotation)
+    return y.reshape(*x.shape[:-1], len(indices))

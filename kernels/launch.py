@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from . import native
-from .reference import GROUP
+from .reference import GROUP, hadamard64
+from .reference_vq import index_bits
 
-OPS = ("quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16")
+OPS = ("quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16", "gemm_vq")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HALVES = (torch.float16, torch.bfloat16)
 ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512_vnni": 3}
 PACKED, E4M3 = 0, 1
 WIDE = torch.float8_e4m3fn
 OLDEST_GPU = 75
+GPU_LAYOUTS = ((8, 4), (6, 2), (8, 2))
+"""(bits of an index, sub-vector length) that GPU kernels are made for: 2, 3 and 4 bits a weight."""
 
 
 # ---- what the module can take ----------------------------------------------------------------------------------------
@@ -305,3 +308,48 @@ def mlp_w4a4(
     module.gemm_w4a4_up(*place, m, n2, n, rank2, codes, q2, flags2[0], ascales2, h2, rank2, weight2.data_ptr(), scale2.data_ptr(),
                         up2.data_ptr(), _address(bias2), kind, out.data_ptr(), out_kind, work, last)
     return out
+
+
+# ---- codebook weights ------------------------------------------------------------------------------------------------------
+
+
+def has_vq_layout(device: torch.device, k: int, codebook: Tensor) -> bool:
+    """Whether compiled code exists for K columns and this codebook (C, D)."""
+    bits, vector = index_bits(codebook), codebook.shape[1]
+    if device.type == "cpu":
+        return codebook.dtype in DTYPES and bits <= 12 and vector in (1, 2, 4, 8)
+    return codebook.dtype == torch.float16 and k % GROUP == 0 and (bits, vector) in GPU_LAYOUTS
+
+
+def gemm_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, bias: Tensor | None, addend: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, isa: int = 0,
+) -> Tensor:
+    """`addend` (M, N), in any of the three dtypes, is added before the result is rounded to `out_dtype`, by default x's."""
+    device, (m, k), n = x.device, x.shape, indices.shape[0]
+    place, _, _ = _place(device, isa)
+    x, indices, codebook = _dense(x), _dense(indices), _dense(codebook)
+    kinds = {tensor.dtype for tensor in (scale, bias) if tensor is not None}
+    kind = kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPES) else torch.float32
+    scale, bias, addend = _as(scale, kind), _as(bias, kind), None if addend is None else _dense(addend)
+    out = torch.empty((m, n), dtype=out_dtype or x.dtype, device=device)
+    native.module()[0].gemm_vq(
+        *place, m, n, k, index_bits(codebook), codebook.shape[1], x.data_ptr(), DTYPES[x.dtype], indices.data_ptr(), codebook.data_ptr(),
+        DTYPES[codebook.dtype], _address(scale), _address(bias), DTYPES[kind], _address(addend),
+        DTYPES[torch.float32 if addend is None else addend.dtype], out.data_ptr(), DTYPES[out.dtype],
+    )
+    return out
+
+
+def linear_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, proj_down: Tensor | None, proj_up: Tensor | None, bias: Tensor | None,
+    rotation: int, isa: int = 0,
+) -> Tensor:
+    """The low-rank branch and the rotation are torch's products: 2 R / K and 64 / N of the layer's. On the CPU both stay in float32."""
+    compute = torch.float32 if x.device.type == "cpu" else x.dtype
+    addend, act = None, x
+    if proj_down is not None and proj_down.shape[1]:
+        addend = (x.to(compute) @ proj_down.to(compute)) @ proj_up.to(compute).t()
+    if rotation:
+        act = hadamard64(x.to(compute))
+    return gemm_vq(act, indices, codebook, scale, bias, addend, x.dtype, isa)

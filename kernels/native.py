@@ -13,7 +13,7 @@ import logging
 from types import ModuleType
 
 MODULE = "nibble_kernels"
-ABI = 2
+ABI = 3
 
 log = logging.getLogger("nibble")
 

@@ -20,8 +20,8 @@ from .dispatch import TYPICAL, which
 from .reference import GROUP
 
 __all__ = [
-    "SCHEMAS", "TYPICAL", "gemm_w4a16", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "linear_w4a16", "linear_w4a4",
-    "linear_w4a4_grouped", "mlp_w4a4", "quantize_down", "which",
+    "SCHEMAS", "TYPICAL", "gemm_vq", "gemm_w4a16", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "linear_vq",
+    "linear_w4a16", "linear_w4a4", "linear_w4a4_grouped", "mlp_w4a4", "quantize_down", "which",
 ]
 
 _LINEAR_W4A4 = "Tensor weight, Tensor weight_scale, Tensor smooth_factor, Tensor proj_down, Tensor proj_up, Tensor? bias"
@@ -41,6 +41,9 @@ SCHEMAS = {
     f"Tensor[] proj_up, Tensor?[] bias, {_FLAGS}) -> Tensor[]",
     "mlp_w4a4": f"(Tensor x, {_LINEAR_W4A4}, {_SECOND_W4A4}, {_FLAGS}, bool act_unsigned2=False, int rotation2=0) -> Tensor",
     "linear_w4a16": f"({_LINEAR_W4A16}) -> Tensor",
+    "gemm_vq": "(Tensor x, Tensor indices, Tensor codebook, Tensor? scale=None, Tensor? bias=None) -> Tensor",
+    "linear_vq": "(Tensor x, Tensor indices, Tensor codebook, Tensor? scale=None, Tensor? proj_down=None, Tensor? proj_up=None, "
+    "Tensor? bias=None, int rotation=0) -> Tensor",
 }
 
 
@@ -108,6 +111,16 @@ def _fake_mlp(x, *arguments):
     return x.new_empty((*x.shape[:-1], second[0].shape[0]))
 
 
+def _fake_gemm_vq(x, indices, codebook, scale=None, bias=None):
+    refusals.gemm_vq(x, indices, codebook, scale, bias)
+    return x.new_empty((x.shape[0], indices.shape[0]))
+
+
+def _fake_linear_vq(x, indices, codebook, scale=None, proj_down=None, proj_up=None, bias=None, rotation=0):
+    refusals.linear_vq(x, indices, codebook, scale, proj_down, proj_up, bias, rotation)
+    return x.new_empty((*x.shape[:-1], indices.shape[0]))
+
+
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +152,8 @@ linear_w4a4_op = _register("linear_w4a4", dispatch.linear_w4a4, _fake_linear_w4a
 linear_w4a4_grouped_op = _register("linear_w4a4_grouped", dispatch.linear_w4a4_grouped, _fake_grouped)
 mlp_w4a4_op = _register("mlp_w4a4", dispatch.mlp_w4a4, _fake_mlp)
 linear_w4a16_op = _register("linear_w4a16", dispatch.linear_w4a16, _fake_linear_w4a16, *_W4A16)
+gemm_vq_op = _register("gemm_vq", dispatch.gemm_vq, _fake_gemm_vq, gradients.backward_gemm_vq, gradients.save_gemm_vq)
+linear_vq_op = _register("linear_vq", dispatch.linear_vq, _fake_linear_vq, gradients.backward_linear_vq, gradients.save_linear_vq)
 
 
 # ---- the functions to call -----------------------------------------------------------------------------------------------
@@ -235,3 +250,23 @@ def mlp_w4a4(
 def linear_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """A whole 4-bit-weight linear: x (..., K) -> (..., N) in x.dtype; parameters as in `reference.gemv_w4a16`."""
     return linear_w4a16_op(x, weight, weight_scale, weight_zeros, bias)
+
+
+def gemm_vq(x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """Codebook weights and tokens x (M, K), of any float dtype: see `reference_vq.gemm_vq`. Has a gradient to x and bias."""
+    return gemm_vq_op(x, indices, codebook, scale, bias)
+
+
+def linear_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, proj_down: Tensor | None = None, proj_up: Tensor | None = None,
+    bias: Tensor | None = None, rotation: int = 0,
+) -> Tensor:
+    """A whole codebook linear.
+
+    Shapes:
+        x (..., K), any float dtype · indices uint8 (N, K/D * log2(C) / 8) · codebook (C, D) · scale (N,) or None
+        proj_down (K, R) and proj_up (N, R), both or neither · bias (N,) or None, each in any float dtype -> (..., N) in x.dtype
+    rotation: 0, or 64 for a file whose weights were rotated per group; the low-rank branch sees the raw x.
+    Raises ValueError naming the shapes and the rule that they break.
+    """
+    return linear_vq_op(x, indices, codebook, scale, proj_down, proj_up, bias, rotation)

@@ -11,14 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, reference_vq
 from .reference import GROUP
 
 
-def _features(x: Tensor) -> int:
+def _floats(x: Tensor) -> int:
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor (..., K), not {x.dtype} {tuple(x.shape)}")
-    k = x.shape[-1]
+    return x.shape[-1]
+
+
+def _features(x: Tensor) -> int:
+    k = _floats(x)
     if k % GROUP:
         raise ValueError(f"K={k} is not a multiple of the group size {GROUP}")
     return k
@@ -155,3 +159,51 @@ def mlp_w4a4(x: Tensor, first: Sequence[Tensor | None], second: Sequence[Tensor 
     _product(hidden, n, weight_scale, proj_up, rank, bias, "2")
     _same_device(x.device, weight2=weight, weight_scale2=weight_scale, smooth_factor2=smooth_factor, proj_down2=proj_down, proj_up2=proj_up,
                  bias2=bias)
+
+
+def _codebook(k: int, indices: Tensor, codebook: Tensor) -> int:
+    """Returns N."""
+    if not codebook.is_floating_point() or codebook.dim() != 2 or 0 in codebook.shape:
+        raise ValueError(f"codebook must be floating point (C, D), not {codebook.dtype} {tuple(codebook.shape)}")
+    words, vector = codebook.shape
+    if words & (words - 1) or not 2 <= words <= 65536:
+        raise ValueError(f"codebook has C={words} codewords and must have a power of two from 2 to 65536")
+    if k % vector:
+        raise ValueError(f"K={k} is not a multiple of the sub-vector length D={vector}")
+    if indices.dtype != torch.uint8 or indices.dim() != 2:
+        raise ValueError(f"indices must be packed uint8 (N, K/D * log2(C) / 8), not {indices.dtype} {tuple(indices.shape)}")
+    n, row = indices.shape
+    bits = k // vector * reference_vq.index_bits(codebook)
+    if row * 8 != bits:
+        raise ValueError(f"indices {tuple(indices.shape)} hold {row * 8} bits a row and K={k}, D={vector}, C={words} need {bits}")
+    return n
+
+
+def _linear_vq(k: int, x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, bias: Tensor | None) -> int:
+    n = _codebook(k, indices, codebook)
+    _shape("scale", scale, "(N,)", n)
+    _shape("bias", bias, "(N,)", n)
+    _same_device(x.device, indices=indices, codebook=codebook, scale=scale, bias=bias)
+    return n
+
+
+def gemm_vq(x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"gemm_vq takes x (M, K), not {tuple(x.shape)}; linear_vq takes any leading shape")
+    _linear_vq(_floats(x), x, indices, codebook, scale, bias)
+
+
+def linear_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, proj_down: Tensor | None, proj_up: Tensor | None, bias: Tensor | None,
+    rotation: int,
+) -> None:
+    reference.check_flags(False, rotation)
+    k = _features(x) if rotation else _floats(x)
+    n = _linear_vq(k, x, indices, codebook, scale, bias)
+    if (proj_down is None) != (proj_up is None):
+        raise ValueError("proj_down and proj_up come together or not at all")
+    if proj_down is not None:
+        rank = _rank("proj_down", proj_down)
+        _shape("proj_down", proj_down, "(K, R)", k, rank)
+        _shape("proj_up", proj_up, "(N, R)", n, rank)
+        _same_device(x.device, proj_down=proj_down, proj_up=proj_up)

@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ..quant.container import FileRefused
-from ..quant.published.opening import open_4bit
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from .bridge import charts, loading, quantizing
 
 NO_SOURCES = "(no models in models/diffusion_models)"
 NO_FILES = "(no quantized models yet)"
+KIND = "svdquant"
 _CHOICE = {"auto": None, "on": True, "off": False}
 
 
@@ -102,7 +102,7 @@ class NibbleLoadSVDQuant(io.ComfyNode):
                         "It works as any other model: samplers, LoRA, ControlNet, low VRAM.",
             search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
             inputs=[
-                io.Combo.Input("model_name", options=loading.quantized_files() or [NO_FILES],
+                io.Combo.Input("model_name", options=loading.quantized_files(KIND) or [NO_FILES],
                                tooltip="A 4-bit file in models/diffusion_models: Nibble's own, or a published svdq-int4 file. Others are not listed."),
                 io.Boolean.Input("verify", default=True, advanced=True, tooltip="Compare every tensor with its checksum before use."),
                 io.Combo.Input("compute_dtype", options=list(loading.DTYPES), default="default", advanced=True,
@@ -116,7 +116,7 @@ class NibbleLoadSVDQuant(io.ComfyNode):
     def validate_inputs(cls, model_name=None):
         try:
             if model_name is not None:  # a linked name is known only when the graph runs
-                open_4bit(loading.model_path(model_name))
+                loading.opened(model_name, KIND)
         except FileRefused as refusal:
             return str(refusal)
         return True
@@ -127,9 +127,9 @@ class NibbleLoadSVDQuant(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, verify, compute_dtype, modulation_in="vram") -> io.NodeOutput:
-        path = loading.model_path(model_name)
-        model = loading.load(path, verify, compute_dtype, modulation_in)
-        chart = charts.model_chart(open_4bit(path), loading.vram_needed(model), model.load_device, loading.ram_kept(model))
+        file = loading.opened(model_name, KIND)
+        model = loading.load(loading.model_path(model_name), verify, compute_dtype, modulation_in)
+        chart = charts.model_chart(file, loading.vram_needed(model), model.load_device, loading.ram_kept(model))
         return io.NodeOutput(model, ui=charts.ui(chart))
 
 

@@ -118,7 +118,7 @@ def _action(name: str, architecture: Architecture, recipe) -> tuple[str, str]:
     if _matches(recipe.w4a16, name):
         return "w4a16", "4-bit weights only, as asked for"
     if _matches(architecture.modulation, name):
-        return ("w4a16", "sees few tokens") if recipe.modulation == "w4a16" else ("keep", "modulation in 16 bit, as asked for")
+        return ("w4a16", "sees few tokens") if recipe.modulation != "keep" else ("keep", "modulation in 16 bit, as asked for")
     if _matches(architecture.blocks, name):
         return "w4a4", "transformer block"
     return "keep", next((why for pattern, why in architecture.keep if fnmatchcase(name, pattern)), "not part of a transformer block")

@@ -19,20 +19,26 @@ import torch
 from torch import Tensor
 
 FORMAT_VERSION = 1
-METHODS = ("svdquant",)
-# The tensors that a quantized linear must have (N outputs, K inputs, G = K/64 groups, R rank) and the options that its JSON may hold.
+METHODS = ("svdquant", "vq")
+# The tensors that a quantized linear must have (N outputs, K inputs, G = K/64 groups, R rank; C codewords of D weights, P = K/D indices of
+# log2(C) bits in bytes) and the options that its JSON may hold.
 FORMATS = {
     "svdquant_w4a4": ({"weight": "N,K/2", "weight_scale": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R",
                        "weight_smooth_factor": "K"}, {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"}),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
+    "vq": ({"weight": "N,P", "weight_codebook": "C,D"}, {"format", "codewords", "vector", "rotation", "rank"}),
 }
-# Tensors that a layer may have besides: without zero points it is symmetric, without factors nothing was merged beside it.
-OPTIONAL = {"awq_w4a16": {"weight_zeros": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"}}
+# Tensors that a layer may have besides: without zero points it is symmetric, without a scale its rows share the codebook's, without factors
+# it has no low-rank branch.
+OPTIONAL = {"awq_w4a16": {"weight_zeros": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
+            "vq": {"weight_scale": "N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"}}
+_WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
           "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8)}
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
+CODEWORDS = tuple(1 << bits for bits in range(1, 17))  # powers of two, so that every index that a file can hold is one of the codebook
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
 _WRONG_STARTS = {
     b"GGUF": "is a GGUF file, which is quantized already; choose the 16-bit or fp8 .safetensors file of the same model",
@@ -233,7 +239,7 @@ def open_quantized(path: str | os.PathLike) -> QuantizedFile:
 def _check_version(header: Header) -> None:
     name, version = header.path.name, header.metadata.get("nibble_version", "")
     if header.metadata.get("format") != "nibble":
-        raise FileRefused(f"{name} was not made by Nibble; make a 4-bit file of it with `SVDQuant Quantize Checkpoint` first.")
+        raise FileRefused(f"{name} was not made by Nibble; make a quantized file of it with `SVDQuant Quantize Checkpoint` or `VQ Quantize Checkpoint` first.")
     if not version.isdigit() or int(version) > FORMAT_VERSION:
         raise FileRefused(f"{name} has the format version {version!r} and this Nibble reads up to {FORMAT_VERSION}; update Nibble.")
     if header.metadata.get("method") not in METHODS:
@@ -264,11 +270,23 @@ def _check_layer(header: Header, name: str, facts: dict) -> None:
     several = {"weight_smooth_factor": "P,K"} if facts.get("smooth_rows") else {}
     rules = FORMATS[facts["format"]][0] | optional | several
     shapes = {suffix: header.tensors[f"{name}.{suffix}"].shape for suffix in rules if f"{name}.{suffix}" in header.tensors}
-    n, half = (*shapes.get("weight", ()), 0, 0)[:2]
-    sizes = {"N": n, "K/2": half, "K": 2 * half, "G": 2 * half // 64, "R": facts.get("rank", 0), "P": len(facts.get("smooth_rows", ()))}
+    sizes = _sizes(facts, *(*shapes.get("weight", ()), 0, 0)[:2])
     for suffix, rule in rules.items():
-        if shapes.get(suffix) != tuple(sizes[letter] for letter in rule.split(",")) or half % 32:
+        if sizes is None or shapes.get(suffix) != tuple(sizes[letter] for letter in rule.split(",")):
             raise FileRefused(f"{header.path.name} has a damaged layer: {name}.{suffix} is missing or has the shape {shapes.get(suffix)}; "
                               "copy the file again or quantize again.")
-    if header.tensors[f"{name}.weight"].dtype != torch.int8:
-        raise FileRefused(f"{header.path.name} has a damaged layer: {name}.weight is not int8; copy the file again or quantize again.")
+    dtype = _WEIGHT_DTYPES.get(facts["format"], torch.int8)
+    if header.tensors[f"{name}.weight"].dtype != dtype:
+        raise FileRefused(f"{header.path.name} has a damaged layer: {name}.weight is not {str(dtype).removeprefix('torch.')}; "
+                          "copy the file again or quantize again.")
+
+
+def _sizes(facts: dict, n: int, width: int) -> dict[str, int] | None:
+    """What the letters of `FORMATS` stand for in a layer whose weight has the shape (n, width); None where no layer can be so."""
+    if facts["format"] != "vq":
+        runs = len(facts.get("smooth_rows", ()))
+        return {"N": n, "K/2": width, "K": 2 * width, "G": 2 * width // 64, "R": facts.get("rank", 0), "P": runs} if width % 32 == 0 else None
+    c, d, r = facts.get("codewords"), facts.get("vector"), facts.get("rank", 0)
+    if not all(type(number) is int for number in (c, d, r)) or c not in CODEWORDS or d < 1 or r < 0 or width * 8 % (c.bit_length() - 1):
+        return None
+    return {"N": n, "P": width, "K": width * 8 // (c.bit_length() - 1) * d, "C": c, "D": d, "R": r}

@@ -1,9 +1,11 @@
 """Models in scripts: the one room that knows diffusers, and how its names map onto Black Forest Labs' (and ComfyUI's).
 
-`load_quantized` makes a 4-bit file a diffusers FLUX.1 transformer (for `FluxPipeline(transformer=...)`), `save_quantized` writes it back,
-`record_inputs` draws with the 16-bit model to see what its layers read, and `euler` is the sampler for that.
+`load_quantized` makes a quantized file a diffusers FLUX.1 transformer (for `FluxPipeline(transformer=...)`), `save_quantized` writes it back,
+`record_inputs` draws with the 16-bit model to see what its layers read, `flux_teacher` lets codewords be calibrated on it, and `euler` is
+the sampler for both.
 """
 
+import json
 import math
 import os
 import re
@@ -14,15 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from . import linears
-from .container import FileRefused, open_quantized
+from .container import FileRefused, QuantizedFile, open_quantized
 from .published.convert import open_source
 from .published.names import families
+from .sources import StateDictSource
 from .statistics import InputStats
+from .stored import StoredLinear, StoredWeight
+from .svdquant import linear as svdquant_linear
+from .svdquant import weight as svdquant_weight
 from .svdquant.joining import join_rows
-from .svdquant.linear import as_module
-from .svdquant.weight import FORMATS
+from .vq4dit import weight as vq_weight
+from .vq4dit.calibrate import Teacher
 from .writer import TensorSpec, Writer, check_target, metadata_room
 
+FORMATS = svdquant_weight.FORMATS | {vq_weight.VQWeight.FORMAT: vq_weight.VQWeight}
 TOKEN_STD = 0.25  # of T5's outputs
 SHIFT = 1.15  # of FLUX.1 dev's time schedule at small sizes, and ComfyUI's default for it
 
@@ -125,14 +132,17 @@ def _taesd_names(state: dict[str, Tensor], to_diffusers: bool) -> Iterable[tuple
             yield f"taesd_{half}.{index + (half == 'decoder')}{rest}", tensor
 
 
-def load_quantized(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, train: bool = False) -> diffusers.FluxTransformer2DModel:
-    """A 4-bit FLUX.1 file, Nibble's or a published one, as a diffusers transformer on the CPU; its 4-bit layers stay 4-bit.
+def load_quantized(path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, train: bool = False) -> nn.Module:
+    """A quantized FLUX.1 file, of either method or a published one, or one made of `dit_source`, as diffusers' transformer on the CPU; its
+    layers stay quantized.
 
     dtype   of the layers that the file keeps in 16 bit
-    train   make the low-rank factors and biases of the 4-bit layers parameters
-    Raises FileRefused for a file that is damaged, or of another model than FLUX.1.
+    train   make the low-rank factors and biases of 4-bit layers, and codebooks, scales and biases of those of codewords, parameters
+    Raises FileRefused for a file that is damaged, or of another model.
     """
     file = open_source(path)
+    if '"DiTTransformer2DModel"' in file.metadata.get("config", ""):
+        return _load_dit(open_quantized(path), dtype, train)
     kept = {spec.name: spec for unit in file.units if unit not in file.layers for spec in file.specs(unit)}
     if not {"img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"} <= kept.keys():
         raise FileRefused(f"{file.path.name} is no FLUX.1 transformer, the only model that loads into diffusers; load it in ComfyUI.")
@@ -176,6 +186,11 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
         for unit, tensors in units.items():
             writer.write(unit, tensors, {})
         writer.finish([metadata])
+
+
+def as_module(weight: StoredWeight, train: bool = False) -> StoredLinear:
+    """The module for a quantized linear of any format."""
+    return (vq_weight if isinstance(weight, vq_weight.VQWeight) else svdquant_linear).as_module(weight, train)
 
 
 def _swap_rows(name: str, weight):
@@ -222,18 +237,9 @@ def euler(flux: nn.Module, noise: Tensor, tokens: Tensor, pooled: Tensor, steps:
     return x
 
 
-def record_inputs(state: Mapping[str, Tensor], names: Iterable[str], tokens: Tensor | None = None, pooled: Tensor | None = None,
-                  cap: int = 4 << 30, steps: int = 8, side: int = 32, seed: int = 0, batch: int = 4,
-                  report: Callable[[int, int], None] = lambda done, total: None) -> dict[str, InputStats]:
-    """What the named linears of a 16-bit FLUX.1 read while it draws.
-
-    state           its weights under Black Forest Labs' names
-    tokens, pooled  prompts (P, T, context) and (P, vector); None draws them at random, spread like T5's and CLIP's outputs
-    cap             bytes of statistics to hold at once: more layers than fit are recorded in several runs
-    side            of the latents: 32 is a picture of 256 pixels
-    Returns name → InputStats under the names given.
-    """
-    model = flux_transformer(dict(state)).eval()
+def drawing(model: nn.Module, tokens: Tensor | None = None, pooled: Tensor | None = None, steps: int = 8, side: int = 32, seed: int = 0,
+            batch: int = 4, shift: float = SHIFT) -> Callable[[], None]:
+    """A function that draws with a FLUX.1, the same each time it is called; arguments as in `record_inputs`."""
     generator = torch.Generator().manual_seed(seed)
     if tokens is None or pooled is None:
         config = model.config
@@ -244,7 +250,76 @@ def record_inputs(state: Mapping[str, Tensor], names: Iterable[str], tokens: Ten
     def run() -> None:
         for part in range(0, len(tokens), batch):
             chosen = slice(part, part + batch)
-            euler(model, noise[chosen], tokens[chosen], pooled[chosen], steps)
+            euler(model, noise[chosen], tokens[chosen], pooled[chosen], steps, shift=shift)
+    return run
+
+
+def flux_teacher(state: Mapping[str, Tensor], tokens: Tensor | None = None, pooled: Tensor | None = None, cap: int = 2 << 30, steps: int = 8,
+                 side: int = 32, seed: int = 0, batch: int = 4, shift: float = SHIFT) -> Teacher:
+    """A 16-bit FLUX.1 at work, to calibrate codewords on; arguments as in `record_inputs`. With random prompts it needs no data."""
+    model = flux_transformer(dict(state)).eval()
+    return Teacher(model, drawing(model, tokens, pooled, steps, side, seed, batch, shift), diffusers_parts, cap)
+
+
+def record_inputs(state: Mapping[str, Tensor], names: Iterable[str], tokens: Tensor | None = None, pooled: Tensor | None = None,
+                  cap: int = 4 << 30, steps: int = 8, side: int = 32, seed: int = 0, batch: int = 4,
+                  report: Callable[[int, int], None] = lambda done, total: None) -> dict[str, InputStats]:
+    """What the named linears of a 16-bit FLUX.1 read while it draws.
+
+    state           its weights under Black Forest Labs' names
+    tokens, pooled  prompts (P, T, context) and (P, vector); None draws them at random, spread like T5's and CLIP's outputs
+    cap             bytes of statistics to hold at once: more layers than fit are recorded in several runs
+    side            of the latents: 32 is a picture of 256 pixels
+    batch           pictures at a time
+    Returns name → InputStats under the names given.
+    """
+    model = flux_transformer(dict(state)).eval()
+    run = drawing(model, tokens, pooled, steps, side, seed, batch)
     readers = {name: diffusers_parts(name)[0] for name in names}  # parts joined in one module read the same input
     recorded = linears.collect(model, readers.values(), run, cap, report, seed=seed)
     return {name: recorded[reader] for name, reader in readers.items()}
+
+
+# ---- DiT: class labels instead of prompts, the model of VQ4DiT's paper ------------------------------------------------
+
+
+def dit_source(model: diffusers.DiTTransformer2DModel, name: str = "DiT") -> StateDictSource:
+    """A class-conditional DiT (256 or 512 pixels) to quantize; its config goes with it, so that `load_quantized` can build it again."""
+    source = StateDictSource({key: tensor for key, tensor in model.state_dict().items()}, name)
+    source.metadata = {"config": json.dumps(dict(model.config) | {"_class_name": type(model).__name__}, default=str)}
+    return source
+
+
+def dit_teacher(model: diffusers.DiTTransformer2DModel, scheduler, pictures: int = 8, steps: int = 10, guidance: float = 4.0, seed: int = 0,
+                batch: int = 4, cap: int = 2 << 30) -> Teacher:
+    """A DiT at work on noise and random classes with classifier-free guidance, as VQ4DiT calibrates; scheduler: diffusers' DDIMScheduler."""
+    config = model.config
+    empty = config.num_embeds_ada_norm  # the label of "no class" behind the real ones
+
+    @torch.no_grad()
+    def run() -> None:
+        generator = torch.Generator().manual_seed(seed)
+        scheduler.set_timesteps(steps)
+        for start in range(0, pictures, batch):
+            count = min(batch, pictures - start)
+            labels = torch.randint(empty, (count,), generator=generator)
+            x = torch.randn(count, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+            for t in scheduler.timesteps:
+                both = torch.cat([labels, torch.full_like(labels, empty)])
+                noise = model(torch.cat([x, x]), timestep=t.expand(2 * count), class_labels=both).sample[:, :config.in_channels]
+                asked, free = noise.chunk(2)
+                x = scheduler.step(free + guidance * (asked - free), t, x).prev_sample
+    return Teacher(model, run, cap=cap)
+
+
+def _load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:
+    config = {key: value for key, value in file.fact("config").items() if not key.startswith("_")}
+    model = diffusers.DiTTransformer2DModel(**config)  # not on the meta device: the table of positions is computed, not stored
+    for name, facts in file.layers.items():
+        linears.replace(model, name, as_module(FORMATS[facts["format"]].from_tensors(file.layer(name), name), train))
+    kept = [name for name in file.header.tensors if _layer_of(name, file.layers) is None]
+    missing, unexpected = model.load_state_dict({name: file.read(name).to(dtype) for name in kept}, strict=False)
+    lost = [name for name in missing if _layer_of(name, file.layers) is None and "pos_embed" not in name]
+    if lost or unexpected:
+        raise FileRefused(f"{file.path.name} does not fit its model: {(lost or unexpected)[0]} is {'missing' if lost else 'unknown'}; quantize it again.")
+    return model.eval()

@@ -2,6 +2,9 @@
 
 Two int4 codes share a byte, the even column in the low nibble. Signed codes span -8..7 (weights; activations use -7..7),
 unsigned ones 0..15. A weight (N, K) carries one scale per row and group of 64 columns, stored as (K/64, N).
+
+Codebook indices have 1 to 16 bits and follow one another in a row's bytes without gaps, the lowest bits first: index i occupies
+the bits i*b to (i+1)*b, bit 0 being the lowest of byte 0. A row fills whole bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels import reference
+from ..kernels import reference, reference_vq
 from ..kernels.reference import GROUP
 
 INT4_MIN, INT4_MAX = -8, 7
@@ -57,3 +60,36 @@ def dequantize_groups(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     """codes * scale: int8 (N, K), (K/64, N) -> (N, K) in `dtype`. Inverse of `quantize_groups` on its own results."""
     groups = codes.unflatten(-1, (_groups(codes.shape[-1]), GROUP)).to(dtype)
     return (groups * scale.t().to(dtype).unsqueeze(-1)).flatten(-2)
+
+
+def _index_bits(bits: int, count: int) -> None:
+    if bits not in reference_vq.INDEX_BITS:
+        raise ValueError(f"an index of {bits} bits is outside 1..16")
+    if count * bits % 8:
+        raise ValueError(f"{count} indices of {bits} bits do not fill whole bytes: a row must hold a multiple of 8 bits")
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Integers in 0..2^bits - 1 (..., count) -> uint8 (..., count * bits / 8).
+
+    Raises ValueError where indices are not integers or out of range, `bits` is not 1..16, or count * bits is no multiple of 8.
+    """
+    if indices.is_floating_point() or indices.is_complex():
+        raise ValueError(f"indices must be integers, not {indices.dtype}")
+    _index_bits(bits, indices.shape[-1])
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < 1 << bits:
+        raise ValueError(f"indices span {int(indices.min())}..{int(indices.max())} and must lie in 0..{(1 << bits) - 1}, which {bits} bits hold")
+    return reference_vq.pack_indices(indices, bits)
+
+
+def unpack_indices(packed: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 (..., count * bits / 8) -> int32 (..., count) with values 0..2^bits - 1. Inverse of `pack_indices`.
+
+    Raises ValueError for another dtype, `bits` outside 1..16, or a row of another length.
+    """
+    if packed.dtype != torch.uint8:
+        raise ValueError(f"packed indices must be uint8, not {packed.dtype}")
+    _index_bits(bits, count)
+    if packed.shape[-1] * 8 != count * bits:
+        raise ValueError(f"a row of {packed.shape[-1]} bytes does not hold {count} indices of {bits} bits")
+    return reference_vq.unpack_indices(packed, bits)

@@ -130,6 +130,15 @@ class Writer:
             self._log.flush()
         self.finished[unit], self._sums = row, self._sums | sums
 
+    def read(self, name: str) -> Tensor:
+        """A tensor that is written already, in this run or an earlier one."""
+        spec = self._specs[name]
+        return self._stored(name).view(spec.dtype).reshape(spec.shape)
+
+    def names(self, unit: str) -> list[str]:
+        """The tensors of the linear called unit, by the layout."""
+        return [name for name in self._specs if name.rpartition(".")[0] == unit]
+
     def finish(self, choices: Iterable[Mapping[str, str]]) -> None:
         """Writes the header with the first of the metadata choices that fits, and puts the file in its place."""
         missing = self._specs.keys() - self._sums.keys()
@@ -206,14 +215,17 @@ class Writer:
         return lines
 
     def _stored_sum(self, name: str) -> str | None:
-        if name not in self._specs:
-            return None
+        stored = self._stored(name) if name in self._specs else None
+        return None if stored is None else checksum(stored)
+
+    def _stored(self, name: str) -> Tensor | None:
+        """The bytes of a tensor in the unfinished file; None where it is cut off."""
         buffer = torch.empty(self._specs[name].nbytes, dtype=torch.uint8)
         self._file.seek(self._data + self._places[name])
         view, done = memoryview(buffer.numpy()), 0
         while done < len(view) and (count := self._file.readinto(view[done:])):
             done += count
-        return checksum(buffer) if done == len(view) else None
+        return buffer if done == len(view) else None
 
     def _reserve(self) -> None:
         """Gives the file its final size, on disk and not only in name where the system can."""

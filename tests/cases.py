@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nibble.quant.packing import dequantize_groups, unpack_int4
+from nibble.quant.packing import dequantize_groups, pack_indices, unpack_int4
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,30 @@ def make_w4a16(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, d
     zeros = torch.randn(case.K // 64, case.N, generator=torch.Generator().manual_seed(seed + 1)) * 0.01
     kept = {name: parameters[name] for name in ("weight", "weight_scale", "bias")}
     return kept | {"weight_zeros": zeros.to(device, dtype) if case.bias else None}  # symmetric layers lack zero points
+
+
+VQ_LAYOUTS = {"2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
+"""Bits of an index and sub-vector length: the layouts that every backend has."""
+
+
+def make_vq(
+    case: Case, bits: int = 8, vector: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu"
+) -> dict[str, Tensor | None]:
+    """Random parameters of `linear_vq`, under its argument names, floats in `dtype` but for the codebook, which files hold in float16."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    indices = torch.randint(0, 1 << bits, (case.N, case.K // vector), generator=generator, dtype=torch.int32)
+    parameters = {
+        "codebook": normal(1 << bits, vector), "scale": (normal(case.N).abs() + 0.5) * 0.1 if case.bias else None,
+        "proj_down": normal(case.K, case.R) * case.K**-0.5 if case.R else None, "proj_up": normal(case.N, case.R) * 0.3 if case.R else None,
+        "bias": normal(case.N) if case.bias else None,
+    }
+    kept = {name: _place(tensor, torch.float16 if name == "codebook" and dtype != torch.float64 else dtype, device)
+            for name, tensor in parameters.items()}
+    return {"indices": pack_indices(indices, bits).to(device)} | kept
 
 
 def plain_w4a4(q: Tensor, ascales: Tensor, h: Tensor, parameters: dict[str, Tensor | None], unsigned: bool, dtype: torch.dtype) -> Tensor:

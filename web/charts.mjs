@@ -8,11 +8,13 @@ import { keptBody, keptList } from "./kept.mjs";
 import { loraBody, loraList } from "./lora.mjs";
 import { ACTIONS, layerPlot } from "./plot.mjs";
 import { CSS } from "./style.mjs";
+import { blocksPlot, usedCodebooks } from "./vq.mjs";
 
 const HARDEST = 6; // layers in the list of the least accurate
 const LONG = 40; // characters; a longer value is a sentence and not a figure
 const DRAWN = new Set(["size", "layers"]); // summary lines that the bar and its legend already tell
-const DRAW = { layers: layersChart, facts: factsChart, lora: loraChart, kept: keptChart, curve: curveChart };
+const DRAW = { layers: layersChart, facts: factsChart, lora: loraChart, kept: keptChart, curve: curveChart, blocks: blocksChart,
+  codebooks: layersChart };
 const afterOf = (rows) => sum(rows, (row) => row.bytes_after);
 let sheet = null;
 
@@ -39,7 +41,15 @@ function layersChart(chart) {
   const plot = rows.length ? layerPlot(rows) : null;
   const measured = rows.filter((row) => Number.isFinite(row.db));
   return h("section.nibble-chart", heading(chart), sizeBar(rows, chart), statistics(chart.summary),
-    plot && [plotTitle(), plot], measured.length > HARDEST && hardest(measured, plot.select), kept(rows));
+    plot && [plotTitle(), plot], measured.length > HARDEST && hardest(measured, plot.select),
+    plot && usedCodebooks(rows, plot.select), kept(rows));
+}
+
+/** A calibration at work: each block's error from its first step to its last. */
+function blocksChart(chart) {
+  return h("section.nibble-chart", heading(chart), statistics(chart.summary),
+    h("div.nibble-plot-title", h("span", "Accuracy of each block"), h("span.nibble-note", "signal to error of its outputs in dB, higher is better")),
+    blocksPlot(chart));
 }
 
 /** What a loader has to say: label and value rows; "6.9 GB of 8.0 GB" becomes a bar. */

@@ -4,7 +4,7 @@
  */
 import { bytes, decibels, duration, h, median, s } from "./dom.mjs";
 
-export const ACTIONS = { w4a4: "4-bit", w4a16: "4-bit weights", keep: "16-bit" };
+export const ACTIONS = { w4a4: "4-bit", w4a16: "4-bit weights", vq: "codewords", keep: "16-bit" };
 const HEIGHT = 132; // pixels of the dB axis
 const STRIP = 5; // pixels of the colour strip under it
 const MEASURED = (row) => Number.isFinite(row.db);
@@ -45,7 +45,7 @@ function describe(measured) {
 }
 
 /** Round limits and at most six ticks around the measured values. */
-function dbAxis(values) {
+export function dbAxis(values) {
   if (!values.length) return { low: 0, high: 30, ticks: [0, 10, 20, 30] };
   const [least, most] = [Math.min(...values), Math.max(...values)];
   const step = [1, 2, 5, 10, 20, 50].find((size) => (most - least) / size <= 4) ?? 100;

@@ -1,6 +1,6 @@
 /**
  * The charts' style sheet. It lives in each chart's shadow root, so nothing leaks out of it and ComfyUI's own rules do not leak in;
- * colours come from ComfyUI's palette variables, which do cross the boundary. The three data colours keep a contrast of 3:1 on
+ * colours come from ComfyUI's palette variables, which do cross the boundary. The data colours keep a contrast of 3:1 on
  * both a white and a #222 ground and stay apart for colour-blind eyes.
  */
 export const CSS = `
@@ -11,6 +11,7 @@ export const CSS = `
   --nibble-rule: color-mix(in srgb, var(--nibble-ink) 13%, transparent);
   --nibble-w4a4: #3584d4;
   --nibble-w4a16: #cf7f16;
+  --nibble-vq: #1f9d7a;
   --nibble-keep: #85909c;
   --nibble-bad: #d9534f;
   container-type: inline-size;
@@ -41,6 +42,7 @@ export const CSS = `
 }
 .nibble-bar > span { display: block; height: 100%; min-width: 1px; background: var(--nibble-w4a4); }
 .nibble-bar > .nibble-w4a16 { background: var(--nibble-w4a16); }
+.nibble-bar > .nibble-vq { background: var(--nibble-vq); }
 .nibble-bar > .nibble-keep { background: var(--nibble-keep); }
 .nibble-bar > .nibble-over { background: var(--nibble-bad); }
 
@@ -49,6 +51,7 @@ export const CSS = `
 .nibble-legend > span > span { color: var(--nibble-soft); }
 .nibble-swatch { display: inline-block; width: 8px; height: 8px; margin-right: 5px; border-radius: 2px; background: var(--nibble-w4a4); }
 .nibble-swatch.nibble-w4a16 { background: var(--nibble-w4a16); }
+.nibble-swatch.nibble-vq { background: var(--nibble-vq); }
 .nibble-swatch.nibble-keep { background: var(--nibble-keep); }
 .nibble-swatch.nibble-over { background: var(--nibble-bad); }
 
@@ -80,8 +83,11 @@ export const CSS = `
 .nibble-group-rule { stroke: var(--nibble-rule); stroke-width: 1; }
 .nibble-stem { stroke: var(--nibble-w4a4); opacity: .38; }
 .nibble-stem.nibble-w4a16 { stroke: var(--nibble-w4a16); }
+.nibble-stem.nibble-vq { stroke: var(--nibble-vq); }
 .nibble-dot, .nibble-cell { fill: var(--nibble-w4a4); }
 .nibble-dot.nibble-w4a16, .nibble-cell.nibble-w4a16 { fill: var(--nibble-w4a16); }
+.nibble-dot.nibble-vq, .nibble-cell.nibble-vq { fill: var(--nibble-vq); }
+.nibble-learning { fill: none; stroke: var(--nibble-vq); stroke-width: 1.5; vector-effect: non-scaling-stroke; opacity: .75; }
 .nibble-dot.nibble-keep, .nibble-cell.nibble-keep { fill: var(--nibble-keep); }
 .nibble-cell { shape-rendering: crispEdges; }
 .nibble-cursor { stroke: var(--nibble-ink); stroke-width: 1; opacity: .55; }

@@ -78,6 +78,14 @@ inline void flags(const char* op, bool act_unsigned, bool rotate) {
     if (act_unsigned && rotate) refuse(op, "act_unsigned and rotate exclude one another: rotated activations have both signs");
 }
 
+// The layouts that backends have; a GPU's has fewer and refuses the others itself.
+inline void codebook(const char* op, int64_t K, int bits, int vector) {
+    if (bits < 1 || bits > 12) refuse(op, "bits=" + std::to_string(bits) + " is outside 1..12");
+    if (vector != 1 && vector != 2 && vector != 4 && vector != 8) refuse(op, "vector=" + std::to_string(vector) + " is none of 1, 2, 4, 8");
+    if (K % 8) refuse(op, shape({{"K", K}}) + " is not a multiple of 8");
+    if (K / vector * bits % 8) refuse(op, shape({{"K", K}}) + ": a row of indices does not fill whole bytes");
+}
+
 inline void workspace(const char* op, Address address, int64_t given, size_t needed) {
     pointer(op, "workspace", address, 0);
     if (given < 0) refuse(op, "workspace_size=" + std::to_string(given) + " is negative");

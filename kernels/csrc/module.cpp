@@ -211,12 +211,35 @@ void gemm_w4a16(int device, Address stream, int threads, int isa, int64_t M, int
     NIBBLE_RUN(gemm_w4a16, arguments, place);
 }
 
+void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, int bits, int vector, Address x, int x_dtype,
+             Address indices, Address codebook, int codebook_dtype, Address scale, Address bias, int param_dtype, Address addend,
+             int addend_dtype, Address out, int out_dtype) {
+    constexpr const char* op = "gemm_vq";
+    const Where place = where(op, device, stream, threads, isa);
+    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
+    check::codebook(op, K, bits, vector);
+    const int64_t mn = check::product(op, "out", {"M", M}, {"N", N});
+    check::pointer(op, "x", x, check::product(op, "x", {"M", M}, {"K", K}));
+    check::pointer(op, "indices", indices, check::product(op, "indices", {"N", N}, {"K", K}));
+    check::pointer(op, "codebook", codebook, int64_t(vector) << bits);
+    check::pointer(op, "scale", scale, 0);
+    check::pointer(op, "bias", bias, 0);
+    check::pointer(op, "addend", addend, 0);
+    check::pointer(op, "out", out, mn);
+    const GemmVQ arguments{M, N, K, bits, vector, at(x), check::dtype(op, "x_dtype", x_dtype), at(indices), at(codebook),
+                           check::dtype(op, "codebook_dtype", codebook_dtype), at(scale), at(bias),
+                           check::dtype(op, "param_dtype", param_dtype), at(addend), check::dtype(op, "addend_dtype", addend_dtype), at(out),
+                           check::dtype(op, "out_dtype", out_dtype)};
+    py::gil_scoped_release release;
+    NIBBLE_RUN(gemm_vq, arguments, place);
+}
+
 // ---- questions ---------------------------------------------------------------------------------------------------------
 
 int capability(int device) { return device == -1 ? 0 : known_capability(device); }
 
 void known_op(const std::string& op) {
-    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16"}) {
+    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16", "gemm_vq"}) {
         if (op == name) return;
     }
     throw std::invalid_argument("unknown op '" + op + "'");
@@ -323,6 +346,9 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0, py::arg("workspace_size") = 0);
     m.def("gemv_w4a16", &gemv_w4a16, NIBBLE_W4A16);
     m.def("gemm_w4a16", &gemm_w4a16, NIBBLE_W4A16);
+    m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("vector"), py::arg("x"),
+          py::arg("x_dtype"), py::arg("indices"), py::arg("codebook"), py::arg("codebook_dtype"), py::arg("scale"), py::arg("bias"),
+          py::arg("param_dtype"), py::arg("addend"), py::arg("addend_dtype"), py::arg("out"), py::arg("out_dtype"));
     m.def("capability", &capability, py::arg("device"), "10 * major + minor of a CUDA device; 0 for -1, the CPU.");
     m.def("route", &route, py::arg("op"), py::arg("capability"), py::arg("M"), py::arg("N"), py::arg("K"), "(path, reason) in words.");
     m.def("workspace_bytes", &workspace_bytes, py::arg("op"), py::arg("capability"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"),

@@ -15,7 +15,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 2;       // of the Python module; kernels/native.py names the one it needs
+constexpr int ABI = 3;       // of the Python module; kernels/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -102,6 +102,25 @@ struct W4A16 {
     void* out;                   // (M, N)
 };
 
+// out = (x . codebook[index]^T) * scale + bias + addend. A row's indices have `bits` bits each and follow one another without gaps:
+// index i occupies the bits i * bits to (i + 1) * bits, bit 0 being the lowest of byte 0.
+struct GemmVQ {
+    int64_t M, N, K;             // K a multiple of 8 and of `vector`; a row of indices fills whole bytes
+    int bits, vector;            // C = 2^bits codewords of `vector` columns each
+    const void* x;               // (M, K) x_dtype
+    Dtype x_dtype;
+    const void* indices;         // (N, K / vector * bits / 8) bytes
+    const void* codebook;        // (C, vector) codebook_dtype; float16 on a GPU
+    Dtype codebook_dtype;
+    const void* scale;           // (N,) param_dtype, or null: ones
+    const void* bias;            // (N,) param_dtype, or null
+    Dtype param_dtype;
+    const void* addend;          // (M, N) addend_dtype, or null: a low-rank branch
+    Dtype addend_dtype;
+    void* out;                   // (M, N) out_dtype
+    Dtype out_dtype;
+};
+
 // What runs an op, in words for people: {"sm80: int4 m16n8k64, tile 128x128", "native int4 ... "}.
 struct Route {
     std::string path, reason;
@@ -113,6 +132,7 @@ void gemm_w4a4_up(const GemmW4A4Up&, const Where&);
 void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&);
 void gemv_w4a16(const W4A16&, const Where&);
 void gemm_w4a16(const W4A16&, const Where&);
+void gemm_vq(const GemmVQ&, const Where&);
 Route route(const char* op, int64_t M, int64_t N, int64_t K);
 size_t workspace_bytes(const char* op, int64_t M, int64_t N, int64_t K, int64_t R);  // what the caller must give; 0 where an op needs none
 }  // namespace cpu
@@ -124,6 +144,7 @@ void gemm_w4a4_up(const GemmW4A4Up&, const Where&);
 void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&);
 void gemv_w4a16(const W4A16&, const Where&);
 void gemm_w4a16(const W4A16&, const Where&);
+void gemm_vq(const GemmVQ&, const Where&);
 Route route(const char* op, int capability, int64_t M, int64_t N, int64_t K);
 size_t workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K, int64_t R);
 int capability(int device);      // 10 * major + minor; throws std::runtime_error with CUDA's own words

@@ -58,8 +58,9 @@ def pictures_of(patcher: ModelPatcher, positive: list, latent: dict | None, step
     return Pictures([[entry] for entry in positive], comfy.sample.fix_empty_latent_channels(patcher, samples), steps, seed, "prompts")
 
 
-def random_pictures(patcher: ModelPatcher, seed: int) -> Pictures | str:
-    """Random conditioning for a model, or the reason why there is none."""
+def random_pictures(patcher: ModelPatcher, seed: int, prompts: int = RANDOM_PROMPTS, steps: int = RANDOM_STEPS,
+                    latent: dict | None = None) -> Pictures | str:
+    """Random conditioning for a model, or the reason why there is none. A LATENT gives the size."""
     modules = dict(patcher.model.diffusion_model.named_modules())
     def width(names):
         return next((modules[name].in_features for name in names if hasattr(modules.get(name), "in_features")), None)
@@ -70,8 +71,8 @@ def random_pictures(patcher: ModelPatcher, seed: int) -> Pictures | str:
     def prompt():
         extras = {} if pooled is None else {"pooled_output": torch.randn(1, pooled, generator=generator)}
         return [[torch.randn(1, TOKENS, tokens, generator=generator) * TOKEN_STD, extras]]
-    latent = comfy.sample.fix_empty_latent_channels(patcher, empty_latent(patcher, RANDOM_PIXELS))
-    return Pictures([prompt() for _ in range(RANDOM_PROMPTS)], latent, RANDOM_STEPS, seed, "random conditioning")
+    samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, RANDOM_PIXELS)
+    return Pictures([prompt() for _ in range(prompts)], comfy.sample.fix_empty_latent_channels(patcher, samples), steps, seed, "random conditioning")
 
 
 def empty_latent(patcher: ModelPatcher, pixels: int) -> torch.Tensor:
@@ -101,10 +102,10 @@ def record(patcher: ModelPatcher, names: list[str], pictures: Pictures, cap: int
         state.update({"pass": done, "step": 0})
         progress.say(f"{progress.title}: pass {done} of {passes} done")
 
-    return collect(patcher.model.diffusion_model, names, lambda: _draw(patcher, pictures, stepped), cap, passed, seed=pictures.seed)
+    return collect(patcher.model.diffusion_model, names, lambda: draw(patcher, pictures, stepped), cap, passed, seed=pictures.seed)
 
 
-def _draw(patcher: ModelPatcher, pictures: Pictures, stepped: Callable) -> None:
+def draw(patcher: ModelPatcher, pictures: Pictures, stepped: Callable) -> None:
     """Every picture once, the same each time: Euler, the model's own time schedule, no CFG."""
     for index, prompt in enumerate(pictures.prompts):
         noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)

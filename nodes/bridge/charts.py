@@ -1,7 +1,7 @@
 """What a node draws, as JSON: the one schema that web/ reads, under the UI key `nibble_chart`.
 
     {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …], "bytes_before": int, "bytes_after": int,
-     "rows": [{"name", "action": "w4a4" | "w4a16" | "keep", "why", "db": float | null, "bytes_before", "bytes_after", "seconds"}, …]}
+     "rows": [{"name", "action": "w4a4" | "w4a16" | "vq" | "keep", "why", "db": float | null, "bytes_before", "bytes_after", "seconds"}, …]}
     {"kind": "facts", "title": str, "summary": [[label, value], …]}
     {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
      "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (shares of a LoRA that layers keep: `kept`)
@@ -19,7 +19,7 @@ import torch
 from ... import kernels
 from ...quant.container import QuantizedFile
 from ...quant.published.model import PublishedFile
-from ...quant.svdquant.report import Report
+from ...quant.report import Report
 
 KEY = "nibble_chart"
 

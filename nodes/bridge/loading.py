@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.sd
@@ -22,23 +23,43 @@ FOLDER = "diffusion_models"
 MODULATION = ("vram", "ram")
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_known: dict[tuple[str, int, int], bool] = {}  # (path, modification time, size) → whether the file can be loaded
+LOADERS = {"svdquant": "Load SVDQuant Model", "vq": "Load VQ Model"}  # kind of file → the node that loads it
+
+_known: dict[tuple[str, int, int], str | None] = {}  # (path, modification time, size) → the file's kind, None for what cannot be loaded
 
 
-def quantized_files() -> list[str]:
-    """Names of the 4-bit files among ComfyUI's diffusion models, whoever wrote them. Reads headers only, and each file's only once."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors") and _is_4bit(name)]
+def quantized_files(kind: str | None = None) -> list[str]:
+    """Names of the quantized files of a kind (a key of LOADERS; None: of any) among ComfyUI's diffusion models, whoever wrote them.
+
+    Reads headers only, and each file's only once.
+    """
+    found = {name: _kind(name) for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")}
+    return [name for name, is_kind in found.items() if is_kind and kind in (None, is_kind)]
 
 
-def _is_4bit(name: str) -> bool:
+def _kind(name: str) -> str | None:
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        return False
+        return None
     stat = os.stat(path)
     key = (path, stat.st_mtime_ns, stat.st_size)
     if key not in _known:
-        _known[key] = opening.is_4bit(path)
+        _known[key] = kind_of(container.read_header(path).metadata) if opening.is_4bit(path) else None
     return _known[key]
+
+
+def kind_of(metadata: Mapping[str, str]) -> str:
+    """The key of LOADERS for a quantized file's metadata; published files have no method of ours and are SVDQuant's."""
+    return "vq" if metadata.get("method") == "vq" else "svdquant"
+
+
+def opened(name: str, kind: str) -> container.QuantizedFile | PublishedFile:
+    """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the reason, and the right node for another kind."""
+    file = opening.open_4bit(model_path(name))
+    found = kind_of(file.metadata)
+    if found != kind:
+        raise container.FileRefused(f"{name} was made by another method; load it with the node {LOADERS[found]}.")
+    return file
 
 
 def model_path(name: str, folder: str = FOLDER) -> Path:

@@ -16,8 +16,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...kernels import ops as kernels
-from ...quant.svdquant.weight import halves_of, linear_in_runs, linear_in_two, tensor_json
-from . import layouts, lora
+from ...quant.stored import tensor_json
+from ...quant.svdquant.weight import halves_of, linear_in_runs, linear_in_two
+from . import layouts, lora, vq_layout
 
 log = logging.getLogger("nibble")
 
@@ -204,7 +205,10 @@ def patched_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor 
 def quantized_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None, changes: list[lora.Change] = ()) -> torch.Tensor:
     """x (…, K) → (…, N) in x's dtype through `nibble.kernels`, with all that was added to the weight, then the changes, in order."""
     p = weight._params
-    if weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__:
+    if vq_layout.is_codewords(weight):
+        y = vq_layout.linear(x, weight, bias)
+        y = lora.Change(p.side_down, p.side_up, p.delta, p.row_scale, p.row_fold).add_to(y, x, bias)
+    elif weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__:
         (down, up), changes = _branch(p, changes, x.dtype)
         y = _w4a4(x, weight._qdata, p, down, up, bias)
         y = lora.Change(p.side_down, p.side_up, p.delta, p.row_scale, p.row_fold).add_to(y, x, bias)

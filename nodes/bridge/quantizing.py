@@ -13,10 +13,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ...quant.architectures import plan, recognise
 from ...quant.container import FileRefused
+from ...quant.report import Report
 from ...quant.sources import Source, StateDictSource
 from ...quant.svdquant.pipeline import calibrated_on, quantize_checkpoint
 from ...quant.svdquant.recipe import Recipe
-from ...quant.svdquant.report import Report
 from . import calibration
 from .loading import FOLDER, model_path, quantized_files
 from .progress import Progress
@@ -24,6 +24,7 @@ from .sources import PatchedWeights
 
 NO_PROMPTS = ("The preset 'best' watches the model draw your own prompts. Connect a text encoder's CONDITIONING to 'positive' "
               "(several prompts: join them with Conditioning (Combine)), or choose the preset 'fast'.")
+MEASURED_ON_NOISE = "inputs were measured on noise and random conditioning"
 
 
 @dataclass
@@ -52,12 +53,12 @@ def run(job: Job) -> tuple[str, Report]:
     """Quantizes; returns the new file's name for the load node, and the report. Raises FileRefused and ValueError in plain words."""
     if job.recipe.preset == "best" and not job.positive:
         raise ValueError(NO_PROMPTS)
-    source = StateDictSource(PatchedWeights(job.model)) if job.model is not None else Source(model_path(job.model_name))
-    target, name = _target(job, source)
+    source = source_of(job)
+    target, name = place(file_name(origin_of(job), job.filename, job.recipe.rank), source)
     layers = plan(source.shapes, recognise(source.shapes, source.name), job.recipe, source.name)
     names = [layer.name for layer in layers if layer.action != "keep"]
     try:
-        facts = _facts_of(target, source, job)
+        facts = facts_without_prompts(target, source, job)
         statistics = {}
         if facts is None:
             facts, statistics = _measure(job, source, target, name, names)
@@ -72,32 +73,37 @@ def run(job: Job) -> tuple[str, Report]:
 
 def _measure(job: Job, source, target: Path, name: str, names: list[str]) -> tuple[dict, dict]:
     """(what the statistics come from, the statistics by layer): records the model's inputs, unless the target has the result already."""
-    patcher, pictures, notes = _pictures(job, source)
-    facts = pictures.facts() if pictures else {"kind": "weights only"}
+    drawing = drawing_for(job, source)
+    facts = {"kind": "weights only"} if isinstance(drawing, str) else drawing[1].facts()
     if calibrated_on(target, source, job.recipe) == facts:
         return facts, {}
-    if target.exists() and not job.overwrite:
-        raise FileRefused(f"{name} exists already and was made with other options; switch 'overwrite' on, or give another filename.")
-    source.notes += notes
-    if pictures is None:
+    refuse_existing(job, target, name)
+    if isinstance(drawing, str):
+        source.notes.append(drawing)
         return facts, {}
+    patcher, pictures = drawing
+    source.notes += [] if job.positive else [MEASURED_ON_NOISE]
     return facts, calibration.record(patcher, names, pictures, int(job.memory_gb * 1e9), Progress("measuring", job.node_id))
 
 
-def _pictures(job: Job, source) -> tuple[ModelPatcher | None, calibration.Pictures | None, list[str]]:
-    """(the 16-bit model, what to draw with it, notes for the report); nothing to draw means weights only."""
+def refuse_existing(job, target: Path, name: str) -> None:
+    """Raises FileRefused where another file stands in the way and may not be replaced."""
+    if target.exists() and not job.overwrite:
+        raise FileRefused(f"{name} exists already and was made with other options; switch 'overwrite' on, or give another filename.")
+
+
+def drawing_for(job, source, **random) -> tuple[ModelPatcher, calibration.Pictures] | str:
+    """(the 16-bit model, what to draw with it), or why the weights alone are used. random: changes of `calibration.random_pictures`."""
     if job.model is None and not job.positive and not calibration.fits_in_memory(source.bytes):
-        return None, None, ["the 16-bit model does not fit in memory, so the weights alone were used; connect 'positive' to measure anyway"]
+        return "the 16-bit model does not fit in memory, so the weights alone were used; connect 'positive' to measure anyway"
     patcher = job.model if job.model is not None else comfy.sd.load_diffusion_model(str(source.path))
     if job.positive:
-        return patcher, calibration.pictures_of(patcher, job.positive, job.latent, job.steps, job.recipe.seed), []
-    pictures = calibration.random_pictures(patcher, job.recipe.seed)
-    if isinstance(pictures, str):
-        return None, None, [f"{pictures}, so the weights alone were used"]
-    return patcher, pictures, ["inputs were measured on noise and random conditioning"]
+        return patcher, calibration.pictures_of(patcher, job.positive, job.latent, job.steps, job.recipe.seed)
+    pictures = calibration.random_pictures(patcher, job.recipe.seed, **random)
+    return f"{pictures}, so the weights alone were used" if isinstance(pictures, str) else (patcher, pictures)
 
 
-def _facts_of(target: Path, source, job: Job) -> dict | None:
+def facts_without_prompts(target: Path, source, job) -> dict | None:
     """The same for a job without prompts: the model need not even be loaded to see that all is done."""
     facts = calibrated_on(target, source, job.recipe) if not job.positive else None
     return facts if facts and facts.get("kind") != "prompts" else None
@@ -105,14 +111,27 @@ def _facts_of(target: Path, source, job: Job) -> dict | None:
 
 def file_name(origin: str, filename: str, rank: int) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
-    name = filename.strip() or str(Path(origin).with_name(f"{Path(origin).name.removesuffix('.safetensors')}-svdq-int4-r{rank}"))
+    return named(origin, filename, f"svdq-int4-r{rank}")
+
+
+def named(origin: str, filename: str, ending: str) -> str:
+    """The same for any method: its ending is added to the origin's name."""
+    name = filename.strip() or str(Path(origin).with_name(f"{Path(origin).name.removesuffix('.safetensors')}-{ending}"))
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
 
 
-def _target(job: Job, source) -> tuple[Path, str]:
+def source_of(job) -> Source | StateDictSource:
+    """The weights to quantize: the connected model's, else the file's."""
+    return StateDictSource(PatchedWeights(job.model)) if job.model is not None else Source(model_path(job.model_name))
+
+
+def origin_of(job) -> str:
+    """What the new file is named after."""
+    return job.model_name if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
+
+
+def place(name: str, source) -> tuple[Path, str]:
     """(path of the new file, its name in ComfyUI's lists): beside the source, else in the first folder that can be written to."""
-    origin = job.model_name if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
-    name = file_name(origin, job.filename, job.recipe.rank)
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
     home = next((folder for folder in folders if source.path is not None and folder in source.path.parents), None)
     for folder in [home, *folders] if home else folders:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..container import FORMAT_VERSION, FileRefused
-from ..svdquant.report import LayerRow, Report
-from ..svdquant.weight import FORMATS, json_tensor
+from ..report import LayerRow, Report
+from ..stored import json_tensor
+from ..svdquant.weight import FORMATS
 from ..writer import TensorSpec
 from .model import PublishedFile
 from .nunchaku import FACTS

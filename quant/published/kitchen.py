@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..container import FORMATS, OPTIONAL, FileRefused, Header, read_tensor, tensor_bytes
 from ..sources import PREFIXES
+from ..stored import json_tensor
 from ..svdquant.weight import FORMATS as WEIGHTS
-from ..svdquant.weight import json_tensor
 from ..writer import TensorSpec
 from . import tiles
 from .model import PublishedFile

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..container import DTYPES, FileRefused, Header, read_header, read_tensor
 from ..sources import PREFIXES
+from ..stored import json_tensor
 from ..svdquant.joining import join_columns, join_rows, smoothings
-from ..svdquant.weight import SVDQuantWeight, W4A16Weight, json_tensor
+from ..svdquant.weight import SVDQuantWeight, W4A16Weight
 from ..writer import TensorSpec
 from . import tiles
 from .fused import find_fused, unfused

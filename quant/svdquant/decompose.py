@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import SHIFT
+from ..hessian import DAMPING, covariance, diagonal_blocks
 from ..packing import dequantize_groups, pack_int4
 from ..statistics import InputStats
 from .gptq import gptq, round_to_nearest
@@ -33,8 +34,6 @@ log = logging.getLogger("nibble")
 
 SYNTHETIC_ROWS = 128
 EXACT_DB = 150.0        # reported for errors of (almost) nothing, where the ratio has no meaning
-ROUNDED_INPUT = 1e-5    # squared relative error of a bf16 value: (2^-8)^2 / 12, rounded up
-DAMPING = 0.01          # of the Hessian's mean diagonal, added to its diagonal (GPTQ's value)
 ROUNDING_NOISE = 0.0105  # squared rounding error of a weight over its group's mean square: (2.5 rms / 7)^2 / 12
 
 
@@ -129,7 +128,7 @@ def _problem(weight: Tensor, bias: Tensor | None, stats: InputStats | None, post
     if stats is None or stats.count == 0:
         x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(weight.device)
         x = torch.nn.functional.gelu(x) if post_gelu else x
-        return _Problem(weight, bias, *_parted(x), None, _diagonal_blocks(x.square().mean().expand(k)), False, False)
+        return _Problem(weight, bias, *_parted(x), None, diagonal_blocks(x.square().mean().expand(k)), False, False)
     return _measured_problem(weight, bias, stats, generator)
 
 
@@ -146,30 +145,13 @@ def _measured_problem(weight: Tensor, bias: Tensor | None, stats: InputStats, ge
     else:
         spread = (square - mean.square()).clamp_min(0).sqrt()
         x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(device) * spread + mean
-    return _Problem(weight, bias, *_parted(x), mean, _covariance(stats, bias is not None, device), stats.hessian is not None, sampled)
-
-
-def _covariance(stats: InputStats, centred: bool, device: torch.device) -> Tensor:
-    """Blocks (K/B, B, B) of E[x x^T], or of the covariance when a bias takes up the mean, so that only deviations from it matter."""
-    mean, square = stats.mean.to(device), stats.mean_square.to(device)
-    blocks = _diagonal_blocks(square) if stats.hessian is None else stats.hessian.to(device)
-    rows = mean.reshape(blocks.shape[0], -1)
-    if centred and stats.hessian is None:
-        blocks = blocks - torch.diag_embed(rows.square())
-    elif centred:
-        blocks = blocks - rows[:, :, None] * rows[:, None, :]
-    # 16-bit inputs are rounded themselves; without that floor, constant inputs would leave nothing but cancellation
-    return blocks + torch.diag_embed(ROUNDED_INPUT * square.reshape(rows.shape))
+    return _Problem(weight, bias, *_parted(x), mean, covariance(stats, bias is not None, device), stats.hessian is not None, sampled)
 
 
 def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
     """Three quarters of the rows to choose by, one quarter held out for the report."""
     held_out = torch.arange(len(x), device=x.device) % 4 == 3
     return x[~held_out], x[held_out]
-
-
-def _diagonal_blocks(diagonal: Tensor) -> Tensor:
-    return torch.diag_embed(diagonal.reshape(-1, 64))
 
 
 # ---- the space: smoothing, rotation, unsigned activations ---------------------------------------------------------

@@ -10,6 +10,8 @@ Working layout: (groups or blocks, columns, N), so that a column of the weight i
 import torch
 from torch import Tensor
 
+from ..hessian import inverse_factor
+
 SHRINK = (1.0, 0.93, 0.86, 0.79)   # searched range of a group, as a share of its absmax
 
 
@@ -75,21 +77,6 @@ def rounding_order(diagonal: Tensor) -> Tensor:
     outside = groups.sum(-1).argsort(dim=-1, descending=True, stable=True)
     picked = inside.gather(1, outside[..., None].expand_as(inside)) + outside[..., None] * 64
     return picked.flatten(1)
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse, (K/B, B, B), in float64 where the device has it; damped until it exists.
-
-    Raises ValueError for a Hessian that holds NaN or is far from positive definite.
-    """
-    wide = hessian if hessian.device.type == "mps" else hessian.double()
-    mean = wide.diagonal(dim1=1, dim2=2).mean(1)
-    for damping in (0, 0.01, 0.1, 1.0):
-        damped = wide + torch.diag_embed((damping * mean)[:, None].expand(wide.shape[:2]))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed.any():
-            return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    raise ValueError("the Hessian of the recorded inputs is not positive definite; record the inputs again")
 
 
 def gptq(weight: Tensor, hessian: Tensor, search: bool) -> tuple[Tensor, Tensor]:

@@ -10,25 +10,36 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..architectures import LayerPlan, plan, recognise
-from ..container import FORMAT_VERSION, FORMATS, FileRefused, open_quantized
+from ..container import FORMATS
+from ..conversion import (
+    JSON_BYTES,
+    WHY_ROOM,
+    Run,
+    calibrated_on,
+    choices,
+    facts_of,
+    finished,
+    metadata_of,
+    padded,
+    predicted_facts,
+    room,
+    unmatched,
+)
+from ..report import LayerRow, Report
 from ..sources import Source, StateDictSource
 from ..statistics import InputStats
-from ..writer import TensorSpec, Writer, check_target, metadata_room
+from ..writer import TensorSpec, Writer, check_target
 from .decompose import quantize_linear, quantize_w4a16, shared_smoothing
 from .recipe import Recipe
-from .report import LayerRow, Report
 
-JSON_BYTES = 128  # a layer's JSON is padded with blanks to this length, for the file is laid out before its options are known
+__all__ = ["calibrated_on", "layout", "predict", "quantize_checkpoint"]
 _FORMAT_OF = {"w4a4": "svdquant_w4a4", "w4a16": "awq_w4a16"}
-_WHY_ROOM = 200   # bytes that a finished row may be longer than its plan
-_PASSED_ON = 65536  # bytes of a source's own metadata that are passed on (ComfyUI reads "config" of some video models)
 
 
 def quantize_checkpoint(source: str | Path | Source | StateDictSource, target: str | Path, recipe: Recipe,
@@ -48,77 +59,46 @@ def quantize_checkpoint(source: str | Path | Source | StateDictSource, target: s
     check_target(source.path, target)
     architecture = recognise(source.shapes, source.name)
     layers = plan(source.shapes, architecture, recipe, source.name)
-    facts = {"source": json.dumps({"name": source.name, "bytes": source.bytes, "fingerprint": source.fingerprint}),
-             "recipe": recipe.to_json(), "calibration": json.dumps(calibration or {})}
-    if done := _finished(target, facts):
+    facts = facts_of(source, recipe, calibration)
+    if done := finished(target, facts):
         return done
-    report = Report(architecture.name, bytes_before=source.bytes, notes=[*source.notes, *_unmatched(recipe, layers)])
+    report = Report(architecture.name, bytes_before=source.bytes, notes=[*source.notes, *unmatched((*recipe.keep, *recipe.w4a16), layers)])
     specs = layout(source.shapes, layers, recipe.rank, source.kept_dtype)
-    metadata = _passed_on(source.metadata) | {"format": "nibble", "nibble_version": str(FORMAT_VERSION), "method": "svdquant", **facts}
+    metadata = metadata_of("svdquant", facts, source.metadata)
     began = time.monotonic()
-    with Writer(target, specs, json.dumps(facts), _room(metadata, report, layers)) as writer:
+    with Writer(target, specs, json.dumps(facts), room(metadata, report, layers)) as writer:
         run = _Run(source, writer, recipe, statistics or (lambda name: None), torch.device(device))
-        run.all(layers, specs, progress or (lambda *_: None), cancelled or (lambda: None))
+        run.all(layers, progress or (lambda *_: None), cancelled or (lambda: None))
         report.rows = [LayerRow(**writer.finished[layer.name]) for layer in layers]
         report.bytes_after, report.seconds = writer.size, time.monotonic() - began
-        writer.finish(_choices(metadata, report))
+        writer.finish(choices(metadata, report))
     return report
 
 
-class _Run:
-    """One run's work, unit by unit; skips what the writer has already."""
+class _Run(Run):
+    """One run's work."""
 
     def __init__(self, source, writer: Writer, recipe: Recipe, statistics: Callable, device: torch.device):
-        self.source, self.writer, self.recipe, self.statistics, self.device = source, writer, recipe, statistics, device
+        super().__init__(source, writer)
+        self.recipe, self.statistics, self.device = recipe, statistics, device
 
-    def all(self, layers: list[LayerPlan], specs: Iterable[TensorSpec], progress: Callable, cancelled: Callable) -> None:
-        """Kept tensors first: they are quick, and show soon whether the file can be read."""
-        done, total = 0, sum(layer.K * layer.N for layer in layers)
-        kept = {layer.name: layer for layer in layers if layer.action == "keep"}
-        owned = {f"{layer.name}.{part}" for layer in layers for part in ("weight", "bias")}
-        loose = [key for key in self.source.shapes if key not in owned]
-        for unit in [*loose, *kept]:
-            cancelled()
-            if unit in kept:
-                progress(done, total, unit)
-                done += kept[unit].K * kept[unit].N
-            self._step(unit, lambda unit=unit: self._keep(unit, kept.get(unit)))
+    def all(self, layers: list[LayerPlan], progress: Callable, cancelled: Callable) -> None:
+        """Kept tensors first, then the layers; those that read one input one behind the other."""
+        total = sum(layer.K * layer.N for layer in layers)
+        done = self.keep_rest(layers, progress, cancelled, total)
         work = [layer for layer in layers if layer.action != "keep"]
         for _, group in itertools.groupby(work, key=lambda layer: layer.group or layer.name):
             smooth = None
             group = list(group)
             if len(group) > 1 and any(layer.name not in self.writer.finished for layer in group):
                 cancelled()
-                smooth = self._checked(lambda group=group: self._smoothing(group))
+                smooth = self.checked(lambda group=group: self._smoothing(group))
             for layer in group:
                 cancelled()
                 progress(done, total, layer.name)
-                self._step(layer.name, lambda layer=layer, smooth=smooth: self._quantize(layer, smooth))
+                self.step(layer.name, lambda layer=layer, smooth=smooth: self._quantize(layer, smooth))
                 done += layer.K * layer.N
         progress(total, total, "")
-
-    def _step(self, unit: str, make: Callable[[], tuple[Mapping[str, Tensor], LayerRow | None]]) -> None:
-        if unit in self.writer.finished:
-            return
-        began = time.monotonic()
-        tensors, row = self._checked(make)
-        if row is not None:
-            row.bytes_after, row.seconds = sum(tensor.nbytes for tensor in tensors.values()), round(time.monotonic() - began, 3)
-        self.writer.write(unit, tensors, vars(row) if row else {})
-
-    def _checked(self, make: Callable):
-        """Runs a computation; when its input cannot be used, no later run could finish either, and the unfinished file goes."""
-        try:
-            return make()
-        except ValueError:
-            self.writer.discard()
-            raise
-
-    def _keep(self, unit: str, layer: LayerPlan | None) -> tuple[dict[str, Tensor], LayerRow | None]:
-        if layer is None:
-            return {unit: self.source.read(unit)}, None
-        keys = [f"{unit}.weight"] + [f"{unit}.bias"] * layer.bias
-        return {key: self.source.read(key) for key in keys}, LayerRow(unit, "keep", layer.why, None, self.source.nbytes(unit), 0)
 
     def _smoothing(self, group: list[LayerPlan]) -> Tensor:
         weights = [self.source.weight(layer.name).to(self.device) for layer in group]
@@ -132,11 +112,11 @@ class _Run:
         if layer.action == "w4a4":
             result, error = quantize_linear(weight, bias, stats, self.recipe, post_gelu=layer.post_gelu, smooth=smooth,
                                             generator=torch.Generator().manual_seed(seed))
-            db, why = error.db, f"{why}; {_in_words(error)}"[:len(why.encode()) + _WHY_ROOM // 2]
+            db, why = error.db, f"{why}; {_in_words(error)}"[:len(why.encode()) + WHY_ROOM // 2]
         else:
             result, db = quantize_w4a16(weight, bias, stats, self.recipe)
         tensors = {key: tensor.cpu() for key, tensor in result.tensors(layer.name).items()}
-        tensors[f"{layer.name}.comfy_quant"] = _padded(tensors[f"{layer.name}.comfy_quant"])
+        tensors[f"{layer.name}.comfy_quant"] = padded(tensors[f"{layer.name}.comfy_quant"])
         row = LayerRow(layer.name, layer.action, why, round(db, 2) if math.isfinite(db) else None, self.source.nbytes(layer.name), 0)
         return tensors, row
 
@@ -171,69 +151,14 @@ def predict(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, name: str, by
         owner = spec.name.rpartition(".")[0]
         sizes[owner] = sizes.get(owner, 0) + spec.nbytes
     bytes_before = bytes_before or 2 * sum(math.prod(shape) for shape in shapes.values())
-    report = Report(architecture.name, bytes_before=bytes_before, notes=_unmatched(recipe, layers))
+    report = Report(architecture.name, bytes_before=bytes_before, notes=unmatched((*recipe.keep, *recipe.w4a16), layers))
     report.rows = [LayerRow(layer.name, layer.action, layer.why, None, 2 * layer.N * (layer.K + layer.bias), sizes[layer.name])
                    for layer in layers]
-    facts = {"source": json.dumps({"name": name, "bytes": 0, "fingerprint": "0" * 64}), "recipe": recipe.to_json(), "calibration": "{}"}
-    metadata = {"format": "nibble", "nibble_version": str(FORMAT_VERSION), "method": "svdquant", **facts}
-    report.bytes_after = Writer("plan.safetensors", specs, "", _room(metadata, report, layers)).size
+    metadata = metadata_of("svdquant", predicted_facts(name, recipe))
+    report.bytes_after = Writer("plan.safetensors", specs, "", room(metadata, report, layers)).size
     return report
-
-
-def _unmatched(recipe: Recipe, layers: Iterable[LayerPlan]) -> list[str]:
-    """A note for each of the user's patterns that names no layer: most likely a slip."""
-    names = [layer.name for layer in layers]
-    return [f"no layer matches the pattern {pattern!r}" for pattern in (*recipe.keep, *recipe.w4a16)
-            if not any(fnmatchcase(name, pattern) for name in names)]
 
 
 def _in_words(error) -> str:
     words = [f"smoothing {error.smoothing}", "unsigned inputs" * error.act_unsigned, "rotated" * bool(error.rotation), "GPTQ" * error.gptq]
     return ", ".join(filter(None, [*words, error.inputs]))
-
-
-def _padded(text: Tensor) -> Tensor:
-    if len(text) > JSON_BYTES:
-        raise ValueError(f"a layer's JSON has {len(text)} bytes, more than the {JSON_BYTES} reserved for it")
-    return torch.cat([text.cpu(), torch.full((JSON_BYTES - len(text),), ord(" "), dtype=torch.uint8)])
-
-
-def calibrated_on(target: str | Path, source: Source | StateDictSource, recipe: Recipe) -> dict | None:
-    """What an existing target was calibrated on, if it was made from this model by this recipe; else None. Tells, before the long recording
-    of inputs starts, that all is done."""
-    try:
-        file = open_quantized(target)
-    except FileRefused:
-        return None
-    same = file.metadata.get("recipe") == recipe.to_json() and file.fact("source").get("fingerprint") == source.fingerprint
-    return file.fact("calibration") if same else None
-
-
-def _finished(target: str | Path, facts: Mapping[str, str]) -> Report | None:
-    """The report of an existing target if it is the result of the same run."""
-    if not Path(target).exists():
-        return None
-    try:
-        found = open_quantized(target).metadata
-        same = all(found.get(key) == value for key, value in facts.items())
-        return Report.from_json(found["report"]) if same else None
-    except (FileRefused, KeyError, ValueError):
-        return None  # damaged or of another version: it is made again
-
-
-def _passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key != "_quantization_metadata" and len(value) <= _PASSED_ON}
-
-
-def _choices(metadata: Mapping[str, str], report: Report) -> Iterable[dict[str, str]]:
-    """The metadata with the whole report, and with shorter ones in case it does not fit."""
-    for options in ({}, {"why": False}, {"rows": False}):
-        yield {**metadata, "report": report.to_json(seconds=False, **options)}
-
-
-def _room(metadata: Mapping[str, str], report: Report, layers: Iterable[LayerPlan]) -> int:
-    """Bytes to reserve for metadata: those of a report with the longest rows there can be."""
-    largest = 10**15
-    rows = [LayerRow(layer.name, layer.action, layer.why + " " * _WHY_ROOM, -9999.99, largest, largest) for layer in layers]
-    worst = Report(report.architecture, rows, largest, largest, 0.0, report.notes)
-    return metadata_room({**metadata, "report": worst.to_json(seconds=False)})

@@ -8,73 +8,18 @@ bias), all of them or those from one column on, or a 64-point Hadamard rotation 
 low nibble = even column.
 """
 
-import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...kernels import ops, reference
 from ..packing import dequantize_groups, unpack_int4
-
-
-def json_tensor(facts: dict) -> Tensor:
-    """A dictionary as the uint8 tensor in which ComfyUI keeps a layer's JSON (`X.comfy_quant`)."""
-    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
-
-
-def tensor_json(tensor: Tensor) -> dict:
-    """The inverse of `json_tensor`. Raises ValueError when the bytes are no JSON object."""
-    facts = json.loads(bytes(tensor.cpu().tolist()).decode())
-    if not isinstance(facts, dict):
-        raise ValueError(f"comfy_quant holds {facts!r}; a JSON object was expected")
-    return facts
-
-
-class _Stored:
-    """What both formats share: names on disk, size, device."""
-
-    FORMAT = ""
-    SUFFIXES: dict[str, str] = {}
-    OPTIONAL = ("bias",)  # names on disk that a layer may lack
-
-    def facts(self) -> dict:
-        """The layer's JSON."""
-        return {"format": self.FORMAT}
-
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under their names on disk, e.g. 'double_blocks.0.img_mlp.0' + '.weight_scale', and the layer's JSON."""
-        stored = {f"{prefix}.{suffix}": getattr(self, name) for name, suffix in self.SUFFIXES.items()}
-        stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
-        return stored | {f"{prefix}.comfy_quant": json_tensor(self.facts())}
-
-    @classmethod
-    def _read(cls, tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor | None], dict]:
-        facts = tensor_json(tensors[f"{prefix}.comfy_quant"])
-        if facts.get("format") != cls.FORMAT:
-            raise ValueError(f"{prefix} has the format {facts.get('format')!r}; {cls.FORMAT!r} was expected")
-        missing = [s for s in cls.SUFFIXES.values() if s not in cls.OPTIONAL and f"{prefix}.{s}" not in tensors]
-        if missing:
-            raise ValueError(f"{prefix} lacks {', '.join(missing)}; the file is damaged or was written by another program")
-        return {name: tensors.get(f"{prefix}.{suffix}") for name, suffix in cls.SUFFIXES.items()}, facts
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without the JSON."""
-        return sum(t.nbytes for t in self._tensors().values())
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-
-    def to(self, *args, **kwargs):
-        """A copy with every tensor moved as by Tensor.to (a dtype is refused: each tensor keeps its own)."""
-        if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-            raise ValueError("a quantized weight's dtypes are fixed by its format; move it with a device only")
-        return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()})
+from ..stored import StoredWeight
 
 
 @dataclass
-class SVDQuantWeight(_Stored):
+class SVDQuantWeight(StoredWeight):
     """A linear at 4-bit weights and activations with a 16-bit low-rank branch. N outputs, K inputs, R rank, group 64.
 
     Shapes:
@@ -203,7 +148,7 @@ class SVDQuantWeight(_Stored):
 
 
 @dataclass
-class W4A16Weight(_Stored):
+class W4A16Weight(StoredWeight):
     """A linear at 4-bit weights and 16-bit activations, for few tokens (modulation): comfy-kitchen's awq_w4a16.
 
     Shapes:

@@ -29,7 +29,7 @@ from nibble.kernels import native, which  # noqa: E402
 SECTIONS = {"ceilings": 25, "correctness": 80, "layers": 150, "transformer": 90, "robustness": 40, "routes": 60, "sanitizer": 60, "resources": 15}
 """Seconds of each in a run of 8.7 minutes, in the order of their worth; --minutes scales them."""
 OPS = ("quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16", "linear_w4a4", "linear_w4a4_grouped",
-       "mlp_w4a4", "linear_w4a16")
+       "mlp_w4a4", "linear_w4a16", "gemm_vq", "linear_vq")
 
 
 def environment(device: str) -> dict:

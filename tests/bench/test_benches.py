@@ -43,6 +43,16 @@ def test_the_bench_of_ops_says_who_is_faster_and_why_a_peer_is_missing(tmp_path)
     assert row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"]) and row["difference"] < 0.05
 
 
+def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_path):
+    out = tmp_path / "vq.json"
+    printed = run("bench_vq_ops.py", "--quick", "--out", out)
+    found = json.loads(out.read_text())
+    assert "times as fast as the peer" in printed and found["summary"].keys() == {"2 bit", "3 bit"}
+    for row in found["rows"]:
+        assert {"nibble gemm_vq", "torch bfloat16", "torch float32", "decode, then torch bfloat16"} <= row["timings"].keys()
+        assert row["difference"] < 0.02 and row["index_bytes"] * 8 == row["N"] * row["K"] // row["vector"] * row["bits"]
+
+
 def test_the_estimate_on_paper_adds_up(tmp_path):
     """One layer by hand: on an RTX 4090, 2 * 4608 * 3072 * 3072 products at 1321.2 TOP/s are 65.8 microseconds, and they bind."""
     out = tmp_path / "roofline.json"

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from nibble.kernels import native, reference
+from nibble.kernels import native, reference, reference_vq
 from nibble.kernels.launch import DTYPES
 from nibble.quant.packing import pack_int4, unpack_int4
 
@@ -103,3 +103,13 @@ class StandIn:
     def gemm_w4a16(self, *arguments):
         self.calls.append("gemm_w4a16")
         self._w4a16(*arguments)
+
+    def gemm_vq(self, device, stream, threads, isa, M, N, K, bits, D, x, x_dtype, indices, codebook, codebook_dtype, scale, bias, param_dtype,
+                addend, addend_dtype, out, out_dtype):
+        self.calls.append("gemm_vq")
+        kind = NAMES[param_dtype]
+        words = at(codebook, NAMES[codebook_dtype], 1 << bits, D)
+        scales, added = at(scale, kind, N) if scale else None, at(addend, NAMES[addend_dtype], M, N) if addend else None
+        y = reference_vq.gemm_vq(at(x, NAMES[x_dtype], M, K).float(), at(indices, torch.uint8, N, K // D * bits // 8), words, scales,
+                                 at(bias, kind, N) if bias else None)
+        at(out, NAMES[out_dtype], M, N).copy_(y if added is None else y + added)

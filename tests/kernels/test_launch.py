@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from nibble.kernels import dispatch, launch, native, ops, reference, which
+from nibble.kernels import dispatch, launch, native, ops, reference, reference_vq, which
 
-from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
+from cases import SMALL, Case, make_input, make_vq, make_w4a4, make_w4a16, options
 from compare import assert_same
 from stand_in import StandIn
 
@@ -59,6 +59,19 @@ def test_every_pointer_arrives(case, dtype, compiled):
     assert_same(ops.linear_w4a16(x, **w4a16), reference.gemv_w4a16(x, **w4a16))
     gem = "gemv_w4a16" if case.M <= dispatch.GEMV_TOKENS else "gemm_w4a16"
     assert compiled.calls == ["quantize_down", "gemm_w4a4_up", "quantize_down", "gemm_w4a4_up", gem]
+
+
+@pytest.mark.parametrize("case", [SMALL[0], SMALL[3], SMALL[5], SMALL[6], ROTATED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codebooks_arrive(case, dtype, compiled):
+    x, p = make_input(case, dtype), make_vq(case, 6, 2, dtype)
+    if p["bias"] is not None:
+        p["bias"] = p["bias"].half()  # another dtype than the scale's: both become float32
+    y = ops.linear_vq(x, **p, rotation=case.rotation)
+    torch.testing.assert_close(y, reference_vq.linear_vq(x, **p, rotation=case.rotation))
+    some = {name: p[name] for name in ("indices", "codebook", "scale", "bias")}
+    torch.testing.assert_close(ops.gemm_vq(x, **some), reference_vq.gemm_vq(x, **some))
+    assert compiled.calls == ["gemm_vq", "gemm_vq"]
 
 
 def test_the_fused_layers_arrive(compiled):
@@ -169,5 +182,5 @@ def test_a_driver_that_is_too_old_leaves_the_gpu_to_others(forget, monkeypatch):
 
 
 def test_a_module_without_cuda_or_without_an_op_is_passed_by(compiled):
-    assert launch.serves(("gemm_vq",), CPU, F32, (F32,)) == (None, "this nibble_kernels lacks gemm_vq")
+    assert launch.serves(("gemm_w8a16",), CPU, F32, (F32,)) == (None, "this nibble_kernels lacks gemm_w8a16")
     assert "built for cpu, not for cuda" in launch.serves(launch.OPS, torch.device("cuda", 0), F32, (F32,))[1]

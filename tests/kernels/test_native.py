@@ -16,7 +16,7 @@ from compare import assert_same, assert_twice_plain
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")
 
-SIZE = 1 << 16
+SIZE = 1 << 18  # the largest codebook is 128 KB
 BUFFER = torch.zeros(SIZE + 256, dtype=torch.uint8)
 BASE = BUFFER.data_ptr() + -BUFFER.data_ptr() % 256
 
@@ -30,7 +30,7 @@ def call(op, **changes):
         "gemm_w4a4_up": PRODUCT | dict(out=a, out_dtype=0, workspace=a, workspace_size=SIZE),
         "gemm_w4a4_up_gelu_quantize_down": PRODUCT | dict(mid_dtype=0, R2=4, smooth2=a, proj_down2=a, act_unsigned2=False, rotate2=False, codes2=0,
                                                           q2=a, ascales2=a, h2=a, workspace=a, workspace_size=SIZE),
-        "gemv_w4a16": W4A16, "gemm_w4a16": W4A16,
+        "gemv_w4a16": W4A16, "gemm_w4a16": W4A16, "gemm_vq": VQ,
     }[op]
     place = dict(device=-1, stream=0, threads=1, isa=0)
     return getattr(module, op)(**(place | good | changes))
@@ -39,6 +39,8 @@ def call(op, **changes):
 PRODUCT = dict(M=2, N=64, K=64, R=4, codes=0, q=BASE, act_unsigned=False, ascales=BASE, h=BASE, h_stride=4, weight=BASE, weight_scale=BASE,
                proj_up=BASE, bias=BASE, param_dtype=0)
 W4A16 = dict(M=2, N=64, K=64, x=BASE, x_dtype=0, weight=BASE, weight_scale=BASE, weight_zeros=BASE, bias=BASE, param_dtype=0, out=BASE)
+VQ = dict(M=2, N=64, K=64, bits=8, vector=4, x=BASE, x_dtype=0, indices=BASE, codebook=BASE, codebook_dtype=0, scale=BASE, bias=BASE, param_dtype=0,
+          addend=BASE, addend_dtype=0, out=BASE, out_dtype=0)
 
 
 # ---- what it says ------------------------------------------------------------------------------------------------------
@@ -102,6 +104,15 @@ def test_which_tells_the_native_path():
         ("gemm_w4a4_up_gelu_quantize_down", {"codes2": 7}, "codes2=7"),
         ("gemv_w4a16", {"K": 32}, "gemv_w4a16: K=32"),
         ("gemm_w4a16", {"out": 0}, "gemm_w4a16: out is null"),
+        ("gemm_vq", {"bits": 0}, r"gemm_vq: bits=0 is outside 1\.\.12"),
+        ("gemm_vq", {"bits": 13}, "bits=13"),
+        ("gemm_vq", {"vector": 3}, "vector=3 is none of 1, 2, 4, 8"),
+        ("gemm_vq", {"K": 68}, "K=68 is not a multiple of 8"),
+        ("gemm_vq", {"K": 72, "bits": 3}, "K=72: a row of indices does not fill whole bytes"),
+        ("gemm_vq", {"codebook": 0}, "codebook is null and has 1024 elements"),
+        ("gemm_vq", {"indices": 0}, "indices is null"),
+        ("gemm_vq", {"addend": 8}, "addend is not aligned"),
+        ("gemm_vq", {"out_dtype": 5}, "out_dtype=5"),
     ],
 )
 def test_wrong_values_are_named(op, change, words):
@@ -135,8 +146,9 @@ HUGE = st.sampled_from([2**31 - 64, 2**31, 2**40, 2**62, 2**63 - 1])
 CODES = st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 2**31 - 1])
 POINTERS = st.sampled_from([0, BASE, BASE + 16, BASE + 4, BASE + 1])
 FIELDS = {name: SIZES for name in ("M", "N", "K", "R", "R2", "h_stride", "threads", "workspace_size")}
-FIELDS |= {name: CODES for name in ("isa", "x_dtype", "param_dtype", "out_dtype", "mid_dtype", "codes", "codes2")}
+FIELDS |= {name: CODES for name in ("isa", "x_dtype", "param_dtype", "out_dtype", "mid_dtype", "codebook_dtype", "addend_dtype", "codes", "codes2")}
 FIELDS |= {name: st.booleans() for name in ("act_unsigned", "rotate", "act_unsigned2", "rotate2")} | {"device": st.sampled_from([-3, -2, -1])}
+FIELDS |= {"bits": st.sampled_from([-1, 0, 1, 3, 6, 8, 12, 13, 2**31 - 1]), "vector": st.sampled_from([-8, 0, 1, 2, 3, 4, 8, 16])}
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -146,6 +158,7 @@ def test_no_argument_brings_the_process_down(data):
     op = data.draw(st.sampled_from(launch.OPS))
     names = {"quantize_down": ["M", "K", "R", "x", "x_dtype", "smooth", "proj_down", "param_dtype", "act_unsigned", "rotate", "codes", "q", "h"],
              "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
+             "gemm_vq": [*VQ],
              "gemm_w4a4_up_gelu_quantize_down": [*PRODUCT, "R2", "mid_dtype", "smooth2", "rotate2", "codes2", "q2", "h2", "workspace"]}
     changed = data.draw(st.lists(st.sampled_from([*names.get(op, W4A16), "isa", "threads", "device"]), unique=True, max_size=6))
     changes = {name: data.draw(FIELDS.get(name, POINTERS), label=name) for name in changed}

@@ -1,11 +1,11 @@
-"""The int4 codec and the group scales: every function against its inverse."""
+"""The int4 and index codecs and the group scales: every function against its inverse."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.packing import dequantize_groups, group_absmax, pack_int4, quantize_groups, unpack_int4
+from nibble.quant.packing import dequantize_groups, group_absmax, pack_indices, pack_int4, quantize_groups, unpack_indices, unpack_int4
 
 from compare import assert_same
 
@@ -89,6 +89,45 @@ def test_group_absmax_is_the_largest_magnitude_of_64_columns():
     assert torch.equal(group_absmax(weight), expected)
 
 
+bits_and_rows = st.tuples(st.integers(1, 16), st.integers(0, 4), st.integers(0, 5), st.integers(0, 2**31))
+
+
+@given(bits_and_rows)
+def test_indices_come_back(case):
+    bits, rows, eights, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(0, 1 << bits, (rows, 8 * eights), generator=generator, dtype=torch.int32)
+    packed = pack_indices(indices, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, eights * bits)
+    assert_same(unpack_indices(packed, bits, 8 * eights), indices)
+
+
+@given(bits_and_rows)
+def test_every_byte_of_packed_indices_comes_back(case):
+    bits, rows, eights, seed = case
+    packed = torch.randint(0, 256, (rows, eights * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    assert_same(pack_indices(unpack_indices(packed, bits, 8 * eights), bits), packed)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_indices_are_the_bits_of_one_little_endian_integer(bits):
+    indices = torch.randint(0, 1 << bits, (8,), generator=torch.Generator().manual_seed(bits))
+    whole = sum(index << (i * bits) for i, index in enumerate(indices.tolist()))
+    assert bytes(pack_indices(indices, bits).tolist()) == whole.to_bytes(bits, "little")
+
+
+def test_four_indices_of_six_bits_share_three_bytes():
+    assert pack_indices(torch.tensor([[0b000001, 0b100000, 0b111111, 0b010101]]), 6).tolist() == [[0b00000001, 0b11111000, 0b01010111]]
+    assert unpack_indices(torch.tensor([[0b00000001, 0b11111000, 0b01010111]], dtype=torch.uint8), 6, 4).tolist() == [[1, 32, 63, 21]]
+
+
+def test_strided_indices_pack_like_contiguous_ones():
+    indices = torch.randint(0, 64, (8, 5))
+    assert_same(pack_indices(indices.t(), 6), pack_indices(indices.t().contiguous(), 6))
+    packed = pack_indices(indices.t(), 6)
+    assert_same(unpack_indices(packed.t().contiguous().t(), 6, 8), indices.t().to(torch.int32).contiguous())
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -97,6 +136,13 @@ def test_group_absmax_is_the_largest_magnitude_of_64_columns():
         (lambda: unpack_int4(torch.zeros(2, 4, dtype=torch.uint8)), "int8"),
         (lambda: quantize_groups(torch.zeros(2, 100), torch.ones(1, 2)), "K=100 is not a multiple of the group size 64"),
         (lambda: group_absmax(torch.zeros(2, 32)), "K=32"),
+        (lambda: pack_indices(torch.zeros(2, 3, dtype=torch.int64), 6), "3 indices of 6 bits do not fill whole bytes"),
+        (lambda: pack_indices(torch.full((2, 4), 64), 6), "64..64 and must lie in 0..63"),
+        (lambda: pack_indices(torch.full((2, 4), -1), 6), "-1..-1"),
+        (lambda: pack_indices(torch.zeros(2, 4), 6), "integers"),
+        (lambda: pack_indices(torch.zeros(2, 8, dtype=torch.int64), 17), "17 bits"),
+        (lambda: unpack_indices(torch.zeros(2, 3, dtype=torch.int8), 6, 4), "uint8"),
+        (lambda: unpack_indices(torch.zeros(2, 3, dtype=torch.uint8), 6, 8), "a row of 3 bytes does not hold 8 indices of 6 bits"),
     ],
 )
 def test_mistakes_are_named(call, words):

@@ -119,12 +119,19 @@ void gemv_w4a16(const W4A16& op, const Where& where) { ops(where).gemv_w4a16(op,
 
 void gemm_w4a16(const W4A16& op, const Where& where) { ops(where).gemm_w4a16(op, threads(where)); }
 
+void gemm_vq(const GemmVQ& op, const Where& where) { ops(where).gemm_vq(op, threads(where)); }
+
 Route route(const char* op, int64_t M, int64_t, int64_t) {
     const Isa isa = best_isa();
     const std::string path = std::string("cpu: ") + name_of(isa);
     if (!std::strcmp(op, "gemv_w4a16") || !std::strcmp(op, "gemm_w4a16")) {
         return M <= FEW_TOKENS ? Route{path + ", codes straight into the sum", "few tokens: reading the weights is what takes time"}
                       : Route{path + ", panels of weights decoded to floats", "many tokens share one decoding"};
+    }
+    if (!std::strcmp(op, "gemm_vq")) {
+        if (vq_by_rows(M, 4)) return {path + ", codewords straight into the sum", "few tokens: tables of products would not pay"};
+        return {path + ", products with the codewords looked up", "an addition instead of a sub-vector's products; where there are fewer outputs "
+                "than codewords, more than 256 codewords or single weights, panels of weights decoded to floats"};
     }
     if (!std::strcmp(op, "quantize_down")) return {path + ", one read of x", "the only way there is"};
     const char* product = isa == Isa::avx512_vnni ? ", vpdpbusd" : isa == Isa::avx2 ? ", vpmaddubsw" : ", 16-bit products";

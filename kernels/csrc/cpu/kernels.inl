@@ -4,3 +4,4 @@
 #include "quantize_down.inl"
 #include "gelu.inl"
 #include "w4a16.inl"
+#include "vq.inl"

@@ -13,6 +13,6 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_portable{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16};
+const Ops ops_portable{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16, gemm_vq};
 
 }  // namespace nibble::cpu

@@ -51,6 +51,8 @@ inline void store_u16(uint16_t* p, I x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
+template <int D> F codewords(const float* codebook, const uint16_t* codes, int64_t k) { return eight_of_codewords<D>(codebook, codes, k); }
+
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) { transpose_words(rows, stride, valid, words); }
 
 inline void pack_group(const I codes[8], uint8_t* q) {

@@ -54,6 +54,11 @@ inline void store_half(uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<
 // The lowest 16 bits of each lane.
 inline void store_u16(uint16_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x)); }
 
+template <int D> F codewords(const float* codebook, const uint16_t* codes, int64_t k) {
+    const __m256 low = eight_of_codewords<D>(codebook, codes, k), high = eight_of_codewords<D>(codebook, codes, k + 8);
+    return from_bits(join(_mm256_castps_si256(low), _mm256_castps_si256(high)));
+}
+
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
     __m256i low[8], high[8];
     transpose_words(rows, stride, valid, low);

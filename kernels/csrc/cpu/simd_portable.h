@@ -89,6 +89,24 @@ inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8
     }
 }
 
+// Weights at columns k .. k + LANES of a row of codewords of D columns; codes are places in the codebook.
+template <int D> F codewords(const float* codebook, const uint16_t* codes, int64_t k) {
+    F result;
+    for (int i = 0; i < LANES; ++i) result.v[i] = codebook[codes[(k + i) / D] + (k + i) % D];
+    return result;
+}
+
+inline void prefetch(const void*) {}
+
+// Eight numbers of 16 - down bits out of eight bytes, shifted left by `up`: each is in the two bytes named by `places`, and its factor moves
+// it to the top of 16 bits.
+inline void spread_8(const uint8_t* bytes, const uint8_t places[16], const uint16_t factors[8], int down, int up, uint16_t* numbers) {
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t low = bytes[places[2 * i]], high = places[2 * i + 1] & 0x80 ? 0 : bytes[places[2 * i + 1]];
+        numbers[i] = static_cast<uint16_t>(((low | high << 8) * factors[i] & 0xFFFF) >> down << up);
+    }
+}
+
 // out[c][r] = in[r][c]
 inline void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
     for (int r = 0; r < 8; ++r)

@@ -36,6 +36,31 @@ inline __m128i pack_nibbles(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 
+// Weights at columns k .. k + 8 of a row of codewords of D columns; codes are places in the codebook.
+template <int D> __m256 eight_of_codewords(const float* codebook, const uint16_t* codes, int64_t k) {
+    const uint16_t* c = codes + k / D;
+    if constexpr (D == 8) return _mm256_loadu_ps(codebook + c[0]);
+    else if constexpr (D == 4) return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(codebook + c[0])), _mm_loadu_ps(codebook + c[1]), 1);
+    else {
+        const __m128d low = _mm_loadh_pd(_mm_load_sd(reinterpret_cast<const double*>(codebook + c[0])), reinterpret_cast<const double*>(codebook + c[1]));
+        const __m128d high = _mm_loadh_pd(_mm_load_sd(reinterpret_cast<const double*>(codebook + c[2])), reinterpret_cast<const double*>(codebook + c[3]));
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_castpd_ps(low)), _mm_castpd_ps(high), 1);
+    }
+}
+
+// Beyond the end of memory it does nothing.
+inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// Eight numbers of 16 - down bits out of eight bytes, shifted left by `up`: each is in the two bytes named by `places`, and its factor moves
+// it to the top of 16 bits.
+inline void spread_8(const uint8_t* bytes, const uint8_t places[16], const uint16_t factors[8], int down, int up, uint16_t* numbers) {
+    const __m128i pairs = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)),
+                                           _mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
+    const __m128i top = _mm_mullo_epi16(pairs, _mm_loadu_si128(reinterpret_cast<const __m128i*>(factors)));
+    const __m128i low = _mm_srl_epi16(top, _mm_cvtsi32_si128(down));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(numbers), _mm_sll_epi16(low, _mm_cvtsi32_si128(up)));
+}
+
 // out[c][r] = in[r][c]
 inline void transpose_8x8(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
     __m256 x[8], y[8];

@@ -90,6 +90,10 @@ Route route(const char* op, int capability, int64_t M, int64_t N, int64_t) {
                                                                  " multiprocessors, 64x128 on more";
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
+    if (is(op, "gemm_vq")) {
+        const char* kernel = M == 1 ? "no matrix unit, one token" : M <= 16 ? "tile 16x64" : gpu.turing ? "tile 64x128" : "tile 64x128 or 128x128";
+        return {"cuda: 16-bit mma on looked-up codewords, " + std::string(kernel), "decoded where they are multiplied; not yet measured"};
+    }
     return {"cuda: " + std::string(op), "one kernel for every GPU from 7.5 on"};
 }
 

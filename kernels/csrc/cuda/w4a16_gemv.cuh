@@ -111,7 +111,7 @@ NIBBLE_DEVICE void step(float (&y)[TOKENS][GEMV_OUTPUTS], Codes8& codes, const S
 }
 
 // Columns [from, to) of TOKENS tokens as float32, zeros beyond the last token and column: 1024 columns, 8 pieces, 32 lanes, 4 columns.
-template <class X, int TOKENS> NIBBLE_DEVICE void stage_x(float* shared, const W4A16& a, int64_t first_token, int64_t from, int64_t to) {
+template <class X, int TOKENS, class Op> NIBBLE_DEVICE void stage_x(float* shared, const Op& a, int64_t first_token, int64_t from, int64_t to) {
     const int steps = int(to - from + GEMV_STEP - 1) / GEMV_STEP;
     for (int i = int(threadIdx.x); i < steps * TOKENS * (GEMV_STEP / 4); i += 32 * GEMV_WARPS) {
         const int quad = i % (GEMV_STEP / 4), token = i / (GEMV_STEP / 4) % TOKENS, step = i / (GEMV_STEP / 4) / TOKENS;

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bench.gpu.layer import Layer, Steps, compiled_for, in_order
 from bench.gpu.report import Report
-from nibble.kernels import ops, reference
+from nibble.kernels import ops, reference, reference_vq
 from nibble.quant.packing import unpack_int4
 
-from cases import FLUX, FLUX_MODULATION, SMALL, Case, make_input, make_w4a4, make_w4a16, options, plain_w4a4
+from cases import FLUX, FLUX_MODULATION, SMALL, VQ_LAYOUTS, Case, make_input, make_vq, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import relative_error, sqnr_db
 
 SMALL_SQNR, LARGE_SQNR, W4A16_SQNR = 35.0, 35.0, 45.0
@@ -118,6 +118,16 @@ def check_w4a16(case: Case, dtype: torch.dtype, device: str) -> dict:
     return {"sqnr_db": sqnr, "ok": sqnr >= W4A16_SQNR}
 
 
+def check_vq(case: Case, layout: tuple[int, int], dtype: torch.dtype, device: str) -> dict:
+    """At most 64 tokens, so that FLUX's layers take float64 a moment; in the middle of more of them where there are more."""
+    x, p = make_input(case, dtype, device=device), make_vq(case, *layout, dtype, device=device)
+    some = slice(max(0, case.M // 2 - 32), case.M // 2 + 32)
+    found = ops.linear_vq(x, **p, rotation=case.rotation)[some]
+    exact = reference_vq.linear_vq(x[some].double(), **double(p), rotation=case.rotation)
+    sqnr = decibels(found, exact)
+    return {"bits": layout[0], "vector": layout[1], "sqnr_db": sqnr, "ok": sqnr >= W4A16_SQNR}
+
+
 LAYER_CHECKS: dict[str, Callable[[Layer], dict]] = {"quantize_down": check_quantize_down, "gemm_w4a4_up": check_product, "linear_w4a4": check_linear}
 
 
@@ -130,6 +140,8 @@ def work(device: str, dry: bool) -> Iterator[tuple[str, Case, torch.dtype, Calla
             for op, check in checks.items():
                 yield op, case, dtype, lambda check=check, layer=layer: check(layer)
             yield "linear_w4a16", case, dtype, lambda case=case, dtype=dtype: check_w4a16(case, dtype, device)
+            for layout in VQ_LAYOUTS.values():
+                yield "linear_vq", case, dtype, lambda case=case, dtype=dtype, layout=layout: check_vq(case, layout, dtype, device)
             if case.N % 64 == 0:
                 yield "mlp_w4a4", case, dtype, lambda layer=layer: check_fused_mlp(layer)
     extra = [Case("tokens_257", 257, 3072, 3072, R=32), Case("rank_512", 300, 3072, 3072, R=512), Case("ragged_n", 200, 3072, 3000, R=32),
@@ -140,6 +152,9 @@ def work(device: str, dry: bool) -> Iterator[tuple[str, Case, torch.dtype, Calla
             yield op, case, torch.bfloat16, lambda check=check, layer=layer: check(layer)
     for case in [] if dry else [*FLUX_MODULATION, replace(FLUX_MODULATION[0], name="text", M=77), replace(FLUX_MODULATION[0], name="text_512", M=512)]:
         yield "linear_w4a16", case, torch.bfloat16, lambda case=case: check_w4a16(case, torch.bfloat16, device)
+    for case in [] if dry else [FLUX[0], FLUX[3], *extra[:3], FLUX_MODULATION[0], replace(FLUX[1], name="turned", rotation=64)]:
+        for layout in VQ_LAYOUTS.values():
+            yield "linear_vq", case, torch.bfloat16, lambda case=case, layout=layout: check_vq(case, layout, torch.bfloat16, device)
 
 
 def run(report: Report, device: str, dry: bool) -> None:

@@ -11,9 +11,9 @@ from bench.gpu import timing
 from bench.gpu.layer import Layer, Steps, in_order
 from bench.gpu.report import Report
 from bench.timer import geometric_mean
-from nibble.kernels import ops
+from nibble.kernels import ops, reference_vq
 
-from cases import FLUX_MODULATION, Case, make_input, make_w4a16
+from cases import FLUX_MODULATION, VQ_LAYOUTS, Case, make_input, make_vq, make_w4a16
 
 SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 TOKENS = [4608, 1024, 256]
@@ -113,6 +113,26 @@ def modulation_row(case: Case, dtype: torch.dtype, device: str) -> dict:
             "gb_s": weight_bytes / timings[OURS]["ms"] / 1e6 if OURS in timings else None}
 
 
+def vq_row(case: Case, layout: tuple[int, int], dtype: torch.dtype, device: str) -> dict:
+    """linear_vq with its branch, beside torch's own product of 16-bit weights and decoding followed by that product."""
+    count = min(timing.copies(case.K * case.N // 4, device), 4)
+    sets = [(make_input(case, dtype, device=device), make_vq(case, *layout, dtype, seed, device)) for seed in range(count)]
+    dense = [reference_vq.dequantize_vq(p["indices"], p["codebook"], p["scale"]).to(dtype) for _, p in sets]
+    timings, failed = timing.take_turns({
+        OURS: [lambda x=x, p=p: ops.linear_vq(x, **p) for x, p in sets],
+        "nibble, rank 0": [lambda x=x, p=p: ops.gemm_vq(x, p["indices"], p["codebook"], p["scale"], p["bias"]) for x, p in sets],
+        "torch": [lambda x=x, w=w, p=p: torch.nn.functional.linear(x, w, p["bias"]) for (x, p), w in zip(sets, dense, strict=True)],
+        "decode, then torch": [lambda x=x, p=p: torch.nn.functional.linear(
+            x, reference_vq.dequantize_vq(p["indices"], p["codebook"], p["scale"], dtype), p["bias"]) for x, p in sets],
+    }, device)
+    row = {"op": "linear_vq", "case": case.name, "bits": layout[0], "vector": layout[1], "M": case.M, "K": case.K, "N": case.N, "timings": timings,
+           "absent": failed}
+    if OURS in timings:
+        row["tflops"] = 2e-9 * case.M * case.N * case.K / timings[OURS]["ms"]
+        row["gb_s"] = case.K * case.N * layout[0] / layout[1] / 8 / timings[OURS]["ms"] / 1e6
+    return row
+
+
 def summary(rows: list[dict]) -> dict:
     """By number of tokens: geometric means over the layers."""
     found = {}
@@ -146,6 +166,12 @@ def run(report: Report, device: str, dry: bool, ceilings: dict) -> None:
     for case in FLUX_MODULATION:
         if not report.late():
             add(report, lambda case=case: modulation_row(case.scaled(0.02) if dry else case, dtype, device), {"op": "linear_w4a16", "case": case.name})
+    for m in [5] if dry else [1, 256, 4608]:
+        for layout in VQ_LAYOUTS.values():
+            if not report.late():
+                case = flux_case(m, 3072, 12288)
+                add(report, lambda case=case, layout=layout: vq_row(case.scaled(0.02) if dry else case, layout, dtype, device),
+                    {"op": "linear_vq", "case": case.name, "M": m})
 
 
 def add(report: Report, make, facts: dict) -> None:

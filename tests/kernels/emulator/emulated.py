@@ -36,6 +36,11 @@ GemmW4A4Up = _struct(
     "out:p out_dtype:e workspace:p",
 )
 W4A16 = _struct("W4A16", "M:i N:i K:i x:p x_dtype:e weight:p weight_scale:p weight_zeros:p bias:p param_dtype:e out:p")
+GemmVQ = _struct(
+    "GemmVQ",
+    "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p param_dtype:e addend:p addend_dtype:e "
+    "out:p out_dtype:e",
+)
 
 
 class GemmW4A4UpGeluQuantizeDown(ctypes.Structure):
@@ -57,7 +62,7 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.emulated_workspace_bytes.argtypes = [ctypes.c_char_p, _int, _size, _size, _size, _size]
     lib.emulated_route.argtypes, lib.emulated_route.restype = [ctypes.c_char_p, _int, _size, _size, _size], ctypes.c_char_p
     ops = {"quantize_down": QuantizeDown, "gemm_w4a4_up": GemmW4A4Up, "gemm_w4a4_up_gelu_quantize_down": GemmW4A4UpGeluQuantizeDown,
-           "gemv_w4a16": W4A16, "gemm_w4a16": W4A16}
+           "gemv_w4a16": W4A16, "gemm_w4a16": W4A16, "gemm_vq": GemmVQ}
     for op, struct in ops.items():
         entry = getattr(lib, f"emulated_{op}")
         entry.argtypes, entry.restype = [ctypes.POINTER(struct), ctypes.POINTER(Where)], ctypes.c_char_p
@@ -172,4 +177,18 @@ def w4a16(
     out = _unset(m, n, dtype=x.dtype)
     _call(op, W4A16(m, n, k, _at(x), DTYPES[x.dtype], _at(weight), _at(weight_scale), _at(weight_zeros), _at(bias),
                     DTYPES[weight_scale.dtype], _at(out)), capability)
+    return out
+
+
+def gemm_vq(
+    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, addend: Tensor | None = None,
+    *, capability: int,
+) -> Tensor:
+    """(M, N) in x.dtype. Scale and bias are of one dtype."""
+    (m, k), n, (words, vector) = x.shape, indices.shape[0], codebook.shape
+    out = _unset(m, n, dtype=x.dtype)
+    kind = next((DTYPES[tensor.dtype] for tensor in (scale, bias) if tensor is not None), 0)
+    _call("gemm_vq", GemmVQ(m, n, k, words.bit_length() - 1, vector, _at(x), DTYPES[x.dtype], _at(indices), _at(codebook),
+                            DTYPES[codebook.dtype], _at(scale), _at(bias), kind, _at(addend), 0 if addend is None else DTYPES[addend.dtype],
+                            _at(out), DTYPES[x.dtype]), capability)
     return out

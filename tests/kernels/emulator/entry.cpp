@@ -42,6 +42,7 @@ NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuan
 NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
 NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Where&))
 NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Where&))
+NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Where&))
 NIBBLE_ABSENT(Route route(const char*, int, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(size_t workspace_bytes(const char*, int, int64_t, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(Codes codes(int))
@@ -52,6 +53,7 @@ NIBBLE_ENTRY(GemmW4A4Up, gemm_w4a4_up)
 NIBBLE_ENTRY(GemmW4A4UpGeluQuantizeDown, gemm_w4a4_up_gelu_quantize_down)
 NIBBLE_ENTRY(W4A16, gemv_w4a16)
 NIBBLE_ENTRY(W4A16, gemm_w4a16)
+NIBBLE_ENTRY(GemmVQ, gemm_vq)
 
 extern "C" {
 
@@ -86,6 +88,7 @@ size_t emulated_size(const char* name) {
     if (n == "GemmW4A4Up") return sizeof(nibble::GemmW4A4Up);
     if (n == "GemmW4A4UpGeluQuantizeDown") return sizeof(nibble::GemmW4A4UpGeluQuantizeDown);
     if (n == "W4A16") return sizeof(nibble::W4A16);
+    if (n == "GemmVQ") return sizeof(nibble::GemmVQ);
     return n == "Where" ? sizeof(nibble::Where) : 0;
 }
 }

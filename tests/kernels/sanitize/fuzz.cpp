@@ -332,6 +332,36 @@ void fuzz_w4a16(Where where) {
         }
 }
 
+// ---- gemm_vq ----------------------------------------------------------------------------------------------------------------
+
+void fuzz_vq(Where where) {
+    const int bits = static_cast<int>(any(1, 12)), vector = pick({1, 2, 4, 8});
+    const int64_t M = pick<int64_t>({0, 1, 3, 8, 17}), N = pick<int64_t>({1, 20, 75, 300}), K = 64 * any(1, 5), row = K / vector * bits / 8;
+    Bytes indices = random_bytes(N * row);
+    Floats x(any_dtype(), M * K), codebook(any_dtype(), int64_t(vector) << bits), scale(any_dtype(), N), bias(scale.dtype, N);
+    Floats addend(any_dtype(), M * N), out(any_dtype(), M * N), again(out.dtype, M * N);
+    x.fill(1), codebook.fill(1), scale.fill(0.3), bias.fill(1), addend.fill(1);
+    const bool has_scale = coin(), has_bias = coin(), has_addend = coin();
+    GemmVQ op{M, N, K, bits, vector, x.data(), x.dtype, indices.data(), codebook.data(), codebook.dtype, has_scale ? scale.data() : nullptr,
+              has_bias ? bias.data() : nullptr, scale.dtype, has_addend ? addend.data() : nullptr, addend.dtype, out.data(), out.dtype};
+    cpu::gemm_vq(op, where);
+    op.out = again.data(), where.threads = 3;
+    cpu::gemm_vq(op, where);
+    require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())), "gemm_vq with three threads");
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = (has_bias ? bias[n] : 0) + (has_addend ? addend[m * N + n] : 0), magnitude = std::fabs(sum);
+            for (int64_t k = 0; k < K; ++k) {
+                int64_t index = 0;
+                for (int64_t b = bits - 1, first = k / vector * bits; b >= 0; --b)
+                    index = 2 * index + (indices[static_cast<size_t>(n * row + (first + b) / 8)] >> (first + b) % 8 & 1);
+                const double term = x[m * K + k] * codebook[index * vector + k % vector] * (has_scale ? scale[n] : 1);
+                sum += term, magnitude += std::fabs(term);
+            }
+            require(close(out[m * N + n], sum, magnitude, out.rounding()), "gemm_vq");
+        }
+}
+
 void check_refusals(Where where) {
     QuantizeDown op{};
     op.codes = Codes::e4m3;
@@ -364,7 +394,7 @@ int main(int count, char** arguments) {
         const unsigned seed = static_cast<unsigned>(std::atoi(arguments[3]) + round);
         generator.seed(seed);
         where_it_is = "round with seed " + std::to_string(seed);
-        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16}) fuzz(where);
+        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(where);
     }
     std::printf("%s rounds agree\n", arguments[2]);
 }

@@ -11,9 +11,9 @@ from nibble.quant.architectures import flux1_shapes
 from nibble.quant.container import FileRefused, open_quantized
 from nibble.quant.published import convert as converting
 from nibble.quant.published.convert import convert, facts_of
+from nibble.quant.stored import tensor_json
 from nibble.quant.svdquant.pipeline import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.svdquant.weight import tensor_json
 
 from compare import assert_same
 from published_files import METADATA, awq, random_linear, random_w4a16, svdquant

@@ -8,8 +8,9 @@ from nibble.quant.container import FileRefused, open_quantized
 from nibble.quant.published.convert import convert, facts_of
 from nibble.quant.published.names import families
 from nibble.quant.published.opening import is_4bit, open_4bit
+from nibble.quant.stored import tensor_json
 from nibble.quant.svdquant.joining import join_rows, split_rows
-from nibble.quant.svdquant.weight import FORMATS, tensor_json
+from nibble.quant.svdquant.weight import FORMATS
 
 from compare import assert_same
 from published_files import METADATA, RandomFlux, random_linear, svdquant

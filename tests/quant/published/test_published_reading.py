@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from nibble.quant.container import FileRefused, open_quantized
 from nibble.quant.published import tiles
 from nibble.quant.published.opening import is_4bit, open_4bit
-from nibble.quant.svdquant.weight import FORMATS, json_tensor, tensor_json
+from nibble.quant.stored import json_tensor, tensor_json
+from nibble.quant.svdquant.weight import FORMATS
 
 from compare import assert_same
 from published_files import RandomFlux, awq, random_linear, random_w4a16, svdquant

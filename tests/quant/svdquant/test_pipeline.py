@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.container import FileRefused, open_quantized, read_header
+from nibble.quant.report import Report
 from nibble.quant.sources import StateDictSource
 from nibble.quant.statistics import InputStats
 from nibble.quant.svdquant import pipeline
 from nibble.quant.svdquant.pipeline import layout, predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.svdquant.report import Report
 from nibble.quant.svdquant.weight import FORMATS
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
@@ -241,7 +241,7 @@ def test_a_damaged_target_of_ours_is_made_again(whole, tmp_path):
 
 
 def test_a_report_that_is_too_long_is_shortened(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "_room", lambda metadata, *_: len(json.dumps({**metadata, "report": "x" * 300})))
+    monkeypatch.setattr(pipeline, "room", lambda metadata, *_: len(json.dumps({**metadata, "report": "x" * 300})))
     report = quantize_checkpoint(source, tmp_path / "q.safetensors", FAST)
     file = open_quantized(tmp_path / "q.safetensors")
     file.verify()

@@ -7,8 +7,9 @@ import torch
 
 from nibble.kernels.reference import SHIFT, hadamard64
 from nibble.quant.packing import pack_int4
+from nibble.quant.stored import json_tensor, tensor_json
 from nibble.quant.svdquant.linear import SVDQuantLinear, W4A16Linear, as_module
-from nibble.quant.svdquant.weight import FORMATS, SVDQuantWeight, W4A16Weight, json_tensor, tensor_json
+from nibble.quant.svdquant.weight import FORMATS, SVDQuantWeight, W4A16Weight
 
 OPTIONS = {"plain": {}, "unsigned": {"act_unsigned": True}, "rotated": {"rotation": 64}}
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -4,7 +4,7 @@ import json
 import statistics
 from dataclasses import asdict, dataclass, field
 
-ACTIONS = ("w4a4", "w4a16", "keep")
+ACTIONS = {"w4a4": "W4A4", "w4a16": "4-bit weights only", "vq": "of codewords", "keep": "kept in 16 bit"}  # and how people call them
 
 
 @dataclass
@@ -21,7 +21,7 @@ class LayerRow:
 
 @dataclass
 class Report:
-    """A run. Sizes are of the diffusion model before and of the 4-bit file after; seconds are of this run only and never stored in the
+    """A run. Sizes are of the diffusion model before and of the quantized file after; seconds are of this run only and never stored in the
     file, so that two runs with the same options give the same bytes."""
     architecture: str
     rows: list[LayerRow] = field(default_factory=list)
@@ -30,9 +30,9 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    def decibels(self, action: str = "w4a4") -> list[float]:
-        """The errors of all layers with this action, worst first."""
-        return sorted(row.db for row in self.rows if row.action == action and row.db is not None)
+    def decibels(self, actions: tuple[str, ...] = ("w4a4", "vq")) -> list[float]:
+        """The errors of all layers with these actions, worst first."""
+        return sorted(row.db for row in self.rows if row.action in actions and row.db is not None)
 
     def summary(self) -> list[tuple[str, str]]:
         """(label, value) lines for people."""
@@ -40,7 +40,7 @@ class Report:
         lines = [("architecture", self.architecture),
                  ("size", f"{_size(self.bytes_before)} → {_size(self.bytes_after)} "
                           f"({self.bytes_before / max(self.bytes_after, 1):.1f}x)"),
-                 ("layers", f"{counts['w4a4']} W4A4, {counts['w4a16']} 4-bit weights only, {counts['keep']} kept in 16 bit")]
+                 ("layers", ", ".join(f"{count} {ACTIONS[action]}" for action, count in counts.items() if count or action == "keep"))]
         if errors := self.decibels():
             lines.append(("error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB"))
         if self.seconds:
