@@ -19,7 +19,7 @@ if not CHROMIUM:
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-NODES = ("NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "NibbleDemoPrompt")
+NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Nibble*.md"))
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
 LOOKS = {"classic-dark": (False, "dark"), "classic-light": (False, "light"), "nodes2-dark": (True, "dark"), "nodes2-light": (True, "light")}
 OURS = "/extensions/ComfyUI-Nibble/"
