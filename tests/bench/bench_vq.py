@@ -36,8 +36,10 @@ from nibble.quant.vq4dit import pipeline  # noqa: E402
 from nibble.quant.vq4dit.recipe import Recipe  # noqa: E402
 
 RESULTS = HERE / "results"
-ARMS = ["16-bit", "best 3", "best 2", *(f"round to nearest {bits}" for bits in (4, 3, 2)), "k-means 2", "k-means 3", "fast 2", "fast 3",
+ARMS = ["16-bit", "best 3", "best 2", *(f"round to nearest {bits}" for bits in (4, 3, 2)), "round to nearest, a scale a row 4",
+        "k-means 2", "k-means 3", "fast 2", "fast 3",
         "vq4dit 2", "vq4dit 3", "k-means 4", "fast 4", "best on noise 3", "best on noise 2", "best 4"]
+ROUNDED = {"round to nearest": True, "round to nearest, a scale a row": False}
 FLUX_LAYERS = ["fast", "best"]
 
 
@@ -46,18 +48,19 @@ def changes(kind: str) -> tuple[str, dict]:
     return {"k-means": ("fast", {"scaled": False, "turns": 0}), "best on noise": ("best", {})}.get(kind, (kind, {}))
 
 
-def round_to_nearest(bits: int) -> tuple[torch.nn.Module, int]:
-    """The demo FLUX with the layers that codewords would replace rounded in groups of 64, and the bytes they would take."""
+def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, int]:
+    """The demo FLUX with the layers that codewords would replace rounded in groups of 64, or with a scale a row, and the bytes they would take."""
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
     modules, size = linears.find_linears(flux), source.bytes
     with torch.no_grad():
         for layer in pipeline.plan(source.shapes, Recipe.from_preset("fast"), source.name):
             if layer.action == "keep":
                 continue
-            size += layer.N * (layer.K * bits // 8 + layer.K // 64 * 2) - 2 * layer.N * layer.K
+            size += layer.N * (layer.K * bits // 8 + (layer.K // 64 if grouped else 1) * 2) - 2 * layer.N * layer.K
             for part in models.diffusers_parts(layer.name):
                 weight, top = modules[part].weight, 2 ** (bits - 1) - 1
                 scale = group_absmax(weight) / top
+                scale = scale if grouped else scale.amax(0, keepdim=True).expand_as(scale)
                 codes = quantize_groups(weight, scale).clamp(-top, top)
                 weight.copy_(dequantize_groups(codes, scale))
     return flux, size
@@ -70,8 +73,8 @@ def one(name: str, options: argparse.Namespace) -> dict:
     row = {"arm": name}
     if name == "16-bit":
         model, size = pictures.load_flux(), pictures.FLUX_FILE.stat().st_size
-    elif kind == "round to nearest":
-        model, size = round_to_nearest(int(bits))
+    elif kind in ROUNDED:
+        model, size = round_to_nearest(int(bits), ROUNDED[kind])
     else:
         preset, other = changes(kind)
         recipe, target = Recipe.from_preset(preset, bits=int(bits), **other), options.out.with_name(f"demo-{name.replace(' ', '-')}.safetensors")

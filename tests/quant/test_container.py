@@ -154,7 +154,7 @@ def test_files_that_are_no_quantized_models_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"version": "2"}, "update Nibble"), ({"version": ""}, "update Nibble"), ({"method": "vq"}, "update Nibble"),
+    ({"version": "2"}, "update Nibble"), ({"version": ""}, "update Nibble"), ({"method": "sorcery"}, "update Nibble"),
     ({"facts": {"format": "int3"}}, "unknown format"), ({"facts": {"format": "svdquant_w4a4", "rank": 16, "new": 1}}, "new"),
     ({"facts": {"format": "svdquant_w4a4", "rank": 8}}, "proj_down"), ({"x.weight_scale": None}, "weight_scale"),
     ({"x.weight": torch.zeros(8, 32).bfloat16()}, "int8"), ({"x.weight": torch.zeros(8, 16, dtype=torch.int8)}, "damaged layer"),
