@@ -207,7 +207,7 @@ def _layer_of(name: str, layers: Mapping, quantized: bool = False) -> str | None
 
 
 def velocity(flux: nn.Module, latents: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
-    """FLUX's velocity for latents (batch, 16, h, w) at times t (batch,), 1 = noise; the same shape.
+    """FLUX's velocity for latents (batch, 16, h, w) at times t (batch,), 1 = noise; the same shape (of its output channels).
 
     tokens (batch, T, context) and pooled (batch, vector) are the prompt, guidance (batch,) the distilled scale.
     """
@@ -217,7 +217,7 @@ def velocity(flux: nn.Module, latents: Tensor, t: Tensor, tokens: Tensor, pooled
     ids = torch.stack([torch.zeros(h, w), *torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")], -1)
     out = flux(hidden_states=packed, timestep=t, guidance=guidance, pooled_projections=pooled, encoder_hidden_states=tokens,
                txt_ids=torch.zeros(tokens.shape[1], 3).to(packed), img_ids=ids.reshape(h * w, 3).to(packed), return_dict=False)[0]
-    return out.reshape(batch, h, w, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(latents.shape)
+    return out.reshape(batch, h, w, -1, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
 
 
 def schedule(steps: int, shift: float = SHIFT) -> Tensor:

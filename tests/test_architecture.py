@@ -24,7 +24,7 @@ RULES = {
     "quant.intlora":   ({"kernels", "quant"},                       set()),
     "quant.vq4dit":    ({"kernels", "quant"},                       set()),
     "quant.published": ({"kernels", "quant"},                       set()),
-    "accel":           ({"kernels"},                                set()),
+    "accel":           ({"kernels", "quant.container", "quant.training"},  set()),
     "nodes":           ({"nodes.bridge", "quant", "accel", "demo"}, {"comfy_api"}),
     "nodes.bridge":    ({"quant", "accel", "kernels", "demo"},      HOSTS - {"diffusers", "nibble_kernels"}),
     "demo":            ({"quant", "kernels"},                       set()),

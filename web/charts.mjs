@@ -6,6 +6,7 @@ import { curvePlot } from "./curve.mjs";
 import { bytes, decibels, groupBy, h, sum } from "./dom.mjs";
 import { keptBody, keptList } from "./kept.mjs";
 import { loraBody, loraList } from "./lora.mjs";
+import { patchesPlot } from "./patches.mjs";
 import { ACTIONS, layerPlot } from "./plot.mjs";
 import { CSS } from "./style.mjs";
 import { blocksPlot, usedCodebooks } from "./vq.mjs";
@@ -14,7 +15,7 @@ const HARDEST = 6; // layers in the list of the least accurate
 const LONG = 40; // characters; a longer value is a sentence and not a figure
 const DRAWN = new Set(["size", "layers"]); // summary lines that the bar and its legend already tell
 const DRAW = { layers: layersChart, facts: factsChart, lora: loraChart, kept: keptChart, curve: curveChart, blocks: blocksChart,
-  codebooks: layersChart };
+  codebooks: layersChart, patches: patchesChart };
 const afterOf = (rows) => sum(rows, (row) => row.bytes_after);
 let sheet = null;
 
@@ -72,6 +73,11 @@ function keptChart(chart) {
 function curveChart(chart) {
   return h("section.nibble-chart", heading(chart), statistics(chart.summary), chart.points?.length && [
     h("div.nibble-plot-title", h("span", "Loss"), h("span.nibble-note", "dots: steps; line: their mean; ring: its lowest point")), curvePlot(chart)]);
+}
+
+/** What FEATHER kept of a prompt's images. */
+function patchesChart(chart) {
+  return h("section.nibble-chart", heading(chart), patchesPlot(chart), statistics(chart.summary));
 }
 
 function heading(chart) {

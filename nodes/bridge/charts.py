@@ -5,6 +5,8 @@
     {"kind": "facts", "title": str, "summary": [[label, value], …]}
     {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
      "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (shares of a LoRA that layers keep: `kept`)
+    {"kind": "patches", "title", "subtitle", "summary", "tokens": [int of each layer, …], "flops": [before, after], "stages": int,
+     "pictures": [{"rows": int, "columns": int, "url": data URL of a JPEG, "stage": [how many stages each patch lasted, in raster order, …]}, …]}
 """
 
 from __future__ import annotations

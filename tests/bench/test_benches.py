@@ -80,3 +80,13 @@ def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
     outputs = 38 * (18432 + 9216) + 6144
     assert found["bytes"] == {"layers": 77, "weights": outputs * 3072 * 17 // 32 + 2 * outputs, "a_step": 2 * outputs}
     assert [row["ready"] for row in found["run"]["runs"]] == [26, 28] and found["run"]["products"] == 28
+
+
+def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
+    """Hardly trained nets, one picture: every method is there, and with two calls Adams-Bashforth but for the last step is Euler's method."""
+    out = tmp_path / "caf.json"
+    run("bench_caf.py", "--out", out, "--train-steps", 2, "--prompts", 1, "--shifts", 3, "--calls", 2)
+    found = json.loads(out.read_text())
+    assert len(found["mixture"]["rows"]) == 6 and all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
+    psnr = {row["method"]: row["psnr"] for row in found["training-free"]["rows"]}
+    assert psnr["lms, order 2"] == pytest.approx(psnr["euler"], abs=0.01) != psnr["constant acceleration, limit None"]

@@ -1,0 +1,51 @@
+"""What to minimise for the two nets of Constant Acceleration Flow, for any model: a loss that draws its batch, and times, from one generator.
+
+Batches are couplings: noise and the data that a teacher's sampler made of it, with whatever the model is conditioned on. Couplings are
+deterministic, so paths hardly cross, and what is left of crossings the acceleration net resolves by the initial velocity that it is given.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from . import flow
+
+Batch = tuple[Tensor, Tensor, Any]              # noise (batch, …), data of the same shape, condition: anything the nets understand
+Batches = Callable[[Generator], Batch]
+_TIMES = 1000  # t is one of 0, 1/1000, …, 1, as in the paper's code: both ends are asked for in sampling and inversion
+
+
+def times(count: int, generator: Generator, device: torch.device | str = "cpu") -> Tensor:
+    """t (count,), uniform over {0, 1/1000, …, 1}, float32."""
+    return torch.randint(0, _TIMES + 1, (count,), generator=generator).to(device) / _TIMES
+
+
+def velocity_objective(net: Callable[[Tensor, Tensor, Any], Tensor], batches: Batches, h: float) -> Callable[[Generator], Tensor]:
+    """generator → loss of the velocity net `net(x, t, condition)`."""
+    def loss(generator: Generator) -> Tensor:
+        noise, data, condition = batches(generator)
+        return flow.velocity_loss(lambda x, t: net(x, t, condition), noise, data, times(len(noise), generator, noise.device), h)
+    return loss
+
+
+def acceleration_objective(net: Callable[[Tensor, Tensor, Tensor, Any], Tensor], velocity: Callable[[Tensor, Tensor, Any], Tensor],
+                           batches: Batches) -> Callable[[Generator], Tensor]:
+    """generator → loss of the acceleration net `net(x, t, v0, condition)`, with v0 from the trained velocity net."""
+    def loss(generator: Generator) -> Tensor:
+        noise, data, condition = batches(generator)
+        with torch.no_grad():
+            start = velocity(noise, noise.new_zeros(len(noise)), condition)
+        return flow.acceleration_loss(lambda x, t, v: net(x, t, v, condition), noise, data, start, times(len(noise), generator, noise.device))
+    return loss
+
+
+def rectified_objective(net: Callable[[Tensor, Tensor, Any], Tensor], batches: Batches) -> Callable[[Generator], Tensor]:
+    """generator → loss of 2-rectified flow (Liu et al. 2022, arXiv:2209.03003) on the same couplings: the baseline, a constant velocity."""
+    def loss(generator: Generator) -> Tensor:
+        noise, data, condition = batches(generator)
+        t = times(len(noise), generator, noise.device)
+        x = torch.lerp(noise, data, flow.at(t, noise))
+        return torch.nn.functional.mse_loss(net(x, t, condition), data - noise)
+    return loss

@@ -1,0 +1,67 @@
+"""The equations of constant acceleration, with answers worked out by hand, and what must hold for any path."""
+
+import pytest
+import torch
+
+from nibble.accel.caf import flow
+
+NOISE, DATA = torch.tensor([[0.0, 0.0], [1.0, -1.0]]), torch.tensor([[2.0, 4.0], [3.0, 1.0]])
+
+
+def test_a_path_worked_out_by_hand():
+    """From 0 to 2 with v0 = 3 (h = 1.5): a = 2·2 - 2·3 = -2, and at t = 1/2 it stands at 0 + 3/2 - 2/8 = 1.25."""
+    velocity = flow.initial_velocity(NOISE, DATA, 1.5)
+    assert velocity.tolist() == [[3.0, 6.0], [3.0, 3.0]]
+    assert flow.acceleration(NOISE, DATA, velocity).tolist() == [[-2.0, -4.0], [-2.0, -2.0]]
+    assert flow.interpolate(NOISE, DATA, velocity, torch.tensor([0.5, 0.5])).tolist() == [[1.25, 2.5], [2.25, 0.25]]
+
+
+@pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
+def test_paths_begin_and_end_where_they_should(h):
+    velocity = flow.initial_velocity(NOISE, DATA, h)
+    assert torch.equal(flow.interpolate(NOISE, DATA, velocity, torch.zeros(2)), NOISE)
+    assert torch.equal(flow.interpolate(NOISE, DATA, velocity, torch.ones(2)), DATA)
+
+
+@pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
+def test_a_path_with_the_ideal_velocity_is_a_straight_line_at_another_pace(h):
+    t = torch.tensor([0.3, 0.8])
+    path = flow.interpolate(NOISE, DATA, flow.initial_velocity(NOISE, DATA, h), t)
+    torch.testing.assert_close(path, torch.lerp(NOISE, DATA, flow.retimed(t, h)[:, None]))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
+def test_exact_nets_arrive_in_any_number_of_steps_and_lead_back(steps, h):
+    """The midpoint rule is exact for a linear velocity, so constant acceleration needs one step."""
+    start = flow.initial_velocity(NOISE, DATA, h)
+    called = []
+
+    def velocity(x, t):
+        called.append("velocity")
+        return start
+
+    def accelerate(x, t, v):
+        called.append("acceleration")
+        assert torch.equal(v, start)
+        return flow.acceleration(NOISE, DATA, start)
+
+    arrived = flow.sample(velocity, accelerate, NOISE, steps)
+    torch.testing.assert_close(arrived, DATA)
+    assert called == ["velocity"] + ["acceleration"] * steps, "steps + 1 calls"
+    noise, found = flow.invert(velocity, accelerate, DATA, steps)
+    torch.testing.assert_close(noise, NOISE)
+    torch.testing.assert_close(flow.sample(velocity, accelerate, noise, steps, found), DATA)
+
+
+def test_the_initial_velocity_gets_no_gradient_from_the_acceleration():
+    velocity = torch.ones(2, 2, requires_grad=True)
+    weight = torch.tensor(1.0, requires_grad=True)
+    flow.acceleration_loss(lambda x, t, v: weight * v, NOISE, DATA, velocity, torch.full((2,), 0.5)).backward()
+    assert velocity.grad is None and weight.grad is not None
+
+
+def test_losses_are_zero_for_nets_that_know_the_answer():
+    t, v = torch.tensor([0.25, 0.75]), flow.initial_velocity(NOISE, DATA, 1.5)
+    assert flow.velocity_loss(lambda x, t: v, NOISE, DATA, t, 1.5) == 0
+    assert flow.acceleration_loss(lambda x, t, start: 2 * (DATA - NOISE) - 2 * start, NOISE, DATA, v, t) == 0
