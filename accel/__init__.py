@@ -1,1 +1,1 @@
-"""accel/ - less work: which steps, layers and tokens need not be computed. Pure algorithms: tensors in, tensors out; no model is known here."""
+"""accel/ - less work: which steps of a sampling run, which layers and which tokens need not be computed. Pure algorithms: no model, no host."""

@@ -2,12 +2,14 @@
  * Draws the charts that Nibble's nodes report: chart JSON in (its schema is nodes/bridge/charts.py), one HTML element out.
  * Pure drawing: knows nothing of ComfyUI but the names of its palette variables.
  */
+import { calibrationPlots } from "./calibration.mjs";
 import { curvePlot } from "./curve.mjs";
 import { bytes, decibels, groupBy, h, sum } from "./dom.mjs";
 import { keptBody, keptList } from "./kept.mjs";
 import { loraBody, loraList } from "./lora.mjs";
 import { patchesPlot } from "./patches.mjs";
 import { ACTIONS, layerPlot } from "./plot.mjs";
+import { strip } from "./strip.mjs";
 import { CSS } from "./style.mjs";
 import { blocksPlot, usedCodebooks } from "./vq.mjs";
 
@@ -15,7 +17,7 @@ const HARDEST = 6; // layers in the list of the least accurate
 const LONG = 40; // characters; a longer value is a sentence and not a figure
 const DRAWN = new Set(["size", "layers"]); // summary lines that the bar and its legend already tell
 const DRAW = { layers: layersChart, facts: factsChart, lora: loraChart, kept: keptChart, curve: curveChart, blocks: blocksChart,
-  codebooks: layersChart, patches: patchesChart };
+  codebooks: layersChart, strip: stripChart, calibration: calibrationChart, patches: patchesChart };
 const afterOf = (rows) => sum(rows, (row) => row.bytes_after);
 let sheet = null;
 
@@ -78,6 +80,16 @@ function curveChart(chart) {
 /** What FEATHER kept of a prompt's images. */
 function patchesChart(chart) {
   return h("section.nibble-chart", heading(chart), patchesPlot(chart), statistics(chart.summary));
+}
+
+/** A sampling run with a cache: which steps were computed and which reused. */
+function stripChart(chart) {
+  return h("section.nibble-chart", heading(chart), strip(chart), chart.summary?.length > 0 && statistics(chart.summary));
+}
+
+/** What a calibration found out about a model: how its output follows its input, and what reusing a result would cost at each step. */
+function calibrationChart(chart) {
+  return h("section.nibble-chart", heading(chart), statistics(chart.summary), calibrationPlots(chart));
 }
 
 function heading(chart) {

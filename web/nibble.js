@@ -3,6 +3,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { showChart } from "./widget.mjs";
 
+const HISTORY = 20; // runs to look through, oldest first
 const chartOf = (output) => output?.nibble_chart?.[0];
 
 app.registerExtension({
@@ -24,6 +25,19 @@ app.registerExtension({
       if (chartOf(output)) showChart(this, chartOf(output));
       return result;
     };
+  },
+
+  /** After a reload of the page the workflow is back without the outputs of its last run; ComfyUI's history still has them. */
+  async afterConfigureGraph() {
+    const id = app.rootGraph?.id ?? app.graph?.id;
+    if (!id) return;
+    const reply = await api.fetchApi(`/history?max_items=${HISTORY}`);
+    if (!reply.ok) return;
+    const runs = Object.values(await reply.json()).filter((run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === id);
+    for (const [name, output] of runs.flatMap((run) => Object.entries(run.outputs ?? {}))) {
+      const node = chartOf(output) && runningNode(name);
+      if (node) showChart(node, chartOf(output));
+    }
   },
 
   /** Called when a workflow tab comes back with the outputs of its last run: its nodes are new and have no chart yet. */

@@ -120,6 +120,58 @@ export const CSS = `
 .nibble-veil { fill: #0b0d10; }
 .nibble-swatch.nibble-patch { background: color-mix(in srgb, #0b0d10 var(--veil), #d4d8de); box-shadow: 0 0 0 1px var(--nibble-rule); }
 .nibble-steps { display: block; width: 100%; height: 56px; margin-top: 6px; }
+.nibble-strip {
+  position: relative; display: grid; grid-template-columns: 26px minmax(0, 1fr); gap: 0 6px; margin-top: 10px; outline: none;
+}
+.nibble-strip-named { grid-template-columns: minmax(26px, max-content) minmax(0, 1fr); }
+.nibble-strip-bare { grid-template-columns: 0 minmax(0, 1fr); gap: 0; }
+.nibble-strip:focus-visible { outline: 1px solid var(--nibble-soft); outline-offset: 2px; }
+.nibble-strip-name {
+  position: relative; align-self: center; max-width: 110px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  text-align: right; font-size: 10px; line-height: 12px; color: var(--nibble-soft);
+}
+.nibble-strip-scale { align-self: stretch; overflow: visible; }
+.nibble-strip-scale > span { position: absolute; right: 0; transform: translateY(-6px); }
+.nibble-change { display: block; width: 100%; overflow: visible; }
+.nibble-area { fill: var(--nibble-w4a4); opacity: .2; }
+.nibble-teeth { fill: none; stroke: var(--nibble-w4a4); stroke-width: 1.5; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+.nibble-threshold { stroke: var(--nibble-w4a16); stroke-width: 1.5; stroke-dasharray: 5 3; vector-effect: non-scaling-stroke; }
+.nibble-change .nibble-cursor { vector-effect: non-scaling-stroke; }
+.nibble-lane { display: flex; height: 18px; margin-top: 3px; }
+.nibble-strip-named .nibble-lane { height: 14px; }
+.nibble-step { flex: 1 1 0; min-width: 0; border-radius: 2px; }
+.nibble-step-computed { background: var(--nibble-w4a4); }
+.nibble-step-reused {
+  background: color-mix(in srgb, var(--nibble-w4a4) 20%, transparent);
+  box-shadow: inset 0 0 0 1px color-mix(in srgb, var(--nibble-w4a4) 60%, transparent);
+}
+.nibble-lane-fine .nibble-step { border-radius: 1px; }
+.nibble-lane-fine .nibble-step-reused { box-shadow: none; }
+.nibble-step-pending { background: var(--nibble-rule); }
+.nibble-step-chosen { outline: 1.5px solid var(--nibble-ink); outline-offset: 0; }
+.nibble-numbers { position: relative; height: 14px; margin-top: 2px; font-size: 10px; line-height: 14px; color: var(--nibble-soft); }
+.nibble-numbers > span { position: absolute; transform: translateX(-50%); }
+.nibble-dash { display: inline-block; width: 14px; height: 0; margin-right: 5px; vertical-align: 3px; border-top: 2px solid var(--nibble-w4a4); }
+.nibble-dash-threshold { border-top: 2px dashed var(--nibble-w4a16); }
+
+.nibble-xy { position: relative; margin: 6px 4px 0 34px; }
+.nibble-xy svg { display: block; width: 100%; overflow: visible; }
+.nibble-xy .nibble-tick { left: -30px; width: 26px; }
+.nibble-xy-x { position: relative; height: 13px; margin-top: 3px; font-size: 10px; line-height: 13px; color: var(--nibble-soft); }
+.nibble-xy-x > span { position: absolute; transform: translateX(-50%); }
+.nibble-xy-label { text-align: center; font-size: 10px; color: var(--nibble-soft); }
+.nibble-point { fill: var(--nibble-w4a4); opacity: .5; }
+.nibble-curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; vector-effect: non-scaling-stroke; stroke: var(--nibble-w4a4); }
+.nibble-curve-1 { stroke: var(--nibble-w4a16); }
+.nibble-curve-2 { stroke: var(--nibble-keep); }
+.nibble-curve-3 { stroke: #2f9e6e; }
+.nibble-curve-4 { stroke: #9a72d0; }
+.nibble-curve-5 { stroke: #d9534f; }
+.nibble-dash-1 { border-color: var(--nibble-w4a16); }
+.nibble-dash-2 { border-color: var(--nibble-keep); }
+.nibble-dash-3 { border-color: #2f9e6e; }
+.nibble-dash-4 { border-color: #9a72d0; }
+.nibble-dash-5 { border-color: #d9534f; }
 
 .nibble-details { margin-top: 8px; border-top: 1px solid var(--nibble-rule); padding-top: 7px; }
 .nibble-details > summary { cursor: pointer; font-weight: 600; }

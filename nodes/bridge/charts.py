@@ -7,6 +7,11 @@
      "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (shares of a LoRA that layers keep: `kept`)
     {"kind": "patches", "title", "subtitle", "summary", "tokens": [int of each layer, …], "flops": [before, after], "stages": int,
      "pictures": [{"rows": int, "columns": int, "url": data URL of a JPEG, "stage": [how many stages each patch lasted, in raster order, …]}, …]}
+    {"kind": "strip", "title": str, "subtitle": str, "summary": [[label, value], …], "threshold": float | null, "measure": str | null,
+     "forwards": float | null, "cells": [{"step", "sigma": float | null, "computed": bool | null, "why": str, "change": float | null}, …],
+     "rows": [{"name": str, "computed": [bool | null, …]}, …]}    (a cell a sampling step, null: still to come; rows: parts of a step, if any)
+    {"kind": "calibration", "title": str, "subtitle": str, "summary": [[label, value], …], "points": [[x, y], …], "fit": [[x, y], …],
+     "series": [{"name": str, "y": [float | null, …]}, …]}        (what entered and left the model, the curve through it; errors step by step)
 """
 
 from __future__ import annotations

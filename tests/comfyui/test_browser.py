@@ -46,6 +46,14 @@ class Screen:
         self.page.on("console", lambda m: self._note(m.type in ("error", "warning"), f"{m.text} {m.location.get('url', '')}"))
         self.page.on("pageerror", lambda error: self._note(True, f"{error} {error.stack}"))
         self.page.goto(url)
+        self._settle()
+
+    def reload(self) -> None:
+        """Loads the page again, as after closing and opening the browser."""
+        self.page.reload()
+        self._settle()
+
+    def _settle(self) -> None:
         self.page.wait_for_function(READY, timeout=90_000)
         self.page.wait_for_timeout(1500)  # the first run's dialogs and the default workflow
         self.page.keyboard.press("Escape")

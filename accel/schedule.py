@@ -1,0 +1,133 @@
+"""Which steps to compute when so many may be computed: even spacing, and a search that needs no model.
+
+In a run that integrates dx = v ds, a skipped step i uses the guess sum_j w_ij v_j, so the end is off, to first order, by
+
+    e = sum over skipped i of (s_{i+1} - s_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² = cᵀ G c,   G_ij = <v_i, v_j>
+
+G is measured once on calibration prompts (steps x steps numbers a prompt); then any mask with any guess is judged in microseconds, and a search
+over masks of a fixed budget (the idea of BudCache, arXiv 2606.13496, which anneals with the model in the loop) takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .extrapolate import Reuse, weights
+from .steps import Decision, Step, Window
+
+RESTARTS = 4
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The rule that computes the steps of a mask (True: computed), known before the run: nothing is measured and nothing waited for."""
+
+    mask: tuple[bool, ...]
+    window: Window = Window()
+
+    def stream(self) -> FixedStream:
+        return FixedStream(self)
+
+
+class FixedStream:
+    """The rule at work; every stream decides alike, but one that has nothing to reuse yet computes."""
+
+    def __init__(self, rule: Fixed):
+        self.rule = rule
+
+    def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
+        why = self.rule.window.forbids(step) or (None if len(nodes) else "new")
+        if why:
+            return Decision(True, why)
+        wanted = self.rule.mask[min(step.index, len(self.rule.mask) - 1)]
+        return Decision(wanted, "schedule" if wanted else "reused")
+
+    def computed(self) -> None:
+        """Nothing to start again."""
+
+
+def uniform(total: int, computed: int) -> list[bool]:
+    """`computed` of `total` steps, evenly spread, the first and the last among them. ValueError unless 2 <= computed <= total."""
+    if not 2 <= computed <= total:
+        raise ValueError(f"2 to {total} of {total} steps can be computed, not {computed}.")
+    places = {round(i * (total - 1) / (computed - 1)) for i in range(computed)}
+    return [i in places for i in range(total)]
+
+
+def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -> np.ndarray:
+    """c of the formula above: how much of each step's velocity ends up in the error. float64 (steps,). mask[0] is taken as computed."""
+    found, computed = np.zeros(len(mask)), []
+    for i, wanted in enumerate(mask):
+        if wanted or not computed:
+            computed.append(i)
+            continue
+        length = sigmas[i + 1] - sigmas[i]
+        guess = weights([sigmas[j] for j in computed], sigmas[i], reuse)
+        for j, weight in zip(computed[-len(guess):], guess, strict=True):
+            found[j] += length * weight
+        found[i] -= length
+    return found
+
+
+def error(mask: Sequence[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> float:
+    """The foretold error at the end of the run: root mean over prompts of |e|^4, to the fourth root, so that the worst prompts weigh most.
+
+    grams: float64 (prompts, steps, steps).
+    """
+    c = contributions(mask, sigmas, reuse)
+    squares = np.maximum(np.einsum("i,pij,j->p", c, grams, c), 0.0)
+    return float(np.mean(squares ** 2) ** 0.25)
+
+
+def search(computed: int, sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse, restarts: int = RESTARTS, seed: int = 0) -> list[bool]:
+    """The best mask found by swapping computed and skipped steps until nothing helps, from even spacing and from random starts.
+
+    First and last step stay computed. grams as in `error`; sigmas: steps + 1 values.
+    """
+    total, rng = len(sigmas) - 1, np.random.default_rng(seed)
+    best, least = None, np.inf
+    for start in range(restarts):
+        mask = uniform(total, computed)
+        if start:
+            inner = set(rng.choice(np.arange(1, total - 1), computed - 2, replace=False).tolist())
+            mask = [i in inner or i in (0, total - 1) for i in range(total)]
+        mask, found = _descend(mask, sigmas, grams, reuse)
+        if found < least:
+            best, least = mask, found
+    return best
+
+
+def _descend(mask: list[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> tuple[list[bool], float]:
+    least = error(mask, sigmas, grams, reuse)
+    while True:
+        inner = range(1, len(mask) - 1)
+        swaps = [(i, j) for i in inner if mask[i] for j in inner if not mask[j]]
+        found = [(error(_swapped(mask, i, j), sigmas, grams, reuse), i, j) for i, j in swaps]
+        if not found or min(found)[0] >= least * 0.999:
+            return mask, least
+        least, i, j = min(found)
+        mask = _swapped(mask, i, j)
+
+
+def _swapped(mask: list[bool], i: int, j: int) -> list[bool]:
+    out = list(mask)
+    out[i], out[j] = out[j], out[i]
+    return out
+
+
+def spread(mask: Sequence[bool], known: Sequence[float], wanted: Sequence[float]) -> list[bool]:
+    """A mask for another schedule of sigmas: as many of its steps computed as the share asks for, at the same places of the computed density.
+
+    The computed steps' share of the run is a function of the step's share; the new steps are placed by its inverse. known and wanted: steps + 1.
+    """
+    if len(known) == len(wanted) and np.allclose(known, wanted, rtol=1e-3):
+        return list(mask)
+    places = [i / (len(mask) - 1) for i, value in enumerate(mask) if value]
+    total = len(wanted) - 1
+    count = max(2, round(len(places) / len(mask) * total))
+    along = np.interp(np.linspace(0, len(places) - 1, count), np.arange(len(places)), places)
+    chosen = {round(float(place) * (total - 1)) for place in along} | {0, total - 1}
+    return [i in chosen for i in range(total)]
