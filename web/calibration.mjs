@@ -43,7 +43,7 @@ function xyPlot({ points, lines, xLabel, fromZero }) {
       ticks.map((value) => s("line.nibble-grid", { x1: "0%", x2: "100%", y1: y(value), y2: y(value) })),
       points.filter((point) => point.every(Number.isFinite)).map((point) => s("circle.nibble-point", { cx: `${x(point[0])}%`, cy: y(point[1]), r: 1.8 })),
       s("svg", { width: "100%", height: HEIGHT, viewBox: `0 0 100 ${HEIGHT}`, preserveAspectRatio: "none" },
-        lines.map(({ xy, colour }) => s(`path.nibble-curve.nibble-curve-${colour}`, { d: path(xy, x, y) })))),
+        lines.map(({ xy, colour }) => s(`path.nibble-fit.nibble-fit-${colour}`, { d: path(xy, x, y) })))),
     h("div.nibble-xy-x", { "aria-hidden": "true" }, marks.map((value) => h("span", { style: `left:${x(value)}%` }, short(value)))),
     h("div.nibble-xy-label", xLabel));
 }

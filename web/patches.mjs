@@ -38,7 +38,7 @@ function picture({ rows, columns, url, stage }, last) {
 
 function bars(tokens) {
   const most = Math.max(...tokens);
-  return s("svg.nibble-steps", { viewBox: `0 0 ${tokens.length} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": tokens.join(", ") },
+  return s("svg.nibble-layers-left", { viewBox: `0 0 ${tokens.length} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": tokens.join(", ") },
     tokens.map((count, i) => s("rect.nibble-cell", { x: i + 0.06, y: HEIGHT * (1 - count / most), width: 0.88, height: (HEIGHT * count) / most },
       s("title", `layer ${i}: ${count} tokens`))));
 }

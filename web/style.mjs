@@ -119,7 +119,7 @@ export const CSS = `
 .nibble-picture svg { position: absolute; inset: 0; width: 100%; height: 100%; border-radius: 4px; shape-rendering: crispEdges; }
 .nibble-veil { fill: #0b0d10; }
 .nibble-swatch.nibble-patch { background: color-mix(in srgb, #0b0d10 var(--veil), #d4d8de); box-shadow: 0 0 0 1px var(--nibble-rule); }
-.nibble-steps { display: block; width: 100%; height: 56px; margin-top: 6px; }
+.nibble-layers-left { display: block; width: 100%; height: 56px; margin-top: 6px; }
 .nibble-strip {
   position: relative; display: grid; grid-template-columns: 26px minmax(0, 1fr); gap: 0 6px; margin-top: 10px; outline: none;
 }
@@ -161,12 +161,12 @@ export const CSS = `
 .nibble-xy-x > span { position: absolute; transform: translateX(-50%); }
 .nibble-xy-label { text-align: center; font-size: 10px; color: var(--nibble-soft); }
 .nibble-point { fill: var(--nibble-w4a4); opacity: .5; }
-.nibble-curve { fill: none; stroke-width: 1.75; stroke-linejoin: round; vector-effect: non-scaling-stroke; stroke: var(--nibble-w4a4); }
-.nibble-curve-1 { stroke: var(--nibble-w4a16); }
-.nibble-curve-2 { stroke: var(--nibble-keep); }
-.nibble-curve-3 { stroke: #2f9e6e; }
-.nibble-curve-4 { stroke: #9a72d0; }
-.nibble-curve-5 { stroke: #d9534f; }
+.nibble-fit { fill: none; stroke-width: 1.75; stroke-linejoin: round; vector-effect: non-scaling-stroke; stroke: var(--nibble-w4a4); }
+.nibble-fit-1 { stroke: var(--nibble-w4a16); }
+.nibble-fit-2 { stroke: var(--nibble-keep); }
+.nibble-fit-3 { stroke: #2f9e6e; }
+.nibble-fit-4 { stroke: #9a72d0; }
+.nibble-fit-5 { stroke: #d9534f; }
 .nibble-dash-1 { border-color: var(--nibble-w4a16); }
 .nibble-dash-2 { border-color: var(--nibble-keep); }
 .nibble-dash-3 { border-color: #2f9e6e; }

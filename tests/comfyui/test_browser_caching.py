@@ -92,7 +92,7 @@ def test_apply_and_calibrate_draw_in_their_nodes(screen):  # noqa: F811
     graph.save(graph.sample(applied, graph.prompt(), steps=12))
     run(screen, graph, applied)
     assert screen.page.locator(".nibble-lane").count() >= 2, "a lane for each kind of block"
-    assert screen.page.locator(".nibble-point").count() == 2 * 11 and screen.page.locator(".nibble-curve").count() >= 2
+    assert screen.page.locator(".nibble-point").count() == 2 * 11 and screen.page.locator(".nibble-fit").count() >= 2
     screen.page.evaluate("([a, c]) => { app.graph.getNodeById(Number(c)).pos = [520, 60]; app.graph.getNodeById(Number(a)).pos = [60, 60]; "
                          "app.canvas.setDirty(true, true); }", [applied, calibration])
     screen.page.wait_for_timeout(500)
