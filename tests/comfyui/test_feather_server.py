@@ -95,7 +95,7 @@ def test_both_nodes_draw_the_picture_and_its_patches(page, look):
     told = page.page.evaluate("() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind === 'patches')")
     kept = page.page.locator(".nibble-picture svg").first.get_attribute("aria-label")
     assert kept == f"{told['pictures'][0]['stage'].count(2)} of 729 patches kept"
-    assert page.page.locator(".nibble-steps rect").count() == 2 * len(told["tokens"])
+    assert page.page.locator(".nibble-layers-left rect").count() == 2 * len(told["tokens"])
     for chart in page.page.locator(".nibble-widget").all():  # nothing is cut off
         seen, needed = chart.evaluate("(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]")
         assert needed <= seen + 1 and needed > 300
