@@ -13,9 +13,9 @@ SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmak
 demo: $(VENV)/ready        ## quantize the demo FLUX to 4 bits, draw with both, write demo.png
 	$(RUN) -m nibble demo --out demo.png
 
-test: $(VENV)/kernels      ## every test that this machine can run; the others say why they skip
-	$(RUN) -m pytest -q tests
-	$(RUN) -m pytest -q tests/kernels --without-extension
+test: $(VENV)/kernels      ## every test that this machine can run; the others say why they skip. One thread: small tensors gain nothing from two
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/kernels --without-extension
 
 bench: $(VENV)/kernels     ## ratios against peers, written to tests/bench/results
 	$(RUN) -m nibble bench all
