@@ -101,7 +101,7 @@ def _check(name: str, value: str, known) -> None:
         raise ValueError(f"{name} is one of {', '.join(known)}, not {value!r}.")
 
 
-# Thresholds of error control; what they cost and give: tests/bench/results/cache.json. Rounding makes a low-bit model's velocity rough from step to
+# Thresholds of error control; what they cost and give: tests/bench/results/cache-*.json. Rounding makes a low-bit model's velocity rough from step to
 # step, and a threshold below that roughness skips nothing.
 PRESETS = {"quality": 0.01, "balanced": 0.03, "fast": 0.1}
 LOW_BIT_PRESETS = {"quality": 0.02, "balanced": 0.05, "fast": 0.1}
