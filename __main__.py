@@ -228,8 +228,8 @@ def inspect(options: argparse.Namespace) -> None:
     from .quant.published.opening import is_4bit
     if options.plan:
         name, report = _plan(options)
-        size = f"rank {options.rank}" if options.method == "svdquant" else f"{options.bits} bits"
-        facts = {"model": name, "options": size, "report": json.loads(report.to_json(seconds=False))}
+        size = {"rank": options.rank} if options.method == "svdquant" else {"bits": options.bits}
+        facts = {"model": name, **size, "report": json.loads(report.to_json(seconds=False))}
     elif is_quantized(options.file):
         quantized = open_quantized(options.file)
         if options.verify:
@@ -282,7 +282,8 @@ def _print_facts(name: str, facts: dict, verified: bool) -> None:
         _print_rows(report.rows)
         _print_summary(name, lines + report.summary() + [("checksums", "all tensors match")] * verified)
         if facts.get("model"):
-            print(f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f} GB at {facts['options']}")
+            how = f"rank {facts['rank']}" if "rank" in facts else f"{facts['bits']} bits"
+            print(f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f} GB at {how}")
     else:
         _print_summary(name, [(key, str(value)) for key, value in facts.items() if key != "file"])
 

@@ -61,6 +61,19 @@ def test_inspect_of_a_16_bit_file(source, capsys):
     assert facts["rank"] == 16 and {row["action"] for row in facts["report"]["rows"]} == {"w4a4", "w4a16", "keep"}
 
 
+def test_codewords_are_made_inspected_and_planned(source, tmp_path, capsys):
+    target = tmp_path / "vq.safetensors"
+    assert cli.main(["quantize", str(source), str(target), "--method", "vq", "--codewords", "16", "--vector", "2", "--keep", "single_blocks.*"]) == 0
+    assert {layer["format"] for layer in open_quantized(target).layers.values()} == {"vq"}
+    capsys.readouterr()
+    assert cli.main(["inspect", str(target), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "all tensors match" in out and "double_blocks.0.img_attn.qkv" in out and "vq" in out
+    assert cli.main(["inspect", str(source), "--plan", "--method", "vq", "--bits", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits"] == 2
+    assert "--rank belongs to --method svdquant" in refused(capsys, "quantize", str(source), str(target), "--method", "vq", "--rank", "32")
+
+
 def test_published_files_are_named_and_converted(tmp_path, capsys):
     blocks, others = RandomFlux(single=1).nunchaku()
     for name, tensors in (("transformer_blocks", blocks), ("unquantized_layers", others)):
