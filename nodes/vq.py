@@ -56,7 +56,8 @@ def _sources() -> list:
         io.Combo.Input("model_name", options=quantizing.sources() or [NO_SOURCES],
                        tooltip="A 16-bit, fp8 or ComfyUI-quantized model in models/diffusion_models. Ignored when a model is connected."),
         io.Combo.Input("bits", options=_BITS, default="3",
-                       tooltip="Bits a weight. 3: about as close as rounding to 4 bits. 2: experimental, the smallest file; use the preset 'best'. 4: closest."),
+                       tooltip="Bits a weight. 3: about as close as rounding to 4 bits. 2: experimental, the smallest file; use "
+                               "the preset 'best'. 4: closest."),
         io.Combo.Input("preset", options=list(PRESET_HELP), default="fast", tooltip=help_text),
         io.String.Input("filename", default="", tooltip="Name of the new file. Empty: the source's name + -vq<bits>-<preset>."),
         io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name that was made with other options."),
