@@ -23,12 +23,13 @@ from .container import FileRefused, read_header, read_tensor
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop}
 _MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg")  # what these remember of a parameter, besides the number of steps
-_FREE = ("steps", "save_every", "lr")  # options that may change when a run is resumed
+_FREE = ("steps", "save_every", "lr")  # options that may change when a run is resumed; steps only where lr does not depend on them
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a training run. lr: constant after `warmup` steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate: losses a step."""
+    """Of a training run. lr: constant after `warmup` steps, and falling to 0 over the last share `decay` of all steps; weight_decay: AdamW's; clip: of
+    the gradient's norm; accumulate: losses a step."""
 
     steps: int = 500
     lr: float = 1e-3
@@ -39,6 +40,7 @@ class Options:
     accumulate: int = 1
     seed: int = 0
     save_every: int = 50
+    decay: float = 0.0
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -46,9 +48,16 @@ class Options:
         for name, value in asdict(self).items():
             if name == "optimizer":
                 continue
-            low = 0 if name in ("weight_decay", "warmup", "seed") else 1e-12
+            low = 0 if name in ("weight_decay", "warmup", "seed", "decay") else 1e-12
             if not low <= value < 2 ** 63:
                 raise ValueError(f"{name}={value} is not {'positive' if low else 'zero or more'}")
+        if self.decay > 1:
+            raise ValueError(f"decay={self.decay} is not a share between 0 and 1")
+
+    def rate(self, done: int) -> float:
+        """The learning rate of the step after `done` steps."""
+        left = (self.steps - done) / (self.steps * self.decay) if self.decay else 1.0
+        return self.lr * min(1.0, (done + 1) / max(1, self.warmup), left)
 
 
 def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generator], Tensor], options: Options, identity: str = "",
@@ -58,7 +67,7 @@ def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generato
 
     parameters    name → what is trained; the names are those in the state file
     loss          generator → a scalar; everything random in it must come from the generator
-    identity      what must agree for a state to be resumed, besides the options (steps and lr may change)
+    identity      what must agree for a state to be resumed, besides the options (steps and lr may change, with a decay lr alone)
     state         a file to resume from and to save to, atomically, every `save_every` steps and at the end; None: nothing is kept
     checkpointed  blocks whose activations are computed again in the backward pass instead of kept
     losses        a list that is filled with the loss of every step, the resumed ones first
@@ -67,7 +76,9 @@ def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generato
     """
     losses = [] if losses is None else losses
     names = {parameter: name for name, parameter in parameters.items()}
-    identity = json.dumps([identity, {name: value for name, value in asdict(options).items() if name not in _FREE}])
+    fixed = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    fixed = fixed | {"steps": options.steps} if options.decay else {name: value for name, value in fixed.items() if name != "decay"}
+    identity = json.dumps([identity, fixed])
     decay = {"weight_decay": options.weight_decay} if options.optimizer == "AdamW" else {}
     optimizer = OPTIMIZERS[options.optimizer](names, lr=options.lr, **decay)
     if state is not None:
@@ -87,7 +98,7 @@ def steps(parameters: Mapping[str, nn.Parameter], loss: Callable[[torch.Generato
 def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, done: int) -> float:
     """One step of the optimizer; the mean loss."""
     for group in optimizer.param_groups:
-        group["lr"] = options.lr * min(1.0, (done + 1) / max(1, options.warmup))
+        group["lr"] = options.rate(done)
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
     for i in range(options.accumulate):

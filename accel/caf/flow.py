@@ -10,7 +10,7 @@ which tells it which of the crossing paths it is on. h = 1 is a straight line at
 arXiv:2411.00322: the ODE, its path and both losses are section 4, sampling algorithm 2, inversion algorithm 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,31 +52,47 @@ def acceleration_loss(net: Acceleration, noise: Tensor, data: Tensor, velocity: 
     return torch.nn.functional.mse_loss(net(interpolate(noise, data, velocity, t), t, velocity), acceleration(noise, data, velocity))
 
 
-def sample(velocity: Velocity, accelerate: Acceleration, noise: Tensor, steps: int, start: Tensor | None = None,
-           report: Callable[[int, Tensor], None] = lambda step, x: None) -> Tensor:
-    """noise (batch, …) → data, by algorithm 2: one call of the velocity net, then `steps` of the acceleration net, so steps + 1 calls.
+def uniform(steps: int) -> list[float]:
+    """Times 0, 1/steps, …, 1, as algorithm 2 takes them."""
+    return [i / steps for i in range(steps + 1)]
 
-    start: the initial velocity, where it is known from `invert`; the velocity net is not called then.
+
+def sample(velocity: Velocity, accelerate: Acceleration, noise: Tensor, times: Sequence[float], start: Tensor | None = None,
+           report: Callable[[int, Tensor], None] = lambda step, x: None) -> Tensor:
+    """x (batch, …) at times[0] → at times[-1], by algorithm 2: one call of the velocity net, then one of the acceleration net a step.
+
+    times: rising, of any spacing, 0 … 1 from noise to data; a first time above 0 begins at a picture with noise in it
+    start: the initial velocity, where it is known from `invert`; the velocity net is not called then
+    report: called as report(step, x) after each step
     """
-    v = velocity(noise, noise.new_zeros(len(noise))) if start is None else start
+    v = velocity(noise, noise.new_full((len(noise),), times[0])) if start is None else start
     x = noise
-    for i in range(steps):
-        t = noise.new_full((len(noise),), i / steps)
-        x = x + (v + (2 * i + 1) / (2 * steps) * accelerate(x, t, v)) / steps
+    for i, (now, then) in enumerate(zip(times, times[1:], strict=False)):
+        x = step(accelerate, x, v, now, then)
         report(i, x)
     return x
 
 
-def invert(velocity: Velocity, accelerate: Acceleration, data: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """data (batch, …) → (noise, initial velocity), by algorithm 3; `sample` with both leads back."""
-    v = velocity(data, data.new_ones(len(data)))
+def step(accelerate: Acceleration, x: Tensor, start: Tensor, now: float, then: float) -> Tensor:
+    """x at time `now` → at `then`, forwards or back, with the acceleration at x: exact where that is constant."""
+    t = x.new_full((len(x),), now)
+    return x + (then - now) * (start + (now + then) / 2 * accelerate(x, t, start))
+
+
+def invert(velocity: Velocity, accelerate: Acceleration, data: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """data (batch, …) at times[0] → (noise, initial velocity), by algorithm 3; times fall, as 1 … 0. `sample` with both leads back."""
+    v = velocity(data, data.new_full((len(data),), times[0]))
     x = data
-    for i in range(steps, 0, -1):
-        t = data.new_full((len(data),), i / steps)
-        x = x - (v + (2 * i - 1) / (2 * steps) * accelerate(x, t, v)) / steps
+    for now, then in zip(times, times[1:], strict=False):
+        x = step(accelerate, x, v, now, then)
     return x, v
 
 
 def retimed(t: Tensor, h: float) -> Tensor:
     """How far along a straight line a path with v0 = h (x1 - x0) is at time t: h t + (1 - h) t^2."""
     return h * t + (1 - h) * t * t
+
+
+def time_of(share: Tensor, h: float) -> Tensor:
+    """The time t at which `retimed(t, h)` is `share`, both in [0, 1]; h in [0, 2]."""
+    return 2 * share / (h + (h * h + 4 * (1 - h) * share).clamp_min(0).sqrt()).clamp_min(1e-12)

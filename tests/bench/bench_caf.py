@@ -86,7 +86,7 @@ class Mixture:
         speed, push = self.starts[h], copy.deepcopy(self.starts[h])
         seen = (lambda x, t, v, c=None: push(x, t, v)) if conditioned else (lambda x, t, v, c=None: push(x, t))
         fit(push, objectives.acceleration_objective(seen, of(speed), self.draw), self.steps)
-        return self.error(lambda x, calls: flow.sample(speed, seen, x, calls - 1))
+        return self.error(lambda x, calls: flow.sample(speed, seen, x, flow.uniform(calls - 1)))
 
 
 def measure_mixture(options: argparse.Namespace) -> dict:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from nibble.quant import training
+from nibble.quant.container import FileRefused
 from nibble.quant.training import Options
 
 
@@ -75,6 +76,18 @@ def test_every_optimizer_goes_on_from_its_state(optimizer, tmp_path):
     rest, resumed = run(6, state=tmp_path / "state")
     assert first + rest == losses and torch.equal(whole, resumed)
     assert not torch.equal(run(9, lr=0.01, state=tmp_path / "state")[1], run(9)[1]), "the learning rate may change"
+
+
+def test_the_rate_falls_to_nothing_over_the_last_share_of_the_steps(tmp_path):
+    """Warmed up over 2 of 8 steps, falling over the last 4."""
+    options = Options(steps=8, lr=1.0, warmup=2, decay=0.5)
+    assert [options.rate(done) for done in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    weight = nn.Parameter(torch.ones(4))
+    list(training.steps({"w": weight}, lambda generator: weight.sum(), options, state=tmp_path / "state"))
+    with pytest.raises(FileRefused, match="other options"):
+        list(training.steps({"w": weight}, lambda generator: weight.sum(), Options(steps=9, lr=1.0, warmup=2, decay=0.5), state=tmp_path / "state"))
+    with pytest.raises(ValueError, match="decay=2 is not a share"):
+        Options(decay=2)
 
 
 def test_an_unknown_optimizer_is_refused():

@@ -46,12 +46,12 @@ def test_exact_nets_arrive_in_any_number_of_steps_and_lead_back(steps, h):
         assert torch.equal(v, start)
         return flow.acceleration(NOISE, DATA, start)
 
-    arrived = flow.sample(velocity, accelerate, NOISE, steps)
+    arrived = flow.sample(velocity, accelerate, NOISE, flow.uniform(steps))
     torch.testing.assert_close(arrived, DATA)
     assert called == ["velocity"] + ["acceleration"] * steps, "steps + 1 calls"
-    noise, found = flow.invert(velocity, accelerate, DATA, steps)
+    noise, found = flow.invert(velocity, accelerate, DATA, flow.uniform(steps)[::-1])
     torch.testing.assert_close(noise, NOISE)
-    torch.testing.assert_close(flow.sample(velocity, accelerate, noise, steps, found), DATA)
+    torch.testing.assert_close(flow.sample(velocity, accelerate, noise, flow.uniform(steps), found), DATA)
 
 
 def test_the_initial_velocity_gets_no_gradient_from_the_acceleration():
@@ -65,3 +65,26 @@ def test_losses_are_zero_for_nets_that_know_the_answer():
     t, v = torch.tensor([0.25, 0.75]), flow.initial_velocity(NOISE, DATA, 1.5)
     assert flow.velocity_loss(lambda x, t: v, NOISE, DATA, t, 1.5) == 0
     assert flow.acceleration_loss(lambda x, t, start: 2 * (DATA - NOISE) - 2 * start, NOISE, DATA, v, t) == 0
+
+
+def test_times_of_any_spacing_and_from_the_middle():
+    """Exact nets stand where the path does at each of them; from t = 1/4 the velocity net is asked there."""
+    start, asked, seen = flow.initial_velocity(NOISE, DATA, 1.5), [], []
+
+    def velocity(x, t):
+        asked.append(t.tolist())
+        return start
+
+    def accelerate(x, t, v):
+        return flow.acceleration(NOISE, DATA, start)
+    quarter = flow.interpolate(NOISE, DATA, start, torch.full((2,), 0.25))
+    arrived = flow.sample(velocity, accelerate, quarter, [0.25, 0.375, 1.0], report=lambda step, x: seen.append(x))
+    torch.testing.assert_close(arrived, DATA)
+    torch.testing.assert_close(seen[0], flow.interpolate(NOISE, DATA, start, torch.full((2,), 0.375)))
+    assert asked == [[0.25, 0.25]]
+
+
+@pytest.mark.parametrize("h", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_a_share_of_the_line_has_its_time(h):
+    t = torch.linspace(0, 1, 9, dtype=torch.float64)
+    torch.testing.assert_close(flow.time_of(flow.retimed(t, h), h), t, atol=1e-7, rtol=0)

@@ -51,7 +51,7 @@ def errors(batches):
         seen = (lambda x, t, v, c=None: push(x, t, v)) if conditioned else (lambda x, t, v, c=None: push(x, t))
         fit(push, objectives.acceleration_objective(seen, of(speed), batches))
         with torch.no_grad():
-            return mean_distance(flow.sample(speed, seen, noise, 1))
+            return mean_distance(flow.sample(speed, seen, noise, flow.uniform(1)))
 
     straight = fit(net := mixture.Net(64), objectives.rectified_objective(of(net), batches))
     with torch.no_grad():

@@ -1,0 +1,232 @@
+"""The two heads of Constant Acceleration Flow as a file of their own beside any flow model: low-rank branches, or whole differences.
+
+    y = linear(x) + up (down x)           of every adapted layer; rank 0: y = linear(x) + difference x
+    y = input(x) + extra(v0)              of the input layer of the acceleration head
+
+The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated to x as more channels): a layer on concatenated channels is
+the sum of two. What the input layer would be given for v0 is found by running the model on v0 up to there (`presented_by`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ...quant.container import FileRefused, Header, read_header, read_tensor
+
+FORMAT, ENDING = "nibble-caf/1", ".caf.safetensors"
+# where transformers take their latent in, in order of trial: a linear on patches, or a convolution that makes them
+_INPUTS = ("img_in", "img_in.proj", "x_embedder", "x_embedder.proj", "x_embedder.proj.1", "patch_embedding", "patchify_proj", "init_x_linear",
+           "img_embedder", "patch_embed.proj", "input_layer", "proj_in")
+
+
+class Head(nn.Module):
+    """Branches of linears, float32: layers[name] has `down` (rank, K) and `up` (N, rank), or `difference` (N, K); `extra`: weight for v0, or None."""
+
+    def __init__(self, layers: dict[str, dict[str, Tensor]], extra: Tensor | None):
+        super().__init__()
+        self.names = list(layers)
+        self.layers = nn.ModuleList(nn.ParameterDict(tensors) for tensors in layers.values())  # names hold dots, which modules may not
+        self.extra = None if extra is None else nn.Parameter(extra)
+
+    def branches(self) -> dict[str, nn.ParameterDict]:
+        """Layer name → its tensors."""
+        return dict(zip(self.names, self.layers, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name in the file → tensor."""
+        found = {f"{layer}.{kind}": tensor for layer, tensors in self.branches().items() for kind, tensor in tensors.items()}
+        return found if self.extra is None else found | {"extra": self.extra}
+
+
+class Adapter(nn.Module):
+    """Both heads, h, the name of the input layer, and facts of the training (JSON). rank 0: whole differences."""
+
+    def __init__(self, velocity: Head, acceleration: Head, h: float, rank: int, input_layer: str, facts: dict | None = None):
+        super().__init__()
+        self.velocity, self.acceleration = velocity, acceleration
+        self.h, self.rank, self.input_layer, self.facts = h, rank, input_layer, dict(facts or {})
+
+    @classmethod
+    def create(cls, model: nn.Module, names: Iterable[str], rank: int, h: float, seed: int = 0) -> Adapter:
+        """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for a layer, rank or model that cannot have them."""
+        generator, modules, layers = torch.Generator().manual_seed(seed), dict(model.named_modules()), {}
+        for name in names:
+            outputs, inputs = modules[name].out_features, modules[name].in_features
+            if not 0 <= rank <= min(outputs, inputs):
+                raise ValueError(f"rank {rank} is not between 0 and {min(outputs, inputs)}, the smaller side of {name}; choose another rank.")
+            if rank:
+                bound = 1 / math.sqrt(inputs)  # kaiming_uniform with a = sqrt(5), as LoRA
+                layers[name] = {"down": torch.rand(rank, inputs, generator=generator) * 2 * bound - bound, "up": torch.zeros(outputs, rank)}
+            else:
+                layers[name] = {"difference": torch.zeros(outputs, inputs)}
+        place = input_layer(model)
+        return cls(Head(layers, None), Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))), h, rank, place)
+
+    def accelerate_from_velocity(self) -> None:
+        """The acceleration head begins where the velocity head is, seeing nothing of v0 yet."""
+        with torch.no_grad():
+            for name, tensor in self.velocity.tensors().items():
+                self.acceleration.tensors()[name].copy_(tensor)
+            self.acceleration.extra.zero_()
+
+    def head(self, name: str) -> Head:
+        """`velocity` or `acceleration`."""
+        return {"velocity": self.velocity, "acceleration": self.acceleration}[name]
+
+
+def _copied(layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {layer: {kind: tensor.clone() for kind, tensor in tensors.items()} for layer, tensors in layers.items()}
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Of a linear, also a quantized one, or of a convolution."""
+    return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
+
+
+def input_layer(model: nn.Module) -> str:
+    """The dotted name of the module that sees the latent first. Raises ValueError for a model in which it is not known."""
+    modules = dict(model.named_modules())
+    for name in _INPUTS:
+        module = modules.get(name)
+        if hasattr(module, "in_features") or isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            return name
+    raise ValueError(f"{type(model).__name__} takes its latent in by none of {', '.join(_INPUTS)}, so it cannot be given an initial velocity; "
+                     "FLUX, SD3, Qwen-Image, Wan, Lumina and their kin can.")
+
+
+# ---- beside a model
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, head: Head, place: str, presented: Tensor | None = None) -> Iterator[None]:
+    """The model with a head while entered, and without any trace of it afterwards.
+
+    place: the input layer; presented: what that is given for the initial velocity (`presented_by`), None: no initial velocity
+    """
+    modules, handles = dict(model.named_modules()), []
+    try:
+        for name, tensors in head.branches().items():
+            handles.append(modules[name].register_forward_hook(_branch(tensors)))
+        if presented is not None and head.extra is not None:
+            handles.append(modules[place].register_forward_hook(_extra(head.extra, presented)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _branch(tensors: nn.ParameterDict) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = args[0]
+        if "difference" in tensors:
+            return output + nn.functional.linear(x, tensors["difference"].to(x)).to(output.dtype)
+        inner = nn.functional.linear(x, tensors["down"].to(x))
+        return output + nn.functional.linear(inner, tensors["up"].to(x)).to(output.dtype)
+    return hook
+
+
+def _extra(weight: Tensor, presented: Tensor) -> Callable:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = presented.to(args[0])
+        if x.shape != args[0].shape:  # called once more, for something else: a reference picture
+            return output
+        if weight.ndim == 2:
+            return output + nn.functional.linear(x, weight.to(x)).to(output.dtype)
+        convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
+        return output + convolve(x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups).to(output.dtype)
+    return hook
+
+
+class _Seen(BaseException):
+    """Carries an input layer's input out of a model; no `except Exception` on the way holds it up."""
+
+
+def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Tensor:
+    """What the layer `place` is first given when `call()` runs the model, which is stopped there."""
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise _Seen(args[0])
+    handle = model.get_submodule(place).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            call()
+    except _Seen as seen:
+        return seen.args[0]
+    finally:
+        handle.remove()
+    raise ValueError(f"{type(model).__name__} drew a picture without its layer {place}, so it cannot be given an initial velocity.")
+
+
+def check(adapter: Adapter, model: nn.Module, file: str, what: str = "the connected model") -> None:
+    """Raises FileRefused unless every layer of the adapter is one of the model, of the same shape."""
+    modules = dict(model.named_modules())
+    for head in (adapter.velocity, adapter.acceleration):
+        for name, tensors in head.branches().items():
+            wanted = tuple(tensors["difference"].shape) if "difference" in tensors else (len(tensors["up"]), tensors["down"].shape[1])
+            has = _weight_shape(modules[name]) if hasattr(modules.get(name), "in_features") else None
+            if has != wanted:
+                raise FileRefused(f"{file} changes {name} ({wanted[0]} x {wanted[1]}), and {what} has "
+                                  f"{'no such layer' if has is None else f'{has[0]} x {has[1]} there'}; connect the model that it was trained for.")
+    extra, layer = adapter.acceleration.extra, modules.get(adapter.input_layer)
+    if layer is None or extra is not None and tuple(extra.shape) != _weight_shape(layer):
+        raise FileRefused(f"{file} feeds the initial velocity to {adapter.input_layer}, which does not fit {what}; connect the model that it was trained for.")
+
+
+# ---- on disk
+
+
+def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
+    """Writes the adapter, whole or not at all. Raises FileRefused where the disk does not take it."""
+    path = Path(path)
+    tensors = {f"{kind}.{name}": tensor.detach().cpu().contiguous() for kind in ("velocity", "acceleration")
+               for name, tensor in adapter.head(kind).tensors().items()}
+    about = {"h": adapter.h, "rank": adapter.rank, "input_layer": adapter.input_layer, "facts": adapter.facts}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(save(tensors, {"format": FORMAT, "caf": json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FileRefused(f"{path.name} could not be written ({error.strerror}); check the disk or choose another folder.") from error
+
+
+def read_file(path: str | os.PathLike) -> Adapter:
+    """The adapter in a file, on the CPU in the file's dtypes. Raises FileRefused for anything that is not one."""
+    header = read_header(path)
+    name = Path(path).name
+    if header.metadata.get("format") != FORMAT:
+        raise FileRefused(f"{name} is no CAF file ({FORMAT}); choose one that Train CAF has made.")
+    try:
+        about = json.loads(header.metadata["caf"])
+        velocity, acceleration = (_head(header, f"{kind}.") for kind in ("velocity", "acceleration"))
+        return Adapter(velocity, acceleration, float(about["h"]), int(about["rank"]), str(about["input_layer"]), about["facts"])
+    except FileRefused:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileRefused(f"{name} is damaged ({error}); download or train it again.") from error
+
+
+def _head(header: Header, prefix: str) -> Head:
+    layers: dict[str, dict[str, Tensor]] = {}
+    extra = None
+    for key in header.tensors:
+        if key == prefix + "extra":
+            extra = read_tensor(header, key)
+        elif key.startswith(prefix):
+            layer, kind = key.removeprefix(prefix).rsplit(".", 1)
+            layers.setdefault(layer, {})[kind] = read_tensor(header, key)
+    for layer, tensors in layers.items():
+        if set(tensors) not in ({"down", "up"}, {"difference"}) or any(tensor.ndim != 2 for tensor in tensors.values()):
+            raise ValueError(f"{layer} has {', '.join(sorted(tensors))}")
+    return Head(layers, extra)
