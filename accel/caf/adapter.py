@@ -3,7 +3,7 @@
     y = linear(x) + up (down x)           of every adapted layer; rank 0: y = linear(x) + difference x
     y = input(x) + extra(v0)              of the input layer of the acceleration head
 
-The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated to x as more channels): a layer on concatenated channels is
+All branches are multiplied by `share(sigma, middle)`. The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated to x as more channels): a layer on concatenated channels is
 the sum of two. What the input layer would be given for v0 is found by running the model on v0 up to there (`presented_by`).
 """
 
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from ...quant.container import FileRefused, Header, read_header, read_tensor
 
 FORMAT, ENDING = "nibble-caf/1", ".caf.safetensors"
+MIDDLE = 0.0  # the default of `share`
 # where transformers take their latent in, in order of trial: a linear on patches, or a convolution that makes them
 _INPUTS = ("img_in", "img_in.proj", "x_embedder", "x_embedder.proj", "x_embedder.proj.1", "patch_embedding", "patchify_proj", "init_x_linear",
-           "img_embedder", "patch_embed.proj", "input_layer", "proj_in")
+           "img_embedder", "patch_embed.proj", "input_layer", "proj_in", "img_in_patch", "visual_embeddings.in_layer", "first", "input_proj", "latent_in",
+           "s_embedder.proj")
 
 
 class Head(nn.Module):
@@ -48,15 +50,15 @@ class Head(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Both heads, h, the name of the input layer, and facts of the training (JSON). rank 0: whole differences."""
+    """Both heads, h, how much of them acts half-way (`share`), the name of the input layer, and facts of the training (JSON). rank 0: whole differences."""
 
-    def __init__(self, velocity: Head, acceleration: Head, h: float, rank: int, input_layer: str, facts: dict | None = None):
+    def __init__(self, velocity: Head, acceleration: Head, h: float, rank: int, input_layer: str, middle: float = MIDDLE, facts: dict | None = None):
         super().__init__()
         self.velocity, self.acceleration = velocity, acceleration
-        self.h, self.rank, self.input_layer, self.facts = h, rank, input_layer, dict(facts or {})
+        self.h, self.rank, self.input_layer, self.middle, self.facts = h, rank, input_layer, middle, dict(facts or {})
 
     @classmethod
-    def create(cls, model: nn.Module, names: Iterable[str], rank: int, h: float, seed: int = 0) -> Adapter:
+    def create(cls, model: nn.Module, names: Iterable[str], rank: int, h: float, seed: int = 0, middle: float = MIDDLE) -> Adapter:
         """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for a layer, rank or model that cannot have them."""
         generator, modules, layers = torch.Generator().manual_seed(seed), dict(model.named_modules()), {}
         for name in names:
@@ -69,7 +71,7 @@ class Adapter(nn.Module):
             else:
                 layers[name] = {"difference": torch.zeros(outputs, inputs)}
         place = input_layer(model)
-        return cls(Head(layers, None), Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))), h, rank, place)
+        return cls(Head(layers, None), Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))), h, rank, place, middle)
 
     def accelerate_from_velocity(self) -> None:
         """The acceleration head begins where the velocity head is, seeing nothing of v0 yet."""
@@ -77,6 +79,10 @@ class Adapter(nn.Module):
             for name, tensor in self.velocity.tensors().items():
                 self.acceleration.tensors()[name].copy_(tensor)
             self.acceleration.extra.zero_()
+
+    def strength(self, sigma: Tensor) -> Tensor:
+        """`share` at noise level sigma (batch,)."""
+        return share(sigma, self.middle)
 
     def head(self, name: str) -> Head:
         """`velocity` or `acceleration`."""
@@ -106,44 +112,68 @@ def input_layer(model: nn.Module) -> str:
 # ---- beside a model
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module; what torch.compile has wrapped goes by its own name."""
+    return {name.replace("_orig_mod.", ""): module for name, module in model.named_modules()}
+
+
+def share(sigma: Tensor, middle: float) -> Tensor:
+    """How much of a head acts at noise level sigma (batch,): middle + (1 - middle) (1 - 2 sigma)^2, all of it at both ends.
+
+    There one step has to lead all the way, and the model is far off; half-way between, it is nearly right, and what training would do to it there is
+    mostly noise (measured: tests/bench/results/caf-distilled.json). middle = 1: all of it everywhere, as in the paper.
+    """
+    return middle + (1 - middle) * (1 - 2 * sigma) ** 2
+
+
 @contextlib.contextmanager
-def attached(model: nn.Module, head: Head, place: str, presented: Tensor | None = None) -> Iterator[None]:
+def attached(model: nn.Module, head: Head, place: str, presented: Tensor | None = None, strength: Tensor | None = None) -> Iterator[None]:
     """The model with a head while entered, and without any trace of it afterwards.
 
     place: the input layer; presented: what that is given for the initial velocity (`presented_by`), None: no initial velocity
+    strength: what every branch is multiplied by, (batch,) or (1,); None: 1
     """
-    modules, handles = dict(model.named_modules()), []
+    modules, handles = _modules(model), []
     try:
         for name, tensors in head.branches().items():
-            handles.append(modules[name].register_forward_hook(_branch(tensors)))
+            handles.append(modules[name].register_forward_hook(_branch(tensors, strength)))
         if presented is not None and head.extra is not None:
-            handles.append(modules[place].register_forward_hook(_extra(head.extra, presented)))
+            handles.append(modules[place].register_forward_hook(_extra(head.extra, presented, strength)))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _branch(tensors: nn.ParameterDict) -> Callable:
+def _branch(tensors: nn.ParameterDict, strength: Tensor | None) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        x = args[0]
-        if "difference" in tensors:
-            return output + nn.functional.linear(x, tensors["difference"].to(x)).to(output.dtype)
-        inner = nn.functional.linear(x, tensors["down"].to(x))
-        return output + nn.functional.linear(inner, tensors["up"].to(x)).to(output.dtype)
+        change = args[0]
+        for kind in ("difference",) if "difference" in tensors else ("down", "up"):
+            change = nn.functional.linear(change, tensors[kind].to(args[0]))
+        return output + _scaled(change, strength).to(output.dtype)
     return hook
 
 
-def _extra(weight: Tensor, presented: Tensor) -> Callable:
+def _extra(weight: Tensor, presented: Tensor, strength: Tensor | None) -> Callable:
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         x = presented.to(args[0])
         if x.shape != args[0].shape:  # called once more, for something else: a reference picture
             return output
         if weight.ndim == 2:
-            return output + nn.functional.linear(x, weight.to(x)).to(output.dtype)
-        convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
-        return output + convolve(x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups).to(output.dtype)
+            change = nn.functional.linear(x, weight.to(x))
+        else:
+            convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
+            change = convolve(x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups)
+        return output + _scaled(change, strength).to(output.dtype)
     return hook
+
+
+def _scaled(change: Tensor, strength: Tensor | None) -> Tensor:
+    """Each sample's rows by its own strength; a layer may see batch and tokens as one dimension, the batch first."""
+    if strength is None:
+        return change
+    rows = strength.to(change).repeat_interleave(len(change) // len(strength))
+    return change * rows.reshape(-1, *[1] * (change.ndim - 1))
 
 
 class _Seen(BaseException):
@@ -154,7 +184,7 @@ def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Te
     """What the layer `place` is first given when `call()` runs the model, which is stopped there."""
     def stop(module: nn.Module, args: tuple) -> None:
         raise _Seen(args[0])
-    handle = model.get_submodule(place).register_forward_pre_hook(stop)
+    handle = _modules(model)[place].register_forward_pre_hook(stop)
     try:
         with torch.no_grad():
             call()
@@ -167,7 +197,7 @@ def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Te
 
 def check(adapter: Adapter, model: nn.Module, file: str, what: str = "the connected model") -> None:
     """Raises FileRefused unless every layer of the adapter is one of the model, of the same shape."""
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     for head in (adapter.velocity, adapter.acceleration):
         for name, tensors in head.branches().items():
             wanted = tuple(tensors["difference"].shape) if "difference" in tensors else (len(tensors["up"]), tensors["down"].shape[1])
@@ -188,7 +218,7 @@ def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
     path = Path(path)
     tensors = {f"{kind}.{name}": tensor.detach().cpu().contiguous() for kind in ("velocity", "acceleration")
                for name, tensor in adapter.head(kind).tensors().items()}
-    about = {"h": adapter.h, "rank": adapter.rank, "input_layer": adapter.input_layer, "facts": adapter.facts}
+    about = {"h": adapter.h, "rank": adapter.rank, "input_layer": adapter.input_layer, "middle": adapter.middle, "facts": adapter.facts}
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -210,7 +240,7 @@ def read_file(path: str | os.PathLike) -> Adapter:
     try:
         about = json.loads(header.metadata["caf"])
         velocity, acceleration = (_head(header, f"{kind}.") for kind in ("velocity", "acceleration"))
-        return Adapter(velocity, acceleration, float(about["h"]), int(about["rank"]), str(about["input_layer"]), about["facts"])
+        return Adapter(velocity, acceleration, float(about["h"]), int(about["rank"]), str(about["input_layer"]), float(about["middle"]), about["facts"])
     except FileRefused:
         raise
     except (KeyError, TypeError, ValueError) as error:

@@ -17,27 +17,36 @@ Batches = Callable[[Generator], Batch]
 _TIMES = 1000  # t is one of 0, 1/1000, …, 1, as in the paper's code: both ends are asked for in sampling and inversion
 
 
-def times(count: int, generator: Generator, device: torch.device | str = "cpu") -> Tensor:
-    """t (count,), uniform over {0, 1/1000, …, 1}, float32."""
-    return torch.randint(0, _TIMES + 1, (count,), generator=generator).to(device) / _TIMES
+def times(count: int, generator: Generator, device: torch.device | str = "cpu", ends: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+    """t (count,) float32, uniform over {0, 1/1000, …, 1}; the shares `ends` of all draws are t = 0 and t = 1 instead.
+
+    Few steps ask for t = 0 most of all and inversion for t = 1: a short training had better spend its time there. The paper's is (0, 0).
+    """
+    drawn = torch.randint(0, _TIMES + 1, (count,), generator=generator) / _TIMES
+    if any(ends):
+        chance = torch.rand(count, generator=generator)
+        drawn = torch.where(chance < ends[0], 0.0, torch.where(chance < sum(ends), 1.0, drawn))
+    return drawn.to(device)
 
 
-def velocity_objective(net: Callable[[Tensor, Tensor, Any], Tensor], batches: Batches, h: float) -> Callable[[Generator], Tensor]:
-    """generator → loss of the velocity net `net(x, t, condition)`."""
+def velocity_objective(net: Callable[[Tensor, Tensor, Any], Tensor], batches: Batches, h: float,
+                       ends: tuple[float, float] = (0.0, 0.0)) -> Callable[[Generator], Tensor]:
+    """generator → loss of the velocity net `net(x, t, condition)`; ends: of `times`."""
     def loss(generator: Generator) -> Tensor:
         noise, data, condition = batches(generator)
-        return flow.velocity_loss(lambda x, t: net(x, t, condition), noise, data, times(len(noise), generator, noise.device), h)
+        return flow.velocity_loss(lambda x, t: net(x, t, condition), noise, data, times(len(noise), generator, noise.device, ends), h)
     return loss
 
 
 def acceleration_objective(net: Callable[[Tensor, Tensor, Tensor, Any], Tensor], velocity: Callable[[Tensor, Tensor, Any], Tensor],
-                           batches: Batches) -> Callable[[Generator], Tensor]:
-    """generator → loss of the acceleration net `net(x, t, v0, condition)`, with v0 from the trained velocity net."""
+                           batches: Batches, ends: tuple[float, float] = (0.0, 0.0)) -> Callable[[Generator], Tensor]:
+    """generator → loss of the acceleration net `net(x, t, v0, condition)`, with v0 from the trained velocity net; ends: of `times`."""
     def loss(generator: Generator) -> Tensor:
         noise, data, condition = batches(generator)
         with torch.no_grad():
             start = velocity(noise, noise.new_zeros(len(noise)), condition)
-        return flow.acceleration_loss(lambda x, t, v: net(x, t, v, condition), noise, data, start, times(len(noise), generator, noise.device))
+        drawn = times(len(noise), generator, noise.device, ends)
+        return flow.acceleration_loss(lambda x, t, v: net(x, t, v, condition), noise, data, start, drawn)
     return loss
 
 

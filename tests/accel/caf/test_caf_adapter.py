@@ -75,6 +75,24 @@ def test_branches_are_what_merging_them_would_be(net, rank):
     assert not torch.allclose(beside, plain)
 
 
+def test_heads_act_at_both_ends_and_fade_between_them(net):
+    """Each sample by its own noise level, whether a layer sees batch and tokens apart or as one."""
+    x, made = torch.randn(4, 3, 4, 4), filled(net)
+    shown = adapter.presented_by(net, made.input_layer, lambda: net(x))
+    sigma = torch.tensor([1.0, 0.5, 0.25, 0.0])
+    torch.testing.assert_close(adapter.share(sigma, 0.2), torch.tensor([1.0, 0.2, 0.4, 1.0]))
+    with adapter.attached(net, made.acceleration, made.input_layer, shown, made.strength(sigma)):
+        faded = net(x)
+        flat = net.blocks[0](torch.ones(8, 8))
+    with adapter.attached(net, made.acceleration, made.input_layer, shown):
+        whole = net(x)
+        most = net.blocks[0](torch.ones(8, 8))
+    torch.testing.assert_close(faded[[0, 3]], whole[[0, 3]])
+    assert torch.equal(faded[1], net(x)[1]) and not torch.allclose(faded[2], whole[2])
+    torch.testing.assert_close(flat[[0, 1, 6, 7]], most[[0, 1, 6, 7]])
+    torch.testing.assert_close(flat[2], net.blocks[0](torch.ones(8)))
+
+
 def test_the_initial_velocity_is_as_more_channels_of_the_input_layer(net):
     """A layer on concatenated channels, as the paper has it, gives the same."""
     x, start, made = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), filled(net)
@@ -126,10 +144,10 @@ def test_the_acceleration_head_begins_where_the_velocity_head_is(net):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_file_gives_the_same_adapter(net, tmp_path, rank):
     made = filled(net, rank)
-    made.facts["steps"] = 7
+    made.facts["steps"], made.middle = 7, 0.25
     adapter.save_file(made, tmp_path / "a.caf.safetensors")
     read = adapter.read_file(tmp_path / "a.caf.safetensors")
-    assert (read.h, read.rank, read.input_layer, read.facts) == (1.5, rank, made.input_layer, {"steps": 7})
+    assert (read.h, read.rank, read.input_layer, read.middle, read.facts) == (1.5, rank, made.input_layer, 0.25, {"steps": 7})
     for kind in ("velocity", "acceleration"):
         found = read.head(kind).tensors()
         assert found.keys() == made.head(kind).tensors().keys()
@@ -157,7 +175,7 @@ def test_files_that_are_none_are_refused(net, tmp_path):
         adapter.read_file(path)
     adapter.save_file(filled(net), path)
     tensors = load_file(path)
-    about = {"h": 1.5, "rank": 2, "input_layer": "img_in", "facts": {}}
+    about = {"h": 1.5, "rank": 2, "input_layer": "img_in", "middle": 0.0, "facts": {}}
     save_file({name: tensor for name, tensor in tensors.items() if name != "velocity.blocks.0.up"}, path, {"format": adapter.FORMAT, "caf": json.dumps(about)})
     with pytest.raises(FileRefused, match=r"damaged \(blocks\.0 has down"):
         adapter.read_file(path)
