@@ -1,8 +1,99 @@
-"""Constant acceleration's nodes: a second-order SAMPLER for rectified-flow models, and SIGMAS at another pace."""
+"""Constant acceleration's nodes: a trained pair of heads on a model, its sampler and inversion; and what needs no training, a SAMPLER and SIGMAS."""
 
 from comfy_api.latest import io
 
-from .bridge import caf, charts
+from ..quant.container import FileRefused
+from .bridge import caf, caf_model, caf_sampling, charts
+
+NO_FILES = "(no CAF files yet)"
+
+
+class NibbleLoadCAF(io.ComfyNode):
+    """A flow model with the velocity and acceleration heads of a CAF file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleLoadCAF", display_name="Load CAF Model", category="Nibble", has_intermediate_output=True,
+            description="Puts the two heads that Train CAF has made on the model that they were made for, so that CAF Sampler draws with it in few steps. "
+                        "The connected model never changes.",
+            search_aliases=["nibble", "caf", "constant acceleration flow", "few steps", "distilled", "load caf"],
+            inputs=[
+                io.Model.Input("model", tooltip="The rectified-flow model that the heads were trained beside, in 16 bit or 4 bit, with any LoRAs."),
+                io.Combo.Input("caf_name", options=caf_model.files() or [NO_FILES], tooltip="A file in models/caf, from Train CAF."),
+            ],
+            outputs=[io.Model.Output("model", tooltip="For CAF Sampler and CAF Invert, and for the guider. With any other sampler the velocity head "
+                                                      "alone is on.")])
+
+    @classmethod
+    def validate_inputs(cls, caf_name=None):
+        try:
+            if caf_name is not None:  # a linked name is known only when the graph runs
+                caf_model.path_of(caf_name)
+        except FileRefused as refusal:
+            return str(refusal)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, caf_name, **_):
+        return caf_model.stamp(caf_name)
+
+    @classmethod
+    def execute(cls, model, caf_name) -> io.NodeOutput:
+        worn = caf_model.load(model, caf_name)
+        return io.NodeOutput(worn, ui=charts.ui(caf_model.chart(caf_model.heads_of(worn))))
+
+
+class NibbleCAFSampler(io.ComfyNode):
+    """Constant Acceleration Flow's sampling, as a SAMPLER with SIGMAS."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleCAFSampler", display_name="CAF Sampler", category="Nibble", has_intermediate_output=True,
+            description="Draws in few steps with a model from Load CAF Model: finds out once how fast a picture's path begins, then how it slows down. "
+                        "N steps are N + 1 calls of the model.",
+            search_aliases=["nibble", "caf", "constant acceleration flow", "few steps", "sampler", "sigmas"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load CAF Model; the guider needs it too."),
+                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="N steps cost N + 1 calls of the model; with a velocity connected, N calls."),
+                io.Custom("CAF_VELOCITY").Input("velocity", optional=True, tooltip="From CAF Invert: draws the inverted picture again, or with another "
+                                                                                  "prompt a variation of it."),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, advanced=True,
+                               tooltip="The share of the path that is walked. Below 1: image to image, from the latent with noise added."),
+            ],
+            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced. It works with the sigmas of any scheduler too."),
+                     io.Sigmas.Output("sigmas", tooltip="The steps, evenly spaced along the path, for SamplerCustomAdvanced.")])
+
+    @classmethod
+    def execute(cls, model, steps, denoise, velocity=None) -> io.NodeOutput:
+        sigmas = caf_sampling.sigmas(model, steps, denoise)
+        return io.NodeOutput(caf_sampling.sampler(velocity), sigmas, ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)))
+
+
+class NibbleCAFInvert(io.ComfyNode):
+    """A picture's noise and initial velocity."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleCAFInvert", display_name="CAF Invert", category="Nibble", has_intermediate_output=True,
+            description="Finds the noise that a picture comes from, and the velocity of its path. With both, CAF Sampler draws the picture again; with "
+                        "another prompt it edits it.",
+            search_aliases=["nibble", "caf", "inversion", "invert", "unsampler", "edit", "reconstruct"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Load CAF Model."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows. For editing, give the guider the other prompt."),
+                io.Latent.Input("latent_image", tooltip="The picture, through VAE Encode with this model's VAE."),
+                io.Int.Input("steps", default=8, min=1, max=1000, tooltip="N steps cost N + 1 calls of the model. More: closer to the picture."),
+            ],
+            outputs=[io.Noise.Output("noise", tooltip="For SamplerCustomAdvanced, in place of RandomNoise."),
+                     io.Custom("CAF_VELOCITY").Output("velocity", tooltip="For CAF Sampler.")])
+
+    @classmethod
+    def execute(cls, model, positive, latent_image, steps) -> io.NodeOutput:
+        noise, velocity = caf_sampling.invert(model, positive, latent_image, steps)
+        return io.NodeOutput(noise, velocity, ui=charts.ui(caf_sampling.inversion_chart(noise, velocity, steps)))
 
 
 class NibbleConstantAcceleration(io.ComfyNode):
@@ -47,4 +138,4 @@ class NibbleCAFSigmas(io.ComfyNode):
         return io.NodeOutput(moved, ui=charts.ui(caf.chart(sigmas, moved)))
 
 
-NODES = [NibbleConstantAcceleration, NibbleCAFSigmas]
+NODES = [NibbleLoadCAF, NibbleCAFSampler, NibbleCAFInvert, NibbleConstantAcceleration, NibbleCAFSigmas]

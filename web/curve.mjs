@@ -7,8 +7,8 @@ import { h, s } from "./dom.mjs";
 const HEIGHT = 132; // pixels of the loss axis
 const FEW = 80; // dots up to which they are drawn larger
 
-/** {points: [[step, loss], ...], smooth: [[step, loss], ...], steps, lowest: [step, loss] | null} -> element */
-export function curvePlot({ points = [], smooth = [], steps = 1, lowest = null }) {
+/** {points: [[step, loss], ...], smooth: [[step, loss], ...], steps, lowest: [step, loss] | null, phases: [[name, steps before it], ...]} -> element */
+export function curvePlot({ points = [], smooth = [], steps = 1, lowest = null, phases = [] }) {
   const [dots, line] = [points, smooth].map((list) => list.filter((point) => point.every(Number.isFinite)));
   const axis = lossAxis(dots, line);
   const end = Math.max(steps, dots.at(-1)?.[0] ?? 1, 1);
@@ -17,13 +17,16 @@ export function curvePlot({ points = [], smooth = [], steps = 1, lowest = null }
   const cursor = s("g");
   const picture = s("svg", { height: HEIGHT, role: "img", tabindex: 0, "aria-label": describe(line) },
     axis.ticks.map((loss) => s("line.nibble-grid", { x1: "0%", x2: "100%", y1: y(loss), y2: y(loss) })),
+    phases.slice(1).map(([, start]) => s("line.nibble-phase", { x1: `${x(start)}%`, x2: `${x(start)}%`, y1: 0, y2: HEIGHT })),
     s("g", dots.map(([step, loss]) => s("circle.nibble-raw", { cx: `${x(step)}%`, cy: y(loss), r: dots.length > FEW ? 1.3 : 2.2 }))),
     s("svg", { viewBox: `0 0 100 ${HEIGHT}`, width: "100%", height: HEIGHT, preserveAspectRatio: "none" },
-      line.length > 1 && s("path.nibble-line", { d: `M${line.map(([step, loss]) => `${x(step)},${y(loss)}`).join("L")}` })),
+      byPhase(line, phases).map((part) => part.length > 1
+        && s("path.nibble-line", { d: `M${part.map(([step, loss]) => `${x(step)},${y(loss)}`).join("L")}` }))),
     lowest && s("circle.nibble-lowest", { cx: `${x(lowest[0])}%`, cy: y(lowest[1]), r: 4 }), cursor);
   const tip = h("div.nibble-tip", { hidden: "" });
   const plot = h("div.nibble-plot.nibble-curve", { style: `padding-left:${8 + 6.5 * Math.max(...axis.ticks.map((loss) => label(loss, axis).length))}px` },
-    axis.ticks.map((loss) => h("span.nibble-tick", { style: `top:${y(loss).toFixed(1)}px` }, label(loss, axis))), picture, stepNames(end, x), tip);
+    axis.ticks.map((loss) => h("span.nibble-tick", { style: `top:${y(loss).toFixed(1)}px` }, label(loss, axis))), picture, stepNames(end, x),
+    phases.length > 1 && phaseNames(phases, end, x), tip);
   listen(picture, dots, (index) => {
     const point = dots[index];
     tip.hidden = !point;
@@ -31,6 +34,18 @@ export function curvePlot({ points = [], smooth = [], steps = 1, lowest = null }
     if (point) place(tip, plot, picture, point, line[index], x(point[0]));
   });
   return plot;
+}
+
+/** The line in pieces: what is learned in one phase is another loss than in the next. */
+function byPhase(line, phases) {
+  if (!phases.length) return [line];
+  return phases.map(([, start], i) => line.filter(([step]) => step > start && step <= (phases[i + 1]?.[1] ?? Infinity)));
+}
+
+/** What is learned where, under the steps. */
+function phaseNames(phases, end, x) {
+  return h("div.nibble-groups", phases.map(([name, start], i) => h("span",
+    { style: `left:${x(start)}%;width:${x(phases[i + 1]?.[1] ?? end) - x(start)}%` }, name)));
 }
 
 function describe(line) {

@@ -95,6 +95,7 @@ export const CSS = `
 .nibble-raw { fill: var(--nibble-w4a4); opacity: .42; }
 .nibble-line { fill: none; stroke: var(--nibble-w4a16); stroke-width: 2; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .nibble-lowest { fill: none; stroke: var(--nibble-w4a16); stroke-width: 1.5; }
+.nibble-phase { stroke: var(--nibble-soft); stroke-width: 1; stroke-dasharray: 4 3; shape-rendering: crispEdges; }
 .nibble-curve > .nibble-tick { width: auto; }
 .nibble-steps { position: relative; height: 15px; margin-top: 3px; font-size: 10px; line-height: 15px; color: var(--nibble-soft); }
 .nibble-steps > span { position: absolute; transform: translateX(-50%); white-space: nowrap; }

@@ -3,8 +3,9 @@
     y = linear(x) + up (down x)           of every adapted layer; rank 0: y = linear(x) + difference x
     y = input(x) + extra(v0)              of the input layer of the acceleration head
 
-All branches are multiplied by `share(sigma, middle)`. The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated to x as more channels): a layer on concatenated channels is
-the sum of two. What the input layer would be given for v0 is found by running the model on v0 up to there (`presented_by`).
+All branches are multiplied by `share(sigma, middle)`. The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated
+to x as more channels): a layer on concatenated channels is the sum of two. What the input layer would be given for v0 is found by running the model
+on v0 up to there (`presented_by`).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from ...quant.container import FileRefused
 
 FOLDER, FORMAT, VERSION = "nibble_cache", "nibble-cache", 1
 PIECES = 24  # tensors of a model whose values the fingerprint reads
+SAMPLE = 256  # values of each tensor of a patch that tell LoRAs apart
 PLAIN = "16 bit or more"
 
 if FOLDER not in folder_paths.folder_names_and_paths:
@@ -204,6 +205,28 @@ def fingerprint(model: ModelPatcher) -> str:
     for tensor in vectors[::max(len(vectors) // PIECES, 1)][:PIECES]:
         digest.update(tensor.detach()[:64].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def patches_fingerprint(model: ModelPatcher) -> str | None:
+    """16 hex digits of the patches of a model's weights (LoRAs): names, strengths and some values; None where there are none."""
+    sha = hashlib.sha256()
+    for key in sorted(model.patches, key=str):
+        _feed(sha, [str(key), model.patches[key]])
+    return sha.hexdigest()[:16] if model.patches else None
+
+
+def _feed(sha, value: object) -> None:
+    """Strengths, names and some values of a patch."""
+    if isinstance(value, torch.Tensor):
+        sha.update(repr(tuple(value.shape)).encode() + value.detach().flatten()[:SAMPLE].to("cpu", torch.float32).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _feed(sha, part)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        sha.update(repr(value).encode())
+    else:  # a weight adapter, or a function
+        sha.update(type(value).__name__.encode())
+        _feed(sha, getattr(value, "weights", None))
 
 
 def kind_of(tensor: torch.Tensor) -> str:

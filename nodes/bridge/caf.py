@@ -45,11 +45,11 @@ def constant_acceleration(model, x: torch.Tensor, sigmas: torch.Tensor, extra_ar
         return adams.integrate(velocity, x, times, limit)
 
 
-def check_model(sampling) -> None:
-    """Raises ValueError unless the model's sampling is a rectified flow's."""
+def check_model(sampling, node: str = "Constant-Acceleration Sampler", instead: str = "Choose dpmpp_2m or euler for it.") -> None:
+    """Raises ValueError, naming the node and what to do instead, unless the model's sampling is a rectified flow's."""
     if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise ValueError("Constant-Acceleration Sampler needs a rectified-flow model, such as FLUX, SD3, Qwen-Image or Wan; "
-                         "this model predicts something else, as SD 1.5 and SDXL do. Choose dpmpp_2m or euler for it.")
+        raise ValueError(f"{node} needs a rectified-flow model, such as FLUX, SD3, Qwen-Image or Wan; "
+                         f"this model predicts something else, as SD 1.5 and SDXL do. {instead}")
 
 
 def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
@@ -74,7 +74,10 @@ def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
 
 def chart(before: torch.Tensor, after: torch.Tensor) -> dict:
     """A chart of kind "facts" (`charts.py`): the sigmas before and after."""
-    def row(sigmas):
-        shown = [f"{sigma:.3f}" for sigma in sigmas.tolist()]
-        return "  ".join(shown if len(shown) <= 9 else [*shown[:4], "…", *shown[-4:]])
     return {"kind": "facts", "title": f"{max(len(after) - 1, 0)} steps", "summary": [["before", row(before)], ["after", row(after)]]}
+
+
+def row(sigmas: torch.Tensor) -> str:
+    """Sigmas in a line; of many the first and the last four."""
+    shown = [f"{sigma:.3f}" for sigma in sigmas.tolist()]
+    return "  ".join(shown if len(shown) <= 9 else [*shown[:4], "…", *shown[-4:]])

@@ -82,27 +82,13 @@ def file_name(lora_name: str, filename: str) -> str:
 
 
 def new_file(name: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of a new adapter, its name in ComfyUI's lists), in the first IntLoRA folder that can be written to. Raises FileRefused."""
-    folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(FOLDER)]
-    for folder in folders:
-        target = (folder / name).resolve()
-        if folder not in target.parents:
-            raise FileRefused(f"{name} lies outside ComfyUI's {FOLDER} folder; give a plain file name.")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if not os.access(target.parent, os.W_OK):
-            continue
-        if target.exists() and not overwrite:
-            raise FileRefused(f"{name} exists already; switch 'overwrite' on, or give another filename.")
-        return target, os.path.relpath(target, folder)
-    raise FileRefused(f"None of ComfyUI's {FOLDER} folders can be written to ({', '.join(map(str, folders))}); change their permissions.")
+    """(path of a new adapter, its name in ComfyUI's lists). Raises FileRefused."""
+    return loading.new_file(name, FOLDER, overwrite)
 
 
 def refresh() -> None:
     """Makes ComfyUI's lists show a new file, so that the apply node of this very graph finds it."""
-    folder_paths.filename_list_cache.pop(FOLDER, None)
+    loading.refresh(FOLDER)
 
 
 # ---- the model's integers

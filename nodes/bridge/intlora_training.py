@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,11 +24,10 @@ from ...quant.intlora.linear import IntLoRALinear
 from ...quant.training import OPTIMIZERS, Options
 from . import intlora, layouts, training
 from .curve import curve_chart
-from .progress import Progress
+from .training_watch import Watch, kept, resumable
 
 NONE = "[None]"  # existing_lora: start anew
 STATE = ".intlora.state"
-EVERY = 1.0  # seconds between two drawings of the curve
 __all__ = ["NONE", "OPTIMIZERS", "Job", "Trained", "run"]
 
 
@@ -74,32 +72,39 @@ def run(job: Job) -> Trained:
         return done
     target, name = intlora.new_file(intlora.file_name("", job.filename or "trained"), job.overwrite)
     state = target.with_name(target.name.removesuffix(intlora.ENDING) + STATE)
-    if job.overwrite and not _resumable(state, data):
+    if job.overwrite and not resumable(state, data):
         state.unlink(missing_ok=True)
-    watch = _Watch(job, name)
+    losses: list[float] = []
+    watch = Watch(job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every)
     try:
-        adapter = training.run(job.model, pictures, job.settings, lambda session: _work(session, job, names, existing, state, data, watch))
+        adapter = training.run(job.model, pictures.captions, pictures.latents[0].shape, job.settings,
+                               lambda session: _work(session, job, pictures, names, existing, state, data, watch, losses))
     except FileRefused:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
-        raise ValueError(_kept(str(error), watch.losses, state)) from error
-    steps = len(watch.losses) + int(existing.facts.get("steps", 0) if existing else 0)
-    facts = {"steps": steps, "run": data, "losses": [float(f"{loss:.6g}") for loss in watch.losses], "pictures": len(pictures.latents)}
+        raise ValueError(kept(str(error), losses, state)) from error
+    steps = len(losses) + int(existing.facts.get("steps", 0) if existing else 0)
+    facts = {"steps": steps, "run": data, "losses": [float(f"{loss:.6g}") for loss in losses], "pictures": len(pictures.latents)}
     adapter = Adapter(adapter.layers, facts)
     file.save(adapter, target)
     state.unlink(missing_ok=True)
     intlora.refresh()
-    return Trained(name, _as_lora(adapter), watch.losses, steps, watch.chart(_summary(adapter, target)))
+    return Trained(name, _as_lora(adapter), losses, steps, _chart(job, name, losses, _summary(adapter, target)))
 
 
-def _work(session: training.Session, job: Job, names: list[str], existing: Adapter | None, state: Path, data: str, watch: _Watch) -> Adapter:
+def _work(session: training.Session, job: Job, pictures: training.Pictures, names: list[str], existing: Adapter | None, state: Path, data: str,
+          watch: Watch, losses: list[float]) -> Adapter:
     """The training itself, while the model is loaded."""
     bases = {name: _near(base, session.device, job.variant) for name, base in intlora.Bases(session.guider.model_patcher).items() if name in names}
     layers = train.attach(session.model, names, job.variant, job.rank, job.options.seed % 2 ** 32, bases=bases)
+
+    def watched(step: int, steps: int, loss: float) -> None:
+        watch(step, steps, f"step {step} of {steps}, loss {loss:.4f}", lambda: session.preview(lambda: pictures.draw(session)))
     try:
         if existing is not None:
             _fill(layers, existing)
-        train.train(layers, session.loss, job.options, state, session.checkpointed(), lambda *step: watch(session, *step), data, watch.losses)
+        train.train(layers, lambda generator: pictures.loss(session, generator), job.options, state, session.checkpointed(),
+                    watched, data, losses)
         adapter = train.adapter(layers)
         return Adapter({name: layer.to("cpu") for name, layer in adapter.layers.items()})
     finally:
@@ -170,57 +175,18 @@ def _finished(job: Job, data: str) -> Trained | None:
     return Trained(name, _as_lora(adapter), facts["losses"], facts["steps"], chart)
 
 
-def _resumable(state: Path, data: str) -> bool:
-    """Whether a state is one of this run; anything else makes room for a new one where overwriting is allowed."""
-    try:
-        identity = json.loads(file.read_header(state).metadata["identity"]) if state.exists() else [""]
-        return json.loads(identity[0])[-1] == data
-    except (FileRefused, KeyError, ValueError, TypeError):
-        return False
-
-
 # ---- what it leaves behind
 
 
-class _Watch:
-    """Sees every step: bar and text, the curve now and then, a preview every so often, Stop."""
-
-    def __init__(self, job: Job, name: str):
-        self.job, self.name, self.losses = job, name, []
-        self.report, self.drawn, self.began = Progress("training", job.node_id), 0.0, None
-
-    def __call__(self, session: training.Session, step: int, steps: int, loss: float) -> None:
-        self.began = (time.monotonic(), step) if self.began is None else self.began
-        self.report(step, steps, f"step {step} of {steps}, loss {loss:.4f}")
-        if time.monotonic() - self.drawn > EVERY or step == steps:
-            self.report.show(self.chart([("speed", self.speed(step))]))
-            self.drawn = time.monotonic()
-        if self.job.preview_every and (step % self.job.preview_every == 0 or step == steps):
-            preview = session.preview()
-            if preview is not None:
-                self.report.picture(step, steps, preview)
-
-    def speed(self, step: int) -> str:
-        """Seconds a step, since the first one of this run."""
-        seconds, first = self.began
-        return f"{(time.monotonic() - seconds) / (step - first):.3g} s a step" if step > first else "measuring"
-
-    def chart(self, summary: list[tuple[str, str]]) -> dict:
-        """The curve so far."""
-        facts = f"{self.job.variant.replace('_', '-').upper()}, rank {self.job.rank}, {self.job.options.optimizer}, {self.job.options.lr:g}"
-        return curve_chart(self.losses, self.job.options.steps, self.name, facts, summary)
+def _chart(job: Job, name: str, losses: list[float], summary: list[tuple[str, str]]) -> dict:
+    """The curve so far."""
+    facts = f"{job.variant.replace('_', '-').upper()}, rank {job.rank}, {job.options.optimizer}, {job.options.lr:g}"
+    return curve_chart(losses, job.options.steps, name, facts, summary)
 
 
 def _summary(adapter: Adapter, target: Path) -> list[tuple[str, str]]:
     from .charts import size
     return [("layers", str(len(adapter.layers))), ("file", size(target.stat().st_size))]
-
-
-def _kept(message: str, losses: list[float], state: Path) -> str:
-    """An error's sentence, and what is left of the run."""
-    if not losses or not state.exists():
-        return message
-    return f"{message.rstrip('.')}. The {len(losses)} steps before are kept: run again with a lower learning rate to go on from them."
 
 
 def _as_lora(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -70,6 +70,30 @@ def model_path(name: str, folder: str = FOLDER) -> Path:
     return Path(path)
 
 
+def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
+    """(path of a new file, its name in ComfyUI's lists), in the first of a kind's folders that can be written to. Raises FileRefused."""
+    folders = [Path(path).resolve() for path in folder_paths.get_folder_paths(folder)]
+    for home in folders:
+        target = (home / name).resolve()
+        if home not in target.parents:
+            raise container.FileRefused(f"{name} lies outside ComfyUI's {folder} folder; give a plain file name.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if not os.access(target.parent, os.W_OK):
+            continue
+        if target.exists() and not overwrite:
+            raise container.FileRefused(f"{name} exists already; switch 'overwrite' on, or give another filename.")
+        return target, os.path.relpath(target, home)
+    raise container.FileRefused(f"None of ComfyUI's {folder} folders can be written to ({', '.join(map(str, folders))}); change their permissions.")
+
+
+def refresh(folder: str) -> None:
+    """Makes ComfyUI's lists show a new file, so that the next node of this very graph finds it."""
+    folder_paths.filename_list_cache.pop(folder, None)
+
+
 def stamp(name: str, folder: str = FOLDER) -> str:
     """Changes when the file does: modification time and size."""
     path = folder_paths.get_full_path(folder, name)

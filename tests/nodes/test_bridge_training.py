@@ -9,7 +9,7 @@ import folder_paths
 import pytest
 import torch
 
-from nibble.nodes.bridge import curve, intlora, intlora_training, training
+from nibble.nodes.bridge import curve, intlora, intlora_training, training, training_watch
 from nibble.nodes.bridge.intlora_training import Job
 from nibble.nodes.bridge.training import Settings
 from nibble.quant import training as loop
@@ -57,7 +57,7 @@ def same(a, b) -> bool:
 
 def session_of(model, work, settings=FP32, **data):
     pictures = training.pictures_of(model, data.get("latents", [latents()]), data.get("positive", [[caption()]]))
-    return training.run(model, pictures, settings, work)
+    return training.run(model, pictures.captions, pictures.latents[0].shape, settings, lambda session: work(session, pictures))
 
 
 class Stop(Exception):
@@ -71,7 +71,7 @@ def stopping_at(monkeypatch, step: int) -> None:
         if stopping_at.calls == step:
             raise Stop
     stopping_at.calls = 0
-    monkeypatch.setattr(intlora_training.Progress, "check", staticmethod(check))
+    monkeypatch.setattr(training_watch.Progress, "check", staticmethod(check))
 
 
 # ---- what it does
@@ -93,9 +93,9 @@ def test_the_loss_is_the_distance_of_the_denoised_picture(model):
     """Against one call of the model by hand: flow matching's |v - v*| times sigma."""
     data = latents(1)
 
-    def by_hand(session):
+    def by_hand(session, pictures):
         generator = torch.Generator().manual_seed(5)
-        found = session.loss(torch.Generator().manual_seed(5))
+        found = pictures.loss(session, torch.Generator().manual_seed(5))
         torch.randperm(1, generator=generator)
         t, noise = torch.rand(1, generator=generator), torch.randn(1, 16, 4, 4, generator=generator)
         sigma = torch.tensor([float(session.inner.model_sampling.percent_to_sigma(t.item()))])
@@ -112,11 +112,11 @@ def test_pictures_of_one_prompt_go_together_and_every_other_keeps_its_own(model)
     batch = dataclasses.replace(FP32, batch=3)
     data = {"latents": [latents(2), latents(1, side=6)]}
 
-    def losses(session):
+    def losses(session, pictures):
         calls, plain = [], session.model.forward
         session.model.forward = lambda x, *args, **kwargs: (calls.append(tuple(x.shape)), plain(x, *args, **kwargs))[1]
         try:
-            return session.loss(torch.Generator().manual_seed(1)).item(), sorted(calls)
+            return pictures.loss(session, torch.Generator().manual_seed(1)).item(), sorted(calls)
         finally:
             del session.model.forward
     together, calls = session_of(model, losses, batch, **data)
@@ -152,7 +152,7 @@ def test_modulation_is_trained_when_asked_for(model, loras):
 
 @pytest.mark.parametrize("loss", list(training.LOSSES))
 def test_every_loss_is_finite_and_different(model, loss):
-    draw = lambda session: session.loss(torch.Generator().manual_seed(1)).item()  # noqa: E731
+    draw = lambda session, pictures: pictures.loss(session, torch.Generator().manual_seed(1)).item()  # noqa: E731
     found = session_of(model, draw, dataclasses.replace(FP32, loss=loss))
     assert found > 0 and (loss == "MSE" or found != session_of(model, draw))
 
@@ -167,10 +167,10 @@ def test_checkpointing_and_previews_change_no_number(model, loras):
 
 
 def test_checkpointing_keeps_no_activation_of_a_block(model):
-    def kept(session):
+    def kept(session, pictures):
         layers = intlora_training.train.attach(session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model))
         with loop.checkpointing(session.checkpointed()):
-            value = session.loss(torch.Generator().manual_seed(1))
+            value = pictures.loss(session, torch.Generator().manual_seed(1))
         found = sum(isinstance(thing, loop._Kept) for thing in gc.get_objects())
         intlora_training.train.detach(session.model, layers)
         return value.isfinite().item() and found
@@ -179,9 +179,10 @@ def test_checkpointing_keeps_no_activation_of_a_block(model):
 
 
 def test_a_preview_is_a_picture_and_the_same_each_time(model):
-    kind, picture, _ = session_of(model, lambda session: session.preview())
+    preview = lambda session, pictures: session.preview(lambda: pictures.draw(session))  # noqa: E731
+    kind, picture, _ = session_of(model, preview)
     assert kind == "JPEG" and picture.size == (4, 4)
-    assert picture.tobytes() == session_of(model, lambda session: session.preview())[1].tobytes()
+    assert picture.tobytes() == session_of(model, preview)[1].tobytes()
 
 
 # ---- nothing is left behind
@@ -338,3 +339,15 @@ def test_the_curve_is_thinned_and_its_lowest_point_is_of_all_steps():
     assert chart["lowest"][0] == 800 and chart["lowest"][1] < 0.2 and ["step", "1000 of 2000"] in chart["summary"]
     assert curve.curve_chart([], 5, "t")["points"] == []
     assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0]) and curve.smoothed([3.0, 1.0], 1) == [3.0, 1.0]
+
+
+def test_each_phase_of_the_curve_is_smoothed_on_its_own():
+    losses = [1.0] * 500 + [5.0] * 499
+    chart = curve.curve_chart(losses, 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
+    assert chart["phases"] == [["velocity", 0], ["acceleration", 500]]
+    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0} and [500, 1.0] in chart["points"]
+    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx([5.0] * 125) and chart["lowest"][0] > 500
+    assert chart["summary"][1:3] == [["velocity loss", "1"], ["acceleration loss", "5"]]
+    begun = curve.curve_chart(losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
+    assert [label for label, _ in begun["summary"]] == ["step", "velocity loss", "lowest"] and "phases" not in curve.curve_chart([1.0], 5, "t")
+    assert curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
