@@ -61,14 +61,15 @@ class NibbleCAFSampler(io.ComfyNode):
                                                                                   "prompt a variation of it."),
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, advanced=True,
                                tooltip="The share of the path that is walked. Below 1: image to image, from the latent with noise added."),
+                _ahead(),
             ],
             outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced. It works with the sigmas of any scheduler too."),
                      io.Sigmas.Output("sigmas", tooltip="The steps, evenly spaced along the path, for SamplerCustomAdvanced.")])
 
     @classmethod
-    def execute(cls, model, steps, denoise, velocity=None) -> io.NodeOutput:
+    def execute(cls, model, steps, denoise, ahead, velocity=None) -> io.NodeOutput:
         sigmas = caf_sampling.sigmas(model, steps, denoise)
-        return io.NodeOutput(caf_sampling.sampler(velocity), sigmas, ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)))
+        return io.NodeOutput(caf_sampling.sampler(velocity, ahead), sigmas, ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)))
 
 
 class NibbleCAFInvert(io.ComfyNode):
@@ -86,13 +87,14 @@ class NibbleCAFInvert(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the picture shows. For editing, give the guider the other prompt."),
                 io.Latent.Input("latent_image", tooltip="The picture, through VAE Encode with this model's VAE."),
                 io.Int.Input("steps", default=8, min=1, max=1000, tooltip="N steps cost N + 1 calls of the model. More: closer to the picture."),
+                _ahead(),
             ],
             outputs=[io.Noise.Output("noise", tooltip="For SamplerCustomAdvanced, in place of RandomNoise."),
                      io.Custom("CAF_VELOCITY").Output("velocity", tooltip="For CAF Sampler.")])
 
     @classmethod
-    def execute(cls, model, positive, latent_image, steps) -> io.NodeOutput:
-        noise, velocity = caf_sampling.invert(model, positive, latent_image, steps)
+    def execute(cls, model, positive, latent_image, steps, ahead) -> io.NodeOutput:
+        noise, velocity = caf_sampling.invert(model, positive, latent_image, steps, ahead)
         return io.NodeOutput(noise, velocity, ui=charts.ui(caf_sampling.inversion_chart(noise, velocity, steps)))
 
 
@@ -136,6 +138,12 @@ class NibbleCAFSigmas(io.ComfyNode):
     def execute(cls, sigmas, h) -> io.NodeOutput:
         moved = caf.retimed(sigmas, h)
         return io.NodeOutput(moved, ui=charts.ui(caf.chart(sigmas, moved)))
+
+
+def _ahead() -> io.Float.Input:
+    return io.Float.Input("ahead", default=caf_sampling.AHEAD, min=0.0, max=1.0, step=0.05, round=0.001, advanced=True,
+                          tooltip="Where in a step the acceleration is asked for. 0: at its beginning, as in the paper. 0.5: half-way, where the model sees "
+                                  "more.")
 
 
 NODES = [NibbleLoadCAF, NibbleCAFSampler, NibbleCAFInvert, NibbleConstantAcceleration, NibbleCAFSigmas]

@@ -74,13 +74,6 @@ class Adapter(nn.Module):
         place = input_layer(model)
         return cls(Head(layers, None), Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))), h, rank, place, middle)
 
-    def accelerate_from_velocity(self) -> None:
-        """The acceleration head begins where the velocity head is, seeing nothing of v0 yet."""
-        with torch.no_grad():
-            for name, tensor in self.velocity.tensors().items():
-                self.acceleration.tensors()[name].copy_(tensor)
-            self.acceleration.extra.zero_()
-
     def strength(self, sigma: Tensor) -> Tensor:
         """`share` at noise level sigma (batch,)."""
         return share(sigma, self.middle)

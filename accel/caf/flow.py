@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+AHEAD = 0.5  # where in a step our nodes ask for the acceleration; tests/bench/results/caf-distilled.json has what it is worth
 Velocity = Callable[[Tensor, Tensor], Tensor]              # x (batch, …), t (batch,) → the velocity at t, in x's shape
 Acceleration = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, v0 → the acceleration
 
@@ -58,34 +59,42 @@ def uniform(steps: int) -> list[float]:
 
 
 def sample(velocity: Velocity, accelerate: Acceleration, noise: Tensor, times: Sequence[float], start: Tensor | None = None,
-           report: Callable[[int, Tensor], None] = lambda step, x: None) -> Tensor:
+           report: Callable[[int, Tensor], None] = lambda step, x: None, ahead: float = 0.0, h: float = 1.0) -> Tensor:
     """x (batch, …) at times[0] → at times[-1], by algorithm 2: one call of the velocity net, then one of the acceleration net a step.
 
     times: rising, of any spacing, 0 … 1 from noise to data; a first time above 0 begins at a picture with noise in it
     start: the initial velocity, where it is known from `invert`; the velocity net is not called then
     report: called as report(step, x) after each step
+    ahead: where in a step the acceleration is asked for, 0 … 1: at its beginning (algorithm 2), or further on, where there is more to be seen; constant
+        as it is, it is the same everywhere on the path. Up to there the path goes on with the last one, at first with the one that v0 = h (x1 - x0) implies.
     """
     v = velocity(noise, noise.new_full((len(noise),), times[0])) if start is None else start
-    x = noise
+    return _walk(accelerate, noise, v, times, ahead, h, report)
+
+
+def invert(velocity: Velocity, accelerate: Acceleration, data: Tensor, times: Sequence[float], ahead: float = 0.0, h: float = 1.0) -> tuple[Tensor, Tensor]:
+    """data (batch, …) at times[0] → (noise, initial velocity), by algorithm 3; times fall, as 1 … 0. `sample` with both leads back."""
+    v = velocity(data, data.new_full((len(data),), times[0]))
+    return _walk(accelerate, data, v, times, ahead, h), v
+
+
+def _walk(accelerate: Acceleration, x: Tensor, start: Tensor, times: Sequence[float], ahead: float, h: float,
+          report: Callable[[int, Tensor], None] = lambda step, x: None) -> Tensor:
+    """x at times[0] → at times[-1], forwards or back; exact where the acceleration is constant."""
+    ahead = ahead if h else 0.0  # a path that begins at rest does not show where it leads
+    push = 2 * (1 - h) / h * start if ahead else start  # not looked at where the acceleration is asked for at once
     for i, (now, then) in enumerate(zip(times, times[1:], strict=False)):
-        x = step(accelerate, x, v, now, then)
+        asked = now + ahead * (then - now)
+        x = _moved(x, start, push, now, asked)
+        push = accelerate(x, x.new_full((len(x),), asked), start)
+        x = _moved(x, start, push, asked, then)
         report(i, x)
     return x
 
 
-def step(accelerate: Acceleration, x: Tensor, start: Tensor, now: float, then: float) -> Tensor:
-    """x at time `now` → at `then`, forwards or back, with the acceleration at x: exact where that is constant."""
-    t = x.new_full((len(x),), now)
-    return x + (then - now) * (start + (now + then) / 2 * accelerate(x, t, start))
-
-
-def invert(velocity: Velocity, accelerate: Acceleration, data: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """data (batch, …) at times[0] → (noise, initial velocity), by algorithm 3; times fall, as 1 … 0. `sample` with both leads back."""
-    v = velocity(data, data.new_full((len(data),), times[0]))
-    x = data
-    for now, then in zip(times, times[1:], strict=False):
-        x = step(accelerate, x, v, now, then)
-    return x, v
+def _moved(x: Tensor, start: Tensor, push: Tensor, now: float, then: float) -> Tensor:
+    """x at time `now` → at `then` under a constant acceleration."""
+    return x if now == then else x + (then - now) * (start + (now + then) / 2 * push)
 
 
 def retimed(t: Tensor, h: float) -> Tensor:

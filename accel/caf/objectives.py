@@ -14,6 +14,7 @@ from . import flow
 
 Batch = tuple[Tensor, Tensor, Any]              # noise (batch, …), data of the same shape, condition: anything the nets understand
 Batches = Callable[[Generator], Batch]
+ENDS = {"velocity": (0.5, 0.15), "acceleration": (0.25, 0.15)}  # of `times`, for trainings of hundreds of steps: tests/bench/results/caf-distilled.json
 _TIMES = 1000  # t is one of 0, 1/1000, …, 1, as in the paper's code: both ends are asked for in sampling and inversion
 
 

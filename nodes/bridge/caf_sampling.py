@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ...accel.caf import flow, heads
 from . import caf, caf_model
 
+AHEAD = flow.AHEAD
 
 @dataclass(frozen=True)
 class Velocity:
@@ -72,14 +73,14 @@ def sigmas(model: ModelPatcher, steps: int, denoise: float = 1.0) -> Tensor:
     return found.float()
 
 
-def sampler(velocity: Velocity | None = None) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER; velocity: the initial velocity, where it is known."""
-    return comfy.samplers.KSAMPLER(constant_acceleration_flow, {"velocity": velocity})
+def sampler(velocity: Velocity | None = None, ahead: float = AHEAD) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER; velocity: the initial velocity, where it is known; ahead: as in `flow.sample`."""
+    return comfy.samplers.KSAMPLER(constant_acceleration_flow, {"velocity": velocity, "ahead": ahead})
 
 
 @torch.no_grad()
 def constant_acceleration_flow(model, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback=None, disable: bool | None = None,
-                               velocity: Velocity | None = None) -> Tensor:
+                               velocity: Velocity | None = None, ahead: float = AHEAD) -> Tensor:
     """A sampler function as KSAMPLER calls it; one call of the model a step and one more, which finds the velocity where it is not given.
 
     Raises ValueError for a model without CAF heads, for sigmas that do not fall between 1 and 0, and for a velocity that does not fit.
@@ -96,7 +97,7 @@ def constant_acceleration_flow(model, x: Tensor, sigmas: Tensor, extra_args: dic
             callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
     with tqdm(total=steps + (start is None), disable=disable) as bar:
         ask, accelerate = _nets(model, extra_args or {}, worn, seen, bar)
-        return flow.sample(ask, accelerate, x, times, start)
+        return flow.sample(ask, accelerate, x, times, start, ahead=ahead, h=worn.adapter.h)
 
 
 def _times(sigmas: Tensor, h: float) -> list[float]:
@@ -147,8 +148,8 @@ def _count(number: int, what: str) -> str:
 class _Inversion(comfy.samplers.Sampler):
     """Goes from the latent image to its noise where ComfyUI would sample."""
 
-    def __init__(self, worn: caf_model.Heads):
-        self.worn = worn
+    def __init__(self, worn: caf_model.Heads, ahead: float):
+        self.worn, self.ahead = worn, ahead
         self.found: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
@@ -160,18 +161,18 @@ class _Inversion(comfy.samplers.Sampler):
                 callback(step, x, x, total)  # the preview is the picture turning into noise
         with tqdm(total=total + 1, disable=disable_pbar) as bar:
             velocity, accelerate = _nets(model_wrap, extra_args, self.worn, seen, bar)
-            self.found = flow.invert(velocity, accelerate, latent_image, flow.uniform(total)[::-1])
+            self.found = flow.invert(velocity, accelerate, latent_image, flow.uniform(total)[::-1], self.ahead, self.worn.adapter.h)
         return latent_image
 
 
-def invert(model: ModelPatcher, positive: list, latent: dict, steps: int) -> tuple[InvertedNoise, Velocity]:
+def invert(model: ModelPatcher, positive: list, latent: dict, steps: int, ahead: float = AHEAD) -> tuple[InvertedNoise, Velocity]:
     """(NOISE, CAF_VELOCITY) from which CAF Sampler draws the latent again, in steps + 1 calls of the model, without CFG.
 
     Raises ValueError in plain words for a model without CAF heads, or a latent that is empty or not this model's.
     """
     worn = caf_model.heads_of(model)
     samples = _checked(model, latent["samples"])
-    guider, inversion = comfy.samplers.CFGGuider(model), _Inversion(worn)
+    guider, inversion = comfy.samplers.CFGGuider(model), _Inversion(worn, ahead)
     guider.inner_set_conds({"positive": positive})
     levels = sigmas(model, steps).flip(0)
     guider.sample(torch.zeros_like(samples), samples, inversion, levels, callback=latent_preview.prepare_callback(model, steps), seed=0,

@@ -37,9 +37,7 @@ from .progress import Progress
 from .training_watch import Watch, kept, resumable
 
 PHASES = ("velocity", "acceleration")
-# as measured in tests/bench/results/caf-distilled.json: of the `Options`, and the shares of all times that are 0 and 1 (`objectives.times`)
-RECIPE = {"decay": 1.0, "weight_decay": 0.0, "warmup": 30}
-ENDS = {"velocity": (0.5, 0.15), "acceleration": (0.6, 0.1)}
+RECIPE = {"decay": 1.0, "weight_decay": 0.0, "warmup": 30}  # of the `Options`, as in tests/bench/results/caf-distilled.json
 HELD_OUT = 16      # one pair in so many is not trained on, where there are HELD_FROM or more
 HELD_FROM = 8
 MOST_MEASURED = 4  # held-out pairs that are drawn at every preview
@@ -134,13 +132,12 @@ class _Run:
         with contextlib.closing(Student(session, self.adapter)) as student:
             if self.held:
                 self.euler = self.compare(session, lambda noise, caption: session.euler(noise, caption, STEPS + 1))
-            batches = self.batches(session)
-            self.adapter.velocity.to(session.device)
-            self.phase(student, "velocity", objectives.velocity_objective(student.velocity, batches, self.job.h, ENDS["velocity"]))
-            self.adapter.accelerate_from_velocity()
-            self.adapter.acceleration.to(session.device)
-            self.phase(student, "acceleration", objectives.acceleration_objective(student.acceleration, student.velocity, batches, ENDS["acceleration"]))
-            self.measure(student, "acceleration")
+            batches, ends = self.batches(session), objectives.ENDS
+            self.adapter.to(session.device)
+            self.phase(student, "velocity", objectives.velocity_objective(student.velocity, batches, self.job.h, ends["velocity"]))
+            loss = objectives.acceleration_objective(student.acceleration, student.velocity, batches, ends["acceleration"])
+            self.phase(student, "acceleration", loss)
+            self.measure(student)
             dtype = training.DTYPES[session.settings.dtype] or session.inner.get_dtype_inference()
         self.adapter.to("cpu", dtype)  # what the model computed with
 
@@ -153,7 +150,7 @@ class _Run:
         steps, before = job.options.steps, PHASES.index(phase) * job.options.steps
         with contextlib.closing(running):
             for step, value in running:
-                self.watch(before + step, 2 * steps, f"{phase} net, step {step} of {steps}, loss {value:.4f}", lambda: self.preview(student, phase))
+                self.watch(before + step, 2 * steps, f"{phase} net, step {step} of {steps}, loss {value:.4f}", lambda: self.preview(student))
 
     def batches(self, session: training.Session) -> objectives.Batches:
         """generator → (noise, data, captions) of pairs that are not held out, drawn on the CPU."""
@@ -163,15 +160,15 @@ class _Run:
             return noise.to(session.device), data.to(session.device), captions
         return draw
 
-    def preview(self, student: Student, phase: str) -> tuple | None:
+    def preview(self, student: Student) -> tuple | None:
         """Measures, and draws the first pair that is measured, or the first of all."""
-        self.measure(student, phase)
+        self.measure(student)
         noise, _, caption = self.job.couplings.pair(self.held[0] if self.held else 0)
-        return student.session.preview(lambda: student.sample(noise.to(student.session.device), [caption], phase))
+        return student.session.preview(lambda: student.sample(noise.to(student.session.device), [caption]))
 
-    def measure(self, student: Student, phase: str) -> None:
+    def measure(self, student: Student) -> None:
         if self.held:
-            self.error = self.compare(student.session, lambda noise, caption: student.sample(noise, [caption], phase))
+            self.error = self.compare(student.session, lambda noise, caption: student.sample(noise, [caption]))
 
     def compare(self, session: training.Session, draw: Callable[[Tensor, int], Tensor]) -> float:
         """Mean squared distance of what is drawn of held-out noise from the teacher's data, over the variance of that."""
@@ -203,14 +200,14 @@ class Student:
         """x (batch, …), t (batch,), a caption each → the initial velocity."""
         return heads.velocity_net(self._model("velocity", captions), self.adapter.h)(x, t)
 
-    def acceleration(self, x: Tensor, t: Tensor, start: Tensor, captions: Sequence[int], head: str = "acceleration") -> Tensor:
-        """As `velocity`, and start (batch, …) → the acceleration, by a head."""
-        return heads.acceleration_net(self._model(head, captions), self.adapter.h)(x, t, start)
+    def acceleration(self, x: Tensor, t: Tensor, start: Tensor, captions: Sequence[int]) -> Tensor:
+        """As `velocity`, and start (batch, …) → the acceleration."""
+        return heads.acceleration_net(self._model("acceleration", captions), self.adapter.h)(x, t, start)
 
-    def sample(self, noise: Tensor, captions: Sequence[int], head: str) -> Tensor:
-        """noise (batch, …) → data, in STEPS; until the acceleration head is trained, the velocity head is where that will begin."""
-        return flow.sample(lambda x, t: self.velocity(x, t, captions), lambda x, t, start: self.acceleration(x, t, start, captions, head), noise,
-                           flow.uniform(STEPS))
+    def sample(self, noise: Tensor, captions: Sequence[int]) -> Tensor:
+        """noise (batch, …) → data, in STEPS."""
+        return flow.sample(lambda x, t: self.velocity(x, t, captions), lambda x, t, start: self.acceleration(x, t, start, captions), noise,
+                           flow.uniform(STEPS), ahead=flow.AHEAD, h=self.adapter.h)
 
     def _model(self, head: str, captions: Sequence[int]) -> heads.Model:
         def ask(x: Tensor, sigma: Tensor, start: Tensor | None) -> Tensor:
@@ -280,7 +277,7 @@ def _data(job: Job, names: list[str]) -> str:
     options = {name: value for name, value in dataclasses.asdict(job.options).items() if name not in ("lr", "save_every")}
     settings = dataclasses.asdict(job.settings) | _MEMORY
     model = [cache_files.fingerprint(job.model), cache_files.patches_fingerprint(job.model)]
-    return json.dumps([job.couplings.digest(), model, options, settings, job.rank, job.h, caf_adapter.MIDDLE, ENDS, names])
+    return json.dumps([job.couplings.digest(), model, options, settings, job.rank, job.h, caf_adapter.MIDDLE, objectives.ENDS, names])
 
 
 def _digest(tensors) -> str:

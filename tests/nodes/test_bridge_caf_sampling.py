@@ -33,20 +33,24 @@ class Known:
         return torch.full_like(x, DATA)
 
 
-def walk(h: float, sigmas: list[float], x: float = 5.0, velocity=None, callback=None):
+def walk(h: float, sigmas: list[float], x: float = 5.0, velocity=None, callback=None, ahead: float = 0.0):
     model, x = Known(h), torch.full((2, 1, 1, 1), x)
-    end = caf_sampling.constant_acceleration_flow(model, x, torch.tensor(sigmas), {"model_options": {}}, callback, disable=True, velocity=velocity)
+    end = caf_sampling.constant_acceleration_flow(model, x, torch.tensor(sigmas), {"model_options": {}}, callback, disable=True, velocity=velocity,
+                                                  ahead=ahead)
     return end, model.calls
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.5])
 @pytest.mark.parametrize("h", [0.0, 0.5, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("sigmas", [[1.0, 0.0], [1.0, 0.9, 0.1, 0.0], [1.0, 0.7, 0.4, 0.0]])
-def test_where_there_is_one_picture_every_path_ends_at_it(h, sigmas):
+def test_where_there_is_one_picture_every_path_ends_at_it(h, sigmas, ahead):
     seen = []
-    end, calls = walk(h, sigmas, callback=lambda told: seen.append((told["i"], told["sigma"].item(), told["denoised"].mean().item())))
+    end, calls = walk(h, sigmas, ahead=ahead, callback=lambda told: seen.append((told["i"], told["sigma"].item(), told["denoised"].mean().item())))
     torch.testing.assert_close(end, torch.full_like(end, DATA), rtol=1e-4, atol=1e-3)
     assert [head for _, head in calls] == ["velocity"] + ["acceleration"] * (len(sigmas) - 1), "N + 1 calls"
-    assert [level for (level, _), _ in calls] == pytest.approx([1.0, *sigmas[:-1]], abs=1e-3)
+    times = flow.time_of(1 - torch.tensor(sigmas, dtype=torch.float64), h)
+    asked = 1 - flow.retimed(torch.lerp(times[:-1], times[1:], ahead if h else 0.0), h)
+    assert [level for (level, _), _ in calls] == pytest.approx([1.0, *asked.tolist()], abs=1e-3)
     assert [(i, sigma) for i, sigma, _ in seen] == [(i, pytest.approx(sigma)) for i, sigma in enumerate(sigmas[:-1])]
     assert [denoised for *_, denoised in seen] == [pytest.approx(DATA, abs=1e-3)] * (len(sigmas) - 1), "previews show where the path leads"
 
@@ -111,7 +115,7 @@ def model(dense_model):
 
 def test_one_step_of_untrained_heads_is_one_of_euler(dense_model):
     for h in (1.0, 1.5):
-        ours = draw(worn(dense_model, seed=None, h=h), caf_sampling.sampler(), torch.tensor([1.0, 0.0]))
+        ours = draw(worn(dense_model, seed=None, h=h), caf_sampling.sampler(ahead=0.0), torch.tensor([1.0, 0.0]))
         torch.testing.assert_close(ours, draw(dense_model, comfy.samplers.ksampler("euler"), torch.tensor([1.0, 0.0])), rtol=1e-5, atol=1e-5)
 
 
@@ -202,8 +206,8 @@ def directly(model, latent, steps: int) -> tuple[torch.Tensor, torch.Tensor, tor
     def both_ways(model, x, sigmas, extra_args=None, **_):
         ask, h = caf_model.asking(model, extra_args), caf_model.heads_of(model.inner_model.model_patcher).adapter.h
         velocity, accelerate, times = nets.velocity_net(ask, h), nets.acceleration_net(ask, h), flow.uniform(steps)
-        start, v = flow.invert(velocity, accelerate, model.latent_image, times[::-1])
-        found.extend([start, v, flow.sample(velocity, accelerate, start, times, v)])
+        start, v = flow.invert(velocity, accelerate, model.latent_image, times[::-1], flow.AHEAD, h)
+        found.extend([start, v, flow.sample(velocity, accelerate, start, times, v, ahead=flow.AHEAD, h=h)])
         return x
     draw(model, comfy.samplers.KSAMPLER(both_ways), torch.tensor([1.0, 0.0]), latent=latent)
     return found[0], found[1], model.model.process_latent_out(found[2])
@@ -273,12 +277,12 @@ def test_what_does_not_fit_is_refused_in_words(model, dense_model):
 
 
 def test_the_nodes_tell_what_they_cost(model):
-    output = nodes.NibbleCAFSampler.execute(model=model, steps=2, denoise=1.0)
+    output = nodes.NibbleCAFSampler.execute(model=model, steps=2, denoise=1.0, ahead=0.5)
     chart = output.ui["nibble_chart"][0]
     assert chart["title"] == "2 steps, 3 calls of the model" and output[1].tolist() == [1.0, 0.375, 0.0]
     assert dict(chart["summary"]) | {"calls": ""} == {"calls": "", "pace": "h = 1.5", "sigmas": "1.000  0.375  0.000", "file": FILE}
-    noise_, velocity, ui = (result := nodes.NibbleCAFInvert.execute(model=model, positive=conditioning(), latent_image={"samples": noise()}, steps=1))[0], \
-        result[1], result.ui
+    result = nodes.NibbleCAFInvert.execute(model=model, positive=conditioning(), latent_image={"samples": noise()}, steps=1, ahead=0.5)
+    noise_, velocity, ui = result[0], result[1], result.ui
     assert ui["nibble_chart"][0]["title"] == "inverted in 1 step, 2 calls of the model" and isinstance(noise_, caf_sampling.InvertedNoise)
-    given = nodes.NibbleCAFSampler.execute(model=model, steps=1, denoise=1.0, velocity=velocity)
-    assert given.ui["nibble_chart"][0]["title"] == "1 step, 1 call of the model" and given[0].extra_options == {"velocity": velocity}
+    given = nodes.NibbleCAFSampler.execute(model=model, steps=1, denoise=1.0, ahead=0.0, velocity=velocity)
+    assert given.ui["nibble_chart"][0]["title"] == "1 step, 1 call of the model" and given[0].extra_options == {"velocity": velocity, "ahead": 0.0}

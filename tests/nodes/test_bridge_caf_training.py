@@ -125,7 +125,7 @@ def test_the_sampler_draws_what_the_training_does(dense_model, data, folder):
 
     def here(session, student):
         caf_adapter.save_file(student.adapter, folder / "own.caf.safetensors")
-        return student.sample(noise, [0], "acceleration")
+        return student.sample(noise, [0])
     with torch.no_grad():
         wanted = in_session(dense_model, data, here, changed=True)
     worn = caf_model.load(dense_model, "own.caf.safetensors")

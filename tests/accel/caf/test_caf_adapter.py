@@ -133,14 +133,6 @@ def test_gradients_reach_a_head_and_not_the_model(net):
     assert all(parameter.grad is None for parameter in made.velocity.parameters())
 
 
-def test_the_acceleration_head_begins_where_the_velocity_head_is(net):
-    made = filled(net)
-    made.accelerate_from_velocity()
-    for name, tensor in made.velocity.tensors().items():
-        assert torch.equal(made.acceleration.tensors()[name], tensor)
-    assert not made.acceleration.extra.any()
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_file_gives_the_same_adapter(net, tmp_path, rank):
     made = filled(net, rank)

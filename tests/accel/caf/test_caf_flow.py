@@ -30,9 +30,10 @@ def test_a_path_with_the_ideal_velocity_is_a_straight_line_at_another_pace(h):
     torch.testing.assert_close(path, torch.lerp(NOISE, DATA, flow.retimed(t, h)[:, None]))
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
-def test_exact_nets_arrive_in_any_number_of_steps_and_lead_back(steps, h):
+def test_exact_nets_arrive_in_any_number_of_steps_and_lead_back(steps, h, ahead):
     """The midpoint rule is exact for a linear velocity, so constant acceleration needs one step."""
     start = flow.initial_velocity(NOISE, DATA, h)
     called = []
@@ -46,12 +47,12 @@ def test_exact_nets_arrive_in_any_number_of_steps_and_lead_back(steps, h):
         assert torch.equal(v, start)
         return flow.acceleration(NOISE, DATA, start)
 
-    arrived = flow.sample(velocity, accelerate, NOISE, flow.uniform(steps))
+    arrived = flow.sample(velocity, accelerate, NOISE, flow.uniform(steps), ahead=ahead, h=h)
     torch.testing.assert_close(arrived, DATA)
     assert called == ["velocity"] + ["acceleration"] * steps, "steps + 1 calls"
-    noise, found = flow.invert(velocity, accelerate, DATA, flow.uniform(steps)[::-1])
+    noise, found = flow.invert(velocity, accelerate, DATA, flow.uniform(steps)[::-1], ahead, h)
     torch.testing.assert_close(noise, NOISE)
-    torch.testing.assert_close(flow.sample(velocity, accelerate, noise, flow.uniform(steps), found), DATA)
+    torch.testing.assert_close(flow.sample(velocity, accelerate, noise, flow.uniform(steps), found, ahead=ahead, h=h), DATA)
 
 
 def test_the_initial_velocity_gets_no_gradient_from_the_acceleration():
@@ -65,6 +66,17 @@ def test_losses_are_zero_for_nets_that_know_the_answer():
     t, v = torch.tensor([0.25, 0.75]), flow.initial_velocity(NOISE, DATA, 1.5)
     assert flow.velocity_loss(lambda x, t: v, NOISE, DATA, t, 1.5) == 0
     assert flow.acceleration_loss(lambda x, t, start: 2 * (DATA - NOISE) - 2 * start, NOISE, DATA, v, t) == 0
+
+
+def test_the_acceleration_is_asked_for_ahead_on_the_path_so_far():
+    """v0 = 1, h = 1: at t = 1/4 the path is at 1/4. It says 2, so at 3/4 x = 1/4 + 1/2 (1 + 1/2 · 2) = 5/4; it says 4: 5/4 + 1/4 (1 + 7/8 · 4) = 19/8."""
+    asked = []
+
+    def accelerate(x, t, v):
+        asked.append((x.item(), t.item()))
+        return torch.full_like(x, 2.0 * len(asked))
+    found = flow.sample(lambda x, t: torch.ones_like(x), accelerate, torch.zeros(1, 1), flow.uniform(2), ahead=0.5)
+    assert found.item() == 19 / 8 and asked == [(0.25, 0.25), (1.25, 0.75)]
 
 
 def test_times_of_any_spacing_and_from_the_middle():
