@@ -34,7 +34,7 @@ from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant import training  # noqa: E402
 
-CALLS, SHIFTS, GUIDANCE, BATCH = (2, 3, 5), (0.0, 1.15, 3.0), 3.5, 32
+SHIFTS, GUIDANCE, BATCH = (0.0, 1.15, 3.0), 3.5, 32
 AHEADS = (0.0, 0.35, flow.AHEAD)
 
 
@@ -53,8 +53,8 @@ class Couplings:
     def _made(count: int):
         flux, drawn = pictures.load_flux(), np.random.default_rng(5)
         for i in range(-(-count // 64)):
-            asked = prompts.word_indices([str(world.random_scene(drawn)) for _ in range(64)])
-            noise = torch.randn(64, 16, 8, 8, generator=torch.Generator().manual_seed(50000 + i))
+            asked = prompts.word_indices([str(world.random_scene(drawn)) for _ in range(64)])[:count - 64 * i]
+            noise = torch.randn(64, 16, 8, 8, generator=torch.Generator().manual_seed(50000 + i))[:count - 64 * i]
             yield noise, models.euler(flux, noise, *prompts.embed(asked), bench_caf.TEACHER_STEPS, GUIDANCE, pictures.SHIFT), torch.as_tensor(asked)
 
     def draw(self, generator: torch.Generator):
@@ -117,8 +117,9 @@ def trained_rectified(couplings: Couplings, options: argparse.Namespace, middle:
 class Judge(bench_caf.Demo):
     """Pictures of scored prompts, whose noise no coupling has."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, calls: list[int]):
         super().__init__(count)
+        self.calls = calls
         self.wanted = models.euler(self.flux, self.noise, *self.words, bench_caf.TEACHER_STEPS, GUIDANCE, pictures.SHIFT)
         self.teacher = pictures.decode(self.vae, self.wanted)
         self.obeys, self.rows = scorer.score(self.teacher.numpy(), self.scenes)["all"], []
@@ -134,14 +135,14 @@ class Judge(bench_caf.Demo):
         """The model as it is, by several samplers."""
         second = partial(adams.integrate, limit=0.05)
         for name, sample in {"euler": bench_caf.euler, "dpmpp_2m": bench_caf.dpmpp_2m, "constant acceleration, untrained": second}.items():
-            for calls in CALLS:
+            for calls in self.calls:
                 for shift in SHIFTS:
                     self.judge(name, schedule(shift), calls, self.draw(sample, models.schedule(calls, shift).tolist()))
 
     @torch.no_grad()
     def rectified(self, name: str, student: Student) -> None:
         """Euler's steps of a 2-rectified flow."""
-        for calls in CALLS:
+        for calls in self.calls:
             for shift in SHIFTS:
                 x = self._eulers(lambda x, sigma: -student.model("velocity", x, sigma, None, self.words), self.noise, models.schedule(calls, shift))
                 self.judge(name, schedule(shift), calls, pictures.decode(self.vae, x))
@@ -155,7 +156,7 @@ class Judge(bench_caf.Demo):
     def caf(self, name: str, student: Student) -> None:
         """CAF at even times, and at the times of other schedules; the acceleration asked for at the beginning of a step, and ahead."""
         nets, h = student.nets(self.words), student.adapter.h
-        for calls in CALLS:
+        for calls in self.calls:
             grids = {"even t": flow.uniform(calls - 1)}
             if calls > 2:
                 grids |= {schedule(shift): flow.time_of(1 - models.schedule(calls - 1, shift), h).tolist() for shift in SHIFTS[1:]}
@@ -168,7 +169,7 @@ class Judge(bench_caf.Demo):
     def inversion(self, students: dict[str, Student]) -> list[dict]:
         """[{"method", "calls": there and back each, "psnr", "least", "noise"}]."""
         found = []
-        for calls in CALLS:
+        for calls in self.calls:
             for name, student in students.items():
                 nets, times = student.nets(self.words), flow.uniform(calls - 1)
                 for ahead in AHEADS:
@@ -205,9 +206,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--paces", type=float, nargs="+", default=[1.0], help="h of CAF")
     parser.add_argument("--middle", type=float, default=caf_adapter.MIDDLE, help="`adapter.share` of CAF")
+    parser.add_argument("--calls", type=int, nargs="+", default=[2, 3, 5])
     parser.add_argument("--prompts", type=int, default=20, help="two seeds each")
     options = parser.parse_args()
-    couplings, judge, students, seconds = Couplings(options.count, options.couplings), Judge(options.prompts), {}, {}
+    couplings, judge, students, seconds = Couplings(options.count, options.couplings), Judge(options.prompts, options.calls), {}, {}
     judge.untrained()
     for h in options.paces:
         name = f"CAF, h = {h:g}"

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
@@ -90,3 +91,16 @@ def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
     assert len(found["mixture"]["rows"]) == 6 and all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
     psnr = {row["method"]: row["psnr"] for row in found["training-free"]["rows"]}
     assert psnr["lms, order 2"] == pytest.approx(psnr["euler"], abs=0.01) != psnr["constant acceleration, limit None"]
+
+
+def test_the_bench_of_the_distilled_demo_asks_as_often_as_it_says(tmp_path):
+    """Hardly trained heads, one prompt: two calls of CAF are two steps of Euler's method if the second is asked ahead, and one if not."""
+    out, kept = tmp_path / "distilled.json", tmp_path / "couplings.pt"
+    torch.save((torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8), torch.zeros(3, 4, dtype=torch.long)), kept)
+    run("bench_caf_distilled.py", "--out", out, "--couplings", kept, "--train-steps", 1, "--prompts", 1, "--calls", 2)
+    found = json.loads(out.read_text())
+    psnr = {(row["method"], row["schedule"], row["calls"]): row["psnr"] for row in found["rows"]}
+    assert found["couplings"] == 3 and len(psnr) == len(found["rows"])
+    assert psnr["euler", "even", 2] == pytest.approx(psnr["dpmpp_2m", "even", 2], abs=1e-3), "their first and last steps are alike"
+    assert psnr["CAF, h = 1, ahead 0.5", "even t", 2] == pytest.approx(psnr["euler", "even", 2], abs=0.5)
+    assert psnr["CAF, h = 1", "even t", 2] < psnr["CAF, h = 1, ahead 0.5", "even t", 2]
