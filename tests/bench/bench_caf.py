@@ -5,7 +5,7 @@
 
 `mixture`: nets of 5 x 128 trained on couplings of a ring of Gaussians (`mixture.py`); mean distance from where the exact flow leads, for noise that was
 not trained on, at the same number of calls: N steps of 2-rectified flow are N calls, N steps of CAF N + 1. CAF trains two nets, so 2-rectified flow is
-trained once more, twice as long.
+trained once more, twice as long. "ahead": the acceleration asked for further on in a step (`flow.sample`).
 
 `training-free`: the demo FLUX; each sampler's pictures against those of 28 steps of Euler's method from the same noise, at the same number of calls.
 "obeys": share of pictures in which the scorer reads colour, shape and place as asked.
@@ -56,7 +56,7 @@ class Mixture:
     """Couplings to train on and to be judged by."""
 
     def __init__(self, steps: int, count: int = 20000):
-        self.steps, self.starts = steps, {}
+        self.steps, self.starts, self.pushes = steps, {}, {}
         self.train, self.held = mixture.couplings(min(count, 256 * steps), 0, 60), mixture.couplings(4000, 1, 100)
 
     def draw(self, generator):
@@ -79,14 +79,18 @@ class Mixture:
             return x
         return self.error(sample)
 
-    def caf(self, h: float, conditioned: bool = True) -> dict[int, float]:
+    def caf(self, h: float, conditioned: bool = True, ahead: float = 0.0) -> dict[int, float]:
         if h not in self.starts:
             self.starts[h] = net = mixture.Net()
             fit(net, objectives.velocity_objective(of(net), self.draw, h), self.steps)
-        speed, push = self.starts[h], copy.deepcopy(self.starts[h])
-        seen = (lambda x, t, v, c=None: push(x, t, v)) if conditioned else (lambda x, t, v, c=None: push(x, t))
-        fit(push, objectives.acceleration_objective(seen, of(speed), self.draw), self.steps)
-        return self.error(lambda x, calls: flow.sample(speed, seen, x, flow.uniform(calls - 1)))
+        speed = self.starts[h]
+        if (h, conditioned) not in self.pushes:
+            push = copy.deepcopy(speed)
+            seen = (lambda x, t, v, c=None: push(x, t, v)) if conditioned else (lambda x, t, v, c=None: push(x, t))
+            fit(push, objectives.acceleration_objective(seen, of(speed), self.draw), self.steps)
+            self.pushes[h, conditioned] = seen
+        seen = self.pushes[h, conditioned]
+        return self.error(lambda x, calls: flow.sample(speed, seen, x, flow.uniform(calls - 1), ahead=ahead, h=h))
 
 
 def measure_mixture(options: argparse.Namespace) -> dict:
@@ -95,6 +99,7 @@ def measure_mixture(options: argparse.Namespace) -> dict:
     arms = {"2-rectified flow": ring.rectified, "2-rectified flow, trained twice as long": lambda: ring.rectified(2),
             "CAF": lambda: ring.caf(1.5), "CAF, h = 1": lambda: ring.caf(1.0), "CAF, h = 0.5": lambda: ring.caf(0.5),
             "CAF, without conditioning": lambda: ring.caf(1.5, False)}
+    arms |= {f"CAF, h = {h}, ahead {ahead}": partial(ring.caf, h, ahead=ahead) for h in (1.5, 1.0, 0.5) for ahead in (0.35, flow.AHEAD)}
     rows = []
     for name, arm in arms.items():
         start = time.perf_counter()

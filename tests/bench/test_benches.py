@@ -88,7 +88,7 @@ def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
     out = tmp_path / "caf.json"
     run("bench_caf.py", "--out", out, "--train-steps", 2, "--prompts", 1, "--shifts", 3, "--calls", 2)
     found = json.loads(out.read_text())
-    assert len(found["mixture"]["rows"]) == 6 and all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
+    assert len(found["mixture"]["rows"]) == 12 and all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
     psnr = {row["method"]: row["psnr"] for row in found["training-free"]["rows"]}
     assert psnr["lms, order 2"] == pytest.approx(psnr["euler"], abs=0.01) != psnr["constant acceleration, limit None"]
 
