@@ -138,7 +138,7 @@ def test_heads_are_trained_shown_and_wired_on_to_a_picture(server, kind, request
     graph = Graph()
     node = training(graph, f"taught-{kind}", model)
     loaded = graph.add("NibbleLoadCAF", model=[graph.load(model), 0], caf_name=[node, 0])
-    sampler = graph.add("NibbleCAFSampler", model=[loaded, 0], steps=2, denoise=1.0)
+    sampler = graph.add("NibbleCAFSampler", model=[loaded, 0], steps=2, denoise=1.0, ahead=0.5)
     noise, guider = graph.add("RandomNoise", noise_seed=3), graph.add("BasicGuider", model=[loaded, 0], conditioning=[graph.prompt(PROMPTS[0]), 0])
     drawn = graph.add("SamplerCustomAdvanced", noise=[noise, 0], guider=[guider, 0], sampler=[sampler, 0], sigmas=[sampler, 1],
                       latent_image=[graph.latent(), 0])
