@@ -10,7 +10,26 @@ from .bridge.caching import PRESETS
 _DEPTHS = ["step", "block", "sublayer"]
 
 
-class NibbleTeaCacheSampler(io.ComfyNode):
+class _Cached(io.ComfyNode):
+    """What all nodes that cache check before they run: their window and their calibration."""
+
+    @classmethod
+    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):  # values that are linked are not known yet and absent
+        if start > end:
+            return f"start {start:g} lies behind end {end:g}: nothing would be reused. Choose start below end."
+        try:
+            if calibration is not None and calibration not in (choices.AUTO, choices.NONE):
+                cache_files.open_calibration(calibration)
+        except FileRefused as refusal:
+            return str(refusal)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration=choices.AUTO, **_):
+        return cached_calibration.stamp(calibration)
+
+
+class NibbleTeaCacheSampler(_Cached):
     """SamplerCustomAdvanced with TeaCache and a picture of what it skipped."""
 
     @classmethod
@@ -37,21 +56,13 @@ class NibbleTeaCacheSampler(io.ComfyNode):
                                       tooltip="The model's last guess of the finished latent; the same as output when all noise is removed.")])
 
     @classmethod
-    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
-        return _check(start, end, calibration)
-
-    @classmethod
-    def fingerprint_inputs(cls, calibration=choices.AUTO, **_):
-        return cached_calibration.stamp(calibration)
-
-    @classmethod
     def execute(cls, noise, guider, sampler, sigmas, latent_image, compare, vae=None, **widgets) -> io.NodeOutput:
         choice = choices.teacache(guider.model_patcher, **widgets)
         done = cached_sampling.run(cached_sampling.Job(noise, guider, sampler, sigmas, latent_image, choice, compare, vae, cls.hidden.unique_id))
         return io.NodeOutput(done.output, done.denoised, ui=charts.ui(done.chart))
 
 
-class NibbleApplyTeaCache(io.ComfyNode):
+class NibbleApplyTeaCache(_Cached):
     """A model that skips steps by TeaCache's rule, for any sampler."""
 
     @classmethod
@@ -66,20 +77,12 @@ class NibbleApplyTeaCache(io.ComfyNode):
             outputs=[io.Model.Output("model", tooltip="The model with TeaCache on it.")])
 
     @classmethod
-    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
-        return _check(start, end, calibration)
-
-    @classmethod
-    def fingerprint_inputs(cls, calibration=choices.AUTO, **_):
-        return cached_calibration.stamp(calibration)
-
-    @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
         cached, chart = choices.apply(model, choices.teacache(model, **widgets), cls.hidden.unique_id)
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
-class NibbleApplySmoothCache(io.ComfyNode):
+class NibbleApplySmoothCache(_Cached):
     """A model that reuses by a schedule measured once."""
 
     @classmethod
@@ -102,14 +105,6 @@ class NibbleApplySmoothCache(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("model", tooltip="The model with SmoothCache on it.")])
-
-    @classmethod
-    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
-        return _check(start, end, calibration)
-
-    @classmethod
-    def fingerprint_inputs(cls, calibration=choices.AUTO, **_):
-        return cached_calibration.stamp(calibration)
 
     @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
@@ -152,18 +147,6 @@ class NibbleCalibrateCache(io.ComfyNode):
         name, chart = cached_calibration.run(cached_calibration.Job(model, positive, negative, cfg, sampler, sigmas, latent_image, seed, filename,
                                                                     overwrite, k_max, order, cls.hidden.unique_id))
         return io.NodeOutput(name, ui=charts.ui(chart))
-
-
-def _check(start: float, end: float, calibration: str | None):
-    """validate_inputs' answer: values that are linked are not known yet and absent."""
-    if start > end:
-        return f"start {start:g} lies behind end {end:g}: nothing would be reused. Choose start below end."
-    try:
-        if calibration is not None and calibration not in (choices.AUTO, choices.NONE):
-            cache_files.open_calibration(calibration)
-    except FileRefused as refusal:
-        return str(refusal)
-    return True
 
 
 def _teacache_widgets() -> list:
