@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from .bridge import caf_couplings, caf_model, caf_training, charts
 from .bridge.caf_training import OPTIMIZERS, RECIPE, Job, Options
+from .bridge.patterns import patterns
 from .bridge.training import DTYPES, Settings
 
 
@@ -61,8 +62,7 @@ class NibbleTrainCAF(io.ComfyNode):
                 training_dtype, gradient_checkpointing, offloading, layers, preview_every) -> io.NodeOutput:
         options = Options(steps=steps, lr=learning_rate, optimizer=optimizer, accumulate=grad_accumulation_steps, seed=seed, save_every=250, **RECIPE)
         settings = Settings(batch=batch_size, dtype=training_dtype, checkpointing=gradient_checkpointing, offloading=offloading, seed=seed)
-        patterns = tuple(line.strip() for line in layers.splitlines() if line.strip())
-        done = caf_training.run(Job(model, couplings, filename, options, settings, rank, h, overwrite, patterns, preview_every, cls.hidden.unique_id))
+        done = caf_training.run(Job(model, couplings, filename, options, settings, rank, h, overwrite, patterns(layers), preview_every, cls.hidden.unique_id))
         return io.NodeOutput(done.name, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart))
 
 

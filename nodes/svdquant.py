@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..quant.container import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from .bridge import charts, loading, quantizing
+from .bridge.patterns import patterns
 
 NO_SOURCES = "(no models in models/diffusion_models)"
 NO_FILES = "(no quantized models yet)"
@@ -40,7 +41,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
     def execute(cls, model_name, preset, filename, overwrite, rank, solver, rotation, gptq, modulation, keep_layers, w4a16_layers, steps,
                 memory_gb, seed, model=None, positive=None, latent=None) -> io.NodeOutput:
         recipe = Recipe.from_preset(preset, rank=rank, solver=solver, rotation=rotation, gptq=_CHOICE[gptq], modulation=modulation,
-                               keep=_patterns(keep_layers), w4a16=_patterns(w4a16_layers), seed=seed)
+                               keep=patterns(keep_layers), w4a16=patterns(w4a16_layers), seed=seed)
         job = quantizing.Job(model_name, recipe, filename, overwrite, model, positive, latent, steps, memory_gb, cls.hidden.unique_id)
         name, report = quantizing.run(job)
         return io.NodeOutput(name, ui=charts.ui(charts.layers_chart(report, name, f"SVDQuant W4A4, rank {rank}, {preset}")))
@@ -85,10 +86,6 @@ def _expert_options() -> list:
         io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, advanced=True,
                      tooltip="Of the measured pictures' noise and of every random choice."),
     ]
-
-
-def _patterns(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 class NibbleLoadSVDQuant(io.ComfyNode):

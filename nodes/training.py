@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from .bridge import charts, intlora, intlora_training
 from .bridge.intlora_training import NONE, OPTIMIZERS, Job, Options
+from .bridge.patterns import patterns
 from .bridge.training import DTYPES, LOSSES, Settings
 
 VARIANTS = ["shift_add", "mul", "shift"]
@@ -39,9 +40,8 @@ class NibbleTrainIntLoRA(io.ComfyNode):
         options = Options(steps=one["steps"], lr=one["learning_rate"], optimizer=one["optimizer"], accumulate=one["grad_accumulation_steps"],
                           seed=one["seed"], save_every=250)
         settings = Settings(one["batch_size"], one["loss_function"], one["training_dtype"], one["gradient_checkpointing"], one["offloading"], one["seed"])
-        patterns = tuple(line.strip() for line in one["layers"].splitlines() if line.strip())
         done = intlora_training.run(Job(model[0], latents, positive, one["filename"], options, settings, one["variant"], one["rank"], one["overwrite"],
-                                        one["existing_lora"], patterns, one["preview_every"], cls.hidden.unique_id))
+                                        one["existing_lora"], patterns(one["layers"]), one["preview_every"], cls.hidden.unique_id))
         return io.NodeOutput(done.name, done.lora, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart))
 
 

@@ -6,6 +6,7 @@ from ..quant.container import FileRefused
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
 from ..quant.vq4dit.usage import inspect
 from .bridge import charts, loading, quantizing, vq, vq_charts
+from .bridge.patterns import patterns
 from .bridge.progress import Progress
 
 NO_SOURCES = "(no models in models/diffusion_models)"
@@ -44,7 +45,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
     def execute(cls, model_name, bits, preset, filename, overwrite, codewords, vector, candidates, calibration_steps, keep_layers, budget_gb,
                 rotation, modulation, steps, memory_gb, seed, model=None, positive=None, latent=None) -> io.NodeOutput:
         recipe = vq.recipe_of(preset, int(bits), codewords, vector, candidates, calibration_steps, budget_gb, rotation, modulation=modulation,
-                              keep=tuple(line.strip() for line in keep_layers.splitlines() if line.strip()), seed=seed)
+                              keep=patterns(keep_layers), seed=seed)
         name, report = vq.run(vq.Job(model_name, recipe, filename, overwrite, model, positive, latent, steps, memory_gb, cls.hidden.unique_id))
         return io.NodeOutput(name, ui=charts.ui(charts.layers_chart(report, name, f"codewords, {bits} bits, {preset}")))
 

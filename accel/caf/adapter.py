@@ -61,7 +61,7 @@ class Adapter(nn.Module):
     @classmethod
     def create(cls, model: nn.Module, names: Iterable[str], rank: int, h: float, seed: int = 0, middle: float = MIDDLE) -> Adapter:
         """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for a layer, rank or model that cannot have them."""
-        generator, modules, layers = torch.Generator().manual_seed(seed), dict(model.named_modules()), {}
+        generator, modules, layers = torch.Generator().manual_seed(seed), _modules(model), {}
         for name in names:
             outputs, inputs = modules[name].out_features, modules[name].in_features
             if not 0 <= rank <= min(outputs, inputs):
@@ -94,7 +94,7 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
 
 def input_layer(model: nn.Module) -> str:
     """The dotted name of the module that sees the latent first. Raises ValueError for a model in which it is not known."""
-    modules = dict(model.named_modules())
+    modules = _modules(model)
     for name in _INPUTS:
         module = modules.get(name)
         if hasattr(module, "in_features") or isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -114,8 +114,8 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 def share(sigma: Tensor, middle: float) -> Tensor:
     """How much of a head acts at noise level sigma (batch,): middle + (1 - middle) (1 - 2 sigma)^2, all of it at both ends.
 
-    There one step has to lead all the way, and the model is far off; half-way between, it is nearly right, and what training would do to it there is
-    mostly noise (measured: tests/bench/results/caf-distilled.json). middle = 1: all of it everywhere, as in the paper.
+    There one step has to lead all the way, and the model is far off; half-way between, it is nearly right by itself. middle = 1: all of it everywhere,
+    as in the paper.
     """
     return middle + (1 - middle) * (1 - 2 * sigma) ** 2
 

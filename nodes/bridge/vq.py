@@ -28,19 +28,11 @@ PROMPTS = 8  # random ones of a zero-data calibration
 
 
 @dataclass
-class Job:
-    """What the user asked for. model_name is used unless a model is connected; steps are the sampler's."""
+class Job(quantizing.Job):
+    """What the user asked for, as in SVDQuant's; steps are the sampler's."""
 
-    model_name: str
     recipe: Recipe
-    filename: str = ""
-    overwrite: bool = False
-    model: ModelPatcher | None = None
-    positive: list | None = None
-    latent: dict | None = None
-    steps: int = 8
     memory_gb: float = 2.0
-    node_id: str | None = None
 
 
 def recipe_of(preset: str, bits: int, codewords: int = 0, vector: int = 0, candidates: int = 0, steps: int = 0, budget_gb: float = 0.0,

@@ -1,8 +1,9 @@
 """Every choice of a quantization run, checked on creation and written into the file that it makes."""
 
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+
+from ..recipes import FromPreset
 
 PRESETS = {
     "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),
@@ -16,7 +17,7 @@ _CHOICES = {"preset": tuple(PRESETS), "solver": ("alternating", "svd"), "rotatio
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(FromPreset):
     """How to quantize a model. Make one with `Recipe.from_preset("fast" | "best", **changes)`.
 
     preset          where the other values came from
@@ -32,6 +33,8 @@ class Recipe:
     modulation      modulation layers: "w4a16" or "keep"
     seed            of every random choice
     """
+
+    PRESETS = PRESETS
 
     preset: str = "fast"
     rank: int = 32
@@ -61,29 +64,6 @@ class Recipe:
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
                 raise ValueError(f"{name}={patterns!r} is not a list of name patterns such as 'double_blocks.0.*'")
             object.__setattr__(self, name, tuple(patterns))
-
-    @classmethod
-    def from_preset(cls, name: str = "fast", **changes) -> "Recipe":
-        """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
-        known = {field.name for field in fields(cls)}
-        unknown = changes.keys() - known
-        if unknown:
-            raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-        return cls(preset=name, **(PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
-
-    def to_json(self) -> str:
-        """Every value, as JSON text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`. Raises ValueError for text that is no recipe."""
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"a recipe is a JSON object, not {text[:40]!r}")
-        return cls.from_preset(values.pop("preset", "fast"), **values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:
         """Whether a module's name matches one of the patterns."""

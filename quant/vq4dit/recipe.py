@@ -1,10 +1,10 @@
 """Every choice of a vector-quantization run, checked on creation and written into the file that it makes."""
 
-import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from ..container import CODEWORDS
+from ..recipes import FromPreset
 from . import codebook as codebooks
 from .layer import How
 
@@ -24,7 +24,7 @@ _RANGES = {"candidates": (1, 8), "steps": (0, 100_000), "turns": (0, 20), "seed"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(FromPreset):
     """How to quantize a model to codewords. Make one with `Recipe.from_preset("fast" | "vq4dit" | "best", **changes)`.
 
     preset      where the other values came from
@@ -40,6 +40,8 @@ class Recipe:
     modulation  modulation layers: "vq" or "keep"
     seed        of every random choice
     """
+
+    PRESETS = PRESETS
 
     preset: str = "fast"
     bits: int = 3
@@ -74,28 +76,6 @@ class Recipe:
 
     # What `architectures.plan` asks of a recipe, and codewords do not have: no low-rank branch, no 4-bit layers, no quantized activations.
     rank, w4a16, act_unsigned = 0, (), False
-
-    @classmethod
-    def from_preset(cls, name: str = "fast", **changes) -> "Recipe":
-        """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
-        if name not in PRESETS:
-            raise ValueError(f"preset={name!r} is not one of {', '.join(PRESETS)}")
-        known = {field.name for field in fields(cls)}
-        if unknown := changes.keys() - known:
-            raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-        return cls(preset=name, **(PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
-
-    def to_json(self) -> str:
-        """Every value, as JSON text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Recipe":
-        """The inverse of `to_json`. Raises ValueError for text that is no recipe."""
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"a recipe is a JSON object, not {text[:40]!r}")
-        return cls.from_preset(values.pop("preset", "fast"), **values)
 
     @property
     def calibrated(self) -> bool:

@@ -5,13 +5,15 @@
 
 `pictures`: each method's pictures against the teacher's from the same noise (mean and least PSNR, share that the scorer finds as asked), at the same
 number of calls of the model, in every schedule: even steps, and FLUX's shift at e^1.15 and e^3, the demo's own. "2-rectified flow" is trained on the
-same couplings with an adapter of the same rank, for as many steps as both nets of CAF together; "…, fading" with CAF's `adapter.share`.
+same couplings with an adapter of the same rank, for as many steps as both nets of CAF together; "…, fading" with CAF's `adapter.share`
+and times.
 
 `inversion`: the teacher's pictures led back to noise and drawn again from it, in as many calls there and at most as many back: PSNR of the picture, and
 how far the noise is from the one that the picture was made of (mean squared; 2 would be any other noise).
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -36,6 +38,8 @@ from nibble.quant import training  # noqa: E402
 
 SHIFTS, GUIDANCE, BATCH = (0.0, 1.15, 3.0), 3.5, 32
 AHEADS = (0.0, 0.35, flow.AHEAD)
+ARMS = ("untrained", "rectified", "inversion")
+RECTIFIED = {"2-rectified flow": 1.0, "2-rectified flow, fading": caf_adapter.MIDDLE}  # `adapter.share`
 
 
 class Couplings:
@@ -205,23 +209,25 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--paces", type=float, nargs="+", default=[1.0], help="h of CAF")
-    parser.add_argument("--middle", type=float, default=caf_adapter.MIDDLE, help="`adapter.share` of CAF")
+    parser.add_argument("--middles", type=float, nargs="+", default=[caf_adapter.MIDDLE], help="of CAF's `adapter.share`; 1: heads do not fade")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS, help="what is measured besides CAF")
     parser.add_argument("--calls", type=int, nargs="+", default=[2, 3, 5])
     parser.add_argument("--prompts", type=int, default=20, help="two seeds each")
     options = parser.parse_args()
     couplings, judge, students, seconds = Couplings(options.count, options.couplings), Judge(options.prompts, options.calls), {}, {}
-    judge.untrained()
-    for h in options.paces:
-        name = f"CAF, h = {h:g}"
-        students[name], seconds[name] = trained_caf(couplings, options, h, options.middle)
+    if "untrained" in options.arms:
+        judge.untrained()
+    for h, middle in itertools.product(options.paces, options.middles):
+        name = f"CAF, h = {h:g}" + ("" if middle == caf_adapter.MIDDLE else f", middle {middle:g}")
+        students[name], seconds[name] = trained_caf(couplings, options, h, middle)
         judge.caf(name, students[name])
-    for name, middle in (("2-rectified flow", 1.0), ("2-rectified flow, fading", options.middle)):
+    for name, middle in RECTIFIED.items() if "rectified" in options.arms else ():
         student, seconds[name] = trained_rectified(couplings, options, middle)
         judge.rectified(name, student)
     found = {"couplings": len(couplings.noise), "train_steps": options.train_steps, "rank": options.rank, "lr": options.lr, "batch": BATCH,
-             "middle": options.middle, "pictures": len(judge.noise), "teacher_steps": bench_caf.TEACHER_STEPS, "teacher_obeys": judge.obeys,
-             "seconds": seconds, "rows": judge.rows,
-             "inversion": judge.inversion(students), "command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads()}
+             "pictures": len(judge.noise), "teacher_steps": bench_caf.TEACHER_STEPS, "teacher_obeys": judge.obeys,
+             "seconds": seconds, "rows": judge.rows, "inversion": judge.inversion(students) if "inversion" in options.arms else [],
+             "command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
 
