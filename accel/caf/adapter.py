@@ -115,7 +115,7 @@ def share(sigma: Tensor, middle: float) -> Tensor:
     """How much of a head acts at noise level sigma (batch,): middle + (1 - middle) (1 - 2 sigma)^2, all of it at both ends.
 
     There one step has to lead all the way, and the model is far off; half-way between, it is nearly right by itself. middle = 1: all of it everywhere,
-    as in the paper.
+    as in the paper. What fading is worth on the demo model: tests/bench/results/caf-fading.json.
     """
     return middle + (1 - middle) * (1 - 2 * sigma) ** 2
 
