@@ -1,0 +1,132 @@
+"""What this checkout makes, as hashes: every prompt of prompts/ is run in a fresh ComfyUI, and every file and picture is hashed.
+
+    COMFYUI_PATH=... python tests/comfyui/fingerprint.py --out before.json
+    (change the code, or stand in another checkout)
+    COMFYUI_PATH=... python tests/comfyui/fingerprint.py --out after.json --against before.json
+
+Seeds are in the prompts, so two runs on one machine give equal hashes; other processors and versions of torch round otherwise.
+A safetensors file's hash is of its header as sorted JSON and of its tensors' bytes: safetensors itself writes metadata in any order.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+PROMPTS = HERE / "prompts"
+COMMANDS = [
+    "quantize flux-demo.safetensors cli.safetensors --rank 16",
+    "quantize flux-demo.safetensors cli-vq.safetensors --method vq --bits 3",
+    "convert four.safetensors four-kitchen.safetensors --to kitchen",
+    "convert cli.safetensors svdq-int4_r16-cli.safetensors --to nunchaku",
+    "convert svdq-int4_r16-cli.safetensors cli-back.safetensors",
+]
+LORA = "style.safetensors"
+SECONDS = re.compile(r"\b\d+(\.\d+)? ?(s|ms|min|h)\b")  # a run's own time is no result
+
+
+def prompts() -> list[Path]:
+    """The prompts in the order in which they are run; later ones use the files of earlier ones."""
+    return sorted(PROMPTS.glob("*.json"))
+
+
+def furnish(server) -> None:
+    """The demo model and a LoRA, as the prompts name them."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from server import ROOT
+    weights = ROOT / "demo" / "weights"
+    shutil.copy(weights / "flux-demo.safetensors", server.folder("diffusion_models"))
+    shutil.copy(weights / "vae-demo.safetensors", server.folder("vae"))
+    draw, tensors = torch.Generator().manual_seed(5), {}
+    base = load_file(weights / "flux-demo.safetensors")
+    for layer in ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "double_blocks.1.img_mlp.2", "double_blocks.0.img_mod.lin"):
+        rows, columns = base[f"{layer}.weight"].shape
+        stem = f"lora_unet_{layer.replace('.', '_')}"
+        size = 0.4 if "mod" in layer else 4.0
+        tensors |= {f"{stem}.lora_up.weight": torch.randn(rows, 8, generator=draw) * size / 8 ** 0.5,
+                    f"{stem}.lora_down.weight": torch.randn(8, columns, generator=draw) / columns ** 0.5}
+    save_file(tensors, server.folder("loras") / LORA)
+
+
+def digest(path: Path) -> str:
+    """Of a file's content; see the module's docstring for safetensors."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return hashlib.sha256(data).hexdigest()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
+    return hashlib.sha256(header + data[8 + length:]).hexdigest()
+
+
+def commands(folder: Path) -> None:
+    """Runs COMMANDS in the folder of the models."""
+    import importlib
+    import os
+
+    importlib.import_module("conftest")
+    main = importlib.import_module("nibble.__main__").main
+    os.chdir(folder)
+    for command in COMMANDS:
+        print(command, flush=True)
+        if main(command.split()):
+            raise SystemExit(f"failed: {command}")
+
+
+def run(out: Path) -> dict[str, str]:
+    """Runs every prompt; returns {"prompt: output" or "file": hash}."""
+    from server import Server
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        (home / "custom_nodes").mkdir()
+        (home / "custom_nodes" / "seeker_nodes").symlink_to(HERE / "seeker_nodes", target_is_directory=True)
+        with Server(home, "--whitelist-custom-nodes", "ComfyUI-Nibble", "seeker_nodes") as server:
+            furnish(server)
+            for path in prompts():
+                outputs = server.run(json.loads(path.read_text(encoding="utf-8")))
+                for node, output in outputs.items():
+                    if "images" in output:
+                        picture = server.picture(output)
+                        found[f"{path.stem}: picture"] = hashlib.sha256(picture.tobytes()).hexdigest()
+                    for chart in output.get("nibble_chart", ()):
+                        text = SECONDS.sub("", json.dumps(chart, sort_keys=True))
+                        found[f"{path.stem}: chart {node}"] = hashlib.sha256(text.encode()).hexdigest()
+                print(path.stem, flush=True)
+        commands(home / "models" / "diffusion_models")
+        for place in ("models", "output"):
+            for path in sorted((home / place).rglob("*")):
+                if path.is_file() and path.suffix != ".png":
+                    found[str(path.relative_to(home))] = digest(path)
+    out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--against", type=Path, help="an earlier run's --out: names what differs; exit code 1 if a file or a picture does")
+    options = parser.parse_args()
+    found = run(options.out)
+    if options.against is None:
+        return 0
+    before = json.loads(options.against.read_text(encoding="utf-8"))
+    differing = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+    results = [name for name in differing if ": chart" not in name]
+    print(f"{len(before)} before, {len(found)} after, {len(results)} files and pictures differ, {len(differing) - len(results)} charts differ")
+    for name in differing:
+        print(f"  {name}: {before.get(name)} -> {found.get(name)}")
+    return 1 if results else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
