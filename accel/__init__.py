@@ -1,1 +1,3 @@
-"""accel/ - less work: which steps of a sampling run, which layers and which tokens need not be computed. Pure algorithms: no model, no host."""
+"""accel/ - less work: which steps of a sampling run, which layers and which tokens need not be
+computed. Pure algorithms: no model, no host.
+"""

@@ -1,4 +1,6 @@
-"""TeaCache polynomials that others have fitted and published, as data: coefficients.json, with source and date."""
+"""TeaCache polynomials that others have fitted and published, as data: coefficients.json, with
+source and date.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ DATA = Path(__file__).with_name("coefficients.json")
 
 @dataclass(frozen=True)
 class Shipped:
-    """One published polynomial. thresholds: careful, balanced, fast. feature: which F it was fitted on. first: steps that its authors always
-    compute at the start."""
+    """One published polynomial. thresholds: careful, balanced, fast. feature: which F it was fitted
+    on. first: steps that its authors always compute at the start.
+    """
 
     model: str
     feature: str
@@ -33,8 +36,15 @@ def _entries() -> tuple[dict, ...]:
 
 
 def _shipped(entry: dict) -> Shipped:
-    return Shipped(entry["model"], entry["feature"], Polynomial(tuple(entry["coefficients"])), tuple(entry["thresholds"]), entry["source"],
-                   entry["date"], entry.get("first", 1))
+    return Shipped(
+        entry["model"],
+        entry["feature"],
+        Polynomial(tuple(entry["coefficients"])),
+        tuple(entry["thresholds"]),
+        entry["source"],
+        entry["date"],
+        entry.get("first", 1),
+    )
 
 
 def every() -> list[Shipped]:
@@ -43,10 +53,14 @@ def every() -> list[Shipped]:
 
 
 def lookup(classes: Iterable[str], facts: dict) -> Shipped | None:
-    """The first entry for one of a model's class names whose every condition is among the facts. facts: name → value, lists compared as lists."""
+    """The first entry for one of a model's class names whose every condition is among the facts.
+    facts: name → value, lists compared as lists.
+    """
     names = set(classes)
     for entry in _entries():
-        if entry["class"] in names and all(name in facts and _plain(facts[name]) == value for name, value in entry["when"].items()):
+        if entry["class"] in names and all(
+            name in facts and _plain(facts[name]) == value for name, value in entry["when"].items()
+        ):
             return _shipped(entry)
     return None
 

@@ -1,13 +1,17 @@
-"""Error control: skip steps while the guess for them would be good, judged by how good the last guesses were.
+"""Error control: skip steps while the guess for them would be good, judged by how good the last
+guesses were.
 
-Whenever a step is computed, the guess that would have been made for it is compared with it. Lagrange's remainder says how that error grows with
-the distance to the steps it was made from, so the error of the next guesses can be foretold without looking at anything:
+Whenever a step is computed, the guess that would have been made for it is compared with it.
+Lagrange's remainder says how that error grows with the distance to the steps it was made from, so
+the error of the next guesses can be foretold without looking at anything:
 
-    rate = e_t / |prod_j (s_t - s_j)|,   e_i = rate * |prod_j (s_i - s_j)| * |s_i - s_{i+1}| / mean step,   reuse while sum e_i < threshold
+    rate = e_t / |prod_j (s_t - s_j)|,   e_i = rate * |prod_j (s_i - s_j)| * |s_i - s_{i+1}| / mean
+      step,   reuse while sum e_i < threshold
 
-e_t is a relative L1 error, weighted with the step that it is integrated over. No calibration, no feature of the model, and no wait for the GPU on
-skipped steps. The idea is that of step-size control in ODE solvers (Hairer, Nørsett and Wanner, Solving ODEs I, II.4), applied to which of a fixed
-set of steps are computed.
+e_t is a relative L1 error, weighted with the step that it is integrated over. No calibration, no
+feature of the model, and no wait for the GPU on skipped steps. The idea is that of step-size
+control in ODE solvers (Hairer, Nørsett and Wanner, Solving ODEs I, II.4), applied to which of a
+fixed set of steps are computed.
 """
 
 from __future__ import annotations
@@ -41,7 +45,9 @@ class ErrorControl:
 
 
 class ErrorStream:
-    """The rule at work on one stream: the last measured rate, and the error summed up since the last computed step."""
+    """The rule at work on one stream: the last measured rate, and the error summed up since the
+    last computed step.
+    """
 
     def __init__(self, rule: ErrorControl):
         self.rule, self.change, self.row = rule, 0.0, 0
@@ -55,7 +61,9 @@ class ErrorStream:
         if why:
             self.computed()
             return Decision(True, why)
-        reached = self.change + self.rate * spread(nodes, step.sigma, self.rule.reuse) * self.rule.weight(step)
+        reached = self.change + self.rate * spread(
+            nodes, step.sigma, self.rule.reuse
+        ) * self.rule.weight(step)
         if reached < self.rule.threshold and self.row < self.rule.most:
             self.change, self.row = reached, self.row + 1
             return Decision(False, "reused", reached)
@@ -66,7 +74,9 @@ class ErrorStream:
         self.change, self.row = 0.0, 0
 
     def measured(self, step: Step, nodes: Sequence[float], error: float) -> None:
-        """A computed step differed from its guess, made from `nodes`, by the relative error `error`."""
+        """A computed step differed from its guess, made from `nodes`, by the relative error
+        `error`.
+        """
         far = spread(nodes, step.sigma, self.rule.reuse)
         if far and len(nodes) >= self.rule.reuse.order + 1:
             self.rate = error / far

@@ -1,10 +1,13 @@
-"""What a skipped step is given instead: a guess from the last computed ones, by polynomials through them in sigma.
+"""What a skipped step is given instead: a guess from the last computed ones, by polynomials through
+them in sigma.
 
-    y(s) = sum_i w_i(s) y(s_i),   w_i(s) = damping * prod_{j != i} (s - s_j) / (s_i - s_j) + (1 - damping) * [i is the newest]
+    y(s) = sum_i w_i(s) y(s_i),   w_i(s) = damping * prod_{j != i} (s - s_j) / (s_i - s_j) + (1 -
+      damping) * [i is the newest]
 
-Order 0 holds the newest value (TeaCache, FORA, SmoothCache as published); orders 1 and 2 are the Taylor expansions of TaylorSeer (Liu et al.,
-arXiv 2503.06923, eq. 4) with finite differences over unequal steps, which on the velocity of a flow is the variable-step Adams-Bashforth
-predictor. Guessing costs one weighted sum of tensors as large as the guess.
+Order 0 holds the newest value (TeaCache, FORA, SmoothCache as published); orders 1 and 2 are the
+Taylor expansions of TaylorSeer (Liu et al., arXiv 2503.06923, eq. 4) with finite differences over
+unequal steps, which on the velocity of a flow is the variable-step Adams-Bashforth predictor.
+Guessing costs one weighted sum of tensors as large as the guess.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ HIGHEST = 3
 
 @dataclass(frozen=True)
 class Reuse:
-    """How a guess is made: order of the polynomial (fewer computed steps give a lower one), and how much of it is believed."""
+    """How a guess is made: order of the polynomial (fewer computed steps give a lower one), and how
+    much of it is believed.
+    """
 
     order: int = 1
     damping: float = 1.0
@@ -28,12 +33,17 @@ class Reuse:
         if not 0 <= self.order <= HIGHEST:
             raise ValueError(f"The order of extrapolation is 0 to {HIGHEST}, not {self.order}.")
         if not 0 <= self.damping <= 1:
-            raise ValueError(f"The damping of extrapolation is 0 (hold the last value) to 1 (full extrapolation), not {self.damping:g}.")
+            raise ValueError(
+                "The damping of extrapolation is 0 (hold the last value) to 1 (full"
+                f" extrapolation), not {self.damping:g}."
+            )
 
 
 def weights(nodes: Sequence[float], at: float, reuse: Reuse) -> list[float]:
-    """A weight for each of the newest `order + 1` nodes (oldest first, all different): what to sum up for a guess at `at`."""
-    used = list(nodes)[-(reuse.order + 1):]
+    """A weight for each of the newest `order + 1` nodes (oldest first, all different): what to sum
+    up for a guess at `at`.
+    """
+    used = list(nodes)[-(reuse.order + 1) :]
     found = []
     for i, here in enumerate(used):
         weight = 1.0
@@ -46,15 +56,19 @@ def weights(nodes: Sequence[float], at: float, reuse: Reuse) -> list[float]:
 
 
 def spread(nodes: Sequence[float], at: float, reuse: Reuse) -> float:
-    """|prod (at - s_i)| over the nodes that a guess uses: its error is this times a derivative (Lagrange's remainder)."""
+    """|prod (at - s_i)| over the nodes that a guess uses: its error is this times a derivative
+    (Lagrange's remainder).
+    """
     product = 1.0
-    for node in list(nodes)[-(reuse.order + 1):]:
+    for node in list(nodes)[-(reuse.order + 1) :]:
         product *= abs(at - node)
     return product
 
 
 class History:
-    """The last computed values of one stream of conditioning, with their sigmas; tensors of one shape, kept on `device` (None: where they are)."""
+    """The last computed values of one stream of conditioning, with their sigmas; tensors of one
+    shape, kept on `device` (None: where they are).
+    """
 
     def __init__(self, reuse: Reuse, device: torch.device | str | None = None):
         self.reuse, self.device = reuse, device
@@ -65,25 +79,31 @@ class History:
         return len(self.nodes)
 
     def store(self, sigma: float, value: torch.Tensor) -> None:
-        """Remembers a computed value; one of another shape, or at a sigma already known, takes the place of what it contradicts."""
+        """Remembers a computed value; one of another shape, or at a sigma already known, takes the
+        place of what it contradicts.
+        """
         if self.values and self.values[-1].shape != value.shape:
             self.clear()
         if sigma in self.nodes:
             where = self.nodes.index(sigma)
             del self.nodes[where], self.values[where]
         self.nodes.append(sigma)
-        self.values.append(value if self.device is None else value.to(self.device, non_blocking=False))
-        del self.nodes[:-self.reuse.order - 1], self.values[:-self.reuse.order - 1]
+        self.values.append(
+            value if self.device is None else value.to(self.device, non_blocking=False)
+        )
+        del self.nodes[: -self.reuse.order - 1], self.values[: -self.reuse.order - 1]
 
     def guess(self, sigma: float, like: torch.Tensor | None = None) -> torch.Tensor:
-        """The value at `sigma`, summed in float32, returned in the values' dtype on the device of `like`."""
+        """The value at `sigma`, summed in float32, returned in the values' dtype on the device of
+        `like`.
+        """
         device = self.values[-1].device if like is None else like.device
         dtype = self.values[-1].dtype
         found = weights(self.nodes, sigma, self.reuse)
         if len(found) == 1:
             return self.values[-1].to(device)
         total = self.values[-1].to(device).float() * found[-1]
-        for weight, value in zip(found[:-1], self.values[-len(found):-1], strict=True):
+        for weight, value in zip(found[:-1], self.values[-len(found) : -1], strict=True):
             total.add_(value.to(device).float(), alpha=weight)
         return total.to(dtype)
 

@@ -1,11 +1,15 @@
-"""Which steps to compute when so many may be computed: even spacing, and a search that needs no model.
+"""Which steps to compute when so many may be computed: even spacing, and a search that needs no
+model.
 
-In a run that integrates dx = v ds, a skipped step i uses the guess sum_j w_ij v_j, so the end is off, to first order, by
+In a run that integrates dx = v ds, a skipped step i uses the guess sum_j w_ij v_j, so the end is
+off, to first order, by
 
-    e = sum over skipped i of (s_{i+1} - s_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² = cᵀ G c,   G_ij = <v_i, v_j>
+    e = sum over skipped i of (s_{i+1} - s_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² =
+      cᵀ G c,   G_ij = <v_i, v_j>
 
-G is measured once on calibration prompts (steps x steps numbers a prompt); then any mask with any guess is judged in microseconds, and a search
-over masks of a fixed budget (the idea of BudCache, arXiv 2606.13496, which anneals with the model in the loop) takes seconds.
+G is measured once on calibration prompts (steps x steps numbers a prompt); then any mask with any
+guess is judged in microseconds, and a search over masks of a fixed budget (the idea of BudCache,
+arXiv 2606.13496, which anneals with the model in the loop) takes seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ RESTARTS = 4
 
 @dataclass(frozen=True)
 class Fixed:
-    """The rule that computes the steps of a mask (True: computed), known before the run: nothing is measured and nothing waited for."""
+    """The rule that computes the steps of a mask (True: computed), known before the run: nothing is
+    measured and nothing waited for.
+    """
 
     mask: tuple[bool, ...]
     window: Window = Window()
@@ -33,7 +39,9 @@ class Fixed:
 
 
 class FixedStream:
-    """The rule at work; every stream decides alike, but one that has nothing to reuse yet computes."""
+    """The rule at work; every stream decides alike, but one that has nothing to reuse yet
+    computes.
+    """
 
     def __init__(self, rule: Fixed):
         self.rule = rule
@@ -50,7 +58,9 @@ class FixedStream:
 
 
 def uniform(total: int, computed: int) -> list[bool]:
-    """`computed` of `total` steps, evenly spread, the first and the last among them. ValueError unless 2 <= computed <= total."""
+    """`computed` of `total` steps, evenly spread, the first and the last among them. ValueError
+    unless 2 <= computed <= total.
+    """
     if not 2 <= computed <= total:
         raise ValueError(f"2 to {total} of {total} steps can be computed, not {computed}.")
     places = {round(i * (total - 1) / (computed - 1)) for i in range(computed)}
@@ -58,7 +68,9 @@ def uniform(total: int, computed: int) -> list[bool]:
 
 
 def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -> np.ndarray:
-    """c of the formula above: how much of each step's velocity ends up in the error. float64 (steps,). mask[0] is taken as computed."""
+    """c of the formula above: how much of each step's velocity ends up in the error. float64
+    (steps,). mask[0] is taken as computed.
+    """
     found, computed = np.zeros(len(mask)), []
     for i, wanted in enumerate(mask):
         if wanted or not computed:
@@ -66,24 +78,33 @@ def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -
             continue
         length = sigmas[i + 1] - sigmas[i]
         guess = weights([sigmas[j] for j in computed], sigmas[i], reuse)
-        for j, weight in zip(computed[-len(guess):], guess, strict=True):
+        for j, weight in zip(computed[-len(guess) :], guess, strict=True):
             found[j] += length * weight
         found[i] -= length
     return found
 
 
 def error(mask: Sequence[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> float:
-    """The foretold error at the end of the run: root mean over prompts of |e|^4, to the fourth root, so that the worst prompts weigh most.
+    """The foretold error at the end of the run: root mean over prompts of |e|^4, to the fourth
+    root, so that the worst prompts weigh most.
 
     grams: float64 (prompts, steps, steps).
     """
     c = contributions(mask, sigmas, reuse)
     squares = np.maximum(np.einsum("i,pij,j->p", c, grams, c), 0.0)
-    return float(np.mean(squares ** 2) ** 0.25)
+    return float(np.mean(squares**2) ** 0.25)
 
 
-def search(computed: int, sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse, restarts: int = RESTARTS, seed: int = 0) -> list[bool]:
-    """The best mask found by swapping computed and skipped steps until nothing helps, from even spacing and from random starts.
+def search(
+    computed: int,
+    sigmas: Sequence[float],
+    grams: np.ndarray,
+    reuse: Reuse,
+    restarts: int = RESTARTS,
+    seed: int = 0,
+) -> list[bool]:
+    """The best mask found by swapping computed and skipped steps until nothing helps, from even
+    spacing and from random starts.
 
     First and last step stay computed. grams as in `error`; sigmas: steps + 1 values.
     """
@@ -100,7 +121,9 @@ def search(computed: int, sigmas: Sequence[float], grams: np.ndarray, reuse: Reu
     return best
 
 
-def _descend(mask: list[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> tuple[list[bool], float]:
+def _descend(
+    mask: list[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse
+) -> tuple[list[bool], float]:
     least = error(mask, sigmas, grams, reuse)
     while True:
         inner = range(1, len(mask) - 1)
@@ -119,9 +142,11 @@ def _swapped(mask: list[bool], i: int, j: int) -> list[bool]:
 
 
 def spread(mask: Sequence[bool], known: Sequence[float], wanted: Sequence[float]) -> list[bool]:
-    """A mask for another schedule of sigmas: as many of its steps computed as the share asks for, at the same places of the computed density.
+    """A mask for another schedule of sigmas: as many of its steps computed as the share asks for,
+    at the same places of the computed density.
 
-    The computed steps' share of the run is a function of the step's share; the new steps are placed by its inverse. known and wanted: steps + 1.
+    The computed steps' share of the run is a function of the step's share; the new steps are placed
+    by its inverse. known and wanted: steps + 1.
     """
     if len(known) == len(wanted) and np.allclose(known, wanted, rtol=1e-3):
         return list(mask)

@@ -1,4 +1,6 @@
-"""What every rule of caching speaks of: a step, the steps that may be reused, and the record of a run."""
+"""What every rule of caching speaks of: a step, the steps that may be reused, and the record of a
+run.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of the model: step `index` of `total`, at noise level `sigma` (the sampler's unit)."""
+    """One evaluation of the model: step `index` of `total`, at noise level `sigma` (the sampler's
+    unit).
+    """
 
     index: int
     total: int
@@ -22,7 +26,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Window:
-    """The steps that a rule may reuse: from `start` to `end` as shares of the run, never the `first` first nor the `last` last ones."""
+    """The steps that a rule may reuse: from `start` to `end` as shares of the run, never the
+    `first` first nor the `last` last ones.
+    """
 
     start: float = 0.0
     end: float = 1.0
@@ -31,9 +37,14 @@ class Window:
 
     def __post_init__(self):
         if not (0 <= self.start <= 1 and 0 <= self.end <= 1 and self.start <= self.end):
-            raise ValueError(f"start and end are shares of the run, 0 to 1, start before end; not {self.start:g} and {self.end:g}.")
+            raise ValueError(
+                f"start and end are shares of the run, 0 to 1, start before end; not {self.start:g}"
+                f" and {self.end:g}."
+            )
         if self.first < 0 or self.last < 0:
-            raise ValueError("The numbers of first and last steps that are always computed must not be negative.")
+            raise ValueError(
+                "The numbers of first and last steps that are always computed must not be negative."
+            )
 
     def forbids(self, step: Step) -> str | None:
         """Why this step must be computed, or None: "first", "last" or "outside"."""
@@ -46,7 +57,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Decision:
-    """Compute this step or not, why, and the change that a rule had summed up before it decided (None: the rule sums nothing up)."""
+    """Compute this step or not, why, and the change that a rule had summed up before it decided
+    (None: the rule sums nothing up).
+    """
 
     compute: bool
     why: str  # "first" | "last" | "outside" | "new" | "threshold" | "schedule" | "reused"
@@ -68,8 +81,10 @@ class Cell:
 class Record:
     """What happened in one sampling run.
 
-    cells: step → its cell, as decided for the first stream of conditioning. rows: part of the model → {step: computed}, for schedules that
-    reuse parts. calls and computed_calls count evaluations over all streams; work is what they cost, in whole evaluations.
+    cells: step → its cell, as decided for the first stream of conditioning. rows: part of the model
+        → {step: computed}, for schedules that
+    reuse parts. calls and computed_calls count evaluations over all streams; work is what they
+    cost, in whole evaluations.
     """
 
     total: int
@@ -84,23 +99,32 @@ class Record:
     level: str = ""
 
     def add(self, step: Step, decision: Decision, first_stream: bool) -> None:
-        """Counts one evaluation; the first stream's decision is the one that is shown, computed where a step has several."""
+        """Counts one evaluation; the first stream's decision is the one that is shown, computed
+        where a step has several.
+        """
         self.calls += 1
         self.computed_calls += decision.compute
         self.work += decision.compute
         known = self.cells.get(step.index)
         if first_stream and (known is None or decision.compute and not known.computed):
-            self.cells[step.index] = Cell(step.index, step.sigma, decision.compute, decision.why, decision.change)
+            self.cells[step.index] = Cell(
+                step.index, step.sigma, decision.compute, decision.why, decision.change
+            )
 
     def add_rows(self, step: Step, computed: dict[str, bool], shares: dict[str, float]) -> None:
-        """One evaluation in which some parts of the model were computed. shares: part → its share of the model's work; the rest is always done."""
+        """One evaluation in which some parts of the model were computed. shares: part → its share
+        of the model's work; the rest is always done.
+        """
         self.calls += 1
         self.computed_calls += all(computed.values())
         self.work += 1 - sum(shares[name] for name, value in computed.items() if not value)
         for name, value in computed.items():
             self.rows.setdefault(name, {})[step.index] = value
         everything = all(computed.values())
-        self.cells.setdefault(step.index, Cell(step.index, step.sigma, everything, "schedule" if everything else "reused", None))
+        self.cells.setdefault(
+            step.index,
+            Cell(step.index, step.sigma, everything, "schedule" if everything else "reused", None),
+        )
 
     @property
     def computed(self) -> int:

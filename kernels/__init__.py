@@ -1,11 +1,14 @@
-"""kernels/ - the arithmetic. Knows tensors, not models; imports torch, and comfy_kitchen and nibble_kernels where they are installed.
+"""kernels/ - the arithmetic. Knows tensors, not models; imports torch, and comfy_kitchen and
+nibble_kernels where they are installed.
 
 The shape alphabet, used in every signature, comment and test:
 
-    M tokens · K in · N out · R rank · G group (64 columns share a scale) · C codewords · D sub-vector
+    M tokens · K in · N out · R rank · G group (64 columns share a scale) · C codewords · D
+    sub-vector
 
-`ops` holds every op once, `dispatch` decides what runs it, `reference` is the truth in plain torch, `native` with `launch` and
-`kitchen` are the two ways to run faster. `which(op, device)` says which one is used and why.
+`ops` holds every op once, `dispatch` decides what runs it, `reference` is the truth in plain torch,
+`native` with `launch` and `kitchen` are the two ways to run faster. `which(op, device)` says which
+one is used and why.
 """
 
 from .ops import (
@@ -25,6 +28,19 @@ from .ops import (
 from .reference import GROUP, SHIFT, hadamard64
 
 __all__ = [
-    "GROUP", "SHIFT", "gemm_vq", "gemm_w4a16", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "hadamard64", "linear_vq",
-    "linear_w4a16", "linear_w4a4", "linear_w4a4_grouped", "mlp_w4a4", "quantize_down", "which",
+    "GROUP",
+    "SHIFT",
+    "gemm_vq",
+    "gemm_w4a16",
+    "gemm_w4a4_up",
+    "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",
+    "hadamard64",
+    "linear_vq",
+    "linear_w4a16",
+    "linear_w4a4",
+    "linear_w4a4_grouped",
+    "mlp_w4a4",
+    "quantize_down",
+    "which",
 ]

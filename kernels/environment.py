@@ -1,4 +1,5 @@
-"""What this machine has, and what each op runs through on it and why: the page to read first when something is slow.
+"""What this machine has, and what each op runs through on it and why: the page to read first when
+something is slow.
 
 Needs nothing installed beyond torch; what is missing is said instead.
 """
@@ -19,7 +20,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def describe(shape: tuple[int, int, int] = ops.TYPICAL) -> dict:
-    """Facts and, for every op, device and dtype, its backend with path and reason for a layer of `shape` (M, N, K). Plain JSON."""
+    """Facts and, for every op, device and dtype, its backend with path and reason for a layer of
+    `shape` (M, N, K). Plain JSON.
+    """
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     rows = []
     for op in ops.SCHEMAS:
@@ -27,7 +30,15 @@ def describe(shape: tuple[int, int, int] = ops.TYPICAL) -> dict:
         for device in devices:
             for dtype in DTYPES:
                 backend, reason = ops.which(op, device, dtype, asked)
-                rows.append({"op": op, "device": device, "dtype": str(dtype).removeprefix("torch."), "backend": backend, "reason": reason})
+                rows.append(
+                    {
+                        "op": op,
+                        "device": device,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "backend": backend,
+                        "reason": reason,
+                    }
+                )
     return {"facts": _facts(), "shape": dict(zip("MNK", shape, strict=True)), "ops": rows}
 
 
@@ -36,7 +47,12 @@ def table(found: dict) -> str:
     facts = found["facts"]
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
-    lines += ["", "for a layer with " + ", ".join(f"{letter}={size}" for letter, size in found["shape"].items()), ""]
+    lines += [
+        "",
+        "for a layer with "
+        + ", ".join(f"{letter}={size}" for letter, size in found["shape"].items()),
+        "",
+    ]
     alike: dict[tuple, list[str]] = {}
     for row in found["ops"]:
         reason = row["reason"]
@@ -44,26 +60,45 @@ def table(found: dict) -> str:
             reason = reason.removeprefix(f"{native.module()[1]}; ").removeprefix(f"{row['op']}: ")
         if row["backend"] == "native" and row["op"] in dispatch.PARTS:
             reason = f"through {' and '.join(dispatch.PARTS[row['op']])}"
-        alike.setdefault((row["op"], row["device"], row["backend"], reason), []).append(row["dtype"])
+        alike.setdefault((row["op"], row["device"], row["backend"], reason), []).append(
+            row["dtype"]
+        )
     rows = [("op", "device", "dtypes", "backend", "path and reason")]
-    rows += [(op, device, " ".join(dtypes), backend, reason) for (op, device, backend, reason), dtypes in alike.items()]
+    rows += [
+        (op, device, " ".join(dtypes), backend, reason)
+        for (op, device, backend, reason), dtypes in alike.items()
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join(lines + ["  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows])
+    return "\n".join(
+        lines
+        + [
+            "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)), row[4]])
+            for row in rows
+        ]
+    )
 
 
 def _facts() -> dict[str, str]:
     facts = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": str(torch.__version__),
-        "CPU": f"{_cpu()}, {torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "CPU": (
+            f"{_cpu()}, {torch.get_num_threads()} threads, torch uses"
+            f" {torch.backends.cpu.get_cpu_capability()}"
+        ),
     }
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        facts[f"GPU {index}"] = f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+        facts[f"GPU {index}"] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor},"
+            f" {gpu.total_memory / 2**30:.0f} GiB"
+        )
     if torch.cuda.device_count():
         facts["driver"] = f"{_driver()}; torch was built for CUDA {torch.version.cuda}"
     else:
-        facts["GPU"] = "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
+        facts["GPU"] = (
+            "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
+        )
     facts[native.MODULE] = _extension()
     facts["comfy_kitchen"] = _version("comfy-kitchen")
     return facts
@@ -75,7 +110,10 @@ def _extension() -> str:
         return why
     info = module.build_info()
     cuda = f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "no CUDA"
-    return f"{module.__version__}, built with {info['compiler']} and {cuda}; this CPU runs {', '.join(module.cpu_isas())}"
+    return (
+        f"{module.__version__}, built with {info['compiler']} and {cuda}; this CPU runs"
+        f" {', '.join(module.cpu_isas())}"
+    )
 
 
 def _version(distribution: str) -> str:
@@ -87,7 +125,10 @@ def _version(distribution: str) -> str:
 
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "unknown",
+    )
 
 
 def _driver() -> str:
@@ -95,4 +136,8 @@ def _driver() -> str:
         return "unknown (no nvidia-smi)"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = subprocess.run(query, capture_output=True, text=True)
-    return result.stdout.split("\n")[0].strip() if result.returncode == 0 else "unknown (nvidia-smi failed)"
+    return (
+        result.stdout.split("\n")[0].strip()
+        if result.returncode == 0
+        else "unknown (nvidia-smi failed)"
+    )

@@ -1,7 +1,8 @@
-"""Autograd of the whole linears: straight through the quantizer, to x, proj_down, proj_up and bias; codes, scales, codebooks and smoothing are
-constants.
+"""Autograd of the whole linears: straight through the quantizer, to x, proj_down, proj_up and bias;
+codes, scales, codebooks and smoothing are constants.
 
-A backward pass dequantizes the weight once and keeps only the layer's inputs. It runs in plain torch on every backend.
+A backward pass dequantizes the weight once and keeps only the layer's inputs. It runs in plain
+torch on every backend.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def save_w4a4(ctx, inputs, output) -> None:
 
 def _grad_bias(ctx, grad: Tensor, position: int) -> Tensor | None:
     """Sum over tokens in float32 or wider, if asked for."""
-    # The dispatcher drops trailing arguments that equal their defaults, so a bias of None may have no entry at all.
+    # The dispatcher drops trailing arguments that equal their defaults, so a bias of None may have
+    # no entry at all.
     if ctx.bias_dtype is None or not ctx.needs_input_grad[position]:
         return None
     return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype)
@@ -62,7 +64,9 @@ def save_gemm_vq(ctx, inputs, output) -> None:
 def backward_gemm_vq(ctx, grad: Tensor):
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x = reference_vq.linear_vq_grad(grad, *ctx.saved_tensors, None, None, 0, (True, False, False))[0]
+        grad_x = reference_vq.linear_vq_grad(
+            grad, *ctx.saved_tensors, None, None, 0, (True, False, False)
+        )[0]
     return grad_x, None, None, None, _grad_bias(ctx, grad, 4)
 
 

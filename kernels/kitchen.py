@@ -2,10 +2,11 @@
 
 What differs there, and what is done about it:
 - it pads tokens to a multiple of 256: the result is cut back to M;
-- it returns activation scales and h in x's dtype, inside buffers that its next call overwrites: so only whole linears go
-  through it, never `quantize_down` alone;
+- it returns activation scales and h in x's dtype, inside buffers that its next call overwrites: so
+  only whole linears go through it, never `quantize_down` alone;
 - it leaves the unsigned shift to the caller: added here, to the main path only;
-- it has no rotation: x is smoothed and rotated here, then quantized there with a smoothing factor of ones.
+- it has no rotation: x is smoothed and rotated here, then quantized there with a smoothing factor
+  of ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def module() -> ModuleType | None:
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether comfy_kitchen runs `op` for activations of `dtype` on `device`, and why or why not, in one sentence."""
+    """Whether comfy_kitchen runs `op` for activations of `dtype` on `device`, and why or why not,
+    in one sentence.
+    """
     if device.type != "cuda":
         return False, f"comfy_kitchen is used for CUDA tensors only, and this is {device.type}"
     if op not in _OPS:
@@ -54,9 +57,14 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str
 
 def _decide_for_gpu(kitchen: ModuleType, op: str, capability: tuple[int, int]) -> tuple[bool, str]:
     gpu = "compute capability {}.{}".format(*capability)
-    backend = kitchen.list_backends().get("cuda", {"available": False, "disabled": False, "unavailable_reason": "unknown"})
+    backend = kitchen.list_backends().get(
+        "cuda", {"available": False, "disabled": False, "unavailable_reason": "unknown"}
+    )
     if not backend["available"]:
-        return False, f"comfy_kitchen's CUDA backend is not available: {backend['unavailable_reason']}"
+        return (
+            False,
+            f"comfy_kitchen's CUDA backend is not available: {backend['unavailable_reason']}",
+        )
     if backend["disabled"]:
         return False, "comfy_kitchen's CUDA backend was disabled by the host program"
     if not set(_OPS[op]) <= set(backend["capabilities"]):
@@ -64,7 +72,13 @@ def _decide_for_gpu(kitchen: ModuleType, op: str, capability: tuple[int, int]) -
     if capability < (8, 0):
         return False, f"comfy_kitchen needs compute capability 8.0, this GPU has {gpu}"
     if op == "linear_w4a4" and capability[0] != 8:
-        return False, f"comfy_kitchen's int4 instructions are emulated on {gpu}, slower than a 16-bit product"
+        return (
+            False,
+            (
+                f"comfy_kitchen's int4 instructions are emulated on {gpu}, slower than a 16-bit"
+                " product"
+            ),
+        )
     return True, f"comfy_kitchen's CUDA kernels are native on {gpu}"
 
 
@@ -79,7 +93,9 @@ def linear_w4a4(
     act_unsigned: bool = False,
     rotation: int = 0,
 ) -> Tensor:
-    """`reference.linear_w4a4` through comfy_kitchen's public ops. Shapes as there; x (M, K) with M > 0."""
+    """`reference.linear_w4a4` through comfy_kitchen's public ops. Shapes as there; x (M, K) with M
+    > 0.
+    """
     kitchen = module()
     dtype = x.dtype
     x, smooth = x.contiguous(), smooth_factor.to(dtype)
@@ -91,15 +107,31 @@ def linear_w4a4(
         main, smooth=smooth, lora_down=proj_down.to(dtype), act_unsigned=act_unsigned, lora_x=x
     )
     y = kitchen.scaled_mm_svdquant_w4a4(
-        act=q, wgt=weight, ascales=ascales, wscales=weight_scale.to(dtype), lora_act_in=h, lora_up=proj_up.to(dtype),
-        bias=None if bias is None else bias.to(dtype), act_unsigned=act_unsigned,
+        act=q,
+        wgt=weight,
+        ascales=ascales,
+        wscales=weight_scale.to(dtype),
+        lora_act_in=h,
+        lora_up=proj_up.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
+        act_unsigned=act_unsigned,
     )
     return y[: x.shape[0]]
 
 
-def gemv_w4a16(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """`reference.gemv_w4a16` through comfy_kitchen's public op. Shapes as there; x (M, K) with M > 0."""
+def gemv_w4a16(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`reference.gemv_w4a16` through comfy_kitchen's public op. Shapes as there; x (M, K) with M >
+    0.
+    """
     dtype = x.dtype
     bias = None if bias is None else bias.to(dtype)
     weight_zeros = torch.zeros_like(weight_scale) if weight_zeros is None else weight_zeros
-    return module().gemv_awq_w4a16(x.contiguous(), weight, weight_scale.to(dtype), weight_zeros.to(dtype), bias=bias)
+    return module().gemv_awq_w4a16(
+        x.contiguous(), weight, weight_scale.to(dtype), weight_zeros.to(dtype), bias=bias
+    )

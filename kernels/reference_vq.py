@@ -1,9 +1,12 @@
-"""The codebook ops in plain torch: the truth that the compiled versions are compared with, and the path of users without them.
+"""The codebook ops in plain torch: the truth that the compiled versions are compared with, and the
+path of users without them.
 
-    W[n, j*D + e] = scale[n] * codebook[index[n, j], e]        y = x . W^T + bias        vector quantization as in VQ4DiT, arXiv 2408.17131, eq. 2
+    W[n, j*D + e] = scale[n] * codebook[index[n, j], e]        y = x . W^T + bias        vector
+      quantization as in VQ4DiT, arXiv 2408.17131, eq. 2
 
-An index has b = log2(C) bits. A row's indices follow one another in its bytes without gaps: index i occupies the bits i*b to (i+1)*b,
-bit 0 being the lowest of byte 0. Arithmetic is as in `reference`: float32, or float64 where x is float64.
+An index has b = log2(C) bits. A row's indices follow one another in its bytes without gaps: index i
+occupies the bits i*b to (i+1)*b, bit 0 being the lowest of byte 0. Arithmetic is as in `reference`:
+float32, or float64 where x is float64.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ def _period(bits: int) -> tuple[int, int]:
 
 
 def pack_indices(indices: Tensor, bits: int) -> Tensor:
-    """(..., count) integers -> (..., count * bits / 8) uint8. Only the lowest `bits` bits are read; count * bits is a multiple of 8."""
+    """(..., count) integers -> (..., count * bits / 8) uint8. Only the lowest `bits` bits are read;
+    count * bits is a multiple of 8.
+    """
     if bits == 8:
         return indices.to(torch.uint8)
     many, size = _period(bits)
@@ -61,7 +66,12 @@ def index_bits(codebook: Tensor) -> int:
     return codebook.shape[0].bit_length() - 1
 
 
-def dequantize_vq(indices: Tensor, codebook: Tensor, scale: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_vq(
+    indices: Tensor,
+    codebook: Tensor,
+    scale: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """codebook[index] * scale.
 
     Shapes: indices uint8 (N, K/D * b/8) · codebook (C, D) · scale (N,) or None -> (N, K) in `dtype`
@@ -71,17 +81,30 @@ def dequantize_vq(indices: Tensor, codebook: Tensor, scale: Tensor | None = None
     return dense if scale is None else dense.mul_(scale.to(dtype).unsqueeze(-1))
 
 
-def gemm_vq(x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def gemm_vq(
+    x: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """x . (codebook[index] * scale)^T + bias.
 
-    Shapes: x (M, K) · indices uint8 (N, K/D * b/8) · codebook (C, D) · scale (N,) or None · bias (N,) or None -> (M, N) in x.dtype
+    Shapes: x (M, K) · indices uint8 (N, K/D * b/8) · codebook (C, D) · scale (N,) or None · bias
+        (N,) or None -> (M, N) in x.dtype
     """
     return linear_vq(x, indices, codebook, scale, bias=bias)
 
 
 def linear_vq(
-    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, proj_down: Tensor | None = None, proj_up: Tensor | None = None,
-    bias: Tensor | None = None, rotation: int = 0,
+    x: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    scale: Tensor | None = None,
+    proj_down: Tensor | None = None,
+    proj_up: Tensor | None = None,
+    bias: Tensor | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """`gemm_vq` of x, rotated per group of 64 if asked, + (x . proj_down) . proj_up^T of the raw x.
 
@@ -89,17 +112,29 @@ def linear_vq(
     """
     xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
     act = (hadamard64(xc) if rotation else xc).to(dtype)
-    y = torch.nn.functional.linear(act, dequantize_vq(indices, codebook, scale, xc.dtype).to(dtype), None if bias is None else bias.to(dtype))
+    y = torch.nn.functional.linear(
+        act,
+        dequantize_vq(indices, codebook, scale, xc.dtype).to(dtype),
+        None if bias is None else bias.to(dtype),
+    )
     if proj_down is not None:
         y = y + (xc @ proj_down.to(xc.dtype)) @ proj_up.to(xc.dtype).t()
     return y.to(x.dtype)
 
 
 def linear_vq_grad(
-    grad: Tensor, x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None, proj_down: Tensor | None, proj_up: Tensor | None,
-    rotation: int, needs: tuple[bool, bool, bool],
+    grad: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    scale: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    rotation: int,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear_vq` to (x, proj_down, proj_up), each only where `needs` asks for it; indices, codebook and scale are constants.
+    """Gradients of `linear_vq` to (x, proj_down, proj_up), each only where `needs` asks for it;
+    indices, codebook and scale are constants.
 
     Shapes: grad (M, N) · x (M, K) -> (M, K), (K, R), (N, R) in the dtypes of their inputs
     """

@@ -4,7 +4,18 @@ from comfy_api.latest import ComfyExtension
 
 from . import caching, caf, caf_training, demo, feather, intlora, lora, svdquant, training, vq
 
-NODES = [*svdquant.NODES, *vq.NODES, *lora.NODES, *intlora.NODES, *training.NODES, *caching.NODES, *caf.NODES, *caf_training.NODES, *feather.NODES, *demo.NODES]
+NODES = [
+    *svdquant.NODES,
+    *vq.NODES,
+    *lora.NODES,
+    *intlora.NODES,
+    *training.NODES,
+    *caching.NODES,
+    *caf.NODES,
+    *caf_training.NODES,
+    *feather.NODES,
+    *demo.NODES,
+]
 
 
 class NibbleExtension(ComfyExtension):

@@ -1,4 +1,6 @@
-"""Caching's nodes: sample with TeaCache, put TeaCache or SmoothCache on a model, measure a model for both."""
+"""Caching's nodes: sample with TeaCache, put TeaCache or SmoothCache on a model, measure a model
+for both.
+"""
 
 from comfy_api.latest import io
 
@@ -14,9 +16,13 @@ class _Cached(io.ComfyNode):
     """What all nodes that cache check before they run: their window and their calibration."""
 
     @classmethod
-    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):  # values that are linked are not known yet and absent
+    # values that are linked are not known yet and absent
+    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
         if start > end:
-            return f"start {start:g} lies behind end {end:g}: nothing would be reused. Choose start below end."
+            return (
+                f"start {start:g} lies behind end {end:g}: nothing would be reused. Choose start"
+                " below end."
+            )
         try:
             if calibration is not None and calibration not in (choices.AUTO, choices.NONE):
                 cache_files.open_calibration(calibration)
@@ -35,30 +41,92 @@ class NibbleTeaCacheSampler(_Cached):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleTeaCacheSampler", display_name="TeaCache Sampler", category="Nibble", has_intermediate_output=True,
-            description="Samples like SamplerCustomAdvanced, skips steps in which little changes, and draws which ones while it runs.",
-            search_aliases=["nibble", "teacache", "cache", "faster sampling", "easycache", "SamplerCustomAdvanced"],
+            node_id="NibbleTeaCacheSampler",
+            display_name="TeaCache Sampler",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Samples like SamplerCustomAdvanced, skips steps in which little changes, and draws"
+                " which ones while it runs."
+            ),
+            search_aliases=[
+                "nibble",
+                "teacache",
+                "cache",
+                "faster sampling",
+                "easycache",
+                "SamplerCustomAdvanced",
+            ],
             inputs=[
                 io.Noise.Input("noise", tooltip="From RandomNoise."),
-                io.Guider.Input("guider", tooltip="From BasicGuider, CFGGuider or any other: it brings the model and the prompts."),
+                io.Guider.Input(
+                    "guider",
+                    tooltip=(
+                        "From BasicGuider, CFGGuider or any other: it brings the model and the"
+                        " prompts."
+                    ),
+                ),
                 io.Sampler.Input("sampler", tooltip="From KSamplerSelect."),
-                io.Sigmas.Input("sigmas", tooltip="From BasicScheduler or any other scheduler: it says how many steps there are."),
-                io.Latent.Input("latent_image", tooltip="The empty or encoded latent to begin with."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip=(
+                        "From BasicScheduler or any other scheduler: it says how many steps there"
+                        " are."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent_image", tooltip="The empty or encoded latent to begin with."
+                ),
                 *_teacache_widgets(),
-                io.Boolean.Input("compare", default=False, tooltip="Sample once more without caching, with the same seed, and show how fast and how close the "
-                                                                   "cached run was. Takes that run's time."),
+                io.Boolean.Input(
+                    "compare",
+                    default=False,
+                    tooltip=(
+                        "Sample once more without caching, with the same seed, and show how fast"
+                        " and how close the cached run was. Takes that run's time."
+                    ),
+                ),
                 *_teacache_expert_widgets(),
-                io.Vae.Input("vae", optional=True, tooltip="With compare: measures the difference of the pictures, not of the latents."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip=(
+                        "With compare: measures the difference of the pictures, not of the latents."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Latent.Output("output", display_name="output", tooltip="The sampled latent."),
-                     io.Latent.Output("denoised_output", display_name="denoised_output",
-                                      tooltip="The model's last guess of the finished latent; the same as output when all noise is removed.")])
+            outputs=[
+                io.Latent.Output("output", display_name="output", tooltip="The sampled latent."),
+                io.Latent.Output(
+                    "denoised_output",
+                    display_name="denoised_output",
+                    tooltip=(
+                        "The model's last guess of the finished latent; the same as output when all"
+                        " noise is removed."
+                    ),
+                ),
+            ],
+        )
 
     @classmethod
-    def execute(cls, noise, guider, sampler, sigmas, latent_image, compare, vae=None, **widgets) -> io.NodeOutput:
+    def execute(
+        cls, noise, guider, sampler, sigmas, latent_image, compare, vae=None, **widgets
+    ) -> io.NodeOutput:
         choice = choices.teacache(guider.model_patcher, **widgets)
-        done = cached_sampling.run(cached_sampling.Job(noise, guider, sampler, sigmas, latent_image, choice, compare, vae, cls.hidden.unique_id))
+        done = cached_sampling.run(
+            cached_sampling.Job(
+                noise,
+                guider,
+                sampler,
+                sigmas,
+                latent_image,
+                choice,
+                compare,
+                vae,
+                cls.hidden.unique_id,
+            )
+        )
         return io.NodeOutput(done.output, done.denoised, ui=charts.ui(done.chart))
 
 
@@ -68,17 +136,39 @@ class NibbleApplyTeaCache(_Cached):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleApplyTeaCache", display_name="Apply TeaCache", category="Nibble", has_intermediate_output=True,
-            description="Lets a model skip steps in which little changes, with any sampler and in any graph. Shows which ones while a sampler runs.",
-            search_aliases=["nibble", "teacache", "cache", "faster sampling", "easycache", "first block cache"],
-            inputs=[io.Model.Input("model", tooltip="Any diffusion transformer, in 16 bit or 4 bit, with its LoRAs."), *_teacache_widgets(),
-                    *_teacache_expert_widgets()],
+            node_id="NibbleApplyTeaCache",
+            display_name="Apply TeaCache",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Lets a model skip steps in which little changes, with any sampler and in any"
+                " graph. Shows which ones while a sampler runs."
+            ),
+            search_aliases=[
+                "nibble",
+                "teacache",
+                "cache",
+                "faster sampling",
+                "easycache",
+                "first block cache",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Any diffusion transformer, in 16 bit or 4 bit, with its LoRAs.",
+                ),
+                *_teacache_widgets(),
+                *_teacache_expert_widgets(),
+            ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with TeaCache on it.")])
+            outputs=[io.Model.Output("model", tooltip="The model with TeaCache on it.")],
+        )
 
     @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
-        cached, chart = choices.apply(model, choices.teacache(model, **widgets), cls.hidden.unique_id)
+        cached, chart = choices.apply(
+            model, choices.teacache(model, **widgets), cls.hidden.unique_id
+        )
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
@@ -88,27 +178,62 @@ class NibbleApplySmoothCache(_Cached):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleApplySmoothCache", display_name="Apply SmoothCache", category="Nibble", has_intermediate_output=True,
-            description="Lets a model reuse whole steps, blocks or their parts by a schedule that Calibrate Cache measured: the same steps for every prompt.",
+            node_id="NibbleApplySmoothCache",
+            display_name="Apply SmoothCache",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Lets a model reuse whole steps, blocks or their parts by a schedule that Calibrate"
+                " Cache measured: the same steps for every prompt."
+            ),
             search_aliases=["nibble", "smoothcache", "cache", "faster sampling", "static cache"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was calibrated, with any LoRAs."),
                 _calibration_widget(choices.AUTO),
-                io.Float.Input("alpha", default=0.15, min=0.0, max=3.0, step=0.005, round=0.0001,
-                               tooltip="The error that a reused result may have, as measured. Higher: faster and less close. 0: every step is computed."),
-                io.Combo.Input("depth", options=_DEPTHS, default="step",
-                               tooltip="What is reused. step: the whole model's work. block: kinds of blocks. sublayer: attention and MLP, each on its own."),
+                io.Float.Input(
+                    "alpha",
+                    default=0.15,
+                    min=0.0,
+                    max=3.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip=(
+                        "The error that a reused result may have, as measured. Higher: faster and"
+                        " less close. 0: every step is computed."
+                    ),
+                ),
+                io.Combo.Input(
+                    "depth",
+                    options=_DEPTHS,
+                    default="step",
+                    tooltip=(
+                        "What is reused. step: the whole model's work. block: kinds of blocks."
+                        " sublayer: attention and MLP, each on its own."
+                    ),
+                ),
                 *_window_widgets(),
-                io.Int.Input("budget", default=0, min=0, max=1000, advanced=True,
-                             tooltip="Compute exactly this many steps, the best ones by the calibration; alpha is ignored. 0: by alpha. For depth step."),
+                io.Int.Input(
+                    "budget",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    advanced=True,
+                    tooltip=(
+                        "Compute exactly this many steps, the best ones by the calibration; alpha"
+                        " is ignored. 0: by alpha. For depth step."
+                    ),
+                ),
                 *_expert_widgets(),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with SmoothCache on it.")])
+            outputs=[io.Model.Output("model", tooltip="The model with SmoothCache on it.")],
+        )
 
     @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
-        cached, chart = choices.apply(model, choices.smoothcache(model, **widgets), cls.hidden.unique_id)
+        cached, chart = choices.apply(
+            model, choices.smoothcache(model, **widgets), cls.hidden.unique_id
+        )
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
@@ -118,46 +243,156 @@ class NibbleCalibrateCache(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleCalibrateCache", display_name="Calibrate Cache", category="Nibble", is_output_node=True,
-            description="Runs your model on your prompts once, measures how it changes from step to step, and keeps that for TeaCache and SmoothCache.",
+            node_id="NibbleCalibrateCache",
+            display_name="Calibrate Cache",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Runs your model on your prompts once, measures how it changes from step to step,"
+                " and keeps that for TeaCache and SmoothCache."
+            ),
             search_aliases=["nibble", "teacache", "smoothcache", "calibrate", "cache"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to measure, as you will sample it: in 4 bit, with its LoRAs."),
-                io.Conditioning.Input("positive", tooltip="Prompts to measure on: five to ten, joined with Conditioning (Combine); not the ones to sample."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The model to measure, as you will sample it: in 4 bit, with its LoRAs."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "Prompts to measure on: five to ten, joined with Conditioning (Combine);"
+                        " not the ones to sample."
+                    ),
+                ),
                 io.Sampler.Input("sampler", tooltip="The sampler that you will use."),
                 io.Sigmas.Input("sigmas", tooltip="The schedule that you will use."),
                 io.Latent.Input("latent_image", tooltip="Picture size while measuring."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As you will sample. 1: without a negative prompt."),
-                io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip="Of the measured pictures' noise."),
-                io.String.Input("filename", default="", tooltip="Name of the file in models/nibble_cache. Empty: the model's class and number of steps."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Measure again and replace a file of that name."),
-                io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, where cfg is not 1."),
-                io.Int.Input("k_max", default=3, min=1, max=8, advanced=True, tooltip="SmoothCache's longest run of reused steps."),
-                io.Int.Input("order", default=2, min=1, max=4, advanced=True, tooltip="Of TeaCache's polynomial. Published ones have 4; 2 is safer."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="As you will sample. 1: without a negative prompt.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**53,
+                    control_after_generate=False,
+                    tooltip="Of the measured pictures' noise.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip=(
+                        "Name of the file in models/nibble_cache. Empty: the model's class and"
+                        " number of steps."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Measure again and replace a file of that name.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The negative prompt, where cfg is not 1."
+                ),
+                io.Int.Input(
+                    "k_max",
+                    default=3,
+                    min=1,
+                    max=8,
+                    advanced=True,
+                    tooltip="SmoothCache's longest run of reused steps.",
+                ),
+                io.Int.Input(
+                    "order",
+                    default=2,
+                    min=1,
+                    max=4,
+                    advanced=True,
+                    tooltip="Of TeaCache's polynomial. Published ones have 4; 2 is safer.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Combo.Output("calibration", tooltip="The file's name; connect it to 'calibration' of a node that samples.")])
+            outputs=[
+                io.Combo.Output(
+                    "calibration",
+                    tooltip="The file's name; connect it to 'calibration' of a node that samples.",
+                )
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename, overwrite, **_):
-        return cached_calibration.stamp(filename) if filename and not overwrite else float("nan")  # unequal to itself: looks for its file each time
+        # unequal to itself: looks for its file each time
+        return cached_calibration.stamp(filename) if filename and not overwrite else float("nan")
 
     @classmethod
-    def execute(cls, model, positive, sampler, sigmas, latent_image, cfg, seed, filename, overwrite, k_max, order, negative=None) -> io.NodeOutput:
-        name, chart = cached_calibration.run(cached_calibration.Job(model, positive, negative, cfg, sampler, sigmas, latent_image, seed, filename,
-                                                                    overwrite, k_max, order, cls.hidden.unique_id))
+    def execute(
+        cls,
+        model,
+        positive,
+        sampler,
+        sigmas,
+        latent_image,
+        cfg,
+        seed,
+        filename,
+        overwrite,
+        k_max,
+        order,
+        negative=None,
+    ) -> io.NodeOutput:
+        name, chart = cached_calibration.run(
+            cached_calibration.Job(
+                model,
+                positive,
+                negative,
+                cfg,
+                sampler,
+                sigmas,
+                latent_image,
+                seed,
+                filename,
+                overwrite,
+                k_max,
+                order,
+                cls.hidden.unique_id,
+            )
+        )
         return io.NodeOutput(name, ui=charts.ui(chart))
 
 
 def _teacache_widgets() -> list:
     """What everyone sees."""
     return [
-        io.Combo.Input("preset", options=[*PRESETS, choices.CUSTOM], default="balanced",
-                       tooltip="Steps computed on the demo model: quality about two thirds, balanced about half, fast about a third. "
-                               "custom: by the threshold below."),
-        io.Float.Input("threshold", default=0.03, min=0.0, max=3.0, step=0.005, round=0.0001,
-                       tooltip="With preset custom: how much error (with the rule teacache: change) may pile up before the model is computed again. "
-                               "0: every step is computed, bit for bit."),
+        io.Combo.Input(
+            "preset",
+            options=[*PRESETS, choices.CUSTOM],
+            default="balanced",
+            tooltip=(
+                "Steps computed on the demo model: quality about two thirds, balanced about half,"
+                " fast about a third. custom: by the threshold below."
+            ),
+        ),
+        io.Float.Input(
+            "threshold",
+            default=0.03,
+            min=0.0,
+            max=3.0,
+            step=0.005,
+            round=0.0001,
+            tooltip=(
+                "With preset custom: how much error (with the rule teacache: change) may pile up"
+                " before the model is computed again. 0: every step is computed, bit for bit."
+            ),
+        ),
         *_window_widgets(),
         _calibration_widget(choices.AUTO, choices.NONE),
     ]
@@ -165,25 +400,63 @@ def _teacache_widgets() -> list:
 
 def _window_widgets() -> list:
     return [
-        io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Steps before this share of the run are always computed."),
-        io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Steps behind this share of the run are always computed."),
+        io.Float.Input(
+            "start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Steps before this share of the run are always computed.",
+        ),
+        io.Float.Input(
+            "end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Steps behind this share of the run are always computed.",
+        ),
     ]
 
 
 def _calibration_widget(*words: str):
-    also = " none: the published coefficients of this architecture." if choices.NONE in words else ""
-    return io.Combo.Input("calibration", options=choices.calibration_names(*words), default=words[0],
-                          tooltip=f"What Calibrate Cache measured. auto: the newest one of this model.{also} Or connect Calibrate Cache's output.")
+    also = (
+        " none: the published coefficients of this architecture." if choices.NONE in words else ""
+    )
+    return io.Combo.Input(
+        "calibration",
+        options=choices.calibration_names(*words),
+        default=words[0],
+        tooltip=(
+            f"What Calibrate Cache measured. auto: the newest one of this model.{also} Or connect"
+            " Calibrate Cache's output."
+        ),
+    )
 
 
 def _teacache_expert_widgets() -> list:
     return [
-        io.Combo.Input("rule", options=[choices.AUTO, "teacache", "error"], default=choices.AUTO, advanced=True,
-                       tooltip="When to compute again. error: by how wrong the guess for the last computed step was. teacache: by the change of the "
-                               "first block's input, thresholds as published. auto: the preset's."),
-        io.Combo.Input("level", options=["auto", "blocks", "step"], default="auto", advanced=True,
-                       tooltip="blocks: the first block decides, the rest is reused. step: decided before the model runs, for whole-model torch.compile. "
-                               "auto: as deep as the model allows."),
+        io.Combo.Input(
+            "rule",
+            options=[choices.AUTO, "teacache", "error"],
+            default=choices.AUTO,
+            advanced=True,
+            tooltip=(
+                "When to compute again. error: by how wrong the guess for the last computed step"
+                " was. teacache: by the change of the first block's input, thresholds as published."
+                " auto: the preset's."
+            ),
+        ),
+        io.Combo.Input(
+            "level",
+            options=["auto", "blocks", "step"],
+            default="auto",
+            advanced=True,
+            tooltip=(
+                "blocks: the first block decides, the rest is reused. step: decided before the"
+                " model runs, for whole-model torch.compile. auto: as deep as the model allows."
+            ),
+        ),
         *_expert_widgets(),
     ]
 
@@ -191,13 +464,42 @@ def _teacache_expert_widgets() -> list:
 def _expert_widgets() -> list:
     """Collapsed, in every node that reuses."""
     return [
-        io.Combo.Input("extrapolation", options=list(choices.ORDERS), default="auto", advanced=True,
-                       tooltip="A skipped step's result: reuse the last computed one, or follow the line or the parabola through the last ones. auto: what was "
-                               "measured to be closest."),
-        io.Int.Input("first_steps", default=1, min=0, max=100, advanced=True, tooltip="This many steps at the beginning are always computed."),
-        io.Int.Input("last_steps", default=1, min=0, max=100, advanced=True, tooltip="This many steps at the end are always computed."),
-        io.Combo.Input("store", options=["gpu", "cpu"], default="gpu", advanced=True,
-                       tooltip="Where reused results are kept. gpu: about 25 MB for each prompt of a 1-megapixel FLUX. cpu: no VRAM, slower steps."),
+        io.Combo.Input(
+            "extrapolation",
+            options=list(choices.ORDERS),
+            default="auto",
+            advanced=True,
+            tooltip=(
+                "A skipped step's result: reuse the last computed one, or follow the line or the"
+                " parabola through the last ones. auto: what was measured to be closest."
+            ),
+        ),
+        io.Int.Input(
+            "first_steps",
+            default=1,
+            min=0,
+            max=100,
+            advanced=True,
+            tooltip="This many steps at the beginning are always computed.",
+        ),
+        io.Int.Input(
+            "last_steps",
+            default=1,
+            min=0,
+            max=100,
+            advanced=True,
+            tooltip="This many steps at the end are always computed.",
+        ),
+        io.Combo.Input(
+            "store",
+            options=["gpu", "cpu"],
+            default="gpu",
+            advanced=True,
+            tooltip=(
+                "Where reused results are kept. gpu: about 25 MB for each prompt of a 1-megapixel"
+                " FLUX. cpu: no VRAM, slower steps."
+            ),
+        ),
     ]
 
 

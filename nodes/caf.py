@@ -1,4 +1,6 @@
-"""Constant acceleration's nodes: a trained pair of heads on a model, its sampler and inversion; and what needs no training, a SAMPLER and SIGMAS."""
+"""Constant acceleration's nodes: a trained pair of heads on a model, its sampler and inversion; and
+what needs no training, a SAMPLER and SIGMAS.
+"""
 
 from comfy_api.latest import io
 
@@ -14,16 +16,47 @@ class NibbleLoadCAF(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleLoadCAF", display_name="Load CAF Model", category="Nibble", has_intermediate_output=True,
-            description="Puts the two heads that Train CAF has made on the model that they were made for, so that CAF Sampler draws with it in few steps. "
-                        "The connected model never changes.",
-            search_aliases=["nibble", "caf", "constant acceleration flow", "few steps", "distilled", "load caf"],
-            inputs=[
-                io.Model.Input("model", tooltip="The rectified-flow model that the heads were trained beside, in 16 bit or 4 bit, with any LoRAs."),
-                io.Combo.Input("caf_name", options=caf_model.files() or [NO_FILES], tooltip="A file in models/caf, from Train CAF."),
+            node_id="NibbleLoadCAF",
+            display_name="Load CAF Model",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Puts the two heads that Train CAF has made on the model that they were made for,"
+                " so that CAF Sampler draws with it in few steps. The connected model never"
+                " changes."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "constant acceleration flow",
+                "few steps",
+                "distilled",
+                "load caf",
             ],
-            outputs=[io.Model.Output("model", tooltip="For CAF Sampler and CAF Invert, and for the guider. With any other sampler the velocity head "
-                                                      "alone is on.")])
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The rectified-flow model that the heads were trained beside, in 16 bit or"
+                        " 4 bit, with any LoRAs."
+                    ),
+                ),
+                io.Combo.Input(
+                    "caf_name",
+                    options=caf_model.files() or [NO_FILES],
+                    tooltip="A file in models/caf, from Train CAF.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    tooltip=(
+                        "For CAF Sampler and CAF Invert, and for the guider. With any other sampler"
+                        " the velocity head alone is on."
+                    ),
+                )
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, caf_name=None):
@@ -50,26 +83,78 @@ class NibbleCAFSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleCAFSampler", display_name="CAF Sampler", category="Nibble", has_intermediate_output=True,
-            description="Draws in few steps with a model from Load CAF Model: finds out once how fast a picture's path begins, then how it slows down. "
-                        "N steps are N + 1 calls of the model.",
-            search_aliases=["nibble", "caf", "constant acceleration flow", "few steps", "sampler", "sigmas"],
+            node_id="NibbleCAFSampler",
+            display_name="CAF Sampler",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Draws in few steps with a model from Load CAF Model: finds out once how fast a"
+                " picture's path begins, then how it slows down. N steps are N + 1 calls of the"
+                " model."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "constant acceleration flow",
+                "few steps",
+                "sampler",
+                "sigmas",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Load CAF Model; the guider needs it too."),
-                io.Int.Input("steps", default=4, min=1, max=1000, tooltip="N steps cost N + 1 calls of the model; with a velocity connected, N calls."),
-                io.Custom("CAF_VELOCITY").Input("velocity", optional=True, tooltip="From CAF Invert: draws the inverted picture again, or with another "
-                                                                                  "prompt a variation of it."),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, advanced=True,
-                               tooltip="The share of the path that is walked. Below 1: image to image, from the latent with noise added."),
+                io.Int.Input(
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=1000,
+                    tooltip=(
+                        "N steps cost N + 1 calls of the model; with a velocity connected, N calls."
+                    ),
+                ),
+                io.Custom("CAF_VELOCITY").Input(
+                    "velocity",
+                    optional=True,
+                    tooltip=(
+                        "From CAF Invert: draws the inverted picture again, or with another "
+                        "prompt a variation of it."
+                    ),
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "The share of the path that is walked. Below 1: image to image, from the"
+                        " latent with noise added."
+                    ),
+                ),
                 _ahead(),
             ],
-            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced. It works with the sigmas of any scheduler too."),
-                     io.Sigmas.Output("sigmas", tooltip="The steps, evenly spaced along the path, for SamplerCustomAdvanced.")])
+            outputs=[
+                io.Sampler.Output(
+                    "sampler",
+                    tooltip=(
+                        "For SamplerCustomAdvanced. It works with the sigmas of any scheduler too."
+                    ),
+                ),
+                io.Sigmas.Output(
+                    "sigmas",
+                    tooltip="The steps, evenly spaced along the path, for SamplerCustomAdvanced.",
+                ),
+            ],
+        )
 
     @classmethod
     def execute(cls, model, steps, denoise, ahead, velocity=None) -> io.NodeOutput:
         sigmas = caf_sampling.sigmas(model, steps, denoise)
-        return io.NodeOutput(caf_sampling.sampler(velocity, ahead), sigmas, ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)))
+        return io.NodeOutput(
+            caf_sampling.sampler(velocity, ahead),
+            sigmas,
+            ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)),
+        )
 
 
 class NibbleCAFInvert(io.ComfyNode):
@@ -78,24 +163,57 @@ class NibbleCAFInvert(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleCAFInvert", display_name="CAF Invert", category="Nibble", has_intermediate_output=True,
-            description="Finds the noise that a picture comes from, and the velocity of its path. With both, CAF Sampler draws the picture again; with "
-                        "another prompt it edits it.",
-            search_aliases=["nibble", "caf", "inversion", "invert", "unsampler", "edit", "reconstruct"],
+            node_id="NibbleCAFInvert",
+            display_name="CAF Invert",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Finds the noise that a picture comes from, and the velocity of its path. With"
+                " both, CAF Sampler draws the picture again; with another prompt it edits it."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "inversion",
+                "invert",
+                "unsampler",
+                "edit",
+                "reconstruct",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Load CAF Model."),
-                io.Conditioning.Input("positive", tooltip="What the picture shows. For editing, give the guider the other prompt."),
-                io.Latent.Input("latent_image", tooltip="The picture, through VAE Encode with this model's VAE."),
-                io.Int.Input("steps", default=8, min=1, max=1000, tooltip="N steps cost N + 1 calls of the model. More: closer to the picture."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip=(
+                        "What the picture shows. For editing, give the guider the other prompt."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent_image", tooltip="The picture, through VAE Encode with this model's VAE."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=8,
+                    min=1,
+                    max=1000,
+                    tooltip="N steps cost N + 1 calls of the model. More: closer to the picture.",
+                ),
                 _ahead(),
             ],
-            outputs=[io.Noise.Output("noise", tooltip="For SamplerCustomAdvanced, in place of RandomNoise."),
-                     io.Custom("CAF_VELOCITY").Output("velocity", tooltip="For CAF Sampler.")])
+            outputs=[
+                io.Noise.Output(
+                    "noise", tooltip="For SamplerCustomAdvanced, in place of RandomNoise."
+                ),
+                io.Custom("CAF_VELOCITY").Output("velocity", tooltip="For CAF Sampler."),
+            ],
+        )
 
     @classmethod
     def execute(cls, model, positive, latent_image, steps, ahead) -> io.NodeOutput:
         noise, velocity = caf_sampling.invert(model, positive, latent_image, steps, ahead)
-        return io.NodeOutput(noise, velocity, ui=charts.ui(caf_sampling.inversion_chart(noise, velocity, steps)))
+        return io.NodeOutput(
+            noise, velocity, ui=charts.ui(caf_sampling.inversion_chart(noise, velocity, steps))
+        )
 
 
 class NibbleConstantAcceleration(io.ComfyNode):
@@ -104,14 +222,42 @@ class NibbleConstantAcceleration(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleConstantAcceleration", display_name="Constant-Acceleration Sampler", category="Nibble",
-            description="A sampler for rectified-flow models (FLUX, SD3, Qwen-Image, Wan) that takes the last change of velocity to go on through the next "
-                        "step: the second-order Adams-Bashforth method, without training, at one call of the model a step.",
-            search_aliases=["nibble", "caf", "constant acceleration", "adams-bashforth", "ab2", "lms", "sampler"],
-            inputs=[io.Float.Input("limit", default=caf.LIMIT, min=0.0, max=1.0, step=0.01, round=0.001, advanced=True,
-                                   tooltip="The most by which a step may differ from Euler's, as a share of the velocity. 0: Euler's method. 1: hardly "
-                                           "ever limited.")],
-            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced or SamplerCustom.")])
+            node_id="NibbleConstantAcceleration",
+            display_name="Constant-Acceleration Sampler",
+            category="Nibble",
+            description=(
+                "A sampler for rectified-flow models (FLUX, SD3, Qwen-Image, Wan) that takes the"
+                " last change of velocity to go on through the next step: the second-order"
+                " Adams-Bashforth method, without training, at one call of the model a step."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "constant acceleration",
+                "adams-bashforth",
+                "ab2",
+                "lms",
+                "sampler",
+            ],
+            inputs=[
+                io.Float.Input(
+                    "limit",
+                    default=caf.LIMIT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    advanced=True,
+                    tooltip=(
+                        "The most by which a step may differ from Euler's, as a share of the"
+                        " velocity. 0: Euler's method. 1: hardly ever limited."
+                    ),
+                )
+            ],
+            outputs=[
+                io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced or SamplerCustom.")
+            ],
+        )
 
     @classmethod
     def execute(cls, limit) -> io.NodeOutput:
@@ -124,15 +270,35 @@ class NibbleCAFSigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleCAFSigmas", display_name="CAF Sigmas", category="Nibble",
-            description="Moves the sigmas of a rectified-flow model to where a path of constant acceleration would be at those times. First, last and number "
-                        "of steps stay.",
+            node_id="NibbleCAFSigmas",
+            display_name="CAF Sigmas",
+            category="Nibble",
+            description=(
+                "Moves the sigmas of a rectified-flow model to where a path of constant"
+                " acceleration would be at those times. First, last and number of steps stay."
+            ),
             search_aliases=["nibble", "caf", "sigmas", "scheduler", "constant acceleration"],
-            inputs=[io.Sigmas.Input("sigmas", tooltip="From any scheduler node, for a model whose sigmas run from 1 to 0."),
-                    io.Float.Input("h", default=1.0, min=0.0, max=2.0, step=0.05, round=0.001,
-                                   tooltip="Speed at the beginning, over the mean. 1: sigmas as they are. Above: longer steps near the noise, shorter ones "
-                                           "near the picture. Below: the other way.")],
-            outputs=[io.Sigmas.Output("sigmas", tooltip="As many sigmas, at another pace.")])
+            inputs=[
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="From any scheduler node, for a model whose sigmas run from 1 to 0.",
+                ),
+                io.Float.Input(
+                    "h",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip=(
+                        "Speed at the beginning, over the mean. 1: sigmas as they are. Above:"
+                        " longer steps near the noise, shorter ones near the picture. Below: the"
+                        " other way."
+                    ),
+                ),
+            ],
+            outputs=[io.Sigmas.Output("sigmas", tooltip="As many sigmas, at another pace.")],
+        )
 
     @classmethod
     def execute(cls, sigmas, h) -> io.NodeOutput:
@@ -141,9 +307,25 @@ class NibbleCAFSigmas(io.ComfyNode):
 
 
 def _ahead() -> io.Float.Input:
-    return io.Float.Input("ahead", default=caf_sampling.AHEAD, min=0.0, max=1.0, step=0.05, round=0.001, advanced=True,
-                          tooltip="Where in a step the acceleration is asked for. 0: at its beginning, as in the paper. 0.5: half-way, where the model sees "
-                                  "more.")
+    return io.Float.Input(
+        "ahead",
+        default=caf_sampling.AHEAD,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        round=0.001,
+        advanced=True,
+        tooltip=(
+            "Where in a step the acceleration is asked for. 0: at its beginning, as in the paper."
+            " 0.5: half-way, where the model sees more."
+        ),
+    )
 
 
-NODES = [NibbleLoadCAF, NibbleCAFSampler, NibbleCAFInvert, NibbleConstantAcceleration, NibbleCAFSigmas]
+NODES = [
+    NibbleLoadCAF,
+    NibbleCAFSampler,
+    NibbleCAFInvert,
+    NibbleConstantAcceleration,
+    NibbleCAFSigmas,
+]

@@ -1,4 +1,6 @@
-"""Constant acceleration's training: couplings of noise and a teacher's pictures, and the heads that learn from them."""
+"""Constant acceleration's training: couplings of noise and a teacher's pictures, and the heads that
+learn from them.
+"""
 
 from comfy_api.latest import io
 
@@ -14,12 +16,34 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleMakeCAFCouplings", display_name="Make CAF Couplings", category="Nibble", is_output_node=True, is_input_list=True,
-            description="Draws pictures with a flow model, its sampler and all of its steps, and stores each with the noise that it came from, for Train CAF. "
-                        "Stop whenever you like: the next run goes on, and a larger count adds to what is there.",
-            search_aliases=["nibble", "caf", "couplings", "reflow", "rectified flow", "distill", "pairs", "constant acceleration flow"],
-            inputs=_couplings_inputs(), hidden=[io.Hidden.unique_id],
-            outputs=[io.Custom("CAF_COUPLINGS").Output("couplings", tooltip="The pairs on disk, for Train CAF.")])
+            node_id="NibbleMakeCAFCouplings",
+            display_name="Make CAF Couplings",
+            category="Nibble",
+            is_output_node=True,
+            is_input_list=True,
+            description=(
+                "Draws pictures with a flow model, its sampler and all of its steps, and stores"
+                " each with the noise that it came from, for Train CAF. Stop whenever you like: the"
+                " next run goes on, and a larger count adds to what is there."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "couplings",
+                "reflow",
+                "rectified flow",
+                "distill",
+                "pairs",
+                "constant acceleration flow",
+            ],
+            inputs=_couplings_inputs(),
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Custom("CAF_COUPLINGS").Output(
+                    "couplings", tooltip="The pairs on disk, for Train CAF."
+                )
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename, **_):
@@ -27,9 +51,23 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, latent_image, negative=None, **widgets) -> io.NodeOutput:
-        one = {name: values[0] for name, values in widgets.items()}  # the node takes lists of prompts, so everything comes as a list
-        job = caf_couplings.Job(one["model"], positive, latent_image, one["sampler"], one["sigmas"], one["count"], one["seed"], one["filename"],
-                                negative, one["cfg"], one["batch_size"], one["overwrite"], cls.hidden.unique_id)
+        # the node takes lists of prompts, so everything comes as a list
+        one = {name: values[0] for name, values in widgets.items()}
+        job = caf_couplings.Job(
+            one["model"],
+            positive,
+            latent_image,
+            one["sampler"],
+            one["sigmas"],
+            one["count"],
+            one["seed"],
+            one["filename"],
+            negative,
+            one["cfg"],
+            one["batch_size"],
+            one["overwrite"],
+            cls.hidden.unique_id,
+        )
         couplings, chart = caf_couplings.run(job)
         return io.NodeOutput(couplings, ui=charts.ui(chart))
 
@@ -40,83 +78,338 @@ class NibbleTrainCAF(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleTrainCAF", display_name="Train CAF", category="Nibble", is_output_node=True,
-            description="Teaches a flow model to draw in two or three calls what its sampler draws in many: trains the two heads of Constant Acceleration Flow "
-                        "from couplings and saves them as a CAF file. Stop whenever you like: the next run goes on where it stopped.",
-            search_aliases=["nibble", "caf", "constant acceleration flow", "distill", "few steps", "turbo", "lightning", "rectified flow", "train"],
-            inputs=_training_inputs(), hidden=[io.Hidden.unique_id],
+            node_id="NibbleTrainCAF",
+            display_name="Train CAF",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Teaches a flow model to draw in two or three calls what its sampler draws in many:"
+                " trains the two heads of Constant Acceleration Flow from couplings and saves them"
+                " as a CAF file. Stop whenever you like: the next run goes on where it stopped."
+            ),
+            search_aliases=[
+                "nibble",
+                "caf",
+                "constant acceleration flow",
+                "distill",
+                "few steps",
+                "turbo",
+                "lightning",
+                "rectified flow",
+                "train",
+            ],
+            inputs=_training_inputs(),
+            hidden=[io.Hidden.unique_id],
             outputs=[
-                io.Combo.Output("caf_name", tooltip="The new file's name; connect it to Load CAF Model."),
-                io.Custom("LOSS_MAP").Output("loss_map", tooltip="The loss of every step, the velocity net's and then the acceleration net's, for Plot "
-                                                                 "Loss Graph."),
+                io.Combo.Output(
+                    "caf_name", tooltip="The new file's name; connect it to Load CAF Model."
+                ),
+                io.Custom("LOSS_MAP").Output(
+                    "loss_map",
+                    tooltip=(
+                        "The loss of every step, the velocity net's and then the acceleration"
+                        " net's, for Plot Loss Graph."
+                    ),
+                ),
                 io.Int.Output("steps", tooltip="Steps trained in all, of both nets."),
-            ])
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename, **_):
         name = caf_training.file_name(filename or "")
-        return caf_model.stamp(name) if name in caf_model.files() else float("nan")  # unequal to itself: the node runs until its file is there
+        # unequal to itself: the node runs until its file is there
+        return caf_model.stamp(name) if name in caf_model.files() else float("nan")
 
     @classmethod
-    def execute(cls, model, couplings, filename, overwrite, steps, learning_rate, rank, h, batch_size, grad_accumulation_steps, optimizer, seed,
-                training_dtype, gradient_checkpointing, offloading, layers, preview_every) -> io.NodeOutput:
-        options = Options(steps=steps, lr=learning_rate, optimizer=optimizer, accumulate=grad_accumulation_steps, seed=seed, save_every=250, **RECIPE)
-        settings = Settings(batch=batch_size, dtype=training_dtype, checkpointing=gradient_checkpointing, offloading=offloading, seed=seed)
-        done = caf_training.run(Job(model, couplings, filename, options, settings, rank, h, overwrite, patterns(layers), preview_every, cls.hidden.unique_id))
+    def execute(
+        cls,
+        model,
+        couplings,
+        filename,
+        overwrite,
+        steps,
+        learning_rate,
+        rank,
+        h,
+        batch_size,
+        grad_accumulation_steps,
+        optimizer,
+        seed,
+        training_dtype,
+        gradient_checkpointing,
+        offloading,
+        layers,
+        preview_every,
+    ) -> io.NodeOutput:
+        options = Options(
+            steps=steps,
+            lr=learning_rate,
+            optimizer=optimizer,
+            accumulate=grad_accumulation_steps,
+            seed=seed,
+            save_every=250,
+            **RECIPE,
+        )
+        settings = Settings(
+            batch=batch_size,
+            dtype=training_dtype,
+            checkpointing=gradient_checkpointing,
+            offloading=offloading,
+            seed=seed,
+        )
+        done = caf_training.run(
+            Job(
+                model,
+                couplings,
+                filename,
+                options,
+                settings,
+                rank,
+                h,
+                overwrite,
+                patterns(layers),
+                preview_every,
+                cls.hidden.unique_id,
+            )
+        )
         return io.NodeOutput(done.name, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart))
 
 
 def _couplings_inputs() -> list:
     return [
-        io.Model.Input("model", tooltip="The teacher: a flow model such as FLUX, SD3, Qwen-Image or Wan, with its LoRAs."),
-        io.Conditioning.Input("positive", tooltip="One prompt or many, combined or as a list. They take turns: pair i has prompt i modulo their number."),
-        io.Latent.Input("latent_image", tooltip="An empty latent: the size that the pictures shall have."),
-        io.Sampler.Input("sampler", tooltip="The teacher's, one that adds no noise on its way: euler, heun, dpmpp_2m, uni_pc."),
-        io.Sigmas.Input("sigmas", tooltip="The teacher's, from 1 to 0: all the steps of a good picture, such as 28."),
-        io.Conditioning.Input("negative", optional=True, tooltip="For a cfg other than 1. What is learned has the guidance in it: sample it without CFG."),
-        io.Int.Input("count", default=1000, min=1, max=10_000_000,
-                     tooltip="Pairs in all. Those that are there are not made again; a larger count adds to them."),
-        io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, tooltip="Pair number i begins with the noise of seed + i."),
-        io.String.Input("filename", default=caf_couplings.DEFAULT, tooltip="Name of their folder in output/caf_couplings."),
-        io.Boolean.Input("overwrite", default=False, tooltip="Delete pairs of that name that were made with other inputs."),
-        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, advanced=True,
-                       tooltip="The teacher's guidance, for models that need it. The guided picture is learned: what Train CAF makes is sampled with cfg 1."),
-        io.Int.Input("batch_size", default=1, min=1, max=4096, advanced=True,
-                     tooltip="Pictures of one prompt that are drawn together. More is faster where there is memory."),
+        io.Model.Input(
+            "model",
+            tooltip=(
+                "The teacher: a flow model such as FLUX, SD3, Qwen-Image or Wan, with its LoRAs."
+            ),
+        ),
+        io.Conditioning.Input(
+            "positive",
+            tooltip=(
+                "One prompt or many, combined or as a list. They take turns: pair i has prompt i"
+                " modulo their number."
+            ),
+        ),
+        io.Latent.Input(
+            "latent_image", tooltip="An empty latent: the size that the pictures shall have."
+        ),
+        io.Sampler.Input(
+            "sampler",
+            tooltip=(
+                "The teacher's, one that adds no noise on its way: euler, heun, dpmpp_2m, uni_pc."
+            ),
+        ),
+        io.Sigmas.Input(
+            "sigmas",
+            tooltip="The teacher's, from 1 to 0: all the steps of a good picture, such as 28.",
+        ),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip=(
+                "For a cfg other than 1. What is learned has the guidance in it: sample it without"
+                " CFG."
+            ),
+        ),
+        io.Int.Input(
+            "count",
+            default=1000,
+            min=1,
+            max=10_000_000,
+            tooltip=(
+                "Pairs in all. Those that are there are not made again; a larger count adds to"
+                " them."
+            ),
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**53,
+            control_after_generate=False,
+            tooltip="Pair number i begins with the noise of seed + i.",
+        ),
+        io.String.Input(
+            "filename",
+            default=caf_couplings.DEFAULT,
+            tooltip="Name of their folder in output/caf_couplings.",
+        ),
+        io.Boolean.Input(
+            "overwrite",
+            default=False,
+            tooltip="Delete pairs of that name that were made with other inputs.",
+        ),
+        io.Float.Input(
+            "cfg",
+            default=1.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            advanced=True,
+            tooltip=(
+                "The teacher's guidance, for models that need it. The guided picture is learned:"
+                " what Train CAF makes is sampled with cfg 1."
+            ),
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=4096,
+            advanced=True,
+            tooltip=(
+                "Pictures of one prompt that are drawn together. More is faster where there is"
+                " memory."
+            ),
+        ),
     ]
 
 
 def _training_inputs() -> list:
     return [
-        io.Model.Input("model", tooltip="The flow model to teach, 16-bit or quantized, as its couplings were made or a quantized form of it. It is not "
-                                        "changed."),
-        io.Custom("CAF_COUPLINGS").Input("couplings", tooltip="Noise, and what the teacher made of it, from Make CAF Couplings."),
-        io.String.Input("filename", default="trained", tooltip="Name of the new file in models/caf. Ends in .caf.safetensors."),
-        io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name, and forget a stopped run that had other inputs."),
-        io.Int.Input("steps", default=1000, min=1, max=1000000, tooltip="How often each of the two nets learns from a batch of pairs."),
-        io.Float.Input("learning_rate", default=0.001, min=0.0000001, max=1.0, step=0.0000001, round=0.0000001,
-                       tooltip="How much a step changes, at first: it falls to zero over each net's steps. Too high: the loss jumps. It may be changed when "
-                               "a run is resumed."),
-        io.Int.Input("rank", default=16, min=0, max=1024, tooltip="How much can be learned, and how large the file is. 0: whole layers, for small models."),
-        io.Float.Input("h", default=1.0, min=0.0, max=2.0, step=0.05, round=0.001,
-                       tooltip="Speed at the beginning of a path, over its mean. 1: even. Above: fast through the noise, slower towards the picture (the "
-                               "paper: 1.5). Below: the other way."),
-        io.Int.Input("batch_size", default=1, min=1, max=10000, advanced=True, tooltip="Pairs a step. They go through the model together."),
-        io.Int.Input("grad_accumulation_steps", default=1, min=1, max=1024, advanced=True,
-                     tooltip="Batches a step: as a larger batch, one after another and without its memory."),
-        io.Combo.Input("optimizer", options=list(OPTIMIZERS), default="AdamW", advanced=True, tooltip="The rule by which a step changes the heads."),
-        io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, advanced=True,
-                     tooltip="Of the heads' start, and the order of the pairs and times."),
-        io.Combo.Input("training_dtype", options=list(DTYPES), default="bf16", advanced=True,
-                       tooltip="What the model computes in while training. fp32 on a CPU and on cards older than the RTX 30 series. none: as when sampling."),
-        io.Boolean.Input("gradient_checkpointing", default=True, advanced=True,
-                         tooltip="Keeps only the inputs of each block and computes it twice: much less memory, more time."),
-        io.Boolean.Input("offloading", default=False, advanced=True,
-                         tooltip="Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."),
-        io.String.Input("layers", default="", multiline=True, advanced=True,
-                        tooltip="Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all linear layers of the blocks."),
-        io.Int.Input("preview_every", default=50, min=0, max=100000, advanced=True,
-                     tooltip="Steps between previews: a pair that is not trained on, drawn in 3 calls, and how far such pairs are off. 0: none."),
+        io.Model.Input(
+            "model",
+            tooltip=(
+                "The flow model to teach, 16-bit or quantized, as its couplings were made or a"
+                " quantized form of it. It is not changed."
+            ),
+        ),
+        io.Custom("CAF_COUPLINGS").Input(
+            "couplings", tooltip="Noise, and what the teacher made of it, from Make CAF Couplings."
+        ),
+        io.String.Input(
+            "filename",
+            default="trained",
+            tooltip="Name of the new file in models/caf. Ends in .caf.safetensors.",
+        ),
+        io.Boolean.Input(
+            "overwrite",
+            default=False,
+            tooltip="Replace a file of that name, and forget a stopped run that had other inputs.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=1000,
+            min=1,
+            max=1000000,
+            tooltip="How often each of the two nets learns from a batch of pairs.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.001,
+            min=0.0000001,
+            max=1.0,
+            step=0.0000001,
+            round=0.0000001,
+            tooltip=(
+                "How much a step changes, at first: it falls to zero over each net's steps. Too"
+                " high: the loss jumps. It may be changed when a run is resumed."
+            ),
+        ),
+        io.Int.Input(
+            "rank",
+            default=16,
+            min=0,
+            max=1024,
+            tooltip=(
+                "How much can be learned, and how large the file is. 0: whole layers, for small"
+                " models."
+            ),
+        ),
+        io.Float.Input(
+            "h",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            round=0.001,
+            tooltip=(
+                "Speed at the beginning of a path, over its mean. 1: even. Above: fast through the"
+                " noise, slower towards the picture (the paper: 1.5). Below: the other way."
+            ),
+        ),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=10000,
+            advanced=True,
+            tooltip="Pairs a step. They go through the model together.",
+        ),
+        io.Int.Input(
+            "grad_accumulation_steps",
+            default=1,
+            min=1,
+            max=1024,
+            advanced=True,
+            tooltip="Batches a step: as a larger batch, one after another and without its memory.",
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(OPTIMIZERS),
+            default="AdamW",
+            advanced=True,
+            tooltip="The rule by which a step changes the heads.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**53,
+            control_after_generate=False,
+            advanced=True,
+            tooltip="Of the heads' start, and the order of the pairs and times.",
+        ),
+        io.Combo.Input(
+            "training_dtype",
+            options=list(DTYPES),
+            default="bf16",
+            advanced=True,
+            tooltip=(
+                "What the model computes in while training. fp32 on a CPU and on cards older than"
+                " the RTX 30 series. none: as when sampling."
+            ),
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=True,
+            advanced=True,
+            tooltip=(
+                "Keeps only the inputs of each block and computes it twice: much less memory, more"
+                " time."
+            ),
+        ),
+        io.Boolean.Input(
+            "offloading",
+            default=False,
+            advanced=True,
+            tooltip=(
+                "Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."
+            ),
+        ),
+        io.String.Input(
+            "layers",
+            default="",
+            multiline=True,
+            advanced=True,
+            tooltip=(
+                "Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all linear"
+                " layers of the blocks."
+            ),
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=50,
+            min=0,
+            max=100000,
+            advanced=True,
+            tooltip=(
+                "Steps between previews: a pair that is not trained on, drawn in 3 calls, and how"
+                " far such pairs are off. 0: none."
+            ),
+        ),
     ]
 
 

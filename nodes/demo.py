@@ -11,13 +11,27 @@ class NibbleDemoPrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleDemoPrompt", display_name="Demo Prompt", category="Nibble",
-            description=f"A prompt for Nibble's small demo model. Colours: {', '.join(world.COLOURS)}. Shapes: {', '.join(world.SHAPES)}. "
-                        f"Places: {', '.join(world.PLACES)}. Backgrounds: {', '.join(world.BACKGROUNDS)}.",
+            node_id="NibbleDemoPrompt",
+            display_name="Demo Prompt",
+            category="Nibble",
+            description=(
+                f"A prompt for Nibble's small demo model. Colours: {', '.join(world.COLOURS)}."
+                f" Shapes: {', '.join(world.SHAPES)}. Places: {', '.join(world.PLACES)}."
+                f" Backgrounds: {', '.join(world.BACKGROUNDS)}."
+            ),
             search_aliases=["nibble", "demo"],
-            inputs=[io.String.Input("text", default="a red circle top left on black",
-                                    tooltip="A colour, a shape, a place and a background, such as: a green star bottom right on navy")],
-            outputs=[io.Conditioning.Output("conditioning", tooltip="For the demo model only.")])
+            inputs=[
+                io.String.Input(
+                    "text",
+                    default="a red circle top left on black",
+                    tooltip=(
+                        "A colour, a shape, a place and a background, such as: a green star bottom"
+                        " right on navy"
+                    ),
+                )
+            ],
+            outputs=[io.Conditioning.Output("conditioning", tooltip="For the demo model only.")],
+        )
 
     @classmethod
     def validate_inputs(cls, text=None):

@@ -13,34 +13,109 @@ class NibbleFeatherPrune(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleFeatherPrune", display_name="FEATHER Prune Vision Tokens", category="Nibble",
-            description="Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the image patches that the prompt does not ask about, and draws "
-                        "which ones it keeps. For Qwen-Image-Edit and text generation.",
-            search_aliases=["nibble", "feather", "fastv", "prune", "visual tokens", "vision tokens", "qwen image edit", "qwen vl"],
+            node_id="NibbleFeatherPrune",
+            display_name="FEATHER Prune Vision Tokens",
+            category="Nibble",
+            description=(
+                "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the image patches"
+                " that the prompt does not ask about, and draws which ones it keeps. For"
+                " Qwen-Image-Edit and text generation."
+            ),
+            search_aliases=[
+                "nibble",
+                "feather",
+                "fastv",
+                "prune",
+                "visual tokens",
+                "vision tokens",
+                "qwen image edit",
+                "qwen vl",
+            ],
             inputs=[
-                io.Clip.Input("clip", tooltip="A Qwen2.5-VL or Qwen3-VL text encoder, such as that of Qwen-Image-Edit."),
-                io.Float.Input("keep", default=0.3, min=0.01, max=1.0, step=0.01, round=0.001,
-                               tooltip="Share of the image's patches that the first stage keeps; the second keeps the square of it of those that are left. "
-                                       "1: the encoder as it is, bit for bit."),
-                io.Combo.Input("mode", options=list(MODES), default="scatter",
-                               tooltip="scatter: pruned patches stay in the conditioning as they were when they were pruned. drop: they are taken out, so "
-                                       "that the diffusion model works on fewer tokens too."),
-                io.Combo.Input("criterion", options=list(CRITERIA), default="feather", advanced=True,
-                               tooltip="feather: attention of the last token without rotary positions, and a grid. fastv: with them, which prefers the bottom "
-                                       "of the picture; for comparing. uniform: patches at even distances."),
-                io.Int.Input("stride", default=3, min=0, max=16, advanced=True,
-                             tooltip="The first stage also keeps every so many patches in both directions. 0: no grid. Only for feather."),
-                io.Int.Input("first_layer", default=0, min=0, max=200, advanced=True,
-                             tooltip="The first stage is before this layer. 0: a quarter of the depth."),
-                io.Int.Input("second_layer", default=0, min=0, max=200, advanced=True,
-                             tooltip="The second stage is before this layer. 0: half of the depth."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip=(
+                        "A Qwen2.5-VL or Qwen3-VL text encoder, such as that of Qwen-Image-Edit."
+                    ),
+                ),
+                io.Float.Input(
+                    "keep",
+                    default=0.3,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip=(
+                        "Share of the image's patches that the first stage keeps; the second keeps"
+                        " the square of it of those that are left. 1: the encoder as it is, bit for"
+                        " bit."
+                    ),
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(MODES),
+                    default="scatter",
+                    tooltip=(
+                        "scatter: pruned patches stay in the conditioning as they were when they"
+                        " were pruned. drop: they are taken out, so that the diffusion model works"
+                        " on fewer tokens too."
+                    ),
+                ),
+                io.Combo.Input(
+                    "criterion",
+                    options=list(CRITERIA),
+                    default="feather",
+                    advanced=True,
+                    tooltip=(
+                        "feather: attention of the last token without rotary positions, and a grid."
+                        " fastv: with them, which prefers the bottom of the picture; for comparing."
+                        " uniform: patches at even distances."
+                    ),
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=3,
+                    min=0,
+                    max=16,
+                    advanced=True,
+                    tooltip=(
+                        "The first stage also keeps every so many patches in both directions. 0: no"
+                        " grid. Only for feather."
+                    ),
+                ),
+                io.Int.Input(
+                    "first_layer",
+                    default=0,
+                    min=0,
+                    max=200,
+                    advanced=True,
+                    tooltip="The first stage is before this layer. 0: a quarter of the depth.",
+                ),
+                io.Int.Input(
+                    "second_layer",
+                    default=0,
+                    min=0,
+                    max=200,
+                    advanced=True,
+                    tooltip="The second stage is before this layer. 0: half of the depth.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Clip.Output("clip", tooltip="The encoder that prunes. The one that you connected stays as it is.")])
+            outputs=[
+                io.Clip.Output(
+                    "clip",
+                    tooltip="The encoder that prunes. The one that you connected stays as it is.",
+                )
+            ],
+        )
 
     @classmethod
-    def execute(cls, clip, keep, mode, criterion, stride, first_layer, second_layer) -> io.NodeOutput:
-        pruned, plan = image_patches.attach(clip, keep, mode, criterion, stride, first_layer, second_layer, cls.hidden.unique_id)
+    def execute(
+        cls, clip, keep, mode, criterion, stride, first_layer, second_layer
+    ) -> io.NodeOutput:
+        pruned, plan = image_patches.attach(
+            clip, keep, mode, criterion, stride, first_layer, second_layer, cls.hidden.unique_id
+        )
         return io.NodeOutput(pruned, ui=charts.ui(plan))
 
 
@@ -50,11 +125,28 @@ class NibbleFeatherReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleFeatherReport", display_name="FEATHER Report", category="Nibble", is_output_node=True,
-            description="Shows which image patches FEATHER kept for a conditioning: the picture with the others dark, tokens and operations before and after.",
+            node_id="NibbleFeatherReport",
+            display_name="FEATHER Report",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Shows which image patches FEATHER kept for a conditioning: the picture with the"
+                " others dark, tokens and operations before and after."
+            ),
             search_aliases=["nibble", "feather", "report", "visual tokens", "attention map"],
-            inputs=[io.Conditioning.Input("conditioning", tooltip="A prompt with an image, encoded by a CLIP from FEATHER Prune Vision Tokens.")],
-            outputs=[io.Image.Output("image", tooltip="The prompt's pictures, pruned patches dark.")])
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip=(
+                        "A prompt with an image, encoded by a CLIP from FEATHER Prune Vision"
+                        " Tokens."
+                    ),
+                )
+            ],
+            outputs=[
+                io.Image.Output("image", tooltip="The prompt's pictures, pruned patches dark.")
+            ],
+        )
 
     @classmethod
     def execute(cls, conditioning) -> io.NodeOutput:

@@ -1,4 +1,6 @@
-"""IntLoRA's nodes: convert an ordinary LoRA to a 4-bit model's integers, put one on the model, merge and save what is on a model."""
+"""IntLoRA's nodes: convert an ordinary LoRA to a 4-bit model's integers, put one on the model,
+merge and save what is on a model.
+"""
 
 from comfy_api.latest import io
 
@@ -15,31 +17,89 @@ class NibbleConvertIntLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleConvertIntLoRA", display_name="Convert LoRA to IntLoRA", category="Nibble", is_output_node=True,
-            description="Turns an ordinary LoRA into one for the integers of a 4-bit model, without training, and draws how much of it each layer keeps.",
+            node_id="NibbleConvertIntLoRA",
+            display_name="Convert LoRA to IntLoRA",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Turns an ordinary LoRA into one for the integers of a 4-bit model, without"
+                " training, and draws how much of it each layer keeps."
+            ),
             search_aliases=["nibble", "intlora", "lora", "convert lora", "int4"],
             inputs=[
-                io.Model.Input("model", tooltip="From Load SVDQuant Model. The IntLoRA fits this 4-bit file and no other."),
-                io.Combo.Input("lora_name", options=intlora.ordinary_files() or [NO_LORAS], tooltip="A LoRA in models/loras, made for this model."),
-                io.Float.Input("target_error", default=0.02, min=0.0005, max=0.5, step=0.0005, round=0.0001,
-                               tooltip="How much of the LoRA may be lost in each layer: 0.02 is 2 %. Less: wider merged integers."),
-                io.String.Input("filename", default="",
-                                tooltip="Name of the new file in models/intlora. Empty: the LoRA's name. Ends in .intlora.safetensors."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
-                io.Int.Input("k", default=-1, min=-1, max=12, advanced=True,
-                             tooltip="Extra bits below the 4-bit grid, for all layers. -1: chosen layer by layer for the target error."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "From Load SVDQuant Model. The IntLoRA fits this 4-bit file and no other."
+                    ),
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=intlora.ordinary_files() or [NO_LORAS],
+                    tooltip="A LoRA in models/loras, made for this model.",
+                ),
+                io.Float.Input(
+                    "target_error",
+                    default=0.02,
+                    min=0.0005,
+                    max=0.5,
+                    step=0.0005,
+                    round=0.0001,
+                    tooltip=(
+                        "How much of the LoRA may be lost in each layer: 0.02 is 2 %. Less: wider"
+                        " merged integers."
+                    ),
+                ),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip=(
+                        "Name of the new file in models/intlora. Empty: the LoRA's name. Ends in"
+                        " .intlora.safetensors."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace a file of that name."
+                ),
+                io.Int.Input(
+                    "k",
+                    default=-1,
+                    min=-1,
+                    max=12,
+                    advanced=True,
+                    tooltip=(
+                        "Extra bits below the 4-bit grid, for all layers. -1: chosen layer by layer"
+                        " for the target error."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Combo.Output("intlora_name", tooltip="The new file's name; connect it to Apply IntLoRA.")])
+            outputs=[
+                io.Combo.Output(
+                    "intlora_name", tooltip="The new file's name; connect it to Apply IntLoRA."
+                )
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, filename, **_):
         made = lora_name and intlora.file_name(lora_name, filename) in intlora.adapter_files()
-        return intlora.stamp(lora_name) if made else float("nan")  # unequal to itself: the node runs until its file is there
+        # unequal to itself: the node runs until its file is there
+        return intlora.stamp(lora_name) if made else float("nan")
 
     @classmethod
     def execute(cls, model, lora_name, target_error, filename, overwrite, k) -> io.NodeOutput:
-        done = intlora.run(intlora.Job(model, lora_name, target_error, None if k < 0 else k, filename, overwrite, cls.hidden.unique_id))
+        done = intlora.run(
+            intlora.Job(
+                model,
+                lora_name,
+                target_error,
+                None if k < 0 else k,
+                filename,
+                overwrite,
+                cls.hidden.unique_id,
+            )
+        )
         return io.NodeOutput(done.name, ui=charts.ui(kept.conversion_chart(done, lora_name)))
 
 
@@ -49,20 +109,46 @@ class NibbleApplyIntLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleApplyIntLoRA", display_name="Apply IntLoRA", category="Nibble", has_intermediate_output=True,
-            description="Puts an IntLoRA on a 4-bit model. Several can be chained, with each other and with Load LoRA; the connected model never changes.",
+            node_id="NibbleApplyIntLoRA",
+            display_name="Apply IntLoRA",
+            category="Nibble",
+            has_intermediate_output=True,
+            description=(
+                "Puts an IntLoRA on a 4-bit model. Several can be chained, with each other and with"
+                " Load LoRA; the connected model never changes."
+            ),
             search_aliases=["nibble", "intlora", "lora", "apply lora", "load intlora"],
             inputs=[
                 io.Model.Input("model", tooltip="The 4-bit model that the IntLoRA was made for."),
-                io.Combo.Input("intlora_name", options=intlora.adapter_files() or [NO_FILES],
-                               tooltip="A file in models/intlora, from Convert LoRA to IntLoRA or Train IntLoRA."),
-                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="How strongly it is applied. 0: the base, bit for bit."),
-                io.Combo.Input("mode", options=list(merging.MODES), default="branch",
-                               tooltip="branch: beside the 4-bit weights, exactly, at a small cost. merge: fitted into them at no cost while sampling; "
-                                       "keeps most of it, and takes a while to fit."),
+                io.Combo.Input(
+                    "intlora_name",
+                    options=intlora.adapter_files() or [NO_FILES],
+                    tooltip=(
+                        "A file in models/intlora, from Convert LoRA to IntLoRA or Train IntLoRA."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly it is applied. 0: the base, bit for bit.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(merging.MODES),
+                    default="branch",
+                    tooltip=(
+                        "branch: beside the 4-bit weights, exactly, at a small cost. merge: fitted"
+                        " into them at no cost while sampling; keeps most of it, and takes a while"
+                        " to fit."
+                    ),
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with the IntLoRA on it.")])
+            outputs=[io.Model.Output("model", tooltip="The model with the IntLoRA on it.")],
+        )
 
     @classmethod
     def validate_inputs(cls, intlora_name=None):
@@ -80,7 +166,9 @@ class NibbleApplyIntLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, intlora_name, strength, mode) -> io.NodeOutput:
         patched, done = merging.apply(model, intlora_name, strength, mode, cls.hidden.unique_id)
-        return io.NodeOutput(patched, ui=None if done is None else charts.ui(kept.merge_chart(done)))
+        return io.NodeOutput(
+            patched, ui=None if done is None else charts.ui(kept.merge_chart(done))
+        )
 
 
 class NibbleMergeIntLoRA(io.ComfyNode):
@@ -89,20 +177,62 @@ class NibbleMergeIntLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleMergeIntLoRA", display_name="Merge and Save", category="Nibble", is_output_node=True,
-            description="Writes a 4-bit model with the IntLoRAs and LoRAs on it as a new 4-bit file, and draws what each layer kept. "
-                        "The file that the model came from is never changed.",
-            search_aliases=["nibble", "intlora", "lora", "merge lora", "bake lora", "save model", "int4"],
+            node_id="NibbleMergeIntLoRA",
+            display_name="Merge and Save",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Writes a 4-bit model with the IntLoRAs and LoRAs on it as a new 4-bit file, and"
+                " draws what each layer kept. The file that the model came from is never changed."
+            ),
+            search_aliases=[
+                "nibble",
+                "intlora",
+                "lora",
+                "merge lora",
+                "bake lora",
+                "save model",
+                "int4",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Load SVDQuant Model with Apply IntLoRA or Load LoRA behind it."),
-                io.String.Input("filename", default="", tooltip="Name of the new file in models/diffusion_models. Empty: the model's name + -merged."),
-                io.Combo.Input("branch", options=list(merging.BRANCHES), default=merging.BRANCHES[0],
-                               tooltip="wider: keeps all of the LoRA, as wide a 16-bit branch more as the LoRA has ranks. same size: fits it into "
-                                       "the 4-bit weights, at no cost; keeps most of it."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name that holds something else."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "A model from Load SVDQuant Model with Apply IntLoRA or Load LoRA"
+                        " behind it."
+                    ),
+                ),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip=(
+                        "Name of the new file in models/diffusion_models. Empty: the model's name +"
+                        " -merged."
+                    ),
+                ),
+                io.Combo.Input(
+                    "branch",
+                    options=list(merging.BRANCHES),
+                    default=merging.BRANCHES[0],
+                    tooltip=(
+                        "wider: keeps all of the LoRA, as wide a 16-bit branch more as the LoRA has"
+                        " ranks. same size: fits it into the 4-bit weights, at no cost; keeps most"
+                        " of it."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "overwrite",
+                    default=False,
+                    tooltip="Replace a file of that name that holds something else.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Combo.Output("model_name", tooltip="The new file's name; connect it to Load SVDQuant Model.")])
+            outputs=[
+                io.Combo.Output(
+                    "model_name", tooltip="The new file's name; connect it to Load SVDQuant Model."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, model, filename, branch, overwrite) -> io.NodeOutput:

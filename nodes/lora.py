@@ -11,12 +11,26 @@ class NibbleLoRAReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleLoRAReport", display_name="LoRA Report", category="Nibble", is_output_node=True,
-            description="Shows what the LoRAs on a 4-bit model do: which layers they reach, how each layer computes them, the memory that they take, "
-                        "and what is left out. The model passes through unchanged.",
+            node_id="NibbleLoRAReport",
+            display_name="LoRA Report",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Shows what the LoRAs on a 4-bit model do: which layers they reach, how each layer"
+                " computes them, the memory that they take, and what is left out. The model passes"
+                " through unchanged."
+            ),
             search_aliases=["nibble", "lora", "lora check", "lora info", "lora not working"],
-            inputs=[io.Model.Input("model", tooltip="A 4-bit model with LoRAs on it: place this node behind the last Load LoRA.")],
-            outputs=[io.Model.Output("model", tooltip="The same model.")])
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "A 4-bit model with LoRAs on it: place this node behind the last Load LoRA."
+                    ),
+                )
+            ],
+            outputs=[io.Model.Output("model", tooltip="The same model.")],
+        )
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:

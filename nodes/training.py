@@ -16,76 +16,261 @@ class NibbleTrainIntLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="NibbleTrainIntLoRA", display_name="Train IntLoRA", category="Nibble", is_output_node=True, is_input_list=True,
-            description="Teaches a 4-bit model a style or a thing from pictures and saves what it learned as an IntLoRA. Stop whenever you like: the next run "
-                        "goes on where it stopped.",
-            search_aliases=["nibble", "intlora", "train lora", "fine-tune", "qlora", "finetune 4-bit"],
-            inputs=_main_inputs() + _expert_inputs(), hidden=[io.Hidden.unique_id],
+            node_id="NibbleTrainIntLoRA",
+            display_name="Train IntLoRA",
+            category="Nibble",
+            is_output_node=True,
+            is_input_list=True,
+            description=(
+                "Teaches a 4-bit model a style or a thing from pictures and saves what it learned"
+                " as an IntLoRA. Stop whenever you like: the next run goes on where it stopped."
+            ),
+            search_aliases=[
+                "nibble",
+                "intlora",
+                "train lora",
+                "fine-tune",
+                "qlora",
+                "finetune 4-bit",
+            ],
+            inputs=_main_inputs() + _expert_inputs(),
+            hidden=[io.Hidden.unique_id],
             outputs=[
-                io.Combo.Output("intlora_name", tooltip="The new file's name; connect it to Apply IntLoRA."),
-                io.Custom("LORA_MODEL").Output("lora", tooltip="The same as an ordinary LoRA, for Load LoRA Model and Save LoRA Weights. With shift_add "
-                                                               "it does what the file does; mul and shift are exact only in the file."),
-                io.Custom("LOSS_MAP").Output("loss_map", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.Int.Output("steps", tooltip="Steps trained in all, those of existing_lora included."),
-            ])
+                io.Combo.Output(
+                    "intlora_name", tooltip="The new file's name; connect it to Apply IntLoRA."
+                ),
+                io.Custom("LORA_MODEL").Output(
+                    "lora",
+                    tooltip=(
+                        "The same as an ordinary LoRA, for Load LoRA Model and Save LoRA Weights."
+                        " With shift_add it does what the file does; mul and shift are exact only"
+                        " in the file."
+                    ),
+                ),
+                io.Custom("LOSS_MAP").Output(
+                    "loss_map", tooltip="The loss of every step, for Plot Loss Graph."
+                ),
+                io.Int.Output(
+                    "steps", tooltip="Steps trained in all, those of existing_lora included."
+                ),
+            ],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename, **_):
-        name = intlora.file_name("", (filename[0] if isinstance(filename, list) else filename) or "trained")
-        return intlora.stamp(name) if name in intlora.adapter_files() else float("nan")  # unequal to itself: the node runs until its file is there
+        name = intlora.file_name(
+            "", (filename[0] if isinstance(filename, list) else filename) or "trained"
+        )
+        # unequal to itself: the node runs until its file is there
+        return intlora.stamp(name) if name in intlora.adapter_files() else float("nan")
 
     @classmethod
     def execute(cls, model, latents, positive, **widgets) -> io.NodeOutput:
-        one = {name: values[0] for name, values in widgets.items()}  # the node takes lists of pictures and prompts, so everything comes as a list
-        options = Options(steps=one["steps"], lr=one["learning_rate"], optimizer=one["optimizer"], accumulate=one["grad_accumulation_steps"],
-                          seed=one["seed"], save_every=250)
-        settings = Settings(one["batch_size"], one["loss_function"], one["training_dtype"], one["gradient_checkpointing"], one["offloading"], one["seed"])
-        done = intlora_training.run(Job(model[0], latents, positive, one["filename"], options, settings, one["variant"], one["rank"], one["overwrite"],
-                                        one["existing_lora"], patterns(one["layers"]), one["preview_every"], cls.hidden.unique_id))
-        return io.NodeOutput(done.name, done.lora, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart))
+        # the node takes lists of pictures and prompts, so everything comes as a list
+        one = {name: values[0] for name, values in widgets.items()}
+        options = Options(
+            steps=one["steps"],
+            lr=one["learning_rate"],
+            optimizer=one["optimizer"],
+            accumulate=one["grad_accumulation_steps"],
+            seed=one["seed"],
+            save_every=250,
+        )
+        settings = Settings(
+            one["batch_size"],
+            one["loss_function"],
+            one["training_dtype"],
+            one["gradient_checkpointing"],
+            one["offloading"],
+            one["seed"],
+        )
+        done = intlora_training.run(
+            Job(
+                model[0],
+                latents,
+                positive,
+                one["filename"],
+                options,
+                settings,
+                one["variant"],
+                one["rank"],
+                one["overwrite"],
+                one["existing_lora"],
+                patterns(one["layers"]),
+                one["preview_every"],
+                cls.hidden.unique_id,
+            )
+        )
+        return io.NodeOutput(
+            done.name, done.lora, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart)
+        )
 
 
 def _main_inputs() -> list:
     """What to learn, and how long: the inputs that everyone sees."""
     return [
-        io.Model.Input("model", tooltip="The 4-bit model to teach, from Load SVDQuant Model. It is not changed."),
-        io.Latent.Input("latents", tooltip="The pictures to learn from, through VAE Encode. Several sizes may be mixed."),
-        io.Conditioning.Input("positive", tooltip="One prompt for all pictures, or one for each in the same order."),
-        io.String.Input("filename", default="trained", tooltip="Name of the new file in models/intlora. Ends in .intlora.safetensors."),
-        io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name, and forget a stopped run that had other inputs."),
-        io.Int.Input("steps", default=500, min=1, max=100000, tooltip="How often it learns from a batch of pictures."),
-        io.Float.Input("learning_rate", default=0.0005, min=0.0000001, max=1.0, step=0.0000001, round=0.0000001,
-                       tooltip="How much a step changes. Too high: the loss jumps. Too low: nothing is learned. It may be changed when a run is resumed."),
-        io.Int.Input("rank", default=8, min=1, max=128, tooltip="How much can be learned, and how large the file is. 8 to 16 for a thing, more for a style."),
-        io.Combo.Input("variant", options=VARIANTS, default="shift_add",
-                       tooltip="How it joins the integers. shift_add: adds below them; fastest, and several can be combined. mul, shift: multiplies or shifts "
-                               "them, as in the IntLoRA paper; one at a time."),
+        io.Model.Input(
+            "model",
+            tooltip="The 4-bit model to teach, from Load SVDQuant Model. It is not changed.",
+        ),
+        io.Latent.Input(
+            "latents",
+            tooltip="The pictures to learn from, through VAE Encode. Several sizes may be mixed.",
+        ),
+        io.Conditioning.Input(
+            "positive", tooltip="One prompt for all pictures, or one for each in the same order."
+        ),
+        io.String.Input(
+            "filename",
+            default="trained",
+            tooltip="Name of the new file in models/intlora. Ends in .intlora.safetensors.",
+        ),
+        io.Boolean.Input(
+            "overwrite",
+            default=False,
+            tooltip="Replace a file of that name, and forget a stopped run that had other inputs.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=500,
+            min=1,
+            max=100000,
+            tooltip="How often it learns from a batch of pictures.",
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.0005,
+            min=0.0000001,
+            max=1.0,
+            step=0.0000001,
+            round=0.0000001,
+            tooltip=(
+                "How much a step changes. Too high: the loss jumps. Too low: nothing is learned. It"
+                " may be changed when a run is resumed."
+            ),
+        ),
+        io.Int.Input(
+            "rank",
+            default=8,
+            min=1,
+            max=128,
+            tooltip=(
+                "How much can be learned, and how large the file is. 8 to 16 for a thing, more for"
+                " a style."
+            ),
+        ),
+        io.Combo.Input(
+            "variant",
+            options=VARIANTS,
+            default="shift_add",
+            tooltip=(
+                "How it joins the integers. shift_add: adds below them; fastest, and several can be"
+                " combined. mul, shift: multiplies or shifts them, as in the IntLoRA paper; one at"
+                " a time."
+            ),
+        ),
     ]
 
 
 def _expert_inputs() -> list:
     """Everything else, collapsed."""
     return [
-        io.Int.Input("batch_size", default=1, min=1, max=10000, advanced=True,
-                     tooltip="Pictures a step. Those of one prompt and size go through the model together."),
-        io.Int.Input("grad_accumulation_steps", default=1, min=1, max=1024, advanced=True,
-                     tooltip="Batches a step: as a larger batch, one after another and without its memory."),
-        io.Combo.Input("optimizer", options=list(OPTIMIZERS), default="AdamW", advanced=True, tooltip="The rule by which a step changes the adapter."),
-        io.Combo.Input("loss_function", options=list(LOSSES), default="MSE", advanced=True, tooltip="How the distance to the picture is measured."),
-        io.Int.Input("seed", default=0, min=0, max=2**53, control_after_generate=False, advanced=True,
-                     tooltip="Of the adapter's start, the order of the pictures, times and noise, and the previews."),
-        io.Combo.Input("training_dtype", options=list(DTYPES), default="bf16", advanced=True,
-                       tooltip="What the model computes in while training. fp32 on a CPU and on cards older than the RTX 30 series. none: as when sampling."),
-        io.Boolean.Input("gradient_checkpointing", default=True, advanced=True,
-                         tooltip="Keeps only the inputs of each block and computes it twice: much less memory, more time."),
-        io.Boolean.Input("offloading", default=False, advanced=True,
-                         tooltip="Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."),
-        io.Combo.Input("existing_lora", options=[*intlora.adapter_files(), NONE], default=NONE, advanced=True,
-                       tooltip="An IntLoRA of this model to go on from, of the same rank and variant."),
-        io.String.Input("layers", default="", multiline=True, advanced=True,
-                        tooltip="Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all W4A4 layers. *: modulation too."),
-        io.Int.Input("preview_every", default=50, min=0, max=100000, advanced=True,
-                     tooltip="Steps between previews of the first prompt, always from the same noise. 0: none."),
+        io.Int.Input(
+            "batch_size",
+            default=1,
+            min=1,
+            max=10000,
+            advanced=True,
+            tooltip="Pictures a step. Those of one prompt and size go through the model together.",
+        ),
+        io.Int.Input(
+            "grad_accumulation_steps",
+            default=1,
+            min=1,
+            max=1024,
+            advanced=True,
+            tooltip="Batches a step: as a larger batch, one after another and without its memory.",
+        ),
+        io.Combo.Input(
+            "optimizer",
+            options=list(OPTIMIZERS),
+            default="AdamW",
+            advanced=True,
+            tooltip="The rule by which a step changes the adapter.",
+        ),
+        io.Combo.Input(
+            "loss_function",
+            options=list(LOSSES),
+            default="MSE",
+            advanced=True,
+            tooltip="How the distance to the picture is measured.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**53,
+            control_after_generate=False,
+            advanced=True,
+            tooltip=(
+                "Of the adapter's start, the order of the pictures, times and noise, and the"
+                " previews."
+            ),
+        ),
+        io.Combo.Input(
+            "training_dtype",
+            options=list(DTYPES),
+            default="bf16",
+            advanced=True,
+            tooltip=(
+                "What the model computes in while training. fp32 on a CPU and on cards older than"
+                " the RTX 30 series. none: as when sampling."
+            ),
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=True,
+            advanced=True,
+            tooltip=(
+                "Keeps only the inputs of each block and computes it twice: much less memory, more"
+                " time."
+            ),
+        ),
+        io.Boolean.Input(
+            "offloading",
+            default=False,
+            advanced=True,
+            tooltip=(
+                "Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."
+            ),
+        ),
+        io.Combo.Input(
+            "existing_lora",
+            options=[*intlora.adapter_files(), NONE],
+            default=NONE,
+            advanced=True,
+            tooltip="An IntLoRA of this model to go on from, of the same rank and variant.",
+        ),
+        io.String.Input(
+            "layers",
+            default="",
+            multiline=True,
+            advanced=True,
+            tooltip=(
+                "Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all W4A4"
+                " layers. *: modulation too."
+            ),
+        ),
+        io.Int.Input(
+            "preview_every",
+            default=50,
+            min=0,
+            max=100000,
+            advanced=True,
+            tooltip=(
+                "Steps between previews of the first prompt, always from the same noise. 0: none."
+            ),
+        ),
     ]
 
 

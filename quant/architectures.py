@@ -1,8 +1,10 @@
-"""Which model a file holds, and what becomes of each of its linears. The knowledge is data, in architectures.json; here are the rules.
+"""Which model a file holds, and what becomes of each of its linears. The knowledge is data, in
+architectures.json; here are the rules.
 
-A linear in a transformer block gets 4-bit weights and activations (w4a4); one that sees few tokens, such as modulation, 4-bit weights only
-(w4a16); embedders, final layers and small text refiners stay as they are (keep). Weights whose shapes ComfyUI reads to tell which model it
-has are never touched, whatever the recipe says: the 4-bit file must be recognised as its source was.
+A linear in a transformer block gets 4-bit weights and activations (w4a4); one that sees few tokens,
+such as modulation, 4-bit weights only (w4a16); embedders, final layers and small text refiners stay
+as they are (keep). Weights whose shapes ComfyUI reads to tell which model it has are never touched,
+whatever the recipe says: the 4-bit file must be recognised as its source was.
 """
 
 import json
@@ -20,7 +22,10 @@ GROUP = 64
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: keys that it has (all of `all`, one of `any`), and patterns on module names."""
+    """A model family: keys that it has (all of `all`, one of `any`), and patterns on module
+    names.
+    """
+
     name: str
     all: tuple[str, ...]
     any: tuple[str, ...]
@@ -34,8 +39,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of a linear: action 'w4a4', 'w4a16' or 'keep', and why. K inputs, N outputs; `group` names the linears that read the
-    same input (None: nobody else does); post_gelu: its input comes straight from a GELU, so it may be quantized without a sign."""
+    """What becomes of a linear: action 'w4a4', 'w4a16' or 'keep', and why. K inputs, N outputs;
+    `group` names the linears that read the same input (None: nobody else does); post_gelu: its
+    input comes straight from a GELU, so it may be quantized without a sign.
+    """
+
     name: str
     action: str
     why: str
@@ -54,59 +62,102 @@ def _data() -> dict:
 @lru_cache(maxsize=1)
 def families() -> tuple[Architecture, ...]:
     """Every family that can be quantized, in the order in which they are tried."""
+
     def build(entry: dict) -> Architecture:
-        lists = {key: tuple(entry.get(key, ())) for key in ("all", "any", "blocks", "modulation", "detects", "post_gelu")}
-        return Architecture(name=entry["name"], keep=tuple(entry.get("keep", {}).items()),
-                            shared_input=tuple(map(tuple, entry.get("shared_input", ()))), **lists)
+        lists = {
+            key: tuple(entry.get(key, ()))
+            for key in ("all", "any", "blocks", "modulation", "detects", "post_gelu")
+        }
+        return Architecture(
+            name=entry["name"],
+            keep=tuple(entry.get("keep", {}).items()),
+            shared_input=tuple(map(tuple, entry.get("shared_input", ()))),
+            **lists,
+        )
+
     return tuple(build(entry) for entry in _data()["families"])
 
 
 def recognise(shapes: Mapping[str, tuple[int, ...]], file: str) -> Architecture:
-    """The family of a model, from its tensors' names. Raises FileRefused for anything else, saying what it is; `file` is its name in that."""
+    """The family of a model, from its tensors' names. Raises FileRefused for anything else, saying
+    what it is; `file` is its name in that.
+    """
     _refuse(_data()["refused_first"], shapes, file)
     for family in families():
-        if all(key in shapes for key in family.all) and (not family.any or any(key in shapes for key in family.any)):
+        if all(key in shapes for key in family.all) and (
+            not family.any or any(key in shapes for key in family.any)
+        ):
             return family
     _refuse(_data()["refused_last"], shapes, file)
     known = ", ".join(family.name for family in families())
-    raise FileRefused(f"{file} holds no diffusion transformer that Nibble knows (its first tensors are {', '.join(sorted(shapes)[:3])}); "
-                      f"choose one of: {known}.")
+    raise FileRefused(
+        f"{file} holds no diffusion transformer that Nibble knows (its first tensors are"
+        f" {', '.join(sorted(shapes)[:3])}); choose one of: {known}."
+    )
 
 
 def _refuse(entries: Iterable[dict], shapes: Mapping[str, tuple], file: str) -> None:
     for entry in entries:
         exact = [pattern for pattern in entry["any"] if "*" not in pattern]
         loose = [pattern for pattern in entry["any"] if "*" in pattern]
-        if any(key in shapes for key in exact) or any(fnmatchcase(key, pattern) for key in shapes for pattern in loose):
+        if any(key in shapes for key in exact) or any(
+            fnmatchcase(key, pattern) for key in shapes for pattern in loose
+        ):
             raise FileRefused(f"{file} {entry['why']}.")
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe, file: str = "The model") -> list[LayerPlan]:
-    """A plan for every matrix of a model, in the order of its blocks. `recipe` has rank, modulation, act_unsigned, keep and w4a16.
-    Raises FileRefused when nothing could be quantized."""
-    names = [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2]
-    layers = [_plan_layer(name, shapes, architecture, recipe) for name in sorted(names, key=natural)]
+def plan(
+    shapes: Mapping[str, tuple[int, ...]],
+    architecture: Architecture,
+    recipe,
+    file: str = "The model",
+) -> list[LayerPlan]:
+    """A plan for every matrix of a model, in the order of its blocks. `recipe` has rank,
+    modulation, act_unsigned, keep and w4a16. Raises FileRefused when nothing could be quantized.
+    """
+    names = [
+        key.removesuffix(".weight")
+        for key, shape in shapes.items()
+        if key.endswith(".weight") and len(shape) == 2
+    ]
+    layers = [
+        _plan_layer(name, shapes, architecture, recipe) for name in sorted(names, key=natural)
+    ]
     if all(layer.action == "keep" for layer in layers):
-        why = next((layer.why for layer in layers if _matches(architecture.blocks, layer.name)), "it has no transformer blocks")
-        raise FileRefused(f"{file} has no layer that could be quantized to 4 bits ({why}); use it in 16 bit.")
+        why = next(
+            (layer.why for layer in layers if _matches(architecture.blocks, layer.name)),
+            "it has no transformer blocks",
+        )
+        raise FileRefused(
+            f"{file} has no layer that could be quantized to 4 bits ({why}); use it in 16 bit."
+        )
     return _grouped(layers, architecture)
 
 
 def natural(name: str) -> list:
     """A sort key that puts block 2 before block 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
-def _plan_layer(name: str, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe) -> LayerPlan:
+def _plan_layer(
+    name: str, shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe
+) -> LayerPlan:
     n, k = shapes[f"{name}.weight"]
     bias = f"{name}.bias" in shapes
     action, why = _action(name, architecture, recipe)
     if action != "keep" and k % GROUP:
         action, why = "keep", f"K={k} is not a multiple of the group size {GROUP}"
     elif action == "w4a4" and min(n, k) < 2 * recipe.rank:
-        action, why = "keep", f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}"
+        action, why = (
+            "keep",
+            f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}",
+        )
     # The shift of unsigned activations goes into the bias, so there must be one.
-    post_gelu = action == "w4a4" and bias and recipe.act_unsigned and _matches(architecture.post_gelu, name)
+    post_gelu = (
+        action == "w4a4" and bias and recipe.act_unsigned and _matches(architecture.post_gelu, name)
+    )
     return LayerPlan(name, action, why, k, n, bias, post_gelu)
 
 
@@ -118,10 +169,17 @@ def _action(name: str, architecture: Architecture, recipe) -> tuple[str, str]:
     if _matches(recipe.w4a16, name):
         return "w4a16", "4-bit weights only, as asked for"
     if _matches(architecture.modulation, name):
-        return ("w4a16", "sees few tokens") if recipe.modulation != "keep" else ("keep", "modulation in 16 bit, as asked for")
+        return (
+            ("w4a16", "sees few tokens")
+            if recipe.modulation != "keep"
+            else ("keep", "modulation in 16 bit, as asked for")
+        )
     if _matches(architecture.blocks, name):
         return "w4a4", "transformer block"
-    return "keep", next((why for pattern, why in architecture.keep if fnmatchcase(name, pattern)), "not part of a transformer block")
+    return "keep", next(
+        (why for pattern, why in architecture.keep if fnmatchcase(name, pattern)),
+        "not part of a transformer block",
+    )
 
 
 def _matches(patterns: Iterable[str], name: str) -> bool:
@@ -150,30 +208,55 @@ def _group(layer: LayerPlan, architecture: Architecture) -> str | None:
     return None
 
 
-def flux1_shapes(double: int = 19, single: int = 38, hidden: int = 3072, context: int = 4096, vector: int = 768, guidance: bool = True,
-                 channels: int = 64) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a FLUX.1 (black-forest-labs/flux, model.py), by default those of FLUX.1-dev."""
+def flux1_shapes(
+    double: int = 19,
+    single: int = 38,
+    hidden: int = 3072,
+    context: int = 4096,
+    vector: int = 768,
+    guidance: bool = True,
+    channels: int = 64,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a FLUX.1 (black-forest-labs/flux, model.py), by default those of
+    FLUX.1-dev.
+    """
+
     def linear(name: str, n: int, k: int) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (n, k), f"{name}.bias": (n,)}
+
     h, shapes = hidden, {}
     for name, k in [("time_in", 256), ("vector_in", vector)] + [("guidance_in", 256)] * guidance:
         shapes |= linear(f"{name}.in_layer", h, k) | linear(f"{name}.out_layer", h, h)
     shapes |= linear("img_in", h, channels) | linear("txt_in", h, context)
-    shapes |= linear("final_layer.linear", channels, h) | linear("final_layer.adaLN_modulation.1", 2 * h, h)
+    shapes |= linear("final_layer.linear", channels, h) | linear(
+        "final_layer.adaLN_modulation.1", 2 * h, h
+    )
     for i in range(double):
         for stream in ("img", "txt"):
             block = f"double_blocks.{i}.{stream}"
-            shapes |= linear(f"{block}_mod.lin", 6 * h, h) | linear(f"{block}_attn.qkv", 3 * h, h) | linear(f"{block}_attn.proj", h, h)
+            shapes |= (
+                linear(f"{block}_mod.lin", 6 * h, h)
+                | linear(f"{block}_attn.qkv", 3 * h, h)
+                | linear(f"{block}_attn.proj", h, h)
+            )
             shapes |= linear(f"{block}_mlp.0", 4 * h, h) | linear(f"{block}_mlp.2", h, 4 * h)
             shapes |= {f"{block}_attn.norm.{norm}_norm.scale": (128,) for norm in ("query", "key")}
     for i in range(single):
         block = f"single_blocks.{i}"
-        shapes |= linear(f"{block}.linear1", 7 * h, h) | linear(f"{block}.linear2", h, 5 * h) | linear(f"{block}.modulation.lin", 3 * h, h)
+        shapes |= (
+            linear(f"{block}.linear1", 7 * h, h)
+            | linear(f"{block}.linear2", h, 5 * h)
+            | linear(f"{block}.modulation.lin", 3 * h, h)
+        )
         shapes |= {f"{block}.norm.{norm}_norm.scale": (128,) for norm in ("query", "key")}
     return shapes
 
 
-KNOWN_MODELS = {"flux1-dev": {}, "flux1-schnell": {"guidance": False}, "flux1-fill-dev": {"channels": 384}}
+KNOWN_MODELS = {
+    "flux1-dev": {},
+    "flux1-schnell": {"guidance": False},
+    "flux1-fill-dev": {"channels": 384},
+}
 
 
 def known_shapes(name: str) -> dict[str, tuple[int, ...]] | None:

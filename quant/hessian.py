@@ -1,7 +1,8 @@
-"""Second moments of a layer's inputs, as the Hessian of its squared output error: blocks on the diagonal, (K/B, B, B).
+"""Second moments of a layer's inputs, as the Hessian of its squared output error: blocks on the
+diagonal, (K/B, B, B).
 
-GPTQ (Frantar et al., 2022, arXiv:2210.17323) moves each rounding error to columns that are not rounded yet, along the inverse Hessian;
-`inverse_factor` is its Cholesky factor.
+GPTQ (Frantar et al., 2022, arXiv:2210.17323) moves each rounding error to columns that are not
+rounded yet, along the inverse Hessian; `inverse_factor` is its Cholesky factor.
 """
 
 import torch
@@ -14,7 +15,9 @@ ROUNDED_INPUT = 1e-5  # squared relative error of a bf16 value: (2^-8)^2 / 12, r
 
 
 def covariance(stats: InputStats, centred: bool, device: torch.device) -> Tensor:
-    """Blocks (K/B, B, B) of E[x x^T], or of the covariance when a bias takes up the mean, so that only deviations from it matter."""
+    """Blocks (K/B, B, B) of E[x x^T], or of the covariance when a bias takes up the mean, so that
+    only deviations from it matter.
+    """
     mean, square = stats.mean.to(device), stats.mean_square.to(device)
     blocks = diagonal_blocks(square) if stats.hessian is None else stats.hessian.to(device)
     rows = mean.reshape(blocks.shape[0], -1)
@@ -22,7 +25,8 @@ def covariance(stats: InputStats, centred: bool, device: torch.device) -> Tensor
         blocks = blocks - torch.diag_embed(rows.square())
     elif centred:
         blocks = blocks - rows[:, :, None] * rows[:, None, :]
-    # 16-bit inputs are rounded themselves; without that floor, constant inputs would leave nothing but cancellation
+    # 16-bit inputs are rounded themselves; without that floor, constant inputs would leave nothing
+    # but cancellation
     return blocks + torch.diag_embed(ROUNDED_INPUT * square.reshape(rows.shape))
 
 
@@ -32,7 +36,8 @@ def diagonal_blocks(diagonal: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse, (K/B, B, B), in float64 where the device has it; damped until it exists.
+    """Upper Cholesky factor of the inverse, (K/B, B, B), in float64 where the device has it; damped
+    until it exists.
 
     Raises ValueError for a Hessian that holds NaN or is far from positive definite.
     """
@@ -43,4 +48,6 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
-    raise ValueError("the Hessian of the recorded inputs is not positive definite; record the inputs again")
+    raise ValueError(
+        "the Hessian of the recorded inputs is not positive definite; record the inputs again"
+    )

@@ -1,7 +1,9 @@
-"""Hands on any nn.Module: find its linear layers, replace one, and record what they read while the model runs.
+"""Hands on any nn.Module: find its linear layers, replace one, and record what they read while the
+model runs.
 
-Recording takes as many runs of the model as the memory cap demands: each run records a part of the layers, and since every layer draws
-its sample rows with a seed of its own, the result does not depend on the parting.
+Recording takes as many runs of the model as the memory cap demands: each run records a part of the
+layers, and since every layer draws its sample rows with a seed of its own, the result does not
+depend on the parting.
 """
 
 import zlib
@@ -14,15 +16,26 @@ from .statistics import BLOCK, InputStats
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module of every linear layer: nn.Linear, or whatever looks like one (in_features, out_features, a 2-D weight)."""
+    """Name → module of every linear layer: nn.Linear, or whatever looks like one (in_features,
+    out_features, a 2-D weight).
+    """
+
     def is_linear(module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
-        return hasattr(module, "in_features") and hasattr(module, "out_features") and weight is not None and weight.dim() == 2
+        return (
+            hasattr(module, "in_features")
+            and hasattr(module, "out_features")
+            and weight is not None
+            and weight.dim() == 2
+        )
+
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Puts a module in the place called name and returns the one that was there. Raises ValueError when there is none."""
+    """Puts a module in the place called name and returns the one that was there. Raises ValueError
+    when there is none.
+    """
     parent_name, _, child = name.rpartition(".")
     try:
         old = model.get_submodule(name)
@@ -33,13 +46,22 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 class Recorder:
-    """Records InputStats of the named linears while it is entered: `with Recorder(model, names) as recorder: model(...)`.
+    """Records InputStats of the named linears while it is entered: `with Recorder(model, names) as
+    recorder: model(...)`.
 
-    The hooks only read. Raises ValueError for unknown names, and when the statistics would exceed memory_cap_bytes (see `passes`).
+    The hooks only read. Raises ValueError for unknown names, and when the statistics would exceed
+    memory_cap_bytes (see `passes`).
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], memory_cap_bytes: int | None = None, samples: int = 256,
-                 hessian_block: int = BLOCK, seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        memory_cap_bytes: int | None = None,
+        samples: int = 256,
+        hessian_block: int = BLOCK,
+        seed: int = 0,
+    ):
         self.names = list(names)
         linears = find_linears(model)
         unknown = [name for name in self.names if name not in linears]
@@ -49,18 +71,27 @@ class Recorder:
         shapes = {name: module.in_features for name, module in self._modules.items()}
         needed = sum(InputStats.bytes_needed(k, samples, hessian_block) for k in shapes.values())
         if memory_cap_bytes is not None and needed > memory_cap_bytes:
-            raise ValueError(f"{len(self.names)} layers' statistics take {needed / 1e6:.0f} MB, over the cap of "
-                             f"{memory_cap_bytes / 1e6:.0f} MB; record them in passes")
-        self.stats = {name: InputStats.empty(k, samples, hessian_block, seed + zlib.crc32(name.encode()))
-                      for name, k in shapes.items()}
+            raise ValueError(
+                f"{len(self.names)} layers' statistics take {needed / 1e6:.0f} MB, over the cap of "
+                f"{memory_cap_bytes / 1e6:.0f} MB; record them in passes"
+            )
+        self.stats = {
+            name: InputStats.empty(k, samples, hessian_block, seed + zlib.crc32(name.encode()))
+            for name, k in shapes.items()
+        }
         self._hooks: list = []
 
     def __enter__(self) -> "Recorder":
         def hook_for(name: str):
             def record(_module, args):
                 self.stats[name].update(args[0])
+
             return record
-        self._hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in self._modules.items()]
+
+        self._hooks = [
+            module.register_forward_pre_hook(hook_for(name))
+            for name, module in self._modules.items()
+        ]
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -69,8 +100,15 @@ class Recorder:
         self._hooks = []
 
     @staticmethod
-    def passes(names: Iterable[str], shapes: dict[str, int], cap: int, samples: int = 256, hessian_block: int = BLOCK) -> list[list[str]]:
-        """Parts the names, in order, so that the statistics of each part stay under cap bytes. shapes: name → K.
+    def passes(
+        names: Iterable[str],
+        shapes: dict[str, int],
+        cap: int,
+        samples: int = 256,
+        hessian_block: int = BLOCK,
+    ) -> list[list[str]]:
+        """Parts the names, in order, so that the statistics of each part stay under cap bytes.
+        shapes: name → K.
 
         Raises ValueError when a single layer exceeds the cap, saying what it needs.
         """
@@ -79,7 +117,10 @@ class Recorder:
         for name in names:
             needed = InputStats.bytes_needed(shapes[name], samples, hessian_block)
             if needed > cap:
-                raise ValueError(f"recording {name} takes {needed / 1e6:.0f} MB, more than the cap of {cap / 1e6:.0f} MB; raise the cap")
+                raise ValueError(
+                    f"recording {name} takes {needed / 1e6:.0f} MB, more than the cap of"
+                    f" {cap / 1e6:.0f} MB; raise the cap"
+                )
             if used + needed > cap:
                 parts.append([])
                 used = 0
@@ -88,20 +129,29 @@ class Recorder:
         return parts
 
 
-def collect(model: nn.Module, names: Iterable[str], run: Callable[[], None], cap: int,
-            report: Callable[[int, int], None] = lambda done, total: None, samples: int = 256, hessian_block: int = BLOCK,
-            seed: int = 0) -> dict[str, InputStats]:
+def collect(
+    model: nn.Module,
+    names: Iterable[str],
+    run: Callable[[], None],
+    cap: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+    samples: int = 256,
+    hessian_block: int = BLOCK,
+    seed: int = 0,
+) -> dict[str, InputStats]:
     """Runs the model once a pass and returns the statistics, moved to the CPU after each pass.
 
-    run() must feed the model the same inputs each time; report(passes done, passes in all) is called after each pass.
-    A layer that run() never reaches keeps a count of 0.
+    run() must feed the model the same inputs each time; report(passes done, passes in all) is
+    called after each pass. A layer that run() never reaches keeps a count of 0.
     """
     names = list(names)
     linears = find_linears(model)
     unknown = [name for name in names if name not in linears]
     if unknown:
         raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
-    parts = Recorder.passes(names, {name: linears[name].in_features for name in names}, cap, samples, hessian_block)
+    parts = Recorder.passes(
+        names, {name: linears[name].in_features for name in names}, cap, samples, hessian_block
+    )
     recorded: dict[str, InputStats] = {}
     for i, part in enumerate(parts):
         with Recorder(model, part, cap, samples, hessian_block, seed) as recorder, torch.no_grad():

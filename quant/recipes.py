@@ -1,4 +1,6 @@
-"""What the recipes of all methods share: made from a preset, and written into the file that they make."""
+"""What the recipes of all methods share: made from a preset, and written into the file that they
+make.
+"""
 
 import json
 from dataclasses import asdict, fields
@@ -8,19 +10,31 @@ R = TypeVar("R", bound="FromPreset")
 
 
 class FromPreset:
-    """Base of a frozen dataclass with a field `preset`. PRESETS: name → values that differ from the fields' defaults."""
+    """Base of a frozen dataclass with a field `preset`. PRESETS: name → values that differ from the
+    fields' defaults.
+    """
 
     PRESETS: ClassVar[dict[str, dict]]
 
     @classmethod
     def from_preset(cls: type[R], name: str = "fast", **changes) -> R:
-        """A preset with changes; None means unchanged. Raises ValueError for unknown names and values, naming the choices."""
+        """A preset with changes; None means unchanged. Raises ValueError for unknown names and
+        values, naming the choices.
+        """
         if name not in cls.PRESETS:
             raise ValueError(f"preset={name!r} is not one of {', '.join(cls.PRESETS)}")
         known = {field.name for field in fields(cls)}
         if unknown := changes.keys() - known:
-            raise ValueError(f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
-        return cls(preset=name, **(cls.PRESETS[name] | {key: value for key, value in changes.items() if value is not None}))
+            raise ValueError(
+                f"a recipe has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}"
+            )
+        return cls(
+            preset=name,
+            **(
+                cls.PRESETS[name]
+                | {key: value for key, value in changes.items() if value is not None}
+            ),
+        )
 
     def to_json(self) -> str:
         """Every value, as JSON text."""

@@ -1,15 +1,26 @@
-"""What a quantization run did, layer by layer: shown in the node, printed by the command line, and kept in the file's metadata."""
+"""What a quantization run did, layer by layer: shown in the node, printed by the command line, and
+kept in the file's metadata.
+"""
 
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
 
-ACTIONS = {"w4a4": "W4A4", "w4a16": "4-bit weights only", "vq": "of codewords", "keep": "kept in 16 bit"}  # and how people call them
+# and how people call them
+ACTIONS = {
+    "w4a4": "W4A4",
+    "w4a16": "4-bit weights only",
+    "vq": "of codewords",
+    "keep": "kept in 16 bit",
+}
 
 
 @dataclass
 class LayerRow:
-    """One linear: what was done with it and why, its error (signal to quantization noise in dB, None: none), bytes, seconds."""
+    """One linear: what was done with it and why, its error (signal to quantization noise in dB,
+    None: none), bytes, seconds.
+    """
+
     name: str
     action: str
     why: str
@@ -21,8 +32,11 @@ class LayerRow:
 
 @dataclass
 class Report:
-    """A run. Sizes are of the diffusion model before and of the quantized file after; seconds are of this run only and never stored in the
-    file, so that two runs with the same options give the same bytes."""
+    """A run. Sizes are of the diffusion model before and of the quantized file after; seconds are
+    of this run only and never stored in the file, so that two runs with the same options give the
+    same bytes.
+    """
+
     architecture: str
     rows: list[LayerRow] = field(default_factory=list)
     bytes_before: int = 0
@@ -37,18 +51,45 @@ class Report:
     def summary(self) -> list[tuple[str, str]]:
         """(label, value) lines for people."""
         counts = {action: sum(row.action == action for row in self.rows) for action in ACTIONS}
-        lines = [("architecture", self.architecture),
-                 ("size", f"{_size(self.bytes_before)} → {_size(self.bytes_after)} "
-                          f"({self.bytes_before / max(self.bytes_after, 1):.1f}x)"),
-                 ("layers", ", ".join(f"{count} {ACTIONS[action]}" for action, count in counts.items() if count or action == "keep"))]
+        lines = [
+            ("architecture", self.architecture),
+            (
+                "size",
+                (
+                    f"{_size(self.bytes_before)} → {_size(self.bytes_after)} "
+                    f"({self.bytes_before / max(self.bytes_after, 1):.1f}x)"
+                ),
+            ),
+            (
+                "layers",
+                ", ".join(
+                    f"{count} {ACTIONS[action]}"
+                    for action, count in counts.items()
+                    if count or action == "keep"
+                ),
+            ),
+        ]
         if errors := self.decibels():
-            lines.append(("error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB"))
+            lines.append(
+                ("error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB")
+            )
         if self.seconds:
-            lines.append(("time", f"{self.seconds / 60:.1f} min" if self.seconds >= 90 else f"{self.seconds:.1f} s"))
+            lines.append(
+                (
+                    "time",
+                    (
+                        f"{self.seconds / 60:.1f} min"
+                        if self.seconds >= 90
+                        else f"{self.seconds:.1f} s"
+                    ),
+                )
+            )
         return lines + [("note", note) for note in self.notes]
 
     def to_json(self, seconds: bool = True, why: bool = True, rows: bool = True) -> str:
-        """JSON text; without seconds it depends on the result alone, without reasons or rows it is shorter."""
+        """JSON text; without seconds it depends on the result alone, without reasons or rows it is
+        shorter.
+        """
         facts = asdict(self)
         if not seconds:
             facts.pop("seconds")
@@ -58,7 +99,11 @@ class Report:
     @staticmethod
     def _row(row: dict, seconds: bool, why: bool) -> dict:
         row["db"] = None if row["db"] is None else round(row["db"], 2)
-        return {key: value for key, value in row.items() if (seconds or key != "seconds") and (why or key != "why")}
+        return {
+            key: value
+            for key, value in row.items()
+            if (seconds or key != "seconds") and (why or key != "why")
+        }
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

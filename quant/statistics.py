@@ -1,7 +1,9 @@
-"""What a linear layer reads while the model works, in a few megabytes a layer: ranges, second moments, and a sample of rows.
+"""What a linear layer reads while the model works, in a few megabytes a layer: ranges, second
+moments, and a sample of rows.
 
-The Hessian of the layer's squared output error is E[x x^T] (GPTQ, Frantar et al., 2022, arXiv:2210.17323); only its diagonal blocks are
-kept, as cross-block terms would take K^2 floats. All means are over tokens of raw x; `sample` is a uniform draw of rows.
+The Hessian of the layer's squared output error is E[x x^T] (GPTQ, Frantar et al., 2022,
+arXiv:2210.17323); only its diagonal blocks are kept, as cross-block terms would take K^2 floats.
+All means are over tokens of raw x; `sample` is a uniform draw of rows.
 """
 
 from dataclasses import dataclass, field
@@ -9,12 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BLOCK = 512  # inputs a Hessian block; a layer takes the largest multiple of 64 up to it that divides K
+# inputs a Hessian block; a layer takes the largest multiple of 64 up to it that divides K
+BLOCK = 512
 _MOMENTS = ("absmax", "low", "mean", "mean_square", "hessian")
 
 
 def block_size(k: int, limit: int = BLOCK) -> int:
-    """The largest multiple of 64 up to limit that divides K. Raises ValueError unless 64 divides K."""
+    """The largest multiple of 64 up to limit that divides K. Raises ValueError unless 64
+    divides K.
+    """
     if k % 64:
         raise ValueError(f"K={k} is not a multiple of the group size 64")
     return max(b for b in range(64, max(limit, 64) + 1, 64) if k % b == 0)
@@ -22,7 +27,8 @@ def block_size(k: int, limit: int = BLOCK) -> int:
 
 @dataclass
 class InputStats:
-    """Running statistics of a layer's input x (tokens, K). Make an empty one with `InputStats.empty`.
+    """Running statistics of a layer's input x (tokens, K). Make an empty one with
+    `InputStats.empty`.
 
     Shapes:
         count        tokens seen
@@ -30,7 +36,8 @@ class InputStats:
         mean, mean_square  float32 (K,)
         hessian      float32 (K/B, B, B) diagonal blocks of E[x x^T] | None
         samples      bf16 (T, K) rows drawn uniformly from all tokens seen, in random order | None
-        keys         float64 (T,) the draw: a token is kept while its random key is among the T largest
+        keys         float64 (T,) the draw: a token is kept while its random key is among the T
+          largest
     """
 
     count: int
@@ -45,19 +52,36 @@ class InputStats:
     generator: torch.Generator | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def empty(cls, k: int, samples: int = 256, hessian_block: int = BLOCK, seed: int = 0, device="cpu") -> "InputStats":
+    def empty(
+        cls, k: int, samples: int = 256, hessian_block: int = BLOCK, seed: int = 0, device="cpu"
+    ) -> "InputStats":
         """Statistics of no tokens yet. samples=0 keeps no rows, hessian_block=0 no Hessian."""
+
         def zeros(*shape):
             return torch.zeros(shape, device=device)
+
         b = block_size(k, hessian_block) if hessian_block else 0
-        return cls(0, zeros(k), torch.full((k,), float("inf"), device=device), zeros(k), zeros(k),
-                   zeros(k // b, b, b) if b else None, torch.zeros(0, k, dtype=torch.bfloat16, device=device) if samples else None,
-                   torch.zeros(0, dtype=torch.float64), samples, torch.Generator().manual_seed(seed))
+        return cls(
+            0,
+            zeros(k),
+            torch.full((k,), float("inf"), device=device),
+            zeros(k),
+            zeros(k),
+            zeros(k // b, b, b) if b else None,
+            torch.zeros(0, k, dtype=torch.bfloat16, device=device) if samples else None,
+            torch.zeros(0, dtype=torch.float64),
+            samples,
+            torch.Generator().manual_seed(seed),
+        )
 
     @staticmethod
     def bytes_needed(k: int, samples: int = 256, hessian_block: int = BLOCK) -> int:
         """Bytes of full statistics of a layer with K inputs."""
-        return 4 * 4 * k + (4 * k * block_size(k, hessian_block) if hessian_block else 0) + 2 * k * samples
+        return (
+            4 * 4 * k
+            + (4 * k * block_size(k, hessian_block) if hessian_block else 0)
+            + 2 * k * samples
+        )
 
     @property
     def k(self) -> int:
@@ -66,9 +90,13 @@ class InputStats:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. Raises ValueError for another K."""
+        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. Raises
+        ValueError for another K.
+        """
         if x.shape[-1] != self.k:
-            raise ValueError(f"statistics of {self.k} inputs were given an input of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"statistics of {self.k} inputs were given an input of shape {tuple(x.shape)}"
+            )
         rows = x.detach().reshape(-1, self.k)
         if not len(rows):
             return
@@ -88,11 +116,16 @@ class InputStats:
         self._draw(rows)
 
     def _draw(self, rows: Tensor) -> None:
-        """Reservoir sampling by random keys, which live on the CPU: no wait for the GPU, and few rows are copied."""
+        """Reservoir sampling by random keys, which live on the CPU: no wait for the GPU, and few
+        rows are copied.
+        """
         if self.samples is None:
             return
         if self.generator is None:
-            raise ValueError("statistics read from a file cannot be updated further; merge them with new ones instead")
+            raise ValueError(
+                "statistics read from a file cannot be updated further; merge them with new ones"
+                " instead"
+            )
         keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator)
         self._keep_best(rows, keys)
 
@@ -107,22 +140,46 @@ class InputStats:
         self.keys = torch.cat([self.keys[old], keys[new]])
 
     def merge(self, other: "InputStats") -> "InputStats":
-        """Statistics of both inputs together, as a new object on this one's device. Raises ValueError for other shapes."""
-        if other.k != self.k or (other.hessian is None) != (self.hessian is None) or (other.samples is None) != (self.samples is None):
-            raise ValueError(f"statistics of {self.k} and {other.k} inputs, or of different kinds, cannot be merged")
+        """Statistics of both inputs together, as a new object on this one's device. Raises
+        ValueError for other shapes.
+        """
+        if (
+            other.k != self.k
+            or (other.hessian is None) != (self.hessian is None)
+            or (other.samples is None) != (self.samples is None)
+        ):
+            raise ValueError(
+                f"statistics of {self.k} and {other.k} inputs, or of different kinds, cannot be"
+                " merged"
+            )
         device, total = self.absmax.device, max(self.count + other.count, 1)
         mine, theirs = self._moments(device), other._moments(device)
         share = other.count / total
-        means = {name: mine[name].lerp(theirs[name], share) for name in mine if name not in ("absmax", "low")}
-        merged = InputStats(self.count + other.count, torch.maximum(mine["absmax"], theirs["absmax"]),
-                            torch.minimum(mine["low"], theirs["low"]), **means, samples=self.samples, keys=self.keys,
-                            capacity=max(self.capacity, other.capacity), generator=self.generator)
+        means = {
+            name: mine[name].lerp(theirs[name], share)
+            for name in mine
+            if name not in ("absmax", "low")
+        }
+        merged = InputStats(
+            self.count + other.count,
+            torch.maximum(mine["absmax"], theirs["absmax"]),
+            torch.minimum(mine["low"], theirs["low"]),
+            **means,
+            samples=self.samples,
+            keys=self.keys,
+            capacity=max(self.capacity, other.capacity),
+            generator=self.generator,
+        )
         if self.samples is not None:
             merged._keep_best(other.samples.to(device), other.keys)
         return merged
 
     def _moments(self, device) -> dict[str, Tensor]:
-        return {name: getattr(self, name).to(device) for name in _MOMENTS if getattr(self, name) is not None}
+        return {
+            name: getattr(self, name).to(device)
+            for name in _MOMENTS
+            if getattr(self, name) is not None
+        }
 
     def to(self, device) -> "InputStats":
         """Moves everything but the keys, in place."""
@@ -134,7 +191,11 @@ class InputStats:
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Everything as CPU tensors named '<prefix>.count', … for a safetensors file."""
-        tensors = self._moments("cpu") | {"count": torch.tensor(self.count), "capacity": torch.tensor(self.capacity), "keys": self.keys}
+        tensors = self._moments("cpu") | {
+            "count": torch.tensor(self.count),
+            "capacity": torch.tensor(self.capacity),
+            "keys": self.keys,
+        }
         if self.samples is not None:
             tensors["samples"] = self.samples.cpu()
         return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
@@ -142,8 +203,15 @@ class InputStats:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "InputStats":
         """The inverse of `to_tensors`; the result can be read and merged, not updated."""
-        found = {name: tensors.get(f"{prefix}.{name}") for name in (*_MOMENTS, "samples", "keys", "count", "capacity")}
-        missing = [name for name, tensor in found.items() if tensor is None and name not in ("hessian", "samples")]
+        found = {
+            name: tensors.get(f"{prefix}.{name}")
+            for name in (*_MOMENTS, "samples", "keys", "count", "capacity")
+        }
+        missing = [
+            name
+            for name, tensor in found.items()
+            if tensor is None and name not in ("hessian", "samples")
+        ]
         if missing:
             raise ValueError(f"the statistics of {prefix} lack {', '.join(missing)}")
         return cls(count=int(found.pop("count")), capacity=int(found.pop("capacity")), **found)

@@ -1,6 +1,8 @@
-"""A quantized linear as named tensors: in a file, in memory, and as a module whose state dict is a part of the file.
+"""A quantized linear as named tensors: in a file, in memory, and as a module whose state dict is a
+part of the file.
 
-Each format is a dataclass of tensors and options; `X.comfy_quant` holds its JSON, from which ComfyUI and `container` tell what X is.
+Each format is a dataclass of tensors and options; `X.comfy_quant` holds its JSON, from which
+ComfyUI and `container` tell what X is.
 """
 
 import json
@@ -24,32 +26,52 @@ def tensor_json(tensor: Tensor) -> dict:
 
 
 class StoredWeight:
-    """What all formats share: names on disk, size, device. Subclasses are dataclasses of tensors and options."""
+    """What all formats share: names on disk, size, device. Subclasses are dataclasses of tensors
+    and options.
+    """
 
     FORMAT = ""
     SUFFIXES: dict[str, str] = {}  # field → name on disk
     OPTIONAL: tuple[str, ...] = ("bias", "weight_zeros")  # names on disk that a layer may lack
-    TOLD: tuple[str, ...] = ("format", "rank")  # facts that the tensors themselves tell; the others are options
+    # facts that the tensors themselves tell; the others are options
+    TOLD: tuple[str, ...] = ("format", "rank")
 
     def facts(self) -> dict:
         """The layer's JSON."""
         return {"format": self.FORMAT}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under their names on disk, e.g. 'double_blocks.0.img_mlp.0' + '.weight_scale', and the layer's JSON."""
-        stored = {f"{prefix}.{suffix}": getattr(self, name) for name, suffix in self.SUFFIXES.items()}
+        """The tensors under their names on disk, e.g. 'double_blocks.0.img_mlp.0' +
+        '.weight_scale', and the layer's JSON.
+        """
+        stored = {
+            f"{prefix}.{suffix}": getattr(self, name) for name, suffix in self.SUFFIXES.items()
+        }
         stored = {name: tensor for name, tensor in stored.items() if tensor is not None}
         return stored | {f"{prefix}.comfy_quant": json_tensor(self.facts())}
 
     @classmethod
-    def _read(cls, tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor | None], dict]:
+    def _read(
+        cls, tensors: dict[str, Tensor], prefix: str
+    ) -> tuple[dict[str, Tensor | None], dict]:
         facts = tensor_json(tensors[f"{prefix}.comfy_quant"])
         if facts.get("format") != cls.FORMAT:
-            raise ValueError(f"{prefix} has the format {facts.get('format')!r}; {cls.FORMAT!r} was expected")
-        missing = [s for s in cls.SUFFIXES.values() if s not in cls.OPTIONAL and f"{prefix}.{s}" not in tensors]
+            raise ValueError(
+                f"{prefix} has the format {facts.get('format')!r}; {cls.FORMAT!r} was expected"
+            )
+        missing = [
+            s
+            for s in cls.SUFFIXES.values()
+            if s not in cls.OPTIONAL and f"{prefix}.{s}" not in tensors
+        ]
         if missing:
-            raise ValueError(f"{prefix} lacks {', '.join(missing)}; the file is damaged or was written by another program")
-        return {name: tensors.get(f"{prefix}.{suffix}") for name, suffix in cls.SUFFIXES.items()}, facts
+            raise ValueError(
+                f"{prefix} lacks {', '.join(missing)}; the file is damaged or was written by"
+                " another program"
+            )
+        return {
+            name: tensors.get(f"{prefix}.{suffix}") for name, suffix in cls.SUFFIXES.items()
+        }, facts
 
     @property
     def nbytes(self) -> int:
@@ -57,17 +79,29 @@ class StoredWeight:
         return sum(t.nbytes for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
 
     def to(self, *args, **kwargs):
-        """A copy with every tensor moved as by Tensor.to (a dtype is refused: each tensor keeps its own)."""
+        """A copy with every tensor moved as by Tensor.to (a dtype is refused: each tensor keeps its
+        own).
+        """
         if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-            raise ValueError("a quantized weight's dtypes are fixed by its format; move it with a device only")
-        return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()})
+            raise ValueError(
+                "a quantized weight's dtypes are fixed by its format; move it with a device only"
+            )
+        return replace(
+            self, **{name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}
+        )
 
 
 class StoredLinear(nn.Module):
-    """Holds a weight's tensors under their names on disk; the format's JSON is a buffer too, so that a state dict is complete."""
+    """Holds a weight's tensors under their names on disk; the format's JSON is a buffer too, so
+    that a state dict is complete.
+    """
 
     weight_class: type[StoredWeight]
 
@@ -86,13 +120,18 @@ class StoredLinear(nn.Module):
     def quantized(self) -> StoredWeight:
         """The dataclass over this module's tensors (shared, not copied)."""
         parts = {name: getattr(self, suffix) for name, suffix in self.weight_class.SUFFIXES.items()}
-        options = {name: value for name, value in self.facts.items() if name not in self.weight_class.TOLD}
+        options = {
+            name: value for name, value in self.facts.items() if name not in self.weight_class.TOLD
+        }
         return self.weight_class(**parts, **options)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         stored = state_dict.get(f"{prefix}comfy_quant")
         if stored is not None and tensor_json(stored) != self.facts:
-            raise ValueError(f"{prefix[:-1]} was made as {self.facts}, the state dict holds {tensor_json(stored)}")
+            raise ValueError(
+                f"{prefix[:-1]} was made as {self.facts}, the state dict holds"
+                f" {tensor_json(stored)}"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,4 +140,7 @@ class StoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {', '.join(f'{k}={v}' for k, v in self.facts.items())}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" {', '.join(f'{k}={v}' for k, v in self.facts.items())}"
+        )

@@ -1,10 +1,13 @@
-"""Writing a quantized model layer by layer, so that nothing is ever half done: atomic, resumable, exclusive.
+"""Writing a quantized model layer by layer, so that nothing is ever half done: atomic, resumable,
+exclusive.
 
-Shapes are known before the work starts, so the whole file is laid out first: `<target>.partial` gets its final size at once (a full disk is
-found now, not in an hour) and each layer's tensors go to their final places. `<target>.partial.journal` has one line per finished layer,
-with the checksums of its tensors and its report; after a crash the finished layers are checked against it and only the others are done
-again. At the end the header is written, the file synced and renamed over the target. Bytes depend on contents alone, never on time or order
-of the work, so an interrupted run ends in the same file as an uninterrupted one.
+Shapes are known before the work starts, so the whole file is laid out first: `<target>.partial`
+gets its final size at once (a full disk is found now, not in an hour) and each layer's tensors go
+to their final places. `<target>.partial.journal` has one line per finished layer, with the
+checksums of its tensors and its report; after a crash the finished layers are checked against it
+and only the others are done again. At the end the header is written, the file synced and renamed
+over the target. Bytes depend on contents alone, never on time or order of the work, so an
+interrupted run ends in the same file as an uninterrupted one.
 """
 
 import contextlib
@@ -23,11 +26,13 @@ from torch import Tensor
 from .container import DTYPE_NAMES, FileRefused, checksum, read_header, tensor_bytes
 
 log = logging.getLogger("nibble")
-_LOCK_BYTE = 2**40  # msvcrt locks a range of bytes against every reader and writer: take one behind any real file
+# msvcrt locks a range of bytes against every reader and writer: take one behind any real file
+_LOCK_BYTE = 2**40
 
 
 class TensorSpec(NamedTuple):
     """A tensor that will be written: its name, torch dtype and shape."""
+
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -41,54 +46,80 @@ class TensorSpec(NamedTuple):
         return size
 
 
-def check_target(source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble") -> None:
-    """Refuses a target that is the source (by whatever name), a file of another kind ('format' in its metadata), or in a place that cannot
-    be written."""
+def check_target(
+    source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble"
+) -> None:
+    """Refuses a target that is the source (by whatever name), a file of another kind ('format' in
+    its metadata), or in a place that cannot be written.
+    """
     target = Path(target)
     if target.suffix != ".safetensors":
-        raise FileRefused(f"{target.name} does not end in .safetensors, so ComfyUI would not list it; add the ending.")
+        raise FileRefused(
+            f"{target.name} does not end in .safetensors, so ComfyUI would not list it; add the"
+            " ending."
+        )
     if target.is_dir():
         raise FileRefused(f"{target.name} is a folder; choose another name.")
     if not target.parent.is_dir():
-        raise FileRefused(f"The folder {target.parent} does not exist; create it or choose another one.")
+        raise FileRefused(
+            f"The folder {target.parent} does not exist; create it or choose another one."
+        )
     same = source is not None and os.path.realpath(source) == os.path.realpath(target)
     if same or (source is not None and target.exists() and os.path.samefile(source, target)):
-        raise FileRefused(f"{target.name} is the file that would be read; choose another name for the {'4-bit file' if kind == 'nibble' else 'new file'}.")
+        raise FileRefused(
+            f"{target.name} is the file that would be read; choose another name for the"
+            f" {'4-bit file' if kind == 'nibble' else 'new file'}."
+        )
     if target.exists():
         try:
             ours = read_header(target).metadata.get("format") == kind
         except FileRefused:
             ours = False
         if not ours:
-            raise FileRefused(f"{target.name} exists and {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'}; choose another name.")
+            raise FileRefused(
+                f"{target.name} exists and"
+                f" {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'};"
+                " choose another name."
+            )
 
 
 def metadata_room(metadata: Mapping[str, str]) -> int:
-    """Bytes that metadata take in the header (JSON within JSON: every quote is escaped); the writer adds the checksums itself."""
+    """Bytes that metadata take in the header (JSON within JSON: every quote is escaped); the writer
+    adds the checksums itself.
+    """
     return len(json.dumps(dict(metadata)).encode())
 
 
 def order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Their order in the file: those of whole 8 bytes first, so that they stay aligned to 8, and of these the layers' JSON before all others
-    (one read finds it all); at the end the odd ones by falling size of an element, so that each stays aligned to its own."""
+    """Their order in the file: those of whole 8 bytes first, so that they stay aligned to 8, and of
+    these the layers' JSON before all others (one read finds it all); at the end the odd ones by
+    falling size of an element, so that each stays aligned to its own.
+    """
+
     def place(spec: TensorSpec) -> tuple[int, int]:
         if spec.nbytes % 8:
             return 2, -spec.dtype.itemsize
         return (0 if spec.name.endswith(".comfy_quant") else 1), 0
+
     return sorted(specs, key=place)
 
 
 class Writer:
-    """Writes one file; a context manager that holds the lock. Leaving it without `finish` keeps what is done for the next run.
+    """Writes one file; a context manager that holds the lock. Leaving it without `finish` keeps
+    what is done for the next run.
 
     target    final path; check it with `check_target` first
     specs     every tensor of the file
-    identity  text that tells whether an unfinished file is of this very run (source, recipe, calibration)
+    identity  text that tells whether an unfinished file is of this very run (source, recipe,
+      calibration)
     room      bytes to reserve for metadata, besides the checksums: see `metadata_room`
-    Raises FileRefused when the disk is full, the folder read-only, or another run writes the same target.
+    Raises FileRefused when the disk is full, the folder read-only, or another run writes the same
+    target.
     """
 
-    def __init__(self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int):
+    def __init__(
+        self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int
+    ):
         self.target = Path(target)
         self.partial = self.target.with_name(self.target.name + ".partial")
         self.journal = self.target.with_name(self.target.name + ".partial.journal")
@@ -117,12 +148,17 @@ class Writer:
         self._file.close()
 
     def write(self, unit: str, tensors: Mapping[str, Tensor], row: dict) -> None:
-        """Writes a layer's tensors and notes it as finished, with its report row (anything JSON)."""
+        """Writes a layer's tensors and notes it as finished, with its report row (anything
+        JSON).
+        """
         sums = {}
         for name, tensor in tensors.items():
             spec = self._specs[name]
             if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, tuple(spec.shape)):
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {spec.dtype} {tuple(spec.shape)} was planned")
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {spec.dtype}"
+                    f" {tuple(spec.shape)} was planned"
+                )
             self._put(self._data + self._places[name], memoryview(tensor_bytes(tensor)))
             sums[name] = checksum(tensor)
         with self._disk_errors():
@@ -140,7 +176,9 @@ class Writer:
         return [name for name in self._specs if name.rpartition(".")[0] == unit]
 
     def finish(self, choices: Iterable[Mapping[str, str]]) -> None:
-        """Writes the header with the first of the metadata choices that fits, and puts the file in its place."""
+        """Writes the header with the first of the metadata choices that fits, and puts the file in
+        its place.
+        """
         missing = self._specs.keys() - self._sums.keys()
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, {min(missing)} first")
@@ -149,11 +187,14 @@ class Writer:
         header = next((h for h in headers if len(h) <= self._data - 8), None)
         if header is None:
             raise ValueError("the metadata does not fit into the room that was reserved for it")
-        self._put(0, memoryview((self._data - 8).to_bytes(8, "little") + header.ljust(self._data - 8)))
+        self._put(
+            0, memoryview((self._data - 8).to_bytes(8, "little") + header.ljust(self._data - 8))
+        )
         with self._disk_errors():
             os.fsync(self._file.fileno())
             self._log.close()
-            if os.name == "nt":  # Windows renames no open file; elsewhere the lock is held to the end
+            # Windows renames no open file; elsewhere the lock is held to the end
+            if os.name == "nt":
                 self._file.close()
             os.replace(self.partial, self.target)
         self._sync_folder()
@@ -171,26 +212,47 @@ class Writer:
         table = {"__metadata__": dict(sorted(metadata.items()))}
         for name, spec in self._specs.items():
             start = self._places[name]
-            table[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, start + spec.nbytes]}
+            table[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, start + spec.nbytes],
+            }
         return json.dumps(table, separators=(",", ":")).encode()
 
     def _open(self):
-        """The partial file, locked. The lock dies with the process; a file that was renamed while we waited is no longer ours."""
+        """The partial file, locked. The lock dies with the process; a file that was renamed while
+        we waited is no longer ours.
+        """
         while True:
             with self._disk_errors():
-                file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b", buffering=0)
+                file = os.fdopen(
+                    os.open(
+                        self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666
+                    ),
+                    "r+b",
+                    buffering=0,
+                )
             try:
                 _lock(file)
-                if os.path.exists(self.partial) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.partial)):
+                if os.path.exists(self.partial) and os.path.samestat(
+                    os.fstat(file.fileno()), os.stat(self.partial)
+                ):
                     return file
             except BlockingIOError:
                 file.close()
-                raise FileRefused(f"{self.target.name} is being written by another run; wait for it or choose another name.") from None
+                raise FileRefused(
+                    f"{self.target.name} is being written by another run; wait for it or choose"
+                    " another name."
+                ) from None
             file.close()
 
     def _resume(self) -> None:
         lines = self._journal_lines()
-        if lines and lines[0] == {"identity": self._identity} and os.fstat(self._file.fileno()).st_size == self.size:
+        if (
+            lines
+            and lines[0] == {"identity": self._identity}
+            and os.fstat(self._file.fileno()).st_size == self.size
+        ):
             for line in lines[1:]:
                 if all(self._stored_sum(name) == value for name, value in line["sums"].items()):
                     self.finished[line["unit"]], self._sums = line["row"], self._sums | line["sums"]
@@ -201,7 +263,10 @@ class Writer:
         with self._disk_errors():  # rewritten whole: what a crash left of the last line is gone
             fresh = self.journal.with_name(self.journal.name + ".new")
             kept = [line for line in lines[1:] if line["unit"] in self.finished]
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in [{"identity": self._identity}, *kept]), encoding="utf-8")
+            fresh.write_text(
+                "".join(json.dumps(line) + "\n" for line in [{"identity": self._identity}, *kept]),
+                encoding="utf-8",
+            )
             os.replace(fresh, self.journal)
 
     def _journal_lines(self) -> list[dict]:
@@ -261,11 +326,18 @@ class Writer:
         folder = self.target.parent
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(folder).free
-            return FileRefused(f"The disk of {folder} is full: {self.target.name} needs {self.size / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-                               "are free; free some space or choose another folder.")
+            return FileRefused(
+                f"The disk of {folder} is full: {self.target.name} needs {self.size / 1e9:.2f} GB"
+                f" and {free / 1e9:.2f} GB are free; free some space or choose another folder."
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return FileRefused(f"The folder {folder} is read-only; choose another one or change its permissions.")
-        return FileRefused(f"{self.target.name} could not be written ({error.strerror}); check the disk or choose another folder.")
+            return FileRefused(
+                f"The folder {folder} is read-only; choose another one or change its permissions."
+            )
+        return FileRefused(
+            f"{self.target.name} could not be written ({error.strerror}); check the disk or choose"
+            " another folder."
+        )
 
     def _sync_folder(self) -> None:
         if hasattr(os, "O_DIRECTORY"):
@@ -288,11 +360,15 @@ def _lock(file) -> None:
     except BlockingIOError:
         raise
     except OSError as error:  # some network drives have no locks
-        log.warning("this drive cannot lock files (%s): do not write one target from two programs", error.strerror)
+        log.warning(
+            "this drive cannot lock files (%s): do not write one target from two programs",
+            error.strerror,
+        )
 
 
 def _lock_windows(file) -> None:
     import msvcrt
+
     file.seek(_LOCK_BYTE)
     try:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

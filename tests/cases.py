@@ -1,6 +1,7 @@
 """Shapes that tests and benches share, and the tensors of one linear for a shape.
 
-Small cases are chosen for their edges (ragged M, one group, rank 0, N that no tile divides); FLUX lists the real layers.
+Small cases are chosen for their edges (ragged M, one group, rank 0, N that no tile divides); FLUX
+lists the real layers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from nibble.quant.packing import dequantize_groups, pack_indices, unpack_int4
 
 @dataclass(frozen=True)
 class Case:
-    """One linear: M tokens, K in, N out, R rank, and the options of its file. `db` is the SQNR floor of its quantized activations."""
+    """One linear: M tokens, K in, N out, R rank, and the options of its file. `db` is the SQNR
+    floor of its quantized activations.
+    """
 
     name: str
     M: int
@@ -71,8 +74,12 @@ def _loudness(case: Case) -> Tensor:
     return loud
 
 
-def make_input(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Activations (M, K) with a few loud channels, as diffusion transformers have; after a GELU where codes are unsigned."""
+def make_input(
+    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu"
+) -> Tensor:
+    """Activations (M, K) with a few loud channels, as diffusion transformers have; after a GELU
+    where codes are unsigned.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(case.M, case.K, generator=generator)
     x *= _loudness(case)
@@ -80,7 +87,9 @@ def make_input(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0, de
     return x.to(device, dtype)
 
 
-def make_w4a4(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu") -> dict[str, Tensor | None]:
+def make_w4a4(
+    case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu"
+) -> dict[str, Tensor | None]:
     """Random parameters of `linear_w4a4`, under its argument names, floats in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,7 +98,9 @@ def make_w4a4(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, de
 
     groups = case.K // 64
     parameters = {
-        "weight": torch.randint(-128, 128, (case.N, case.K // 2), generator=generator, dtype=torch.int8),
+        "weight": torch.randint(
+            -128, 128, (case.N, case.K // 2), generator=generator, dtype=torch.int8
+        ),
         "weight_scale": (normal(groups, case.N).abs() + 0.5) * 0.01,
         "smooth_factor": _loudness(case) * (torch.rand(case.K, generator=generator) + 0.75),
         "proj_down": normal(case.K, case.R) * case.K**-0.5,
@@ -99,12 +110,17 @@ def make_w4a4(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, de
     return {name: _place(tensor, dtype, device) for name, tensor in parameters.items()}
 
 
-def make_w4a16(case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu") -> dict[str, Tensor | None]:
+def make_w4a16(
+    case: Case, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu"
+) -> dict[str, Tensor | None]:
     """Random parameters of `linear_w4a16`, under its argument names, floats in `dtype`."""
     parameters = make_w4a4(case, dtype, seed, device)
-    zeros = torch.randn(case.K // 64, case.N, generator=torch.Generator().manual_seed(seed + 1)) * 0.01
+    zeros = (
+        torch.randn(case.K // 64, case.N, generator=torch.Generator().manual_seed(seed + 1)) * 0.01
+    )
     kept = {name: parameters[name] for name in ("weight", "weight_scale", "bias")}
-    return kept | {"weight_zeros": zeros.to(device, dtype) if case.bias else None}  # symmetric layers lack zero points
+    # symmetric layers lack zero points
+    return kept | {"weight_zeros": zeros.to(device, dtype) if case.bias else None}
 
 
 VQ_LAYOUTS = {"2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
@@ -112,31 +128,63 @@ VQ_LAYOUTS = {"2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
 
 
 def make_vq(
-    case: Case, bits: int = 8, vector: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 1, device: str = "cpu"
+    case: Case,
+    bits: int = 8,
+    vector: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Tensor | None]:
-    """Random parameters of `linear_vq`, under its argument names, floats in `dtype` but for the codebook, which files hold in float16."""
+    """Random parameters of `linear_vq`, under its argument names, floats in `dtype` but for the
+    codebook, which files hold in float16.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    indices = torch.randint(0, 1 << bits, (case.N, case.K // vector), generator=generator, dtype=torch.int32)
+    indices = torch.randint(
+        0, 1 << bits, (case.N, case.K // vector), generator=generator, dtype=torch.int32
+    )
     parameters = {
-        "codebook": normal(1 << bits, vector), "scale": (normal(case.N).abs() + 0.5) * 0.1 if case.bias else None,
-        "proj_down": normal(case.K, case.R) * case.K**-0.5 if case.R else None, "proj_up": normal(case.N, case.R) * 0.3 if case.R else None,
+        "codebook": normal(1 << bits, vector),
+        "scale": (normal(case.N).abs() + 0.5) * 0.1 if case.bias else None,
+        "proj_down": normal(case.K, case.R) * case.K**-0.5 if case.R else None,
+        "proj_up": normal(case.N, case.R) * 0.3 if case.R else None,
         "bias": normal(case.N) if case.bias else None,
     }
-    kept = {name: _place(tensor, torch.float16 if name == "codebook" and dtype != torch.float64 else dtype, device)
-            for name, tensor in parameters.items()}
+    kept = {
+        name: _place(
+            tensor,
+            torch.float16 if name == "codebook" and dtype != torch.float64 else dtype,
+            device,
+        )
+        for name, tensor in parameters.items()
+    }
     return {"indices": pack_indices(indices, bits).to(device)} | kept
 
 
-def plain_w4a4(q: Tensor, ascales: Tensor, h: Tensor, parameters: dict[str, Tensor | None], unsigned: bool, dtype: torch.dtype) -> Tensor:
-    """What plain torch makes of given codes when all its operands are in `dtype`: the yardstick of an op's error."""
-    act = unpack_int4(q, not unsigned).float().unflatten(-1, (-1, 64)) * ascales.float().t()[..., None]
+def plain_w4a4(
+    q: Tensor,
+    ascales: Tensor,
+    h: Tensor,
+    parameters: dict[str, Tensor | None],
+    unsigned: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What plain torch makes of given codes when all its operands are in `dtype`: the yardstick of
+    an op's error.
+    """
+    act = (
+        unpack_int4(q, not unsigned).float().unflatten(-1, (-1, 64))
+        * ascales.float().t()[..., None]
+    )
     dense = dequantize_groups(unpack_int4(parameters["weight"]), parameters["weight_scale"])
     bias = None if parameters["bias"] is None else parameters["bias"].to(dtype)
-    return torch.nn.functional.linear(act.flatten(-2).to(dtype), dense.to(dtype), bias) + h.to(dtype) @ parameters["proj_up"].to(dtype).t()
+    return (
+        torch.nn.functional.linear(act.flatten(-2).to(dtype), dense.to(dtype), bias)
+        + h.to(dtype) @ parameters["proj_up"].to(dtype).t()
+    )
 
 
 def options(case: Case) -> dict[str, bool | int]:

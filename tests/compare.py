@@ -1,8 +1,10 @@
 """The three tolerances, and no others.
 
 - codecs, packing, integers: `assert_same` (torch.equal);
-- an op against the float64 reference on the same operands: `assert_twice_plain` (within 2x plain torch's own error in that dtype);
-- an algorithm against the layer it replaces: `assert_sqnr` (decibels, the floor written in the case).
+- an op against the float64 reference on the same operands: `assert_twice_plain` (within 2x plain
+  torch's own error in that dtype);
+- an algorithm against the layer it replaces: `assert_sqnr` (decibels, the floor written in the
+  case).
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     if not torch.equal(actual, expected):
         wrong = (actual != expected).nonzero()
         first = tuple(wrong[0].tolist())
-        raise AssertionError(f"{len(wrong)} of {actual.numel()} differ, first at {first}: {actual[first]} is not {expected[first]}")
+        raise AssertionError(
+            f"{len(wrong)} of {actual.numel()} differ, first at {first}: {actual[first]} is not"
+            f" {expected[first]}"
+        )
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -30,11 +35,15 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_twice_plain(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """error(actual, exact) <= 2 * error(plain, exact), where `plain` is ordinary torch in the dtype under test."""
+    """error(actual, exact) <= 2 * error(plain, exact), where `plain` is ordinary torch in the dtype
+    under test.
+    """
     ours, theirs = relative_error(actual, exact), relative_error(plain, exact)
     # One rounding of the result is allowed to any op, also where plain torch happens to be exact.
     allowed = 2 * max(theirs, torch.finfo(actual.dtype).eps / 4)
-    assert ours <= allowed, f"relative error {ours:.3g} is more than {allowed:.3g}; plain torch has {theirs:.3g}"
+    assert ours <= allowed, (
+        f"relative error {ours:.3g} is more than {allowed:.3g}; plain torch has {theirs:.3g}"
+    )
 
 
 def sqnr_db(actual: Tensor, exact: Tensor) -> float:

@@ -24,7 +24,13 @@ QUICK = ["--rank", "16"]
 @pytest.fixture
 def source(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    save_file({name: (torch.randn(shape, generator=generator) * 0.05).bfloat16() for name, shape in SHAPES.items()}, tmp_path / "m.safetensors")
+    save_file(
+        {
+            name: (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+            for name, shape in SHAPES.items()
+        },
+        tmp_path / "m.safetensors",
+    )
     return tmp_path / "m.safetensors"
 
 
@@ -39,17 +45,41 @@ def refused(capsys, *arguments):
 
 def test_quantize_and_inspect(source, tmp_path, capsys):
     target = tmp_path / "q.safetensors"
-    assert cli.main(["quantize", str(source), str(target), *QUICK, "--keep", "single_blocks.*", "--seed", "7", "--no-gptq"]) == 0
+    assert (
+        cli.main(
+            [
+                "quantize",
+                str(source),
+                str(target),
+                *QUICK,
+                "--keep",
+                "single_blocks.*",
+                "--seed",
+                "7",
+                "--no-gptq",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
-    assert "FLUX.1" in out and "median" in out and "double_blocks.0." in err  # the bar names the layer
+    # the bar names the layer
+    assert "FLUX.1" in out and "median" in out and "double_blocks.0." in err
     recipe = open_quantized(target).fact("recipe")
-    assert (recipe["rank"], recipe["keep"], recipe["seed"], recipe["gptq"]) == (16, ["single_blocks.*"], 7, False)
+    assert (recipe["rank"], recipe["keep"], recipe["seed"], recipe["gptq"]) == (
+        16,
+        ["single_blocks.*"],
+        7,
+        False,
+    )
     assert cli.main(["inspect", str(target), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "all tensors match" in out and "double_blocks.0.img_attn.qkv" in out and "w4a4" in out
     assert cli.main(["inspect", str(target), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["format"] == "1" and facts["layers"]["double_blocks.0.img_attn.qkv"]["format"] == "svdquant_w4a4"
+    assert (
+        facts["format"] == "1"
+        and facts["layers"]["double_blocks.0.img_attn.qkv"]["format"] == "svdquant_w4a4"
+    )
     assert [row["db"] for row in facts["report"]["rows"] if row["action"] == "w4a4"][0] > 10
 
 
@@ -58,20 +88,45 @@ def test_inspect_of_a_16_bit_file(source, capsys):
     assert "FLUX.1" in capsys.readouterr().out
     assert cli.main(["inspect", str(source), "--plan", "--rank", "16", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["rank"] == 16 and {row["action"] for row in facts["report"]["rows"]} == {"w4a4", "w4a16", "keep"}
+    assert facts["rank"] == 16 and {row["action"] for row in facts["report"]["rows"]} == {
+        "w4a4",
+        "w4a16",
+        "keep",
+    }
 
 
 def test_codewords_are_made_inspected_and_planned(source, tmp_path, capsys):
     target = tmp_path / "vq.safetensors"
-    assert cli.main(["quantize", str(source), str(target), "--method", "vq", "--codewords", "16", "--vector", "2", "--keep", "single_blocks.*"]) == 0
+    assert (
+        cli.main(
+            [
+                "quantize",
+                str(source),
+                str(target),
+                "--method",
+                "vq",
+                "--codewords",
+                "16",
+                "--vector",
+                "2",
+                "--keep",
+                "single_blocks.*",
+            ]
+        )
+        == 0
+    )
     assert {layer["format"] for layer in open_quantized(target).layers.values()} == {"vq"}
     capsys.readouterr()
     assert cli.main(["inspect", str(target), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "all tensors match" in out and "double_blocks.0.img_attn.qkv" in out and "vq" in out
-    assert cli.main(["inspect", str(source), "--plan", "--method", "vq", "--bits", "2", "--json"]) == 0
+    assert (
+        cli.main(["inspect", str(source), "--plan", "--method", "vq", "--bits", "2", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["bits"] == 2
-    assert "--rank belongs to --method svdquant" in refused(capsys, "quantize", str(source), str(target), "--method", "vq", "--rank", "32")
+    assert "--rank belongs to --method svdquant" in refused(
+        capsys, "quantize", str(source), str(target), "--method", "vq", "--rank", "32"
+    )
 
 
 def test_published_files_are_named_and_converted(tmp_path, capsys):
@@ -89,7 +144,9 @@ def test_published_files_are_named_and_converted(tmp_path, capsys):
     assert cli.main(["inspect", str(own), "--verify"]) == 0
     assert "from Nunchaku INT4" in capsys.readouterr().out
     assert cli.main(["convert", str(own), str(back), "--to", "nunchaku"]) == 0
-    assert "two kinds side by side" in refused(capsys, "convert", own, tmp_path / "k.safetensors", "--to", "kitchen")
+    assert "two kinds side by side" in refused(
+        capsys, "convert", own, tmp_path / "k.safetensors", "--to", "kitchen"
+    )
 
 
 def test_the_plan_of_flux1_dev_needs_no_file(capsys):
@@ -106,34 +163,86 @@ def test_refusals_are_one_sentence_and_exit_code_1(source, tmp_path, capsys):
     assert "GGUF" in refused(capsys, "quantize", tmp_path / "model.gguf", target)
     assert "does not exist" in refused(capsys, "quantize", tmp_path / "no.safetensors", target)
     assert "would be read" in refused(capsys, "quantize", source, source)
-    assert "rank=20 is not a multiple of 16" in refused(capsys, "quantize", source, target, "--rank", "20")
+    assert "rank=20 is not a multiple of 16" in refused(
+        capsys, "quantize", source, target, "--rank", "20"
+    )
     assert "solver='magic'" in refused(capsys, "quantize", source, target, "--solver", "magic")
     assert "does not exist" in refused(capsys, "inspect", tmp_path / "no.safetensors")
-    assert "no known model; choose a file or one of flux1-dev" in refused(capsys, "inspect", "--plan", "flux9")
+    assert "no known model; choose a file or one of flux1-dev" in refused(
+        capsys, "inspect", "--plan", "flux9"
+    )
     assert "no checksums" in refused(capsys, "inspect", source, "--verify")
     assert not target.exists()
 
 
 def test_only_flux_can_be_calibrated_outside_comfyui(tmp_path, capsys):
-    save_file({"txt_norm.weight": torch.ones(64), "img_in.weight": torch.zeros(128, 64), "transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(128, 128)},
-              tmp_path / "m.safetensors")
-    assert "only FLUX.1 can be calibrated" in refused(capsys, "quantize", tmp_path / "m.safetensors", tmp_path / "q.safetensors", "--preset", "best")
+    save_file(
+        {
+            "txt_norm.weight": torch.ones(64),
+            "img_in.weight": torch.zeros(128, 64),
+            "transformer_blocks.0.attn.add_q_proj.weight": torch.zeros(128, 128),
+        },
+        tmp_path / "m.safetensors",
+    )
+    assert "only FLUX.1 can be calibrated" in refused(
+        capsys,
+        "quantize",
+        tmp_path / "m.safetensors",
+        tmp_path / "q.safetensors",
+        "--preset",
+        "best",
+    )
 
 
 def test_the_best_preset_runs_the_model_first(source, tmp_path, capsys):
-    pytest.importorskip("diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI")
-    save_file({"tokens": torch.randn(2, 4, 64), "pooled": torch.randn(2, 64)}, tmp_path / "prompts.safetensors")
-    assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK, "--preset", "best", "--keep", "double*",
-                     "--prompts", str(tmp_path / "prompts.safetensors")]) == 0
+    pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI"
+    )
+    save_file(
+        {"tokens": torch.randn(2, 4, 64), "pooled": torch.randn(2, 64)},
+        tmp_path / "prompts.safetensors",
+    )
+    assert (
+        cli.main(
+            [
+                "quantize",
+                str(source),
+                str(tmp_path / "q.safetensors"),
+                *QUICK,
+                "--preset",
+                "best",
+                "--keep",
+                "double*",
+                "--prompts",
+                str(tmp_path / "prompts.safetensors"),
+            ]
+        )
+        == 0
+    )
     file = open_quantized(tmp_path / "q.safetensors")
     facts = file.fact("calibration")
     assert (facts["kind"], facts["prompts"]) == ("prompts", 2) and len(facts["fingerprint"]) == 16
-    assert any("held-out samples" in row["why"] and "GPTQ" in row["why"] for row in file.fact("report")["rows"])
-    assert "lacks the tensors" in refused(capsys, "quantize", source, tmp_path / "p.safetensors", "--preset", "best", "--prompts", source)
+    assert any(
+        "held-out samples" in row["why"] and "GPTQ" in row["why"]
+        for row in file.fact("report")["rows"]
+    )
+    assert "lacks the tensors" in refused(
+        capsys,
+        "quantize",
+        source,
+        tmp_path / "p.safetensors",
+        "--preset",
+        "best",
+        "--prompts",
+        source,
+    )
 
 
 def test_a_second_run_records_nothing(source, tmp_path, monkeypatch):
-    diffusers = pytest.importorskip("nibble.quant.diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI")
+    diffusers = pytest.importorskip(
+        "nibble.quant.diffusers",
+        reason="diffusers is not installed: the model cannot be run outside ComfyUI",
+    )
     arguments = ["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]
     assert cli.main(arguments) == 0
     monkeypatch.setattr(diffusers, "record_inputs", lambda *_, **__: pytest.fail("recorded again"))
@@ -155,13 +264,17 @@ def test_wrong_usage_is_exit_code_2_and_help_has_examples(capsys):
 
 def test_an_interrupt_is_exit_code_130_and_the_work_is_kept(source, tmp_path, capsys, monkeypatch):
     from nibble.quant.svdquant import pipeline
+
     def interrupt(*_, **__):
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "quantize_w4a16", interrupt)
         assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]) == 130
     assert "goes on from the finished layers" in capsys.readouterr().err
-    assert (tmp_path / "q.safetensors.partial").exists() and not (tmp_path / "q.safetensors").exists()
+    assert (tmp_path / "q.safetensors.partial").exists() and not (
+        tmp_path / "q.safetensors"
+    ).exists()
     assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]) == 0
 
 
@@ -178,9 +291,14 @@ def test_benches_run_in_place_and_are_missed_politely(tmp_path, capsys, monkeypa
 def test_the_module_runs_as_a_program(source):
     """As a user starts it, with the package found by its import name; a closed pipe is no error."""
     root = Path(cli.__file__).resolve().parent
-    code = ("import importlib.util, runpy, sys; s = importlib.util.spec_from_file_location('nibble', sys.argv[1] + '/__init__.py', "
-            "submodule_search_locations=[sys.argv[1]]); sys.modules['nibble'] = m = importlib.util.module_from_spec(s); s.loader.exec_module(m); "
-            "root = sys.argv.pop(1); runpy.run_module('nibble', run_name='__main__', alter_sys=True)")
+    code = (
+        "import importlib.util, runpy, sys; s = importlib.util.spec_from_file_location('nibble',"
+        " sys.argv[1] + '/__init__.py', submodule_search_locations=[sys.argv[1]]);"
+        " sys.modules['nibble'] = m = importlib.util.module_from_spec(s); s.loader.exec_module(m);"
+        " root = sys.argv.pop(1); runpy.run_module('nibble', run_name='__main__', alter_sys=True)"
+    )
     command = [sys.executable, "-c", code, str(root), "inspect", str(source)]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0 and "FLUX.1" in result.stdout and result.stderr == ""

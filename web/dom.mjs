@@ -19,7 +19,8 @@ function fill(element, classes, content) {
   for (const item of content.flat()) {
     if (item === null || item === undefined || item === false) continue;
     if (item instanceof Node || typeof item !== "object") element.append(item);
-    else for (const [name, value] of Object.entries(item)) element.setAttribute(name, String(value));
+    else
+      for (const [name, value] of Object.entries(item)) element.setAttribute(name, String(value));
   }
   return element;
 }

@@ -33,7 +33,9 @@ app.registerExtension({
     if (!id) return;
     const reply = await api.fetchApi(`/history?max_items=${HISTORY}`);
     if (!reply.ok) return;
-    const runs = Object.values(await reply.json()).filter((run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === id);
+    const runs = Object.values(await reply.json()).filter(
+      (run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === id,
+    );
     for (const [name, output] of runs.flatMap((run) => Object.entries(run.outputs ?? {}))) {
       const node = chartOf(output) && runningNode(name);
       if (node) showChart(node, chartOf(output));
@@ -59,6 +61,8 @@ function findNode(locator) {
 /** "12" is a node of the workflow, "12:5" the node 5 inside its subgraph node 12, and so on down. */
 function runningNode(id) {
   const [last, ...outer] = String(id).split(":").reverse();
-  const graph = outer.reverse().reduce((inside, part) => inside?.getNodeById(Number(part))?.subgraph, app.rootGraph);
+  const graph = outer
+    .reverse()
+    .reduce((inside, part) => inside?.getNodeById(Number(part))?.subgraph, app.rootGraph);
   return graph?.getNodeById(Number(last)) ?? null;
 }

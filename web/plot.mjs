@@ -17,11 +17,24 @@ export function layerPlot(unordered) {
   const x = (index) => ((index + 0.5) / rows.length) * 100;
   const y = (db) => HEIGHT * (1 - (db - axis.low) / (axis.high - axis.low));
   const cursor = s("g");
-  const picture = s("svg", { height: HEIGHT + STRIP + 3, role: "img", tabindex: 0, "aria-label": describe(measured) },
-    gridLines(axis, y), groupRules(rows), medianLine(measured, y), lollipops(rows, x, y), strip(rows), cursor);
+  const picture = s(
+    "svg",
+    { height: HEIGHT + STRIP + 3, role: "img", tabindex: 0, "aria-label": describe(measured) },
+    gridLines(axis, y),
+    groupRules(rows),
+    medianLine(measured, y),
+    lollipops(rows, x, y),
+    strip(rows),
+    cursor,
+  );
   const tip = h("div.nibble-tip", { hidden: "" });
-  const plot = h("div.nibble-plot", axis.ticks.map((db) => h("span.nibble-tick", { style: `top:${y(db).toFixed(1)}px` }, db)),
-    picture, groupNames(rows), tip);
+  const plot = h(
+    "div.nibble-plot",
+    axis.ticks.map((db) => h("span.nibble-tick", { style: `top:${y(db).toFixed(1)}px` }, db)),
+    picture,
+    groupNames(rows),
+    tip,
+  );
   plot.select = (row) => {
     const index = rows.indexOf(row);
     cursor.replaceChildren(...(index < 0 ? [] : marker(row, x(index), y)));
@@ -57,7 +70,9 @@ export function dbAxis(values) {
 }
 
 function gridLines(axis, y) {
-  return axis.ticks.map((db) => s("line.nibble-grid", { x1: "0%", x2: "100%", y1: y(db), y2: y(db) }));
+  return axis.ticks.map((db) =>
+    s("line.nibble-grid", { x1: "0%", x2: "100%", y1: y(db), y2: y(db) }),
+  );
 }
 
 function medianLine(measured, y) {
@@ -75,7 +90,15 @@ function lollipops(rows, x, y) {
   rows.forEach((row, index) => {
     if (!MEASURED(row)) return;
     const at = `${x(index).toFixed(3)}%`;
-    stems.append(s(`line.nibble-stem.nibble-${row.action}`, { x1: at, x2: at, y1: HEIGHT, y2: y(row.db), "stroke-width": width }));
+    stems.append(
+      s(`line.nibble-stem.nibble-${row.action}`, {
+        x1: at,
+        x2: at,
+        y1: HEIGHT,
+        y2: y(row.db),
+        "stroke-width": width,
+      }),
+    );
     dots.append(s(`circle.nibble-dot.nibble-${row.action}`, { cx: at, cy: y(row.db), r: radius }));
   });
   return [stems, dots];
@@ -83,17 +106,29 @@ function lollipops(rows, x, y) {
 
 /** Runs of one action as one cell each: layers without a number (kept ones) are seen here. */
 function strip(rows) {
-  return runs(rows, (row) => row.action).map(({ key, from, to }) => s(`rect.nibble-cell.nibble-${key}`,
-    { x: `${(from / rows.length) * 100}%`, width: `${((to - from) / rows.length) * 100}%`, y: HEIGHT + 3, height: STRIP }));
+  return runs(rows, (row) => row.action).map(({ key, from, to }) =>
+    s(`rect.nibble-cell.nibble-${key}`, {
+      x: `${(from / rows.length) * 100}%`,
+      width: `${((to - from) / rows.length) * 100}%`,
+      y: HEIGHT + 3,
+      height: STRIP,
+    }),
+  );
 }
 
 /** The model's large parts (layers whose names begin alike); the many small ones at its ends stay unnamed. */
 function parts(rows) {
-  return runs(rows, (row) => row.name.split(".")[0]).filter(({ from, to }) => (to - from) / rows.length > 0.14);
+  return runs(rows, (row) => row.name.split(".")[0]).filter(
+    ({ from, to }) => (to - from) / rows.length > 0.14,
+  );
 }
 
 function groupRules(rows) {
-  const edges = new Set(parts(rows).flatMap(({ from, to }) => [from, to]).filter((edge) => edge > 0 && edge < rows.length));
+  const edges = new Set(
+    parts(rows)
+      .flatMap(({ from, to }) => [from, to])
+      .filter((edge) => edge > 0 && edge < rows.length),
+  );
   return [...edges].map((edge) => {
     const at = `${(edge / rows.length) * 100}%`;
     return s("line.nibble-group-rule", { x1: at, x2: at, y1: 0, y2: HEIGHT });
@@ -101,8 +136,20 @@ function groupRules(rows) {
 }
 
 function groupNames(rows) {
-  return h("div.nibble-groups", { "aria-hidden": "true" }, parts(rows).map(({ key, from, to }) => h("span",
-    { style: `left:${(from / rows.length) * 100}%;width:${((to - from) / rows.length) * 100}%`, title: key }, key.replaceAll("_", " "))));
+  return h(
+    "div.nibble-groups",
+    { "aria-hidden": "true" },
+    parts(rows).map(({ key, from, to }) =>
+      h(
+        "span",
+        {
+          style: `left:${(from / rows.length) * 100}%;width:${((to - from) / rows.length) * 100}%`,
+          title: key,
+        },
+        key.replaceAll("_", " "),
+      ),
+    ),
+  );
 }
 
 function runs(rows, key) {
@@ -123,10 +170,21 @@ function marker(row, percent, y) {
 
 /** Fills the tip and puts it above the plot, over the cursor as far as the width allows. */
 function placeTip(tip, plot, picture, row, percent) {
-  tip.replaceChildren(h("b", row.name),
+  tip.replaceChildren(
+    h("b", row.name),
     MEASURED(row) ? h("div.nibble-tip-db", decibels(row.db)) : "",
-    h("div", row.action === "keep" && row.why ? row.why : [ACTIONS[row.action] ?? row.action, row.why].filter(Boolean).join(": ")),
-    h("div", `${bytes(row.bytes_before)} \u2192 ${bytes(row.bytes_after)}`, row.seconds > 0 ? `, ${duration(row.seconds)}` : ""));
+    h(
+      "div",
+      row.action === "keep" && row.why
+        ? row.why
+        : [ACTIONS[row.action] ?? row.action, row.why].filter(Boolean).join(": "),
+    ),
+    h(
+      "div",
+      `${bytes(row.bytes_before)} \u2192 ${bytes(row.bytes_after)}`,
+      row.seconds > 0 ? `, ${duration(row.seconds)}` : "",
+    ),
+  );
   const left = plot.clientWidth - picture.clientWidth;
   const at = left + (picture.clientWidth * percent) / 100;
   tip.style.left = `${Math.max(0, Math.min(at - tip.offsetWidth / 2, plot.clientWidth - tip.offsetWidth))}px`;

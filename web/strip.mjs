@@ -8,8 +8,14 @@ import { h, s } from "./dom.mjs";
 const HEIGHT = 64; // pixels of the plot of the change
 const HEADROOM = 1.3; // the plot goes up to this many thresholds; what lies higher is cut off at the top
 const WHY = {
-  first: "one of the first steps, always computed", last: "one of the last steps, always computed", outside: "outside of start and end",
-  new: "nothing to reuse yet", threshold: "the change reached the threshold", schedule: "by the schedule", batch: "another prompt of the batch had to be", reused: "the change is below the threshold",
+  first: "one of the first steps, always computed",
+  last: "one of the last steps, always computed",
+  outside: "outside of start and end",
+  new: "nothing to reuse yet",
+  threshold: "the change reached the threshold",
+  schedule: "by the schedule",
+  batch: "another prompt of the batch had to be",
+  reused: "the change is below the threshold",
 };
 const STATES = { true: "computed", false: "reused", null: "pending" };
 const stateOf = (computed) => STATES[computed ?? null];
@@ -18,11 +24,22 @@ const stateOf = (computed) => STATES[computed ?? null];
 export function strip(chart) {
   const cells = chart.cells ?? [];
   const rows = chart.rows?.length ? chart.rows : null;
-  const plot = cells.some((cell) => Number.isFinite(cell.change)) ? changePlot(cells, chart.threshold) : null;
+  const plot = cells.some((cell) => Number.isFinite(cell.change))
+    ? changePlot(cells, chart.threshold)
+    : null;
   const tip = h("div.nibble-tip", { hidden: "" });
-  const lanes = (rows ?? [{ computed: cells.map((cell) => cell.computed) }]).flatMap((row) => lane(row, cells.length));
-  const body = h(`div.nibble-strip${rows ? ".nibble-strip-named" : plot ? "" : ".nibble-strip-bare"}`, { role: "img", tabindex: 0, "aria-label": describe(cells) },
-    plot && [plot.scale, plot.picture], lanes, h("span"), numbers(cells.length), tip);
+  const lanes = (rows ?? [{ computed: cells.map((cell) => cell.computed) }]).flatMap((row) =>
+    lane(row, cells.length),
+  );
+  const body = h(
+    `div.nibble-strip${rows ? ".nibble-strip-named" : plot ? "" : ".nibble-strip-bare"}`,
+    { role: "img", tabindex: 0, "aria-label": describe(cells) },
+    plot && [plot.scale, plot.picture],
+    lanes,
+    h("span"),
+    numbers(cells.length),
+    tip,
+  );
   listen(body, cells, rows, chart.threshold, tip, plot);
   return [counts(chart, cells), body, legend(chart, cells, rows, Boolean(plot))];
 }
@@ -32,22 +49,44 @@ function counts(chart, cells) {
   const done = cells.filter((cell) => cell.computed !== null).length;
   const computed = chart.forwards ?? cells.filter((cell) => cell.computed).length;
   const whole = Number.isInteger(computed);
-  const words = [whole ? "steps computed" : "steps' work computed", done < cells.length && `${cells.length - done} to come`];
-  return h("div.nibble-size", h("span.nibble-size-after", `${whole ? computed : computed.toFixed(1)} of ${done}`),
+  const words = [
+    whole ? "steps computed" : "steps' work computed",
+    done < cells.length && `${cells.length - done} to come`,
+  ];
+  return h(
+    "div.nibble-size",
+    h("span.nibble-size-after", `${whole ? computed : computed.toFixed(1)} of ${done}`),
     h("span.nibble-size-before", words.filter(Boolean).join(", ")),
-    computed > 0 && done > computed && h("span.nibble-size-ratio", `${(done / computed).toFixed(2)}\u00d7 less work`));
+    computed > 0 &&
+      done > computed &&
+      h("span.nibble-size-ratio", `${(done / computed).toFixed(2)}\u00d7 less work`),
+  );
 }
 
 function describe(cells) {
-  return cells.map((cell, index) => (cell.computed === null ? null : `${index + 1} ${stateOf(cell.computed)}`)).filter(Boolean).join(", ");
+  return cells
+    .map((cell, index) =>
+      cell.computed === null ? null : `${index + 1} ${stateOf(cell.computed)}`,
+    )
+    .filter(Boolean)
+    .join(", ");
 }
 
 /** A row of cells; cells fill the width evenly, whatever their number. */
 function lane(row, count) {
   const name = h("span.nibble-strip-name", row.name ? { title: row.name } : {}, row.name ?? "");
   const gap = count > 60 ? 0.5 : count > 36 ? 1 : 2;
-  const cells = Array.from({ length: count }, (_, index) => h(`span.nibble-step.nibble-step-${stateOf(row.computed[index])}`));
-  return [name, h(count > 60 ? "div.nibble-lane.nibble-lane-fine" : "div.nibble-lane", { style: `gap:${gap}px` }, cells)];
+  const cells = Array.from({ length: count }, (_, index) =>
+    h(`span.nibble-step.nibble-step-${stateOf(row.computed[index])}`),
+  );
+  return [
+    name,
+    h(
+      count > 60 ? "div.nibble-lane.nibble-lane-fine" : "div.nibble-lane",
+      { style: `gap:${gap}px` },
+      cells,
+    ),
+  ];
 }
 
 /** Step numbers under the first, the last and a few between them. */
@@ -58,21 +97,41 @@ function numbers(count) {
   if (step > 1) shown.unshift(1);
   shown.push(count);
   const place = (number) => `left:${(100 * (number - 0.5)) / count}%`;
-  return h("div.nibble-numbers", { "aria-hidden": "true" }, [...new Set(shown)].map((number) => h("span", { style: place(number) }, number)));
+  return h(
+    "div.nibble-numbers",
+    { "aria-hidden": "true" },
+    [...new Set(shown)].map((number) => h("span", { style: place(number) }, number)),
+  );
 }
 
 /** The change before each decision: it climbs over reused steps and falls to nothing where the model is computed. */
 function changePlot(cells, threshold) {
-  const top = HEADROOM * (threshold > 0 ? threshold : Math.max(...cells.map((cell) => cell.change ?? 0), 1e-9));
+  const top =
+    HEADROOM *
+    (threshold > 0 ? threshold : Math.max(...cells.map((cell) => cell.change ?? 0), 1e-9));
   const y = (change) => HEIGHT * (1 - Math.min(change, top) / top);
   const x = (index) => (100 * (index + 0.5)) / cells.length;
   const cursor = s("g");
-  const picture = s("svg.nibble-change", { height: HEIGHT, viewBox: `0 0 100 ${HEIGHT}`, preserveAspectRatio: "none" },
-    s("line.nibble-grid", { x1: 0, x2: 100, y1: HEIGHT, y2: HEIGHT }), teeth(cells, x, y),
-    threshold > 0 && s("line.nibble-threshold", { x1: 0, x2: 100, y1: y(threshold), y2: y(threshold) }), cursor);
-  const scale = h("span.nibble-strip-name.nibble-strip-scale",
-    threshold > 0 && h("span", { style: `top:${y(threshold)}px`, title: "threshold" }, number(threshold)));
-  const select = (index) => cursor.replaceChildren(...(index < 0 ? [] : [s("line.nibble-cursor", { x1: x(index), x2: x(index), y1: 0, y2: HEIGHT })]));
+  const picture = s(
+    "svg.nibble-change",
+    { height: HEIGHT, viewBox: `0 0 100 ${HEIGHT}`, preserveAspectRatio: "none" },
+    s("line.nibble-grid", { x1: 0, x2: 100, y1: HEIGHT, y2: HEIGHT }),
+    teeth(cells, x, y),
+    threshold > 0 &&
+      s("line.nibble-threshold", { x1: 0, x2: 100, y1: y(threshold), y2: y(threshold) }),
+    cursor,
+  );
+  const scale = h(
+    "span.nibble-strip-name.nibble-strip-scale",
+    threshold > 0 &&
+      h("span", { style: `top:${y(threshold)}px`, title: "threshold" }, number(threshold)),
+  );
+  const select = (index) =>
+    cursor.replaceChildren(
+      ...(index < 0
+        ? []
+        : [s("line.nibble-cursor", { x1: x(index), x2: x(index), y1: 0, y2: HEIGHT })]),
+    );
   return { picture: h("div", picture), scale, select };
 }
 
@@ -90,21 +149,38 @@ function teeth(cells, x, y) {
     points.push([x(index), y(cell.change)]);
     if (cell.computed) runs.push((points = [[x(index), HEIGHT]]));
   });
-  const line = (run) => run.map(([left, height], index) => `${index ? "L" : "M"}${left.toFixed(3)} ${height.toFixed(2)}`).join("");
+  const line = (run) =>
+    run
+      .map(([left, height], index) => `${index ? "L" : "M"}${left.toFixed(3)} ${height.toFixed(2)}`)
+      .join("");
   const drawn = runs.filter((run) => run.length > 1);
-  return [s("path.nibble-area", { d: drawn.map((run) => `${line(run)}L${run.at(-1)[0].toFixed(3)} ${HEIGHT}Z`).join("") }),
-    s("path.nibble-teeth", { d: drawn.map(line).join("") })];
+  return [
+    s("path.nibble-area", {
+      d: drawn.map((run) => `${line(run)}L${run.at(-1)[0].toFixed(3)} ${HEIGHT}Z`).join(""),
+    }),
+    s("path.nibble-teeth", { d: drawn.map(line).join("") }),
+  ];
 }
 
 function legend(chart, cells, rows, changes) {
   const states = rows ? rows.flatMap((row) => row.computed) : cells.map((cell) => cell.computed);
   const count = (computed) => states.filter((state) => state === computed).length;
   const threshold = chart.threshold;
-  return h("div.nibble-legend",
+  return h(
+    "div.nibble-legend",
     h("span", h("span.nibble-swatch.nibble-step-computed"), "computed ", h("span", count(true))),
     h("span", h("span.nibble-swatch.nibble-step-reused"), "reused ", h("span", count(false))),
-    changes && h("span", h("span.nibble-dash.nibble-dash-change"), chart.measure ?? "accumulated change"),
-    changes && threshold > 0 && h("span", h("span.nibble-dash.nibble-dash-threshold"), "threshold ", h("span", number(threshold))));
+    changes &&
+      h("span", h("span.nibble-dash.nibble-dash-change"), chart.measure ?? "accumulated change"),
+    changes &&
+      threshold > 0 &&
+      h(
+        "span",
+        h("span.nibble-dash.nibble-dash-threshold"),
+        "threshold ",
+        h("span", number(threshold)),
+      ),
+  );
 }
 
 /** 0.4 -> "0.4", 0.01234 -> "0.0123". */
@@ -123,16 +199,25 @@ function listen(body, cells, rows, threshold, tip, plot) {
     const track = body.querySelector(".nibble-lane");
     const at = track.offsetLeft + (track.clientWidth * (current + 0.5)) / cells.length;
     tip.style.left = `${Math.max(0, Math.min(at - tip.offsetWidth / 2, body.clientWidth - tip.offsetWidth))}px`;
-    body.querySelectorAll(".nibble-lane").forEach((row) => [...row.children].forEach((cell, place) => cell.classList.toggle("nibble-step-chosen", place === current)));
+    body
+      .querySelectorAll(".nibble-lane")
+      .forEach((row) =>
+        [...row.children].forEach((cell, place) =>
+          cell.classList.toggle("nibble-step-chosen", place === current),
+        ),
+      );
   };
   const leave = () => {
     tip.hidden = true;
     plot?.select(-1);
-    body.querySelectorAll(".nibble-step-chosen").forEach((cell) => cell.classList.remove("nibble-step-chosen"));
+    body
+      .querySelectorAll(".nibble-step-chosen")
+      .forEach((cell) => cell.classList.remove("nibble-step-chosen"));
   };
   body.addEventListener("pointermove", (event) => {
     const box = body.querySelector(".nibble-lane").getBoundingClientRect();
-    if (event.clientX >= box.left && cells.length) choose(Math.floor(((event.clientX - box.left) / box.width) * cells.length));
+    if (event.clientX >= box.left && cells.length)
+      choose(Math.floor(((event.clientX - box.left) / box.width) * cells.length));
     else leave();
   });
   body.addEventListener("pointerleave", leave);
@@ -148,10 +233,24 @@ function listen(body, cells, rows, threshold, tip, plot) {
 
 /** The lines of a step's tip. */
 function tellStep(cell, index, rows, threshold) {
-  const state = { computed: "computed", reused: "reused", pending: "still to come" }[stateOf(cell.computed)];
+  const state = { computed: "computed", reused: "reused", pending: "still to come" }[
+    stateOf(cell.computed)
+  ];
   const lines = [h("b", `Step ${index + 1}: ${state}`)];
-  if (cell.computed !== null && WHY[cell.why] && !(cell.computed === false && cell.why === "schedule")) lines.push(h("div", WHY[cell.why]));
-  if (Number.isFinite(cell.change)) lines.push(h("div.nibble-tip-db", `change ${number(cell.change)}`, threshold > 0 ? ` of ${number(threshold)}` : ""));
+  if (
+    cell.computed !== null &&
+    WHY[cell.why] &&
+    !(cell.computed === false && cell.why === "schedule")
+  )
+    lines.push(h("div", WHY[cell.why]));
+  if (Number.isFinite(cell.change))
+    lines.push(
+      h(
+        "div.nibble-tip-db",
+        `change ${number(cell.change)}`,
+        threshold > 0 ? ` of ${number(threshold)}` : "",
+      ),
+    );
   if (rows) lines.push(h("div", reusedNames(rows, index)));
   if (Number.isFinite(cell.sigma)) lines.push(h("div", `noise level \u03c3 ${number(cell.sigma)}`));
   return lines;

@@ -21,7 +21,11 @@ function addChartWidget(node) {
   const content = h("div.nibble-widget-content");
   const element = h("div.nibble-widget", content);
   let height = 0;
-  const widget = node.addDOMWidget(NAME, NAME, element, { serialize: false, hideOnZoom: false, getMinHeight: () => height + 2 * MARGIN });
+  const widget = node.addDOMWidget(NAME, NAME, element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => height + 2 * MARGIN,
+  });
   widget.serialize = false; // a report is no setting: it is not saved with the workflow
   new ResizeObserver(() => {
     if (!content.offsetHeight || content.offsetHeight === height) return;
@@ -36,7 +40,8 @@ function addChartWidget(node) {
 
 /** Lets the node grow and shrink with its chart. A node of Nodes 2.0 follows its content by itself. */
 function follow(node, change) {
-  if (!isVue()) node.setSize([node.size[0], Math.max(node.size[1] + change, node.computeSize()[1])]);
+  if (!isVue())
+    node.setSize([node.size[0], Math.max(node.size[1] + change, node.computeSize()[1])]);
   node.graph?.setDirtyCanvas(true, true);
 }
 
@@ -45,10 +50,23 @@ function forwardGestures(element) {
   const pass = (method, wanted) => (event) => {
     if (!isVue() && wanted(event)) app.canvas[method](event);
   };
-  element.addEventListener("wheel", pass("processMouseWheel", () => true), { passive: false });
-  element.addEventListener("pointerdown", pass("processMouseDown", (event) => event.button === MIDDLE.button));
-  element.addEventListener("pointermove", pass("processMouseMove", (event) => (event.buttons & MIDDLE.mask) !== 0));
-  element.addEventListener("pointerup", pass("processMouseUp", (event) => event.button === MIDDLE.button));
+  element.addEventListener(
+    "wheel",
+    pass("processMouseWheel", () => true),
+    { passive: false },
+  );
+  element.addEventListener(
+    "pointerdown",
+    pass("processMouseDown", (event) => event.button === MIDDLE.button),
+  );
+  element.addEventListener(
+    "pointermove",
+    pass("processMouseMove", (event) => (event.buttons & MIDDLE.mask) !== 0),
+  );
+  element.addEventListener(
+    "pointerup",
+    pass("processMouseUp", (event) => event.button === MIDDLE.button),
+  );
 }
 
 const isVue = () => Boolean(app.extensionManager?.setting?.get("Comfy.VueNodes.Enabled"));

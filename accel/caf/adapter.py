@@ -1,11 +1,14 @@
-"""The two heads of Constant Acceleration Flow as a file of their own beside any flow model: low-rank branches, or whole differences.
+"""The two heads of Constant Acceleration Flow as a file of their own beside any flow model:
+low-rank branches, or whole differences.
 
-    y = linear(x) + up (down x)           of every adapted layer; rank 0: y = linear(x) + difference x
+    y = linear(x) + up (down x)           of every adapted layer; rank 0: y = linear(x) + difference
+      x
     y = input(x) + extra(v0)              of the input layer of the acceleration head
 
-All branches are multiplied by `share(sigma, middle)`. The second line is "initial velocity conditioning" (arXiv:2411.00322, section 4: v0 concatenated
-to x as more channels): a layer on concatenated channels is the sum of two. What the input layer would be given for v0 is found by running the model
-on v0 up to there (`presented_by`).
+All branches are multiplied by `share(sigma, middle)`. The second line is "initial velocity
+conditioning" (arXiv:2411.00322, section 4: v0 concatenated to x as more channels): a layer on
+concatenated channels is the sum of two. What the input layer would be given for v0 is found by
+running the model on v0 up to there (`presented_by`).
 """
 
 from __future__ import annotations
@@ -25,19 +28,40 @@ from ...quant.container import FileRefused, Header, read_header, read_tensor
 
 FORMAT, ENDING = "nibble-caf/1", ".caf.safetensors"
 MIDDLE = 0.0  # the default of `share`
-# where transformers take their latent in, in order of trial: a linear on patches, or a convolution that makes them
-_INPUTS = ("img_in", "img_in.proj", "x_embedder", "x_embedder.proj", "x_embedder.proj.1", "patch_embedding", "patchify_proj", "init_x_linear",
-           "img_embedder", "patch_embed.proj", "input_layer", "proj_in", "img_in_patch", "visual_embeddings.in_layer", "first", "input_proj", "latent_in",
-           "s_embedder.proj")
+# where transformers take their latent in, in order of trial: a linear on patches, or a convolution
+# that makes them
+_INPUTS = (
+    "img_in",
+    "img_in.proj",
+    "x_embedder",
+    "x_embedder.proj",
+    "x_embedder.proj.1",
+    "patch_embedding",
+    "patchify_proj",
+    "init_x_linear",
+    "img_embedder",
+    "patch_embed.proj",
+    "input_layer",
+    "proj_in",
+    "img_in_patch",
+    "visual_embeddings.in_layer",
+    "first",
+    "input_proj",
+    "latent_in",
+    "s_embedder.proj",
+)
 
 
 class Head(nn.Module):
-    """Branches of linears, float32: layers[name] has `down` (rank, K) and `up` (N, rank), or `difference` (N, K); `extra`: weight for v0, or None."""
+    """Branches of linears, float32: layers[name] has `down` (rank, K) and `up` (N, rank), or
+    `difference` (N, K); `extra`: weight for v0, or None.
+    """
 
     def __init__(self, layers: dict[str, dict[str, Tensor]], extra: Tensor | None):
         super().__init__()
         self.names = list(layers)
-        self.layers = nn.ModuleList(nn.ParameterDict(tensors) for tensors in layers.values())  # names hold dots, which modules may not
+        # names hold dots, which modules may not
+        self.layers = nn.ModuleList(nn.ParameterDict(tensors) for tensors in layers.values())
         self.extra = None if extra is None else nn.Parameter(extra)
 
     def branches(self) -> dict[str, nn.ParameterDict]:
@@ -46,33 +70,77 @@ class Head(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file → tensor."""
-        found = {f"{layer}.{kind}": tensor for layer, tensors in self.branches().items() for kind, tensor in tensors.items()}
+        found = {
+            f"{layer}.{kind}": tensor
+            for layer, tensors in self.branches().items()
+            for kind, tensor in tensors.items()
+        }
         return found if self.extra is None else found | {"extra": self.extra}
 
 
 class Adapter(nn.Module):
-    """Both heads, h, how much of them acts half-way (`share`), the name of the input layer, and facts of the training (JSON). rank 0: whole differences."""
+    """Both heads, h, how much of them acts half-way (`share`), the name of the input layer, and
+    facts of the training (JSON). rank 0: whole differences.
+    """
 
-    def __init__(self, velocity: Head, acceleration: Head, h: float, rank: int, input_layer: str, middle: float = MIDDLE, facts: dict | None = None):
+    def __init__(
+        self,
+        velocity: Head,
+        acceleration: Head,
+        h: float,
+        rank: int,
+        input_layer: str,
+        middle: float = MIDDLE,
+        facts: dict | None = None,
+    ):
         super().__init__()
         self.velocity, self.acceleration = velocity, acceleration
-        self.h, self.rank, self.input_layer, self.middle, self.facts = h, rank, input_layer, middle, dict(facts or {})
+        self.h, self.rank, self.input_layer, self.middle, self.facts = (
+            h,
+            rank,
+            input_layer,
+            middle,
+            dict(facts or {}),
+        )
 
     @classmethod
-    def create(cls, model: nn.Module, names: Iterable[str], rank: int, h: float, seed: int = 0, middle: float = MIDDLE) -> Adapter:
-        """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for a layer, rank or model that cannot have them."""
+    def create(
+        cls,
+        model: nn.Module,
+        names: Iterable[str],
+        rank: int,
+        h: float,
+        seed: int = 0,
+        middle: float = MIDDLE,
+    ) -> Adapter:
+        """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for
+        a layer, rank or model that cannot have them.
+        """
         generator, modules, layers = torch.Generator().manual_seed(seed), _modules(model), {}
         for name in names:
             outputs, inputs = modules[name].out_features, modules[name].in_features
             if not 0 <= rank <= min(outputs, inputs):
-                raise ValueError(f"rank {rank} is not between 0 and {min(outputs, inputs)}, the smaller side of {name}; choose another rank.")
+                raise ValueError(
+                    f"rank {rank} is not between 0 and {min(outputs, inputs)}, the smaller side of"
+                    f" {name}; choose another rank."
+                )
             if rank:
                 bound = 1 / math.sqrt(inputs)  # kaiming_uniform with a = sqrt(5), as LoRA
-                layers[name] = {"down": torch.rand(rank, inputs, generator=generator) * 2 * bound - bound, "up": torch.zeros(outputs, rank)}
+                layers[name] = {
+                    "down": torch.rand(rank, inputs, generator=generator) * 2 * bound - bound,
+                    "up": torch.zeros(outputs, rank),
+                }
             else:
                 layers[name] = {"difference": torch.zeros(outputs, inputs)}
         place = input_layer(model)
-        return cls(Head(layers, None), Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))), h, rank, place, middle)
+        return cls(
+            Head(layers, None),
+            Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))),
+            h,
+            rank,
+            place,
+            middle,
+        )
 
     def strength(self, sigma: Tensor) -> Tensor:
         """`share` at noise level sigma (batch,)."""
@@ -84,23 +152,34 @@ class Adapter(nn.Module):
 
 
 def _copied(layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {layer: {kind: tensor.clone() for kind, tensor in tensors.items()} for layer, tensors in layers.items()}
+    return {
+        layer: {kind: tensor.clone() for kind, tensor in tensors.items()}
+        for layer, tensors in layers.items()
+    }
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Of a linear, also a quantized one, or of a convolution."""
-    return (module.out_features, module.in_features) if hasattr(module, "in_features") else tuple(module.weight.shape)
+    return (
+        (module.out_features, module.in_features)
+        if hasattr(module, "in_features")
+        else tuple(module.weight.shape)
+    )
 
 
 def input_layer(model: nn.Module) -> str:
-    """The dotted name of the module that sees the latent first. Raises ValueError for a model in which it is not known."""
+    """The dotted name of the module that sees the latent first. Raises ValueError for a model in
+    which it is not known.
+    """
     modules = _modules(model)
     for name in _INPUTS:
         module = modules.get(name)
         if hasattr(module, "in_features") or isinstance(module, (nn.Conv2d, nn.Conv3d)):
             return name
-    raise ValueError(f"{type(model).__name__} takes its latent in by none of {', '.join(_INPUTS)}, so it cannot be given an initial velocity; "
-                     "FLUX, SD3, Qwen-Image, Wan, Lumina and their kin can.")
+    raise ValueError(
+        f"{type(model).__name__} takes its latent in by none of {', '.join(_INPUTS)}, so it cannot"
+        " be given an initial velocity; FLUX, SD3, Qwen-Image, Wan, Lumina and their kin can."
+    )
 
 
 # ---- beside a model
@@ -112,19 +191,28 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def share(sigma: Tensor, middle: float) -> Tensor:
-    """How much of a head acts at noise level sigma (batch,): middle + (1 - middle) (1 - 2 sigma)^2, all of it at both ends.
+    """How much of a head acts at noise level sigma (batch,): middle + (1 - middle) (1 - 2 sigma)^2,
+    all of it at both ends.
 
-    There one step has to lead all the way, and the model is far off; half-way between, it is nearly right by itself. middle = 1: all of it everywhere,
-    as in the paper. What fading is worth on the demo model: tests/bench/results/caf-fading.json.
+    There one step has to lead all the way, and the model is far off; half-way between, it is nearly
+    right by itself. middle = 1: all of it everywhere, as in the paper. What fading is worth on the
+    demo model: tests/bench/results/caf-fading.json.
     """
     return middle + (1 - middle) * (1 - 2 * sigma) ** 2
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module, head: Head, place: str, presented: Tensor | None = None, strength: Tensor | None = None) -> Iterator[None]:
+def attached(
+    model: nn.Module,
+    head: Head,
+    place: str,
+    presented: Tensor | None = None,
+    strength: Tensor | None = None,
+) -> Iterator[None]:
     """The model with a head while entered, and without any trace of it afterwards.
 
-    place: the input layer; presented: what that is given for the initial velocity (`presented_by`), None: no initial velocity
+    place: the input layer; presented: what that is given for the initial velocity (`presented_by`),
+        None: no initial velocity
     strength: what every branch is multiplied by, (batch,) or (1,); None: 1
     """
     modules, handles = _modules(model), []
@@ -132,7 +220,9 @@ def attached(model: nn.Module, head: Head, place: str, presented: Tensor | None 
         for name, tensors in head.branches().items():
             handles.append(modules[name].register_forward_hook(_branch(tensors, strength)))
         if presented is not None and head.extra is not None:
-            handles.append(modules[place].register_forward_hook(_extra(head.extra, presented, strength)))
+            handles.append(
+                modules[place].register_forward_hook(_extra(head.extra, presented, strength))
+            )
         yield
     finally:
         for handle in handles:
@@ -145,6 +235,7 @@ def _branch(tensors: nn.ParameterDict, strength: Tensor | None) -> Callable:
         for kind in ("difference",) if "difference" in tensors else ("down", "up"):
             change = nn.functional.linear(change, tensors[kind].to(args[0]))
         return output + _scaled(change, strength).to(output.dtype)
+
     return hook
 
 
@@ -157,13 +248,18 @@ def _extra(weight: Tensor, presented: Tensor, strength: Tensor | None) -> Callab
             change = nn.functional.linear(x, weight.to(x))
         else:
             convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
-            change = convolve(x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups)
+            change = convolve(
+                x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups
+            )
         return output + _scaled(change, strength).to(output.dtype)
+
     return hook
 
 
 def _scaled(change: Tensor, strength: Tensor | None) -> Tensor:
-    """Each sample's rows by its own strength; a layer may see batch and tokens as one dimension, the batch first."""
+    """Each sample's rows by its own strength; a layer may see batch and tokens as one dimension,
+    the batch first.
+    """
     if strength is None:
         return change
     rows = strength.to(change).repeat_interleave(len(change) // len(strength))
@@ -171,13 +267,19 @@ def _scaled(change: Tensor, strength: Tensor | None) -> Tensor:
 
 
 class _Seen(BaseException):
-    """Carries an input layer's input out of a model; no `except Exception` on the way holds it up."""
+    """Carries an input layer's input out of a model; no `except Exception` on the way holds
+    it up.
+    """
 
 
 def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Tensor:
-    """What the layer `place` is first given when `call()` runs the model, which is stopped there."""
+    """What the layer `place` is first given when `call()` runs the model, which is stopped
+    there.
+    """
+
     def stop(module: nn.Module, args: tuple) -> None:
         raise _Seen(args[0])
+
     handle = _modules(model)[place].register_forward_pre_hook(stop)
     try:
         with torch.no_grad():
@@ -186,33 +288,61 @@ def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Te
         return seen.args[0]
     finally:
         handle.remove()
-    raise ValueError(f"{type(model).__name__} drew a picture without its layer {place}, so it cannot be given an initial velocity.")
+    raise ValueError(
+        f"{type(model).__name__} drew a picture without its layer {place}, so it cannot be given an"
+        " initial velocity."
+    )
 
 
 def check(adapter: Adapter, model: nn.Module, file: str, what: str = "the connected model") -> None:
-    """Raises FileRefused unless every layer of the adapter is one of the model, of the same shape."""
+    """Raises FileRefused unless every layer of the adapter is one of the model, of the same
+    shape.
+    """
     modules = _modules(model)
     for head in (adapter.velocity, adapter.acceleration):
         for name, tensors in head.branches().items():
-            wanted = tuple(tensors["difference"].shape) if "difference" in tensors else (len(tensors["up"]), tensors["down"].shape[1])
-            has = _weight_shape(modules[name]) if hasattr(modules.get(name), "in_features") else None
+            wanted = (
+                tuple(tensors["difference"].shape)
+                if "difference" in tensors
+                else (len(tensors["up"]), tensors["down"].shape[1])
+            )
+            has = (
+                _weight_shape(modules[name]) if hasattr(modules.get(name), "in_features") else None
+            )
             if has != wanted:
-                raise FileRefused(f"{file} changes {name} ({wanted[0]} x {wanted[1]}), and {what} has "
-                                  f"{'no such layer' if has is None else f'{has[0]} x {has[1]} there'}; connect the model that it was trained for.")
+                raise FileRefused(
+                    f"{file} changes {name} ({wanted[0]} x {wanted[1]}), and {what} has"
+                    f" {'no such layer' if has is None else f'{has[0]} x {has[1]} there'}; connect"
+                    " the model that it was trained for."
+                )
     extra, layer = adapter.acceleration.extra, modules.get(adapter.input_layer)
     if layer is None or extra is not None and tuple(extra.shape) != _weight_shape(layer):
-        raise FileRefused(f"{file} feeds the initial velocity to {adapter.input_layer}, which does not fit {what}; connect the model that it was trained for.")
+        raise FileRefused(
+            f"{file} feeds the initial velocity to {adapter.input_layer}, which does not fit"
+            f" {what}; connect the model that it was trained for."
+        )
 
 
 # ---- on disk
 
 
 def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
-    """Writes the adapter, whole or not at all. Raises FileRefused where the disk does not take it."""
+    """Writes the adapter, whole or not at all. Raises FileRefused where the disk does not
+    take it.
+    """
     path = Path(path)
-    tensors = {f"{kind}.{name}": tensor.detach().cpu().contiguous() for kind in ("velocity", "acceleration")
-               for name, tensor in adapter.head(kind).tensors().items()}
-    about = {"h": adapter.h, "rank": adapter.rank, "input_layer": adapter.input_layer, "middle": adapter.middle, "facts": adapter.facts}
+    tensors = {
+        f"{kind}.{name}": tensor.detach().cpu().contiguous()
+        for kind in ("velocity", "acceleration")
+        for name, tensor in adapter.head(kind).tensors().items()
+    }
+    about = {
+        "h": adapter.h,
+        "rank": adapter.rank,
+        "input_layer": adapter.input_layer,
+        "middle": adapter.middle,
+        "facts": adapter.facts,
+    }
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -222,19 +352,34 @@ def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise FileRefused(f"{path.name} could not be written ({error.strerror}); check the disk or choose another folder.") from error
+        raise FileRefused(
+            f"{path.name} could not be written ({error.strerror}); check the disk or choose another"
+            " folder."
+        ) from error
 
 
 def read_file(path: str | os.PathLike) -> Adapter:
-    """The adapter in a file, on the CPU in the file's dtypes. Raises FileRefused for anything that is not one."""
+    """The adapter in a file, on the CPU in the file's dtypes. Raises FileRefused for anything that
+    is not one.
+    """
     header = read_header(path)
     name = Path(path).name
     if header.metadata.get("format") != FORMAT:
         raise FileRefused(f"{name} is no CAF file ({FORMAT}); choose one that Train CAF has made.")
     try:
         about = json.loads(header.metadata["caf"])
-        velocity, acceleration = (_head(header, f"{kind}.") for kind in ("velocity", "acceleration"))
-        return Adapter(velocity, acceleration, float(about["h"]), int(about["rank"]), str(about["input_layer"]), float(about["middle"]), about["facts"])
+        velocity, acceleration = (
+            _head(header, f"{kind}.") for kind in ("velocity", "acceleration")
+        )
+        return Adapter(
+            velocity,
+            acceleration,
+            float(about["h"]),
+            int(about["rank"]),
+            str(about["input_layer"]),
+            float(about["middle"]),
+            about["facts"],
+        )
     except FileRefused:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -251,6 +396,8 @@ def _head(header: Header, prefix: str) -> Head:
             layer, kind = key.removeprefix(prefix).rsplit(".", 1)
             layers.setdefault(layer, {})[kind] = read_tensor(header, key)
     for layer, tensors in layers.items():
-        if set(tensors) not in ({"down", "up"}, {"difference"}) or any(tensor.ndim != 2 for tensor in tensors.values()):
+        if set(tensors) not in ({"down", "up"}, {"difference"}) or any(
+            tensor.ndim != 2 for tensor in tensors.values()
+        ):
             raise ValueError(f"{layer} has {', '.join(sorted(tensors))}")
     return Head(layers, extra)

@@ -1,13 +1,16 @@
-"""The equations of Constant Acceleration Flow, for any two callables that give a velocity and an acceleration.
+"""The equations of Constant Acceleration Flow, for any two callables that give a velocity and an
+acceleration.
 
-Time t runs from 0 (noise, x0) to 1 (data, x1), as in the paper. Along a path the acceleration is constant, so from an initial velocity v0
+Time t runs from 0 (noise, x0) to 1 (data, x1), as in the paper. Along a path the acceleration is
+constant, so from an initial velocity v0
 
     x_t = x0 + v0 t + a t^2 / 2 = (1 - t^2) x0 + t^2 x1 + (t - t^2) v0
     a   = 2 (x1 - x0) - 2 v0
 
-The velocity net learns v0 = h (x1 - x0); the acceleration net learns what then is left, given its own v0 ("initial velocity conditioning"),
-which tells it which of the crossing paths it is on. h = 1 is a straight line at constant speed, h > 1 slows down, h < 1 speeds up.
-arXiv:2411.00322: the ODE, its path and both losses are section 4, sampling algorithm 2, inversion algorithm 3.
+The velocity net learns v0 = h (x1 - x0); the acceleration net learns what then is left, given its
+own v0 ("initial velocity conditioning"), which tells it which of the crossing paths it is on. h = 1
+is a straight line at constant speed, h > 1 slows down, h < 1 speeds up. arXiv:2411.00322: the ODE,
+its path and both losses are section 4, sampling algorithm 2, inversion algorithm 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +18,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-AHEAD = 0.5  # where in a step our nodes ask for the acceleration; tests/bench/results/caf-distilled.json has what it is worth
-Velocity = Callable[[Tensor, Tensor], Tensor]              # x (batch, …), t (batch,) → the velocity at t, in x's shape
+# where in a step our nodes ask for the acceleration; tests/bench/results/caf-distilled.json has
+# what it is worth
+AHEAD = 0.5
+# x (batch, …), t (batch,) → the velocity at t, in x's shape
+Velocity = Callable[[Tensor, Tensor], Tensor]
 Acceleration = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, t, v0 → the acceleration
 
 
@@ -26,7 +32,9 @@ def at(t: Tensor, like: Tensor) -> Tensor:
 
 
 def interpolate(noise: Tensor, data: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """x_t (batch, …) of the path from `noise` to `data` that starts with `velocity`; t (batch,) in [0, 1]."""
+    """x_t (batch, …) of the path from `noise` to `data` that starts with `velocity`; t (batch,) in
+    [0, 1].
+    """
     t = at(t, noise)
     return (1 - t * t) * noise + t * t * data + (t - t * t) * velocity
 
@@ -42,15 +50,23 @@ def acceleration(noise: Tensor, data: Tensor, velocity: Tensor) -> Tensor:
 
 
 def velocity_loss(net: Velocity, noise: Tensor, data: Tensor, t: Tensor, h: float) -> Tensor:
-    """Mean squared error of the initial velocity, seen at every t: the net is asked at t = 0 in sampling and at t = 1 in inversion."""
+    """Mean squared error of the initial velocity, seen at every t: the net is asked at t = 0 in
+    sampling and at t = 1 in inversion.
+    """
     target = initial_velocity(noise, data, h)
     return torch.nn.functional.mse_loss(net(interpolate(noise, data, target, t), t), target)
 
 
-def acceleration_loss(net: Acceleration, noise: Tensor, data: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error of the acceleration along the path that starts with the velocity net's own `velocity` at (noise, 0)."""
+def acceleration_loss(
+    net: Acceleration, noise: Tensor, data: Tensor, velocity: Tensor, t: Tensor
+) -> Tensor:
+    """Mean squared error of the acceleration along the path that starts with the velocity net's own
+    `velocity` at (noise, 0).
+    """
     velocity = velocity.detach()
-    return torch.nn.functional.mse_loss(net(interpolate(noise, data, velocity, t), t, velocity), acceleration(noise, data, velocity))
+    return torch.nn.functional.mse_loss(
+        net(interpolate(noise, data, velocity, t), t, velocity), acceleration(noise, data, velocity)
+    )
 
 
 def uniform(steps: int) -> list[float]:
@@ -58,31 +74,61 @@ def uniform(steps: int) -> list[float]:
     return [i / steps for i in range(steps + 1)]
 
 
-def sample(velocity: Velocity, accelerate: Acceleration, noise: Tensor, times: Sequence[float], start: Tensor | None = None,
-           report: Callable[[int, Tensor], None] = lambda step, x: None, ahead: float = 0.0, h: float = 1.0) -> Tensor:
-    """x (batch, …) at times[0] → at times[-1], by algorithm 2: one call of the velocity net, then one of the acceleration net a step.
+def sample(
+    velocity: Velocity,
+    accelerate: Acceleration,
+    noise: Tensor,
+    times: Sequence[float],
+    start: Tensor | None = None,
+    report: Callable[[int, Tensor], None] = lambda step, x: None,
+    ahead: float = 0.0,
+    h: float = 1.0,
+) -> Tensor:
+    """x (batch, …) at times[0] → at times[-1], by algorithm 2: one call of the velocity net, then
+    one of the acceleration net a step.
 
-    times: rising, of any spacing, 0 … 1 from noise to data; a first time above 0 begins at a picture with noise in it
-    start: the initial velocity, where it is known from `invert`; the velocity net is not called then
+    times: rising, of any spacing, 0 … 1 from noise to data; a first time above 0 begins at a
+        picture with noise in it
+    start: the initial velocity, where it is known from `invert`; the velocity net is not called
+        then
     report: called as report(step, x) after each step
-    ahead: where in a step the acceleration is asked for, 0 … 1: at its beginning (algorithm 2), or further on, where there is more to be seen; constant
-        as it is, it is the same everywhere on the path. Up to there the path goes on with the last one, at first with the one that v0 = h (x1 - x0) implies.
+    ahead: where in a step the acceleration is asked for, 0 … 1: at its beginning (algorithm 2), or
+        further on, where there is more to be seen; constant as it is, it is the same everywhere on
+        the path. Up to there the path goes on with the last one, at first with the one that v0 = h
+        (x1 - x0) implies.
     """
     v = velocity(noise, noise.new_full((len(noise),), times[0])) if start is None else start
     return _walk(accelerate, noise, v, times, ahead, h, report)
 
 
-def invert(velocity: Velocity, accelerate: Acceleration, data: Tensor, times: Sequence[float], ahead: float = 0.0, h: float = 1.0) -> tuple[Tensor, Tensor]:
-    """data (batch, …) at times[0] → (noise, initial velocity), by algorithm 3; times fall, as 1 … 0. `sample` with both leads back."""
+def invert(
+    velocity: Velocity,
+    accelerate: Acceleration,
+    data: Tensor,
+    times: Sequence[float],
+    ahead: float = 0.0,
+    h: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """data (batch, …) at times[0] → (noise, initial velocity), by algorithm 3; times fall, as 1 …
+    0. `sample` with both leads back.
+    """
     v = velocity(data, data.new_full((len(data),), times[0]))
     return _walk(accelerate, data, v, times, ahead, h), v
 
 
-def _walk(accelerate: Acceleration, x: Tensor, start: Tensor, times: Sequence[float], ahead: float, h: float,
-          report: Callable[[int, Tensor], None] = lambda step, x: None) -> Tensor:
+def _walk(
+    accelerate: Acceleration,
+    x: Tensor,
+    start: Tensor,
+    times: Sequence[float],
+    ahead: float,
+    h: float,
+    report: Callable[[int, Tensor], None] = lambda step, x: None,
+) -> Tensor:
     """x at times[0] → at times[-1], forwards or back; exact where the acceleration is constant."""
     ahead = ahead if h else 0.0  # a path that begins at rest does not show where it leads
-    push = 2 * (1 - h) / h * start if ahead else start  # not looked at where the acceleration is asked for at once
+    # not looked at where the acceleration is asked for at once
+    push = 2 * (1 - h) / h * start if ahead else start
     for i, (now, then) in enumerate(zip(times, times[1:], strict=False)):
         asked = now + ahead * (then - now)
         x = _moved(x, start, push, now, asked)
@@ -98,7 +144,9 @@ def _moved(x: Tensor, start: Tensor, push: Tensor, now: float, then: float) -> T
 
 
 def retimed(t: Tensor, h: float) -> Tensor:
-    """How far along a straight line a path with v0 = h (x1 - x0) is at time t: h t + (1 - h) t^2."""
+    """How far along a straight line a path with v0 = h (x1 - x0) is at time t: h t + (1 -
+    h) t^2.
+    """
     return h * t + (1 - h) * t * t
 
 

@@ -1,7 +1,9 @@
-// The Python module nibble_kernels: numbers in, kernels started, nothing kept. It knows no torch; kernels/launch.py flattens tensors.
+// The Python module nibble_kernels: numbers in, kernels started, nothing kept. It knows no torch;
+// kernels/launch.py flattens tensors.
 //
-// Every op takes the place first (device, stream, threads, isa), then sizes, then pointers as integers. A wrong value raises
-// ValueError (std::invalid_argument) before anything runs; CUDA's own errors become RuntimeError. The GIL is free while an op works.
+// Every op takes the place first (device, stream, threads, isa), then sizes, then pointers as
+// integers. A wrong value raises ValueError (std::invalid_argument) before anything runs; CUDA's
+// own errors become RuntimeError. The GIL is free while an op works.
 #include <pybind11/pybind11.h>
 
 #include <atomic>
@@ -38,23 +40,29 @@ constexpr bool HAS_CUDA = false;
 void* at(Address address) { return reinterpret_cast<void*>(address); }
 
 #ifdef NIBBLE_CUDA
-// Asked of the driver once a device; 0 means not asked yet. A device's capability never changes, so a race writes the same number.
+// Asked of the driver once a device; 0 means not asked yet. A device's capability never changes, so
+// a race writes the same number.
 int known_capability(int device) {
     static std::atomic<int> known[64];
-    if (device < 0 || device >= 64) throw std::invalid_argument("device " + std::to_string(device) + " is no CUDA device index");
+    if (device < 0 || device >= 64)
+        throw std::invalid_argument("device " + std::to_string(device) +
+                                    " is no CUDA device index");
     int found = known[device].load(std::memory_order_relaxed);
     if (!found) known[device].store(found = cuda::capability(device), std::memory_order_relaxed);
     return found;
 }
 #else
 int known_capability(int device) {
-    throw std::invalid_argument("device " + std::to_string(device) + ": this nibble_kernels was built without CUDA");
+    throw std::invalid_argument("device " + std::to_string(device) +
+                                ": this nibble_kernels was built without CUDA");
 }
 #endif
 
 Where where(const char* op, int device, Address stream, int threads, int isa) {
     Where place;
-    if (device < -1) check::refuse(op, "device=" + std::to_string(device) + " is neither -1 (the CPU) nor a CUDA device index");
+    if (device < -1)
+        check::refuse(op, "device=" + std::to_string(device) +
+                              " is neither -1 (the CPU) nor a CUDA device index");
     if (threads < 1) check::refuse(op, "threads=" + std::to_string(threads) + " is less than 1");
     place.device = device;
     place.stream = at(stream);
@@ -66,10 +74,14 @@ Where where(const char* op, int device, Address stream, int threads, int isa) {
 
 bool on_cpu(const Where& place) { return place.device < 0; }
 
-// The names that backends know: an op whose activations come as 8-bit floats already may need less, so it is asked for by its own name.
-std::string workspace_name(const char* op, Codes codes) { return codes == Codes::packed ? op : std::string(op) + "/e4m3"; }
+// The names that backends know: an op whose activations come as 8-bit floats already may need less,
+// so it is asked for by its own name.
+std::string workspace_name(const char* op, Codes codes) {
+    return codes == Codes::packed ? op : std::string(op) + "/e4m3";
+}
 
-size_t workspace_of(const std::string& op, int capability, int64_t M, int64_t N, int64_t K, int64_t R) {
+size_t workspace_of(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
+                    int64_t R) {
 #ifdef NIBBLE_CUDA
     if (capability) return cuda::workspace_bytes(op.c_str(), capability, M, N, K, R);
 #endif
@@ -77,13 +89,16 @@ size_t workspace_of(const std::string& op, int capability, int64_t M, int64_t N,
 }
 
 #ifdef NIBBLE_CUDA
-#define NIBBLE_RUN(op, arguments, place) (on_cpu(place) ? cpu::op(arguments, place) : cuda::op(arguments, place))
+#define NIBBLE_RUN(op, arguments, place) \
+    (on_cpu(place) ? cpu::op(arguments, place) : cuda::op(arguments, place))
 #else
 #define NIBBLE_RUN(op, arguments, place) cpu::op(arguments, place)
 #endif
 
-void quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t K, int64_t R, Address x, int x_dtype, Address smooth,
-                   Address proj_down, int param_dtype, bool act_unsigned, bool rotate, int codes, Address q, Address ascales, Address h) {
+void quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t K,
+                   int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
+                   int param_dtype, bool act_unsigned, bool rotate, int codes, Address q,
+                   Address ascales, Address h) {
     constexpr const char* op = "quantize_down";
     const Where place = where(op, device, stream, threads, isa);
     check::sizes(op, {{"M", M}, {"K", K}, {"R", R}});
@@ -97,20 +112,35 @@ void quantize_down(int device, Address stream, int threads, int isa, int64_t M, 
     check::pointer(op, "q", q, mk);
     check::pointer(op, "ascales", ascales, mk / GROUP);
     check::pointer(op, "h", h, check::product(op, "h", {"M", M}, {"R", R}));
-    const QuantizeDown arguments{M, K, R, at(x), check::dtype(op, "x_dtype", x_dtype), at(smooth), at(proj_down),
-                                 check::dtype(op, "param_dtype", param_dtype), act_unsigned, rotate, form, at(q),
-                                 static_cast<float*>(at(ascales)), static_cast<float*>(at(h))};
+    const QuantizeDown arguments{M,
+                                 K,
+                                 R,
+                                 at(x),
+                                 check::dtype(op, "x_dtype", x_dtype),
+                                 at(smooth),
+                                 at(proj_down),
+                                 check::dtype(op, "param_dtype", param_dtype),
+                                 act_unsigned,
+                                 rotate,
+                                 form,
+                                 at(q),
+                                 static_cast<float*>(at(ascales)),
+                                 static_cast<float*>(at(h))};
     py::gil_scoped_release release;
     NIBBLE_RUN(quantize_down, arguments, place);
 }
 
 // Everything of a product but where its result goes: the plain op and the fused one share it.
-GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, int codes, Address q, bool act_unsigned, Address ascales,
-                   Address h, int64_t h_stride, Address weight, Address weight_scale, Address proj_up, Address bias, int param_dtype) {
+GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, int codes, Address q,
+                   bool act_unsigned, Address ascales, Address h, int64_t h_stride, Address weight,
+                   Address weight_scale, Address proj_up, Address bias, int param_dtype) {
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}, {"h_stride", h_stride}});
     check::whole_groups(op, {"K", K});
-    if (h_stride < R) check::refuse(op, check::shape({{"h_stride", h_stride}, {"R", R}}) + ": rows of h would overlap");
-    const int64_t mk = check::product(op, "q", {"M", M}, {"K", K}), nk = check::product(op, "weight", {"N", N}, {"K", K});
+    if (h_stride < R)
+        check::refuse(
+            op, check::shape({{"h_stride", h_stride}, {"R", R}}) + ": rows of h would overlap");
+    const int64_t mk = check::product(op, "q", {"M", M}, {"K", K}),
+                  nk = check::product(op, "weight", {"N", N}, {"K", K});
     check::product(op, "out", {"M", M}, {"N", N});
     check::product(op, "h", {"M", M}, {"h_stride", h_stride});
     check::pointer(op, "q", q, mk);
@@ -134,15 +164,19 @@ GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, i
     return arguments;
 }
 
-void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, int64_t R, int codes, Address q,
-                  bool act_unsigned, Address ascales, Address h, int64_t h_stride, Address weight, Address weight_scale, Address proj_up,
-                  Address bias, int param_dtype, Address out, int out_dtype, Address workspace, int64_t workspace_size) {
+void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+                  int64_t R, int codes, Address q, bool act_unsigned, Address ascales, Address h,
+                  int64_t h_stride, Address weight, Address weight_scale, Address proj_up,
+                  Address bias, int param_dtype, Address out, int out_dtype, Address workspace,
+                  int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up";
     const Where place = where(op, device, stream, threads, isa);
-    GemmW4A4Up arguments =
-        product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias, param_dtype);
+    GemmW4A4Up arguments = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride,
+                                   weight, weight_scale, proj_up, bias, param_dtype);
     check::pointer(op, "out", out, M * N);
-    check::workspace(op, workspace, workspace_size, workspace_of(workspace_name(op, arguments.codes), place.capability, M, N, K, R));
+    check::workspace(
+        op, workspace, workspace_size,
+        workspace_of(workspace_name(op, arguments.codes), place.capability, M, N, K, R));
     arguments.out = at(out);
     arguments.out_dtype = check::dtype(op, "out_dtype", out_dtype);
     arguments.workspace = at(workspace);
@@ -150,38 +184,48 @@ void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, i
     NIBBLE_RUN(gemm_w4a4_up, arguments, place);
 }
 
-void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, int64_t R, int codes,
-                                     Address q, bool act_unsigned, Address ascales, Address h, int64_t h_stride, Address weight,
-                                     Address weight_scale, Address proj_up, Address bias, int param_dtype, int mid_dtype, int64_t R2,
-                                     Address smooth2, Address proj_down2, bool act_unsigned2, bool rotate2, int codes2, Address q2,
-                                     Address ascales2, Address h2, Address workspace, int64_t workspace_size) {
+void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, int isa, int64_t M,
+                                     int64_t N, int64_t K, int64_t R, int codes, Address q,
+                                     bool act_unsigned, Address ascales, Address h,
+                                     int64_t h_stride, Address weight, Address weight_scale,
+                                     Address proj_up, Address bias, int param_dtype, int mid_dtype,
+                                     int64_t R2, Address smooth2, Address proj_down2,
+                                     bool act_unsigned2, bool rotate2, int codes2, Address q2,
+                                     Address ascales2, Address h2, Address workspace,
+                                     int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up_gelu_quantize_down";
     const Where place = where(op, device, stream, threads, isa);
     GemmW4A4UpGeluQuantizeDown arguments{};
-    arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias, param_dtype);
+    arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight,
+                              weight_scale, proj_up, bias, param_dtype);
     check::sizes(op, {{"R2", R2}});
     check::whole_groups(op, {"N", N});
     check::flags(op, act_unsigned2, rotate2);
     check::pointer(op, "smooth2", smooth2, N);
-    check::pointer(op, "proj_down2", proj_down2, check::product(op, "proj_down2", {"N", N}, {"R2", R2}));
+    check::pointer(op, "proj_down2", proj_down2,
+                   check::product(op, "proj_down2", {"N", N}, {"R2", R2}));
     check::pointer(op, "q2", q2, M * N);
     check::pointer(op, "ascales2", ascales2, M * N / GROUP);
     check::pointer(op, "h2", h2, check::product(op, "h2", {"M", M}, {"R2", R2}));
-    check::workspace(op, workspace, workspace_size, workspace_of(workspace_name(op, arguments.first.codes), place.capability, M, N, K, R2));
+    check::workspace(
+        op, workspace, workspace_size,
+        workspace_of(workspace_name(op, arguments.first.codes), place.capability, M, N, K, R2));
     arguments.first.out_dtype = check::dtype(op, "mid_dtype", mid_dtype);
     arguments.R2 = R2;
     arguments.smooth2 = at(smooth2), arguments.proj_down2 = at(proj_down2);
     arguments.act_unsigned2 = act_unsigned2, arguments.rotate2 = rotate2;
     arguments.codes2 = check::codes(op, "codes2", codes2);
     arguments.q2 = at(q2);
-    arguments.ascales2 = static_cast<float*>(at(ascales2)), arguments.h2 = static_cast<float*>(at(h2));
+    arguments.ascales2 = static_cast<float*>(at(ascales2)),
+    arguments.h2 = static_cast<float*>(at(h2));
     arguments.workspace = at(workspace);
     py::gil_scoped_release release;
     NIBBLE_RUN(gemm_w4a4_up_gelu_quantize_down, arguments, place);
 }
 
-W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight, Address weight_scale,
-            Address weight_zeros, Address bias, int param_dtype, Address out) {
+W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight,
+            Address weight_scale, Address weight_zeros, Address bias, int param_dtype,
+            Address out) {
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
     check::whole_groups(op, {"K", K});
     const int64_t nk = check::product(op, "weight", {"N", N}, {"K", K});
@@ -191,28 +235,42 @@ W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dt
     check::pointer(op, "weight_zeros", weight_zeros, 0);
     check::pointer(op, "bias", bias, 0);
     check::pointer(op, "out", out, check::product(op, "out", {"M", M}, {"N", N}));
-    return {M, N, K, at(x), check::dtype(op, "x_dtype", x_dtype), at(weight), at(weight_scale), at(weight_zeros), at(bias),
-            check::dtype(op, "param_dtype", param_dtype), at(out)};
+    return {M,
+            N,
+            K,
+            at(x),
+            check::dtype(op, "x_dtype", x_dtype),
+            at(weight),
+            at(weight_scale),
+            at(weight_zeros),
+            at(bias),
+            check::dtype(op, "param_dtype", param_dtype),
+            at(out)};
 }
 
-void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight,
-                Address weight_scale, Address weight_zeros, Address bias, int param_dtype, Address out) {
+void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+                Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
+                Address bias, int param_dtype, Address out) {
     const Where place = where("gemv_w4a16", device, stream, threads, isa);
-    const W4A16 arguments = w4a16("gemv_w4a16", M, N, K, x, x_dtype, weight, weight_scale, weight_zeros, bias, param_dtype, out);
+    const W4A16 arguments = w4a16("gemv_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
+                                  weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
     NIBBLE_RUN(gemv_w4a16, arguments, place);
 }
 
-void gemm_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight,
-                Address weight_scale, Address weight_zeros, Address bias, int param_dtype, Address out) {
+void gemm_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+                Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
+                Address bias, int param_dtype, Address out) {
     const Where place = where("gemm_w4a16", device, stream, threads, isa);
-    const W4A16 arguments = w4a16("gemm_w4a16", M, N, K, x, x_dtype, weight, weight_scale, weight_zeros, bias, param_dtype, out);
+    const W4A16 arguments = w4a16("gemm_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
+                                  weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
     NIBBLE_RUN(gemm_w4a16, arguments, place);
 }
 
-void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K, int bits, int vector, Address x, int x_dtype,
-             Address indices, Address codebook, int codebook_dtype, Address scale, Address bias, int param_dtype, Address addend,
+void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+             int bits, int vector, Address x, int x_dtype, Address indices, Address codebook,
+             int codebook_dtype, Address scale, Address bias, int param_dtype, Address addend,
              int addend_dtype, Address out, int out_dtype) {
     constexpr const char* op = "gemm_vq";
     const Where place = where(op, device, stream, threads, isa);
@@ -226,47 +284,69 @@ void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_
     check::pointer(op, "bias", bias, 0);
     check::pointer(op, "addend", addend, 0);
     check::pointer(op, "out", out, mn);
-    const GemmVQ arguments{M, N, K, bits, vector, at(x), check::dtype(op, "x_dtype", x_dtype), at(indices), at(codebook),
-                           check::dtype(op, "codebook_dtype", codebook_dtype), at(scale), at(bias),
-                           check::dtype(op, "param_dtype", param_dtype), at(addend), check::dtype(op, "addend_dtype", addend_dtype), at(out),
+    const GemmVQ arguments{M,
+                           N,
+                           K,
+                           bits,
+                           vector,
+                           at(x),
+                           check::dtype(op, "x_dtype", x_dtype),
+                           at(indices),
+                           at(codebook),
+                           check::dtype(op, "codebook_dtype", codebook_dtype),
+                           at(scale),
+                           at(bias),
+                           check::dtype(op, "param_dtype", param_dtype),
+                           at(addend),
+                           check::dtype(op, "addend_dtype", addend_dtype),
+                           at(out),
                            check::dtype(op, "out_dtype", out_dtype)};
     py::gil_scoped_release release;
     NIBBLE_RUN(gemm_vq, arguments, place);
 }
 
-// ---- questions ---------------------------------------------------------------------------------------------------------
+// ---- questions
+// ---------------------------------------------------------------------------------------------------------
 
 int capability(int device) { return device == -1 ? 0 : known_capability(device); }
 
 void known_op(const std::string& op) {
-    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16", "gemm_vq"}) {
+    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
+                             "gemv_w4a16", "gemm_w4a16", "gemm_vq"}) {
         if (op == name) return;
     }
     throw std::invalid_argument("unknown op '" + op + "'");
 }
 
 void known_gpu(int capability) {
-    if (capability < 0) throw std::invalid_argument("capability=" + std::to_string(capability) + " is negative");
-    if (capability && !HAS_CUDA) throw std::invalid_argument("capability=" + std::to_string(capability) + ": built without CUDA");
+    if (capability < 0)
+        throw std::invalid_argument("capability=" + std::to_string(capability) + " is negative");
+    if (capability && !HAS_CUDA)
+        throw std::invalid_argument("capability=" + std::to_string(capability) +
+                                    ": built without CUDA");
 }
 
-std::pair<std::string, std::string> route(const std::string& op, int capability, int64_t M, int64_t N, int64_t K) {
+std::pair<std::string, std::string> route(const std::string& op, int capability, int64_t M,
+                                          int64_t N, int64_t K) {
     known_op(op);
     known_gpu(capability);
     check::sizes("route", {{"M", M}, {"N", N}, {"K", K}});
 #ifdef NIBBLE_CUDA
-    const Route found = capability ? cuda::route(op.c_str(), capability, M, N, K) : cpu::route(op.c_str(), M, N, K);
+    const Route found =
+        capability ? cuda::route(op.c_str(), capability, M, N, K) : cpu::route(op.c_str(), M, N, K);
 #else
     const Route found = cpu::route(op.c_str(), M, N, K);
 #endif
     return {found.path, found.reason};
 }
 
-size_t workspace_bytes(const std::string& op, int capability, int64_t M, int64_t N, int64_t K, int64_t R, int codes) {
+size_t workspace_bytes(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
+                       int64_t R, int codes) {
     known_op(op);
     known_gpu(capability);
     check::sizes("workspace_bytes", {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
-    return workspace_of(workspace_name(op.c_str(), check::codes("workspace_bytes", "codes", codes)), capability, M, N, K, R);
+    return workspace_of(workspace_name(op.c_str(), check::codes("workspace_bytes", "codes", codes)),
+                        capability, M, N, K, R);
 }
 
 int codes(int capability) {
@@ -277,7 +357,8 @@ int codes(int capability) {
     return int(Codes::packed);
 }
 
-// The backend itself is asked, by one group through the smallest op: an instruction set that this CPU lacks throws.
+// The backend itself is asked, by one group through the smallest op: an instruction set that this
+// CPU lacks throws.
 bool runs(Isa isa) {
     alignas(16) float x[GROUP] = {}, smooth[GROUP];
     alignas(16) float scale[4], unused[4];
@@ -286,7 +367,9 @@ bool runs(Isa isa) {
     Where place;
     place.isa = isa;
     try {
-        cpu::quantize_down({1, GROUP, 0, x, Dtype::f32, smooth, unused, Dtype::f32, false, false, Codes::packed, q, scale, unused}, place);
+        cpu::quantize_down({1, GROUP, 0, x, Dtype::f32, smooth, unused, Dtype::f32, false, false,
+                            Codes::packed, q, scale, unused},
+                           place);
     } catch (const std::exception&) {
         return false;
     }
@@ -295,7 +378,8 @@ bool runs(Isa isa) {
 
 py::tuple cpu_isas() {
     py::list found;
-    const std::pair<Isa, const char*> all[] = {{Isa::portable, "portable"}, {Isa::avx2, "avx2"}, {Isa::avx512_vnni, "avx512_vnni"}};
+    const std::pair<Isa, const char*> all[] = {
+        {Isa::portable, "portable"}, {Isa::avx2, "avx2"}, {Isa::avx512_vnni, "avx512_vnni"}};
     for (const auto& [isa, name] : all) {
         if (runs(isa)) found.append(name);
     }
@@ -315,7 +399,8 @@ py::dict build_info() {
 #endif
     info["cuda"] = NIBBLE_CUDA_VERSION;
     info["architectures"] = NIBBLE_ARCHITECTURES;
-    info["pybind11"] = std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
+    info["pybind11"] =
+        std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
     return info;
 }
 
@@ -324,36 +409,52 @@ py::dict build_info() {
 
 PYBIND11_MODULE(nibble_kernels, m) {
     using namespace nibble;
-    m.doc() = "Compiled 4-bit kernels for the node pack Nibble. Raw pointers; use them through nibble.kernels.";
+    m.doc() =
+        "Compiled 4-bit kernels for the node pack Nibble. Raw pointers; use them through "
+        "nibble.kernels.";
     m.attr("ABI") = ABI;
     m.attr("__version__") = NIBBLE_VERSION;
-    m.attr("DEVICES") = HAS_CUDA ? py::tuple(py::make_tuple("cpu", "cuda")) : py::tuple(py::make_tuple("cpu"));
+    m.attr("DEVICES") =
+        HAS_CUDA ? py::tuple(py::make_tuple("cpu", "cuda")) : py::tuple(py::make_tuple("cpu"));
 #define NIBBLE_PLACE py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
-#define NIBBLE_PRODUCT                                                                                                             \
-    py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"), py::arg("act_unsigned"),               \
-        py::arg("ascales"), py::arg("h"), py::arg("h_stride"), py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"),     \
-        py::arg("bias"), py::arg("param_dtype")
-#define NIBBLE_W4A16                                                                                                               \
-    NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("x"), py::arg("x_dtype"), py::arg("weight"),                   \
-        py::arg("weight_scale"), py::arg("weight_zeros"), py::arg("bias"), py::arg("param_dtype"), py::arg("out")
-    m.def("quantize_down", &quantize_down, NIBBLE_PLACE, py::arg("M"), py::arg("K"), py::arg("R"), py::arg("x"), py::arg("x_dtype"),
-          py::arg("smooth"), py::arg("proj_down"), py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
+#define NIBBLE_PRODUCT                                                                      \
+    py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"), \
+        py::arg("act_unsigned"), py::arg("ascales"), py::arg("h"), py::arg("h_stride"),     \
+        py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), py::arg("bias"),    \
+        py::arg("param_dtype")
+#define NIBBLE_W4A16                                                                          \
+    NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("x"), py::arg("x_dtype"), \
+        py::arg("weight"), py::arg("weight_scale"), py::arg("weight_zeros"), py::arg("bias"), \
+        py::arg("param_dtype"), py::arg("out")
+    m.def("quantize_down", &quantize_down, NIBBLE_PLACE, py::arg("M"), py::arg("K"), py::arg("R"),
+          py::arg("x"), py::arg("x_dtype"), py::arg("smooth"), py::arg("proj_down"),
+          py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
           py::arg("q"), py::arg("ascales"), py::arg("h"));
-    m.def("gemm_w4a4_up", &gemm_w4a4_up, NIBBLE_PLACE, NIBBLE_PRODUCT, py::arg("out"), py::arg("out_dtype"), py::arg("workspace") = 0,
+    m.def("gemm_w4a4_up", &gemm_w4a4_up, NIBBLE_PLACE, NIBBLE_PRODUCT, py::arg("out"),
+          py::arg("out_dtype"), py::arg("workspace") = 0, py::arg("workspace_size") = 0);
+    m.def("gemm_w4a4_up_gelu_quantize_down", &gemm_w4a4_up_gelu_quantize_down, NIBBLE_PLACE,
+          NIBBLE_PRODUCT, py::arg("mid_dtype"), py::arg("R2"), py::arg("smooth2"),
+          py::arg("proj_down2"), py::arg("act_unsigned2"), py::arg("rotate2"), py::arg("codes2"),
+          py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0,
           py::arg("workspace_size") = 0);
-    m.def("gemm_w4a4_up_gelu_quantize_down", &gemm_w4a4_up_gelu_quantize_down, NIBBLE_PLACE, NIBBLE_PRODUCT, py::arg("mid_dtype"),
-          py::arg("R2"), py::arg("smooth2"), py::arg("proj_down2"), py::arg("act_unsigned2"), py::arg("rotate2"), py::arg("codes2"),
-          py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0, py::arg("workspace_size") = 0);
     m.def("gemv_w4a16", &gemv_w4a16, NIBBLE_W4A16);
     m.def("gemm_w4a16", &gemm_w4a16, NIBBLE_W4A16);
-    m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("bits"), py::arg("vector"), py::arg("x"),
-          py::arg("x_dtype"), py::arg("indices"), py::arg("codebook"), py::arg("codebook_dtype"), py::arg("scale"), py::arg("bias"),
-          py::arg("param_dtype"), py::arg("addend"), py::arg("addend_dtype"), py::arg("out"), py::arg("out_dtype"));
-    m.def("capability", &capability, py::arg("device"), "10 * major + minor of a CUDA device; 0 for -1, the CPU.");
-    m.def("route", &route, py::arg("op"), py::arg("capability"), py::arg("M"), py::arg("N"), py::arg("K"), "(path, reason) in words.");
-    m.def("workspace_bytes", &workspace_bytes, py::arg("op"), py::arg("capability"), py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"),
-          py::arg("codes") = 0, "Scratch that the caller gives; R is that of the h which the op writes, where it writes one.");
-    m.def("codes", &codes, py::arg("capability"), "The form of activation codes that this device's product reads fastest.");
-    m.def("cpu_isas", &cpu_isas, "Names of the instruction sets that this CPU can run, slowest first.");
+    m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
+          py::arg("bits"), py::arg("vector"), py::arg("x"), py::arg("x_dtype"), py::arg("indices"),
+          py::arg("codebook"), py::arg("codebook_dtype"), py::arg("scale"), py::arg("bias"),
+          py::arg("param_dtype"), py::arg("addend"), py::arg("addend_dtype"), py::arg("out"),
+          py::arg("out_dtype"));
+    m.def("capability", &capability, py::arg("device"),
+          "10 * major + minor of a CUDA device; 0 for -1, the CPU.");
+    m.def("route", &route, py::arg("op"), py::arg("capability"), py::arg("M"), py::arg("N"),
+          py::arg("K"), "(path, reason) in words.");
+    m.def("workspace_bytes", &workspace_bytes, py::arg("op"), py::arg("capability"), py::arg("M"),
+          py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes") = 0,
+          "Scratch that the caller gives; R is that of the h which the op writes, where it writes "
+          "one.");
+    m.def("codes", &codes, py::arg("capability"),
+          "The form of activation codes that this device's product reads fastest.");
+    m.def("cpu_isas", &cpu_isas,
+          "Names of the instruction sets that this CPU can run, slowest first.");
     m.def("build_info", &build_info);
 }

@@ -1,1 +1,3 @@
-"""nodes/bridge/ - the only place that imports ComfyUI: its operations, its loader, its progress bar, its sampler."""
+"""nodes/bridge/ - the only place that imports ComfyUI: its operations, its loader, its progress
+bar, its sampler.
+"""

@@ -1,10 +1,13 @@
-"""Calibrations of caching as files: what one run without a cache taught about a model, a sampler and a schedule.
+"""Calibrations of caching as files: what one run without a cache taught about a model, a sampler
+and a schedule.
 
-models/nibble_cache/*.json (the folder key "nibble_cache", so extra_model_paths.yaml can point elsewhere):
+models/nibble_cache/*.json (the folder key "nibble_cache", so extra_model_paths.yaml can point
+elsewhere):
     {"format": "nibble-cache/1", "model": {"class", "fingerprint", "name", "weights"},
      "run": {"sampler", "steps", "sigmas", "shift", "cfg", "latent", "prompts", "seed"},
      "teacache": {"feature", "coefficients", "x_min", "x_max", "r2", "points": [[x, y], …]} | null,
-     "smoothcache": {kind: {"mean": [k - 1][step], "half": …, "samples"}}, "grams": [prompt][step][step], "created"}
+     "smoothcache": {kind: {"mean": [k - 1][step], "half": …, "samples"}}, "grams":
+     [prompt][step][step], "created"}
 """
 
 from __future__ import annotations
@@ -33,12 +36,17 @@ SAMPLE = 256  # values of each tensor of a patch that tell LoRAs apart
 PLAIN = "16 bit or more"
 
 if FOLDER not in folder_paths.folder_names_and_paths:
-    folder_paths.folder_names_and_paths[FOLDER] = ([os.path.join(folder_paths.models_dir, FOLDER)], {".json"})
+    folder_paths.folder_names_and_paths[FOLDER] = (
+        [os.path.join(folder_paths.models_dir, FOLDER)],
+        {".json"},
+    )
 
 
 @dataclass
 class Calibration:
-    """See the module. grams: float64 (prompts, steps, steps), inner products of the velocities of an uncached run, over their mean square."""
+    """See the module. grams: float64 (prompts, steps, steps), inner products of the velocities of
+    an uncached run, over their mean square.
+    """
 
     model: dict
     run: dict
@@ -46,7 +54,11 @@ class Calibration:
     curves: dict[str, Curve]
     grams: np.ndarray
     name: str = "this calibration"
-    created: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(
+            timespec="seconds"
+        )
+    )
 
     @property
     def sigmas(self) -> list[float]:
@@ -72,10 +84,15 @@ class Calibration:
         """Raises FileRefused where a kind of layer was not measured."""
         missing = [kind for kind in kinds if kind not in self.curves]
         if missing:
-            raise FileRefused(f"{self.name} holds no errors for {', '.join(missing)}; calibrate again with that depth.")
+            raise FileRefused(
+                f"{self.name} holds no errors for {', '.join(missing)}; calibrate again with that"
+                " depth."
+            )
 
     def mask(self, budget: int, sigmas: list[float], reuse: Reuse) -> list[bool]:
-        """The best `budget` steps to compute: searched on the measured schedule, spread over another one."""
+        """The best `budget` steps to compute: searched on the measured schedule, spread over
+        another one.
+        """
         steps = len(self.sigmas) - 1
         here = min(max(round(budget * steps / (len(sigmas) - 1)), 2), steps)
         return schedule.spread(_searched(self, here, reuse), self.sigmas, sigmas)
@@ -83,27 +100,56 @@ class Calibration:
     def check(self, model: ModelPatcher) -> None:
         """Raises FileRefused for another model than the one that was measured."""
         if self.model["fingerprint"] != fingerprint(model):
-            raise FileRefused(f"{self.name} was made for {self.model['name']} ({self.model['weights']}), not for this model; "
-                              "calibrate this one, or choose its own file.")
+            raise FileRefused(
+                f"{self.name} was made for {self.model['name']} ({self.model['weights']}), not for"
+                " this model; calibrate this one, or choose its own file."
+            )
 
     def fits(self, sigmas: torch.Tensor, sampler: str | None) -> list[str]:
         """Sentences about what differs from the measured run."""
         found, levels = [], [float(s) for s in sigmas]
         if len(levels) != len(self.sigmas):
-            found.append(f"{self.name} was measured with {len(self.sigmas) - 1} steps, this run has {len(levels) - 1}: the schedule is interpolated.")
+            found.append(
+                f"{self.name} was measured with {len(self.sigmas) - 1} steps, this run has"
+                f" {len(levels) - 1}: the schedule is interpolated."
+            )
         elif not np.allclose(levels, self.sigmas, rtol=0.02, atol=0.005):
-            found.append(f"{self.name} was measured with another scheduler or shift: the schedule is interpolated.")
+            found.append(
+                f"{self.name} was measured with another scheduler or shift: the schedule is"
+                " interpolated."
+            )
         if sampler and sampler != self.run["sampler"]:
-            found.append(f"{self.name} was measured with the sampler {self.run['sampler']}, this run uses {sampler}.")
+            found.append(
+                f"{self.name} was measured with the sampler {self.run['sampler']}, this run uses"
+                f" {sampler}."
+            )
         r2 = self.teacache and self.teacache["r2"]
         if r2 is not None and r2 < 0.5:
-            found.append(f"TeaCache's polynomial explains only {r2:.0%} of the change in {self.name}; the rule 'error' does not need it.")
+            found.append(
+                f"TeaCache's polynomial explains only {r2:.0%} of the change in {self.name}; the"
+                " rule 'error' does not need it."
+            )
         return found
 
     def to_json(self) -> str:
-        curves = {kind: {"mean": curve.mean, "half": curve.half, "samples": curve.samples} for kind, curve in self.curves.items()}
-        return json.dumps({"format": f"{FORMAT}/{VERSION}", "model": self.model, "run": self.run, "teacache": self.teacache, "smoothcache": curves,
-                           "grams": np.round(self.grams, 8).tolist(), "created": self.created}) + "\n"
+        curves = {
+            kind: {"mean": curve.mean, "half": curve.half, "samples": curve.samples}
+            for kind, curve in self.curves.items()
+        }
+        return (
+            json.dumps(
+                {
+                    "format": f"{FORMAT}/{VERSION}",
+                    "model": self.model,
+                    "run": self.run,
+                    "teacache": self.teacache,
+                    "smoothcache": curves,
+                    "grams": np.round(self.grams, 8).tolist(),
+                    "created": self.created,
+                }
+            )
+            + "\n"
+        )
 
     def save(self, path: Path) -> None:
         """Written beside and renamed, so that a file is whole or not there."""
@@ -131,21 +177,45 @@ def load(path: str | os.PathLike) -> Calibration:
         facts = json.loads(path.read_text(encoding="utf-8"))
         kind, _, version = str(facts["format"]).partition("/")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FileRefused(f"{path.name} is not a calibration of caching ({type(error).__name__}); choose a file that Calibrate Cache wrote.") from error
+        raise FileRefused(
+            f"{path.name} is not a calibration of caching ({type(error).__name__}); choose a file"
+            " that Calibrate Cache wrote."
+        ) from error
     if kind != FORMAT:
-        raise FileRefused(f"{path.name} is of the format {kind}, not {FORMAT}; choose a file that Calibrate Cache wrote.")
+        raise FileRefused(
+            f"{path.name} is of the format {kind}, not {FORMAT}; choose a file that Calibrate Cache"
+            " wrote."
+        )
     if version != str(VERSION):
-        raise FileRefused(f"{path.name} was written by a newer Nibble (format {version}); update ComfyUI-Nibble, or calibrate again.")
+        raise FileRefused(
+            f"{path.name} was written by a newer Nibble (format {version}); update ComfyUI-Nibble,"
+            " or calibrate again."
+        )
     try:
-        curves = {name: Curve(curve["mean"], curve["half"], curve["samples"]) for name, curve in facts["smoothcache"].items()}
-        found = Calibration(facts["model"], facts["run"], facts["teacache"], curves, np.asarray(facts["grams"], dtype=np.float64), path.name,
-                            facts["created"])
+        curves = {
+            name: Curve(curve["mean"], curve["half"], curve["samples"])
+            for name, curve in facts["smoothcache"].items()
+        }
+        found = Calibration(
+            facts["model"],
+            facts["run"],
+            facts["teacache"],
+            curves,
+            np.asarray(facts["grams"], dtype=np.float64),
+            path.name,
+            facts["created"],
+        )
         steps = len(found.sigmas) - 1
-        whole = found.grams.shape[1:] == (steps, steps) and all(len(row) == steps - k for c in curves.values() for k, row in enumerate(c.mean, 1))
+        whole = found.grams.shape[1:] == (steps, steps) and all(
+            len(row) == steps - k for c in curves.values() for k, row in enumerate(c.mean, 1)
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileRefused(f"{path.name} is damaged ({error}); calibrate again.") from error
     if not whole:
-        raise FileRefused(f"{path.name} is damaged: its curves do not have an entry for each of its {steps} steps; calibrate again.")
+        raise FileRefused(
+            f"{path.name} is damaged: its curves do not have an entry for each of its {steps}"
+            " steps; calibrate again."
+        )
     return found
 
 
@@ -156,14 +226,20 @@ def calibration_files() -> list[str]:
 
 def _paths() -> list[Path]:
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    return sorted((path for folder in folders if folder.is_dir() for path in folder.glob("*.json")), key=lambda path: -path.stat().st_mtime_ns)
+    return sorted(
+        (path for folder in folders if folder.is_dir() for path in folder.glob("*.json")),
+        key=lambda path: -path.stat().st_mtime_ns,
+    )
 
 
 def open_calibration(name: str) -> Calibration:
     """Raises FileRefused for a name that is not there."""
     found = next((path for path in _paths() if path.name == name), None)
     if found is None:
-        raise FileRefused(f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and choose again.")
+        raise FileRefused(
+            f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and"
+            " choose again."
+        )
     return load(found)
 
 
@@ -181,9 +257,13 @@ def find(model: ModelPatcher) -> Calibration | None:
 
 
 def save_calibration(calibration: Calibration, prefix: str) -> Path:
-    """Writes under the prefix and the first free number, into the first of ComfyUI's folders. Raises ValueError for a prefix that is no name."""
+    """Writes under the prefix and the first free number, into the first of ComfyUI's folders.
+    Raises ValueError for a prefix that is no name.
+    """
     if not prefix or Path(prefix).name != prefix:
-        raise ValueError(f"{prefix!r} cannot be the name of a file; use letters, digits and dashes.")
+        raise ValueError(
+            f"{prefix!r} cannot be the name of a file; use letters, digits and dashes."
+        )
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     number = next(i for i in range(1, 100000) if not (folder / f"{prefix}_{i:05}.json").exists())
     path = folder / f"{prefix}_{number:05}.json"
@@ -193,8 +273,10 @@ def save_calibration(calibration: Calibration, prefix: str) -> Path:
 
 
 def fingerprint(model: ModelPatcher) -> str:
-    """Tells models apart by class, names, shapes and kinds of weights, and by the values of some tensors that LoRAs leave alone: norms, biases,
-    and the scales of quantized layers. A model and its 4-bit form differ."""
+    """Tells models apart by class, names, shapes and kinds of weights, and by the values of some
+    tensors that LoRAs leave alone: norms, biases, and the scales of quantized layers. A model and
+    its 4-bit form differ.
+    """
     network = model.model.diffusion_model
     digest = hashlib.sha256(type(network).__name__.encode())
     vectors = []
@@ -202,13 +284,15 @@ def fingerprint(model: ModelPatcher) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {kind_of(tensor)}".encode())
         if tensor.ndim == 1 and kind_of(tensor) == PLAIN:
             vectors.append(tensor)
-    for tensor in vectors[::max(len(vectors) // PIECES, 1)][:PIECES]:
+    for tensor in vectors[:: max(len(vectors) // PIECES, 1)][:PIECES]:
         digest.update(tensor.detach()[:64].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def patches_fingerprint(model: ModelPatcher) -> str | None:
-    """16 hex digits of the patches of a model's weights (LoRAs): names, strengths and some values; None where there are none."""
+    """16 hex digits of the patches of a model's weights (LoRAs): names, strengths and some values;
+    None where there are none.
+    """
     sha = hashlib.sha256()
     for key in sorted(model.patches, key=str):
         _feed(sha, [str(key), model.patches[key]])
@@ -218,7 +302,10 @@ def patches_fingerprint(model: ModelPatcher) -> str | None:
 def _feed(sha, value: object) -> None:
     """Strengths, names and some values of a patch."""
     if isinstance(value, torch.Tensor):
-        sha.update(repr(tuple(value.shape)).encode() + value.detach().flatten()[:SAMPLE].to("cpu", torch.float32).numpy().tobytes())
+        sha.update(
+            repr(tuple(value.shape)).encode()
+            + value.detach().flatten()[:SAMPLE].to("cpu", torch.float32).numpy().tobytes()
+        )
     elif isinstance(value, (list, tuple)):
         for part in value:
             _feed(sha, part)

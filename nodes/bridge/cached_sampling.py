@@ -1,6 +1,8 @@
-"""TeaCache Sampler's work: SamplerCustomAdvanced's run on a model with caching, drawn while it goes, compared with an uncached run on request.
+"""TeaCache Sampler's work: SamplerCustomAdvanced's run on a model with caching, drawn while it
+goes, compared with an uncached run on request.
 
-The run itself is ComfyUI's own node, so noise, guiders, masks, previews, progress and the Stop button are exactly its own.
+The run itself is ComfyUI's own node, so noise, guiders, masks, previews, progress and the Stop
+button are exactly its own.
 """
 
 from __future__ import annotations
@@ -49,7 +51,16 @@ def run(job: Job) -> Sampled:
     """Samples with caching. Raises ValueError and FileRefused of `Choice.on` before work starts."""
     choice, progress, seen = job.choice, Progress(job.choice.title, job.node_id), []
     model = patcher_of(job.guider)
-    notes = [["note", note] for note in caching.notes(model, choice.settings, choice.calibration, job.sigmas, caching_run.sampler_name(job.sampler))]
+    notes = [
+        ["note", note]
+        for note in caching.notes(
+            model,
+            choice.settings,
+            choice.calibration,
+            job.sigmas,
+            caching_run.sampler_name(job.sampler),
+        )
+    ]
 
     def draw(summary: list) -> dict:
         return caching_charts.strip_chart(seen[-1], choice.title, choice.subtitle, summary)
@@ -61,16 +72,36 @@ def run(job: Job) -> Sampled:
     output, denoised, seconds = _timed(job, choice.on(model, watch))
     summary = [["time", duration(seconds)]]
     if job.compare and seen:
-        progress.show(draw([*summary, ["against uncached", "sampling once more, to compare"], *notes]))
+        progress.show(
+            draw([*summary, ["against uncached", "sampling once more, to compare"], *notes])
+        )
         plain, _, plain_seconds = _timed(job, uncached(model))
-        summary = [["time", f"{duration(seconds)}; uncached {duration(plain_seconds)}, {plain_seconds / max(seconds, 1e-9):.2f}×"],
-                   ["against uncached", difference(output["samples"], plain["samples"], job.vae)]]
-    chart = draw(summary + notes) if seen else {"kind": "facts", "title": choice.title, "summary": [["note", "there were no steps to sample"]]}
+        summary = [
+            [
+                "time",
+                (
+                    f"{duration(seconds)}; uncached {duration(plain_seconds)},"
+                    f" {plain_seconds / max(seconds, 1e-9):.2f}×"
+                ),
+            ],
+            ["against uncached", difference(output["samples"], plain["samples"], job.vae)],
+        ]
+    chart = (
+        draw(summary + notes)
+        if seen
+        else {
+            "kind": "facts",
+            "title": choice.title,
+            "summary": [["note", "there were no steps to sample"]],
+        }
+    )
     return Sampled(output, denoised, chart)
 
 
 def patcher_of(guider) -> ModelPatcher:
-    """A clone of the guider's model with the guider's own options, which other nodes may have changed."""
+    """A clone of the guider's model with the guider's own options, which other nodes may have
+    changed.
+    """
     model = guider.model_patcher.clone()
     model.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
     return model
@@ -79,7 +110,12 @@ def patcher_of(guider) -> ModelPatcher:
 def uncached(model: ModelPatcher) -> ModelPatcher:
     """A clone without the caching that a node before this one may have put on it."""
     model = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
+    for kind in (
+        WrappersMP.OUTER_SAMPLE,
+        WrappersMP.CALC_COND_BATCH,
+        WrappersMP.APPLY_MODEL,
+        WrappersMP.DIFFUSION_MODEL,
+    ):
         model.remove_wrappers_with_key(kind, caching_run.KEY)
     return model
 
@@ -92,8 +128,12 @@ def _on(guider, model: ModelPatcher):
 
 
 def _timed(job: Job, model: ModelPatcher) -> tuple[dict, dict, float]:
-    """SamplerCustomAdvanced's two outputs with the guider on this model, and the seconds of the sampling loop alone, without loading the model."""
-    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced  # here: a change there must not keep the pack from loading
+    """SamplerCustomAdvanced's two outputs with the guider on this model, and the seconds of the
+    sampling loop alone, without loading the model.
+    """
+    # here: a change there must not keep the pack from loading
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
     model, seconds = model.clone(), []
 
     def clock(executor, *args, **kwargs):
@@ -104,17 +144,25 @@ def _timed(job: Job, model: ModelPatcher) -> tuple[dict, dict, float]:
         return samples
 
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "nibble_clock", clock)
-    output, denoised = SamplerCustomAdvanced.execute(job.noise, _on(job.guider, model), job.sampler, job.sigmas, job.latent).result
+    output, denoised = SamplerCustomAdvanced.execute(
+        job.noise, _on(job.guider, model), job.sampler, job.sigmas, job.latent
+    ).result
     return output, denoised, sum(seconds)
 
 
 def difference(ours: torch.Tensor, reference: torch.Tensor, vae=None) -> str:
-    """PSNR in dB in words: of decoded pictures (peak 1) where there is a VAE, else of latents (peak: the reference's range)."""
+    """PSNR in dB in words: of decoded pictures (peak 1) where there is a VAE, else of latents
+    (peak: the reference's range).
+    """
     if vae is not None:
         return _decibels(vae.decode(ours), vae.decode(reference), 1.0, "the picture")
     pairs = list(zip(_streams(ours), _streams(reference), strict=True))
     peak = max(float(old.max() - old.min()) for _, old in pairs)
-    return _decibels(*(torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1)), peak, "the latent")
+    return _decibels(
+        *(torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1)),
+        peak,
+        "the latent",
+    )
 
 
 def _streams(samples) -> list[torch.Tensor]:

@@ -1,4 +1,6 @@
-"""From what an artist sets in a node to how a run caches: presets, calibrations, and the words for both."""
+"""From what an artist sets in a node to how a run caches: presets, calibrations, and the words for
+both.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ from .progress import Progress
 
 CUSTOM = "custom"
 AUTO, NONE = "auto", "none"
-PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}  # TeaCache's rule with a polynomial of one's own: the paper's slow and fast, and half of slow
-ORDERS = {"auto": None, "reuse": 0, "line": 1, "parabola": 2}  # how a skipped step's result is made of the computed ones
+# TeaCache's rule with a polynomial of one's own: the paper's slow and fast, and half of slow
+PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
+# how a skipped step's result is made of the computed ones
+ORDERS = {"auto": None, "reuse": 0, "line": 1, "parabola": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,14 @@ class Choice:
     subtitle: str
 
     def on(self, model: ModelPatcher, watch) -> ModelPatcher:
-        """A clone of the model with this caching. Raises ValueError and FileRefused where it cannot be."""
-        apply = caching.apply_teacache if isinstance(self.settings, caching.TeaCacheSettings) else caching.apply_smoothcache
+        """A clone of the model with this caching. Raises ValueError and FileRefused where it cannot
+        be.
+        """
+        apply = (
+            caching.apply_teacache
+            if isinstance(self.settings, caching.TeaCacheSettings)
+            else caching.apply_smoothcache
+        )
         return apply(model, self.settings, self.calibration, watch)
 
 
@@ -35,12 +45,26 @@ def calibration_names(*others: str) -> list[str]:
     return [*others, *cache_files.calibration_files()]
 
 
-def teacache(model: ModelPatcher, preset: str, threshold: float, start: float, end: float, calibration: str, rule: str, extrapolation: str,
-             first_steps: int, last_steps: int, level: str, store: str) -> Choice:
+def teacache(
+    model: ModelPatcher,
+    preset: str,
+    threshold: float,
+    start: float,
+    end: float,
+    calibration: str,
+    rule: str,
+    extrapolation: str,
+    first_steps: int,
+    last_steps: int,
+    level: str,
+    store: str,
+) -> Choice:
     """TeaCache as the widgets say: a preset, or the own threshold under "custom"."""
     found = _calibration(model, calibration)
     settings = caching.preset("balanced" if preset == CUSTOM else preset, model)
-    changes = dict(start=start, end=end, first=first_steps, last=last_steps, level=level, store=store)
+    changes = dict(
+        start=start, end=end, first=first_steps, last=last_steps, level=level, store=store
+    )
     if rule != AUTO:
         changes["rule"] = rule
     if preset == CUSTOM:
@@ -50,11 +74,18 @@ def teacache(model: ModelPatcher, preset: str, threshold: float, start: float, e
     if ORDERS[extrapolation] is not None:
         changes["order"] = ORDERS[extrapolation]
     settings = dataclasses.replace(settings, **changes)
-    return Choice(settings, found, "TeaCache" if preset == CUSTOM else f"TeaCache, {preset}", _teacache_words(model, settings, found))
+    return Choice(
+        settings,
+        found,
+        "TeaCache" if preset == CUSTOM else f"TeaCache, {preset}",
+        _teacache_words(model, settings, found),
+    )
 
 
 def _published(model: ModelPatcher, calibration, preset: str) -> float:
-    """A preset's threshold for TeaCache's own rule: its authors' for this model, unless the polynomial is the user's own."""
+    """A preset's threshold for TeaCache's own rule: its authors' for this model, unless the
+    polynomial is the user's own.
+    """
     shipped = None if calibration is not None and calibration.polynomial else caching.shipped(model)
     return shipped.thresholds[list(PAPER).index(preset)] if shipped else PAPER[preset]
 
@@ -64,20 +95,50 @@ def _teacache_words(model: ModelPatcher, settings, calibration) -> str:
         return f"compares its guesses with what is computed; threshold {settings.threshold:g}"
     own = calibration is not None and calibration.polynomial is not None
     shipped = None if own else caching.shipped(model)
-    source = f"calibrated: {calibration.name}" if own else f"coefficients of {shipped.model}" if shipped else "no coefficients for this model"
+    source = (
+        f"calibrated: {calibration.name}"
+        if own
+        else f"coefficients of {shipped.model}"
+        if shipped
+        else "no coefficients for this model"
+    )
     return f"{source}, threshold {settings.threshold:g}"
 
 
-def smoothcache(model: ModelPatcher, calibration: str, alpha: float, depth: str, start: float, end: float, budget: int, extrapolation: str,
-                first_steps: int, last_steps: int, store: str) -> Choice:
-    """SmoothCache as the widgets say. Raises ValueError where no calibration of this model is to be found."""
+def smoothcache(
+    model: ModelPatcher,
+    calibration: str,
+    alpha: float,
+    depth: str,
+    start: float,
+    end: float,
+    budget: int,
+    extrapolation: str,
+    first_steps: int,
+    last_steps: int,
+    store: str,
+) -> Choice:
+    """SmoothCache as the widgets say. Raises ValueError where no calibration of this model is to be
+    found.
+    """
     found = _calibration(model, calibration)
     if found is None:
-        raise ValueError("SmoothCache needs a calibration of this model, and there is none yet: run Calibrate Cache on it and connect its output "
-                         "to 'calibration', or choose its file there.")
+        raise ValueError(
+            "SmoothCache needs a calibration of this model, and there is none yet: run Calibrate"
+            " Cache on it and connect its output to 'calibration', or choose its file there."
+        )
     changes = {} if ORDERS[extrapolation] is None else {"order": ORDERS[extrapolation]}
-    settings = caching.SmoothCacheSettings(alpha=alpha, depth=depth, start=start, end=end, first=first_steps, last=last_steps,
-                                           budget=budget or None, store=store, **changes)
+    settings = caching.SmoothCacheSettings(
+        alpha=alpha,
+        depth=depth,
+        start=start,
+        end=end,
+        first=first_steps,
+        last=last_steps,
+        budget=budget or None,
+        store=store,
+        **changes,
+    )
     how = f"{budget} steps computed" if budget else f"α {alpha:g}"
     return Choice(settings, found, f"SmoothCache, {how}", f"depth: {depth}")
 
@@ -89,9 +150,20 @@ def _calibration(model: ModelPatcher, name: str):
 
 
 def apply(model: ModelPatcher, choice: Choice, node_id: str | None) -> tuple[ModelPatcher, dict]:
-    """The model with caching, and a chart of what it will do. While a sampler runs, the strip is drawn in this node in place of that chart."""
+    """The model with caching, and a chart of what it will do. While a sampler runs, the strip is
+    drawn in this node in place of that chart.
+    """
     progress = Progress(choice.title, node_id)
-    cached = choice.on(model, lambda record: progress.show(caching_charts.strip_chart(record, choice.title, choice.subtitle)))
+    cached = choice.on(
+        model,
+        lambda record: progress.show(
+            caching_charts.strip_chart(record, choice.title, choice.subtitle)
+        ),
+    )
     notes = [["note", note] for note in caching.notes(model, choice.settings, choice.calibration)]
-    summary = [["how", choice.subtitle], ["depth", caching_charts.LEVELS[caching.level_of(model)]], *notes]
+    summary = [
+        ["how", choice.subtitle],
+        ["depth", caching_charts.LEVELS[caching.level_of(model)]],
+        *notes,
+    ]
     return cached, {"kind": "facts", "title": choice.title, "summary": summary}

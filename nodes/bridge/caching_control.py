@@ -1,7 +1,8 @@
 """ControlNets that run only for steps that are computed.
 
-ComfyUI runs a ControlNet before it asks the model. A stand-in is put in its place for the run: asked, it returns a promise, which the caching
-wrapper resolves when the step is to be computed, and leaves alone when it is not.
+ComfyUI runs a ControlNet before it asks the model. A stand-in is put in its place for the run:
+asked, it returns a promise, which the caching wrapper resolves when the step is to be computed, and
+leaves alone when it is not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable
 
 
 class Deferred(dict):
-    """A ControlNet's result, {"input", "middle", "output"} → lists, computed when first looked at. `skip` makes it empty for this call."""
+    """A ControlNet's result, {"input", "middle", "output"} → lists, computed when first looked at.
+    `skip` makes it empty for this call.
+    """
 
     def __init__(self, compute: Callable[[], dict | None]):
         super().__init__()
@@ -41,7 +44,9 @@ class Deferred(dict):
 
 
 class LazyControl:
-    """Stands for a ControlNet in one call of the sampler: get_control promises, everything else is the ControlNet's own."""
+    """Stands for a ControlNet in one call of the sampler: get_control promises, everything else is
+    the ControlNet's own.
+    """
 
     def __init__(self, control: object):
         self._control = control
@@ -54,10 +59,12 @@ class LazyControl:
 
 
 def deferring(key: str) -> Callable:
-    """A CALC_COND_BATCH wrapper that defers every ControlNet of a call whose run caches (`key` in its transformer_options).
+    """A CALC_COND_BATCH wrapper that defers every ControlNet of a call whose run caches (`key` in
+    its transformer_options).
 
     One stand-in for each ControlNet and call: ComfyUI batches conditionings that share one object.
     """
+
     def wrapper(executor, model, conds, x_in, timestep, model_options):
         if key not in model_options.get("transformer_options", {}):
             return executor(model, conds, x_in, timestep, model_options)
@@ -68,6 +75,8 @@ def deferring(key: str) -> Callable:
             if control is None:
                 return cond
             return cond | {"control": lazy.setdefault(id(control), LazyControl(control))}
+
         conds = [None if group is None else [deferred(cond) for cond in group] for group in conds]
         return executor(model, conds, x_in, timestep, model_options)
+
     return wrapper

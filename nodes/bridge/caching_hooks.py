@@ -1,5 +1,6 @@
-"""A visitor's hands on every block of a model for the length of one call: ComfyUI's block replacement where the model offers it, else its list of
-blocks shadowed in the instance. Existing replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes does not matter.
+"""A visitor's hands on every block of a model for the length of one call: ComfyUI's block
+replacement where the model offers it, else its list of blocks shadowed in the instance. Existing
+replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes does not matter.
 """
 
 from __future__ import annotations
@@ -32,15 +33,28 @@ class Place:
 class Visitor(Protocol):
     """What stands at every block."""
 
-    def block(self, place: Place, image: torch.Tensor, text: torch.Tensor | None, arguments: dict,
-              compute: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def block(
+        self,
+        place: Place,
+        image: torch.Tensor,
+        text: torch.Tensor | None,
+        arguments: dict,
+        compute: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns what the block should have returned; compute() runs it."""
 
 
 def places(model: torch.nn.Module, adapter: Adapter) -> list[Place]:
     """All blocks in the order in which they run."""
-    found = [(blocks, i, _real(module)) for blocks in adapter.blocks for i, module in enumerate(block_list(model, blocks))]
-    return [Place(blocks, i, n == 0, n == len(found) - 1, module) for n, (blocks, i, module) in enumerate(found)]
+    found = [
+        (blocks, i, _real(module))
+        for blocks in adapter.blocks
+        for i, module in enumerate(block_list(model, blocks))
+    ]
+    return [
+        Place(blocks, i, n == 0, n == len(found) - 1, module)
+        for n, (blocks, i, module) in enumerate(found)
+    ]
 
 
 def _real(module: torch.nn.Module | ShadowedBlock) -> torch.nn.Module:
@@ -49,8 +63,12 @@ def _real(module: torch.nn.Module | ShadowedBlock) -> torch.nn.Module:
 
 
 @contextmanager
-def visiting(model: torch.nn.Module, adapter: Adapter, options: dict, visitor: Visitor) -> Iterator[dict]:
-    """transformer_options with the visitor at every block; the model is as before when this ends, however it ends."""
+def visiting(
+    model: torch.nn.Module, adapter: Adapter, options: dict, visitor: Visitor
+) -> Iterator[dict]:
+    """transformer_options with the visitor at every block; the model is as before when this ends,
+    however it ends.
+    """
     options = options | {"patches_replace": dict(options.get("patches_replace", {}))}
     replace = options["patches_replace"]["dit"] = dict(options["patches_replace"].get("dit", {}))
     with ExitStack() as stack:
@@ -63,12 +81,19 @@ def visiting(model: torch.nn.Module, adapter: Adapter, options: dict, visitor: V
                 shadows.setdefault(place.blocks.attribute, []).append(ShadowedBlock(place, visitor))
         for name, gates in shadows.items():
             held = getattr(model, name)
-            shadow(stack, model, name, dict(zip(held.keys(), gates, strict=True)) if hasattr(held, "keys") else gates)
+            shadow(
+                stack,
+                model,
+                name,
+                dict(zip(held.keys(), gates, strict=True)) if hasattr(held, "keys") else gates,
+            )
         yield options
 
 
 def shadow(stack: ExitStack, module: torch.nn.Module, name: str, value: object) -> None:
-    """Puts a value before a submodule for attribute access alone: parameters, state dict and LoRA keys do not see it. Undone by the stack."""
+    """Puts a value before a submodule for attribute access alone: parameters, state dict and LoRA
+    keys do not see it. Undone by the stack.
+    """
     before = module.__dict__.get(name)
     module.__dict__[name] = value
 
@@ -77,6 +102,7 @@ def shadow(stack: ExitStack, module: torch.nn.Module, name: str, value: object) 
             module.__dict__.pop(name, None)
         else:
             module.__dict__[name] = before
+
     stack.callback(undo)
 
 
@@ -87,13 +113,19 @@ def _replacement(place: Place, previous: Callable | None, visitor: Visitor) -> C
         def compute():
             out = previous(arguments, extra) if previous else extra["original_block"](arguments)
             return out[image], out.get(text) if text else None
-        found, words = visitor.block(place, arguments[image], arguments.get(text) if text else None, arguments, compute)
+
+        found, words = visitor.block(
+            place, arguments[image], arguments.get(text) if text else None, arguments, compute
+        )
         return {image: found} | ({text: words} if text else {})
+
     return gate
 
 
 class ShadowedBlock:
-    """Stands in a list of blocks for one of them: called as the block is, and lends its attributes."""
+    """Stands in a list of blocks for one of them: called as the block is, and lends its
+    attributes.
+    """
 
     def __init__(self, place: Place, visitor: Visitor):
         self.place, self.visitor = place, visitor
@@ -105,12 +137,29 @@ class ShadowedBlock:
         blocks = self.place.blocks
 
         def value(where):
-            return None if where is None else args[where] if isinstance(where, int) else kwargs.get(where)
+            return (
+                None
+                if where is None
+                else args[where]
+                if isinstance(where, int)
+                else kwargs.get(where)
+            )
 
         def compute():
             out = self.place.module(*args, **kwargs)
             if len(blocks.returns) == 1:
                 return out, None
             return out[blocks.returns.index("img")], out[blocks.returns.index("txt")]
-        found = self.visitor.block(self.place, value(blocks.image), value(blocks.text), dict(enumerate(args)) | kwargs, compute)
-        return found[0] if len(blocks.returns) == 1 else tuple(found[0] if name == "img" else found[1] for name in blocks.returns)
+
+        found = self.visitor.block(
+            self.place,
+            value(blocks.image),
+            value(blocks.text),
+            dict(enumerate(args)) | kwargs,
+            compute,
+        )
+        return (
+            found[0]
+            if len(blocks.returns) == 1
+            else tuple(found[0] if name == "img" else found[1] for name in blocks.returns)
+        )

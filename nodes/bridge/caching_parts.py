@@ -1,8 +1,10 @@
-"""Caching of a model's parts by a static schedule: SmoothCache for kinds of blocks, or for the sub-layers inside them.
+"""Caching of a model's parts by a static schedule: SmoothCache for kinds of blocks, or for the
+sub-layers inside them.
 
-A block's part is its residual, out - in, of the image's tokens and of the text's; a sub-layer's is its output. Reused parts are guessed from the
-last computed ones, so gates and norms around a sub-layer still follow the current step. The same gates record the errors that the schedules
-are made from (`cache_calibration.py`).
+A block's part is its residual, out - in, of the image's tokens and of the text's; a sub-layer's is
+its output. Reused parts are guessed from the last computed ones, so gates and norms around a
+sub-layer still follow the current step. The same gates record the errors that the schedules are
+made from (`cache_calibration.py`).
 """
 
 from __future__ import annotations
@@ -22,22 +24,41 @@ DEPTHS = ("step", "block", "sublayer")
 
 
 def kinds(adapter: Adapter, depth: str) -> list[str]:
-    """What a schedule of this depth has rows for: kinds of blocks, split into sub-layers where the family has them."""
+    """What a schedule of this depth has rows for: kinds of blocks, split into sub-layers where the
+    family has them.
+    """
     found = []
     for blocks in adapter.blocks:
-        found += [f"{blocks.kind}.{part}" for part in blocks.parts] if depth == "sublayer" and blocks.parts else [blocks.kind]
+        found += (
+            [f"{blocks.kind}.{part}" for part in blocks.parts]
+            if depth == "sublayer" and blocks.parts
+            else [blocks.kind]
+        )
     return found
 
 
 def shares(model: torch.nn.Module, adapter: Adapter, depth: str) -> dict[str, float]:
-    """kind → its share of the weights of all blocks: about its share of the work, since each weight is multiplied once a token."""
+    """kind → its share of the weights of all blocks: about its share of the work, since each weight
+    is multiplied once a token.
+    """
+
     def size(module):
         return sum(parameter.numel() for parameter in module.parameters())
+
     every = places(model, adapter)
-    whole, found = sum(size(place.module) for place in every), dict.fromkeys(kinds(adapter, depth), 0.0)
+    whole, found = (
+        sum(size(place.module) for place in every),
+        dict.fromkeys(kinds(adapter, depth), 0.0),
+    )
     for place in every:
-        for name, module in ([(place.blocks.kind, place.module)] if place.blocks.kind in found else
-                             [(f"{place.blocks.kind}.{part}", getattr(place.module, part, None)) for part in place.blocks.parts]):
+        for name, module in (
+            [(place.blocks.kind, place.module)]
+            if place.blocks.kind in found
+            else [
+                (f"{place.blocks.kind}.{part}", getattr(place.module, part, None))
+                for part in place.blocks.parts
+            ]
+        ):
             found[name] += size(module) / max(whole, 1) if module is not None else 0.0
     return found
 
@@ -63,6 +84,7 @@ def around_parts(adapter: Adapter, depth: str) -> Callable:
                 visit.shadow_parts(stack, model)
             args, kwargs = substitute(args, kwargs, options, hooked)
             return executor(*args, **kwargs)
+
     return wrapper
 
 
@@ -77,7 +99,10 @@ class PartSchedule:
 
     def computes(self, kind: str, step: Step) -> bool:
         """Whether this kind's parts are computed at this step."""
-        return self.window.forbids(step) is not None or self.masks[kind][min(step.index, len(self.masks[kind]) - 1)]
+        return (
+            self.window.forbids(step) is not None
+            or self.masks[kind][min(step.index, len(self.masks[kind]) - 1)]
+        )
 
     def computed(self) -> None:
         """Nothing to start again."""
@@ -92,18 +117,37 @@ class PartVisit:
     """One call of the model: each part is computed and kept, or guessed."""
 
     def __init__(self, run: Run, streams: list[Stream], step: Step, adapter: Adapter, depth: str):
-        self.run, self.streams, self.step, self.adapter, self.depth = run, streams, step, adapter, depth
+        self.run, self.streams, self.step, self.adapter, self.depth = (
+            run,
+            streams,
+            step,
+            adapter,
+            depth,
+        )
 
     def computes(self, kind: str) -> bool:
         return self.streams[0].rule.computes(kind, self.step)
 
-    def block(self, place: Place, image: torch.Tensor, text: torch.Tensor | None, arguments: dict, compute: Callable):
+    def block(
+        self,
+        place: Place,
+        image: torch.Tensor,
+        text: torch.Tensor | None,
+        arguments: dict,
+        compute: Callable,
+    ):
         """Around a whole block, where blocks are what is kept."""
         if self.depth == "sublayer" and place.blocks.parts:
             return compute()
         batch = self.adapter.batch
-        found = None if self.computes(place.blocks.kind) else self._guess((*place.key, "img"), image, batch)
-        words = None if found is None or text is None else self._guess((*place.key, "txt"), text, batch)
+        found = (
+            None
+            if self.computes(place.blocks.kind)
+            else self._guess((*place.key, "img"), image, batch)
+        )
+        words = (
+            None if found is None or text is None else self._guess((*place.key, "txt"), text, batch)
+        )
         if found is not None and (text is None or words is not None):
             return image + found, None if text is None else text + words
         before = image.clone(), None if text is None else text.clone()
@@ -119,7 +163,12 @@ class PartVisit:
             for name in place.blocks.parts:
                 module = getattr(place.module, name, None)
                 if module is not None:
-                    shadow(stack, place.module, name, ShadowedPart(self, f"{place.blocks.kind}.{name}", place.index, module))
+                    shadow(
+                        stack,
+                        place.module,
+                        name,
+                        ShadowedPart(self, f"{place.blocks.kind}.{name}", place.index, module),
+                    )
 
     def part(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         """Around a sub-layer, whose output is a tensor or a tuple of tensors."""
@@ -135,16 +184,24 @@ class PartVisit:
         return out
 
     def _guess(self, key: tuple, like: torch.Tensor, batch: int) -> torch.Tensor | None:
-        """The part's value at this step, on the device of `like`; None where a stream has not computed it yet."""
+        """The part's value at this step, on the device of `like`; None where a stream has not
+        computed it yet.
+        """
         histories = [stream.parts.get(key) for stream in self.streams]
         if not all(histories):
             return None
         found = [history.guess(self.step.sigma, like) for history in histories]
-        return found[0].clone() if len(found) == 1 else torch.cat(found, batch)  # a model may write into what a part returned
+        # a model may write into what a part returned
+        return found[0].clone() if len(found) == 1 else torch.cat(found, batch)
 
     def _keep(self, key: tuple, value: torch.Tensor, batch: int) -> None:
         for stream, piece in zip(self.streams, value.chunk(len(self.streams), batch), strict=True):
-            stream.rule.keep(key, stream.parts.setdefault(key, History(self.run.reuse, self.run.store)), self.step, piece)
+            stream.rule.keep(
+                key,
+                stream.parts.setdefault(key, History(self.run.reuse, self.run.store)),
+                self.step,
+                piece,
+            )
 
 
 class ShadowedPart:

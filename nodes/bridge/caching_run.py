@@ -1,8 +1,11 @@
-"""One sampling run that is being cached: its schedule, its streams of conditioning, its record. Made when sampling starts, dropped when it ends.
+"""One sampling run that is being cached: its schedule, its streams of conditioning, its record.
+Made when sampling starts, dropped when it ends.
 
-It lives in the transformer_options of that run's guider alone; nothing stays on a model. Streams are told apart by ComfyUI's uuid of the
-conditioning, the context window, what other nodes replace in this call (the second pass of SLG, PAG), the LoRA hooks in force, and how often the
-model was already asked at this noise level (tiles, samplers with two stages): each has a history and a rule's state of its own.
+It lives in the transformer_options of that run's guider alone; nothing stays on a model. Streams
+are told apart by ComfyUI's uuid of the conditioning, the context window, what other nodes replace
+in this call (the second pass of SLG, PAG), the LoRA hooks in force, and how often the model was
+already asked at this noise level (tiles, samplers with two stages): each has a history and a rule's
+state of its own.
 """
 
 from __future__ import annotations
@@ -19,18 +22,35 @@ from .caching_control import Deferred
 
 KEY = "nibble_cache"
 
-# Samplers that ask the model once a step: the step is known by counting, without reading a noise level back from the GPU.
-ONE_CALL_A_STEP = {"euler", "euler_ancestral", "lms", "ddpm", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "ipndm", "deis", "res_multistep",
-                   "gradient_estimation"}
+# Samplers that ask the model once a step: the step is known by counting, without reading a noise
+# level back from the GPU.
+ONE_CALL_A_STEP = {
+    "euler",
+    "euler_ancestral",
+    "lms",
+    "ddpm",
+    "lcm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "ipndm",
+    "deis",
+    "res_multistep",
+    "gradient_estimation",
+}
 
-# Samplers that add fresh noise: the velocity jumps with it from step to step, the picture that it points to does not.
+# Samplers that add fresh noise: the velocity jumps with it from step to step, the picture that it
+# points to does not.
 NOISY = ("ancestral", "sde", "lcm", "ddpm")
 
 
 @dataclass
 class Stream:
-    """One stream of conditioning. rule: its decider. history: what whole steps computed. parts: the same for each part of the model.
-    feature: TeaCache's F of the last step. shape: of the latent, without the batch of other streams."""
+    """One stream of conditioning. rule: its decider. history: what whole steps computed. parts: the
+    same for each part of the model.
+    feature: TeaCache's F of the last step. shape: of the latent, without the batch of other
+        streams.
+    """
 
     rule: object
     history: History
@@ -48,24 +68,46 @@ class Stream:
 
 
 class Run:
-    """sigmas: steps + 1. rule: what has .stream(). store: where kept tensors live (None: where they are made). feature: TeaCache's F."""
+    """sigmas: steps + 1. rule: what has .stream(). store: where kept tensors live (None: where they
+    are made). feature: TeaCache's F.
+    """
 
-    def __init__(self, sigmas: list[float], sampler: object, patcher: object, rule: object, reuse: Reuse, store: str | None,
-                 record: Record, watch: Callable[[Record], None] | None = None, feature: str = ""):
+    def __init__(
+        self,
+        sigmas: list[float],
+        sampler: object,
+        patcher: object,
+        rule: object,
+        reuse: Reuse,
+        store: str | None,
+        record: Record,
+        watch: Callable[[Record], None] | None = None,
+        feature: str = "",
+    ):
         self.sigmas, self.rule, self.feature = sigmas, rule, feature
-        self.reuse, self.store, self.record, self.watch, self.patcher = reuse, store, record, watch, patcher
+        self.reuse, self.store, self.record, self.watch, self.patcher = (
+            reuse,
+            store,
+            record,
+            watch,
+            patcher,
+        )
         self.streams: dict[tuple, Stream] = {}
         self.asked: dict[tuple, tuple[float, int]] = {}
         self.finished = 0
         self.noisy = any(word in sampler_name(sampler) for word in NOISY)
-        self.counted = sampler_name(sampler) in ONE_CALL_A_STEP and not getattr(sampler, "extra_options", {}).get("s_churn")
+        self.counted = sampler_name(sampler) in ONE_CALL_A_STEP and not getattr(
+            sampler, "extra_options", {}
+        ).get("s_churn")
 
     @property
     def total(self) -> int:
         return len(self.sigmas) - 1
 
     def step(self, sigma: torch.Tensor) -> Step:
-        """The step of this call. Samplers of several stages are placed by their noise level, which waits for the GPU."""
+        """The step of this call. Samplers of several stages are placed by their noise level, which
+        waits for the GPU.
+        """
         if self.counted:
             index = min(self.finished, self.total - 1)
             return Step(index, self.total, self.sigmas[index])
@@ -83,7 +125,9 @@ class Run:
         for position, uuid in enumerate(uuids):
             key = (uuid, uuids[:position].count(uuid), times, *call)
             if key not in self.streams:
-                self.streams[key] = Stream(self.rule.stream(), History(self.reuse, self.store), first=not self.streams)
+                self.streams[key] = Stream(
+                    self.rule.stream(), History(self.reuse, self.store), first=not self.streams
+                )
             stream = self.streams[key]
             if stream.shape != shape:
                 if stream.shape:
@@ -99,7 +143,9 @@ class Run:
         return times
 
     def settle(self, step: Step, streams: list[Stream], decisions: list[Decision]) -> bool:
-        """One batch is computed or reused as a whole: computed if any of its streams asks for it. Records, and returns whether to compute."""
+        """One batch is computed or reused as a whole: computed if any of its streams asks for it.
+        Records, and returns whether to compute.
+        """
         compute = any(decision.compute for decision in decisions)
         for stream, decision in zip(streams, decisions, strict=True):
             if compute and not decision.compute:
@@ -118,11 +164,16 @@ class Run:
 
 def sampler_name(sampler: object) -> str:
     """ComfyUI's name of a SAMPLER, "euler"; empty for one that has none."""
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix("sample_")
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix(
+        "sample_"
+    )
 
 
 def sampling(make: Callable[..., Run]) -> Callable:
-    """An OUTER_SAMPLE wrapper that gives each sampling run a Run of its own: make(guider, sampler, sigmas, latent)."""
+    """An OUTER_SAMPLE wrapper that gives each sampling run a Run of its own: make(guider, sampler,
+    sigmas, latent).
+    """
+
     def wrapper(executor, *args, **kwargs):
         guider, sampler, sigmas = executor.class_obj, args[2], args[3]
         run, before = make(guider, sampler, sigmas, args[1]), guider.model_options
@@ -138,6 +189,7 @@ def sampling(make: Callable[..., Run]) -> Callable:
         finally:
             guider.model_options = before
             run.streams.clear()
+
     return wrapper
 
 
@@ -146,18 +198,27 @@ def _counting(callback: Callable | None, run: Run) -> Callable:
         if callback is not None:
             callback(*args, **kwargs)
         run.stepped()
+
     return counted
 
 
 def options_of(args: list, kwargs: dict) -> dict | None:
-    """The transformer_options of a call that belongs to a cached run: models differ in where they pass them."""
-    dicts = (value for value in (*args, *kwargs.values()) if isinstance(value, dict) and not isinstance(value, Deferred))
+    """The transformer_options of a call that belongs to a cached run: models differ in where they
+    pass them.
+    """
+    dicts = (
+        value
+        for value in (*args, *kwargs.values())
+        if isinstance(value, dict) and not isinstance(value, Deferred)
+    )
     return next((value for value in dicts if isinstance(value.get(KEY), Run)), None)
 
 
 def substitute(args: list, kwargs: dict, old: object, new: object) -> tuple[list, dict]:
     """A call's arguments with one object, found by identity, in another's place."""
-    return [new if value is old else value for value in args], {name: new if value is old else value for name, value in kwargs.items()}
+    return [new if value is old else value for value in args], {
+        name: new if value is old else value for name, value in kwargs.items()
+    }
 
 
 def deferred_control(args: list, kwargs: dict) -> Deferred | None:
@@ -175,14 +236,30 @@ def _name(function: object) -> str:
 
 
 def _replaced(options: dict) -> frozenset:
-    """What other nodes replace in this call: names, not identities, since some make new closures each step."""
-    found = {(place, str(key), _name(function)) for place, entries in options.get("patches_replace", {}).items() for key, function in entries.items()}
-    found |= {(place, _name(function)) for place, functions in options.get("patches", {}).items() for function in functions}
+    """What other nodes replace in this call: names, not identities, since some make new closures
+    each step.
+    """
+    found = {
+        (place, str(key), _name(function))
+        for place, entries in options.get("patches_replace", {}).items()
+        for key, function in entries.items()
+    }
+    found |= {
+        (place, _name(function))
+        for place, functions in options.get("patches", {}).items()
+        for function in functions
+    }
     override = options.get("optimized_attention_override")
     return frozenset(found | ({("attention", _name(override))} if override else set()))
 
 
 def _hooks(patcher: object) -> tuple:
-    """The LoRA hooks in force with their strengths: a keyframe that changes one begins a new stream."""
+    """The LoRA hooks in force with their strengths: a keyframe that changes one begins a new
+    stream.
+    """
     group = getattr(patcher, "current_hooks", None)
-    return tuple((id(hook.hook_ref), hook.strength) for hook in group.hooks) if group is not None else ()
+    return (
+        tuple((id(hook.hook_ref), hook.strength) for hook in group.hooks)
+        if group is not None
+        else ()
+    )

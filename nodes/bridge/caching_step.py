@@ -1,8 +1,9 @@
 """Caching of whole steps: for any model, around its call, outside anything that torch.compile sees.
 
-What is kept is the velocity d = (x - denoised) / sigma, the derivative that every sampler integrates (for flow models the model's own output); a
-reused step returns x - sigma * d with d guessed from the last computed ones. Under samplers that add fresh noise it is `denoised` itself. A computed step
-returns what the model returned, untouched.
+What is kept is the velocity d = (x - denoised) / sigma, the derivative that every sampler
+integrates (for flow models the model's own output); a reused step returns x - sigma * d with d
+guessed from the last computed ones. Under samplers that add fresh noise it is `denoised` itself. A
+computed step returns what the model returned, untouched.
 """
 
 from __future__ import annotations
@@ -40,9 +41,15 @@ def around_model(executor, *args, **kwargs):
 
 
 def keep(stream: Stream, step: Step, value: torch.Tensor) -> None:
-    """Remembers what a step computed; a rule that controls errors first learns how wrong the guess for it would have been."""
+    """Remembers what a step computed; a rule that controls errors first learns how wrong the guess
+    for it would have been.
+    """
     history = stream.history
-    if isinstance(stream.rule, ErrorStream) and len(history) > stream.rule.rule.reuse.order and step.sigma not in history.nodes:
+    if (
+        isinstance(stream.rule, ErrorStream)
+        and len(history) > stream.rule.rule.reuse.order
+        and step.sigma not in history.nodes
+    ):
         guess = history.guess(step.sigma, value)
         error = (guess - value).abs().float().mean() / value.abs().float().mean()
         stream.rule.measured(step, history.nodes, float(error))

@@ -1,6 +1,8 @@
-"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS: `accel/caf/adams.py` on any rectified-flow model.
+"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS: `accel/caf/adams.py` on
+any rectified-flow model.
 
-For such a model x = (1 - sigma) data + sigma noise, so dx/dsigma = (x - denoised) / sigma, whatever guidance, LoRAs and masks are in `denoised`.
+For such a model x = (1 - sigma) data + sigma noise, so dx/dsigma = (x - denoised) / sigma, whatever
+guidance, LoRAs and masks are in `denoised`.
 """
 
 from __future__ import annotations
@@ -22,38 +24,62 @@ def sampler(limit: float) -> comfy.samplers.KSAMPLER:
 
 
 @torch.no_grad()
-def constant_acceleration(model, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict | None = None, callback=None, disable: bool | None = None,
-                          limit: float | None = None) -> torch.Tensor:
-    """A sampler function as KSAMPLER calls them: model(x, sigma (batch,), **extra_args) → the denoised latent; one call a step.
+def constant_acceleration(
+    model,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict | None = None,
+    callback=None,
+    disable: bool | None = None,
+    limit: float | None = None,
+) -> torch.Tensor:
+    """A sampler function as KSAMPLER calls them: model(x, sigma (batch,), **extra_args) → the
+    denoised latent; one call a step.
 
-    Raises ValueError for a model that is no rectified flow, and for sigmas that reach 0 before their end.
+    Raises ValueError for a model that is no rectified flow, and for sigmas that reach 0 before
+    their end.
     """
     check_model(model.inner_model.inner_model.model_sampling)
     times = sigmas.tolist()
     if 0 in times[:-1]:
-        raise ValueError("The sigmas reach 0 before their end, where there is nothing left to draw; cut them off there, for instance with Split Sigmas.")
+        raise ValueError(
+            "The sigmas reach 0 before their end, where there is nothing left to draw; cut them off"
+            " there, for instance with Split Sigmas."
+        )
     bar = tqdm(total=len(times) - 1, disable=disable)
 
     def velocity(x: torch.Tensor, i: int) -> torch.Tensor:
         Progress.check()
         denoised = model(x, x.new_ones(len(x)) * sigmas[i], **(extra_args or {}))
         if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+            callback(
+                {"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised}
+            )
         bar.update()
         return (x - denoised) / times[i]
+
     with bar:
         return adams.integrate(velocity, x, times, limit)
 
 
-def check_model(sampling, node: str = "Constant-Acceleration Sampler", instead: str = "Choose dpmpp_2m or euler for it.") -> None:
-    """Raises ValueError, naming the node and what to do instead, unless the model's sampling is a rectified flow's."""
+def check_model(
+    sampling,
+    node: str = "Constant-Acceleration Sampler",
+    instead: str = "Choose dpmpp_2m or euler for it.",
+) -> None:
+    """Raises ValueError, naming the node and what to do instead, unless the model's sampling is a
+    rectified flow's.
+    """
     if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise ValueError(f"{node} needs a rectified-flow model, such as FLUX, SD3, Qwen-Image or Wan; "
-                         f"this model predicts something else, as SD 1.5 and SDXL do. {instead}")
+        raise ValueError(
+            f"{node} needs a rectified-flow model, such as FLUX, SD3, Qwen-Image or Wan; "
+            f"this model predicts something else, as SD 1.5 and SDXL do. {instead}"
+        )
 
 
 def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
-    """SIGMAS (steps + 1,), each moved by `adams.retime` between the first and the last, which stay: denoise and Split Sigmas keep their meaning.
+    """SIGMAS (steps + 1,), each moved by `adams.retime` between the first and the last, which stay:
+    denoise and Split Sigmas keep their meaning.
 
     Raises ValueError for sigmas that do not run between 1 and 0, or not in one direction.
     """
@@ -61,11 +87,17 @@ def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
         return sigmas
     low, high = sigmas.min().item(), sigmas.max().item()
     if low < 0 or high > 1 + 1e-4:
-        raise ValueError(f"CAF Sigmas is for models whose sigmas run from 1 to 0, such as FLUX, SD3, Qwen-Image or Wan; these run from "
-                         f"{high:.4g} to {low:.4g}. Connect the scheduler to such a model, or leave this node out.")
+        raise ValueError(
+            "CAF Sigmas is for models whose sigmas run from 1 to 0, such as FLUX, SD3, Qwen-Image"
+            f" or Wan; these run from {high:.4g} to {low:.4g}. Connect the scheduler to such a"
+            " model, or leave this node out."
+        )
     steps = sigmas.diff()
     if not ((steps <= 0).all() or (steps >= 0).all()) or low == high:
-        raise ValueError("CAF Sigmas needs sigmas that run in one direction; put it before the node that joins or repeats them.")
+        raise ValueError(
+            "CAF Sigmas needs sigmas that run in one direction; put it before the node that joins"
+            " or repeats them."
+        )
     first, last = sigmas[0].double(), sigmas[-1].double()
     moved = last + (first - last) * adams.retime((sigmas.double() - last) / (first - last), h)
     moved[0], moved[-1] = first, last  # to the bit
@@ -74,7 +106,11 @@ def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
 
 def chart(before: torch.Tensor, after: torch.Tensor) -> dict:
     """A chart of kind "facts" (`charts.py`): the sigmas before and after."""
-    return {"kind": "facts", "title": f"{max(len(after) - 1, 0)} steps", "summary": [["before", row(before)], ["after", row(after)]]}
+    return {
+        "kind": "facts",
+        "title": f"{max(len(after) - 1, 0)} steps",
+        "summary": [["before", row(before)], ["after", row(after)]],
+    }
 
 
 def row(sigmas: torch.Tensor) -> str:

@@ -1,10 +1,13 @@
-"""A CAF file on a MODEL: two heads beside its weights, put on for the length of each call of the model and taken off again.
+"""A CAF file on a MODEL: two heads beside its weights, put on for the length of each call of the
+model and taken off again.
 
-Which head it is, and the initial velocity that it sees, come with the call (`Request`, under KEY in its transformer_options). A call without one, as
-ComfyUI's own samplers make it, gets the velocity head.
+Which head it is, and the initial velocity that it sees, come with the call (`Request`, under KEY in
+its transformer_options). A call without one, as ComfyUI's own samplers make it, gets the velocity
+head.
 
-The heads are an additional model of the clone, as ControlNets are of a prompt: ComfyUI loads, counts, offloads and frees them. Where they do not
-fit beside the model they stay in RAM and are streamed. Everything happens around `apply_model`, the same for all families, so LoRAs, ControlNet,
+The heads are an additional model of the clone, as ControlNets are of a prompt: ComfyUI loads,
+counts, offloads and frees them. Where they do not fit beside the model they stay in RAM and are
+streamed. Everything happens around `apply_model`, the same for all families, so LoRAs, ControlNet,
 4-bit layers and caches put on later work inside of it.
 """
 
@@ -26,9 +29,13 @@ from . import caching_run, caf, charts, loading
 from .progress import Progress
 
 FOLDER, ENDING = "caf", caf_adapter.ENDING
-KEY = "nibble_caf"     # of the heads on a MODEL (attachment, additional model, wrapper) and of the request in a call's transformer_options
-LEAST_SIGMA = 1e-3     # what models are asked at where there is no noise left: they know nothing of sigma = 0
-_OUTER = ("wrappers", "callbacks")  # what is not run again where only the input layer's input is wanted
+# of the heads on a MODEL (attachment, additional model, wrapper) and of the request in a call's
+# transformer_options
+KEY = "nibble_caf"
+# what models are asked at where there is no noise left: they know nothing of sigma = 0
+LEAST_SIGMA = 1e-3
+# what is not run again where only the input layer's input is wanted
+_OUTER = ("wrappers", "callbacks")
 
 folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
 
@@ -43,7 +50,9 @@ class Heads:
 
 @dataclass(frozen=True)
 class Request:
-    """Which head a call of the model is for: acceleration where an initial velocity (batch, …) is given, in x's units; else velocity."""
+    """Which head a call of the model is for: acceleration where an initial velocity (batch, …) is
+    given, in x's units; else velocity.
+    """
 
     start: Tensor | None = None
 
@@ -76,11 +85,15 @@ def stamp(name: str) -> str:
 def load(model: ModelPatcher, name: str) -> ModelPatcher:
     """A clone of the model with the heads of a CAF file; the model itself stays as it is.
 
-    Raises FileRefused for a file that is none, or was made for another model, ValueError for a model that is no rectified flow or has heads already.
+    Raises FileRefused for a file that is none, or was made for another model, ValueError for a
+    model that is no rectified flow or has heads already.
     """
     caf.check_model(model.get_model_object("model_sampling"), "Load CAF Model")
     if (worn := model.get_attachment(KEY)) is not None:
-        raise ValueError(f"The connected model has the heads of {worn.name} already, and only one pair fits; connect {name} to the model before that node.")
+        raise ValueError(
+            f"The connected model has the heads of {worn.name} already, and only one pair fits;"
+            f" connect {name} to the model before that node."
+        )
     adapter = caf_adapter.read_file(path_of(name))
     caf_adapter.check(adapter, model.model.diffusion_model, name)
     return wearing(model, adapter.to(model.model.get_dtype_inference()), name)
@@ -90,7 +103,9 @@ def wearing(model: ModelPatcher, adapter: caf_adapter.Adapter, name: str) -> Mod
     """A clone of the model with an adapter that fits it."""
     worn = model.clone()
     adapter = adapter.requires_grad_(False)
-    worn.set_additional_models(KEY, [comfy.model_patcher.ModelPatcher(adapter, model.load_device, model.offload_device)])
+    worn.set_additional_models(
+        KEY, [comfy.model_patcher.ModelPatcher(adapter, model.load_device, model.offload_device)]
+    )
     worn.set_attachments(KEY, Heads(name, adapter))
     worn.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Dressing(adapter))
     return worn
@@ -100,8 +115,10 @@ def heads_of(model: ModelPatcher) -> Heads:
     """The heads on a MODEL. Raises ValueError for one without."""
     worn = model.get_attachment(KEY)
     if worn is None:
-        raise ValueError("The connected model has no CAF heads, which this node needs; put Load CAF Model between, or use Constant-Acceleration Sampler, "
-                         "which needs none.")
+        raise ValueError(
+            "The connected model has no CAF heads, which this node needs; put Load CAF Model"
+            " between, or use Constant-Acceleration Sampler, which needs none."
+        )
     return worn
 
 
@@ -111,38 +128,67 @@ class Dressing:
     def __init__(self, adapter: caf_adapter.Adapter):
         self.adapter = adapter
 
-    def __call__(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **conds) -> Tensor:  # noqa: B006 (comfy's own)
+    def __call__(
+        self,
+        executor,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options={},  # noqa: B006 (comfy's own)
+        **conds,
+    ) -> Tensor:
         request, options = transformer_options.get(KEY, Request()), _told_apart(transformer_options)
-        network, place, presented = executor.class_obj.diffusion_model, self.adapter.input_layer, None
+        network, place, presented = (
+            executor.class_obj.diffusion_model,
+            self.adapter.input_layer,
+            None,
+        )
         if request.start is not None:
             start = _repeated(request.start, x, len(options.get("cond_or_uncond", [0])))
             inner = {name: value for name, value in options.items() if name not in _OUTER}
-            presented = caf_adapter.presented_by(network, place, lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds))
+            presented = caf_adapter.presented_by(
+                network,
+                place,
+                lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds),
+            )
         strength = self.adapter.strength(t[:1])  # samplers ask for one noise level at a time
-        with caf_adapter.attached(network, self.adapter.head(request.head), place, presented, strength):
+        with caf_adapter.attached(
+            network, self.adapter.head(request.head), place, presented, strength
+        ):
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 
 def _told_apart(options: dict) -> dict:
-    """The one call for an initial velocity is none of a run's steps: by these names of the prompts caches know what they may reuse."""
+    """The one call for an initial velocity is none of a run's steps: by these names of the prompts
+    caches know what they may reuse.
+    """
     if KEY not in options or options[KEY].start is not None or "uuids" not in options:
         return options
     return options | {"uuids": [(uuid, "velocity") for uuid in options["uuids"]]}
 
 
 def _repeated(start: Tensor, x: Tensor, prompts: int) -> Tensor:
-    """The initial velocity for every prompt of a batch. Raises ValueError where a prompt is for a part of the picture only."""
+    """The initial velocity for every prompt of a batch. Raises ValueError where a prompt is for a
+    part of the picture only.
+    """
     if start.shape[1:] != x.shape[1:] or len(x) != prompts * len(start):
-        raise ValueError(f"CAF Sampler cannot draw the picture in parts: the model was asked for {' x '.join(map(str, x.shape[1:]))} of "
-                         f"{' x '.join(map(str, start.shape[1:]))}. Take areas off the prompts, and context windows off the model.")
+        raise ValueError(
+            "CAF Sampler cannot draw the picture in parts: the model was asked for"
+            f" {' x '.join(map(str, x.shape[1:]))} of {' x '.join(map(str, start.shape[1:]))}. Take"
+            " areas off the prompts, and context windows off the model."
+        )
     return start.to(x).repeat(prompts, *[1] * (x.dim() - 1))
 
 
 def asking(model, extra_args: dict) -> heads.Model:
     """A guider's model as `accel/caf/heads.py` wants it: guidance, masks and prompts included.
 
-    model: called as model(x, sigma (batch,), **extra_args) → the denoised latent, as samplers do; extra_args with `model_options`
+    model: called as model(x, sigma (batch,), **extra_args) → the denoised latent, as samplers do;
+        extra_args with `model_options`
     """
+
     def ask(x: Tensor, sigma: Tensor, start: Tensor | None) -> Tensor:
         Progress.check()
         sigma = sigma.clamp_min(LEAST_SIGMA)
@@ -150,17 +196,25 @@ def asking(model, extra_args: dict) -> heads.Model:
         told = options.setdefault("transformer_options", {})
         told[KEY] = Request(start)
         if start is None:
-            told.pop(caching_run.KEY, None)  # it has no steps before it from which to guess, and is not to be guessed from
+            # it has no steps before it from which to guess, and is not to be guessed from
+            told.pop(caching_run.KEY, None)
         return (model(x, sigma, **extra_args | {"model_options": options}) - x) / flow.at(sigma, x)
+
     return ask
 
 
 def chart(worn: Heads) -> dict:
     """A chart of kind "facts" (`charts.py`): what a file holds."""
     adapter, facts = worn.adapter, worn.adapter.facts
-    layers = f"{f'rank {adapter.rank}' if adapter.rank else 'whole layers'}, {len(adapter.velocity.names)} layers"
-    summary = [["heads", f"velocity and acceleration, {layers} each"], ["pace", f"h = {adapter.h:g}"],
-               ["size", charts.size(sum(tensor.nbytes for tensor in adapter.parameters()))]]
+    layers = (
+        f"{f'rank {adapter.rank}' if adapter.rank else 'whole layers'},"
+        f" {len(adapter.velocity.names)} layers"
+    )
+    summary = [
+        ["heads", f"velocity and acceleration, {layers} each"],
+        ["pace", f"h = {adapter.h:g}"],
+        ["size", charts.size(sum(tensor.nbytes for tensor in adapter.parameters()))],
+    ]
     if {"steps", "pairs"} <= facts.keys():
         summary.insert(1, ["trained", f"{facts['steps']} steps each on {facts['pairs']} pairs"])
     return {"kind": "facts", "title": worn.name, "summary": summary}

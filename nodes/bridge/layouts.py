@@ -1,14 +1,18 @@
-"""Nibble's formats as ComfyUI quantized tensors: everything a 4-bit linear owns travels as one tensor.
+"""Nibble's formats as ComfyUI quantized tensors: everything a 4-bit linear owns travels as one
+tensor.
 
-ComfyUI streams, pins, offloads and counts only `.weight` and `.bias` of a linear; a scale or a low-rank factor kept as a
-parameter of its own would stay in VRAM for ever. So codes, scales, low-rank factors and smoothing live in the `Params` of one
-`comfy_kitchen` QuantizedTensor whose logical shape is (N, K): model detection and LoRA code see an ordinary weight.
+ComfyUI streams, pins, offloads and counts only `.weight` and `.bias` of a linear; a scale or a
+low-rank factor kept as a parameter of its own would stay in VRAM for ever. So codes, scales,
+low-rank factors and smoothing live in the `Params` of one `comfy_kitchen` QuantizedTensor whose
+logical shape is (N, K): model detection and LoRA code see an ordinary weight.
 
 Additions to what a file holds, only in memory, of a patched weight:
-- `proj_down`/`proj_up` are longer than the file's: an adapter's low-rank factors are appended to them.
+- `proj_down`/`proj_up` are longer than the file's: an adapter's low-rank factors are appended to
+  them.
 - `delta`: the rest of a patch that has no low rank, dense (N, K), 16 bit.
-- `row_scale` ρ (N,), float32: a DoRA multiplies the rows of the weight; then its factors, which are not to be multiplied, are in
-  `side_down` (K, r) and `side_up` (N, r), and `row_fold` (N,) is what unsigned activations folded into the bias, or None.
+- `row_scale` ρ (N,), float32: a DoRA multiplies the rows of the weight; then its factors, which are
+  not to be multiplied, are in `side_down` (K, r) and `side_up` (N, r), and `row_fold` (N,) is what
+  unsigned activations folded into the bias, or None.
 """
 
 from __future__ import annotations
@@ -23,16 +27,22 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_cl
 
 from ...quant.svdquant.weight import SVDQuantWeight, W4A16Weight, halves_first, natural_columns
 
-_REFUSAL = ("A 4-bit Nibble weight is made once, from the 16-bit model (SVDQuant Quantize Checkpoint); "
-            "it cannot be requantized while a picture is made.")
+_REFUSAL = (
+    "A 4-bit Nibble weight is made once, from the 16-bit model (SVDQuant Quantize Checkpoint); "
+    "it cannot be requantized while a picture is made."
+)
 
 
 class _LIVE:
-    """`hook_seen` of the weight that a module computes with: it follows its hook instead of remembering it."""
+    """`hook_seen` of the weight that a module computes with: it follows its hook instead of
+    remembering it.
+    """
 
 
 class HookCell:
-    """Where a LoRA hook's change to one weight is kept; every alias of the weight shares it (see `Params.copy_from`)."""
+    """Where a LoRA hook's change to one weight is kept; every alias of the weight shares it (see
+    `Params.copy_from`).
+    """
 
     def __init__(self, value: Any = None):
         self.value = value
@@ -49,7 +59,9 @@ class HookCell:
 
 @dataclass(frozen=True)
 class _Params:
-    """What both formats share. `hook` is shared by aliases; `hook_seen` is what it held when this copy was taken."""
+    """What both formats share. `hook` is shared by aliases; `hook_seen` is what it held when this
+    copy was taken.
+    """
 
     scale: torch.Tensor
     orig_dtype: torch.dtype
@@ -65,25 +77,37 @@ class _Params:
     hook_seen: Any = None
 
     def _tensor_fields(self) -> list[str]:
-        return [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
+        return [
+            f.name
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        ]
 
     def _with_tensors(self, change, **fields) -> _Params:
-        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in self._tensor_fields()}, **fields)
+        return dataclasses.replace(
+            self, **{name: change(getattr(self, name)) for name in self._tensor_fields()}, **fields
+        )
 
     def to_device(self, device: torch.device) -> _Params:
         return self._with_tensors(lambda tensor: tensor.to(device=device))
 
     def clone(self) -> _Params:
-        """Shares the tensors (a weight is never written in place) and remembers what the hook held."""
+        """Shares the tensors (a weight is never written in place) and remembers what the
+        hook held.
+        """
         thaw = not torch.is_inference_mode_enabled()
         seen = self.hook.value if self.hook is not None else None
-        return self._with_tensors(lambda tensor: tensor.clone() if thaw and tensor.is_inference() else tensor, hook_seen=seen)
+        return self._with_tensors(
+            lambda tensor: tensor.clone() if thaw and tensor.is_inference() else tensor,
+            hook_seen=seen,
+        )
 
     def copy_from(self, source: _Params, non_blocking: bool = False) -> None:
         """Fills this copy's buffers from a weight of the same shapes.
 
-        ComfyUI switches a LoRA hook on and off by copying a remembered weight over an alias of the live one. The alias shares
-        the live weight's hook cell, so what the remembered weight saw of the hook reaches the live one.
+        ComfyUI switches a LoRA hook on and off by copying a remembered weight over an alias of the
+        live one. The alias shares the live weight's hook cell, so what the remembered weight saw of
+        the hook reaches the live one.
         """
         for name in source._tensor_fields():
             getattr(self, name).copy_(getattr(source, name), non_blocking=non_blocking)
@@ -94,8 +118,9 @@ class _Params:
 class NibbleTensor(QuantizedTensor):
     """ComfyUI's quantized tensor, whose `to(…, copy=True)` copies in inference mode, too.
 
-    There torch hands `to` over undivided, and comfy_kitchen's answer to it forgets `copy`: the backup that ComfyUI takes of a weight
-    before it puts a hook on would be the very weight that the hook changes, and the hook would never come off.
+    There torch hands `to` over undivided, and comfy_kitchen's answer to it forgets `copy`: the
+    backup that ComfyUI takes of a weight before it puts a hook on would be the very weight that the
+    hook changes, and the hook would never come off.
     """
 
     @classmethod
@@ -111,7 +136,9 @@ class NibbleTensor(QuantizedTensor):
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride) -> NibbleTensor:
-        return _ours(QuantizedTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride))
+        return _ours(
+            QuantizedTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)
+        )
 
 
 _TO = (torch.ops.aten.to.dtype_layout, torch.ops.aten.to.dtype)
@@ -123,7 +150,10 @@ def _ours(tensor: QuantizedTensor) -> NibbleTensor:
 
 def _patched_fields(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     """What a patch added to a weight, out of a state dict's tensors by their short names."""
-    return {name: tensors.get(f"weight_{name}") for name in ("delta", "row_scale", "row_fold", "side_down", "side_up")}
+    return {
+        name: tensors.get(f"weight_{name}")
+        for name in ("delta", "row_scale", "row_fold", "side_down", "side_up")
+    }
 
 
 def live(weight: torch.Tensor) -> torch.nn.Parameter:
@@ -135,7 +165,9 @@ def live(weight: torch.Tensor) -> torch.nn.Parameter:
 
 
 def with_hook(weight: QuantizedTensor, change: Any) -> NibbleTensor:
-    """A copy with codes and hook cell of its own, the cell holding `change`: ComfyUI may write its backup over it in place."""
+    """A copy with codes and hook cell of its own, the cell holding `change`: ComfyUI may write its
+    backup over it in place.
+    """
     params = dataclasses.replace(weight._params, hook=HookCell(change))
     return NibbleTensor(weight._qdata.clone(), weight._layout_cls, params)
 
@@ -172,13 +204,17 @@ class _Layout(QuantizedLayout):
     @classmethod
     def state_dict_tensors(cls, qdata: torch.Tensor, params: _Params) -> dict[str, torch.Tensor]:
         """Suffix to `X.weight` → tensor: the file's names."""
-        return {"": cls.natural(qdata, params)} | {f"_{name}": getattr(params, name) for name in params._tensor_fields()}
+        return {"": cls.natural(qdata, params)} | {
+            f"_{name}": getattr(params, name) for name in params._tensor_fields()
+        }
 
 
 class NibbleSVDQuantLayout(_Layout):
-    """`svdquant_w4a4`: qdata int8 (N, K/2); scale (K/64, N); proj_down (K, R); proj_up (N, R); smooth_factor (K,), or (P, K) for P runs of rows.
+    """`svdquant_w4a4`: qdata int8 (N, K/2); scale (K/64, N); proj_down (K, R); proj_up (N, R);
+    smooth_factor (K,), or (P, K) for P runs of rows.
 
-    With unsigned_from the codes lie in memory as `halves_first` puts them, so that computing with the two halves copies nothing.
+    With unsigned_from the codes lie in memory as `halves_first` puts them, so that computing with
+    the two halves copies nothing.
     """
 
     FORMAT = "svdquant_w4a4"
@@ -200,27 +236,57 @@ class NibbleSVDQuantLayout(_Layout):
         return natural_columns(qdata, p.unsigned_from) if p.unsigned_from else qdata
 
     @classmethod
-    def base(cls, qdata: torch.Tensor, p: Params, bias: torch.Tensor | None = None) -> SVDQuantWeight:
-        return SVDQuantWeight(cls.natural(qdata, p), p.scale, p.proj_down, p.proj_up, p.smooth_factor, bias, p.act_unsigned, p.rotation,
-                              p.unsigned_from, p.smooth_rows)
+    def base(
+        cls, qdata: torch.Tensor, p: Params, bias: torch.Tensor | None = None
+    ) -> SVDQuantWeight:
+        return SVDQuantWeight(
+            cls.natural(qdata, p),
+            p.scale,
+            p.proj_down,
+            p.proj_up,
+            p.smooth_factor,
+            bias,
+            p.act_unsigned,
+            p.rotation,
+            p.unsigned_from,
+            p.smooth_rows,
+        )
 
     @classmethod
     def params(cls, tensors: dict[str, torch.Tensor], settings: dict, dtype: torch.dtype) -> Params:
         shape = (tensors["weight"].shape[0], tensors["weight"].shape[1] * 2)
-        return cls.Params(scale=tensors["weight_scale"], orig_dtype=dtype, orig_shape=shape,
-                          proj_down=tensors["weight_proj_down"], proj_up=tensors["weight_proj_up"],
-                          smooth_factor=tensors["weight_smooth_factor"], hook=HookCell(), **_patched_fields(tensors),
-                          act_unsigned=bool(settings.get("act_unsigned", False)), rotation=int(settings.get("rotation", 0)),
-                          unsigned_from=int(settings.get("unsigned_from", 0)), smooth_rows=tuple(settings.get("smooth_rows", ())))
+        return cls.Params(
+            scale=tensors["weight_scale"],
+            orig_dtype=dtype,
+            orig_shape=shape,
+            proj_down=tensors["weight_proj_down"],
+            proj_up=tensors["weight_proj_up"],
+            smooth_factor=tensors["weight_smooth_factor"],
+            hook=HookCell(),
+            **_patched_fields(tensors),
+            act_unsigned=bool(settings.get("act_unsigned", False)),
+            rotation=int(settings.get("rotation", 0)),
+            unsigned_from=int(settings.get("unsigned_from", 0)),
+            smooth_rows=tuple(settings.get("smooth_rows", ())),
+        )
 
     @classmethod
     def settings(cls, p: Params) -> dict:
-        extra = {"act_unsigned": p.act_unsigned, "rotation": p.rotation, "unsigned_from": p.unsigned_from, "smooth_rows": list(p.smooth_rows)}
-        return {"format": cls.FORMAT, "rank": p.proj_down.shape[1]} | {name: value for name, value in extra.items() if value}
+        extra = {
+            "act_unsigned": p.act_unsigned,
+            "rotation": p.rotation,
+            "unsigned_from": p.unsigned_from,
+            "smooth_rows": list(p.smooth_rows),
+        }
+        return {"format": cls.FORMAT, "rank": p.proj_down.shape[1]} | {
+            name: value for name, value in extra.items() if value
+        }
 
 
 class NibbleW4A16Layout(_Layout):
-    """`awq_w4a16`: qdata int8 (N, K/2) of codes 0…15; scale (K/64, N); zeros (K/64, N) or None. proj_* only hold a patch."""
+    """`awq_w4a16`: qdata int8 (N, K/2) of codes 0…15; scale (K/64, N); zeros (K/64, N) or None.
+    proj_* only hold a patch.
+    """
 
     FORMAT = "awq_w4a16"
 
@@ -235,8 +301,16 @@ class NibbleW4A16Layout(_Layout):
     @classmethod
     def params(cls, tensors: dict[str, torch.Tensor], settings: dict, dtype: torch.dtype) -> Params:
         shape = (tensors["weight"].shape[0], tensors["weight"].shape[1] * 2)
-        return cls.Params(scale=tensors["weight_scale"], zeros=tensors.get("weight_zeros"), orig_dtype=dtype, orig_shape=shape, hook=HookCell(),
-                          proj_down=tensors.get("weight_proj_down"), proj_up=tensors.get("weight_proj_up"), **_patched_fields(tensors))
+        return cls.Params(
+            scale=tensors["weight_scale"],
+            zeros=tensors.get("weight_zeros"),
+            orig_dtype=dtype,
+            orig_shape=shape,
+            hook=HookCell(),
+            proj_down=tensors.get("weight_proj_down"),
+            proj_up=tensors.get("weight_proj_up"),
+            **_patched_fields(tensors),
+        )
 
     @classmethod
     def settings(cls, p: Params) -> dict:
@@ -245,7 +319,8 @@ class NibbleW4A16Layout(_Layout):
 
 LAYOUTS = {layout.FORMAT: layout for layout in (NibbleSVDQuantLayout, NibbleW4A16Layout)}
 
-for _layout in LAYOUTS.values():  # by name: loading the pack twice in a process registers the same thing again
+# by name: loading the pack twice in a process registers the same thing again
+for _layout in LAYOUTS.values():
     register_layout_class(_layout.__name__, _layout)
 
 
@@ -255,24 +330,34 @@ def is_ours(weight: object) -> bool:
 
 
 def pack(tensors: dict[str, torch.Tensor], settings: dict, dtype: torch.dtype) -> NibbleTensor:
-    """A layer's tensors under the file's short names (`weight`, `weight_scale`, …) → one tensor of logical shape (N, K).
+    """A layer's tensors under the file's short names (`weight`, `weight_scale`, …) → one tensor of
+    logical shape (N, K).
 
     Raises ValueError for a format that this version does not know.
     """
     layout = LAYOUTS.get(settings.get("format"))
     if layout is None:
-        raise ValueError(f"layer format {settings.get('format')!r} is not known to this version of Nibble (it knows {', '.join(LAYOUTS)})")
+        raise ValueError(
+            f"layer format {settings.get('format')!r} is not known to this version of Nibble (it"
+            f" knows {', '.join(LAYOUTS)})"
+        )
     params = layout.params(tensors, settings, dtype)
     return NibbleTensor(layout.pack(tensors["weight"], params), layout.__name__, params)
 
 
 def settings_tensor(weight: QuantizedTensor) -> torch.Tensor:
     """The layer's `comfy_quant`: its JSON as uint8 bytes."""
-    return torch.tensor(list(json.dumps(weight.layout_cls.settings(weight._params)).encode()), dtype=torch.uint8)
+    return torch.tensor(
+        list(json.dumps(weight.layout_cls.settings(weight._params)).encode()), dtype=torch.uint8
+    )
 
 
-def unpack(weight: QuantizedTensor, bias: torch.Tensor | None = None) -> SVDQuantWeight | W4A16Weight:
-    """The weight as the arithmetic knows it; what a patch added outside the format stays in `weight._params`."""
+def unpack(
+    weight: QuantizedTensor, bias: torch.Tensor | None = None
+) -> SVDQuantWeight | W4A16Weight:
+    """The weight as the arithmetic knows it; what a patch added outside the format stays in
+    `weight._params`.
+    """
     return weight.layout_cls.base(weight._qdata, weight._params, bias)
 
 

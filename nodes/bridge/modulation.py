@@ -1,11 +1,15 @@
-"""Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the step that asks for them (`quant/svdquant/ahead.py`).
+"""Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the
+step that asks for them (`quant/svdquant/ahead.py`).
 
-FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step it turns one vector (timestep, guidance, pooled text) into
-shifts, scales and gates, 2 MB in all. So the weights need not be in VRAM. A `HostLinear` takes the place of ComfyUI's Linear after loading;
-it owns no parameter, so that ComfyUI neither moves nor counts it, and its weights stay in the model's state dict for LoRAs and saving.
+FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step it turns one vector
+(timestep, guidance, pooled text) into shifts, scales and gates, 2 MB in all. So the weights need
+not be in VRAM. A `HostLinear` takes the place of ComfyUI's Linear after loading; it owns no
+parameter, so that ComfyUI neither moves nor counts it, and its weights stay in the model's state
+dict for LoRAs and saving.
 
-For a GPU's input the product is torch's own 4-bit one for CPUs, on a second copy of the weights in RAM, unless compiled kernels bring
-their own; for an input on the CPU it is the layer itself, so that the numbers are those of the model without this option.
+For a GPU's input the product is torch's own 4-bit one for CPUs, on a second copy of the weights in
+RAM, unless compiled kernels bring their own; for an input on the CPU it is the layer itself, so
+that the numbers are those of the model without this option.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from ...quant.svdquant.host import HostMatrix
 from . import layouts, ops
 
 KEY = "nibble_modulation"
-_PASSED_ON = re.compile(r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+|(set|convert)_(weight|bias)|(in|out)_features)$")
+_PASSED_ON = re.compile(
+    r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+|(set|convert)_(weight|bias)|(in|out)_features)$"
+)
 
 
 class HostLinear(torch.nn.Module):
@@ -36,12 +42,14 @@ class HostLinear(torch.nn.Module):
         super().__init__()
         self._held = (held,)  # in a tuple: not a child, so that nothing moves it
         self.name, self._bank = name, bank
-        self.functions: list = []  # patches of the weight, as ComfyUI hands them to a layer that it streams
+        # patches of the weight, as ComfyUI hands them to a layer that it streams
+        self.functions: list = []
         self.bias_functions: list = []
         self._packed: HostMatrix | None = None  # for inputs from a GPU
 
     def __getattr__(self, name: str):
-        # what ComfyUI reads off a linear by the names of the state dict; not what would make it load the layer
+        # what ComfyUI reads off a linear by the names of the state dict; not what would make it
+        # load the layer
         return getattr(self._held[0], name) if _PASSED_ON.match(name) else super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
@@ -66,7 +74,11 @@ class HostLinear(torch.nn.Module):
     def compute(self, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
         """The layer itself, on the CPU; fast: by torch's 4-bit product where that can do it."""
         weight, bias = self._held[0].weight, self._held[0].bias
-        if fast and not (self.functions or self.bias_functions or self.is_patched) and self._pack(weight, rows.dtype):
+        if (
+            fast
+            and not (self.functions or self.bias_functions or self.is_patched)
+            and self._pack(weight, rows.dtype)
+        ):
             return self._packed.product(rows, bias)
         bias = None if bias is None else bias.to(rows.dtype)
         for function in self.bias_functions:
@@ -78,7 +90,11 @@ class HostLinear(torch.nn.Module):
         base = layouts.unpack(weight)
         if self._packed is not None and self._packed.dtype != dtype:
             self._packed = None
-        if self._packed is None and HostMatrix.supports(base) and kernels.which("gemv_w4a16", torch.device("cpu"))[0] != "native":
+        if (
+            self._packed is None
+            and HostMatrix.supports(base)
+            and kernels.which("gemv_w4a16", torch.device("cpu"))[0] != "native"
+        ):
             self._packed = HostMatrix(base, dtype)
         return self._packed is not None
 
@@ -86,7 +102,9 @@ class HostLinear(torch.nn.Module):
     def is_patched(self) -> bool:
         """Whether a patch or a hook is part of the weight itself."""
         params = self._held[0].weight._params
-        added = (getattr(params, name, None) for name in ("proj_up", "delta", "row_scale", "side_up"))
+        added = (
+            getattr(params, name, None) for name in ("proj_up", "delta", "row_scale", "side_up")
+        )
         return self.is_hooked or any(tensor is not None for tensor in added)
 
     @property
@@ -102,16 +120,27 @@ class HostLinear(torch.nn.Module):
 
 
 def keep_in_ram(patcher: ModelPatcher) -> int:
-    """Puts the 4-bit modulation layers of a fresh model into RAM for good; returns their bytes. Other layers are not touched, nor such as
-    embed one of the vector's sources."""
+    """Puts the 4-bit modulation layers of a fresh model into RAM for good; returns their bytes.
+    Other layers are not touched, nor such as embed one of the vector's sources.
+    """
     model = patcher.model.diffusion_model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    patterns = () if "input_blocks.0.0.weight" in shapes else recognise(_detectable(shapes), "The model").modulation  # a U-Net has none
-    base = weakref.ref(patcher.model)  # a strong one would keep the model alive through its own layers
+    # a U-Net has none
+    patterns = (
+        ()
+        if "input_blocks.0.0.weight" in shapes
+        else recognise(_detectable(shapes), "The model").modulation
+    )
+    # a strong one would keep the model alive through its own layers
+    base = weakref.ref(patcher.model)
     bank = Bank(lambda sigmas: base().model_sampling.timestep(sigmas))
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
-        if layouts.is_ours(weight) and weight._layout_cls == layouts.NibbleW4A16Layout.__name__ and _is_modulation(name, module, patterns):
+        if (
+            layouts.is_ours(weight)
+            and weight._layout_cls == layouts.NibbleW4A16Layout.__name__
+            and _is_modulation(name, module, patterns)
+        ):
             parent, _, child = name.rpartition(".")
             host = HostLinear(module, name, bank)
             setattr(model.get_submodule(parent), child, host)
@@ -126,17 +155,27 @@ def keep_in_ram(patcher: ModelPatcher) -> int:
 
 def _is_modulation(name: str, module: torch.nn.Module, patterns: tuple[str, ...]) -> bool:
     """Whether a layer makes shifts, scales and gates: more numbers than it reads."""
-    return module.out_features > module.in_features and any(fnmatchcase(name, pattern) for pattern in patterns)
+    return module.out_features > module.in_features and any(
+        fnmatchcase(name, pattern) for pattern in patterns
+    )
 
 
 def _detectable(shapes: dict) -> dict:
     """Some keys under which a family is recognised are called otherwise once a model is built."""
-    return shapes | {name.removesuffix("weight") + "scale": shape for name, shape in shapes.items() if name.endswith("_norm.weight")}
+    return shapes | {
+        name.removesuffix("weight") + "scale": shape
+        for name, shape in shapes.items()
+        if name.endswith("_norm.weight")
+    }
 
 
 def hosted(patcher: ModelPatcher) -> list[HostLinear]:
     """The layers of a model that stay in RAM."""
-    return [module for module in patcher.model.diffusion_model.modules() if isinstance(module, HostLinear)]
+    return [
+        module
+        for module in patcher.model.diffusion_model.modules()
+        if isinstance(module, HostLinear)
+    ]
 
 
 def _attach(patcher: ModelPatcher, *_) -> None:

@@ -1,13 +1,19 @@
-"""What ComfyUI's patches do to a weight, read from the patches themselves: no difference of whole weights, nothing decomposed twice.
+"""What ComfyUI's patches do to a weight, read from the patches themselves: no difference of whole
+weights, nothing decomposed twice.
 
-A list of patches, applied in order, turns a weight W (N, K) into ρ ⊙ W + up · downᵀ + delta, with ρ (N,) scaling rows:
-- LoRA (arXiv:2106.09685): its own factors, exactly; parts of a fused weight get rows or columns of zeros.
-- LoHa (arXiv:2108.06098): (A₁B₁) ∘ (A₂B₂) has the factors A₁ ⊙ A₂ by rows and B₁ ⊙ B₂ by columns, of rank r₁r₂.
-- LoKr (arXiv:2309.14859): kron(A, B) has the singular vectors kron(uᵢ, uⱼ) and the singular values sᵢsⱼ.
-  Both are cut to the smallest rank that loses at most ENERGY of the change's energy.
-- DoRA (arXiv:2402.09353), as ComfyUI computes it: W + s (d ⊙ (W + ΔW) - W) with d = magnitude / ‖W‖ by rows, so ρ = 1 + s (d - 1).
+A list of patches, applied in order, turns a weight W (N, K) into ρ ⊙ W + up · downᵀ + delta, with ρ
+(N,) scaling rows:
+- LoRA (arXiv:2106.09685): its own factors, exactly; parts of a fused weight get rows or columns of
+  zeros.
+- LoHa (arXiv:2108.06098): (A₁B₁) ∘ (A₂B₂) has the factors A₁ ⊙ A₂ by rows and B₁ ⊙ B₂ by columns,
+  of rank r₁r₂.
+- LoKr (arXiv:2309.14859): kron(A, B) has the singular vectors kron(uᵢ, uⱼ) and the singular values
+  sᵢsⱼ. Both are cut to the smallest rank that loses at most ENERGY of the change's energy.
+- DoRA (arXiv:2402.09353), as ComfyUI computes it: W + s (d ⊙ (W + ΔW) - W) with d = magnitude / ‖W‖
+  by rows, so ρ = 1 + s (d - 1).
 - a difference of weights stays dense.
-Anything else (OFT, BOFT, GLoRA, convolutions' mid factors, other nodes' functions) is left to ComfyUI's own arithmetic on the whole weight.
+Anything else (OFT, BOFT, GLoRA, convolutions' mid factors, other nodes' functions) is left to
+ComfyUI's own arithmetic on the whole weight.
 """
 
 from __future__ import annotations
@@ -20,11 +26,15 @@ import torch
 from comfy.model_management import cast_to_device
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 
-ENERGY = 1e-5   # share of a LoHa's or LoKr's energy that its factors may leave out, 50 dB below the change. On the demo model, with changes half as
-                # large as the weights: at least 57 dB below a layer's output, where 4-bit activations cost 28 dB in the median layer and 40 in the best
-MOST = 4        # factors of more than min(N, K)/MOST columns cost more than the dense change saves
+# share of a LoHa's or LoKr's energy that its factors may leave out, 50 dB below the change. On the
+# demo model, with changes half as
+ENERGY = 1e-5
+# large as the weights: at least 57 dB below a layer's output, where 4-bit
+# activations cost 28 dB in the median layer and 40 in the best
+MOST = 4  # factors of more than min(N, K)/MOST columns cost more than the dense change saves
 _KNOWN = {LoRAAdapter: "LoRA", LoHaAdapter: "LoHa", LoKrAdapter: "LoKr"}
-Factors = tuple[torch.Tensor, torch.Tensor, float]  # up (N', r), down (r, K') and the share of energy that they leave out
+# up (N', r), down (r, K') and the share of energy that they leave out
+Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
 class DoesNotFit(ValueError):
@@ -33,11 +43,13 @@ class DoesNotFit(ValueError):
 
 @dataclass
 class Effect:
-    """ρ ⊙ W + up · downᵀ + delta, for a weight of `shape`; float32. `lost`: largest share of energy that one patch's factors leave out."""
+    """ρ ⊙ W + up · downᵀ + delta, for a weight of `shape`; float32. `lost`: largest share of energy
+    that one patch's factors leave out.
+    """
 
     shape: tuple[int, int]
-    scale: torch.Tensor | None = None                        # ρ (N, 1)
-    ups: list[torch.Tensor] = field(default_factory=list)    # (N, r) each
+    scale: torch.Tensor | None = None  # ρ (N, 1)
+    ups: list[torch.Tensor] = field(default_factory=list)  # (N, r) each
     downs: list[torch.Tensor] = field(default_factory=list)  # (r, K) each
     delta: torch.Tensor | None = None
     lost: float = 0.0
@@ -55,7 +67,9 @@ class Effect:
 
     def scale_rows(self, factor: torch.Tensor | float, rows: slice) -> None:
         """Multiplies rows of all that there is so far; factor: a number or (rows, 1)."""
-        whole = torch.ones(self.shape[0], 1, device=factor.device if isinstance(factor, torch.Tensor) else None)
+        whole = torch.ones(
+            self.shape[0], 1, device=factor.device if isinstance(factor, torch.Tensor) else None
+        )
         whole[rows] = factor
         self.scale = whole if self.scale is None else self.scale * whole.to(self.scale.device)
         self.ups = [up * whole.to(up.device) for up in self.ups]
@@ -63,18 +77,32 @@ class Effect:
             self.delta = self.delta * whole.to(self.delta.device)
 
 
-def effect_of(patches: list[tuple], shape: tuple[int, int], weight: Callable[[], torch.Tensor], name: str, device=None) -> Effect | None:
-    """ComfyUI's (strength, adapter, strength of the model, offset, function) in order → their effect, or None for patches left to ComfyUI.
+def effect_of(
+    patches: list[tuple],
+    shape: tuple[int, int],
+    weight: Callable[[], torch.Tensor],
+    name: str,
+    device=None,
+) -> Effect | None:
+    """ComfyUI's (strength, adapter, strength of the model, offset, function) in order → their
+    effect, or None for patches left to ComfyUI.
 
-    weight() gives the float32 (N, K), asked for only where a DoRA needs its norms. Raises DoesNotFit, naming the layer `name`.
+    weight() gives the float32 (N, K), asked for only where a DoRA needs its norms. Raises
+    DoesNotFit, naming the layer `name`.
     """
     check(patches, shape, name)
     effect = Effect(tuple(shape))
     for strength, patch, strength_model, offset, function in patches:
         columns = offset is not None and offset[0] == 1
-        if function is not None or (columns and (strength_model != 1.0 or dora_of(patch) is not None)):
+        if function is not None or (
+            columns and (strength_model != 1.0 or dora_of(patch) is not None)
+        ):
             return None
-        rows = slice(offset[1], offset[1] + offset[2]) if offset is not None and not columns else slice(None)
+        rows = (
+            slice(offset[1], offset[1] + offset[2])
+            if offset is not None and not columns
+            else slice(None)
+        )
         if strength_model != 1.0:
             effect.scale_rows(strength_model, rows)
         if strength and not _join(effect, strength, patch, offset, rows, weight, device):
@@ -82,13 +110,21 @@ def effect_of(patches: list[tuple], shape: tuple[int, int], weight: Callable[[],
     return effect
 
 
-def _join(effect: Effect, strength: float, patch: object, offset, rows: slice, weight, device) -> bool:
+def _join(
+    effect: Effect, strength: float, patch: object, offset, rows: slice, weight, device
+) -> bool:
     """Adds one patch to the effect; False where it is no sum of factors and rows."""
     n, k = _part(effect.shape, offset)
     difference = _difference(patch)
     if difference is not None:
-        whole = torch.zeros(effect.shape, device=device or difference.device) if effect.delta is None else effect.delta
-        (whole if offset is None else whole.narrow(*offset)).add_(cast_to_device(difference, whole.device, torch.float32).reshape(n, k), alpha=strength)
+        whole = (
+            torch.zeros(effect.shape, device=device or difference.device)
+            if effect.delta is None
+            else effect.delta
+        )
+        (whole if offset is None else whole.narrow(*offset)).add_(
+            cast_to_device(difference, whole.device, torch.float32).reshape(n, k), alpha=strength
+        )
         effect.delta, effect.kinds = whole, [*effect.kinds, "difference"]
         return True
     if type(patch) not in _KNOWN:
@@ -102,7 +138,9 @@ def _join(effect: Effect, strength: float, patch: object, offset, rows: slice, w
         if magnitude.shape[0] != n:
             return False  # scales columns, that is, inputs: not what the 4-bit product can take
         current = effect.on(weight().to(up.device))[rows]
-        ratio = cast_to_device(magnitude, up.device, torch.float32).reshape(n, 1) / (current.norm(dim=1, keepdim=True) + torch.finfo(torch.float32).eps)
+        ratio = cast_to_device(magnitude, up.device, torch.float32).reshape(n, 1) / (
+            current.norm(dim=1, keepdim=True) + torch.finfo(torch.float32).eps
+        )
         effect.scale_rows(1 + strength * (ratio - 1), rows)
         up = up * ratio
     effect.ups.append(_padded(up * strength, 0, offset, effect.shape))
@@ -126,9 +164,17 @@ def _difference(patch: object) -> torch.Tensor | None:
 
 
 def factors_of(adapter, part: tuple[int, int], device=None) -> Factors | None:
-    """A LoRA's, LoHa's or LoKr's change of a part (N', K') of a weight at strength 1, as factors; None where low rank does not pay."""
+    """A LoRA's, LoHa's or LoKr's change of a part (N', K') of a weight at strength 1, as factors;
+    None where low rank does not pay.
+    """
+
     def here(tensor):
-        return None if tensor is None else cast_to_device(tensor, device or tensor.device, torch.float32)
+        return (
+            None
+            if tensor is None
+            else cast_to_device(tensor, device or tensor.device, torch.float32)
+        )
+
     if isinstance(adapter, LoRAAdapter):
         return _of_lora(*adapter.weights, here)
     if isinstance(adapter, LoHaAdapter):
@@ -139,7 +185,11 @@ def factors_of(adapter, part: tuple[int, int], device=None) -> Factors | None:
 def _of_lora(up, down, alpha, mid, _magnitude, reshape, here) -> Factors | None:
     if mid is not None or reshape is not None:
         return None
-    return here(up).flatten(1) * (1.0 if alpha is None else alpha / down.shape[0]), here(down).flatten(1), 0.0
+    return (
+        here(up).flatten(1) * (1.0 if alpha is None else alpha / down.shape[0]),
+        here(down).flatten(1),
+        0.0,
+    )
 
 
 def _of_loha(a1, b1, alpha, a2, b2, mid1, mid2, _magnitude, part, here) -> Factors | None:
@@ -147,19 +197,32 @@ def _of_loha(a1, b1, alpha, a2, b2, mid1, mid2, _magnitude, part, here) -> Facto
         return None
     scale = 1.0 if alpha is None else alpha / b1.shape[0]
     a1, b1, a2, b2 = map(here, (a1, b1, a2, b2))
-    return _cut((a1[:, :, None] * a2[:, None, :]).flatten(1) * scale, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1), part)
+    return _cut(
+        (a1[:, :, None] * a2[:, None, :]).flatten(1) * scale,
+        (b1[:, None, :] * b2[None, :, :]).flatten(0, 1),
+        part,
+    )
 
 
 def _of_lokr(first, second, alpha, a1, b1, a2, b2, mid, _magnitude, part, here) -> Factors | None:
-    if mid is not None or any(tensor is not None and tensor.dim() != 2 for tensor in (first, second)):
+    if mid is not None or any(
+        tensor is not None and tensor.dim() != 2 for tensor in (first, second)
+    ):
         return None
     inner = next((factor.shape[0] for factor in (b2, b1) if factor is not None), None)
-    whole = [here(one) if one is not None else here(a) @ here(b) for one, a, b in ((first, a1, b1), (second, a2, b2))]
-    return _cut_kron(whole[0] * (1.0 if alpha is None or inner is None else alpha / inner), whole[1], part)
+    whole = [
+        here(one) if one is not None else here(a) @ here(b)
+        for one, a, b in ((first, a1, b1), (second, a2, b2))
+    ]
+    return _cut_kron(
+        whole[0] * (1.0 if alpha is None or inner is None else alpha / inner), whole[1], part
+    )
 
 
 def _cut(up: torch.Tensor, down: torch.Tensor, part: tuple[int, int]) -> Factors | None:
-    """up (N, r) · down (r, K) by the smallest rank that loses at most ENERGY of the product's energy."""
+    """up (N, r) · down (r, K) by the smallest rank that loses at most ENERGY of the product's
+    energy.
+    """
     left, right = torch.linalg.qr(up), torch.linalg.qr(down.T)
     u, s, v = torch.linalg.svd(left.R @ right.R.T)
     rank, lost = _rank(s)
@@ -171,7 +234,9 @@ def _cut(up: torch.Tensor, down: torch.Tensor, part: tuple[int, int]) -> Factors
 
 def _cut_kron(first: torch.Tensor, second: torch.Tensor, part: tuple[int, int]) -> Factors | None:
     """kron(first, second) by the smallest rank that loses at most ENERGY of its energy."""
-    (u1, s1, v1), (u2, s2, v2) = (torch.linalg.svd(matrix, full_matrices=False) for matrix in (first, second))
+    (u1, s1, v1), (u2, s2, v2) = (
+        torch.linalg.svd(matrix, full_matrices=False) for matrix in (first, second)
+    )
     values, order = torch.outer(s1, s2).flatten().sort(descending=True)
     rank, lost = _rank(values)
     if rank > min(part) // MOST:
@@ -182,7 +247,9 @@ def _cut_kron(first: torch.Tensor, second: torch.Tensor, part: tuple[int, int]) 
 
 
 def _rank(values: torch.Tensor) -> tuple[int, float]:
-    """(smallest rank that loses at most ENERGY, share of the energy that it loses) of descending singular values."""
+    """(smallest rank that loses at most ENERGY, share of the energy that it loses) of descending
+    singular values.
+    """
     tail = values.double().square().flip(0).cumsum(0).flip(0)
     if not tail.numel() or not tail[0] > 0:
         return 0, 0.0
@@ -191,11 +258,19 @@ def _rank(values: torch.Tensor) -> tuple[int, float]:
 
 
 def _part(shape: tuple[int, int], offset) -> tuple[int, int]:
-    return shape if offset is None else (offset[2], shape[1]) if offset[0] == 0 else (shape[0], offset[2])
+    return (
+        shape
+        if offset is None
+        else (offset[2], shape[1])
+        if offset[0] == 0
+        else (shape[0], offset[2])
+    )
 
 
 def _padded(factor: torch.Tensor, dimension: int, offset, shape: tuple[int, int]) -> torch.Tensor:
-    """A factor of a part with zeros where the rest of the weight's rows (of `up`) or columns (of `down`) are."""
+    """A factor of a part with zeros where the rest of the weight's rows (of `up`) or columns (of
+    `down`) are.
+    """
     if offset is None or offset[0] != dimension:
         return factor
     before, after = offset[1], shape[dimension] - offset[1] - offset[2]
@@ -203,44 +278,80 @@ def _padded(factor: torch.Tensor, dimension: int, offset, shape: tuple[int, int]
 
 
 def check(patches: list[tuple], shape: tuple[int, int], name: str) -> None:
-    """Raises DoesNotFit for a patch of rank 0 or of another shape than the layer `name`, (N, K) weights, or the part of it that it is for."""
+    """Raises DoesNotFit for a patch of rank 0 or of another shape than the layer `name`, (N, K)
+    weights, or the part of it that it is for.
+    """
     for _, patch, _, offset, _ in patches:
         kind, ranks, size = _sizes(patch)
         if 0 in ranks:
-            raise DoesNotFit(f"A {kind} on {name} has rank 0, so it changes nothing: the file is damaged; take it out of the workflow or download it again.")
+            raise DoesNotFit(
+                f"A {kind} on {name} has rank 0, so it changes nothing: the file is damaged; take"
+                " it out of the workflow or download it again."
+            )
         part = _part(shape, offset)
         if size is not None and size != part:
             told, layer = (" x ".join(map(str, numbers)) for numbers in (size, part))
-            raise DoesNotFit(f"{name} has {layer} weights there, but a {kind} in the workflow changes {told}: it was made for another model; take it out.")
+            raise DoesNotFit(
+                f"{name} has {layer} weights there, but a {kind} in the workflow changes {told}: it"
+                " was made for another model; take it out."
+            )
 
 
 def _sizes(patch: object) -> tuple[str, list[int], tuple[int, int] | None]:
-    """(kind, inner ranks, size of the weight that it changes) of a patch; size None where ComfyUI itself decides what fits."""
+    """(kind, inner ranks, size of the weight that it changes) of a patch; size None where ComfyUI
+    itself decides what fits.
+    """
     w = getattr(patch, "weights", None)
     kind = type(patch)
     if kind is LoRAAdapter and w[3] is None and w[5] is None:
-        return "LoRA", [w[0].shape[1], w[1].shape[0]], (w[0].shape[0], math.prod(w[1].shape[1:])) if w[0].shape[1] == w[1].shape[0] else (0, 0)
+        return (
+            "LoRA",
+            [w[0].shape[1], w[1].shape[0]],
+            (
+                (w[0].shape[0], math.prod(w[1].shape[1:]))
+                if w[0].shape[1] == w[1].shape[0]
+                else (0, 0)
+            ),
+        )
     if kind is LoHaAdapter and w[5] is None:
         return "LoHa", [w[1].shape[0], w[4].shape[0]], (w[0].shape[0], w[1].shape[1])
     if kind is LoKrAdapter and w[7] is None:
-        rows, columns = (math.prod((one if one is not None else part).shape[dimension] for one, part in ((w[0], parts[0]), (w[1], parts[1])))
-                         for dimension, parts in ((0, (w[3], w[5])), (1, (w[4], w[6]))))
-        return "LoKr", [factor.shape[0] for factor in (w[4], w[6]) if factor is not None], (rows, columns)
+        rows, columns = (
+            math.prod(
+                (one if one is not None else part).shape[dimension]
+                for one, part in ((w[0], parts[0]), (w[1], parts[1]))
+            )
+            for dimension, parts in ((0, (w[3], w[5])), (1, (w[4], w[6])))
+        )
+        return (
+            "LoKr",
+            [factor.shape[0] for factor in (w[4], w[6]) if factor is not None],
+            (rows, columns),
+        )
     difference = _difference(patch)
-    return ("difference of weights", [], tuple(difference.shape)) if difference is not None else ("patch", [], None)
+    return (
+        ("difference of weights", [], tuple(difference.shape))
+        if difference is not None
+        else ("patch", [], None)
+    )
 
 
 def check_finite(patches: list[tuple], name: str) -> None:
     """Raises DoesNotFit for a patch that holds NaN or infinity: every picture would be black."""
     for _, patch, *_ in patches:
         if not all(torch.isfinite(tensor).all() for tensor in tensors_of(patch)):
-            raise DoesNotFit(f"A LoRA on {name} holds numbers that are not finite, and pictures would be black: its training failed or the file "
-                             "is damaged; take it out of the workflow.")
+            raise DoesNotFit(
+                f"A LoRA on {name} holds numbers that are not finite, and pictures would be black:"
+                " its training failed or the file is damaged; take it out of the workflow."
+            )
 
 
 def all_plain(patches: list[tuple]) -> bool:
     """Whether all are plain LoRAs, whose factors are at hand."""
-    return all(type(patch) is LoRAAdapter and patch.weights[4] is None and strength_model == 1.0 for _, patch, strength_model, *_ in patches)
+    return all(
+        type(patch) is LoRAAdapter and patch.weights[4] is None and strength_model == 1.0
+        for _, patch, strength_model, *_ in patches
+    )
 
 
 def tensors_of(patch: object) -> list[torch.Tensor]:
@@ -248,7 +359,11 @@ def tensors_of(patch: object) -> list[torch.Tensor]:
     parts = getattr(patch, "weights", patch)
     if isinstance(parts, torch.Tensor):
         return [parts] if parts.is_floating_point() else []
-    return [tensor for part in parts for tensor in tensors_of(part)] if isinstance(parts, (tuple, list)) else []
+    return (
+        [tensor for part in parts for tensor in tensors_of(part)]
+        if isinstance(parts, (tuple, list))
+        else []
+    )
 
 
 def decibels(share: float) -> float:

@@ -1,4 +1,6 @@
-"""Progress bar, a line of text under the node, a chart that changes while the node works, and the Stop button: one object that algorithms call."""
+"""Progress bar, a line of text under the node, a chart that changes while the node works, and the
+Stop button: one object that algorithms call.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ CHART_EVENT = "nibble_chart"  # {"node": execution id, "chart": JSON}, heard by 
 
 
 class Progress:
-    """Called as progress(done, total, name): moves the bar, shows "title: name", and stops where the user asked to."""
+    """Called as progress(done, total, name): moves the bar, shows "title: name", and stops where
+    the user asked to.
+    """
 
     def __init__(self, title: str, node_id: str | None = None):
         self.title, self.node_id = title, node_id
@@ -32,13 +36,17 @@ class Progress:
             server.send_progress_text(text, self.node_id)
 
     def show(self, chart: dict) -> None:
-        """Draws a chart (`charts.py`) in the node now, in place of the last one; the node's own result replaces it at the end."""
+        """Draws a chart (`charts.py`) in the node now, in place of the last one; the node's own
+        result replaces it at the end.
+        """
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.node_id is not None:
             server.send_sync(CHART_EVENT, {"node": self.node_id, "chart": chart}, server.client_id)
 
     def picture(self, done: int, total: int, preview: tuple) -> None:
-        """Shows a picture under the node as samplers do; preview: (format, PIL image, largest side), as ComfyUI's previewers give it."""
+        """Shows a picture under the node as samplers do; preview: (format, PIL image, largest
+        side), as ComfyUI's previewers give it.
+        """
         self.bar.update_absolute(done, max(total, 1), preview)
 
     @staticmethod

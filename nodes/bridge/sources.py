@@ -1,4 +1,6 @@
-"""The weights of a MODEL socket, as quant reads them: one at a time, with every LoRA and merge that the graph put on it."""
+"""The weights of a MODEL socket, as quant reads them: one at a time, with every LoRA and merge that
+the graph put on it.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,30 @@ _PREFIX = "diffusion_model."
 
 
 class PatchedWeights(Mapping):
-    """Name → tensor of a diffusion model. Indexing computes patched weights in float32; `items` gives them as they lie in memory."""
+    """Name → tensor of a diffusion model. Indexing computes patched weights in float32; `items`
+    gives them as they lie in memory.
+    """
 
     def __init__(self, patcher: ModelPatcher):
         self.patcher = patcher
         model = patcher.model.diffusion_model
-        self._stored = {name: self._unpatched(name) for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+        self._stored = {
+            name: self._unpatched(name)
+            for name, _ in [*model.named_parameters(), *model.named_buffers()]
+        }
         if any(layouts.is_ours(tensor) for tensor in self._stored.values()):
-            raise FileRefused("The connected model is quantized by Nibble already; connect the 16-bit model that it was made from.")
+            raise FileRefused(
+                "The connected model is quantized by Nibble already; connect the 16-bit model that"
+                " it was made from."
+            )
 
     def _unpatched(self, name: str) -> torch.Tensor:
         backup = self.patcher.backup.get(_PREFIX + name)
-        return backup.weight if backup is not None else get_key_weight(self.patcher.model, _PREFIX + name)[0]
+        return (
+            backup.weight
+            if backup is not None
+            else get_key_weight(self.patcher.model, _PREFIX + name)[0]
+        )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         key, weight = _PREFIX + name, self._stored[name]

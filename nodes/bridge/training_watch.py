@@ -1,4 +1,6 @@
-"""What a training shows while it runs, and what is left of it when it stops: a state file beside the file to be."""
+"""What a training shows while it runs, and what is left of it when it stops: a state file beside
+the file to be.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,16 @@ class Watch:
     """
 
     def __init__(self, node_id: str | None, chart: Callable[[list], dict], preview_every: int):
-        self.report, self.chart, self.preview_every = Progress("training", node_id), chart, preview_every
+        self.report, self.chart, self.preview_every = (
+            Progress("training", node_id),
+            chart,
+            preview_every,
+        )
         self.drawn, self.began = 0.0, None
 
-    def __call__(self, step: int, steps: int, text: str, preview: Callable[[], tuple | None]) -> None:
+    def __call__(
+        self, step: int, steps: int, text: str, preview: Callable[[], tuple | None]
+    ) -> None:
         """After each step, of `steps` in all. Raises ComfyUI's interrupt."""
         self.began = (time.monotonic(), step) if self.began is None else self.began
         self.report(step, steps, text)
@@ -38,11 +46,17 @@ class Watch:
     def speed(self, step: int) -> str:
         """Seconds a step, since the first one of this run."""
         seconds, first = self.began
-        return f"{(time.monotonic() - seconds) / (step - first):.3g} s a step" if step > first else "measuring"
+        return (
+            f"{(time.monotonic() - seconds) / (step - first):.3g} s a step"
+            if step > first
+            else "measuring"
+        )
 
 
 def resumable(state: Path, data: str) -> bool:
-    """Whether a state is one of a run on `data`, the last entry of its identity; anything else makes room for a new one where overwriting is allowed."""
+    """Whether a state is one of a run on `data`, the last entry of its identity; anything else
+    makes room for a new one where overwriting is allowed.
+    """
     try:
         identity = json.loads(read_header(state).metadata["identity"]) if state.exists() else [""]
         return json.loads(identity[0])[-1] == data
@@ -54,4 +68,7 @@ def kept(message: str, losses: Sequence[float], state: Path) -> str:
     """An error's sentence, and what is left of the run."""
     if not losses or not state.exists():
         return message
-    return f"{message.rstrip('.')}. The {len(losses)} steps before are kept: run again with a lower learning rate to go on from them."
+    return (
+        f"{message.rstrip('.')}. The {len(losses)} steps before are kept: run again with a lower"
+        " learning rate to go on from them."
+    )

@@ -1,7 +1,9 @@
-"""The VQ quantize node's work: as `quantizing`, and where the recipe calibrates, the 16-bit model at work inside ComfyUI as the teacher.
+"""The VQ quantize node's work: as `quantizing`, and where the recipe calibrates, the 16-bit model
+at work inside ComfyUI as the teacher.
 
-Zero-data calibration follows the sampler's own trajectory (VQ4DiT, Deng et al., 2024, arXiv:2408.17131, section 3.3): ComfyUI samples with
-the model from noise, under random conditioning or the user's prompts, and every call of the diffusion model is recorded and replayed.
+Zero-data calibration follows the sampler's own trajectory (VQ4DiT, Deng et al., 2024,
+arXiv:2408.17131, section 3.3): ComfyUI samples with the model from noise, under random conditioning
+or the user's prompts, and every call of the diffusion model is recorded and replayed.
 """
 
 from __future__ import annotations
@@ -35,11 +37,31 @@ class Job(quantizing.Job):
     memory_gb: float = 2.0
 
 
-def recipe_of(preset: str, bits: int, codewords: int = 0, vector: int = 0, candidates: int = 0, steps: int = 0, budget_gb: float = 0.0,
-              rotation: bool = False, **changes) -> Recipe:
-    """A recipe from a node's inputs, where 0 stands for the preset's own. Raises ValueError in plain words."""
-    return Recipe.from_preset(preset, bits=bits, codewords=codewords or None, vector=vector or None, candidates=candidates or None,
-                              steps=steps or None, budget_gb=budget_gb or None, rotation=64 if rotation else None, **changes)
+def recipe_of(
+    preset: str,
+    bits: int,
+    codewords: int = 0,
+    vector: int = 0,
+    candidates: int = 0,
+    steps: int = 0,
+    budget_gb: float = 0.0,
+    rotation: bool = False,
+    **changes,
+) -> Recipe:
+    """A recipe from a node's inputs, where 0 stands for the preset's own. Raises ValueError in
+    plain words.
+    """
+    return Recipe.from_preset(
+        preset,
+        bits=bits,
+        codewords=codewords or None,
+        vector=vector or None,
+        candidates=candidates or None,
+        steps=steps or None,
+        budget_gb=budget_gb or None,
+        rotation=64 if rotation else None,
+        **changes,
+    )
 
 
 def file_name(origin: str, filename: str, recipe: Recipe) -> str:
@@ -49,34 +71,49 @@ def file_name(origin: str, filename: str, recipe: Recipe) -> str:
 
 
 def run(job: Job) -> tuple[str, Report]:
-    """Quantizes; returns the new file's name for the load node, and the report. Raises FileRefused and ValueError in plain words."""
+    """Quantizes; returns the new file's name for the load node, and the report. Raises FileRefused
+    and ValueError in plain words.
+    """
     source = quantizing.source_of(job)
-    target, name = quantizing.place(file_name(quantizing.origin_of(job), job.filename, job.recipe), source)
-    names = [layer.name for layer in plan(source.shapes, job.recipe, source.name) if layer.action != "keep"]
+    target, name = quantizing.place(
+        file_name(quantizing.origin_of(job), job.filename, job.recipe), source
+    )
+    names = [
+        layer.name
+        for layer in plan(source.shapes, job.recipe, source.name)
+        if layer.action != "keep"
+    ]
     try:
         report = _known(job, source, target) or _make(job, source, target, name, names)
     finally:
         if job.recipe.calibrated:
             comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-    folder_paths.filename_list_cache.pop(FOLDER, None)  # so that the load node of this very graph finds the file
+    # so that the load node of this very graph finds the file
+    folder_paths.filename_list_cache.pop(FOLDER, None)
     return name, report
 
 
 def _known(job: Job, source, target: Path) -> Report | None:
-    """The report of a closed form without prompts that was done before: the model need not even be loaded to see it."""
+    """The report of a closed form without prompts that was done before: the model need not even be
+    loaded to see it.
+    """
     facts = None if job.recipe.calibrated else quantizing.facts_without_prompts(target, source, job)
     return None if facts is None else finished(target, facts_of(source, job.recipe, facts))
 
 
 def _make(job: Job, source, target: Path, name: str, names: list[str]) -> Report:
     """Draws with the model as far as the recipe needs it, and quantizes."""
-    zero_data = dict(prompts=PROMPTS, steps=job.steps, latent=job.latent) if job.recipe.calibrated else {}
+    zero_data = (
+        dict(prompts=PROMPTS, steps=job.steps, latent=job.latent) if job.recipe.calibrated else {}
+    )
     drawing = quantizing.drawing_for(job, source, **zero_data)
     if isinstance(drawing, str) and job.recipe.calibrated:
         why = drawing.partition(", so the weights alone")[0]
-        raise ValueError(f"The preset {job.recipe.preset!r} watches the 16-bit model draw, but {why}. Connect 'positive' (and 'model'), "
-                         "or choose the preset 'fast'.")
+        raise ValueError(
+            f"The preset {job.recipe.preset!r} watches the 16-bit model draw, but {why}. Connect"
+            " 'positive' (and 'model'), or choose the preset 'fast'."
+        )
     facts = {"kind": "weights only"} if isinstance(drawing, str) else drawing[1].facts()
     facts |= {"cap_gb": job.memory_gb} if job.recipe.calibrated else {}
     if calibrated_on(target, source, job.recipe) != facts:
@@ -86,7 +123,11 @@ def _make(job: Job, source, target: Path, name: str, names: list[str]) -> Report
     if isinstance(drawing, str):
         source.notes.append(drawing)
     elif not job.positive:
-        source.notes.append("calibrated on noise and random conditioning" if job.recipe.calibrated else quantizing.MEASURED_ON_NOISE)
+        source.notes.append(
+            "calibrated on noise and random conditioning"
+            if job.recipe.calibrated
+            else quantizing.MEASURED_ON_NOISE
+        )
     if job.recipe.calibrated:
         return _calibrated(job, source, target, *drawing, facts)
     return _closed_form(job, source, target, drawing, facts, names)
@@ -96,19 +137,53 @@ def _closed_form(job: Job, source, target: Path, drawing, facts: dict, names: li
     statistics = {}
     if not isinstance(drawing, str) and job.recipe.turns:
         patcher, pictures = drawing
-        statistics = calibration.record(patcher, names, pictures, int(job.memory_gb * 1e9), Progress("measuring", job.node_id))
+        statistics = calibration.record(
+            patcher, names, pictures, int(job.memory_gb * 1e9), Progress("measuring", job.node_id)
+        )
     comfy.model_management.unload_all_models()  # a model that was only measured is not needed again
-    return quantize_checkpoint(source, target, job.recipe, statistics.get, None, Progress("quantizing", job.node_id), None, Progress.check,
-                               comfy.model_management.get_torch_device(), facts)
+    return quantize_checkpoint(
+        source,
+        target,
+        job.recipe,
+        statistics.get,
+        None,
+        Progress("quantizing", job.node_id),
+        None,
+        Progress.check,
+        comfy.model_management.get_torch_device(),
+        facts,
+    )
 
 
-def _calibrated(job: Job, source, target: Path, patcher: ModelPatcher, pictures: calibration.Pictures, facts: dict) -> Report:
+def _calibrated(
+    job: Job,
+    source,
+    target: Path,
+    patcher: ModelPatcher,
+    pictures: calibration.Pictures,
+    facts: dict,
+) -> Report:
     progress, drawn = Progress("calibrating", job.node_id), Progress("drawing", job.node_id)
     live = LiveBlocks(target.stem, f"{job.recipe.preset}, {job.recipe.bits} bits", progress)
-    teacher = Teacher(patcher.model.diffusion_model, lambda: calibration.draw(patcher, pictures, _counted(pictures, drawn)),
-                      cap=int(job.memory_gb * 1e9), device=patcher.load_device)
+    teacher = Teacher(
+        patcher.model.diffusion_model,
+        lambda: calibration.draw(patcher, pictures, _counted(pictures, drawn)),
+        cap=int(job.memory_gb * 1e9),
+        device=patcher.load_device,
+    )
     with _in_training():
-        return quantize_checkpoint(source, target, job.recipe, None, teacher, progress, live, Progress.check, patcher.load_device, facts)
+        return quantize_checkpoint(
+            source,
+            target,
+            job.recipe,
+            None,
+            teacher,
+            progress,
+            live,
+            Progress.check,
+            patcher.load_device,
+            facts,
+        )
 
 
 def _counted(pictures: calibration.Pictures, progress: Progress) -> Callable:

@@ -1,4 +1,6 @@
-"""An adapter: for each layer a rule, integer factors (or a dense integer change), and the digest of the base that it belongs to."""
+"""An adapter: for each layer a rule, integer factors (or a dense integer change), and the digest of
+the base that it belongs to.
+"""
 
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +19,8 @@ class LayerAdapter:
     rule     ShiftAdd | Mul | Shift
     base     digest of the integers that it was made for (`IntBase.digest`, of these rows)
     factors  the change of the weight on raw inputs, low rank
-    dense    int8 | int16 | int32 (N, K): instead of factors, the addend of SHIFT-ADD itself, for changes without low rank
+    dense    int8 | int16 | int32 (N, K): instead of factors, the addend of SHIFT-ADD itself, for
+      changes without low rank
     rows     (start, stop) of a fused layer (q of qkv); None: all of it
     """
 
@@ -31,9 +34,14 @@ class LayerAdapter:
         if (self.factors is None) == (self.dense is None):
             raise ValueError("an adapter's layer has either factors or a dense integer change")
         if self.dense is not None and not isinstance(self.rule, ShiftAdd):
-            raise ValueError(f"a dense integer change belongs to SHIFT-ADD, not to {self.rule.NAME}")
+            raise ValueError(
+                f"a dense integer change belongs to SHIFT-ADD, not to {self.rule.NAME}"
+            )
         if self.rows is not None and self.rows[1] - self.rows[0] != self.shape[0]:
-            raise ValueError(f"rows {self.rows} are {self.rows[1] - self.rows[0]}, the adapter has {self.shape[0]}")
+            raise ValueError(
+                f"rows {self.rows} are {self.rows[1] - self.rows[0]}, the adapter has"
+                f" {self.shape[0]}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,12 +60,16 @@ class LayerAdapter:
 
     @property
     def thin(self) -> bool:
-        """Whether it is a low-rank change beside the base: of MUL and SHIFT, and of dense changes, only whole matrices can be added."""
+        """Whether it is a low-rank change beside the base: of MUL and SHIFT, and of dense changes,
+        only whole matrices can be added.
+        """
         return self.additive and self.factors is not None
 
     @property
     def separated(self) -> bool:
-        """Whether its base lacks the auxiliary matrix R, which it adds: such a base is of no use without an adapter."""
+        """Whether its base lacks the auxiliary matrix R, which it adds: such a base is of no use
+        without an adapter.
+        """
         return getattr(self.rule, "noise", None) is not None
 
     @property
@@ -68,33 +80,57 @@ class LayerAdapter:
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors under their names in a file, behind the layer's name and a dot."""
         noise = getattr(self.rule, "noise", None)
-        found = {"u_scale": getattr(self.rule, "u_scale", None), "u_zero": getattr(self.rule, "u_zero", None),
-                 "r_scale": None if noise is None else noise.scale, "delta": self.dense}
+        found = {
+            "u_scale": getattr(self.rule, "u_scale", None),
+            "u_zero": getattr(self.rule, "u_zero", None),
+            "r_scale": None if noise is None else noise.scale,
+            "delta": self.dense,
+        }
         if self.factors is not None:
-            found |= {"lora_A": self.factors.a, "lora_A_scale": self.factors.a_scale, "lora_B": self.factors.b, "lora_B_scale": self.factors.b_scale}
+            found |= {
+                "lora_A": self.factors.a,
+                "lora_A_scale": self.factors.a_scale,
+                "lora_B": self.factors.b,
+                "lora_B_scale": self.factors.b_scale,
+            }
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def change(self, base: IntBase, strength: float = 1.0) -> Tensor:
-        """The change in the base's space, float64 (N, K): exact until the strength and the rotation, in one order everywhere."""
+        """The change in the base's space, float64 (N, K): exact until the strength and the
+        rotation, in one order everywhere.
+        """
         if self.dense is not None:
-            step = base.scale.T.double()[..., None] * 2.0 ** -self.rule.k
+            step = base.scale.T.double()[..., None] * 2.0**-self.rule.k
             return (self.dense.double().unflatten(1, (-1, base.group)) * step).flatten(1) * strength
         return base.into(self.factors.delta() * strength)
 
     def part(self, start: int, stop: int) -> "LayerAdapter":
-        """Outputs start..stop of this adapter (counted within it). Its digest is that of the whole."""
-        return replace(self, rule=self.rule.rows(start, stop), factors=self.factors and self.factors.rows(start, stop),
-                       dense=None if self.dense is None else self.dense[start:stop], rows=None)
+        """Outputs start..stop of this adapter (counted within it). Its digest is that of
+        the whole.
+        """
+        return replace(
+            self,
+            rule=self.rule.rows(start, stop),
+            factors=self.factors and self.factors.rows(start, stop),
+            dense=None if self.dense is None else self.dense[start:stop],
+            rows=None,
+        )
 
     def to(self, device: torch.device | str) -> "LayerAdapter":
         """The adapter on a device."""
-        return replace(self, rule=self.rule.to(device), factors=self.factors and self.factors.to(device),
-                       dense=None if self.dense is None else self.dense.to(device))
+        return replace(
+            self,
+            rule=self.rule.to(device),
+            factors=self.factors and self.factors.to(device),
+            dense=None if self.dense is None else self.dense.to(device),
+        )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model's adapter. layers: by module name; parts of a fused layer under 'name@start-stop'. facts: anything JSON (trained steps, source)."""
+    """A model's adapter. layers: by module name; parts of a fused layer under 'name@start-stop'.
+    facts: anything JSON (trained steps, source).
+    """
 
     layers: dict[str, LayerAdapter]
     facts: dict = field(default_factory=dict)

@@ -1,9 +1,11 @@
 """Low-rank factors as integers, so that their product is exact and the same on every device.
 
-    delta[n, k] = b_scale[n] * a_scale[k] * sum_r B[n, r] * A[r, k]        A, B: int8 or int16; scales: bfloat16
+    delta[n, k] = b_scale[n] * a_scale[k] * sum_r B[n, r] * A[r, k]        A, B: int8 or int16;
+      scales: bfloat16
 
-Each product and partial sum is an integer below 2^53, so a float64 matrix product is exact in whatever order it is summed; the scales add 16
-significant bits. For int8 factors and ranks up to 2^22 (int16: up to 128) delta itself is exact in float64: nothing was rounded at all.
+Each product and partial sum is an integer below 2^53, so a float64 matrix product is exact in
+whatever order it is summed; the scales add 16 significant bits. For int8 factors and ranks up to
+2^22 (int16: up to 128) delta itself is exact in float64: nothing was rounded at all.
 """
 
 import math
@@ -17,7 +19,9 @@ LARGEST = {torch.int8: 127, torch.int16: 32767}
 
 @dataclass(frozen=True)
 class Factors:
-    """Integer factors of a change (N, K) of rank r: a (r, K), b (N, r), both int8 or int16; a_scale bf16 (K,), b_scale bf16 (N,)."""
+    """Integer factors of a change (N, K) of rank r: a (r, K), b (N, r), both int8 or int16; a_scale
+    bf16 (K,), b_scale bf16 (N,).
+    """
 
     a: Tensor
     b: Tensor
@@ -26,8 +30,16 @@ class Factors:
 
     def __post_init__(self):
         r, k, n = *self.a.shape, self.b.shape[0]
-        if self.b.shape[1] != r or self.a_scale.shape != (k,) or self.b_scale.shape != (n,) or self.a.dtype not in LARGEST:
-            raise ValueError(f"factors A {tuple(self.a.shape)} {self.a.dtype} and B {tuple(self.b.shape)} do not fit one another or their scales")
+        if (
+            self.b.shape[1] != r
+            or self.a_scale.shape != (k,)
+            or self.b_scale.shape != (n,)
+            or self.a.dtype not in LARGEST
+        ):
+            raise ValueError(
+                f"factors A {tuple(self.a.shape)} {self.a.dtype} and B {tuple(self.b.shape)} do not"
+                " fit one another or their scales"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,11 +53,17 @@ class Factors:
 
     def delta(self) -> Tensor:
         """The change, float64 (N, K), exact."""
-        return (self.b.double() @ self.a.double()) * self.b_scale.double()[:, None] * self.a_scale.double()
+        return (
+            (self.b.double() @ self.a.double())
+            * self.b_scale.double()[:, None]
+            * self.a_scale.double()
+        )
 
     def floats(self) -> tuple[Tensor, Tensor]:
         """(down (K, r), up (N, r)) float32 with up . down^T = delta: for a low-rank branch."""
-        return (self.a.float() * self.a_scale.float()).T.contiguous(), self.b.float() * self.b_scale.float()[:, None]
+        return (
+            self.a.float() * self.a_scale.float()
+        ).T.contiguous(), self.b.float() * self.b_scale.float()[:, None]
 
     def rows(self, start: int, stop: int) -> "Factors":
         """The factors of outputs start..stop."""
@@ -53,13 +71,24 @@ class Factors:
 
     def to(self, device: torch.device | str) -> "Factors":
         """The factors on a device."""
-        return Factors(self.a.to(device), self.b.to(device), self.a_scale.to(device), self.b_scale.to(device))
+        return Factors(
+            self.a.to(device), self.b.to(device), self.a_scale.to(device), self.b_scale.to(device)
+        )
 
 
 def _codes(values: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """values → integers as floats, and their bf16 scale with `dim` reduced: absmax / largest, 0 for a slice of zeros."""
-    scale = (values.abs().amax(dim, keepdim=True) * (1 + 2 ** -8) / LARGEST[dtype]).bfloat16().to(values.dtype)  # rounded up: nothing is clipped
-    codes = (values / torch.where(scale == 0, 1, scale)).round().clamp(-LARGEST[dtype], LARGEST[dtype])
+    """values → integers as floats, and their bf16 scale with `dim` reduced: absmax / largest, 0 for
+    a slice of zeros.
+    """
+    # rounded up: nothing is clipped
+    scale = (
+        (values.abs().amax(dim, keepdim=True) * (1 + 2**-8) / LARGEST[dtype])
+        .bfloat16()
+        .to(values.dtype)
+    )
+    codes = (
+        (values / torch.where(scale == 0, 1, scale)).round().clamp(-LARGEST[dtype], LARGEST[dtype])
+    )
     return codes * (scale != 0), scale
 
 
@@ -69,18 +98,26 @@ def quantize(up: Tensor, down: Tensor, dtype: torch.dtype = torch.int8) -> Facto
     return Factors(a.to(dtype), b.to(dtype), a_scale[0].bfloat16(), b_scale[:, 0].bfloat16())
 
 
-def fake_quantize(up: Tensor, down: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """The floats that `quantize` would give, straight through: the gradient passes as if nothing had been rounded."""
+def fake_quantize(
+    up: Tensor, down: Tensor, dtype: torch.dtype = torch.int8
+) -> tuple[Tensor, Tensor]:
+    """The floats that `quantize` would give, straight through: the gradient passes as if nothing
+    had been rounded.
+    """
+
     def straight(values: Tensor, dim: int) -> Tensor:
         codes, scale = _codes(values.detach(), dim, dtype)
         return codes * scale + (values - values.detach())
+
     return straight(up, 1), straight(down, 0)
 
 
 def balanced(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """Other factors of up . down whose r components are alike in size, so that integers lose least; optionally of a smaller rank.
+    """Other factors of up . down whose r components are alike in size, so that integers lose least;
+    optionally of a smaller rank.
 
-    up (N, r), down (r, K) → float32, same product. SVD of the thin product, then an orthonormal Hartley matrix across the components.
+    up (N, r), down (r, K) → float32, same product. SVD of the thin product, then an orthonormal
+    Hartley matrix across the components.
     """
     qu, ru = torch.linalg.qr(up.double())
     qd, rd = torch.linalg.qr(down.double().T)
@@ -93,7 +130,15 @@ def balanced(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor,
 
 
 def thin_norm(terms: list[tuple[Tensor, Tensor, float]], smooth: Tensor | None = None) -> float:
-    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r), sign), without the dense sum."""
+    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r),
+    sign), without the dense sum.
+    """
     up = torch.cat([u.double() * sign for u, _, sign in terms], 1)
-    down = torch.cat([d.double() if smooth is None else d.double() * smooth.double()[:, None] for _, d, _ in terms], 1)
+    down = torch.cat(
+        [
+            d.double() if smooth is None else d.double() * smooth.double()[:, None]
+            for _, d, _ in terms
+        ],
+        1,
+    )
     return ((up.T @ up) * (down.T @ down)).sum().clamp_min(0).sqrt().item()

@@ -1,11 +1,15 @@
-"""An IntLoRA layer that trains: the forward pass sees exactly the integers that will be merged, the backward pass looks straight through them.
+"""An IntLoRA layer that trains: the forward pass sees exactly the integers that will be merged, the
+backward pass looks straight through them.
 
-    y = x' W'^T + bias             a plain base: W' the whole weight                       x' = rot(x / smooth)
-    y = inner(x) + x' (W' - W)^T   beside a layer with arithmetic of its own (`svdquant_w4a4`: 4-bit inputs, a low-rank branch)
+    y = x' W'^T + bias             a plain base: W' the whole weight                       x' =
+      rot(x / smooth)
+    y = inner(x) + x' (W' - W)^T   beside a layer with arithmetic of its own (`svdquant_w4a4`: 4-bit
+      inputs, a low-rank branch)
 
-Straight-through: rounding has the derivative 1, clamping 0 outside its range, log2 and 2^ their own (IntLoRA, section 3). W' is made block of
-rows by block of rows, in the forward pass and once more in the backward pass, so that no layer ever holds a whole dense weight: what training
-keeps beside the base are x and the factors.
+Straight-through: rounding has the derivative 1, clamping 0 outside its range, log2 and 2^ their own
+(IntLoRA, section 3). W' is made block of rows by block of rows, in the forward pass and once more
+in the backward pass, so that no layer ever holds a whole dense weight: what training keeps beside
+the base are x and the factors.
 """
 
 import math
@@ -20,12 +24,25 @@ from .base import IntBase, rotate
 from .noise import Noise, scales
 from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, finished
 
-BLOCK = {"cpu": 2 ** 20}  # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive at a time
+# weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive
+# at a time
+BLOCK = {"cpu": 2**20}
 
 
-def separated(weight: Tensor, variant: str, seed: int, name: str, bits: int = 4, group: int = 64, lora_bits: int = 8,
-              rho: float | None = 0.25, alpha: float | None = None, odd: bool = False) -> tuple[IntBase, Rule]:
-    """Base and rule for a 16-bit weight (N, K), as the paper makes them: Z of Q[W - R], and U's quantizer found at D = 0.
+def separated(
+    weight: Tensor,
+    variant: str,
+    seed: int,
+    name: str,
+    bits: int = 4,
+    group: int = 64,
+    lora_bits: int = 8,
+    rho: float | None = 0.25,
+    alpha: float | None = None,
+    odd: bool = False,
+) -> tuple[IntBase, Rule]:
+    """Base and rule for a 16-bit weight (N, K), as the paper makes them: Z of Q[W - R], and U's
+    quantizer found at D = 0.
 
     variant  mul | shift; shift_add needs no R and rounds the weight itself
     rho, alpha  the size of R: see `noise.scales`
@@ -35,19 +52,33 @@ def separated(weight: Tensor, variant: str, seed: int, name: str, bits: int = 4,
     if variant == ShiftAdd.NAME:
         return IntBase.from_weight(weight, bits, group, odd), ShiftAdd()
     noise = Noise(seed, name, scales(weight, rho, alpha))
-    base = IntBase.from_weight(weight.double() - noise.matrix(weight.shape[1], torch.float64), bits, group, odd)
-    return base, Mul.calibrated(base, noise, lora_bits) if variant == Mul.NAME else Shift.fitting(base, noise)
+    base = IntBase.from_weight(
+        weight.double() - noise.matrix(weight.shape[1], torch.float64), bits, group, odd
+    )
+    return base, (
+        Mul.calibrated(base, noise, lora_bits)
+        if variant == Mul.NAME
+        else Shift.fitting(base, noise)
+    )
 
 
-def rebuilt(weight: Tensor, use: LayerAdapter, bits: int = 4, group: int = 64, odd: bool = False) -> IntBase:
-    """The base that `separated` made of a 16-bit weight (N, K), from the weight and an adapter's R; compare its digest with the adapter's."""
+def rebuilt(
+    weight: Tensor, use: LayerAdapter, bits: int = 4, group: int = 64, odd: bool = False
+) -> IntBase:
+    """The base that `separated` made of a 16-bit weight (N, K), from the weight and an adapter's R;
+    compare its digest with the adapter's.
+    """
     noise = getattr(use.rule, "noise", None)
-    moved = weight if noise is None else weight.double() - noise.matrix(weight.shape[1], torch.float64)
+    moved = (
+        weight if noise is None else weight.double() - noise.matrix(weight.shape[1], torch.float64)
+    )
     return IntBase.from_weight(moved, bits, group, odd)
 
 
 def rule_for(base: IntBase, variant: str, k: int = 8, lora_bits: int = 8) -> Rule:
-    """The rule for a base that exists already, without R: at D = 0 the base is left as it is, bit for bit."""
+    """The rule for a base that exists already, without R: at D = 0 the base is left as it is, bit
+    for bit.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
     if variant == ShiftAdd.NAME:
@@ -56,20 +87,33 @@ def rule_for(base: IntBase, variant: str, k: int = 8, lora_bits: int = 8) -> Rul
 
 
 class IntLoRALinear(nn.Module):
-    """A linear with an integer adapter of rank r; `lora_up` float32 (N, r) starts at 0, `lora_down` float32 (r, K) at random.
+    """A linear with an integer adapter of rank r; `lora_up` float32 (N, r) starts at 0, `lora_down`
+    float32 (r, K) at random.
 
     base, rule  the integers and how the adapter joins them
     bias        (N,) | None of a plain base
-    inner       the layer beside which the change is computed; None: the layer is x' W'^T + bias alone
+    inner       the layer beside which the change is computed; None: the layer is x' W'^T + bias
+      alone
     width       of the stored factors: torch.int8 | torch.int16
     """
 
-    def __init__(self, base: IntBase, rule: Rule, rank: int, bias: Tensor | None = None, inner: nn.Module | None = None,
-                 generator: torch.Generator | None = None, width: torch.dtype = torch.int8):
+    def __init__(
+        self,
+        base: IntBase,
+        rule: Rule,
+        rank: int,
+        bias: Tensor | None = None,
+        inner: nn.Module | None = None,
+        generator: torch.Generator | None = None,
+        width: torch.dtype = torch.int8,
+    ):
         super().__init__()
         (self.out_features, self.in_features), device = base.shape, base.scale.device
         if not 1 <= rank <= min(base.shape):
-            raise ValueError(f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a {base.shape[0]} x {base.shape[1]} layer")
+            raise ValueError(
+                f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a"
+                f" {base.shape[0]} x {base.shape[1]} layer"
+            )
         self.register_buffer("bias", bias, persistent=False)
         self.base, self.rule, self.inner, self.width = base, rule, inner, width
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA
@@ -77,12 +121,22 @@ class IntLoRALinear(nn.Module):
         self.lora_down = nn.Parameter(drawn.to(device))
         self.lora_up = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         noise = getattr(rule, "noise", None)
-        self._working = rule if noise is None else type(rule)(**vars(rule) | {"noise": noise.hold(self.in_features)})
+        self._working = (
+            rule
+            if noise is None
+            else type(rule)(**vars(rule) | {"noise": noise.hold(self.in_features)})
+        )
 
     def __getattr__(self, name: str):
-        """Whatever a model reads off its linears besides calling them (`weight.dtype`) is the inner layer's."""
+        """Whatever a model reads off its linears besides calling them (`weight.dtype`) is the inner
+        layer's.
+        """
         inner = self.__dict__.get("_modules", {}).get("inner")
-        if inner is None or name in self.__dict__["_parameters"] or name in self.__dict__["_buffers"]:
+        if (
+            inner is None
+            or name in self.__dict__["_parameters"]
+            or name in self.__dict__["_buffers"]
+        ):
             return super().__getattr__(name)
         return inner if name == "inner" else getattr(inner, name)
 
@@ -90,7 +144,11 @@ class IntLoRALinear(nn.Module):
         """Integers and rule follow the factors to another device."""
         super()._apply(fn, recurse)
         device = self.lora_up.device
-        self.base, self.rule, self._working = self.base.to(device), self.rule.to(device), self._working.to(device)
+        self.base, self.rule, self._working = (
+            self.base.to(device),
+            self.rule.to(device),
+            self._working.to(device),
+        )
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +159,22 @@ class IntLoRALinear(nn.Module):
             return self.inner(x) + change
         return change if self.bias is None else change + self.bias.to(x.dtype)
 
-    def blocks(self, up: Tensor, down: Tensor, slope: bool = False) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """(rows, what x' is multiplied by there, its slope), float32, a block of rows after another."""
-        step = max(1, BLOCK.get(up.device.type, 2 ** 22) // self.in_features)
+    def blocks(
+        self, up: Tensor, down: Tensor, slope: bool = False
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """(rows, what x' is multiplied by there, its slope), float32, a block of rows after
+        another.
+        """
+        step = max(1, BLOCK.get(up.device.type, 2**22) // self.in_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            base, rule = self.base.rows(rows.start, rows.stop), self._working.rows(rows.start, rows.stop)
+            base, rule = (
+                self.base.rows(rows.start, rows.stop),
+                self._working.rows(rows.start, rows.stop),
+            )
             delta = base.into(up[rows] @ down)
-            if self.inner is not None and isinstance(rule, ShiftAdd):  # needs no code of the base, which may lie elsewhere
+            # needs no code of the base, which may lie elsewhere
+            if self.inner is not None and isinstance(rule, ShiftAdd):
                 yield rows, rule.change(base, delta), None
                 continue
             product = rule.product(base, delta, slope)
@@ -117,16 +183,23 @@ class IntLoRALinear(nn.Module):
 
     def adapter(self, base: str | None = None) -> LayerAdapter:
         """What has been trained, as integers. base: the digest of the base, where it is known."""
-        factors = integer_factors.quantize(self.lora_up.detach(), self.lora_down.detach(), self.width)
+        factors = integer_factors.quantize(
+            self.lora_up.detach(), self.lora_down.detach(), self.width
+        )
         return LayerAdapter(self.rule, base or self.base.digest(), factors)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.rule.NAME}, rank={self.lora_down.shape[0]}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.rule.NAME},"
+            f" rank={self.lora_down.shape[0]}"
+        )
 
 
 class _Product(torch.autograd.Function):
-    """x (..., K) and factors → (..., N). Saves x and the factors; the matrix is made again in the backward pass."""
+    """x (..., K) and factors → (..., N). Saves x and the factors; the matrix is made again in the
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, layer: IntLoRALinear) -> Tensor:
@@ -141,17 +214,27 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x, up, down), layer = ctx.saved_tensors, ctx.layer
         inputs, flat = _inputs(layer.base, x).flatten(0, -2), grad.flatten(0, -2)
-        grad_inputs, grad_up, grad_down = torch.zeros_like(inputs), torch.zeros_like(up), torch.zeros_like(down)
+        grad_inputs, grad_up, grad_down = (
+            torch.zeros_like(inputs),
+            torch.zeros_like(up),
+            torch.zeros_like(down),
+        )
         for rows, matrix, slope in layer.blocks(up, down, slope=True):
             grad_inputs.addmm_(flat[:, rows], matrix.to(x.dtype))
             if slope is not None:
                 raw = _adjoint(layer.base, (flat[:, rows].T @ inputs).float() * slope)
                 grad_up[rows] = raw @ down.T
                 grad_down.addmm_(up[rows].T, raw)
-        if isinstance(layer.rule, ShiftAdd):  # slope 1 everywhere: the gradients of an ordinary LoRA, through thin products
+        # slope 1 everywhere: the gradients of an ordinary LoRA, through thin products
+        if isinstance(layer.rule, ShiftAdd):
             raw_x, wide = x.flatten(0, -2).float(), flat.float()
             grad_up, grad_down = wide.T @ (raw_x @ down.T), (wide @ up).T @ raw_x
-        raw = grad_inputs if _plain(layer.base) else layer.base.out_of(grad_inputs.float()).to(x.dtype)  # the adjoint of `inputs`
+        # the adjoint of `inputs`
+        raw = (
+            grad_inputs
+            if _plain(layer.base)
+            else layer.base.out_of(grad_inputs.float()).to(x.dtype)
+        )
         return raw.reshape(x.shape), grad_up, grad_down, None
 
 

@@ -2,10 +2,14 @@
 
 Three ways, from the one that keeps everything to the one that costs nothing:
 
-    merged       P in wider integers (int8 where it fits, else int16, else int32) under the scale of `variants`. Exact: the merged weight and the
-                 one computed from base and adapter apart are equal bit for bit. No longer a 4-bit weight: an int4 kernel cannot read it.
-    beside       base as it is, plus x . change^T: dense, or (SHIFT-ADD) as low-rank factors, which a layer's 16-bit branch takes up. The
-                 factors skip the rounding to 2^-k, so they differ from `merged` by at most half a step of s 2^-k a weight.
+    merged       P in wider integers (int8 where it fits, else int16, else int32) under the scale of
+      `variants`. Exact: the merged weight and the
+                 one computed from base and adapter apart are equal bit for bit. No longer a 4-bit
+                 weight: an int4 kernel cannot read it.
+    beside       base as it is, plus x . change^T: dense, or (SHIFT-ADD) as low-rank factors, which
+      a layer's 16-bit branch takes up. The
+                 factors skip the rounding to 2^-k, so they differ from `merged` by at most half a
+                 step of s 2^-k a weight.
     folded       into the format that the layer has: see `fold`.
 """
 
@@ -21,7 +25,7 @@ from .adapter import LayerAdapter
 from .base import IntBase
 from .variants import ShiftAdd, bits_needed
 
-BLOCK = 2 ** 22  # weights at once
+BLOCK = 2**22  # weights at once
 _DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 Uses = Sequence[tuple[LayerAdapter, float]]
 
@@ -37,7 +41,9 @@ class Overflow(ValueError):
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged layer: its integers as a base of their own, and what had to be changed for them to fit."""
+    """A merged layer: its integers as a base of their own, and what had to be changed for them to
+    fit.
+    """
 
     base: IntBase
     notes: tuple[str, ...] = ()
@@ -46,18 +52,26 @@ class Merged:
 def merge(base: IntBase, uses: Uses, bits: int = 16, lower_k: bool = True) -> Merged:
     """Adapters with their strengths into a base's integers.
 
-    Several SHIFT-ADD adapters add up on the finest of their grids. MUL and SHIFT stand alone (a strength of t scales the adapter's A B, not
-    R: at 0 an adapter with R still gives the model as it was before training), with SHIFT-ADD adapters on top of what they give.
-    bits     the widest integers allowed for SHIFT-ADD; lower_k: choose a smaller k where they do not suffice, and say so
-    Raises Overflow where that is not allowed, ValueError for two MUL or SHIFT adapters on the same rows.
+    Several SHIFT-ADD adapters add up on the finest of their grids. MUL and SHIFT stand alone (a
+    strength of t scales the adapter's A B, not
+    R: at 0 an adapter with R still gives the model as it was before training), with SHIFT-ADD
+        adapters on top of what they give.
+    bits     the widest integers allowed for SHIFT-ADD; lower_k: choose a smaller k where they do
+      not suffice, and say so
+    Raises Overflow where that is not allowed, ValueError for two MUL or SHIFT adapters on the same
+    rows.
     """
     if not all(math.isfinite(strength) for _, strength in uses):
         raise ValueError("a strength is not a finite number")
     cuts = sorted({0, base.shape[0], *(row for use, _ in uses for row in use.rows or ())})
     runs, notes = [], []
     for start, stop in itertools.pairwise(cuts):
-        here = [(_within(use, start, stop), strength) for use, strength in uses
-                if (strength != 0 or use.separated) and (use.rows is None or use.rows[0] <= start < use.rows[1])]
+        here = [
+            (_within(use, start, stop), strength)
+            for use, strength in uses
+            if (strength != 0 or use.separated)
+            and (use.rows is None or use.rows[0] <= start < use.rows[1])
+        ]
         runs.append(_run(base.rows(start, stop), here, bits, lower_k, notes))
     p, scale = torch.cat([run[0] for run in runs]), torch.cat([run[1] for run in runs], 1)
     width = bits_needed(p)
@@ -77,8 +91,11 @@ def _ground(base: IntBase, uses: Uses) -> IntBase:
     """The base under the SHIFT-ADD adapters: itself, or what MUL or SHIFT makes of it."""
     alone = [(use, strength) for use, strength in uses if not use.additive]
     if len(alone) > 1:
-        raise ValueError("two MUL or SHIFT adapters cannot share a layer: each multiplies the integers that the other was trained on; "
-                         "keep one of them and convert the others with Convert LoRA to IntLoRA")
+        raise ValueError(
+            "two MUL or SHIFT adapters cannot share a layer: each multiplies the integers that the"
+            " other was trained on; keep one of them and convert the others with Convert LoRA to"
+            " IntLoRA"
+        )
     if not alone:
         return base
     use, strength = alone[0]
@@ -87,17 +104,23 @@ def _ground(base: IntBase, uses: Uses) -> IntBase:
 
 
 def _sum(base: IntBase, ground: IntBase, uses: Uses, k: int) -> Tensor:
-    """P of the SHIFT-ADD adapters at k, int32. Each is rounded at its own k (as when it is alone) and shifted up; a lower k rounds again."""
+    """P of the SHIFT-ADD adapters at k, int32. Each is rounded at its own k (as when it is alone)
+    and shifted up; a lower k rounds again.
+    """
     p = ground.integers().long() << k
     for use, strength in uses:
         if use.additive:
             own = min(use.rule.k, k)
             p += ShiftAdd(own).addend(ground, use.change(base, strength)).long() << (k - own)
-    return p.clamp(-(2 ** 31), 2 ** 31 - 1)
+    return p.clamp(-(2**31), 2**31 - 1)
 
 
-def _run(base: IntBase, uses: Uses, bits: int, lower_k: bool, notes: list[str]) -> tuple[Tensor, Tensor]:
-    """P (int8, int16 or int32) and scale float32 of rows that share their adapters, at the adapters' largest k, lowered until P fits."""
+def _run(
+    base: IntBase, uses: Uses, bits: int, lower_k: bool, notes: list[str]
+) -> tuple[Tensor, Tensor]:
+    """P (int8, int16 or int32) and scale float32 of rows that share their adapters, at the
+    adapters' largest k, lowered until P fits.
+    """
     wanted = max((use.rule.k for use, _ in uses if use.additive), default=None)
     if wanted is None:
         return _at(base, uses, None, 32)
@@ -108,7 +131,9 @@ def _run(base: IntBase, uses: Uses, bits: int, lower_k: bool, notes: list[str]) 
     if found is None or (k < wanted and not lower_k):
         raise Overflow(bits, wanted, -1 if found is None else k)
     if k < wanted:
-        notes.append(f"k was lowered from {wanted} to {k}, for the merged integers to fit int{bits}")
+        notes.append(
+            f"k was lowered from {wanted} to {k}, for the merged integers to fit int{bits}"
+        )
     return found
 
 
@@ -117,9 +142,16 @@ def _at(base: IntBase, uses: Uses, k: int | None, bits: int) -> tuple[Tensor, Te
     pieces, step = [], max(1, BLOCK // base.shape[1])
     for row in range(0, base.shape[0], step):
         end = min(row + step, base.shape[0])
-        part, block = base.rows(row, end), [(use.part(row, end), strength) for use, strength in uses]
+        part, block = (
+            base.rows(row, end),
+            [(use.part(row, end), strength) for use, strength in uses],
+        )
         ground = _ground(part, block)
-        p, scale = (ground.integers(), ground.scale.float()) if k is None else (_sum(part, ground, block, k), ShiftAdd(k).scale(ground))
+        p, scale = (
+            (ground.integers(), ground.scale.float())
+            if k is None
+            else (_sum(part, ground, block, k), ShiftAdd(k).scale(ground))
+        )
         if bits_needed(p) > bits:
             return None
         pieces.append((p.to(_DTYPES[bits]), scale))
@@ -127,17 +159,22 @@ def _at(base: IntBase, uses: Uses, k: int | None, bits: int) -> tuple[Tensor, Te
 
 
 def unmerged(base: IntBase, use: LayerAdapter, strength: float = 1.0) -> Tensor:
-    """W' of one adapter computed from base and adapter apart, float32 (N, K) in the base's space: what `merge` must equal."""
+    """W' of one adapter computed from base and adapter apart, float32 (N, K) in the base's space:
+    what `merge` must equal.
+    """
     return use.rule.unmerged(base, use.change(base, strength))
 
 
 def change(base: IntBase, uses: Uses) -> Tensor:
-    """What the adapters change of the weight on raw inputs, dense float32 (N, K): y += x . change^T beside the base's kernel."""
+    """What the adapters change of the weight on raw inputs, dense float32 (N, K): y += x . change^T
+    beside the base's kernel.
+    """
     return base.out_of(merge(base, uses).base.weight() - base.weight())
 
 
 def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
-    """SHIFT-ADD adapters as one low-rank branch, (down float32 (K, R), up float32 (N, R)), strengths inside: y += (x . down) . up^T.
+    """SHIFT-ADD adapters as one low-rank branch, (down float32 (K, R), up float32 (N, R)),
+    strengths inside: y += (x . down) . up^T.
 
     Raises ValueError for adapters that have no low rank: MUL, SHIFT, and dense changes.
     """
@@ -145,14 +182,23 @@ def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
     for use, strength in uses:
         if not use.thin:
             kind = "a dense change" if use.additive else use.rule.NAME.upper()
-            raise ValueError(f"{kind} has no low rank; merge it, or compute it densely beside the layer")
+            raise ValueError(
+                f"{kind} has no low rank; merge it, or compute it densely beside the layer"
+            )
         if strength:
             down, up = use.factors.floats()
             above = use.rows[0] if use.rows else 0
             downs.append(down)
-            ups.append(torch.nn.functional.pad(up * strength, (0, 0, above, base.shape[0] - above - up.shape[0])))
+            ups.append(
+                torch.nn.functional.pad(
+                    up * strength, (0, 0, above, base.shape[0] - above - up.shape[0])
+                )
+            )
     if not downs:
-        empty = torch.zeros(base.shape[1], 0, device=base.codes.device), torch.zeros(base.shape[0], 0, device=base.codes.device)
+        empty = (
+            torch.zeros(base.shape[1], 0, device=base.codes.device),
+            torch.zeros(base.shape[0], 0, device=base.codes.device),
+        )
         return empty
     return torch.cat(downs, 1), torch.cat(ups, 1)
 
@@ -160,4 +206,3 @@ def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
 def finished_weight(merged: Merged) -> Tensor:
     """The merged weight on raw inputs, float32 (N, K)."""
     return merged.base.out_of(merged.base.weight())
-

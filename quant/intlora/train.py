@@ -1,7 +1,9 @@
-"""Training IntLoRA layers inside any model: attach them, step, resume, take the adapter out, detach.
+"""Training IntLoRA layers inside any model: attach them, step, resume, take the adapter out,
+detach.
 
-The loss is the caller's (rectified flow for FLUX: |v(x_t, t) - (noise - x_0)|^2); it gets a random generator that depends on the seed and the
-step alone, so that a run that was interrupted and resumed ends as one that was not.
+The loss is the caller's (rectified flow for FLUX: |v(x_t, t) - (noise - x_0)|^2); it gets a random
+generator that depends on the seed and the step alone, so that a run that was interrupted and
+resumed ends as one that was not.
 """
 
 import contextlib
@@ -20,13 +22,28 @@ from .factors import LARGEST
 from .linear import IntLoRALinear, rule_for, separated
 
 
-def attach(model: nn.Module, names: Iterable[str], variant: str = "shift_add", rank: int = 16, seed: int = 0, k: int = 8, bits: int = 4,
-           group: int = 64, lora_bits: int = 8, rho: float | None = 0.25, alpha: float | None = None, odd: bool = False,
-           width: torch.dtype = torch.int8, bases: Mapping[str, IntBase] | None = None) -> dict[str, IntLoRALinear]:
-    """Replaces the named linears by IntLoRA layers and returns them; `detach` undoes it. All other parameters of the model are frozen.
+def attach(
+    model: nn.Module,
+    names: Iterable[str],
+    variant: str = "shift_add",
+    rank: int = 16,
+    seed: int = 0,
+    k: int = 8,
+    bits: int = 4,
+    group: int = 64,
+    lora_bits: int = 8,
+    rho: float | None = 0.25,
+    alpha: float | None = None,
+    odd: bool = False,
+    width: torch.dtype = torch.int8,
+    bases: Mapping[str, IntBase] | None = None,
+) -> dict[str, IntLoRALinear]:
+    """Replaces the named linears by IntLoRA layers and returns them; `detach` undoes it. All other
+    parameters of the model are frozen.
 
-    A linear that is quantized already (it has `quantized()`, or `bases` gives its integers) keeps its arithmetic, and the change is computed
-    beside it. A 16-bit linear becomes a plain base of `bits` in groups of `group`, with R as the paper has it for MUL and SHIFT (rho, alpha).
+    A linear that is quantized already (it has `quantized()`, or `bases` gives its integers) keeps
+    its arithmetic, and the change is computed beside it. A 16-bit linear becomes a plain base of
+    `bits` in groups of `group`, with R as the paper has it for MUL and SHIFT (rho, alpha).
     """
     if width not in LARGEST:
         raise ValueError(f"width={width} is neither int8 nor int16")
@@ -35,15 +52,27 @@ def attach(model: nn.Module, names: Iterable[str], variant: str = "shift_add", r
     for name in names:
         old = model.get_submodule(name)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + len(layers))
-        base = (bases or {}).get(name) or (IntBase.of(old.quantized(), name) if hasattr(old, "quantized") else None)
+        base = (bases or {}).get(name) or (
+            IntBase.of(old.quantized(), name) if hasattr(old, "quantized") else None
+        )
         if base is not None:
-            layer = IntLoRALinear(base, rule_for(base, variant, k, lora_bits), rank, inner=old, generator=generator, width=width)
+            layer = IntLoRALinear(
+                base,
+                rule_for(base, variant, k, lora_bits),
+                rank,
+                inner=old,
+                generator=generator,
+                width=width,
+            )
         else:
-            base, rule = separated(old.weight.detach(), variant, seed, name, bits, group, lora_bits, rho, alpha, odd)
+            base, rule = separated(
+                old.weight.detach(), variant, seed, name, bits, group, lora_bits, rho, alpha, odd
+            )
             rule = rule if variant != "shift_add" else rule_for(base, variant, k)
             bias = None if old.bias is None else old.bias.detach()
             layer = IntLoRALinear(base, rule, rank, bias, generator=generator, width=width)
-        object.__setattr__(layer, "replaced", old)  # not a child: its weights stay out of the model while it is away
+        # not a child: its weights stay out of the model while it is away
+        object.__setattr__(layer, "replaced", old)
         linears.replace(model, name, layer)
         layers[name] = layer
     return layers
@@ -56,18 +85,27 @@ def detach(model: nn.Module, layers: Mapping[str, IntLoRALinear]) -> None:
 
 
 def adapter(layers: Mapping[str, IntLoRALinear], **facts) -> Adapter:
-    """What has been trained. facts: anything JSON that belongs into the file, such as the number of steps."""
+    """What has been trained. facts: anything JSON that belongs into the file, such as the number of
+    steps.
+    """
     return Adapter({name: layer.adapter() for name, layer in layers.items()}, facts)
 
 
-def train(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator], Tensor], options: Options,
-          state: str | os.PathLike | None = None, checkpointed: Iterable[nn.Module] = (),
-          progress: Callable[[int, int, float], None] = lambda step, steps, loss: None, data: str = "",
-          losses: list[float] | None = None) -> list[float]:
+def train(
+    layers: Mapping[str, IntLoRALinear],
+    loss: Callable[[torch.Generator], Tensor],
+    options: Options,
+    state: str | os.PathLike | None = None,
+    checkpointed: Iterable[nn.Module] = (),
+    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    data: str = "",
+    losses: list[float] | None = None,
+) -> list[float]:
     """The whole run; returns the loss of every step, those of resumed runs included.
 
-    progress(step, steps, loss) is called after each step; an exception raised in it stops the run, and the state is kept. data: a name for
-    what `loss` depends on; a state is resumed with the same only. For `state`, `checkpointed`, `losses` and the exceptions see `training.steps`.
+    progress(step, steps, loss) is called after each step; an exception raised in it stops the run,
+    and the state is kept. data: a name for what `loss` depends on; a state is resumed with the same
+    only. For `state`, `checkpointed`, `losses` and the exceptions see `training.steps`.
     """
     losses = [] if losses is None else losses
     running = steps(layers, loss, options, state, checkpointed, losses, data)
@@ -77,17 +115,38 @@ def train(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator],
     return losses
 
 
-def steps(layers: Mapping[str, IntLoRALinear], loss: Callable[[torch.Generator], Tensor], options: Options,
-          state: str | os.PathLike | None = None, checkpointed: Iterable[nn.Module] = (),
-          losses: list[float] | None = None, data: str = "") -> Iterator[tuple[int, float]]:
-    """Trains, yielding (steps done, loss) after each step: `training.steps` on the factors of the layers."""
-    parameters = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in ("lora_up", "lora_down")}
-    return training.steps(parameters, loss, options, _identity(layers, data), state, checkpointed, losses)
+def steps(
+    layers: Mapping[str, IntLoRALinear],
+    loss: Callable[[torch.Generator], Tensor],
+    options: Options,
+    state: str | os.PathLike | None = None,
+    checkpointed: Iterable[nn.Module] = (),
+    losses: list[float] | None = None,
+    data: str = "",
+) -> Iterator[tuple[int, float]]:
+    """Trains, yielding (steps done, loss) after each step: `training.steps` on the factors of the
+    layers.
+    """
+    parameters = {
+        f"{name}.{which}": getattr(layer, which)
+        for name, layer in layers.items()
+        for which in ("lora_up", "lora_down")
+    }
+    return training.steps(
+        parameters, loss, options, _identity(layers, data), state, checkpointed, losses
+    )
 
 
 def _identity(layers: Mapping[str, nn.Module], data: str) -> str:
-    """What must agree for a state to be resumed: every layer's rule and shapes, the first base, the data. Floats of an ordinary LoRA have no base."""
-    rules = {name: getattr(getattr(layer, "rule", None), "NAME", "") for name, layer in layers.items()}
-    shapes = {name: [rules[name], *layer.lora_up.shape, *layer.lora_down.shape] for name, layer in layers.items()}
+    """What must agree for a state to be resumed: every layer's rule and shapes, the first base, the
+    data. Floats of an ordinary LoRA have no base.
+    """
+    rules = {
+        name: getattr(getattr(layer, "rule", None), "NAME", "") for name, layer in layers.items()
+    }
+    shapes = {
+        name: [rules[name], *layer.lora_up.shape, *layer.lora_down.shape]
+        for name, layer in layers.items()
+    }
     base = getattr(next(iter(layers.values()), None), "base", None)
     return json.dumps([shapes, "" if base is None else base.digest(), data])

@@ -1,4 +1,6 @@
-"""A 4-bit file of another program, opened: under ComfyUI's names and in natural order, as if Nibble had written it."""
+"""A 4-bit file of another program, opened: under ComfyUI's names and in natural order, as if Nibble
+had written it.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -11,7 +13,8 @@ from ..writer import TensorSpec
 
 
 class PublishedFile(ABC):
-    """What loading and converting ask of a file, besides Nibble's own `QuantizedFile`, whose methods these mirror.
+    """What loading and converting ask of a file, besides Nibble's own `QuantizedFile`, whose
+    methods these mirror.
 
     path       the file (of a folder: that with the transformer blocks)
     kind       the format's name, for people
@@ -55,7 +58,9 @@ class PublishedFile(ABC):
         return {}
 
     def verify(self, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Published files carry no checksums: only their sizes can be checked, and that was done when they were opened."""
+        """Published files carry no checksums: only their sizes can be checked, and that was done
+        when they were opened.
+        """
         if progress:
             progress(1, 1, self.path.name)
 

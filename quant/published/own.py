@@ -1,4 +1,6 @@
-"""Nibble's own file with the face of a published one, so that converting knows one kind of source."""
+"""Nibble's own file with the face of a published one, so that converting knows one kind of
+source.
+"""
 
 from collections.abc import Iterable
 
@@ -16,12 +18,22 @@ class OwnFile(PublishedFile):
     kind = "Nibble"
 
     def __init__(self, file: QuantizedFile):
-        self._file, self.path, self.size, self.metadata, self.layers = file, file.path, file.size, file.metadata, file.layers
+        self._file, self.path, self.size, self.metadata, self.layers = (
+            file,
+            file.path,
+            file.size,
+            file.metadata,
+            file.layers,
+        )
         self._keys: dict[str, list[str]] = {}
         for key in file.header.tensors:
             self._keys.setdefault(key.rpartition(".")[0], []).append(key)
-        self._plain = [key for module, keys in self._keys.items() if module not in file.layers for key in keys]
-        shapes = {name: file.header.tensors[name].shape for name in self._plain} | {f"{name}.weight": (0, 0) for name in file.layers}
+        self._plain = [
+            key for module, keys in self._keys.items() if module not in file.layers for key in keys
+        ]
+        shapes = {name: file.header.tensors[name].shape for name in self._plain} | {
+            f"{name}.weight": (0, 0) for name in file.layers
+        }
         self.family = family_name(shapes, self.path.name)
 
     @property
@@ -33,7 +45,10 @@ class OwnFile(PublishedFile):
 
     def specs(self, name: str) -> list[TensorSpec]:
         infos = self._file.header.tensors
-        return [TensorSpec(key, infos[key].dtype, infos[key].shape) for key in (self._keys[name] if name in self.layers else [name])]
+        return [
+            TensorSpec(key, infos[key].dtype, infos[key].shape)
+            for key in (self._keys[name] if name in self.layers else [name])
+        ]
 
     def fact(self, key: str) -> dict:
         return self._file.fact(key)

@@ -1,8 +1,11 @@
-"""The orders in which published files keep a linear's numbers, as permutations to and from natural row-major order.
+"""The orders in which published files keep a linear's numbers, as permutations to and from natural
+row-major order.
 
-Nunchaku stores every tensor in the order in which its tensor-core kernels load it (deepcompressor, backend/nunchaku/utils.py); comfy-kitchen
-knows a second, tiled order beside the natural one ("kitchen_tile_packed_w4a4"). All functions are exact: they move bytes, and each stands
-beside its inverse. N outputs, K inputs, G = K/64 groups, R rank; N and K are multiples of 128, R of 16, as both kernels demand.
+Nunchaku stores every tensor in the order in which its tensor-core kernels load it (deepcompressor,
+backend/nunchaku/utils.py); comfy-kitchen knows a second, tiled order beside the natural one
+("kitchen_tile_packed_w4a4"). All functions are exact: they move bytes, and each stands beside its
+inverse. N outputs, K inputs, G = K/64 groups, R rank; N and K are multiples of 128, R of 16, as
+both kernels demand.
 """
 
 import torch
@@ -22,10 +25,12 @@ def _permuted(tensor: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) ->
 
 def _restored(tensor: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
     """The inverse of `_permuted` with the same shape and order."""
-    return tensor.contiguous().reshape([shape[i] for i in order]).permute(_inverse(order)).contiguous()
+    return (
+        tensor.contiguous().reshape([shape[i] for i in order]).permute(_inverse(order)).contiguous()
+    )
 
 
-# ---- Nunchaku ------------------------------------------------------------------------------------------------------------------
+# ---- Nunchaku ------------------------------------------------------------------------------------
 
 _WEIGHT, _SCALE, _LOW_RANK = (0, 2, 5, 3, 1, 6, 4), (0, 2, 4, 3, 5, 1), (1, 4, 2, 0, 5, 3, 6)
 _UP = (0, 4, 2, 1, 5, 3, 6)
@@ -36,7 +41,9 @@ def _weight_shape(n: int, k: int) -> tuple[int, ...]:
 
 
 def weight_from_nunchaku(qweight: Tensor) -> Tensor:
-    """int8 (N, K/2), tiled → int8 (N, K/2), low nibble = even column. A word of 32 bits holds eight neighbours of K in both orders."""
+    """int8 (N, K/2), tiled → int8 (N, K/2), low nibble = even column. A word of 32 bits holds eight
+    neighbours of K in both orders.
+    """
     n, half = qweight.shape
     words = _permuted(qweight.contiguous().view(torch.int32), _weight_shape(n, 2 * half), _WEIGHT)
     return words.reshape(n, half // 4).view(torch.int8)
@@ -100,9 +107,13 @@ def up_to_nunchaku(proj_up: Tensor) -> Tensor:
 
 
 def awq_from_nunchaku(qweight: Tensor) -> Tensor:
-    """int32 (N/4, K/2) of AWQ's interleaved codes → int8 (N, K/2), codes 0..15, low nibble = even column."""
+    """int32 (N/4, K/2) of AWQ's interleaved codes → int8 (N, K/2), codes 0..15, low nibble = even
+    column.
+    """
     n, k = qweight.shape[0] * 4, qweight.shape[1] * 2
-    words = qweight.contiguous().view(torch.int16).reshape(n // 4, k // 64, 4, 2, 1, 8).to(torch.int32)
+    words = (
+        qweight.contiguous().view(torch.int16).reshape(n // 4, k // 64, 4, 2, 1, 8).to(torch.int32)
+    )
     codes = (words >> torch.tensor([0, 4, 8, 12], dtype=torch.int32).reshape(4, 1)) & 15
     codes = codes.permute(0, 2, 1, 3, 4, 5).reshape(n, k // 2, 2).to(torch.uint8)
     return (codes[..., 0] | codes[..., 1] << 4).view(torch.int8)
@@ -112,7 +123,12 @@ def awq_to_nunchaku(codes: Tensor) -> Tensor:
     """The inverse of `awq_from_nunchaku`."""
     n, half = codes.shape
     bytes_ = codes.contiguous().view(torch.uint8)
-    wide = torch.stack([bytes_ & 15, bytes_ >> 4], -1).reshape(n // 4, 4, half // 32, 2, 4, 8).permute(0, 2, 1, 3, 4, 5).to(torch.int32)
+    wide = (
+        torch.stack([bytes_ & 15, bytes_ >> 4], -1)
+        .reshape(n // 4, 4, half // 32, 2, 4, 8)
+        .permute(0, 2, 1, 3, 4, 5)
+        .to(torch.int32)
+    )
     words = wide[..., 0, :] | wide[..., 1, :] << 4 | wide[..., 2, :] << 8 | wide[..., 3, :] << 12
     return words.to(torch.int16).reshape(n // 4, half * 2).view(torch.int32)
 
@@ -123,7 +139,9 @@ def awq_groups(k: int) -> int:
 
 
 def rows_from_adanorm(tensor: Tensor, splits: int) -> Tensor:
-    """Rows in the order of an interleaved modulation, (D, splits) → those of the model, (splits, D): shift, scale, gate, …"""
+    """Rows in the order of an interleaved modulation, (D, splits) → those of the model, (splits,
+    D): shift, scale, gate, …
+    """
     return tensor.reshape(-1, splits, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
@@ -132,19 +150,29 @@ def rows_to_adanorm(tensor: Tensor, splits: int) -> Tensor:
     return tensor.reshape(splits, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
 
-# ---- comfy-kitchen -------------------------------------------------------------------------------------------------------------
+# ---- comfy-kitchen -------------------------------------------------------------------------------
 
 
 def weight_from_kitchen(tiles: Tensor) -> Tensor:
     """int8 (N/128, K/64, 32, 128), of which the last axis is 4 rows x 32 bytes → (N, K/2)."""
     blocks, groups = tiles.shape[:2]
-    return tiles.reshape(blocks, groups, 32, 4, 32).permute(0, 2, 3, 1, 4).reshape(blocks * 128, groups * 32).contiguous()
+    return (
+        tiles.reshape(blocks, groups, 32, 4, 32)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(blocks * 128, groups * 32)
+        .contiguous()
+    )
 
 
 def weight_to_kitchen(codes: Tensor) -> Tensor:
     """The inverse of `weight_from_kitchen`."""
     n, half = codes.shape
-    return codes.reshape(n // 128, 32, 4, half // 32, 32).permute(0, 3, 1, 2, 4).reshape(n // 128, half // 32, 32, 128).contiguous()
+    return (
+        codes.reshape(n // 128, 32, 4, half // 32, 32)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(n // 128, half // 32, 32, 128)
+        .contiguous()
+    )
 
 
 def scale_from_kitchen(tiles: Tensor) -> Tensor:

@@ -1,17 +1,22 @@
 """The results of modulation layers that stay in RAM, computed ahead of the step that asks for them.
 
-All modulation layers of a transformer read one vector, a function of (timestep, guidance, pooled text). So, for every step of a run:
+All modulation layers of a transformer read one vector, a function of (timestep, guidance, pooled
+text). So, for every step of a run:
 
-1. `Bank.around` wraps the network (as ComfyUI's DIFFUSION_MODEL wrapper does). From its small inputs (their bytes are the key) it knows the
-   vector; for a new key it lets the network's own code run up to its first modulation layer, which gives the vector to the bit. At the first
-   step it does so for every timestep of the run.
-2. The products of all layers with all new vectors are made on the CPU, each weight being read once for all of them: first this step's, then, in
-   a thread, those of the steps to come.
-3. One transfer brings a step's results to the device, side by side; during the step every layer takes its part, and nothing waits for the GPU.
-4. Each layer compares its input with the vector foretold, on the device; the answer is read after the step. Had any differed (a patch of another
-   node that changes the vector), the step is done again with every layer looking at its own input, and so are all steps after it.
+1. `Bank.around` wraps the network (as ComfyUI's DIFFUSION_MODEL wrapper does). From its small
+  inputs (their bytes are the key) it knows the vector; for a new key it lets the network's own code
+  run up to its first modulation layer, which gives the vector to the bit. At the first step it does
+  so for every timestep of the run.
+2. The products of all layers with all new vectors are made on the CPU, each weight being read once
+  for all of them: first this step's, then, in a thread, those of the steps to come.
+3. One transfer brings a step's results to the device, side by side; during the step every layer
+  takes its part, and nothing waits for the GPU.
+4. Each layer compares its input with the vector foretold, on the device; the answer is read after
+  the step. Had any differed (a patch of another node that changes the vector), the step is done
+  again with every layer looking at its own input, and so are all steps after it.
 
-Which layers read the one vector is learned in the first step, in which every layer looks at its own input.
+Which layers read the one vector is learned in the first step, in which every layer looks at its own
+input.
 """
 
 from __future__ import annotations
@@ -26,11 +31,15 @@ from typing import NamedTuple
 import torch
 
 _CACHE_BYTES = 256 << 20  # of results: a hundred steps of FLUX
-_SMALL = 64 << 10  # bytes; a network's inputs up to this size tell its modulation: timestep, guidance, pooled text
+# bytes; a network's inputs up to this size tell its modulation: timestep, guidance, pooled text
+_SMALL = 64 << 10
 
 
 class Vector(NamedTuple):
-    """What the layers read: rows (M, K) on the CPU, and the shape and device of the layer's input that they are."""
+    """What the layers read: rows (M, K) on the CPU, and the shape and device of the layer's input
+    that they are.
+    """
+
     rows: torch.Tensor
     shape: torch.Size
     device: torch.device
@@ -54,18 +63,26 @@ class _Found(Exception):
 
 
 class _Step:
-    """One step's results on the device, and whether what the layers read was what had been foretold."""
+    """One step's results on the device, and whether what the layers read was what had been
+    foretold.
+    """
 
     def __init__(self, layers: Sequence, vector: Vector, results: torch.Tensor, buffers: dict):
         self._rows = _sent(vector.rows, vector.device, "vector", buffers)
-        parts = _sent(results, vector.device, "results", buffers).split([layer.out_features for layer in layers], -1)
+        parts = _sent(results, vector.device, "results", buffers).split(
+            [layer.out_features for layer in layers], -1
+        )
         self._parts = {id(layer): part for layer, part in zip(layers, parts, strict=True)}
         self._wrong = torch.zeros((), dtype=torch.bool, device=vector.device)
 
     def take(self, layer, input: torch.Tensor) -> torch.Tensor | None:
         """The layer's output; None where it has none or the input is of another kind."""
         part, rows = self._parts.get(id(layer)), input.reshape(-1, input.shape[-1])
-        if part is None or (rows.shape, rows.dtype, rows.device) != (self._rows.shape, self._rows.dtype, self._rows.device):
+        if part is None or (rows.shape, rows.dtype, rows.device) != (
+            self._rows.shape,
+            self._rows.dtype,
+            self._rows.device,
+        ):
             return None
         self._wrong |= (rows != self._rows).any()
         return part.reshape(*input.shape[:-1], -1)
@@ -76,7 +93,9 @@ class _Step:
 
 
 def _sent(tensor: torch.Tensor, device: torch.device, use: str, buffers: dict) -> torch.Tensor:
-    """A copy on the device, at the same place in its memory every time, so that a recorded graph finds it there."""
+    """A copy on the device, at the same place in its memory every time, so that a recorded graph
+    finds it there.
+    """
     key = (use, tuple(tensor.shape), tensor.dtype, device)
     if key not in buffers:
         if len(buffers) > 8:
@@ -87,16 +106,24 @@ def _sent(tensor: torch.Tensor, device: torch.device, use: str, buffers: dict) -
 
 
 class Bank:
-    """Results of one model's layers. A layer has name, in_features, out_features, is_hooked and compute(rows, fast)."""
+    """Results of one model's layers. A layer has name, in_features, out_features, is_hooked and
+    compute(rows, fast).
+    """
 
-    def __init__(self, timesteps: Callable[[torch.Tensor], torch.Tensor] | None = None, limit: int = _CACHE_BYTES):
+    def __init__(
+        self,
+        timesteps: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        limit: int = _CACHE_BYTES,
+    ):
         self.layers: list = []
-        self.computed = self.steps = self.hits = 0  # products of a layer with a row; steps, and how many found their results made
+        # products of a layer with a row; steps, and how many found their results made
+        self.computed = self.steps = self.hits = 0
         self._timesteps, self._limit, self._size = timesteps, limit, 0
         self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._pending: dict[tuple, Future] = {}
         self._vectors: OrderedDict[tuple, Vector] = OrderedDict()
-        self._followers: list | None = None  # the layers that read the one vector, once that is known
+        # the layers that read the one vector, once that is known
+        self._followers: list | None = None
         self._seen: dict | None = None
         self._step: _Step | None = None
         self._buffers: dict[tuple, torch.Tensor] = {}
@@ -132,8 +159,10 @@ class Bank:
     # ---- a step
 
     def around(self, executor, *args, **kwargs):
-        """The network's output for its inputs (picture, timestep, …), once what the step's layers will ask for is there. executor: calls the
-        network, and has it, with nothing around it, as `original`."""
+        """The network's output for its inputs (picture, timestep, …), once what the step's layers
+        will ask for is there. executor: calls the network, and has it, with nothing around it, as
+        `original`.
+        """
         step = self._prepare(executor, args, kwargs)
         with self._serving(step):
             out = executor(*args, **kwargs)
@@ -154,7 +183,12 @@ class Bank:
             self._step = self._seen = None
 
     def _prepare(self, executor, args: tuple, kwargs: dict) -> _Step | None:
-        if not self._followers or not self._trusted or torch.is_grad_enabled() or any(layer.is_hooked for layer in self.layers):
+        if (
+            not self._followers
+            or not self._trusted
+            or torch.is_grad_enabled()
+            or any(layer.is_hooked for layer in self.layers)
+        ):
             return None
         key = _key(*_small_inputs(args, kwargs))
         new = key not in self._vectors
@@ -165,7 +199,9 @@ class Bank:
         self.steps, self.hits = self.steps + 1, self.hits + (made == 0)
         if new:
             self._foretell_run(executor, args, kwargs, vector)
-        return _Step(self._followers, vector, self._rows(self._followers, found, vector), self._buffers)
+        return _Step(
+            self._followers, vector, self._rows(self._followers, found, vector), self._buffers
+        )
 
     def _foretell(self, key: tuple, executor, args: tuple, kwargs: dict) -> bool:
         """Lets the network run up to its first modulation layer; whether there was one."""
@@ -186,24 +222,34 @@ class Bank:
         vectors = []
         for timestep in self._others(args, kwargs):
             key = _key(*_small_inputs((args[0], timestep, *args[2:]), kwargs))
-            if key not in self._vectors and self._foretell(key, executor, (args[0], timestep, *args[2:]), kwargs):
+            if key not in self._vectors and self._foretell(
+                key, executor, (args[0], timestep, *args[2:]), kwargs
+            ):
                 vectors.append(self._vectors[key])
         if vectors:
             self._asked(self._followers, torch.cat([vector.rows for vector in vectors]), now.fast)
 
     def _others(self, args: tuple, kwargs: dict) -> Iterable[torch.Tensor]:
         """The network's timestep input at every step of the run, as far as the sampler says it."""
-        options = kwargs.get("transformer_options") or next((a for a in args if isinstance(a, dict)), {})
+        options = kwargs.get("transformer_options") or next(
+            (a for a in args if isinstance(a, dict)), {}
+        )
         sigmas = options.get("sample_sigmas")
         if sigmas is None or self._timesteps is None or not isinstance(args[1], torch.Tensor):
             return []
         now, row = args[1], sum(layer.out_features for layer in self._followers) * 4
-        sigmas = sigmas[:-1][:max(1, self._limit // (4 * row))]  # what is made ahead must still be there when it is asked for
-        return [t.to(now).expand_as(now).contiguous() for t in self._timesteps(sigmas.to(now.device, torch.float32)).float()]
+        # what is made ahead must still be there when it is asked for
+        sigmas = sigmas[:-1][: max(1, self._limit // (4 * row))]
+        return [
+            t.to(now).expand_as(now).contiguous()
+            for t in self._timesteps(sigmas.to(now.device, torch.float32)).float()
+        ]
 
     # ---- products
 
-    def _asked(self, layers: Sequence, rows: torch.Tensor, fast: bool) -> tuple[dict[tuple, torch.Tensor | Future], int]:
+    def _asked(
+        self, layers: Sequence, rows: torch.Tensor, fast: bool
+    ) -> tuple[dict[tuple, torch.Tensor | Future], int]:
         """Key → result, or the future that brings it; and how many had to be begun."""
         found: dict[tuple, torch.Tensor | Future] = {}
         new: dict[tuple, tuple] = {}
@@ -224,14 +270,22 @@ class Bank:
                 found.update(dict.fromkeys(new, future))
         return found, len(new)
 
-    def _rows(self, layers: Sequence, found: dict[tuple, torch.Tensor | Future], vector: Vector) -> torch.Tensor:
+    def _rows(
+        self, layers: Sequence, found: dict[tuple, torch.Tensor | Future], vector: Vector
+    ) -> torch.Tensor:
         """(M, sum of N): the layers' outputs side by side, once they are made."""
+
         def result(layer, row: torch.Tensor) -> torch.Tensor:
             key = self._key(layer, row, vector.fast)
             return found[key].result()[key] if isinstance(found[key], Future) else found[key]
-        return torch.stack([torch.cat([result(layer, row) for layer in layers]) for row in vector.rows])
 
-    def _compute(self, new: dict[tuple, tuple], fast: bool, pending: dict) -> dict[tuple, torch.Tensor]:
+        return torch.stack(
+            [torch.cat([result(layer, row) for layer in layers]) for row in vector.rows]
+        )
+
+    def _compute(
+        self, new: dict[tuple, tuple], fast: bool, pending: dict
+    ) -> dict[tuple, torch.Tensor]:
         """All products wanted; where bits may differ, each layer's with all its rows at once."""
         groups: dict[int, list[tuple]] = {}
         for key, (layer, _) in new.items():
@@ -241,7 +295,11 @@ class Bank:
             for keys in groups.values():
                 layer = new[keys[0]][0]
                 rows = [new[key][1][None] for key in keys]
-                outputs = layer.compute(torch.cat(rows), fast) if fast else torch.cat([layer.compute(row, fast) for row in rows])
+                outputs = (
+                    layer.compute(torch.cat(rows), fast)
+                    if fast
+                    else torch.cat([layer.compute(row, fast) for row in rows])
+                )
                 made |= zip(keys, outputs.unbind(0), strict=True)
         with self._lock:
             self.computed += len(made)
@@ -261,12 +319,27 @@ class Bank:
 
 def _key(*tensors: torch.Tensor) -> tuple:
     """Equal only for equal dtypes, shapes and bytes."""
-    return tuple((str(t.dtype), tuple(t.shape), t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors)
+    return tuple(
+        (
+            str(t.dtype),
+            tuple(t.shape),
+            t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(),
+        )
+        for t in tensors
+    )
 
 
 def _small_inputs(args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The network's inputs that tell its modulation, on the CPU after one transfer: all small tensors but the picture and the prompt's tokens."""
+    """The network's inputs that tell its modulation, on the CPU after one transfer: all small
+    tensors but the picture and the prompt's tokens.
+    """
     named = {name: value for name, value in kwargs.items() if name != "context"}
-    tensors = [t for t in (*args[1:2], *args[3:], *named.values()) if isinstance(t, torch.Tensor) and t.nbytes <= _SMALL]
-    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors]) if tensors else torch.zeros(0)
+    tensors = [
+        t
+        for t in (*args[1:2], *args[3:], *named.values())
+        if isinstance(t, torch.Tensor) and t.nbytes <= _SMALL
+    ]
+    flat = (
+        torch.cat([t.detach().reshape(-1).float() for t in tensors]) if tensors else torch.zeros(0)
+    )
     return [flat.cpu(), torch.tensor([t.numel() for t in tensors])]

@@ -1,15 +1,20 @@
-"""One linear layer into SVDQuant's form: W = 4-bit part + low rank, in a space where inputs survive 4 bits.
+"""One linear layer into SVDQuant's form: W = 4-bit part + low rank, in a space where inputs survive
+4 bits.
 
-With x' the smoothed (rotated) input, e the error of its trip through 4 bits, C = E[x' x'^T] and S = E[e e^T] (diagonal), the error is
+With x' the smoothed (rotated) input, e the error of its trip through 4 bits, C = E[x' x'^T] and S =
+E[e e^T] (diagonal), the error is
 
     E |y - y_q|^2 = tr (W' - L - Q) C (W' - L - Q)^T + tr Q S Q^T
 
-1. Were Q not rounded, the best Q for a given L is (W' - L) C (C + S)^-1, and what remains is tr (W' - L) P (W' - L)^T with
-   P = (C^-1 + S^-1)^-1: the branch starts as the best rank R in the metric P. (Where inputs dwarf their error, P = S: SVDQuant's choice.)
+1. Were Q not rounded, the best Q for a given L is (W' - L) C (C + S)^-1, and what remains is tr (W'
+  - L) P (W' - L)^T with P = (C^-1 + S^-1)^-1: the branch starts as the best rank R in the metric P.
+  (Where inputs dwarf their error, P = S: SVDQuant's choice.)
 2. Q is that best Q, rounded: by GPTQ with the Hessian C + S, or to nearest.
-3. For a given Q the best L is the best rank R for W' - Q in the metric C; then again from 2, keeping whichever did best on samples.
+3. For a given Q the best L is the best rank R for W' - Q in the metric C; then again from 2,
+  keeping whichever did best on samples.
 
-SVDQuant: Li et al., 2024, arXiv:2411.05007, section 4; GPTQ: arXiv:2210.17323. A bias also takes up the mean of the error.
+SVDQuant: Li et al., 2024, arXiv:2411.05007, section 4; GPTQ: arXiv:2210.17323. A bias also takes up
+    the mean of the error.
 """
 
 import logging
@@ -33,8 +38,9 @@ from .weight import SVDQuantWeight, W4A16Weight
 log = logging.getLogger("nibble")
 
 SYNTHETIC_ROWS = 128
-EXACT_DB = 150.0        # reported for errors of (almost) nothing, where the ratio has no meaning
-ROUNDING_NOISE = 0.0105  # squared rounding error of a weight over its group's mean square: (2.5 rms / 7)^2 / 12
+EXACT_DB = 150.0  # reported for errors of (almost) nothing, where the ratio has no meaning
+# squared rounding error of a weight over its group's mean square: (2.5 rms / 7)^2 / 12
+ROUNDING_NOISE = 0.0105
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,9 @@ class LayerError:
 
 @dataclass
 class _Problem:
-    """A layer and what is known of its inputs. x: rows to choose by; held_out: rows to report on; covariance: of raw x, blockwise."""
+    """A layer and what is known of its inputs. x: rows to choose by; held_out: rows to report on;
+    covariance: of raw x, blockwise.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -66,28 +74,41 @@ class _Problem:
     mean: Tensor | None
     covariance: Tensor
     measured: bool  # the covariance is a recorded Hessian, not a guess from its diagonal
-    sampled: bool   # x and held_out are recorded rows, not synthetic ones
+    sampled: bool  # x and held_out are recorded rows, not synthetic ones
 
     def target(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight)
 
     def span_rows(self) -> Tensor:
-        """Rows (T, K) whose spans steer smoothing: recorded ones, or one row of each input's root mean square."""
+        """Rows (T, K) whose spans steer smoothing: recorded ones, or one row of each input's root
+        mean square.
+        """
         if self.sampled:
             return self.x
         square = self.covariance.diagonal(dim1=1, dim2=2).reshape(1, -1)
         return (square + (0 if self.mean is None else self.mean.square())).clamp_min(0).sqrt()
 
 
-def quantize_linear(weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe, *, post_gelu: bool = False,
-                    smooth: Tensor | None = None, generator: torch.Generator | None = None) -> tuple[SVDQuantWeight, LayerError]:
+def quantize_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: InputStats | None,
+    recipe: Recipe,
+    *,
+    post_gelu: bool = False,
+    smooth: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[SVDQuantWeight, LayerError]:
     """A linear into 4-bit weights and activations with a low-rank branch, on the weight's device.
 
     Shapes:
-        weight float (N, K), 64 | K · bias float (N,) | None · smooth float (K,): factors to use instead of searching
-    stats: recorded inputs; without them synthetic ones stand in. post_gelu: the input comes from a GELU, so that unsigned activations
-    are tried (they need a bias to fold into). generator: a CPU one; by default seeded with recipe.seed.
-    Raises ValueError for K not a multiple of 64, shapes that do not fit, and weights or statistics with NaN or infinity.
+        weight float (N, K), 64 | K · bias float (N,) | None · smooth float (K,): factors to use
+        instead of searching
+    stats: recorded inputs; without them synthetic ones stand in. post_gelu: the input comes from a
+        GELU, so that unsigned activations
+    are tried (they need a bias to fold into). generator: a CPU one; by default seeded with
+    recipe.seed. Raises ValueError for K not a multiple of 64, shapes that do not fit, and weights
+    or statistics with NaN or infinity.
     """
     generator = generator or torch.Generator().manual_seed(recipe.seed)
     problem = _problem(weight, bias, stats, post_gelu, generator)
@@ -101,11 +122,15 @@ def quantize_linear(weight: Tensor, bias: Tensor | None, stats: InputStats | Non
     db = _sqnr(problem, result)
     used_gptq = recipe.gptq and problem.measured
     inputs = "held-out samples" if problem.sampled else "synthetic inputs"
-    return result, LayerError(db, inputs, space.label, space.rotation, space.act_unsigned, used_gptq)
+    return result, LayerError(
+        db, inputs, space.label, space.rotation, space.act_unsigned, used_gptq
+    )
 
 
 def _sqnr(problem: _Problem, result: SVDQuantWeight | W4A16Weight) -> float:
-    """Signal over quantization noise of the layer's output (without its bias) on held-out rows, in dB."""
+    """Signal over quantization noise of the layer's output (without its bias) on held-out rows, in
+    dB.
+    """
     y = problem.target(problem.held_out)
     bias = 0 if problem.bias is None else problem.bias
     noise = (result.forward(problem.held_out) - bias - y).square().sum().item()
@@ -115,7 +140,13 @@ def _sqnr(problem: _Problem, result: SVDQuantWeight | W4A16Weight) -> float:
     return min(max(10 * math.log10(signal / noise), -EXACT_DB), EXACT_DB) if signal else -EXACT_DB
 
 
-def _problem(weight: Tensor, bias: Tensor | None, stats: InputStats | None, post_gelu: bool, generator: torch.Generator) -> _Problem:
+def _problem(
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: InputStats | None,
+    post_gelu: bool,
+    generator: torch.Generator,
+) -> _Problem:
     weight = weight.float()
     n, k = weight.shape
     if k % 64:
@@ -123,29 +154,52 @@ def _problem(weight: Tensor, bias: Tensor | None, stats: InputStats | None, post
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit a {n} x {k} linear")
     if not weight.isfinite().all():
-        raise ValueError(f"the {n} x {k} weight holds NaN or infinity; the file is damaged or overflowed when it was saved")
+        raise ValueError(
+            f"the {n} x {k} weight holds NaN or infinity; the file is damaged or overflowed when it"
+            " was saved"
+        )
     bias = None if bias is None else bias.float().to(weight.device)
     if stats is None or stats.count == 0:
         x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(weight.device)
         x = torch.nn.functional.gelu(x) if post_gelu else x
-        return _Problem(weight, bias, *_parted(x), None, diagonal_blocks(x.square().mean().expand(k)), False, False)
+        return _Problem(
+            weight,
+            bias,
+            *_parted(x),
+            None,
+            diagonal_blocks(x.square().mean().expand(k)),
+            False,
+            False,
+        )
     return _measured_problem(weight, bias, stats, generator)
 
 
-def _measured_problem(weight: Tensor, bias: Tensor | None, stats: InputStats, generator: torch.Generator) -> _Problem:
+def _measured_problem(
+    weight: Tensor, bias: Tensor | None, stats: InputStats, generator: torch.Generator
+) -> _Problem:
     k, device = weight.shape[1], weight.device
     if stats.k != k:
         raise ValueError(f"statistics of {stats.k} inputs do not fit a linear with {k}")
     mean, square = stats.mean.to(device), stats.mean_square.to(device)
     if not square.isfinite().all():
-        raise ValueError("the recorded inputs hold NaN or infinity; the model overflowed while it was recorded")
+        raise ValueError(
+            "the recorded inputs hold NaN or infinity; the model overflowed while it was recorded"
+        )
     sampled = stats.samples is not None and len(stats.samples) >= 16
     if sampled:
         x = stats.samples.to(device).float()
     else:
         spread = (square - mean.square()).clamp_min(0).sqrt()
         x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(device) * spread + mean
-    return _Problem(weight, bias, *_parted(x), mean, covariance(stats, bias is not None, device), stats.hessian is not None, sampled)
+    return _Problem(
+        weight,
+        bias,
+        *_parted(x),
+        mean,
+        covariance(stats, bias is not None, device),
+        stats.hessian is not None,
+        sampled,
+    )
 
 
 def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,27 +208,36 @@ def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[~held_out], x[held_out]
 
 
-# ---- the space: smoothing, rotation, unsigned activations ---------------------------------------------------------
+# ---- the space: smoothing, rotation, unsigned activations ----------------------------------------
 
 
 def _modes(recipe: Recipe, unsigned: bool, sampled: bool) -> list[dict]:
     if recipe.rotation != "off" and not sampled:
-        return [{"rotation": 64}]  # synthetic inputs have no outliers, so they cannot show what rotation is worth
+        # synthetic inputs have no outliers, so they cannot show what rotation is worth
+        return [{"rotation": 64}]
     modes = {"auto": [{}, {"rotation": 64}], "on": [{"rotation": 64}], "off": [{}]}[recipe.rotation]
     return modes + [{"act_unsigned": True}] if unsigned else modes
 
 
-def _spaces(problem: _Problem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None) -> Iterator[InputSpace]:
+def _spaces(
+    problem: _Problem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
+) -> Iterator[InputSpace]:
     """The best space of each mode by a quick score; without GPTQ only the best of all."""
     unsigned = post_gelu and recipe.act_unsigned and problem.bias is not None
     found = []
     for mode in _modes(recipe, unsigned, problem.sampled):
         if smooth is not None:
-            candidates = [InputSpace(smooth.bfloat16().float().to(problem.weight.device), **mode, label="given")]
+            candidates = [
+                InputSpace(
+                    smooth.bfloat16().float().to(problem.weight.device), **mode, label="given"
+                )
+            ]
         else:
             rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
             found_factors = smoothings(rows, problem.weight, recipe.smoothing_grid)
-            candidates = [InputSpace(factors, **mode, label=label) for label, factors in found_factors]
+            candidates = [
+                InputSpace(factors, **mode, label=label) for label, factors in found_factors
+            ]
         scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
         found.append(min(scored, key=lambda pair: pair[0]))
     if recipe.gptq:
@@ -187,7 +250,9 @@ QUICK_ROWS = {"fast": 512, "best": 1024}  # output rows that a candidate is scor
 
 
 def _quick_score(problem: _Problem, space: InputSpace, recipe: Recipe) -> float:
-    """Output error on a part of the output rows, with a low-rank branch and weights rounded to nearest (SVDQuant's objective)."""
+    """Output error on a part of the output rows, with a low-rank branch and weights rounded to
+    nearest (SVDQuant's objective).
+    """
     stride = max(1, problem.weight.shape[0] // QUICK_ROWS[recipe.preset])
     weight = space.weight(problem.weight[::stride])
     up, down = svd_lowrank(weight, recipe.rank, torch.Generator().manual_seed(recipe.seed), power=1)
@@ -200,20 +265,26 @@ def _quick_score(problem: _Problem, space: InputSpace, recipe: Recipe) -> float:
 
 
 def shared_smoothing(weights: list[Tensor], stats: InputStats | None, recipe: Recipe) -> Tensor:
-    """Smoothing factors, float32 (K,), for projections that read the same input: searched on their rows together."""
+    """Smoothing factors, float32 (K,), for projections that read the same input: searched on their
+    rows together.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     problem = _problem(torch.cat([w.float() for w in weights]), None, stats, False, generator)
     space = next(_spaces(problem, replace(recipe, gptq=False), False, None))
     return (with_signs(space, problem.x, generator) if problem.sampled else space).smooth
 
 
-# ---- the decomposition in a given space ---------------------------------------------------------------------------
+# ---- the decomposition in a given space ----------------------------------------------------------
 
 
 class _Fit:
-    """The alternation in one space; holds what stays the same: W', moments, noise, the wanted outputs."""
+    """The alternation in one space; holds what stays the same: W', moments, noise, the wanted
+    outputs.
+    """
 
-    def __init__(self, problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator):
+    def __init__(
+        self, problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator
+    ):
         self.problem, self.space, self.recipe, self.generator = problem, space, recipe, generator
         self.weight = space.weight(problem.weight)
         self.inputs = space.inputs(problem.x)
@@ -227,12 +298,16 @@ class _Fit:
         self.wanted = problem.target(problem.x)
 
     def first_branch(self) -> tuple[Tensor, Tensor]:
-        per_group = self.hessian.diagonal(dim1=1, dim2=2).reshape(-1, 64).mean(1).repeat_interleave(64)
+        per_group = (
+            self.hessian.diagonal(dim1=1, dim2=2).reshape(-1, 64).mean(1).repeat_interleave(64)
+        )
         noise = self.noise + ROUNDING_NOISE * per_group
         return self.branch(self.weight, Metric(parallel_sum(self.moments, noise)))
 
     def branch(self, matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-        """The best low rank for a matrix (N, K) of this space: up (N, R) and raw-x down (K, R), both rounded to bf16."""
+        """The best low rank for a matrix (N, K) of this space: up (N, R) and raw-x down (K, R),
+        both rounded to bf16.
+        """
         up, down = metric.fit(matrix, self.recipe.rank, self.generator)
         return up.bfloat16(), self.space.raw_weight(down.T).T.bfloat16()
 
@@ -245,36 +320,60 @@ class _Fit:
         """Step 2: codes int8 (N, K), scale float32 (K/64, N)."""
         search = self.recipe.clip_search
         if not self.problem.measured:
-            return round_to_nearest(residual, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search)
-        best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)  # (W' - L) C (C + S)^-1
+            return round_to_nearest(
+                residual, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search
+            )
+        # (W' - L) C (C + S)^-1
+        best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)
         if self.recipe.gptq:
             return gptq(best, self.hessian, search)
         return round_to_nearest(best, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search)
 
     def bias(self, branch, codes: Tensor, scale: Tensor) -> Tensor | None:
-        """The layer's bias, plus the mean error, less the shift of unsigned activations times the 4-bit part."""
+        """The layer's bias, plus the mean error, less the shift of unsigned activations times the
+        4-bit part.
+        """
         if self.problem.bias is None:
             return None
-        mean, shift = self.problem.mean, SHIFT / self.space.smooth if self.space.act_unsigned else None
+        mean, shift = (
+            self.problem.mean,
+            (SHIFT / self.space.smooth if self.space.act_unsigned else None),
+        )
         if mean is None and shift is None:
             return self.problem.bias
         seen = self.space.inputs(torch.zeros_like(self.space.smooth) if mean is None else mean)
-        wanted = seen if shift is None else seen - shift  # the branch and the 16-bit weight do not see the shift
+        # the branch and the 16-bit weight do not see the shift
+        wanted = seen if shift is None else seen - shift
         up, down = branch
-        error = self.weight @ wanted - up.float() @ (self.space.weight(down.float().T) @ wanted) - dequantize_groups(codes, scale) @ seen
+        error = (
+            self.weight @ wanted
+            - up.float() @ (self.space.weight(down.float().T) @ wanted)
+            - dequantize_groups(codes, scale) @ seen
+        )
         return self.problem.bias + error
 
     def loss(self, branch, codes: Tensor, scale: Tensor, bias: Tensor | None) -> float:
         """Squared output error on the rows to choose by."""
         up, down = branch
-        y = self.quantized_inputs @ dequantize_groups(codes, scale).T + (self.problem.x @ down.float()) @ up.float().T
+        y = (
+            self.quantized_inputs @ dequantize_groups(codes, scale).T
+            + (self.problem.x @ down.float()) @ up.float().T
+        )
         shift = 0 if bias is None else bias - self.problem.bias
         return (y + shift - self.wanted).square().sum().item()
 
     def pack(self, branch, codes: Tensor, scale: Tensor, bias: Tensor | None) -> SVDQuantWeight:
         up, down = branch
-        return SVDQuantWeight(pack_int4(codes), scale.bfloat16(), down.contiguous(), up.contiguous(), self.space.smooth.bfloat16(),
-                              None if bias is None else bias.bfloat16(), self.space.act_unsigned, self.space.rotation)
+        return SVDQuantWeight(
+            pack_int4(codes),
+            scale.bfloat16(),
+            down.contiguous(),
+            up.contiguous(),
+            self.space.smooth.bfloat16(),
+            None if bias is None else bias.bfloat16(),
+            self.space.act_unsigned,
+            self.space.rotation,
+        )
 
 
 @dataclass
@@ -295,7 +394,9 @@ class _Best:
         return better
 
 
-def _solve(problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator) -> tuple[float, SVDQuantWeight]:
+def _solve(
+    problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator
+) -> tuple[float, SVDQuantWeight]:
     """Steps 1 to 3: the loss on the rows to choose by, and the layer."""
     fit = _Fit(problem, space, recipe, generator)
     branch, best, stale = fit.first_branch(), _Best(fit), 0
@@ -314,25 +415,35 @@ def _solve(problem: _Problem, space: InputSpace, recipe: Recipe, generator: torc
     return best.loss, fit.pack(*best.parts)
 
 
-# ---- few-token layers ------------------------------------------------------------------------------------------------
+# ---- few-token layers ----------------------------------------------------------------------------
 
 
-def quantize_w4a16(weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe) -> tuple[W4A16Weight, float]:
+def quantize_w4a16(
+    weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe
+) -> tuple[W4A16Weight, float]:
     """4-bit weights for layers that see few tokens (modulation); activations stay in 16 bit.
 
-    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs' covariance, with any preset, where they were
-    recorded: inputs of modulation layers are few and alike, so that most of the rounding error can be moved to where they never point.
+    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs'
+    covariance, with any preset, where they were
+    recorded: inputs of modulation layers are few and alike, so that most of the rounding error can
+        be moved to where they never point.
     Returns the layer and its SQNR in dB on recorded, or else synthetic, inputs.
     """
     problem = _problem(weight, bias, stats, False, torch.Generator().manual_seed(recipe.seed))
     diagonal = problem.covariance.diagonal(dim1=1, dim2=2)
-    hessian = problem.covariance + torch.diag_embed((DAMPING * diagonal.mean()).clamp_min(1e-20).expand_as(diagonal))
+    hessian = problem.covariance + torch.diag_embed(
+        (DAMPING * diagonal.mean()).clamp_min(1e-20).expand_as(diagonal)
+    )
     if problem.measured:
         codes, scale = gptq(problem.weight, hessian, recipe.clip_search)
     else:
-        codes, scale = round_to_nearest(problem.weight, hessian.diagonal(dim1=1, dim2=2).flatten(), recipe.clip_search)
+        codes, scale = round_to_nearest(
+            problem.weight, hessian.diagonal(dim1=1, dim2=2).flatten(), recipe.clip_search
+        )
     bias = problem.bias
     if bias is not None and problem.mean is not None:
         bias = bias + (problem.weight - dequantize_groups(codes, scale)) @ problem.mean
-    result = W4A16Weight(pack_int4(codes + 8), scale.bfloat16(), None, None if bias is None else bias.bfloat16())
+    result = W4A16Weight(
+        pack_int4(codes + 8), scale.bfloat16(), None, None if bias is None else bias.bfloat16()
+    )
     return result, _sqnr(problem, result)

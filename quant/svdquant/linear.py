@@ -1,4 +1,6 @@
-"""The two formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank branch that can be trained."""
+"""The two formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank
+branch that can be trained.
+"""
 
 from torch import nn
 
@@ -7,7 +9,9 @@ from .weight import SVDQuantWeight, W4A16Weight
 
 
 class SVDQuantLinear(StoredLinear):
-    """svdquant_w4a4. train: proj_down, proj_up and the bias become parameters; codes, scales and smoothing never do."""
+    """svdquant_w4a4. train: proj_down, proj_up and the bias become parameters; codes, scales and
+    smoothing never do.
+    """
 
     weight_class = SVDQuantWeight
 

@@ -1,20 +1,27 @@
 """The 16-bit branch: the best rank-R matrix in the metric of the inputs.
 
-    argmin_L  tr (W - L) M (W - L)^T  =  SVD_R(W M^1/2) M^-1/2          M block diagonal, symmetric, positive
+    argmin_L  tr (W - L) M (W - L)^T  =  SVD_R(W M^1/2) M^-1/2          M block diagonal, symmetric,
+      positive
 
-by a randomized SVD (Halko, Martinsson, Tropp, 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). With M = identity it is SVDQuant's eq. 6.
+by a randomized SVD (Halko, Martinsson, Tropp, 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). With
+M = identity it is SVDQuant's eq. 6.
 """
 
 import torch
 from torch import Tensor
 
-FLOOR = 1e-6  # eigenvalues below this share of a metric's largest are raised to it: nothing is learned from them
+# eigenvalues below this share of a metric's largest are raised to it: nothing is learned from them
+FLOOR = 1e-6
 
 
-def svd_lowrank(matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2) -> tuple[Tensor, Tensor]:
-    """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation, singular values shared evenly.
+def svd_lowrank(
+    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2
+) -> tuple[Tensor, Tensor]:
+    """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation,
+    singular values shared evenly.
 
-    The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K) are filled with zeros.
+    The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K)
+    are filled with zeros.
     """
     n, k = matrix.shape
     width = min(rank + oversample, n, k)
@@ -22,7 +29,8 @@ def svd_lowrank(matrix: Tensor, rank: int, generator: torch.Generator, oversampl
     basis = torch.linalg.qr(matrix @ probe).Q
     for _ in range(power):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    right, small = torch.linalg.qr(matrix.T @ basis)  # basis^T matrix = small^T right^T: the SVD is of width x width only
+    # basis^T matrix = small^T right^T: the SVD is of width x width only
+    right, small = torch.linalg.qr(matrix.T @ basis)
     u, s, vh = torch.linalg.svd(small.T)
     kept = min(rank, width)
     root = s[:kept].sqrt()
@@ -56,11 +64,14 @@ class Metric:
 def solve_blocks(a: Tensor, b: Tensor) -> Tensor:
     """A^-1 B of each block, (K/B, B, B) both.
 
-    One block after the other: torch 2.13 with MKL answers a batch of larger blocks wrongly once the host program has called set_num_threads.
+    One block after the other: torch 2.13 with MKL answers a batch of larger blocks wrongly once the
+    host program has called set_num_threads.
     """
     return torch.stack([torch.linalg.solve(left, right) for left, right in zip(a, b, strict=True)])
 
 
 def parallel_sum(a: Tensor, noise: Tensor) -> Tensor:
-    """(A^-1 + diag(noise)^-1)^-1 = A - A (A + diag(noise))^-1 A, blockwise; A (K/B, B, B), noise (K,) positive."""
+    """(A^-1 + diag(noise)^-1)^-1 = A - A (A + diag(noise))^-1 A, blockwise; A (K/B, B, B), noise
+    (K,) positive.
+    """
     return a - a @ solve_blocks(a + torch.diag_embed(noise.reshape(a.shape[:2])), a)

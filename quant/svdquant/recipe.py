@@ -1,4 +1,6 @@
-"""Every choice of a quantization run, checked on creation and written into the file that it makes."""
+"""Every choice of a quantization run, checked on creation and written into the file that it
+makes.
+"""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,10 +12,21 @@ PRESETS = {
     "best": dict(solver="alternating", iterations=6, gptq=True, smoothing_grid=10),
 }
 PRESET_HELP = {
-    "fast": "Data-free: from the weights, and from noise run through the 16-bit model where it fits in memory. Minutes.",
-    "best": "Records what the layers see while the model draws, then fits rounding and low-rank branch to it: closest to the 16-bit model.",
+    "fast": (
+        "Data-free: from the weights, and from noise run through the 16-bit model where it fits in"
+        " memory. Minutes."
+    ),
+    "best": (
+        "Records what the layers see while the model draws, then fits rounding and low-rank branch"
+        " to it: closest to the 16-bit model."
+    ),
 }
-_CHOICES = {"preset": tuple(PRESETS), "solver": ("alternating", "svd"), "rotation": ("auto", "on", "off"), "modulation": ("w4a16", "keep")}
+_CHOICES = {
+    "preset": tuple(PRESETS),
+    "solver": ("alternating", "svd"),
+    "rotation": ("auto", "on", "off"),
+    "modulation": ("w4a16", "keep"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,14 +35,18 @@ class Recipe(FromPreset):
 
     preset          where the other values came from
     rank            of the 16-bit low-rank branch: a multiple of 16, 16..256
-    solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with the 4-bit part
+    solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with
+      the 4-bit part
     iterations      turns of the alternating solver; the best one is kept
-    rotation        64-point Hadamard after smoothing: "auto" measures both on recorded inputs, and rotates without them
-    gptq            round each column so that the next ones make up for it (needs recorded inputs; w4a16 layers do so in any case)
+    rotation        64-point Hadamard after smoothing: "auto" measures both on recorded inputs, and
+      rotates without them
+    gptq            round each column so that the next ones make up for it (needs recorded inputs;
+      w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
     clip_search     search each group's scale instead of absmax / 7
     act_unsigned    allow unsigned activations behind a GELU
-    keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16 bit, or 4-bit weights only
+    keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
+      bit, or 4-bit weights only
     modulation      modulation layers: "w4a16" or "keep"
     seed            of every random choice
     """
@@ -53,16 +70,25 @@ class Recipe(FromPreset):
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+                )
         if self.rank % 16 or not 16 <= self.rank <= 256:
             raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
-        for name, (low, high) in {"iterations": (1, 100), "smoothing_grid": (1, 100), "seed": (0, 2**63 - 1)}.items():
+        for name, (low, high) in {
+            "iterations": (1, 100),
+            "smoothing_grid": (1, 100),
+            "seed": (0, 2**63 - 1),
+        }.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
         for name in ("keep", "w4a16"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
-                raise ValueError(f"{name}={patterns!r} is not a list of name patterns such as 'double_blocks.0.*'")
+                raise ValueError(
+                    f"{name}={patterns!r} is not a list of name patterns such as"
+                    " 'double_blocks.0.*'"
+                )
             object.__setattr__(self, name, tuple(patterns))
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:

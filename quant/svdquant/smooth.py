@@ -1,12 +1,15 @@
-"""The space in which a layer is quantized: inputs divided by smoothing factors, then optionally shifted or rotated.
+"""The space in which a layer is quantized: inputs divided by smoothing factors, then optionally
+shifted or rotated.
 
     x' = (x + shift) / smooth . R          W' = (W * smooth) . R          x' W'^T = (x + shift) W^T
 
-with R block diagonal, an orthonormal 64-point Hadamard a group (R = R^T = R^-1). Smoothing moves outliers between the two sides
-(SmoothQuant, Xiao et al., 2022, arXiv:2211.10438, eq. 4); lambda_k = span_x[k]^alpha / span_w[k]^beta is searched as SVDQuant does.
+with R block diagonal, an orthonormal 64-point Hadamard a group (R = R^T = R^-1). Smoothing moves
+outliers between the two sides (SmoothQuant, Xiao et al., 2022, arXiv:2211.10438, eq. 4); lambda_k =
+span_x[k]^alpha / span_w[k]^beta is searched as SVDQuant does.
 
-Under a rotation the *signs* of the smoothing factors matter too: they make R one of 2^64 randomized Hadamards a group (QuaRot, Ashkboos
-et al., 2024, arXiv:2404.00456, draws them at random), at no cost when the model runs. `with_signs` searches them.
+Under a rotation the *signs* of the smoothing factors matter too: they make R one of 2^64 randomized
+Hadamards a group (QuaRot, Ashkboos et al., 2024, arXiv:2404.00456, draws them at random), at no
+cost when the model runs. `with_signs` searches them.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,9 @@ LIMIT = 1e4  # smoothing factors lie in 1/LIMIT..LIMIT around their geometric me
 
 @dataclass(frozen=True)
 class InputSpace:
-    """A choice of smoothing (float32 (K,), nonzero, every value exact in bf16), rotation (0 | 64) and unsigned activations."""
+    """A choice of smoothing (float32 (K,), nonzero, every value exact in bf16), rotation (0 | 64)
+    and unsigned activations.
+    """
 
     smooth: Tensor
     rotation: int = 0
@@ -37,7 +42,9 @@ class InputSpace:
         return self._rotate((x + SHIFT if self.act_unsigned else x) / self.smooth)
 
     def quantized(self, inputs: Tensor) -> Tensor:
-        """Result of `inputs` (..., K) → the same after a trip through 4 bits, per row and group of 64."""
+        """Result of `inputs` (..., K) → the same after a trip through 4 bits, per row and group of
+        64.
+        """
         groups = inputs.unflatten(-1, (-1, 64))
         if self.act_unsigned:
             scale, low, high = groups.amax(-1, keepdim=True).clamp_min(0) / 15, 0, 15
@@ -55,14 +62,18 @@ class InputSpace:
         return self._rotate(weight) / self.smooth
 
     def moments(self, blocks: Tensor) -> Tensor:
-        """Second moments of raw x (K/B, B, B) → those of x' (without the shift): D^-1 H D^-1, rotated on both sides."""
+        """Second moments of raw x (K/B, B, B) → those of x' (without the shift): D^-1 H D^-1,
+        rotated on both sides.
+        """
         d = self.smooth.reshape(blocks.shape[0], 1, -1)
         scaled = blocks / d / d.mT
         return self._rotate(self._rotate(scaled).mT.contiguous())
 
 
 def smoothing_factors(span_x: Tensor, span_w: Tensor, alpha: float, beta: float) -> Tensor:
-    """span_x^alpha / span_w^beta, float32 (K,): geometric mean 1, limited, rounded to bf16; dead channels get 1."""
+    """span_x^alpha / span_w^beta, float32 (K,): geometric mean 1, limited, rounded to bf16; dead
+    channels get 1.
+    """
     alive = (span_x > 0) & (span_w > 0) & span_x.isfinite() & span_w.isfinite()
     if not alive.any():
         return torch.ones_like(span_x)
@@ -81,10 +92,14 @@ def exponents(grid: int) -> Iterator[tuple[float, float]]:
         yield i / grid, 1 - i / grid
 
 
-def with_signs(space: InputSpace, x: Tensor, generator: torch.Generator, draws: int = 16, sweeps: int = 3) -> InputSpace:
-    """A rotated space with the signs, group by group, under which rows x (T, K) have the smallest mean squared absmax.
+def with_signs(
+    space: InputSpace, x: Tensor, generator: torch.Generator, draws: int = 16, sweeps: int = 3
+) -> InputSpace:
+    """A rotated space with the signs, group by group, under which rows x (T, K) have the smallest
+    mean squared absmax.
 
-    The best of some random draws, then single signs are turned for as long as that helps. Unrotated spaces are returned as they are.
+    The best of some random draws, then single signs are turned for as long as that helps. Unrotated
+    spaces are returned as they are.
     """
     if not space.rotation:
         return space
@@ -94,6 +109,7 @@ def with_signs(space: InputSpace, x: Tensor, generator: torch.Generator, draws: 
 
     def cost(turned: Tensor) -> Tensor:
         return turned.abs().amax(-1).square().mean(0)
+
     signs = torch.ones(groups.shape[1:], device=x.device)
     best = cost(groups @ hadamard)
     for _ in range(draws):
@@ -103,7 +119,8 @@ def with_signs(space: InputSpace, x: Tensor, generator: torch.Generator, draws: 
         best = torch.minimum(found, best)
     turned = (groups * signs) @ hadamard
     for j in list(range(64)) * sweeps:
-        other = turned - 2 * (groups[..., j] * signs[:, j])[..., None] * hadamard[j]  # sign j turned over
+        # sign j turned over
+        other = turned - 2 * (groups[..., j] * signs[:, j])[..., None] * hadamard[j]
         found = cost(other)
         better = found < best
         turned = torch.where(better[:, None], other, turned)
@@ -113,10 +130,14 @@ def with_signs(space: InputSpace, x: Tensor, generator: torch.Generator, draws: 
 
 
 def smoothings(x: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[str, Tensor]]:
-    """(label, factors) of every candidate; x (T, K), weight (N, K). Spans are taken as absmax and as root mean square."""
+    """(label, factors) of every candidate; x (T, K), weight (N, K). Spans are taken as absmax and
+    as root mean square.
+    """
     yield "none", torch.ones_like(x[0])
     for span in ("rms", "absmax"):
-        spans = [t.square().mean(0).sqrt() if span == "rms" else t.abs().amax(0) for t in (x, weight)]
+        spans = [
+            t.square().mean(0).sqrt() if span == "rms" else t.abs().amax(0) for t in (x, weight)
+        ]
         for alpha, beta in exponents(grid):
             if alpha:
                 yield f"{span} a={alpha:g} b={beta:g}", smoothing_factors(*spans, alpha, beta)

@@ -1,24 +1,34 @@
-"""Fitting codewords to what a model's blocks put out, one block after the other, without a picture to learn from.
+"""Fitting codewords to what a model's blocks put out, one block after the other, without a picture
+to learn from.
 
-    L_d = sum over block outputs and times of |y_teacher - y_student|^2               (VQ4DiT, Deng et al., 2024, arXiv:2408.17131, eq. 8)
-    L_r = n mean r (1 - r) over undecided sub-vectors                                  (in place of eq. 9; both are 0 only for decided ratios)
+    L_d = sum over block outputs and times of |y_teacher - y_student|^2               (VQ4DiT, Deng
+      et al., 2024, arXiv:2408.17131, eq. 8)
+    L_r = n mean r (1 - r) over undecided sub-vectors                                  (in place of
+      eq. 9; both are 0 only for decided ratios)
 
-Both models get the teacher's x_t along the sampler's own trajectory (`replay`). Blocks are calibrated in the order in which the model runs
-them: a block's inputs are those that the student's finished blocks produce, its targets the teacher's outputs. So only one block's
-parameters, gradients and optimizer live at a time (FLUX.1 under 8 GB), and a block makes up for what those before it got wrong.
+Both models get the teacher's x_t along the sampler's own trajectory (`replay`). Blocks are
+calibrated in the order in which the model runs
+them: a block's inputs are those that the student's finished blocks produce, its targets the
+    teacher's outputs. So only one block's
+parameters, gradients and optimizer live at a time (FLUX.1 under 8 GB), and a block makes up for
+what those before it got wrong.
 
 Where the paper and its code differ, or this does, and what was decided:
-- Start of the ratios: the paper says equal, the code takes the inverse distance. Inverse distance: equal ratios end worse than none at all.
-- L_r: the paper always adds it; the code only on steps where it is not below its best of this trajectory. The latter: always adding it
-  decides too early.
-- Codebooks: the paper trains them together with the ratios, the code once a layer's codes are decided. The latter.
-- A ratio over 0.99 is decided, a layer of which 99 % is decided becomes hard (the code). Here all are decided after 60 % of the steps, so
-  that the codebooks have their turn in a run of any length.
-- The code runs the whole student and sums over all blocks at once; here the loss of a block trains that block alone, for memory's sake.
+- Start of the ratios: the paper says equal, the code takes the inverse distance. Inverse distance:
+  equal ratios end worse than none at all.
+- L_r: the paper always adds it; the code only on steps where it is not below its best of this
+  trajectory. The latter: always adding it decides too early.
+- Codebooks: the paper trains them together with the ratios, the code once a layer's codes are
+  decided. The latter.
+- A ratio over 0.99 is decided, a layer of which 99 % is decided becomes hard (the code). Here all
+  are decided after 60 % of the steps, so that the codebooks have their turn in a run of any length.
+- The code runs the whole student and sums over all blocks at once; here the loss of a block trains
+  that block alone, for memory's sake.
 - RMSprop (0.9) with 5e-2 for ratios, 1e-4 for codebooks and biases, as the code has it.
 
-The preset best instead starts from codes with Hessian feedback on the student's own inputs (`layer.fit`) and trains codebooks, scales and
-biases by Adam, at rates relative to each parameter's size.
+The preset best instead starts from codes with Hessian feedback on the student's own inputs
+(`layer.fit`) and trains codebooks, scales and biases by Adam, at rates relative to each parameter's
+size.
 """
 
 import math
@@ -35,10 +45,10 @@ from . import replay
 from .recipe import Recipe
 from .student import Hard, Part, Soft
 
-RATIO_STEPS = 0.6     # of all steps: until then the ratios are trained, then the codebooks
-RATES = {"z": 5e-2, "codebook": 1e-4, "bias": 1e-4}    # of the paper's code
-TUNING_RATE = 3e-3    # of a parameter's root mean square, at the start of preset best
-NOTICE = 10           # steps between two reports
+RATIO_STEPS = 0.6  # of all steps: until then the ratios are trained, then the codebooks
+RATES = {"z": 5e-2, "codebook": 1e-4, "bias": 1e-4}  # of the paper's code
+TUNING_RATE = 3e-3  # of a parameter's root mean square, at the start of preset best
+NOTICE = 10  # steps between two reports
 
 
 @dataclass
@@ -46,10 +56,12 @@ class Teacher:
     """The 16-bit model at work.
 
     model   any nn.Module; it is run and never changed
-    run     calls the model as a sampler does, the same each time; what it is conditioned on is its own business (noise and random
+    run     calls the model as a sampler does, the same each time; what it is conditioned on is its
+      own business (noise and random
             conditioning need no data)
     parts   the modules that make up a layer of the file, in the order of its rows
-    cap     bytes of one block's recorded inputs and outputs to hold at once: beyond it, fewer of the calls are used
+    cap     bytes of one block's recorded inputs and outputs to hold at once: beyond it, fewer of
+      the calls are used
     device  that the model's inputs belong on
     """
 
@@ -62,7 +74,9 @@ class Teacher:
 
 @dataclass
 class Lesson:
-    """What a block is to learn: its inputs as the student meets them, the teacher's outputs for the same calls."""
+    """What a block is to learn: its inputs as the student meets them, the teacher's outputs for the
+    same calls.
+    """
 
     inputs: list[replay.Call]
     targets: list[list[Tensor]]
@@ -71,24 +85,44 @@ class Lesson:
 
     def __post_init__(self):
         count = len(self.targets[0])
-        self.powers = [max(sum(target[i].float().square().mean().item() for target in self.targets) / len(self.targets), 1e-30) for i in range(count)]
+        self.powers = [
+            max(
+                sum(target[i].float().square().mean().item() for target in self.targets)
+                / len(self.targets),
+                1e-30,
+            )
+            for i in range(count)
+        ]
 
     def misses(self, block: nn.Module, index: int) -> list[Tensor]:
         """Mean squared error of each of the block's outputs, in one call."""
         call = self.inputs[index].to(self.device)
         outputs = replay.tensors_of(block(*call.args, **call.kwargs))
-        return [nn.functional.mse_loss(y.float(), target.to(y.device).float()) for y, target in zip(outputs, self.targets[index], strict=True)]
+        return [
+            nn.functional.mse_loss(y.float(), target.to(y.device).float())
+            for y, target in zip(outputs, self.targets[index], strict=True)
+        ]
 
     @torch.no_grad()
     def decibels(self, block: nn.Module) -> float:
         """10 log10 of the outputs' power over their error's, over all calls."""
-        share = sum(sum(miss.item() / power for miss, power in zip(self.misses(block, i), self.powers, strict=True))
-                    for i in range(len(self.inputs))) / len(self.inputs) / len(self.powers)
+        share = (
+            sum(
+                sum(
+                    miss.item() / power
+                    for miss, power in zip(self.misses(block, i), self.powers, strict=True)
+                )
+                for i in range(len(self.inputs))
+            )
+            / len(self.inputs)
+            / len(self.powers)
+        )
         return -10 * math.log10(max(share, 1e-15))
 
 
 class Classroom:
-    """Teacher, student and the recorded calls. `blocks`: name of each block → names of the file's layers in it, in the order of the model.
+    """Teacher, student and the recorded calls. `blocks`: name of each block → names of the file's
+    layers in it, in the order of the model.
 
     Raises ValueError where run() does not call the model.
     """
@@ -102,32 +136,56 @@ class Classroom:
         self.calls = replay.record(teacher.model, teacher.run)
         if not self.calls:
             raise ValueError("the trajectory never called the model; run() has to sample with it")
-        self.student = replay.beside(teacher.model, [part for layer in layers for part in teacher.parts(layer)])
+        self.student = replay.beside(
+            teacher.model, [part for layer in layers for part in teacher.parts(layer)]
+        )
         found: dict[str, list[str]] = {}
         for layer in layers:
             found.setdefault(block_of(teacher.parts(layer)[0]), []).append(layer)
         self.times = replay.order(teacher.model, found, self.calls[0], teacher.device)
         reached = [block for block in self.times if block in found]
-        self.blocks = {block: found[block] for block in [*reached, *(block for block in found if block not in self.times)]}
+        self.blocks = {
+            block: found[block]
+            for block in [*reached, *(block for block in found if block not in self.times)]
+        }
 
-    def inputs(self, block: str, samples: int = 256, seed: int = 0) -> tuple[list[replay.Call], dict[str, InputStats]]:
-        """What the student's block is given, and statistics of its 16-bit layers' inputs by the file's names. Empty for a block never reached."""
+    def inputs(
+        self, block: str, samples: int = 256, seed: int = 0
+    ) -> tuple[list[replay.Call], dict[str, InputStats]]:
+        """What the student's block is given, and statistics of its 16-bit layers' inputs by the
+        file's names. Empty for a block never reached.
+        """
         if block not in self.times:
             return [], {}
         readers = {layer: self.teacher.parts(layer)[0] for layer in self.blocks[block]}
-        with linears.Recorder(self.student, readers.values(), samples=samples, seed=seed) as recorder:
-            given, _ = replay.visit(self.student, block, self.times[block], self.calls, self.teacher.device, inputs=True)
+        with linears.Recorder(
+            self.student, readers.values(), samples=samples, seed=seed
+        ) as recorder:
+            given, _ = replay.visit(
+                self.student, block, self.times[block], self.calls, self.teacher.device, inputs=True
+            )
         return given, {layer: recorder.stats[reader].to("cpu") for layer, reader in readers.items()}
 
     def lesson(self, block: str, inputs: list[replay.Call]) -> Lesson:
         """The same with the teacher's outputs; thinned out evenly where the cap demands it."""
-        _, outputs = replay.visit(self.teacher.model, block, self.times[block], self.calls, self.teacher.device, outputs=True)
-        needed = sum(call.nbytes for call in inputs) + sum(t.nbytes for target in outputs for t in target)
+        _, outputs = replay.visit(
+            self.teacher.model,
+            block,
+            self.times[block],
+            self.calls,
+            self.teacher.device,
+            outputs=True,
+        )
+        needed = sum(call.nbytes for call in inputs) + sum(
+            t.nbytes for target in outputs for t in target
+        )
         stride = math.ceil(needed / max(self.teacher.cap, 1))
         return Lesson(inputs[::stride], outputs[::stride], self.teacher.device)
 
     def install(self, name: str, layer: Hard | nn.Module) -> None:
-        """Puts a layer of codewords in the student's place for it: one to train, or a finished module for each part."""
+        """Puts a layer of codewords in the student's place for it: one to train, or a finished
+        module for each part.
+        """
         start = 0
         for part in self.teacher.parts(name):
             rows = self.teacher.model.get_submodule(part).out_features
@@ -136,21 +194,33 @@ class Classroom:
 
 
 def block_of(module: str) -> str:
-    """The block that a module lies in: its name up to the first number ('double_blocks.3'); without one, itself."""
+    """The block that a module lies in: its name up to the first number ('double_blocks.3'); without
+    one, itself.
+    """
     found = re.match(r"(.*?\.\d+)(\.|$)", module)
     return found[1] if found else module
 
 
-def learn(block: nn.Module, layers: Mapping[str, Hard], lesson: Lesson, recipe: Recipe, seed: int,
-          watch: Callable[[int, int, float], None] = lambda step, steps, db: None) -> tuple[float, float]:
-    """Trains a block's layers in place; returns its error before and after in dB. watch(step, steps, error in dB) is called now and then.
+def learn(
+    block: nn.Module,
+    layers: Mapping[str, Hard],
+    lesson: Lesson,
+    recipe: Recipe,
+    seed: int,
+    watch: Callable[[int, int, float], None] = lambda step, steps, db: None,
+) -> tuple[float, float]:
+    """Trains a block's layers in place; returns its error before and after in dB. watch(step,
+    steps, error in dB) is called now and then.
 
-    Where training made it worse over all calls, the layers are as before (not for ratios, which have to be decided).
+    Where training made it worse over all calls, the layers are as before (not for ratios, which
+    have to be decided).
     """
     with torch.inference_mode(False), torch.enable_grad():
         soft = [layer for layer in layers.values() if isinstance(layer, Soft)]
         before = lesson.decibels(block)
-        kept = {name: [p.detach().clone() for p in layer.parameters()] for name, layer in layers.items()}
+        kept = {
+            name: [p.detach().clone() for p in layer.parameters()] for name, layer in layers.items()
+        }
         generator = torch.Generator().manual_seed(seed)
         (_decide if soft else _tune)(block, layers, lesson, recipe.steps, generator, watch)
         after = lesson.decibels(block)
@@ -171,16 +241,32 @@ def _order(lesson: Lesson, steps: int, generator: torch.Generator) -> list[int]:
     return picked[:steps]
 
 
-def _tune(block: nn.Module, layers: Mapping[str, Hard], lesson: Lesson, steps: int, generator: torch.Generator, watch: Callable) -> None:
-    """Codebooks, scales and biases by Adam, each at a rate relative to its size, falling to nothing along a cosine."""
-    groups = [{"params": [p], "lr": TUNING_RATE * max(p.detach().square().mean().sqrt().item(), 1e-8)}
-              for layer in layers.values() for p in layer.parameters()]
+def _tune(
+    block: nn.Module,
+    layers: Mapping[str, Hard],
+    lesson: Lesson,
+    steps: int,
+    generator: torch.Generator,
+    watch: Callable,
+) -> None:
+    """Codebooks, scales and biases by Adam, each at a rate relative to its size, falling to nothing
+    along a cosine.
+    """
+    groups = [
+        {"params": [p], "lr": TUNING_RATE * max(p.detach().square().mean().sqrt().item(), 1e-8)}
+        for layer in layers.values()
+        for p in layer.parameters()
+    ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
     running = None
     for step, index in enumerate(_order(lesson, steps, generator)):
         misses = lesson.misses(block, index)
-        loss = sum(miss / power for miss, power in zip(misses, lesson.powers, strict=True)) / len(misses)
+        loss = sum(miss / power for miss, power in zip(misses, lesson.powers, strict=True)) / len(
+            misses
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -188,13 +274,28 @@ def _tune(block: nn.Module, layers: Mapping[str, Hard], lesson: Lesson, steps: i
         running = _report(watch, step, steps, loss, running)
 
 
-def _decide(block: nn.Module, layers: Mapping[str, Soft], lesson: Lesson, steps: int, generator: torch.Generator, watch: Callable) -> None:
+def _decide(
+    block: nn.Module,
+    layers: Mapping[str, Soft],
+    lesson: Lesson,
+    steps: int,
+    generator: torch.Generator,
+    watch: Callable,
+) -> None:
     """The paper's calibration: ratios until they are decided, then codebooks; biases all along."""
     for layer in layers.values():
         layer.requires_grad_(True)
         layer.codebook.requires_grad_(layer.hard)
-    groups = {name: [getattr(layer, name) for layer in layers.values() if getattr(layer, name) is not None] for name in RATES}
-    optimizer = torch.optim.RMSprop([{"params": params, "lr": RATES[name]} for name, params in groups.items() if params], alpha=0.9)
+    groups = {
+        name: [
+            getattr(layer, name) for layer in layers.values() if getattr(layer, name) is not None
+        ]
+        for name in RATES
+    }
+    optimizer = torch.optim.RMSprop(
+        [{"params": params, "lr": RATES[name]} for name, params in groups.items() if params],
+        alpha=0.9,
+    )
     least, running, last = math.inf, None, int(RATIO_STEPS * steps)
     for step, index in enumerate(_order(lesson, steps, generator)):
         if step == last:
@@ -226,7 +327,9 @@ def _report(watch: Callable, step: int, steps: int, share: Tensor, running: floa
     """A running mean of the relative error; tells it now and then."""
     share = share.item()
     if not math.isfinite(share):
-        raise ValueError("the block's error became NaN or infinite; the 16-bit model overflows on these inputs")
+        raise ValueError(
+            "the block's error became NaN or infinite; the 16-bit model overflows on these inputs"
+        )
     running = share if running is None else 0.9 * running + 0.1 * share
     if step % NOTICE == 0 or step == steps - 1:
         watch(step + 1, steps, -10 * math.log10(max(running, 1e-15)))

@@ -1,4 +1,6 @@
-"""Every choice of a vector-quantization run, checked on creation and written into the file that it makes."""
+"""Every choice of a vector-quantization run, checked on creation and written into the file that it
+makes.
+"""
 
 import math
 from dataclasses import dataclass
@@ -15,27 +17,45 @@ PRESETS = {
     "best": dict(candidates=1, steps=120, scaled=True, turns=3),
 }
 PRESET_HELP = {
-    "fast": "Closed form, one layer after the other: k-means with a scale for each row; from the weights alone, or from recorded inputs too.",
-    "vq4dit": "The paper: each sub-vector chooses among its nearest codewords by what its block puts out, without any pictures to learn from.",
-    "best": "Codes that make up for one another's errors, then codebooks, scales and biases fitted to what each block puts out: closest to 16 bit.",
+    "fast": (
+        "Closed form, one layer after the other: k-means with a scale for each row; from the"
+        " weights alone, or from recorded inputs too."
+    ),
+    "vq4dit": (
+        "The paper: each sub-vector chooses among its nearest codewords by what its block puts out,"
+        " without any pictures to learn from."
+    ),
+    "best": (
+        "Codes that make up for one another's errors, then codebooks, scales and biases fitted to"
+        " what each block puts out: closest to 16 bit."
+    ),
 }
-_CHOICES = {"preset": tuple(PRESETS), "bits": tuple(LAYOUTS), "rotation": (0, 64), "modulation": ("vq", "keep")}
+_CHOICES = {
+    "preset": tuple(PRESETS),
+    "bits": tuple(LAYOUTS),
+    "rotation": (0, 64),
+    "modulation": ("vq", "keep"),
+}
 _RANGES = {"candidates": (1, 8), "steps": (0, 100_000), "turns": (0, 20), "seed": (0, 2**63 - 1)}
 
 
 @dataclass(frozen=True)
 class Recipe(FromPreset):
-    """How to quantize a model to codewords. Make one with `Recipe.from_preset("fast" | "vq4dit" | "best", **changes)`.
+    """How to quantize a model to codewords. Make one with `Recipe.from_preset("fast" | "vq4dit" |
+    "best", **changes)`.
 
     preset      where the other values came from
-    bits        a weight, of the usual layouts: 2 = 256 codewords of 4 weights, 3 = 64 of 2, 4 = 256 of 2
+    bits        a weight, of the usual layouts: 2 = 256 codewords of 4 weights, 3 = 64 of 2, 4 = 256
+      of 2
     codewords, vector  another layout: a power of two of codewords, of so many weights each
     candidates  nearest codewords that a sub-vector may choose from (1: the nearest)
     steps       of calibration a block (0: none; more than 0 needs the 16-bit model to run)
     scaled      a 16-bit scale for each row
     rotation    64: 64-point Hadamard on the inputs of each layer
-    turns       of Hessian feedback, codebook and scales (0: the nearest codewords; needs recorded inputs)
-    budget_gb   size of the whole file: layers get 2, 3 or 4 bits by what each needs most (None: all `bits`)
+    turns       of Hessian feedback, codebook and scales (0: the nearest codewords; needs recorded
+      inputs)
+    budget_gb   size of the whole file: layers get 2, 3 or 4 bits by what each needs most (None: all
+      `bits`)
     keep        fnmatch patterns on module names, added to the architecture's own: kept in 16 bit
     modulation  modulation layers: "vq" or "keep"
     seed        of every random choice
@@ -60,21 +80,36 @@ class Recipe(FromPreset):
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
+                )
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
         if (self.codewords is None) != (self.vector is None):
             raise ValueError("codewords and vector go together: give both, or neither and bits")
-        if self.codewords is not None and (self.codewords not in CODEWORDS or not 1 <= self.vector <= 16):
-            raise ValueError(f"codewords={self.codewords}, vector={self.vector}: codewords must be a power of two up to 65536, vector 1 to 16")
-        if self.budget_gb is not None and (self.codewords is not None or not 0 < self.budget_gb < math.inf):
-            raise ValueError("budget_gb is a positive number of GB, and chooses the layouts itself: leave codewords and vector alone")
+        if self.codewords is not None and (
+            self.codewords not in CODEWORDS or not 1 <= self.vector <= 16
+        ):
+            raise ValueError(
+                f"codewords={self.codewords}, vector={self.vector}: codewords must be a power of"
+                " two up to 65536, vector 1 to 16"
+            )
+        if self.budget_gb is not None and (
+            self.codewords is not None or not 0 < self.budget_gb < math.inf
+        ):
+            raise ValueError(
+                "budget_gb is a positive number of GB, and chooses the layouts itself: leave"
+                " codewords and vector alone"
+            )
         if isinstance(self.keep, str) or not all(isinstance(pattern, str) for pattern in self.keep):
-            raise ValueError(f"keep={self.keep!r} is not a list of name patterns such as 'double_blocks.0.*'")
+            raise ValueError(
+                f"keep={self.keep!r} is not a list of name patterns such as 'double_blocks.0.*'"
+            )
         object.__setattr__(self, "keep", tuple(self.keep))
 
-    # What `architectures.plan` asks of a recipe, and codewords do not have: no low-rank branch, no 4-bit layers, no quantized activations.
+    # What `architectures.plan` asks of a recipe, and codewords do not have: no low-rank branch, no
+    # 4-bit layers, no quantized activations.
     rank, w4a16, act_unsigned = 0, (), False
 
     @property
@@ -83,8 +118,14 @@ class Recipe(FromPreset):
         return self.steps > 0
 
     def layout(self, shape: tuple[int, int], bits: int | None = None) -> tuple[int, int]:
-        """(codewords, weights each) for an N x K layer, smaller ones with fewer codewords; bits: other than the recipe's."""
-        codewords, vector = (self.codewords, self.vector) if self.codewords is not None else LAYOUTS[bits or self.bits]
+        """(codewords, weights each) for an N x K layer, smaller ones with fewer codewords; bits:
+        other than the recipe's.
+        """
+        codewords, vector = (
+            (self.codewords, self.vector)
+            if self.codewords is not None
+            else LAYOUTS[bits or self.bits]
+        )
         return codebooks.fitting_codewords(codewords, vector, shape), vector
 
     def how(self, layout: tuple[int, int]) -> How:

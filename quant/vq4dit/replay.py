@@ -1,8 +1,10 @@
-"""Running a model once more on what it read before, and looking into its blocks: for any nn.Module, by hooks alone.
+"""Running a model once more on what it read before, and looking into its blocks: for any nn.Module,
+by hooks alone.
 
-A trajectory is recorded as the calls of the model that its sampler made: noisy latents, times, conditioning. Teacher and student are then
-given the same calls, so that both see the teacher's x_t at every time (VQ4DiT, Deng et al., 2024, arXiv:2408.17131, section 3.3: a student
-on its own trajectory would soon be asked for something else than the teacher).
+A trajectory is recorded as the calls of the model that its sampler made: noisy latents, times,
+conditioning. Teacher and student are then given the same calls, so that both see the teacher's x_t
+at every time (VQ4DiT, Deng et al., 2024, arXiv:2408.17131, section 3.3: a student on its own
+trajectory would soon be asked for something else than the teacher).
 """
 
 import copy
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 @dataclass
 class Call:
     """Arguments of a module, with tensors of their own."""
+
     args: tuple
     kwargs: dict
 
@@ -35,7 +38,9 @@ class _Seen(Exception):
 
 
 def mapped(value, change: Callable[[Tensor], Tensor]):
-    """A nest of tuples, lists and dicts with every tensor changed; anything else is passed on as it is."""
+    """A nest of tuples, lists and dicts with every tensor changed; anything else is passed on as it
+    is.
+    """
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -74,19 +79,24 @@ def record(model: nn.Module, run: Callable[[], None]) -> list[Call]:
 
     def remember(_module, args, kwargs):
         calls.append(Call(_own(args), _own(kwargs)))
+
     with hooks(model.register_forward_pre_hook(remember, with_kwargs=True)), torch.no_grad():
         run()
     return calls
 
 
-def order(model: nn.Module, names: Iterable[str], call: Call, device: torch.device | str) -> dict[str, int]:
+def order(
+    model: nn.Module, names: Iterable[str], call: Call, device: torch.device | str
+) -> dict[str, int]:
     """The named modules in the order in which a call reaches them, and how often it does."""
     reached: dict[str, int] = {}
 
     def counter(name: str):
         def count(*_):
             reached[name] = reached.get(name, 0) + 1
+
         return count
+
     handles = [model.get_submodule(name).register_forward_pre_hook(counter(name)) for name in names]
     with hooks(*handles), torch.no_grad():
         given = call.to(device)
@@ -95,9 +105,17 @@ def order(model: nn.Module, names: Iterable[str], call: Call, device: torch.devi
 
 
 @torch.no_grad()
-def visit(model: nn.Module, name: str, times: int, calls: Iterable[Call], device: torch.device | str, inputs: bool = False,
-          outputs: bool = False) -> tuple[list[Call], list[list[Tensor]]]:
-    """What a module is given, and what it gives, during the calls; each call ends when the module was reached `times` times.
+def visit(
+    model: nn.Module,
+    name: str,
+    times: int,
+    calls: Iterable[Call],
+    device: torch.device | str,
+    inputs: bool = False,
+    outputs: bool = False,
+) -> tuple[list[Call], list[list[Tensor]]]:
+    """What a module is given, and what it gives, during the calls; each call ends when the module
+    was reached `times` times.
 
     Returns its arguments and the float tensors of its results, on the CPU.
     """
@@ -115,8 +133,12 @@ def visit(model: nn.Module, name: str, times: int, calls: Iterable[Call], device
         seen["count"] += 1
         if seen["count"] == times:
             raise _Seen
+
     module = model.get_submodule(name)
-    with hooks(module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)):
+    with hooks(
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    ):
         for call in calls:
             seen["count"] = 0
             here = call.to(device)
@@ -128,6 +150,8 @@ def visit(model: nn.Module, name: str, times: int, calls: Iterable[Call], device
 
 
 def beside(model: nn.Module, shared: Iterable[str]) -> nn.Module:
-    """A copy of a model that shares the named modules with it: putting others in their places leaves the model as it is, and needs no memory."""
+    """A copy of a model that shares the named modules with it: putting others in their places
+    leaves the model as it is, and needs no memory.
+    """
     memo = {id(module): module for module in map(model.get_submodule, shared)}
     return copy.deepcopy(model, memo).requires_grad_(False)

@@ -1,9 +1,12 @@
-"""Linear layers of codewords that can be trained: what calibration puts in the 16-bit layers' places.
+"""Linear layers of codewords that can be trained: what calibration puts in the 16-bit layers'
+places.
 
     Hard    W = scale * C[a]                          codebook, scales and bias are parameters
-    Soft    W = sum_n r_n C[a_n], r = softmax(z)      the ratios too, until all are decided (VQ4DiT, eq. 6)
+    Soft    W = sum_n r_n C[a_n], r = softmax(z)      the ratios too, until all are decided (VQ4DiT,
+      eq. 6)
 
-A layer of the file may be several modules of the model (q, k and v, say): each `Part` computes its rows of the layer.
+A layer of the file may be several modules of the model (q, k and v, say): each `Part` computes its
+rows of the layer.
 """
 
 import torch
@@ -40,9 +43,13 @@ class Hard(nn.Module):
     @torch.no_grad()
     def fitted(self) -> Fitted:
         """Its present state, detached."""
+
         def of(tensor):
             return None if tensor is None else tensor.detach().clone()
-        return Fitted(self.codes.long(), of(self.codebook), of(self.scale), of(self.bias), self.rotation)
+
+        return Fitted(
+            self.codes.long(), of(self.codebook), of(self.scale), of(self.bias), self.rotation
+        )
 
 
 class Soft(Hard):
@@ -52,9 +59,15 @@ class Soft(Hard):
         super().__init__(fitted)
         unit = weight if fitted.scale is None else weight / fitted.scale.clamp_min(1e-30)[:, None]
         vectors = codebooks.sub_vectors(unit, fitted.codebook.shape[1])
-        candidates, distances = codebooks.nearest(vectors, fitted.codebook, min(count, len(fitted.codebook)))
+        candidates, distances = codebooks.nearest(
+            vectors, fitted.codebook, min(count, len(fitted.codebook))
+        )
         self.register_buffer("candidates", candidates.int(), persistent=False)
-        self.register_buffer("frozen", torch.zeros(len(vectors), dtype=torch.bool, device=weight.device), persistent=False)
+        self.register_buffer(
+            "frozen",
+            torch.zeros(len(vectors), dtype=torch.bool, device=weight.device),
+            persistent=False,
+        )
         self.z = nn.Parameter(codebooks.logits(distances, inverse))
         self.hard = False
         self.codebook.requires_grad_(False)  # its turn comes when the layer's codes are decided
@@ -67,7 +80,9 @@ class Soft(Hard):
         return codebooks.mix(self.codebook, self.candidates[rows], self.z[rows].softmax(-1))
 
     def regularity(self) -> Tensor:
-        """How undecided the ratios are: n times the mean of r (1 - r) over what is not frozen; 0 once all is."""
+        """How undecided the ratios are: n times the mean of r (1 - r) over what is not frozen; 0
+        once all is.
+        """
         if self.hard:
             return self.z.new_zeros(())
         ratios = self.z.softmax(-1)
@@ -77,7 +92,9 @@ class Soft(Hard):
 
     @torch.no_grad()
     def freeze(self, share: float = 0.99) -> None:
-        """Decides every sub-vector one of whose ratios is above FROZEN, and the layer once more than `share` of it is decided."""
+        """Decides every sub-vector one of whose ratios is above FROZEN, and the layer once more
+        than `share` of it is decided.
+        """
         if self.hard:
             return
         best, index = self.z.softmax(-1).max(-1)
@@ -119,5 +136,5 @@ class Part(nn.Module):
         layer, inputs = self.layer, x
         if layer.rotation:
             inputs = hadamard64(x.float()).to(x.dtype)
-        bias = None if layer.bias is None else layer.bias[self.start:self.stop].to(x.dtype)
+        bias = None if layer.bias is None else layer.bias[self.start : self.stop].to(x.dtype)
         return nn.functional.linear(inputs, layer.matrix(self.start, self.stop).to(x.dtype), bias)

@@ -1,4 +1,6 @@
-"""Error control: how a measured error grows with the gap, what it allows, and that it follows how smooth a path is."""
+"""Error control: how a measured error grows with the gap, what it allows, and that it follows how
+smooth a path is.
+"""
 
 import math
 
@@ -13,13 +15,19 @@ SIGMAS = tuple(1 - i / STEPS for i in range(STEPS + 1))
 
 
 def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool], float]:
-    """(computed steps, largest error of a guess) for a velocity that is a known function of sigma."""
+    """(computed steps, largest error of a guess) for a velocity that is a known function of
+    sigma.
+    """
     rule = ErrorControl(threshold, SIGMAS, Reuse(order), **more)
     stream, nodes, computed, worst = rule.stream(), [], [], 0.0
     for i in range(STEPS):
         step = Step(i, STEPS, SIGMAS[i])
         used = weights(nodes, step.sigma, rule.reuse) if nodes else []
-        guess = sum(w * function(s) for w, s in zip(used, nodes[-len(used):], strict=True)) if nodes else 0.0
+        guess = (
+            sum(w * function(s) for w, s in zip(used, nodes[-len(used) :], strict=True))
+            if nodes
+            else 0.0
+        )
         error = abs(guess - function(step.sigma)) / abs(function(step.sigma))
         decision = stream.decide(step, nodes)
         computed.append(decision.compute)
@@ -28,26 +36,34 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
             continue
         if len(nodes) > order:
             stream.measured(step, nodes, error)
-        nodes = (nodes + [step.sigma])[-order - 1:]
+        nodes = (nodes + [step.sigma])[-order - 1 :]
     return computed, worst
 
 
 def test_what_a_guess_gets_right_is_skipped_as_long_as_allowed():
     computed, worst = run(lambda s: 1 + 2 * s, 0.01, most=5)
-    assert worst < 1e-12 and "".join("C" if c else "." for c in computed).startswith("CCC.....C.....C")
+    assert worst < 1e-12 and "".join("C" if c else "." for c in computed).startswith(
+        "CCC.....C.....C"
+    )
     assert computed[-1]
 
 
 def test_the_threshold_bounds_the_error_of_a_path_that_bends_evenly():
-    """exp(-3 s) bends more and more; each guess is foretold from the last measured bend, which lags behind a little."""
+    """exp(-3 s) bends more and more; each guess is foretold from the last measured bend, which lags
+    behind a little.
+    """
     computed, worst = run(lambda s: math.exp(-3 * s), 0.02)
     assert worst < 0.03 and sum(computed) < STEPS - 6
 
 
 def test_more_is_computed_for_less_error_and_for_a_rougher_path():
-    counts = [sum(run(lambda s: 2 + math.sin(6 * s), threshold)[0]) for threshold in (0.001, 0.01, 0.1)]
+    counts = [
+        sum(run(lambda s: 2 + math.sin(6 * s), threshold)[0]) for threshold in (0.001, 0.01, 0.1)
+    ]
     assert counts[0] > counts[1] > counts[2]
-    assert sum(run(lambda s: 2 + math.sin(9 * s), 0.02)[0]) > sum(run(lambda s: 2 + math.sin(2 * s), 0.02)[0])
+    assert sum(run(lambda s: 2 + math.sin(9 * s), 0.02)[0]) > sum(
+        run(lambda s: 2 + math.sin(2 * s), 0.02)[0]
+    )
 
 
 def test_zero_skips_nothing_even_on_a_straight_path():

@@ -1,4 +1,6 @@
-"""Guesses from unequal steps: exact on polynomials of their order, damped towards the last value, and what a history keeps."""
+"""Guesses from unequal steps: exact on polynomials of their order, damped towards the last value,
+and what a history keeps.
+"""
 
 import pytest
 import torch
@@ -10,12 +12,16 @@ NODES = [1.0, 0.93, 0.81, 0.6]
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_a_polynomial_of_the_order_is_guessed_exactly(order):
-    coefficients = [0.3, -1.2, 0.7, 2.0][:order + 1]
+    coefficients = [0.3, -1.2, 0.7, 2.0][: order + 1]
+
     def value(s):
-        return sum(c * s ** i for i, c in enumerate(coefficients))
+        return sum(c * s**i for i, c in enumerate(coefficients))
+
     found = weights(NODES, 0.37, Reuse(order))
     assert len(found) == order + 1 and sum(found) == pytest.approx(1)
-    assert sum(w * value(s) for w, s in zip(found, NODES[-len(found):], strict=True)) == pytest.approx(value(0.37))
+    assert sum(
+        w * value(s) for w, s in zip(found, NODES[-len(found) :], strict=True)
+    ) == pytest.approx(value(0.37))
 
 
 def test_equal_steps_give_the_textbook_weights():
@@ -64,7 +70,10 @@ def test_guesses_in_16_bit_are_summed_in_32():
     history = History(Reuse(1))
     history.store(2.0, a)
     history.store(1.0, b)
-    assert history.guess(0.5).item() == torch.tensor(1012.0).bfloat16().item() and history.guess(0.5).dtype == torch.bfloat16
+    assert (
+        history.guess(0.5).item() == torch.tensor(1012.0).bfloat16().item()
+        and history.guess(0.5).dtype == torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"order": 4}, {"order": -1}, {"damping": 1.5}])

@@ -17,11 +17,15 @@ def test_scores_worked_out_by_hand():
 
 
 def test_heads_that_share_keys_are_averaged():
-    """Four query heads over two key heads: heads 0, 1 read key head 0, heads 2, 3 key head 1, as grouped-query attention repeats keys."""
+    """Four query heads over two key heads: heads 0, 1 read key head 0, heads 2, 3 key head 1, as
+    grouped-query attention repeats keys.
+    """
     generator = torch.Generator().manual_seed(0)
     query, keys = torch.randn(4, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     repeated = keys.repeat_interleave(2, 0)
-    expected = torch.stack([torch.softmax(repeated[h] @ query[h] / math.sqrt(8), 0) for h in range(4)]).mean(0)
+    expected = torch.stack(
+        [torch.softmax(repeated[h] @ query[h] / math.sqrt(8), 0) for h in range(4)]
+    ).mean(0)
     torch.testing.assert_close(feather.last_token_scores(query, keys), expected)
     with pytest.raises(ValueError, match="3 query heads"):
         feather.last_token_scores(query[:3], keys)
@@ -47,9 +51,17 @@ def test_the_papers_first_stage():
 
 def test_equal_scores_go_to_the_first_and_one_token_always_stays():
     left = torch.tensor([False, True, True, True, True])
-    assert feather.keep_mask(torch.ones(5), left, Stage(1, 0.5)).tolist() == [False, True, True, False, False]
+    assert feather.keep_mask(torch.ones(5), left, Stage(1, 0.5)).tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert feather.keep_mask(torch.ones(5), left, Stage(1, 0.01)).sum() == 1
-    assert torch.equal(feather.keep_mask(torch.rand(5), left, Stage(1, 1.0)), left), "a share of 1 keeps all"
+    assert torch.equal(feather.keep_mask(torch.rand(5), left, Stage(1, 1.0)), left), (
+        "a share of 1 keeps all"
+    )
 
 
 def test_uniform_keeps_even_distances():
@@ -60,15 +72,24 @@ def test_uniform_keeps_even_distances():
 def test_default_stages_are_a_quarter_and_a_half_of_the_depth():
     assert feather.stages(32) == (Stage(8, 0.3, 3), Stage(16, 0.09))
     assert feather.stages(28)[0].layer == 7 and feather.stages(28)[1].layer == 14
-    assert [stage.layer for stage in feather.stages(8, least=3)] == [3, 4], "DeepStack feeds the picture in until then"
+    assert [stage.layer for stage in feather.stages(8, least=3)] == [3, 4], (
+        "DeepStack feeds the picture in until then"
+    )
     assert [stage.layer for stage in feather.stages(28, first=20)] == [20, 21]
     for first, second in ((3, 3), (5, 2), (2, 28)):
         with pytest.raises(ValueError, match="rising order"):
             feather.stages(28, first=first, second=second)
 
 
-@pytest.mark.parametrize("bad, words", [(dict(layer=0, keep=0.5), "layer 0"), (dict(layer=1, keep=0.0), "keep = 0.0"),
-                                        (dict(layer=1, keep=1.1), "keep = 1.1"), (dict(layer=1, keep=1, stride=-1), "negative")])
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        (dict(layer=0, keep=0.5), "layer 0"),
+        (dict(layer=1, keep=0.0), "keep = 0.0"),
+        (dict(layer=1, keep=1.1), "keep = 1.1"),
+        (dict(layer=1, keep=1, stride=-1), "negative"),
+    ],
+)
 def test_stages_out_of_range_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         Stage(**bad)

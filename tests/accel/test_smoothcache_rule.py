@@ -1,4 +1,6 @@
-"""SmoothCache's greedy schedule against the published loop, written here once more; curves that are recorded, kept and moved to other schedules."""
+"""SmoothCache's greedy schedule against the published loop, written here once more; curves that are
+recorded, kept and moved to other schedules.
+"""
 
 import math
 import random
@@ -9,7 +11,9 @@ from nibble.accel.smoothcache import Curve, Recorder, schedule
 
 
 def published(rows: list[list[float]], alpha: float, steps: int) -> list[int]:
-    """The paper repository's generate-schedule loop: rows[j][i] is the mean error between step i and step i + j + 1."""
+    """The paper repository's generate-schedule loop: rows[j][i] is the mean error between step i
+    and step i + j + 1.
+    """
     out, i = [None] * steps, 0
     while i < steps:
         for j in range(len(rows) - 1, -1, -1):
@@ -49,7 +53,14 @@ def test_alpha_zero_computes_everything_and_a_large_one_keeps_first_and_last():
 
 def test_a_recorder_averages_layers_and_samples():
     recorder = Recorder(4, farthest=2)
-    for start, end, errors in ((0, 1, (0.1, 0.3)), (1, 2, (0.2,)), (2, 3, (0.4,)), (0, 2, (0.5,)), (1, 3, (0.6,)), (0, 3, (9.0,))):
+    for start, end, errors in (
+        (0, 1, (0.1, 0.3)),
+        (1, 2, (0.2,)),
+        (2, 3, (0.4,)),
+        (0, 2, (0.5,)),
+        (1, 3, (0.6,)),
+        (0, 3, (9.0,)),
+    ):
         for error in errors:
             recorder.add(start, end, error)
     curve = recorder.curve()
@@ -60,11 +71,17 @@ def test_a_recorder_averages_layers_and_samples():
 
 
 def test_curves_move_to_another_number_of_steps_by_sigma():
-    """Errors that grow with the stretch of sigma, one unit each: on twice as many steps of half the length they halve."""
+    """Errors that grow with the stretch of sigma, one unit each: on twice as many steps of half the
+    length they halve.
+    """
     known = [1 - i / 10 for i in range(10)]
     curve = Curve([[0.1] * 9, [0.2] * 8, [0.3] * 7], [[0.0] * 9, [0.0] * 8, [0.0] * 7], 1)
     assert curve.at(known, known) is curve
     finer = curve.at(known, [1 - i / 20 for i in range(20)])
-    assert finer.mean[0] == pytest.approx([0.05] * 19) and finer.mean[2] == pytest.approx([0.15] * 17)
+    assert finer.mean[0] == pytest.approx([0.05] * 19) and finer.mean[2] == pytest.approx(
+        [0.15] * 17
+    )
     coarser = curve.at(known, [1 - i / 5 for i in range(5)])
-    assert coarser.mean[0] == pytest.approx([0.2] * 4) and all(math.isinf(value) for value in coarser.mean[1])
+    assert coarser.mean[0] == pytest.approx([0.2] * 4) and all(
+        math.isinf(value) for value in coarser.mean[1]
+    )

@@ -1,4 +1,6 @@
-"""TeaCache's decisions against the published rule, written here once more from the paper's repository: every shipped polynomial, the same features."""
+"""TeaCache's decisions against the published rule, written here once more from the paper's
+repository: every shipped polynomial, the same features.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ def features(seed: int, scale: float) -> list[torch.Tensor]:
 
 
 def published(seen: list[torch.Tensor], poly: list[float], threshold: float) -> list[bool]:
-    """As the official scripts loop: np.poly1d, previous features always updated, first and last computed and the sum put to zero there."""
+    """As the official scripts loop: np.poly1d, previous features always updated, first and last
+    computed and the sum put to zero there.
+    """
     rescale, total, previous, out = np.poly1d(poly), 0, None, []
     for count, now in enumerate(seen):
         if count == 0 or count == len(seen) - 1:
@@ -37,7 +41,9 @@ def published(seen: list[torch.Tensor], poly: list[float], threshold: float) -> 
     return out
 
 
-def ours(seen: list[torch.Tensor], polynomial: Polynomial, threshold: float, window=None) -> list[bool]:
+def ours(
+    seen: list[torch.Tensor], polynomial: Polynomial, threshold: float, window=None
+) -> list[bool]:
     stream, out, previous = TeaCache(polynomial, threshold, window or Window()).stream(), [], None
     for index, now in enumerate(seen):
         d = None if previous is None else float(distance(now, previous))
@@ -60,7 +66,9 @@ def test_decisions_are_the_published_ones_for_every_shipped_polynomial(entry):
 
 
 def test_the_floor_of_flux_bounds_runs_of_reused_steps():
-    """FLUX's polynomial is at least 0.18 for every change, so a threshold of 0.4 allows two reused steps in a row however still the input."""
+    """FLUX's polynomial is at least 0.18 for every change, so a threshold of 0.4 allows two reused
+    steps in a row however still the input.
+    """
     flux = next(entry for entry in coefficients.every() if entry.model.startswith("FLUX.1 dev"))
     still = [torch.ones(4, 4)] * 20
     found = "".join("C" if computed else "." for computed in ours(still, flux.polynomial, 0.4))
@@ -80,7 +88,9 @@ def test_a_known_range_clamps_and_is_never_negative():
 def test_a_fit_finds_the_polynomial_and_its_quality():
     x = np.linspace(0.01, 0.4, 50)
     found = fit(x, 3 * x**2 + 0.5 * x, order=2)
-    assert found.coefficients == pytest.approx((3, 0.5, 0), abs=1e-9) and found.r2 == pytest.approx(1)
+    assert found.coefficients == pytest.approx((3, 0.5, 0), abs=1e-9) and found.r2 == pytest.approx(
+        1
+    )
     assert (found.x_min, found.x_max) == pytest.approx((0.01, 0.4))
     with_constant = fit(x, 2 * x + 0.1, order=1, through_origin=False)
     assert with_constant.coefficients == pytest.approx((2, 0.1), abs=1e-9)
@@ -92,7 +102,8 @@ def test_the_window_computes_outside_and_starts_the_sum_again():
     still = [torch.ones(2, 2)] * 20
     found = ours(still, IDENTITY, 1.0, Window(start=0.2, end=0.5, first=2, last=3))
     assert [i for i, computed in enumerate(found) if not computed] == list(range(4, 11))
-    assert not any(ours(still, IDENTITY, 1.0, Window(first=0, last=0))[1:])  # asked otherwise: only the first has nothing to reuse
+    # asked otherwise: only the first has nothing to reuse
+    assert not any(ours(still, IDENTITY, 1.0, Window(first=0, last=0))[1:])
 
 
 @pytest.mark.parametrize("wrong", [{"start": -0.1}, {"start": 0.6, "end": 0.5}, {"first": -1}])
@@ -103,9 +114,22 @@ def test_a_wrong_window_is_refused(wrong):
 
 def test_coefficients_are_chosen_by_the_models_facts():
     flux = {"hidden": 3072, "blocks": [19, 38]}
-    assert coefficients.lookup(["Flux"], flux | {"reference": False}).model == "FLUX.1 dev, schnell, Krea"
+    assert (
+        coefficients.lookup(["Flux"], flux | {"reference": False}).model
+        == "FLUX.1 dev, schnell, Krea"
+    )
     assert coefficients.lookup(["Flux"], flux | {"reference": True}).model == "FLUX.1 Kontext"
-    assert coefficients.lookup(["Flux"], {"hidden": 256, "blocks": [2, 4], "reference": False}) is None
-    assert coefficients.lookup(["VaceWanModel", "WanModel"], {"hidden": 1536, "model_type": "t2v"}).model == "Wan 2.1 T2V 1.3B"
+    assert (
+        coefficients.lookup(["Flux"], {"hidden": 256, "blocks": [2, 4], "reference": False}) is None
+    )
+    assert (
+        coefficients.lookup(
+            ["VaceWanModel", "WanModel"], {"hidden": 1536, "model_type": "t2v"}
+        ).model
+        == "Wan 2.1 T2V 1.3B"
+    )
     assert coefficients.lookup(["SomethingElse"], {}) is None
-    assert all(entry.source and entry.date and len(entry.polynomial.coefficients) in (4, 5) for entry in coefficients.every())
+    assert all(
+        entry.source and entry.date and len(entry.polynomial.coefficients) in (4, 5)
+        for entry in coefficients.every()
+    )

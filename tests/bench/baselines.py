@@ -1,10 +1,13 @@
-"""Other ways to run a linear at 4 bits, as fake quantization in float32: what SVDQuant here is compared with.
+"""Other ways to run a linear at 4 bits, as fake quantization in float32: what SVDQuant here is
+compared with.
 
 Each takes weight (N, K) and bias (N,) | None and returns a function of x (..., K).
     rtn       round to nearest: absmax / 7 per row and group of 64, weights and activations
-    convrot   comfy-kitchen's convrot_w4a4: inputs and weights turned by a regular Hadamard of 256 (or 64, 16: the largest that divides K),
+    convrot   comfy-kitchen's convrot_w4a4: inputs and weights turned by a regular Hadamard of 256
+      (or 64, 16: the largest that divides K),
               then absmax / 7 per row of weights and per token
-    svdquant  the paper's SVDQuant (and with GPTQ, as deepcompressor runs it); needs the layer's recorded inputs
+    svdquant  the paper's SVDQuant (and with GPTQ, as deepcompressor runs it); needs the layer's
+      recorded inputs
 """
 
 import math
@@ -37,7 +40,9 @@ def rtn(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def regular_hadamard(size: int) -> Tensor:
-    """The orthonormal Kronecker power of the regular 4-point Hadamard matrix that convrot uses, (size, size) symmetric."""
+    """The orthonormal Kronecker power of the regular 4-point Hadamard matrix that convrot uses,
+    (size, size) symmetric.
+    """
     four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
@@ -53,26 +58,45 @@ def convrot(weight: Tensor, bias: Tensor | None) -> Linear:
 
     def rotate(x: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, size)) @ turn).flatten(-2)
+
     rounded = symmetric(rotate(weight.float()), k)
-    return lambda x: torch.nn.functional.linear(symmetric(rotate(x.float()), k), rounded, bias).to(x.dtype)
+    return lambda x: torch.nn.functional.linear(symmetric(rotate(x.float()), k), rounded, bias).to(
+        x.dtype
+    )
 
 
 BASELINES: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {"rtn": rtn, "convrot": convrot}
 
 
-# ---- the paper's SVDQuant ----------------------------------------------------------------------------------------------
+# ---- the paper's SVDQuant ------------------------------------------------------------------------
 
 
-def svdquant(weight: Tensor, bias: Tensor | None, stats: InputStats, *, post_gelu: bool, rank: int = 32, with_gptq: bool = False,
-             grid: int = 20, turns: int = 20) -> Linear:
-    """Smoothing (39 candidates, absmax spans) scored with the branch, plain SVD, alternation with early stop; optionally GPTQ."""
+def svdquant(
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: InputStats,
+    *,
+    post_gelu: bool,
+    rank: int = 32,
+    with_gptq: bool = False,
+    grid: int = 20,
+    turns: int = 20,
+) -> Linear:
+    """Smoothing (39 candidates, absmax spans) scored with the branch, plain SVD, alternation with
+    early stop; optionally GPTQ.
+    """
     weight, x = weight.float(), stats.samples.float()[0::2]
     unsigned = post_gelu and bias is not None
     shifted = x + SHIFT if unsigned else x
     spans = shifted.abs().amax(0), weight.abs().amax(0)
-    spaces = [InputSpace(smoothing_factors(*spans, a, b), act_unsigned=unsigned) for a, b in exponents(grid)]
+    spaces = [
+        InputSpace(smoothing_factors(*spans, a, b), act_unsigned=unsigned)
+        for a, b in exponents(grid)
+    ]
 
-    def fitted(space: InputSpace, turns: int, hessian: Tensor | None = None) -> tuple[float, Tensor, Tensor]:
+    def fitted(
+        space: InputSpace, turns: int, hessian: Tensor | None = None
+    ) -> tuple[float, Tensor, Tensor]:
         target, inputs = space.weight(weight), space.inputs(x)
         wanted, quantized = inputs @ target.T, space.quantized(inputs)
         rounded, best = torch.zeros_like(target), (math.inf, None, None)
@@ -85,6 +109,7 @@ def svdquant(weight: Tensor, bias: Tensor | None, stats: InputStats, *, post_gel
                 break
             best = error, branch, rounded
         return best
+
     space = min(spaces, key=lambda space: fitted(space, 1)[0])
     hessian = _damped(space, stats) if with_gptq else None
     _, branch, rounded = fitted(space, turns, hessian)
@@ -94,6 +119,7 @@ def svdquant(weight: Tensor, bias: Tensor | None, stats: InputStats, *, post_gel
         inputs = x / space.smooth
         y = space.quantized(space.inputs(x)) @ rounded.T - shift + inputs @ branch.T
         return y if bias is None else y + bias
+
     return forward
 
 

@@ -1,14 +1,18 @@
-"""Constant Acceleration Flow where every answer is known, and what constant acceleration is worth without training.
+"""Constant Acceleration Flow where every answer is known, and what constant acceleration is worth
+without training.
 
     python tests/bench/bench_caf.py            both parts, about ten minutes on one core
     python tests/bench/bench_caf.py --parts mixture
 
-`mixture`: nets of 5 x 128 trained on couplings of a ring of Gaussians (`mixture.py`); mean distance from where the exact flow leads, for noise that was
-not trained on, at the same number of calls: N steps of 2-rectified flow are N calls, N steps of CAF N + 1. CAF trains two nets, so 2-rectified flow is
-trained once more, twice as long. "ahead": the acceleration asked for further on in a step (`flow.sample`).
+`mixture`: nets of 5 x 128 trained on couplings of a ring of Gaussians (`mixture.py`); mean distance
+    from where the exact flow leads, for noise that was
+not trained on, at the same number of calls: N steps of 2-rectified flow are N calls, N steps of CAF
+N + 1. CAF trains two nets, so 2-rectified flow is trained once more, twice as long. "ahead": the
+acceleration asked for further on in a step (`flow.sample`).
 
-`training-free`: the demo FLUX; each sampler's pictures against those of 28 steps of Euler's method from the same noise, at the same number of calls.
-"obeys": share of pictures in which the scorer reads colour, shape and place as asked.
+`training-free`: the demo FLUX; each sampler's pictures against those of 28 steps of Euler's method
+from the same noise, at the same number of calls. "obeys": share of pictures in which the scorer
+reads colour, shape and place as asked.
 """
 
 import argparse
@@ -42,7 +46,11 @@ TEACHER_STEPS = 28
 
 def fit(net: torch.nn.Module, loss, steps: int) -> torch.nn.Module:
     """Trains all of a net."""
-    for _ in training.steps(dict(net.named_parameters()), loss, training.Options(steps=steps, lr=1e-3, warmup=100, seed=1)):
+    for _ in training.steps(
+        dict(net.named_parameters()),
+        loss,
+        training.Options(steps=steps, lr=1e-3, warmup=100, seed=1),
+    ):
         pass
     return net
 
@@ -57,7 +65,10 @@ class Mixture:
 
     def __init__(self, steps: int, count: int = 20000):
         self.steps, self.starts, self.pushes = steps, {}, {}
-        self.train, self.held = mixture.couplings(min(count, 256 * steps), 0, 60), mixture.couplings(4000, 1, 100)
+        self.train, self.held = (
+            mixture.couplings(min(count, 256 * steps), 0, 60),
+            mixture.couplings(4000, 1, 100),
+        )
 
     def draw(self, generator):
         index = torch.randint(0, len(self.train[0]), (256,), generator=generator)
@@ -67,7 +78,9 @@ class Mixture:
         """calls → mean distance of sample(noise, calls) from where the exact flow leads."""
         noise, data = self.held
         with torch.no_grad():
-            return {calls: (sample(noise, calls) - data).norm(dim=1).mean().item() for calls in CALLS}
+            return {
+                calls: (sample(noise, calls) - data).norm(dim=1).mean().item() for calls in CALLS
+            }
 
     def rectified(self, longer: int = 1) -> dict[int, float]:
         net = mixture.Net()
@@ -77,6 +90,7 @@ class Mixture:
             for i in range(calls):
                 x = x + net(x, x.new_full((len(x),), i / calls)) / calls
             return x
+
         return self.error(sample)
 
     def caf(self, h: float, conditioned: bool = True, ahead: float = 0.0) -> dict[int, float]:
@@ -86,38 +100,72 @@ class Mixture:
         speed = self.starts[h]
         if (h, conditioned) not in self.pushes:
             push = copy.deepcopy(speed)
-            seen = (lambda x, t, v, c=None: push(x, t, v)) if conditioned else (lambda x, t, v, c=None: push(x, t))
+            seen = (
+                (lambda x, t, v, c=None: push(x, t, v))
+                if conditioned
+                else (lambda x, t, v, c=None: push(x, t))
+            )
             fit(push, objectives.acceleration_objective(seen, of(speed), self.draw), self.steps)
             self.pushes[h, conditioned] = seen
         seen = self.pushes[h, conditioned]
-        return self.error(lambda x, calls: flow.sample(speed, seen, x, flow.uniform(calls - 1), ahead=ahead, h=h))
+        return self.error(
+            lambda x, calls: flow.sample(speed, seen, x, flow.uniform(calls - 1), ahead=ahead, h=h)
+        )
 
 
 def measure_mixture(options: argparse.Namespace) -> dict:
-    """{"steps", "rows": [{"method", "errors": {calls: distance}, "of_rectified": {calls: ratio}, "seconds"}]}."""
+    """{"steps", "rows": [{"method", "errors": {calls: distance}, "of_rectified": {calls: ratio},
+    "seconds"}]}.
+    """
     ring = Mixture(options.train_steps)
-    arms = {"2-rectified flow": ring.rectified, "2-rectified flow, trained twice as long": lambda: ring.rectified(2),
-            "CAF": lambda: ring.caf(1.5), "CAF, h = 1": lambda: ring.caf(1.0), "CAF, h = 0.5": lambda: ring.caf(0.5),
-            "CAF, without conditioning": lambda: ring.caf(1.5, False)}
-    arms |= {f"CAF, h = {h}, ahead {ahead}": partial(ring.caf, h, ahead=ahead) for h in (1.5, 1.0, 0.5) for ahead in (0.35, flow.AHEAD)}
+    arms = {
+        "2-rectified flow": ring.rectified,
+        "2-rectified flow, trained twice as long": lambda: ring.rectified(2),
+        "CAF": lambda: ring.caf(1.5),
+        "CAF, h = 1": lambda: ring.caf(1.0),
+        "CAF, h = 0.5": lambda: ring.caf(0.5),
+        "CAF, without conditioning": lambda: ring.caf(1.5, False),
+    }
+    arms |= {
+        f"CAF, h = {h}, ahead {ahead}": partial(ring.caf, h, ahead=ahead)
+        for h in (1.5, 1.0, 0.5)
+        for ahead in (0.35, flow.AHEAD)
+    }
     rows = []
     for name, arm in arms.items():
         start = time.perf_counter()
         errors = arm()
-        rows.append({"method": name, "errors": errors, "of_rectified": {n: errors[n] / (rows[0]["errors"] if rows else errors)[n] for n in CALLS},
-                     "seconds": time.perf_counter() - start})
-        print(f"{name:42}", *(f"{n} calls {errors[n]:.4f} ({rows[-1]['of_rectified'][n]:.2f})" for n in CALLS), sep="  ", flush=True)
+        rows.append(
+            {
+                "method": name,
+                "errors": errors,
+                "of_rectified": {
+                    n: errors[n] / (rows[0]["errors"] if rows else errors)[n] for n in CALLS
+                },
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        print(
+            f"{name:42}",
+            *(f"{n} calls {errors[n]:.4f} ({rows[-1]['of_rectified'][n]:.2f})" for n in CALLS),
+            sep="  ",
+            flush=True,
+        )
     return {"steps": options.train_steps, "rows": rows}
 
 
 def dpmpp_2m(velocity, x: torch.Tensor, times: list[float]) -> torch.Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) over -log(sigma), first and last step of first order."""
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) over -log(sigma), first and
+    last step of first order.
+    """
     before = None
     for i, (start, stop) in enumerate(zip(times, times[1:], strict=False)):
         clean = x - start * velocity(x, i)
         towards = clean
         if before is not None and stop > 0:
-            towards = clean + math.log(start / stop) / math.log(times[i - 1] / start) / 2 * (clean - before)
+            towards = clean + math.log(start / stop) / math.log(times[i - 1] / start) / 2 * (
+                clean - before
+            )
         x, before = stop / start * x + (1 - stop / start) * towards, clean
     return x
 
@@ -139,18 +187,34 @@ class Demo:
     def __init__(self, count: int, seeds: int = 2):
         self.flux, self.vae = pictures.load_flux(), pictures.load_vae()
         asked = [prompt for prompt in prompts.SCORED[:count] for _ in range(seeds)]
-        self.scenes, self.words = [world.parse(prompt) for prompt in asked], prompts.embed(prompts.word_indices(asked))
-        drawn = [torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+        self.scenes, self.words = (
+            [world.parse(prompt) for prompt in asked],
+            prompts.embed(prompts.word_indices(asked)),
+        )
+        drawn = [
+            torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed))
+            for seed in range(seeds)
+        ]
         self.noise, self.known = torch.stack(drawn * count), {}
 
     @torch.no_grad()
     def draw(self, sample, times: list[float]) -> torch.Tensor:
-        """Pictures (count, 64, 64, 3). What was computed for the same latents at the same time is not computed again: samplers begin alike."""
+        """Pictures (count, 64, 64, 3). What was computed for the same latents at the same time is
+        not computed again: samplers begin alike.
+        """
+
         def velocity(x, i):
             key = times[i], x.numpy().tobytes()
             if key not in self.known:
-                self.known[key] = models.velocity(self.flux, x, x.new_full((len(x),), times[i]), *self.words, x.new_full((len(x),), 3.5))
+                self.known[key] = models.velocity(
+                    self.flux,
+                    x,
+                    x.new_full((len(x),), times[i]),
+                    *self.words,
+                    x.new_full((len(x),), 3.5),
+                )
             return self.known[key]
+
         return pictures.decode(self.vae, sample(velocity, self.noise, times))
 
 
@@ -158,14 +222,29 @@ LIMITS = (0.05, 0.1, 0.2, None)  # None: never limited
 
 
 def samplers(pace: float) -> dict:
-    """name → (sampler, h). Schedules at another pace are drawn with Euler's method and with a limit."""
-    second = {f"constant acceleration, limit {limit}": (partial(adams.integrate, limit=limit), 1.0) for limit in LIMITS}
-    return {"euler": (euler, 1.0), "dpmpp_2m": (dpmpp_2m, 1.0), "lms, order 2": (second_order_but_last, 1.0), **second,
-            f"euler, h = {pace}": (euler, pace), f"constant acceleration, limit 0.1, h = {pace}": (partial(adams.integrate, limit=0.1), pace)}
+    """name → (sampler, h). Schedules at another pace are drawn with Euler's method and with a
+    limit.
+    """
+    second = {
+        f"constant acceleration, limit {limit}": (partial(adams.integrate, limit=limit), 1.0)
+        for limit in LIMITS
+    }
+    return {
+        "euler": (euler, 1.0),
+        "dpmpp_2m": (dpmpp_2m, 1.0),
+        "lms, order 2": (second_order_but_last, 1.0),
+        **second,
+        f"euler, h = {pace}": (euler, pace),
+        f"constant acceleration, limit 0.1, h = {pace}": (
+            partial(adams.integrate, limit=0.1),
+            pace,
+        ),
+    }
 
 
 def measure_training_free(options: argparse.Namespace) -> dict:
-    """{"pictures", "teacher_steps", "teacher_obeys": {shift: share}, "rows": [{"shift", "calls", "method", "psnr", "worst", "obeys"}]}.
+    """{"pictures", "teacher_steps", "teacher_obeys": {shift: share}, "rows": [{"shift", "calls",
+    "method", "psnr", "worst", "obeys"}]}.
 
     psnr: mean over pictures, in dB.
     """
@@ -175,29 +254,65 @@ def measure_training_free(options: argparse.Namespace) -> dict:
         teachers[shift] = scorer.score(teacher.numpy(), demo.scenes)["all"]
         for calls in options.calls:
             for name, (sample, h) in samplers(options.pace).items():
-                drawn = demo.draw(sample, [*adams.retime(models.schedule(calls, shift), h).tolist()[:-1], 0.0])
+                drawn = demo.draw(
+                    sample, [*adams.retime(models.schedule(calls, shift), h).tolist()[:-1], 0.0]
+                )
                 each = metrics.psnr(drawn, teacher)
-                rows.append({"shift": shift, "calls": calls, "method": name, "psnr": each.mean().item(), "worst": each.min().item(),
-                             "obeys": scorer.score(drawn.numpy(), demo.scenes)["all"]})
-                print(shift, calls, f"{name:44} {rows[-1]['psnr']:.1f} dB, worst {rows[-1]['worst']:.1f}, obeys {rows[-1]['obeys']:.1%}", flush=True)
-    return {"pictures": len(demo.noise), "teacher_steps": TEACHER_STEPS, "teacher_obeys": teachers, "rows": rows}
+                rows.append(
+                    {
+                        "shift": shift,
+                        "calls": calls,
+                        "method": name,
+                        "psnr": each.mean().item(),
+                        "worst": each.min().item(),
+                        "obeys": scorer.score(drawn.numpy(), demo.scenes)["all"],
+                    }
+                )
+                print(
+                    shift,
+                    calls,
+                    f"{name:44} {rows[-1]['psnr']:.1f} dB, worst {rows[-1]['worst']:.1f}, obeys"
+                    f" {rows[-1]['obeys']:.1%}",
+                    flush=True,
+                )
+    return {
+        "pictures": len(demo.noise),
+        "teacher_steps": TEACHER_STEPS,
+        "teacher_obeys": teachers,
+        "rows": rows,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "caf.json")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--train-steps", type=int, default=1000, help="of each net of the mixture")
     parser.add_argument("--prompts", type=int, default=10, help="of the demo model, two seeds each")
-    parser.add_argument("--shifts", type=float, nargs="+", default=[1.15, 3.0], help="of the schedule, as exponents")
-    parser.add_argument("--calls", type=int, nargs="*", default=[2, 3, 5, 8], help="of the demo model")
-    parser.add_argument("--pace", type=float, default=1.5, help="h of the schedules that are tried besides the plain ones")
+    parser.add_argument(
+        "--shifts", type=float, nargs="+", default=[1.15, 3.0], help="of the schedule, as exponents"
+    )
+    parser.add_argument(
+        "--calls", type=int, nargs="*", default=[2, 3, 5, 8], help="of the demo model"
+    )
+    parser.add_argument(
+        "--pace",
+        type=float,
+        default=1.5,
+        help="h of the schedules that are tried besides the plain ones",
+    )
     options = parser.parse_args()
     measures = {"mixture": measure_mixture, "training-free": measure_training_free}
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for part in options.parts:
         found[part] = measures[part](options)
-        found |= {"command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        found |= {
+            "command": " ".join(sys.argv),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
 

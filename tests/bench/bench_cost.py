@@ -1,10 +1,13 @@
-"""What quantizing costs: peak memory, time by stage, and the time that the whole FLUX.1-dev would take, from its layers' shapes.
+"""What quantizing costs: peak memory, time by stage, and the time that the whole FLUX.1-dev would
+take, from its layers' shapes.
 
-    python -m nibble bench cost [--preset fast] [--double 2] [--single 4] [--threads N] [--out FILE] [--folder DIR]
+    python -m nibble bench cost [--preset fast] [--double 2] [--single 4] [--threads N] [--out FILE]
+    [--folder DIR]
 
-A checkpoint with FLUX.1's own shapes (hidden 3072) is written with random weights and a few outlier channels, streamed tensor by tensor, and
-quantized in a fresh process. Memory is that process's peak (VmHWM) above what it had after `import torch`. Every shape in FLUX.1-dev occurs
-in the small model, so the whole is the sum over its layers of the mean time of a layer of that shape.
+A checkpoint with FLUX.1's own shapes (hidden 3072) is written with random weights and a few outlier
+channels, streamed tensor by tensor, and quantized in a fresh process. Memory is that process's peak
+(VmHWM) above what it had after `import torch`. Every shape in FLUX.1-dev occurs in the small model,
+so the whole is the sum over its layers of the mean time of a layer of that shape.
 """
 
 import argparse
@@ -25,7 +28,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def load_checkout() -> None:
     """This checkout as the package `nibble`, unless it is loaded already."""
     if "nibble" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("nibble", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            "nibble", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
 
@@ -39,8 +44,11 @@ def memory(field: str) -> float:
 
 
 def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    """bf16 weights of a transformer's size, with one channel in 500 ten times larger; returns their number."""
+    """bf16 weights of a transformer's size, with one channel in 500 ten times larger; returns their
+    number.
+    """
     import torch
+
     generator, table, end = torch.Generator().manual_seed(0), {}, 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
@@ -53,7 +61,9 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
         for shape in shapes.values():
             tensor = torch.randn(shape, generator=generator).mul_(0.02)
             if len(shape) == 2:
-                tensor[:, torch.randperm(shape[1], generator=generator)[:max(1, shape[1] // 500)]] *= 10
+                tensor[
+                    :, torch.randperm(shape[1], generator=generator)[: max(1, shape[1] // 500)]
+                ] *= 10
             file.write(memoryview(tensor.bfloat16().view(torch.uint8).numpy()))
     return end // 2
 
@@ -61,12 +71,14 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
 def measure(source: str, target: str, preset: str, rank: int, threads: int) -> dict:
     """In the fresh process: quantizes, with a clock around reading, decomposing and writing."""
     import torch
+
     torch.set_num_threads(threads)
     baseline = memory("VmRSS")
     load_checkout()
     from nibble.quant import sources, writer
     from nibble.quant.svdquant import pipeline
     from nibble.quant.svdquant.recipe import Recipe
+
     stages = {"read": 0.0, "decompose": 0.0, "write": 0.0}
 
     def timed(stage, function):
@@ -76,6 +88,7 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
                 return function(*args, **kwargs)
             finally:
                 stages[stage] += time.perf_counter() - began
+
         return run
 
     for name in ("read", "weight", "bias"):
@@ -86,25 +99,51 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
         setattr(writer.Writer, name, timed("write", getattr(writer.Writer, name)))
     cpu = time.process_time()
     report = pipeline.quantize_checkpoint(source, target, Recipe.from_preset(preset, rank=rank))
-    rows = [{"name": r.name, "action": r.action, "seconds": r.seconds, "db": r.db, "before": r.bytes_before, "after": r.bytes_after} for r in report.rows]
-    return {"baseline_bytes": baseline, "peak_bytes": memory("VmHWM"), "above_baseline_bytes": memory("VmHWM") - baseline,
-            "seconds": report.seconds, "cpu_seconds": time.process_time() - cpu, "stages": stages,
-            "bytes_before": report.bytes_before, "bytes_after": report.bytes_after, "rows": rows}
+    rows = [
+        {
+            "name": r.name,
+            "action": r.action,
+            "seconds": r.seconds,
+            "db": r.db,
+            "before": r.bytes_before,
+            "after": r.bytes_after,
+        }
+        for r in report.rows
+    ]
+    return {
+        "baseline_bytes": baseline,
+        "peak_bytes": memory("VmHWM"),
+        "above_baseline_bytes": memory("VmHWM") - baseline,
+        "seconds": report.seconds,
+        "cpu_seconds": time.process_time() - cpu,
+        "stages": stages,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "rows": rows,
+    }
 
 
 def extrapolate(result: dict, small: dict, large: dict) -> dict:
-    """Seconds for the large model: layer by layer at the mean time of the same shape; what has no row (opening, loose tensors, closing) by bytes."""
+    """Seconds for the large model: layer by layer at the mean time of the same shape; what has no
+    row (opening, loose tensors, closing) by bytes.
+    """
     times: dict[tuple, list[float]] = {}
     for row in result["rows"]:
-        times.setdefault((small[f"{row['name']}.weight"], row["action"] != "keep"), []).append(row["seconds"])
+        times.setdefault((small[f"{row['name']}.weight"], row["action"] != "keep"), []).append(
+            row["seconds"]
+        )
     means = {shape: sum(values) / len(values) for (shape, _), values in times.items()}
     layers = [name for name, shape in large.items() if name.endswith(".weight") and len(shape) == 2]
     in_layers = sum(means[large[name]] for name in layers)
     rest = result["seconds"] - sum(row["seconds"] for row in result["rows"])
     ratio = sum(map(_count, large.values())) / sum(map(_count, small.values()))
     seconds = in_layers + rest * ratio
-    return {"weights": sum(map(_count, large.values())), "seconds": seconds, "minutes": seconds / 60,
-            "core_minutes": seconds / 60 * result["cpu_seconds"] / result["seconds"]}
+    return {
+        "weights": sum(map(_count, large.values())),
+        "seconds": seconds,
+        "minutes": seconds / 60,
+        "core_minutes": seconds / 60 * result["cpu_seconds"] / result["seconds"],
+    }
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -131,18 +170,43 @@ def main() -> None:
         return
     load_checkout()
     from nibble.quant.architectures import flux1_shapes
+
     small, large = flux1_shapes(options.double, options.single), flux1_shapes()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, target = Path(folder) / "flux.safetensors", Path(folder) / "flux-int4.safetensors"
         weights = write_checkpoint(source, small)
         threads = str(options.threads)
-        command = [sys.executable, __file__, "--preset", options.preset, "--rank", str(options.rank), "--threads", threads,
-                   "--measure", str(source), str(target)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        command = [
+            sys.executable,
+            __file__,
+            "--preset",
+            options.preset,
+            "--rank",
+            str(options.rank),
+            "--threads",
+            threads,
+            "--measure",
+            str(source),
+            str(target),
+        ]
+        output = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
     result = json.loads(output.stdout.splitlines()[-1])
-    result |= {"weights": weights, "preset": options.preset, "rank": options.rank, "threads": options.threads,
-               "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-               "load_average": os.getloadavg()[0], "flux1_dev": extrapolate(result, small, large)}
+    result |= {
+        "weights": weights,
+        "preset": options.preset,
+        "rank": options.rank,
+        "threads": options.threads,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "flux1_dev": extrapolate(result, small, large),
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print_result(result, options.out)
@@ -150,13 +214,22 @@ def main() -> None:
 
 def print_result(result: dict, out: Path) -> None:
     """The figures, for people."""
-    print(f"{result['weights'] / 1e9:.2f} B weights, preset {result['preset']}, rank {result['rank']}, {result['threads']} threads on {result['cores']} cores "
-          f"(load average {result['load_average']:.1f})")
-    print(f"  peak memory above the interpreter's {result['baseline_bytes'] / 1e9:.2f} GB: {result['above_baseline_bytes'] / 1e9:.2f} GB")
+    print(
+        f"{result['weights'] / 1e9:.2f} B weights, preset {result['preset']}, rank"
+        f" {result['rank']}, {result['threads']} threads on {result['cores']} cores (load average"
+        f" {result['load_average']:.1f})"
+    )
+    print(
+        f"  peak memory above the interpreter's {result['baseline_bytes'] / 1e9:.2f} GB:"
+        f" {result['above_baseline_bytes'] / 1e9:.2f} GB"
+    )
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["stages"].items())
     print(f"  time {result['seconds']:.1f} s: {stages}")
     whole = result["flux1_dev"]
-    print(f"  FLUX.1-dev, {whole['weights'] / 1e9:.1f} B weights: {whole['minutes']:.1f} minutes ({whole['core_minutes']:.1f} core minutes)")
+    print(
+        f"  FLUX.1-dev, {whole['weights'] / 1e9:.1f} B weights: {whole['minutes']:.1f} minutes"
+        f" ({whole['core_minutes']:.1f} core minutes)"
+    )
     print(f"  written to {out}")
 
 

@@ -1,10 +1,14 @@
-"""Modulation out of VRAM: bytes saved, what its products cost a CPU, and how often a step finds them made: `python -m nibble bench modulation`.
+"""Modulation out of VRAM: bytes saved, what its products cost a CPU, and how often a step finds
+them made: `python -m nibble bench modulation`.
 
     bytes   of the 4-bit modulation layers of FLUX.1 dev, from its shapes
-    time    of all of them for one step, and for 28 steps at once (each weight read once), each route in turn in every round; in time of one core
+    time    of all of them for one step, and for 28 steps at once (each weight read once), each
+      route in turn in every round; in time of one core
             (the process's own, so that whoever else uses the machine hardly counts)
-    run     28 steps and the same again through `Bank`, at a share of FLUX's layers: how many steps found their results made, and how long the
-            steps waited. Between two steps the caller sleeps for --step seconds, in the place of the GPU.
+    run     28 steps and the same again through `Bank`, at a share of FLUX's layers: how many steps
+      found their results made, and how long the
+            steps waited. Between two steps the caller sleeps for --step seconds, in the place of
+            the GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ def layers_of(model: str) -> list[tuple[int, int]]:
     """(N, K) of every modulation layer that can stay in RAM."""
     shapes = known_shapes(model)
     planned = plan(shapes, recognise(shapes, model), Recipe.from_preset("fast"), model)
-    return [(layer.N, layer.K) for layer in planned if layer.action == "w4a16" and layer.N > layer.K]
+    return [
+        (layer.N, layer.K) for layer in planned if layer.action == "w4a16" and layer.N > layer.K
+    ]
 
 
 def stored(n: int, k: int) -> int:
@@ -48,11 +54,18 @@ def stored(n: int, k: int) -> int:
 def matrix(n: int, k: int, seed: int = 0) -> W4A16Weight:
     draw = torch.Generator().manual_seed(seed)
     codes = torch.randint(-128, 128, (n, k // 2), generator=draw, dtype=torch.int8)
-    return W4A16Weight(codes, (torch.rand(k // 64, n, generator=draw) * 0.01).bfloat16(), None, torch.zeros(n, dtype=torch.bfloat16))
+    return W4A16Weight(
+        codes,
+        (torch.rand(k // 64, n, generator=draw) * 0.01).bfloat16(),
+        None,
+        torch.zeros(n, dtype=torch.bfloat16),
+    )
 
 
 def timed(calls: dict, rounds: int) -> dict[str, float]:
-    """Milliseconds of processor time, the least of the rounds, in each of which every call takes its turn."""
+    """Milliseconds of processor time, the least of the rounds, in each of which every call takes
+    its turn.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -63,35 +76,56 @@ def timed(calls: dict, rounds: int) -> dict[str, float]:
 
 
 def products(shapes: list[tuple[int, int]], rounds: int, copies: int) -> dict:
-    """Milliseconds of all layers, from one layer of each shape (several copies of it, so that no cache holds them)."""
+    """Milliseconds of all layers, from one layer of each shape (several copies of it, so that no
+    cache holds them).
+    """
     found: dict[str, dict[str, float]] = {}
     for n, k in sorted(set(shapes)):
         weights, count = [matrix(n, k, seed) for seed in range(copies)], shapes.count((n, k))
-        packed, dense = [HostMatrix(w, torch.bfloat16) for w in weights], [torch.randn(n, k).bfloat16() for _ in range(copies)]
+        packed, dense = (
+            [HostMatrix(w, torch.bfloat16) for w in weights],
+            [torch.randn(n, k).bfloat16() for _ in range(copies)],
+        )
         for m in (1, STEPS):
             x = torch.randn(m, k).bfloat16()
-            calls = {"nibble": lambda x=x, all=weights: [ops.linear_w4a16(x, w.qweight, w.scale, None, w.bias) for w in all],
-                     "torch 4-bit": lambda x=x, all=packed: [p.product(x) for p in all],
-                     "torch bfloat16": lambda x=x, all=dense: [torch.nn.functional.linear(x, d) for d in all]}
+            calls = {
+                "nibble": lambda x=x, all=weights: [
+                    ops.linear_w4a16(x, w.qweight, w.scale, None, w.bias) for w in all
+                ],
+                "torch 4-bit": lambda x=x, all=packed: [p.product(x) for p in all],
+                "torch bfloat16": lambda x=x, all=dense: [
+                    torch.nn.functional.linear(x, d) for d in all
+                ],
+            }
             for name, ms in timed(calls, rounds).items():
                 row = found.setdefault(name, {})
-                row[f"{m} step{'s' * (m > 1)}"] = row.get(f"{m} step{'s' * (m > 1)}", 0.0) + ms / copies * count
+                row[f"{m} step{'s' * (m > 1)}"] = (
+                    row.get(f"{m} step{'s' * (m > 1)}", 0.0) + ms / copies * count
+                )
     return found
 
 
 class Layer:
     """One of the bank's layers."""
+
     is_hooked = False
 
     def __init__(self, name: str, n: int, k: int, seed: int):
-        self.name, self.in_features, self.out_features, self._packed = name, k, n, HostMatrix(matrix(n, k, seed), torch.bfloat16)
+        self.name, self.in_features, self.out_features, self._packed = (
+            name,
+            k,
+            n,
+            HostMatrix(matrix(n, k, seed), torch.bfloat16),
+        )
 
     def compute(self, rows: torch.Tensor, fast: bool) -> torch.Tensor:
         return self._packed.product(rows)
 
 
 class Network:
-    """Turns timestep and pooled text into a vector that every layer reads; a step of it takes `seconds`."""
+    """Turns timestep and pooled text into a vector that every layer reads; a step of it takes
+    `seconds`.
+    """
 
     def __init__(self, bank: Bank, hidden: int, seconds: float):
         self.bank, self.seconds = bank, seconds
@@ -111,43 +145,104 @@ def run(shapes: list[tuple[int, int]], share: int, seconds: float) -> dict:
     """Hits and waits of two runs of 28 steps, on every share-th layer."""
     bank = Bank(lambda sigmas: sigmas)
     bank.layers += [Layer(f"blocks.{i}", n, k, i) for i, (n, k) in enumerate(shapes[::share])]
-    network, y, sigmas = Network(bank, shapes[0][1], seconds), torch.randn(1, shapes[0][1]), torch.linspace(1, 0, STEPS + 1)
+    network, y, sigmas = (
+        Network(bank, shapes[0][1], seconds),
+        torch.randn(1, shapes[0][1]),
+        torch.linspace(1, 0, STEPS + 1),
+    )
     runs = []
     with torch.no_grad():
         for _ in range(2):
             before, waits = (bank.steps, bank.hits), []
             for sigma in sigmas[:-1]:
                 began = time.perf_counter()
-                bank.around(network, torch.zeros(1, 16, 64, 64), sigma.reshape(1), torch.zeros(1), y, transformer_options={"sample_sigmas": sigmas})
+                bank.around(
+                    network,
+                    torch.zeros(1, 16, 64, 64),
+                    sigma.reshape(1),
+                    torch.zeros(1),
+                    y,
+                    transformer_options={"sample_sigmas": sigmas},
+                )
                 waits.append(max(0.0, time.perf_counter() - began - seconds))
-            runs.append({"steps": STEPS, "ready": bank.hits - before[1], "wait_ms": {"first": 1e3 * waits[0], "second": 1e3 * waits[1],
-                                                                                     "others, median": 1e3 * statistics.median(waits[2:])}})
-    return {"layers": len(bank.layers), "of": len(shapes), "step_seconds": seconds, "products": bank.computed, "runs": runs}
+            runs.append(
+                {
+                    "steps": STEPS,
+                    "ready": bank.hits - before[1],
+                    "wait_ms": {
+                        "first": 1e3 * waits[0],
+                        "second": 1e3 * waits[1],
+                        "others, median": 1e3 * statistics.median(waits[2:]),
+                    },
+                }
+            )
+    return {
+        "layers": len(bank.layers),
+        "of": len(shapes),
+        "step_seconds": seconds,
+        "products": bank.computed,
+        "runs": runs,
+    }
 
 
 def report(found: dict) -> None:
     size = found["bytes"]
-    print(f"FLUX.1 dev: {size['layers']} modulation layers, {size['weights'] / 1e9:.3f} GB out of VRAM for {size['a_step'] / 1e6:.2f} MB a step")
+    print(
+        f"FLUX.1 dev: {size['layers']} modulation layers, {size['weights'] / 1e9:.3f} GB out of"
+        f" VRAM for {size['a_step'] / 1e6:.2f} MB a step"
+    )
     for name, row in found["time_ms"].items():
-        print(f"  {name:16}" + "".join(f"{steps:>10} {ms:8.0f} ms" for steps, ms in row.items()) + f"   ({row['28 steps'] / 28:.0f} ms a step of 28)")
+        print(
+            f"  {name:16}"
+            + "".join(f"{steps:>10} {ms:8.0f} ms" for steps, ms in row.items())
+            + f"   ({row['28 steps'] / 28:.0f} ms a step of 28)"
+        )
     for number, row in enumerate(found["run"]["runs"], 1):
         waits = ", ".join(f"{name} {ms:.0f} ms" for name, ms in row["wait_ms"].items())
-        print(f"  run {number} ({found['run']['layers']} of {found['run']['of']} layers): {row['ready']} of {row['steps']} steps found their results "
-              f"made; waits: {waits}")
+        print(
+            f"  run {number} ({found['run']['layers']} of {found['run']['of']} layers):"
+            f" {row['ready']} of {row['steps']} steps found their results made; waits: {waits}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "modulation.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent / "results" / "modulation.json"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--copies", type=int, default=3, help="of each layer, so that none stays in a cache (default: %(default)s)")
-    parser.add_argument("--share", type=int, default=12, help="every so many-th layer in the run (default: %(default)s)")
-    parser.add_argument("--step", type=float, default=0.3, help="seconds of a step without its modulation (default: %(default)s)")
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=3,
+        help="of each layer, so that none stays in a cache (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=12,
+        help="every so many-th layer in the run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--step",
+        type=float,
+        default=0.3,
+        help="seconds of a step without its modulation (default: %(default)s)",
+    )
     options = parser.parse_args()
     shapes = layers_of("flux1-dev")
-    found = {"environment": machine.describe_cpu() | {"gemv_w4a16": which("gemv_w4a16", "cpu")},
-             "bytes": {"layers": len(shapes), "weights": sum(stored(n, k) for n, k in shapes), "a_step": 2 * sum(n for n, _ in shapes)},
-             "time_ms": products(shapes, options.rounds, options.copies), "run": run(shapes, options.share, options.step)}
+    found = {
+        "environment": machine.describe_cpu() | {"gemv_w4a16": which("gemv_w4a16", "cpu")},
+        "bytes": {
+            "layers": len(shapes),
+            "weights": sum(stored(n, k) for n, k in shapes),
+            "a_step": 2 * sum(n for n, _ in shapes),
+        },
+        "time_ms": products(shapes, options.rounds, options.copies),
+        "run": run(shapes, options.share, options.step),
+    }
     report(found)
     options.out.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
 

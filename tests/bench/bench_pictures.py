@@ -1,10 +1,12 @@
-"""Fidelity of whole pictures: the demo model drawn in 16 bit, and with its linears at 4 bits by several methods, same prompts and noise.
+"""Fidelity of whole pictures: the demo model drawn in 16 bit, and with its linears at 4 bits by
+several methods, same prompts and noise.
 
     python tests/bench/bench_pictures.py
 
-Where the compiled kernels are installed, our model is drawn once more in plain torch: how much faster they are, and how close the pictures.
-Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4 quantize exactly the linears that our own presets quantize to W4A4, and
-leave the others (modulation, embedders, final layer) in 16 bit, which favours them.
+Where the compiled kernels are installed, our model is drawn once more in plain torch: how much
+faster they are, and how close the pictures. Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4
+quantize exactly the linears that our own presets quantize to W4A4, and leave the others
+(modulation, embedders, final layer) in 16 bit, which favours them.
 """
 
 import argparse
@@ -46,12 +48,21 @@ class Lambda(torch.nn.Module):
 def baseline(name: str) -> torch.nn.Module:
     """The demo FLUX with every W4A4 linear of our plan replaced by a baseline's."""
     source = Source(pictures.FLUX_FILE)
-    layers = plan(source.shapes, recognise(source.shapes, source.name), Recipe.from_preset("fast"), source.name)
+    layers = plan(
+        source.shapes,
+        recognise(source.shapes, source.name),
+        Recipe.from_preset("fast"),
+        source.name,
+    )
     flux = pictures.load_flux()
     found = linears.find_linears(flux)
     for layer in (layer for layer in layers if layer.action == "w4a4"):
         for part in models.diffusers_parts(layer.name):
-            linears.replace(flux, part, Lambda(BASELINES[name](found[part].weight.detach(), found[part].bias.detach())))
+            linears.replace(
+                flux,
+                part,
+                Lambda(BASELINES[name](found[part].weight.detach(), found[part].bias.detach())),
+            )
     return flux
 
 
@@ -62,27 +73,50 @@ def ours(preset: str, folder: Path) -> torch.nn.Module:
     return models.load_quantized(target, torch.float32)
 
 
-def through_plain_torch(model: torch.nn.Module, vae, drawn: torch.Tensor, seconds: float, options: argparse.Namespace) -> dict:
-    """Our model once more without the compiled kernels: {"times_as_fast", "sampling_seconds", "psnr" and "worst_psnr" between the two}."""
+def through_plain_torch(
+    model: torch.nn.Module, vae, drawn: torch.Tensor, seconds: float, options: argparse.Namespace
+) -> dict:
+    """Our model once more without the compiled kernels: {"times_as_fast", "sampling_seconds",
+    "psnr" and "worst_psnr" between the two}.
+    """
     with plain_torch():
         plain, slow = run.draw(model, vae, options.prompts, range(options.seeds))
     each = metrics.psnr(drawn, plain)
-    return {"times_as_fast": slow / seconds, "sampling_seconds": slow, "psnr": each.median().item(), "worst_psnr": each.min().item()}
+    return {
+        "times_as_fast": slow / seconds,
+        "sampling_seconds": slow,
+        "psnr": each.median().item(),
+        "worst_psnr": each.min().item(),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "pictures.json")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--sheet", type=Path, help="also write the pictures as one PNG, a method a row")
+    parser.add_argument(
+        "--sheet", type=Path, help="also write the pictures as one PNG, a method a row"
+    )
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     vae, seeds = pictures.load_vae(), range(options.seeds)
     full, sampling = run.draw(pictures.load_flux(), vae, options.prompts, seeds)
-    rows, sheet = [{"method": "16-bit", "sampling_seconds": sampling} | run.compare(full, full, options.prompts, seeds)], [full]
-    makers = {"round-to-nearest W4A4": lambda: baseline("rtn"), "convrot_w4a4": lambda: baseline("convrot"),
-              "nibble fast": lambda: ours("fast", options.out.parent), "nibble best": lambda: ours("best", options.out.parent)}
+    rows, sheet = (
+        [
+            {"method": "16-bit", "sampling_seconds": sampling}
+            | run.compare(full, full, options.prompts, seeds)
+        ],
+        [full],
+    )
+    makers = {
+        "round-to-nearest W4A4": lambda: baseline("rtn"),
+        "convrot_w4a4": lambda: baseline("convrot"),
+        "nibble fast": lambda: ours("fast", options.out.parent),
+        "nibble best": lambda: ours("best", options.out.parent),
+    }
     for name, make in makers.items():
         start = time.perf_counter()
         model = make()
@@ -92,14 +126,27 @@ def main() -> None:
         sheet.append(drawn)
         if name.startswith("nibble") and native.module()[0] is not None:
             rows[-1]["plain_torch"] = through_plain_torch(model, vae, drawn, sampling, options)
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()})
+        print(
+            {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in rows[-1].items()
+            }
+        )
     for path in options.out.parent.glob("demo-*.safetensors"):
         path.unlink()
-    facts = {"command": " ".join(sys.argv), "prompts": options.prompts, "seeds": options.seeds, "steps": 12, "torch": torch.__version__,
-             "threads": torch.get_num_threads(), "linear_w4a4": which("linear_w4a4", "cpu", torch.float32)[1], "rows": rows}
+    facts = {
+        "command": " ".join(sys.argv),
+        "prompts": options.prompts,
+        "seeds": options.seeds,
+        "steps": 12,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "linear_w4a4": which("linear_w4a4", "cpu", torch.float32)[1],
+        "rows": rows,
+    }
     options.out.write_text(json.dumps(facts, indent=1) + "\n")
     if options.sheet:
-        run.side_by_side([row[::options.seeds] for row in sheet], columns=10).save(options.sheet)
+        run.side_by_side([row[:: options.seeds] for row in sheet], columns=10).save(options.sheet)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Vector quantization of the demo model: pictures, bytes, time and memory at 4, 3 and 2 bits, and what FLUX.1 would cost.
+"""Vector quantization of the demo model: pictures, bytes, time and memory at 4, 3 and 2 bits, and
+what FLUX.1 would cost.
 
     python tests/bench/bench_vq.py [--arms "best 3" "round to nearest 2" …]
 
-Each arm runs in a process of its own (its peak memory is its own) and is written down as soon as it is there. Weights alone are quantized;
-round to nearest has groups of 64 with a 16-bit scale each (0.25 bits a weight more than its name says). Prompts for calibration are drawn
-at random and are not those that are scored; "on noise" means random conditioning instead. FLUX.1 is extrapolated from single layers of its
-shapes, by weights; closed form only.
+Each arm runs in a process of its own (its peak memory is its own) and is written down as soon as it
+is there. Weights alone are quantized; round to nearest has groups of 64 with a 16-bit scale each
+(0.25 bits a weight more than its name says). Prompts for calibration are drawn at random and are
+not those that are scored; "on noise" means random conditioning instead. FLUX.1 is extrapolated from
+single layers of its shapes, by weights; closed form only.
 """
 
 import argparse
@@ -36,27 +38,49 @@ from nibble.quant.vq4dit import pipeline  # noqa: E402
 from nibble.quant.vq4dit.recipe import Recipe  # noqa: E402
 
 RESULTS = HERE / "results"
-ARMS = ["16-bit", "best 3", "best 2", *(f"round to nearest {bits}" for bits in (4, 3, 2)), "round to nearest, a scale a row 4",
-        "k-means 2", "k-means 3", "fast 2", "fast 3",
-        "vq4dit 2", "vq4dit 3", "k-means 4", "fast 4", "best on noise 3", "best on noise 2", "best 4"]
+ARMS = [
+    "16-bit",
+    "best 3",
+    "best 2",
+    *(f"round to nearest {bits}" for bits in (4, 3, 2)),
+    "round to nearest, a scale a row 4",
+    "k-means 2",
+    "k-means 3",
+    "fast 2",
+    "fast 3",
+    "vq4dit 2",
+    "vq4dit 3",
+    "k-means 4",
+    "fast 4",
+    "best on noise 3",
+    "best on noise 2",
+    "best 4",
+]
 ROUNDED = {"round to nearest": True, "round to nearest, a scale a row": False}
 FLUX_LAYERS = ["fast", "best"]
 
 
 def changes(kind: str) -> tuple[str, dict]:
     """(preset, changes) of an arm."""
-    return {"k-means": ("fast", {"scaled": False, "turns": 0}), "best on noise": ("best", {})}.get(kind, (kind, {}))
+    return {"k-means": ("fast", {"scaled": False, "turns": 0}), "best on noise": ("best", {})}.get(
+        kind, (kind, {})
+    )
 
 
 def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, int]:
-    """The demo FLUX with the layers that codewords would replace rounded in groups of 64, or with a scale a row, and the bytes they would take."""
+    """The demo FLUX with the layers that codewords would replace rounded in groups of 64, or with a
+    scale a row, and the bytes they would take.
+    """
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
     modules, size = linears.find_linears(flux), source.bytes
     with torch.no_grad():
         for layer in pipeline.plan(source.shapes, Recipe.from_preset("fast"), source.name):
             if layer.action == "keep":
                 continue
-            size += layer.N * (layer.K * bits // 8 + (layer.K // 64 if grouped else 1) * 2) - 2 * layer.N * layer.K
+            size += (
+                layer.N * (layer.K * bits // 8 + (layer.K // 64 if grouped else 1) * 2)
+                - 2 * layer.N * layer.K
+            )
             for part in models.diffusers_parts(layer.name):
                 weight, top = modules[part].weight, 2 ** (bits - 1) - 1
                 scale = group_absmax(weight) / top
@@ -77,17 +101,27 @@ def one(name: str, options: argparse.Namespace) -> dict:
         model, size = round_to_nearest(int(bits), ROUNDED[kind])
     else:
         preset, other = changes(kind)
-        recipe, target = Recipe.from_preset(preset, bits=int(bits), **other), options.out.with_name(f"demo-{name.replace(' ', '-')}.safetensors")
+        recipe, target = (
+            Recipe.from_preset(preset, bits=int(bits), **other),
+            options.out.with_name(f"demo-{name.replace(' ', '-')}.safetensors"),
+        )
         target.unlink(missing_ok=True)
         report = run.quantize(target, recipe, zero_data=kind == "best on noise" or preset != "best")
         model, size = models.load_quantized(target, torch.float32), target.stat().st_size
-        row |= {"bits_per_weight": _bits(report), "layer_db_median": sorted(report.decibels())[len(report.decibels()) // 2]}
+        row |= {
+            "bits_per_weight": _bits(report),
+            "layer_db_median": sorted(report.decibels())[len(report.decibels()) // 2],
+        }
         target.unlink()
-    row |= {"bytes": size, "cpu_seconds": time.process_time() - began, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    row |= {
+        "bytes": size,
+        "cpu_seconds": time.process_time() - began,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
     full = _full(options)
     drawn, _ = run.draw(model, pictures.load_vae(), options.prompts, range(options.seeds))
     if options.sheet:
-        run.side_by_side([drawn[::options.seeds]], columns=10).save(options.sheet)
+        run.side_by_side([drawn[:: options.seeds]], columns=10).save(options.sheet)
     return row | run.compare(drawn, full, options.prompts, range(options.seeds))
 
 
@@ -95,7 +129,12 @@ def _full(options: argparse.Namespace) -> torch.Tensor:
     """The 16-bit pictures, drawn once for all arms."""
     kept = options.out.with_suffix(f".{options.prompts}x{options.seeds}.pt")
     if not kept.exists():
-        torch.save(run.draw(pictures.load_flux(), pictures.load_vae(), options.prompts, range(options.seeds))[0], kept)
+        torch.save(
+            run.draw(
+                pictures.load_flux(), pictures.load_vae(), options.prompts, range(options.seeds)
+            )[0],
+            kept,
+        )
     return torch.load(kept)
 
 
@@ -103,13 +142,22 @@ def _bits(report) -> float:
     """Bytes of the layers of codewords over their weights."""
     shapes = Source(pictures.FLUX_FILE).shapes
     rows = [row for row in report.rows if row.action == "vq"]
-    return 8 * sum(row.bytes_after for row in rows) / sum(math.prod(shapes[f"{row.name}.weight"]) for row in rows)
+    return (
+        8
+        * sum(row.bytes_after for row in rows)
+        / sum(math.prod(shapes[f"{row.name}.weight"]) for row in rows)
+    )
 
 
 def flux_layer(preset: str, bits: int, n: int, k: int) -> dict:
-    """Seconds and memory of one layer of FLUX.1's shape in closed form, and what all its layers would take."""
+    """Seconds and memory of one layer of FLUX.1's shape in closed form, and what all its layers
+    would take.
+    """
     generator = torch.Generator().manual_seed(0)
-    recipe, weight = Recipe.from_preset(preset, bits=bits), torch.randn(n, k, generator=generator) * 0.02
+    recipe, weight = (
+        Recipe.from_preset(preset, bits=bits),
+        torch.randn(n, k, generator=generator) * 0.02,
+    )
     stats = None
     if preset == "best":
         stats = InputStats.empty(k)
@@ -119,18 +167,35 @@ def flux_layer(preset: str, bits: int, n: int, k: int) -> dict:
     fitting.fit(weight, None, stats, recipe.how(recipe.layout((n, k))), generator)
     seconds = time.process_time() - began
     planned = pipeline.predict(known_shapes("flux1-dev"), recipe, "flux1-dev")
-    weights = sum(math.prod(known_shapes("flux1-dev")[f"{row.name}.weight"]) for row in planned.rows if row.action == "vq")
+    weights = sum(
+        math.prod(known_shapes("flux1-dev")[f"{row.name}.weight"])
+        for row in planned.rows
+        if row.action == "vq"
+    )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"arm": f"FLUX.1 {preset} {bits}", "shape": [n, k], "layer_cpu_seconds": seconds, "layer_peak_mb": peak / 1024,
-            "layer_extra_mb": (peak - before) / 1024,
-            "all_layers_hours_one_core": seconds * weights / (n * k) / 3600, "file_bytes": planned.bytes_after}
+    return {
+        "arm": f"FLUX.1 {preset} {bits}",
+        "shape": [n, k],
+        "layer_cpu_seconds": seconds,
+        "layer_peak_mb": peak / 1024,
+        "layer_extra_mb": (peak - before) / 1024,
+        "all_layers_hours_one_core": seconds * weights / (n * k) / 3600,
+        "file_bytes": planned.bytes_after,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "vq.json")
     parser.add_argument("--arms", nargs="*", default=ARMS)
-    parser.add_argument("--flux", nargs="*", default=[f"{preset} {bits}" for preset in FLUX_LAYERS for bits in (2, 3)], help="layers of FLUX.1 to time")
+    parser.add_argument(
+        "--flux",
+        nargs="*",
+        default=[f"{preset} {bits}" for preset in FLUX_LAYERS for bits in (2, 3)],
+        help="layers of FLUX.1 to time",
+    )
     parser.add_argument("--flux-shape", type=int, nargs=2, default=(3072, 3072))
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
@@ -139,21 +204,50 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         preset, _, bits = options.one.removeprefix("FLUX.1 ").rpartition(" ")
-        row = flux_layer(preset, int(bits), *options.flux_shape) if options.one.startswith("FLUX.1") else one(options.one, options)
+        row = (
+            flux_layer(preset, int(bits), *options.flux_shape)
+            if options.one.startswith("FLUX.1")
+            else one(options.one, options)
+        )
         print("ROW " + json.dumps(row))
         return
     facts = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    facts |= {"prompts": options.prompts, "seeds": options.seeds, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    facts |= {
+        "prompts": options.prompts,
+        "seeds": options.seeds,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     for name in [*options.arms, *(f"FLUX.1 {arm}" for arm in options.flux)]:
-        command = [sys.executable, __file__, "--one", name, "--out", str(options.out), "--prompts", str(options.prompts), "--seeds", str(options.seeds),
-                   "--flux-shape", *map(str, options.flux_shape)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            "--out",
+            str(options.out),
+            "--prompts",
+            str(options.prompts),
+            "--seeds",
+            str(options.seeds),
+            "--flux-shape",
+            *map(str, options.flux_shape),
+        ]
         printed = subprocess.run(command, capture_output=True, text=True)
         if printed.returncode:
             sys.exit(printed.stderr[-3000:])
-        row = json.loads(next(line for line in printed.stdout.splitlines() if line.startswith("ROW "))[4:])
+        row = json.loads(
+            next(line for line in printed.stdout.splitlines() if line.startswith("ROW "))[4:]
+        )
         facts["rows"] = [kept for kept in facts["rows"] if kept["arm"] != name] + [row]
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
-        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        print(
+            {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in row.items()
+            },
+            flush=True,
+        )
     for path in options.out.parent.glob(f"{options.out.stem}.*.pt"):
         path.unlink()
 

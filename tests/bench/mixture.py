@@ -1,7 +1,9 @@
-"""A two-dimensional world in which everything is known: a ring of Gaussians, the exact velocity of its rectified flow, and its couplings.
+"""A two-dimensional world in which everything is known: a ring of Gaussians, the exact velocity of
+its rectified flow, and its couplings.
 
-With x_t = (1 - t) x0 + t x1, x0 ~ N(0, I) and x1 from a mixture of N(mu_k, s^2 I), the marginal velocity E[x1 - x0 | x_t] is a sum over the
-modes; integrating it gives the couplings that a perfect teacher would make.
+With x_t = (1 - t) x0 + t x1, x0 ~ N(0, I) and x1 from a mixture of N(mu_k, s^2 I), the marginal
+velocity E[x1 - x0 | x_t] is a sum over the modes; integrating it gives the couplings that a perfect
+teacher would make.
 """
 
 import torch
@@ -19,9 +21,10 @@ def centres() -> Tensor:
 def velocity(x: Tensor, t: float) -> Tensor:
     """E[x1 - x0 | x_t = x] for x (batch, 2)."""
     mu, variance = centres(), (1 - t) ** 2 + (t * SPREAD) ** 2
-    away = x[:, None] - t * mu                                                    # (batch, modes, 2)
+    # (batch, modes, 2)
+    away = x[:, None] - t * mu
     weight = torch.softmax(-away.square().sum(-1) / (2 * variance), 1)[..., None]
-    data = mu + t * SPREAD ** 2 / variance * away
+    data = mu + t * SPREAD**2 / variance * away
     noise = (1 - t) / variance * away
     return (weight * (data - noise)).sum(1)
 
@@ -48,7 +51,16 @@ class Net(nn.Module):
     def forward(self, x: Tensor, t: Tensor, start: Tensor | None = None) -> Tensor:
         """start: the initial velocity; zeros where there is none, as for the velocity net."""
         waves = t[:, None] * torch.pi * 2.0 ** torch.arange(4)
-        hidden = torch.cat([x, torch.zeros_like(x) if start is None else start, t[:, None], waves.sin(), waves.cos()], 1)
+        hidden = torch.cat(
+            [
+                x,
+                torch.zeros_like(x) if start is None else start,
+                t[:, None],
+                waves.sin(),
+                waves.cos(),
+            ],
+            1,
+        )
         for layer in self.layers[:-1]:
             hidden = nn.functional.silu(layer(hidden))
         return self.layers[-1](hidden)

@@ -1,7 +1,8 @@
-"""Other people's ways to run one linear layer, for timing: each makes its own random weights and returns the call to be timed.
+"""Other people's ways to run one linear layer, for timing: each makes its own random weights and
+returns the call to be timed.
 
-What is not installed, or not made for this machine, raises Unavailable with the reason, and the reason goes into the results.
-Accuracy has its own file: baselines.py.
+What is not installed, or not made for this machine, raises Unavailable with the reason, and the
+reason goes into the results. Accuracy has its own file: baselines.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from cases import Case
 
 Call = Callable[[], Tensor]
 Peer = Callable[[Case, Tensor, dict[str, Tensor | None]], Call]
-"""(shape, input (M, K), parameters as `cases.make_w4a4` gives them) -> call. Parameters of another method are made from the shape alone."""
+"""(shape, input (M, K), parameters as `cases.make_w4a4` gives them) -> call. Parameters of another
+method are made from the shape alone.
+"""
 
 
 class Unavailable(Exception):
@@ -38,10 +41,12 @@ def need(name: str) -> ModuleType:
 
 def dense_weight(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """A plain layer's weight (N, K) and bias (N,)."""
-    return torch.randn(case.N, case.K, dtype=dtype, device=device), torch.randn(case.N, dtype=dtype, device=device)
+    return torch.randn(case.N, case.K, dtype=dtype, device=device), torch.randn(
+        case.N, dtype=dtype, device=device
+    )
 
 
-# ---- torch ---------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
 def torch_dense(dtype: torch.dtype) -> Peer:
@@ -55,10 +60,13 @@ def torch_dense(dtype: torch.dtype) -> Peer:
 
 
 def torch_int8(case: Case, x: Tensor, parameters: dict) -> Call:
-    """torch's own quantized linear, 8-bit weights by row and 8-bit inputs by tensor, as `quantize_dynamic` makes it for a CPU."""
+    """torch's own quantized linear, 8-bit weights by row and 8-bit inputs by tensor, as
+    `quantize_dynamic` makes it for a CPU.
+    """
     dynamic, ao = need("torch.ao.nn.quantized.dynamic"), need("torch.ao.quantization")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and still the only complete int8 linear for a CPU that torch itself has
+        # deprecated, and still the only complete int8 linear for a CPU that torch itself has
+        warnings.simplefilter("ignore")
         layer = torch.nn.Linear(case.K, case.N)
         layer.qconfig = ao.per_channel_dynamic_qconfig
         quantized, x = dynamic.Linear.from_float(layer), x.float()
@@ -66,9 +74,14 @@ def torch_int8(case: Case, x: Tensor, parameters: dict) -> Call:
 
 
 def torch_int4_weights(case: Case, x: Tensor, parameters: dict) -> Call:
-    """torch's 4-bit weights with 16-bit inputs on a CPU (the kernel under torchao's Int4WeightOnly)."""
+    """torch's 4-bit weights with 16-bit inputs on a CPU (the kernel under torchao's
+    Int4WeightOnly).
+    """
     try:
-        pack, run = torch.ops.aten._convert_weight_to_int4pack_for_cpu, torch.ops.aten._weight_int4pack_mm_for_cpu
+        pack, run = (
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu,
+            torch.ops.aten._weight_int4pack_mm_for_cpu,
+        )
     except AttributeError as error:
         raise Unavailable("this torch has no 4-bit weights for a CPU") from error
     packed = pack(torch.randint(0, 16, (case.N, case.K), dtype=torch.int32), 1)
@@ -76,13 +89,15 @@ def torch_int4_weights(case: Case, x: Tensor, parameters: dict) -> Call:
     return lambda: run(x, packed, 64, scales)
 
 
-# ---- GGUF ------------------------------------------------------------------------------------------------------------
+# ---- GGUF ----------------------------------------------------------------------------------------
 
 
 def decode_q4_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """GGUF's Q4_K, blocks (n, 144) uint8 of 256 weights -> (n, 256): scale * code - minimum by 32 weights, both of 6 bits under two fp16.
+    """GGUF's Q4_K, blocks (n, 144) uint8 of 256 weights -> (n, 256): scale * code - minimum by 32
+    weights, both of 6 bits under two fp16.
 
-    Layout: ggml-common.h, block_q4_K. The arithmetic is in the layer's dtype, the faster of the two that ComfyUI-GGUF offers.
+    Layout: ggml-common.h, block_q4_K. The arithmetic is in the layer's dtype, the faster of the two
+        that ComfyUI-GGUF offers.
     """
     d, least = blocks[:, :4].contiguous().view(torch.float16).to(dtype).split(1, 1)
     low, high, top = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
@@ -99,21 +114,27 @@ def gguf(dtype: torch.dtype) -> Peer:
     def make(case: Case, x: Tensor, parameters: dict) -> Call:
         if case.K % 256:
             raise Unavailable(f"Q4_K has blocks of 256 and K is {case.K}")
-        blocks = torch.randint(0, 256, (case.N * case.K // 256, 144), dtype=torch.uint8, device=x.device)
-        blocks[:, :4] = torch.tensor([1e-3, 1e-3], dtype=torch.float16, device=x.device).view(torch.uint8)
+        blocks = torch.randint(
+            0, 256, (case.N * case.K // 256, 144), dtype=torch.uint8, device=x.device
+        )
+        blocks[:, :4] = torch.tensor([1e-3, 1e-3], dtype=torch.float16, device=x.device).view(
+            torch.uint8
+        )
         x, bias = x.to(dtype), torch.randn(case.N, dtype=dtype, device=x.device)
         return lambda: linear(x, decode_q4_k(blocks, dtype).view(case.N, case.K), bias)
 
     return make
 
 
-# ---- comfy-kitchen ---------------------------------------------------------------------------------------------------
+# ---- comfy-kitchen -------------------------------------------------------------------------------
 
 
 def kitchen(backend: str) -> ModuleType:
     """comfy_kitchen with this backend available, or Unavailable."""
     module = need("comfy_kitchen")
-    found = module.list_backends().get(backend, {"available": False, "unavailable_reason": "unknown to this comfy_kitchen"})
+    found = module.list_backends().get(
+        backend, {"available": False, "unavailable_reason": "unknown to this comfy_kitchen"}
+    )
     if not found["available"]:
         raise Unavailable(f"comfy_kitchen's {backend} backend: {found['unavailable_reason']}")
     return module
@@ -129,12 +150,20 @@ def _under(module: ModuleType, backend: str, run: Call) -> Call:
     return under
 
 
-def kitchen_svdquant_call(module: ModuleType, x: Tensor, p: dict[str, Tensor | None], unsigned: bool) -> Tensor:
+def kitchen_svdquant_call(
+    module: ModuleType, x: Tensor, p: dict[str, Tensor | None], unsigned: bool
+) -> Tensor:
     """What comfy-kitchen's layout runs for one linear: x (M, K) -> (M or more, N)."""
     q, scales, h = module.quantize_svdquant_w4a4(
-        x + SHIFT if unsigned else x, smooth=p["smooth_factor"], lora_down=p["proj_down"], act_unsigned=unsigned, lora_x=x
+        x + SHIFT if unsigned else x,
+        smooth=p["smooth_factor"],
+        lora_down=p["proj_down"],
+        act_unsigned=unsigned,
+        lora_x=x,
     )
-    return module.scaled_mm_svdquant_w4a4(q, p["weight"], scales, p["weight_scale"], h, p["proj_up"], p["bias"], unsigned)
+    return module.scaled_mm_svdquant_w4a4(
+        q, p["weight"], scales, p["weight_scale"], h, p["proj_up"], p["bias"], unsigned
+    )
 
 
 def kitchen_svdquant(backend: str) -> Peer:
@@ -142,19 +171,27 @@ def kitchen_svdquant(backend: str) -> Peer:
 
     def make(case: Case, x: Tensor, parameters: dict) -> Call:
         module = kitchen(backend)
-        return _under(module, backend, lambda: kitchen_svdquant_call(module, x, parameters, case.act_unsigned))
+        return _under(
+            module, backend, lambda: kitchen_svdquant_call(module, x, parameters, case.act_unsigned)
+        )
 
     return make
 
 
 def kitchen_convrot(backend: str, product: str) -> Peer:
-    """convrot_w4a4, what ComfyUI ships: one scale a row and a token, no low-rank branch. product: "int4" or "int8"."""
+    """convrot_w4a4, what ComfyUI ships: one scale a row and a token, no low-rank branch. product:
+    "int4" or "int8".
+    """
 
     def make(case: Case, x: Tensor, parameters: dict) -> Call:
         module = kitchen(backend)
         weight, bias = dense_weight(case, x.dtype, x.device)
         codes, scale = module.quantize_convrot_w4a4_weight(weight)
-        return _under(module, backend, lambda: module.convrot_w4a4_linear(x, codes, scale, bias, linear_dtype=product))
+        return _under(
+            module,
+            backend,
+            lambda: module.convrot_w4a4_linear(x, codes, scale, bias, linear_dtype=product),
+        )
 
     return make
 
@@ -166,22 +203,32 @@ def kitchen_int8(backend: str) -> Peer:
         module = kitchen(backend)
         weight, bias = dense_weight(case, x.dtype, x.device)
         codes, scale = module.quantize_int8_rowwise(weight)
-        return _under(module, backend, lambda: module.int8_linear(x, codes, scale, bias, out_dtype=x.dtype))
+        return _under(
+            module, backend, lambda: module.int8_linear(x, codes, scale, bias, out_dtype=x.dtype)
+        )
 
     return make
 
 
 def kitchen_gemv(backend: str) -> Peer:
-    """4-bit weights with zero points for few tokens (AWQ), on the parameters of `cases.make_w4a16`."""
+    """4-bit weights with zero points for few tokens (AWQ), on the parameters of
+    `cases.make_w4a16`.
+    """
 
     def make(case: Case, x: Tensor, parameters: dict) -> Call:
         module, p = kitchen(backend), parameters
-        return _under(module, backend, lambda: module.gemv_awq_w4a16(x, p["weight"], p["weight_scale"], p["weight_zeros"], p["bias"]))
+        return _under(
+            module,
+            backend,
+            lambda: module.gemv_awq_w4a16(
+                x, p["weight"], p["weight_scale"], p["weight_zeros"], p["bias"]
+            ),
+        )
 
     return make
 
 
-# ---- GPU libraries -----------------------------------------------------------------------------------------------------
+# ---- GPU libraries -------------------------------------------------------------------------------
 
 
 def bitsandbytes_nf4(case: Case, x: Tensor, parameters: dict) -> Call:
@@ -226,8 +273,12 @@ GPU_PEERS: dict[str, Peer] = {
 GEMV_PEERS: dict[str, Peer] = {"torch bfloat16": torch_dense(torch.bfloat16)}
 
 
-def available(peers: dict[str, Peer], case: Case, x: Tensor, parameters: dict) -> tuple[dict[str, Call], dict[str, str]]:
-    """({name: call}, {name: why not}); a peer whose first step fails counts as unavailable, with its own words."""
+def available(
+    peers: dict[str, Peer], case: Case, x: Tensor, parameters: dict
+) -> tuple[dict[str, Call], dict[str, str]]:
+    """({name: call}, {name: why not}); a peer whose first step fails counts as unavailable, with
+    its own words.
+    """
     calls, reasons = {}, {}
     for name, make in peers.items():
         try:

@@ -11,7 +11,11 @@ BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
 def run(bench: str | Path, *arguments: object) -> str:
     """Standard output of a bench in a process of its own."""
-    command = [sys.executable, str(Path(__file__).with_name(bench) if isinstance(bench, str) else bench), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name(bench) if isinstance(bench, str) else bench),
+        *map(str, arguments),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
@@ -23,12 +27,27 @@ def test_a_bench_starts_on_its_own_and_explains_itself(bench):
 
 
 def test_the_gpu_bench_walks_through_all_its_sections_without_a_gpu(tmp_path):
-    """The same code at tiny shapes on the CPU: so that a machine with a GPU meets no mistake in Python."""
+    """The same code at tiny shapes on the CPU: so that a machine with a GPU meets no mistake in
+    Python.
+    """
     out = tmp_path / "gpu.json"
     printed = run("bench_gpu.py", "--dry", "--out", out)
     found = json.loads(out.read_text())
-    assert {name: facts["state"] for name, facts in found.items() if name != "environment"} == dict.fromkeys(
-        ("ceilings", "correctness", "layers", "transformer", "robustness", "routes", "sanitizer", "resources"), "finished")
+    assert {
+        name: facts["state"] for name, facts in found.items() if name != "environment"
+    } == dict.fromkeys(
+        (
+            "ceilings",
+            "correctness",
+            "layers",
+            "transformer",
+            "robustness",
+            "routes",
+            "sanitizer",
+            "resources",
+        ),
+        "finished",
+    )
     assert found["correctness"]["checks"] >= 16 and found["correctness"]["failed"] == 0, printed
     assert found["robustness"]["failed"] == [] and found["sanitizer"]["rows"][0]["ok"], printed
     assert "nibble" in found["transformer"]["summary"] and found["layers"]["summary"]
@@ -38,10 +57,17 @@ def test_the_bench_of_ops_says_who_is_faster_and_why_a_peer_is_missing(tmp_path)
     out = tmp_path / "ops.json"
     printed = run("bench_ops.py", "--quick", "--out", out)
     found = json.loads(out.read_text())
-    assert "times as fast as the peer" in printed and found["environment"]["command"].startswith("python bench_ops.py")
+    assert "times as fast as the peer" in printed and found["environment"]["command"].startswith(
+        "python bench_ops.py"
+    )
     row = found["rows"][0]
-    assert {"nibble", "torch bfloat16", "torch float32"} <= row["timings"].keys() and all(row["absent"].values())
-    assert row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"]) and row["difference"] < 0.05
+    assert {"nibble", "torch bfloat16", "torch float32"} <= row["timings"].keys() and all(
+        row["absent"].values()
+    )
+    assert (
+        row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"])
+        and row["difference"] < 0.05
+    )
 
 
 def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_path):
@@ -50,12 +76,22 @@ def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_p
     found = json.loads(out.read_text())
     assert "times as fast as the peer" in printed and found["summary"].keys() == {"2 bit", "3 bit"}
     for row in found["rows"]:
-        assert {"nibble gemm_vq", "torch bfloat16", "torch float32", "decode, then torch bfloat16"} <= row["timings"].keys()
-        assert row["difference"] < 0.02 and row["index_bytes"] * 8 == row["N"] * row["K"] // row["vector"] * row["bits"]
+        assert {
+            "nibble gemm_vq",
+            "torch bfloat16",
+            "torch float32",
+            "decode, then torch bfloat16",
+        } <= row["timings"].keys()
+        assert (
+            row["difference"] < 0.02
+            and row["index_bytes"] * 8 == row["N"] * row["K"] // row["vector"] * row["bits"]
+        )
 
 
 def test_the_estimate_on_paper_adds_up(tmp_path):
-    """One layer by hand: on an RTX 4090, 2 * 4608 * 3072 * 3072 products at 1321.2 TOP/s are 65.8 microseconds, and they bind."""
+    """One layer by hand: on an RTX 4090, 2 * 4608 * 3072 * 3072 products at 1321.2 TOP/s are 65.8
+    microseconds, and they bind.
+    """
     out = tmp_path / "roofline.json"
     run("bench_roofline.py", "--out", out)
     gpus = {entry["gpu"]: entry for entry in json.loads(out.read_text())["gpus"]}
@@ -65,42 +101,120 @@ def test_the_estimate_on_paper_adds_up(tmp_path):
 
 
 def test_the_bench_of_loras_counts_what_a_rank_costs(tmp_path):
-    """16 more ranks of a 3072 x 3072 layer are 2 * 16 / 3072 of its products and 16 * 6144 numbers of 16 bits."""
+    """16 more ranks of a 3072 x 3072 layer are 2 * 16 / 3072 of its products and 16 * 6144 numbers
+    of 16 bits.
+    """
     out = tmp_path / "lora.json"
-    run("bench_lora.py", "--parts", "rank", "--shapes", "proj", "--tokens", "8", "--rounds", "1", "--out", out)
+    run(
+        "bench_lora.py",
+        "--parts",
+        "rank",
+        "--shapes",
+        "proj",
+        "--tokens",
+        "8",
+        "--rounds",
+        "1",
+        "--out",
+        out,
+    )
     row = json.loads(out.read_text())["rank"]["rows"][0]
-    assert row["operations"]["16"] == pytest.approx(2 * 16 / 3072, abs=1e-5) and row["bytes"]["16"] == 2 * 16 * 6144
+    assert (
+        row["operations"]["16"] == pytest.approx(2 * 16 / 3072, abs=1e-5)
+        and row["bytes"]["16"] == 2 * 16 * 6144
+    )
     assert row["ratio"]["+0"] == 1 and {"+128", "beside 128"} <= row["ms"].keys()
 
 
 def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
-    """FLUX.1 dev: 38 layers of 18432 x 3072, 38 of 9216 x 3072 and one of 6144 x 3072, at half a byte and a 32nd for scales, and 2 bytes an output."""
+    """FLUX.1 dev: 38 layers of 18432 x 3072, 38 of 9216 x 3072 and one of 6144 x 3072, at half a
+    byte and a 32nd for scales, and 2 bytes an output.
+    """
     out = tmp_path / "modulation.json"
-    run("bench_modulation.py", "--rounds", "1", "--copies", "1", "--share", "77", "--step", "0", "--out", out)
+    run(
+        "bench_modulation.py",
+        "--rounds",
+        "1",
+        "--copies",
+        "1",
+        "--share",
+        "77",
+        "--step",
+        "0",
+        "--out",
+        out,
+    )
     found = json.loads(out.read_text())
     outputs = 38 * (18432 + 9216) + 6144
-    assert found["bytes"] == {"layers": 77, "weights": outputs * 3072 * 17 // 32 + 2 * outputs, "a_step": 2 * outputs}
-    assert [row["ready"] for row in found["run"]["runs"]] == [26, 28] and found["run"]["products"] == 28
+    assert found["bytes"] == {
+        "layers": 77,
+        "weights": outputs * 3072 * 17 // 32 + 2 * outputs,
+        "a_step": 2 * outputs,
+    }
+    assert [row["ready"] for row in found["run"]["runs"]] == [26, 28] and found["run"][
+        "products"
+    ] == 28
 
 
 def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
-    """Hardly trained nets, one picture: every method is there, and with two calls Adams-Bashforth but for the last step is Euler's method."""
+    """Hardly trained nets, one picture: every method is there, and with two calls Adams-Bashforth
+    but for the last step is Euler's method.
+    """
     out = tmp_path / "caf.json"
-    run("bench_caf.py", "--out", out, "--train-steps", 2, "--prompts", 1, "--shifts", 3, "--calls", 2)
+    run(
+        "bench_caf.py",
+        "--out",
+        out,
+        "--train-steps",
+        2,
+        "--prompts",
+        1,
+        "--shifts",
+        3,
+        "--calls",
+        2,
+    )
     found = json.loads(out.read_text())
-    assert len(found["mixture"]["rows"]) == 12 and all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
+    assert len(found["mixture"]["rows"]) == 12 and all(
+        row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"]
+    )
     psnr = {row["method"]: row["psnr"] for row in found["training-free"]["rows"]}
-    assert psnr["lms, order 2"] == pytest.approx(psnr["euler"], abs=0.01) != psnr["constant acceleration, limit None"]
+    assert (
+        psnr["lms, order 2"]
+        == pytest.approx(psnr["euler"], abs=0.01)
+        != psnr["constant acceleration, limit None"]
+    )
 
 
 def test_the_bench_of_the_distilled_demo_asks_as_often_as_it_says(tmp_path):
-    """Hardly trained heads, one prompt: two calls of CAF are two steps of Euler's method if the second is asked ahead, and one if not."""
+    """Hardly trained heads, one prompt: two calls of CAF are two steps of Euler's method if the
+    second is asked ahead, and one if not.
+    """
     out, kept = tmp_path / "distilled.json", tmp_path / "couplings.pt"
-    torch.save((torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8), torch.zeros(3, 4, dtype=torch.long)), kept)
-    run("bench_caf_distilled.py", "--out", out, "--couplings", kept, "--train-steps", 1, "--prompts", 1, "--calls", 2)
+    torch.save(
+        (torch.randn(3, 16, 8, 8), torch.randn(3, 16, 8, 8), torch.zeros(3, 4, dtype=torch.long)),
+        kept,
+    )
+    run(
+        "bench_caf_distilled.py",
+        "--out",
+        out,
+        "--couplings",
+        kept,
+        "--train-steps",
+        1,
+        "--prompts",
+        1,
+        "--calls",
+        2,
+    )
     found = json.loads(out.read_text())
     psnr = {(row["method"], row["schedule"], row["calls"]): row["psnr"] for row in found["rows"]}
     assert found["couplings"] == 3 and len(psnr) == len(found["rows"])
-    assert psnr["euler", "even", 2] == pytest.approx(psnr["dpmpp_2m", "even", 2], abs=1e-3), "their first and last steps are alike"
-    assert psnr["CAF, h = 1, ahead 0.5", "even t", 2] == pytest.approx(psnr["euler", "even", 2], abs=0.5)
+    assert psnr["euler", "even", 2] == pytest.approx(psnr["dpmpp_2m", "even", 2], abs=1e-3), (
+        "their first and last steps are alike"
+    )
+    assert psnr["CAF, h = 1, ahead 0.5", "even t", 2] == pytest.approx(
+        psnr["euler", "even", 2], abs=0.5
+    )
     assert psnr["CAF, h = 1", "even t", 2] < psnr["CAF, h = 1, ahead 0.5", "even t", 2]

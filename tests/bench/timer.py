@@ -1,6 +1,8 @@
-"""Side-by-side timing: candidates take turns within one run, so that a busy or throttling machine slows all of them alike.
+"""Side-by-side timing: candidates take turns within one run, so that a busy or throttling machine
+slows all of them alike.
 
-Figures are medians over rounds; a ratio is the median of the rounds' own ratios, each of two neighbours in time.
+Figures are medians over rounds; a ratio is the median of the rounds' own ratios, each of two
+neighbours in time.
 """
 
 from __future__ import annotations
@@ -25,20 +27,32 @@ def once(run: Callable[[], object], device: str) -> float:
 
 
 def side_by_side(
-    candidates: dict[str, Callable[[], object]], device: str, rounds: int = 7, seconds: float = math.inf, failed: dict[str, str] | None = None
+    candidates: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int = 7,
+    seconds: float = math.inf,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Time every candidate once a round. The first candidate is the baseline.
 
-    seconds   what one candidate may take in all: a slow one gets fewer rounds, and where its warm-up alone takes that long,
+    seconds   what one candidate may take in all: a slow one gets fewer rounds, and where its
+      warm-up alone takes that long,
               the warm-up is its one lap (it is small beside such a call)
-    failed    if given, candidates whose warm-up raises are left out, and their reasons put there; the baseline's error is always raised
-    Returns name -> {"ms": median, "low_ms", "high_ms": extremes, "times_baseline": median ratio to the first candidate, "laps"}.
+    failed    if given, candidates whose warm-up raises are left out, and their reasons put there;
+      the baseline's error is always raised
+    Returns name -> {"ms": median, "low_ms", "high_ms": extremes, "times_baseline": median ratio to
+    the first candidate, "laps"}.
     """
     with torch.inference_mode():
         warm = _warm_up(candidates, device, failed)
         candidates = {name: candidates[name] for name in warm}
-        wanted = {name: max(0 if took >= seconds else 1, min(rounds, int(seconds / took) if took * rounds > seconds else rounds))
-                  for name, took in warm.items()}
+        wanted = {
+            name: max(
+                0 if took >= seconds else 1,
+                min(rounds, int(seconds / took) if took * rounds > seconds else rounds),
+            )
+            for name, took in warm.items()
+        }
         baseline = next(iter(candidates))
         wanted[baseline] = max(wanted.values())
         laps: dict[str, list[float]] = {name: [] for name in candidates}
@@ -47,10 +61,15 @@ def side_by_side(
                 if turn < wanted[name]:
                     laps[name].append(once(run, device))
     usual = laps[baseline] or [warm[baseline]]
-    return {name: _summary(own, usual) if own else _summary([warm[name]], [statistics.median(usual)]) for name, own in laps.items()}
+    return {
+        name: _summary(own, usual) if own else _summary([warm[name]], [statistics.median(usual)])
+        for name, own in laps.items()
+    }
 
 
-def _warm_up(candidates: dict[str, Callable[[], object]], device: str, failed: dict[str, str] | None) -> dict[str, float]:
+def _warm_up(
+    candidates: dict[str, Callable[[], object]], device: str, failed: dict[str, str] | None
+) -> dict[str, float]:
     """Seconds of each one's first call."""
     took: dict[str, float] = {}
     for name, run in candidates.items():
@@ -64,7 +83,8 @@ def _warm_up(candidates: dict[str, Callable[[], object]], device: str, failed: d
 
 
 def _summary(seconds: list[float], baseline: list[float]) -> dict[str, float]:
-    ratios = [mine / base for mine, base in zip(seconds, baseline, strict=False)]  # a slow candidate sat out the last rounds
+    # a slow candidate sat out the last rounds
+    ratios = [mine / base for mine, base in zip(seconds, baseline, strict=False)]
     return {
         "ms": statistics.median(seconds) * 1e3,
         "low_ms": min(seconds) * 1e3,

@@ -1,4 +1,6 @@
-"""A running ComfyUI with the demo model in its folders, one for the whole session, and the graphs that the tests send to it."""
+"""A running ComfyUI with the demo model in its folders, one for the whole session, and the graphs
+that the tests send to it.
+"""
 
 import os
 import shutil
@@ -15,8 +17,17 @@ QUANTIZED = "flux-demo-4bit.safetensors"
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
-    why = ("COMFYUI_PATH is not set: the tests against a real ComfyUI server did NOT run" if not COMFYUI else
-           None if (WEIGHTS / FLUX).exists() else f"no demo weights in {WEIGHTS}: the tests against a real ComfyUI server did NOT run")
+    why = (
+        "COMFYUI_PATH is not set: the tests against a real ComfyUI server did NOT run"
+        if not COMFYUI
+        else (
+            None
+            if (WEIGHTS / FLUX).exists()
+            else (
+                f"no demo weights in {WEIGHTS}: the tests against a real ComfyUI server did NOT run"
+            )
+        )
+    )
     for item in items:
         if why and here in Path(item.fspath).parents:
             item.add_marker(pytest.mark.skip(reason=why))
@@ -56,8 +67,22 @@ class Graph:
 
     def quantize(self, **changes) -> "Graph":
         """SVDQuant Quantize Checkpoint at its defaults, with changes."""
-        defaults = dict(model_name=FLUX, preset="fast", filename="", overwrite=False, rank=32, solver="svd", rotation="off", gptq="auto",
-                        modulation="w4a16", keep_layers="", w4a16_layers="", steps=2, memory_gb=4.0, seed=0)
+        defaults = dict(
+            model_name=FLUX,
+            preset="fast",
+            filename="",
+            overwrite=False,
+            rank=32,
+            solver="svd",
+            rotation="off",
+            gptq="auto",
+            modulation="w4a16",
+            keep_layers="",
+            w4a16_layers="",
+            steps=2,
+            memory_gb=4.0,
+            seed=0,
+        )
         self.quantizer = self.add("NibbleQuantizeSVDQuant", **(defaults | changes))
         return self
 
@@ -75,8 +100,19 @@ class Graph:
 
     def sample(self, model: str, positive: str, seed: int = 1, steps: int = 8) -> str:
         """KSampler without CFG; returns the LATENT's node."""
-        return self.add("KSampler", model=[model, 0], positive=[positive, 0], negative=[positive, 0], latent_image=[self.latent(), 0],
-                        seed=seed, steps=steps, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+        return self.add(
+            "KSampler",
+            model=[model, 0],
+            positive=[positive, 0],
+            negative=[positive, 0],
+            latent_image=[self.latent(), 0],
+            seed=seed,
+            steps=steps,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
 
     def save(self, latent: str) -> str:
         """VAE decode and SaveImage; returns the id whose output has the picture."""

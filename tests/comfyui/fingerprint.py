@@ -1,11 +1,13 @@
-"""What this checkout makes, as hashes: every prompt of prompts/ is run in a fresh ComfyUI, and every file and picture is hashed.
+"""What this checkout makes, as hashes: every prompt of prompts/ is run in a fresh ComfyUI, and
+every file and picture is hashed.
 
     COMFYUI_PATH=... python tests/comfyui/fingerprint.py --out before.json
     (change the code, or stand in another checkout)
     COMFYUI_PATH=... python tests/comfyui/fingerprint.py --out after.json --against before.json
 
-Seeds are in the prompts, so two runs on one machine give equal hashes; other processors and versions of torch round otherwise.
-A safetensors file's hash is of its header as sorted JSON and of its tensors' bytes: safetensors itself writes metadata in any order.
+Seeds are in the prompts, so two runs on one machine give equal hashes; other processors and
+versions of torch round otherwise. A safetensors file's hash is of its header as sorted JSON and of
+its tensors' bytes: safetensors itself writes metadata in any order.
 """
 
 import argparse
@@ -44,17 +46,25 @@ def furnish(server) -> None:
     from safetensors.torch import load_file, save_file
 
     from server import ROOT
+
     weights = ROOT / "demo" / "weights"
     shutil.copy(weights / "flux-demo.safetensors", server.folder("diffusion_models"))
     shutil.copy(weights / "vae-demo.safetensors", server.folder("vae"))
     draw, tensors = torch.Generator().manual_seed(5), {}
     base = load_file(weights / "flux-demo.safetensors")
-    for layer in ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "double_blocks.1.img_mlp.2", "double_blocks.0.img_mod.lin"):
+    for layer in (
+        "double_blocks.0.img_attn.qkv",
+        "double_blocks.0.img_mlp.0",
+        "double_blocks.1.img_mlp.2",
+        "double_blocks.0.img_mod.lin",
+    ):
         rows, columns = base[f"{layer}.weight"].shape
         stem = f"lora_unet_{layer.replace('.', '_')}"
         size = 0.4 if "mod" in layer else 4.0
-        tensors |= {f"{stem}.lora_up.weight": torch.randn(rows, 8, generator=draw) * size / 8 ** 0.5,
-                    f"{stem}.lora_down.weight": torch.randn(8, columns, generator=draw) / columns ** 0.5}
+        tensors |= {
+            f"{stem}.lora_up.weight": torch.randn(rows, 8, generator=draw) * size / 8**0.5,
+            f"{stem}.lora_down.weight": torch.randn(8, columns, generator=draw) / columns**0.5,
+        }
     save_file(tensors, server.folder("loras") / LORA)
 
 
@@ -64,8 +74,8 @@ def digest(path: Path) -> str:
     if path.suffix != ".safetensors":
         return hashlib.sha256(data).hexdigest()
     length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
-    return hashlib.sha256(header + data[8 + length:]).hexdigest()
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    return hashlib.sha256(header + data[8 + length :]).hexdigest()
 
 
 def commands(folder: Path) -> None:
@@ -85,11 +95,14 @@ def commands(folder: Path) -> None:
 def run(out: Path) -> dict[str, str]:
     """Runs every prompt; returns {"prompt: output" or "file": hash}."""
     from server import Server
+
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         (home / "custom_nodes").mkdir()
-        (home / "custom_nodes" / "seeker_nodes").symlink_to(HERE / "seeker_nodes", target_is_directory=True)
+        (home / "custom_nodes" / "seeker_nodes").symlink_to(
+            HERE / "seeker_nodes", target_is_directory=True
+        )
         with Server(home, "--whitelist-custom-nodes", "ComfyUI-Nibble", "seeker_nodes") as server:
             furnish(server)
             for path in prompts():
@@ -97,10 +110,14 @@ def run(out: Path) -> dict[str, str]:
                 for node, output in outputs.items():
                     if "images" in output:
                         picture = server.picture(output)
-                        found[f"{path.stem}: picture"] = hashlib.sha256(picture.tobytes()).hexdigest()
+                        found[f"{path.stem}: picture"] = hashlib.sha256(
+                            picture.tobytes()
+                        ).hexdigest()
                     for chart in output.get("nibble_chart", ()):
                         text = SECONDS.sub("", json.dumps(chart, sort_keys=True))
-                        found[f"{path.stem}: chart {node}"] = hashlib.sha256(text.encode()).hexdigest()
+                        found[f"{path.stem}: chart {node}"] = hashlib.sha256(
+                            text.encode()
+                        ).hexdigest()
                 print(path.stem, flush=True)
         commands(home / "models" / "diffusion_models")
         for place in ("models", "output"):
@@ -112,17 +129,28 @@ def run(out: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--against", type=Path, help="an earlier run's --out: names what differs; exit code 1 if a file or a picture does")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        help="an earlier run's --out: names what differs; exit code 1 if a file or a picture does",
+    )
     options = parser.parse_args()
     found = run(options.out)
     if options.against is None:
         return 0
     before = json.loads(options.against.read_text(encoding="utf-8"))
-    differing = sorted(name for name in before.keys() | found.keys() if before.get(name) != found.get(name))
+    differing = sorted(
+        name for name in before.keys() | found.keys() if before.get(name) != found.get(name)
+    )
     results = [name for name in differing if ": chart" not in name]
-    print(f"{len(before)} before, {len(found)} after, {len(results)} files and pictures differ, {len(differing) - len(results)} charts differ")
+    print(
+        f"{len(before)} before, {len(found)} after, {len(results)} files and pictures differ,"
+        f" {len(differing) - len(results)} charts differ"
+    )
     for name in differing:
         print(f"  {name}: {before.get(name)} -> {found.get(name)}")
     return 1 if results else 0

@@ -1,8 +1,10 @@
-"""Starts ComfyUI where torch has no CUDA but torchvision was built for it (the case of a plain `pip install` without a GPU).
+"""Starts ComfyUI where torch has no CUDA but torchvision was built for it (the case of a plain `pip
+install` without a GPU).
 
     python launch.py /path/to/ComfyUI/main.py --cpu …
 
-Such a torchvision asks for operators that only its CUDA library defines; their schemas are enough for it to be imported.
+Such a torchvision asks for operators that only its CUDA library defines; their schemas are enough
+for it to be imported.
 """
 
 import runpy
@@ -15,7 +17,9 @@ _libraries = []  # a torch.library.Library undoes its definitions when it is col
 
 
 def make_torchvision_importable() -> None:
-    """Defines the two operators that torchvision looks for on import, where importing it fails without them."""
+    """Defines the two operators that torchvision looks for on import, where importing it fails
+    without them.
+    """
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:

@@ -1,4 +1,6 @@
-"""A real ComfyUI, headless, with this checkout as a folder in its custom_nodes, spoken to as a browser does: HTTP and websocket."""
+"""A real ComfyUI, headless, with this checkout as a folder in its custom_nodes, spoken to as a
+browser does: HTTP and websocket.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,28 @@ class Server:
         pack.parent.mkdir(parents=True, exist_ok=True)
         if not pack.exists():
             pack.symlink_to(ROOT, target_is_directory=True)
-        command = [PYTHON, str(Path(__file__).with_name("launch.py")), str(Path(COMFYUI) / "main.py"), "--listen", "127.0.0.1",
-                   "--port", str(self.port), "--base-directory", str(self.home), "--disable-api-nodes", "--disable-all-custom-nodes",
-                   "--whitelist-custom-nodes", "ComfyUI-Nibble", "--database-url", "sqlite:///:memory:", *self.flags]
+        command = [
+            PYTHON,
+            str(Path(__file__).with_name("launch.py")),
+            str(Path(COMFYUI) / "main.py"),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.home),
+            "--disable-api-nodes",
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            "ComfyUI-Nibble",
+            "--database-url",
+            "sqlite:///:memory:",
+            *self.flags,
+        ]
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=COMFYUI)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=COMFYUI
+            )
         self._wait()
         return self
 
@@ -71,7 +90,9 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.3)
-        raise RuntimeError(f"ComfyUI did not answer in {START_SECONDS} s:\n{self.log.read_text()[-3000:]}")
+        raise RuntimeError(
+            f"ComfyUI did not answer in {START_SECONDS} s:\n{self.log.read_text()[-3000:]}"
+        )
 
     def __exit__(self, *_) -> None:
         self.process.terminate()
@@ -88,7 +109,9 @@ class Server:
 
     def post(self, path: str, body: dict):
         """JSON of a POST; an error's body is returned as well."""
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.loads(reply.read() or b"{}")
@@ -99,12 +122,18 @@ class Server:
         """Queues a graph in API format; returns its id. Raises Refused with what the nodes said."""
         reply = self.post("/prompt", {"prompt": graph, "client_id": self.client})
         if "prompt_id" not in reply:
-            told = [f"{error['message']}: {error['details']}" for node in reply.get("node_errors", {}).values() for error in node["errors"]]
+            told = [
+                f"{error['message']}: {error['details']}"
+                for node in reply.get("node_errors", {}).values()
+                for error in node["errors"]
+            ]
             raise Refused("; ".join(told) or json.dumps(reply))
         return reply["prompt_id"]
 
     def run(self, graph: dict) -> dict:
-        """Runs a graph; returns its outputs by node id. Raises Refused with the message of a node that failed."""
+        """Runs a graph; returns its outputs by node id. Raises Refused with the message of a node
+        that failed.
+        """
         return self.result(self.queue(graph))
 
     def result(self, prompt_id: str) -> dict:
@@ -125,22 +154,36 @@ class Server:
         raise RuntimeError(f"ComfyUI did not finish in {RUN_SECONDS} s")
 
     def picture(self, output: dict) -> np.ndarray:
-        """The first picture of a SaveImage output, fetched over HTTP: float (height, width, 3) in [0, 1]."""
+        """The first picture of a SaveImage output, fetched over HTTP: float (height, width, 3) in
+        [0, 1].
+        """
         import io
 
         from PIL import Image
-        query = urllib.parse.urlencode({key: output["images"][0][key] for key in ("filename", "subfolder", "type")})
+
+        query = urllib.parse.urlencode(
+            {key: output["images"][0][key] for key in ("filename", "subfolder", "type")}
+        )
         with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as reply:
-            return np.asarray(Image.open(io.BytesIO(reply.read())).convert("RGB"), dtype=np.float64) / 255
+            return (
+                np.asarray(Image.open(io.BytesIO(reply.read())).convert("RGB"), dtype=np.float64)
+                / 255
+            )
 
     def events(self, graph: dict, watch=lambda event: None) -> list[dict]:
-        """Runs a graph and returns what a browser is told meanwhile over the websocket; binary events as {"type": "binary"}. watch sees each at once."""
+        """Runs a graph and returns what a browser is told meanwhile over the websocket; binary
+        events as {"type": "binary"}. watch sees each at once.
+        """
         return asyncio.run(self._events(graph, watch))
 
     async def _events(self, graph: dict, watch) -> list[dict]:
         import aiohttp
+
         seen = []
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{self.url}/ws?clientId={self.client}") as socket:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={self.client}") as socket,
+        ):
             prompt = await asyncio.to_thread(self.queue, graph)
             async for message in socket:
                 if message.type == aiohttp.WSMsgType.BINARY:
@@ -149,7 +192,11 @@ class Server:
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     seen.append(json.loads(message.data))
                     await asyncio.to_thread(watch, seen[-1])
-                    done = seen[-1]["type"] in ("execution_success", "execution_error", "execution_interrupted")
+                    done = seen[-1]["type"] in (
+                        "execution_success",
+                        "execution_error",
+                        "execution_interrupted",
+                    )
                     if done and seen[-1]["data"].get("prompt_id") == prompt:
                         return seen
         raise RuntimeError("the websocket closed before the graph was done")

@@ -1,4 +1,6 @@
-"""The pack in a real browser: search, charts in both renderers and both palettes, help pages, templates, translations."""
+"""The pack in a real browser: search, charts in both renderers and both palettes, help pages,
+templates, translations.
+"""
 
 import json
 import os
@@ -12,19 +14,44 @@ import pytest
 from conftest import FLUX
 from server import ROOT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run")
-CHROMIUM = os.environ.get("CHROMIUM_PATH") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run"
+)
+CHROMIUM = (
+    os.environ.get("CHROMIUM_PATH")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 if not CHROMIUM:
-    pytest.skip("no chromium found (set CHROMIUM_PATH): the browser tests did NOT run", allow_module_level=True)
+    pytest.skip(
+        "no chromium found (set CHROMIUM_PATH): the browser tests did NOT run",
+        allow_module_level=True,
+    )
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("Nibble*.md"))
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
-LOOKS = {"classic-dark": (False, "dark"), "classic-light": (False, "light"), "nodes2-dark": (True, "dark"), "nodes2-light": (True, "light")}
+LOOKS = {
+    "classic-dark": (False, "dark"),
+    "classic-light": (False, "light"),
+    "nodes2-dark": (True, "dark"),
+    "nodes2-light": (True, "light"),
+}
 OURS = "/extensions/ComfyUI-Nibble/"
 QUANTIZED = "flux-demo-browser.safetensors"
-READY = "() => !!(window.LiteGraph?.registered_node_types?.NibbleLoadSVDQuant && window.app?.extensionManager && window.app.canvas)"
+READY = (
+    "() => !!(window.LiteGraph?.registered_node_types?.NibbleLoadSVDQuant &&"
+    " window.app?.extensionManager && window.app.canvas)"
+)
 MAKE_GRAPH = """([source, target]) => {
   app.graph.clear();
   const [quantize, load, text] = ["NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "PreviewAny"].map((type) => LiteGraph.createNode(type));
@@ -43,7 +70,12 @@ class Screen:
         self.look = ""
         self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
         self.problems: list[str] = []
-        self.page.on("console", lambda m: self._note(m.type in ("error", "warning"), f"{m.text} {m.location.get('url', '')}"))
+        self.page.on(
+            "console",
+            lambda m: self._note(
+                m.type in ("error", "warning"), f"{m.text} {m.location.get('url', '')}"
+            ),
+        )
         self.page.on("pageerror", lambda error: self._note(True, f"{error} {error.stack}"))
         self.page.goto(url)
         self._settle()
@@ -70,12 +102,16 @@ class Screen:
         self.page.mouse.move(5, 5)
 
     def _note(self, bad: bool, text: str) -> None:
-        """Help pages are asked for in every language first, so a missing translation is no problem."""
+        """Help pages are asked for in every language first, so a missing translation is no
+        problem.
+        """
         if bad and (OURS in text or "nibble" in text.lower()) and "/docs/" not in text:
             self.problems.append(text)
 
     def set(self, name: str, value) -> None:
-        self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+        self.page.evaluate(
+            "([name, value]) => app.extensionManager.setting.set(name, value)", [name, value]
+        )
 
     def run_graph(self) -> None:
         """Quantize → load, as if Run was pressed; waits for both charts."""
@@ -102,7 +138,9 @@ def page(server):
 
 @pytest.fixture
 def screen(page, request):
-    """The page in the look that the test asks for (classic-dark by default); errors of ours fail the test that caused them."""
+    """The page in the look that the test asks for (classic-dark by default); errors of ours fail
+    the test that caused them.
+    """
     page.wear(getattr(request, "param", "classic-dark"))
     page.problems.clear()
     yield page
@@ -119,30 +157,46 @@ def test_nodes_are_found_by_search(screen):
     screen.page.get_by_test_id("search-filter-input").wait_for(timeout=10_000)
     screen.page.keyboard.type("svdquant", delay=30)
     for name in ("SVDQuant Quantize Checkpoint", "Load SVDQuant Model"):
-        screen.page.get_by_test_id("result-item").filter(has_text=name).first.wait_for(timeout=10_000)
+        screen.page.get_by_test_id("result-item").filter(has_text=name).first.wait_for(
+            timeout=10_000
+        )
     screen.page.keyboard.press("Escape")
 
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
 def test_charts_are_drawn_in_the_nodes_after_a_run(screen):
     screen.run_graph()
-    report = screen.page.evaluate("() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind === 'layers')")
-    assert screen.page.locator(".nibble-dot").count() == sum(row["db"] is not None for row in report["rows"]) > 20
+    report = screen.page.evaluate(
+        "() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind"
+        " === 'layers')"
+    )
+    assert (
+        screen.page.locator(".nibble-dot").count()
+        == sum(row["db"] is not None for row in report["rows"])
+        > 20
+    )
     assert "smaller" in screen.page.locator(".nibble-size").inner_text()
     box = screen.page.locator(".nibble-plot svg").bounding_box()
     screen.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
     tip = screen.page.locator(".nibble-tip")
-    assert tip.is_visible() and tip.locator("b").inner_text() in {row["name"] for row in report["rows"]}
+    assert tip.is_visible() and tip.locator("b").inner_text() in {
+        row["name"] for row in report["rows"]
+    }
     screen.picture(f"charts-{screen.look}")
     for chart in screen.page.locator(".nibble-widget").all():  # nothing is cut off
-        seen, needed = chart.evaluate("(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]")
+        seen, needed = chart.evaluate(
+            "(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]"
+        )
         assert needed <= seen + 1 and needed > 60
 
 
 @pytest.mark.parametrize("screen", ["classic-dark", "nodes2-dark"], indirect=True)
 def test_node_grows_and_shrinks_with_the_lists_in_its_chart(screen):
     screen.run_graph()
-    height = lambda: screen.page.evaluate("() => document.querySelector('.nibble-widget').offsetHeight")  # noqa: E731
+
+    def height():
+        return screen.page.evaluate("() => document.querySelector('.nibble-widget').offsetHeight")
+
     closed = height()
     screen.page.locator(".nibble-details summary").first.click()
     screen.page.wait_for_timeout(500)
@@ -156,7 +210,9 @@ def test_chart_comes_back_with_its_workflow_tab(screen):
     screen.run_graph()
     screen.page.evaluate("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     screen.page.locator(".nibble-plot").wait_for(state="detached", timeout=10_000)
-    screen.page.evaluate("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    screen.page.evaluate(
+        "() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')"
+    )
     screen.page.locator(".nibble-plot").wait_for(timeout=10_000)
 
 
@@ -177,18 +233,26 @@ def test_chart_is_not_saved_with_the_workflow(screen):
 
 def test_seed_stays_so_that_a_second_run_does_nothing(screen):
     screen.run_graph()
-    assert screen.page.evaluate("() => app.graph._nodes[0].widgets.find((widget) => widget.name === 'seed').value") == 0
+    assert (
+        screen.page.evaluate(
+            "() => app.graph._nodes[0].widgets.find((widget) => widget.name === 'seed').value"
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("node", NODES)
 def test_help_page_opens(screen, node):
-    screen.page.evaluate("""(name) => {
+    screen.page.evaluate(
+        """(name) => {
       const node = LiteGraph.createNode(name);
       node.pos = [300, 300];
       app.graph.add(node);
       app.canvas.ds.scale = 1; app.canvas.ds.offset = [100, 100];
       app.canvas.selectNode(node); app.canvas.setDirty(true, true);
-    }""", node)
+    }""",
+        node,
+    )
     screen.page.get_by_test_id("info-button").click()
     heading = (ROOT / "web" / "docs" / f"{node}.md").read_text().splitlines()[0].removeprefix("# ")
     screen.page.get_by_role("heading", name=heading, level=1).wait_for(timeout=10_000)
@@ -201,36 +265,68 @@ def test_template_loads_without_missing_nodes(screen, server, name):
     screen.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
     screen.page.wait_for_timeout(500)
     notes = {"MarkdownNote", "Note"}
-    loaded = screen.page.evaluate("() => app.graph._nodes.map((node) => [node.type, node.type in LiteGraph.registered_node_types])")
-    assert len(loaded) == len(workflow["nodes"]) and all(known for kind, known in loaded if kind not in notes)
+    loaded = screen.page.evaluate(
+        "() => app.graph._nodes.map((node) => [node.type, node.type in"
+        " LiteGraph.registered_node_types])"
+    )
+    assert len(loaded) == len(workflow["nodes"]) and all(
+        known for kind, known in loaded if kind not in notes
+    )
     prompt = screen.page.evaluate("async () => (await app.graphToPrompt()).output")
     schema = json.loads(fetch(server, "/object_info"))
-    for node in prompt.values():  # every required input has a value, and a choice that the pack itself offers is one of the choices
+    # every required input has a value, and a choice that the pack itself offers is one of the
+    # choices
+    for node in prompt.values():
         for key, spec in schema[node["class_type"]]["input"]["required"].items():
             assert key in node["inputs"], f"{node['class_type']} lacks {key}"
             _check_value(node["inputs"][key], spec)
 
 
 def _check_value(value, spec) -> None:
-    """A widget's saved value has the type of its input, so no value slipped into a neighbour's place."""
+    """A widget's saved value has the type of its input, so no value slipped into a neighbour's
+    place.
+    """
     if isinstance(value, list):  # a link
         return
     kinds = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
-    kind, options = ("COMBO", spec[0]) if isinstance(spec[0], list) else (spec[0], spec[1].get("options", []) if len(spec) > 1 else [])
+    kind, options = (
+        ("COMBO", spec[0])
+        if isinstance(spec[0], list)
+        else (spec[0], spec[1].get("options", []) if len(spec) > 1 else [])
+    )
     assert isinstance(value, kinds[kind]), f"{value!r} is no {kind}"
-    if options and not any("." in str(option) or "(" in str(option) for option in options):  # lists of files differ from machine to machine
+    # lists of files differ from machine to machine
+    if options and not any("." in str(option) or "(" in str(option) for option in options):
         assert value in options
 
 
 def test_templates_have_thumbnails_and_say_where_models_come_from(server):
-    assert {"Text to image with 4-bit FLUX.1 dev", "Quantize your own FLUX to 4 bits", "Try the demo model"} <= set(TEMPLATES)
-    assert sorted(json.loads(fetch(server, "/api/workflow_templates"))["ComfyUI-Nibble"]) == TEMPLATES
+    assert {
+        "Text to image with 4-bit FLUX.1 dev",
+        "Quantize your own FLUX to 4 bits",
+        "Try the demo model",
+    } <= set(TEMPLATES)
+    assert (
+        sorted(json.loads(fetch(server, "/api/workflow_templates"))["ComfyUI-Nibble"]) == TEMPLATES
+    )
     for name in TEMPLATES:
-        assert fetch(server, f"/api/workflow_templates/ComfyUI-Nibble/{name}.jpg")[:3] == b"\xff\xd8\xff"
-    workflow = json.loads((ROOT / "example_workflows" / "Text to image with 4-bit FLUX.1 dev.json").read_text())
-    models = {model["name"]: model for node in workflow["nodes"] for model in node["properties"].get("models", [])}
+        assert (
+            fetch(server, f"/api/workflow_templates/ComfyUI-Nibble/{name}.jpg")[:3]
+            == b"\xff\xd8\xff"
+        )
+    workflow = json.loads(
+        (ROOT / "example_workflows" / "Text to image with 4-bit FLUX.1 dev.json").read_text()
+    )
+    models = {
+        model["name"]: model
+        for node in workflow["nodes"]
+        for model in node["properties"].get("models", [])
+    }
     assert {"clip_l.safetensors", "ae.safetensors"} <= set(models)
-    assert all(model["url"].startswith("https://huggingface.co/") and model["directory"] for model in models.values())
+    assert all(
+        model["url"].startswith("https://huggingface.co/") and model["directory"]
+        for model in models.values()
+    )
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -238,20 +334,33 @@ def test_translations_follow_the_schema(server, language):
     served = json.loads(fetch(server, "/i18n"))[language]["nodeDefs"]
     schema = json.loads(fetch(server, "/object_info"))
     for node in NODES:
-        inputs = {key: spec for part in ("required", "optional") for key, spec in schema[node]["input"].get(part, {}).items()}
+        inputs = {
+            key: spec
+            for part in ("required", "optional")
+            for key, spec in schema[node]["input"].get(part, {}).items()
+        }
         assert set(served[node]["inputs"]) == set(inputs), f"{language} {node}"
         assert len(served[node].get("outputs", {})) == len(schema[node]["output"])
         if language == "en":
-            assert all(served[node][key] == schema[node][key] for key in ("display_name", "description"))
-            assert all(served[node]["inputs"][key]["tooltip"] == spec[1]["tooltip"] for key, spec in inputs.items())
+            assert all(
+                served[node][key] == schema[node][key] for key in ("display_name", "description")
+            )
+            assert all(
+                served[node]["inputs"][key]["tooltip"] == spec[1]["tooltip"]
+                for key, spec in inputs.items()
+            )
 
 
 def test_front_end_imports_one_script_of_ours(server):
-    assert [path for path in json.loads(fetch(server, "/extensions")) if "Nibble" in path] == [OURS + "nibble.js"]
+    assert [path for path in json.loads(fetch(server, "/extensions")) if "Nibble" in path] == [
+        OURS + "nibble.js"
+    ]
 
 
 def test_plot_puts_layers_where_their_numbers_say(screen):
-    """Two layers of 10 and 20 dB on an axis from 5 to 25 dB: at a quarter and three quarters of the width and of the height."""
+    """Two layers of 10 and 20 dB on an axis from 5 to 25 dB: at a quarter and three quarters of the
+    width and of the height.
+    """
     circles = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const row = (name, db) => ({ name, action: "w4a4", why: "", db, bytes_before: 8, bytes_after: 2, seconds: 1 });

@@ -1,4 +1,6 @@
-"""The strip in a real browser: drawn while sampling, complete afterwards, back after a reload; both renderers, both palettes."""
+"""The strip in a real browser: drawn while sampling, complete afterwards, back after a reload; both
+renderers, both palettes.
+"""
 
 import pytest
 from test_browser import LOOKS, page, screen  # noqa: F401  (fixtures)
@@ -35,15 +37,24 @@ def sampled(size: int = 128, **changes) -> tuple[CacheGraph, str]:
     return graph, node
 
 
-def run(screen, graph: CacheGraph, node: str, done: str = "() => app.lastExecutionError?.exception_message ?? (window.finished && 'done')") -> None:  # noqa: F811
+def run(
+    screen,  # noqa: F811
+    graph: CacheGraph,
+    node: str,
+    done: str = "() => app.lastExecutionError?.exception_message ?? (window.finished && 'done')",
+) -> None:  # noqa: F811
     """Puts a graph on the canvas, the node of interest in view, and presses Run."""
     screen.page.keyboard.press("Escape")  # the template browser opens late on a slow machine
     others = [name for name in graph.nodes if name != node]
-    places = {name: [900 + 20 * index, 60 + 90 * index] for index, name in enumerate(others)} | {node: [60, 60]}
+    places = {name: [900 + 20 * index, 60 + 90 * index] for index, name in enumerate(others)} | {
+        node: [60, 60]
+    }
     screen.page.evaluate(BUILD, [graph.nodes, places])
     screen.page.evaluate(WATCH)
-    screen.page.evaluate("() => { window.finished = false; app.api.addEventListener('execution_success', () => { window.finished = true; }, { once: true }); "
-                         "app.queuePrompt(0, 1); }")
+    screen.page.evaluate(
+        "() => { window.finished = false; app.api.addEventListener('execution_success', () => {"
+        " window.finished = true; }, { once: true }); app.queuePrompt(0, 1); }"
+    )
     assert screen.page.wait_for_function(done, timeout=240_000).json_value() == "done"
     screen.page.wait_for_timeout(400)
 
@@ -51,24 +62,40 @@ def run(screen, graph: CacheGraph, node: str, done: str = "() => app.lastExecuti
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
 def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):  # noqa: F811
     graph, node = sampled(compare=True)
-    half = "() => app.lastExecutionError?.exception_message ?? (window.strips.at(-1)?.[2] > 6 && window.strips.at(-1)[2] < 18 && 'done')"
+    half = (
+        "() => app.lastExecutionError?.exception_message ?? (window.strips.at(-1)?.[2] > 6 &&"
+        " window.strips.at(-1)[2] < 18 && 'done')"
+    )
     run(screen, graph, node, half)
     screen.picture(f"strip-live-{screen.look}")
     screen.page.wait_for_function("() => window.finished", timeout=240_000)
     screen.page.wait_for_timeout(400)
     pending = [strip[2] for strip in screen.page.evaluate("() => window.strips.filter(Boolean)")]
-    assert pending == sorted(pending, reverse=True) and len(set(pending)) >= 4, "it was drawn while sampling"
-    chart = screen.page.evaluate("() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind === 'strip')")
-    assert screen.page.evaluate(LANE) == computed(chart) and None not in computed(chart) and False in computed(chart)
+    assert pending == sorted(pending, reverse=True) and len(set(pending)) >= 4, (
+        "it was drawn while sampling"
+    )
+    chart = screen.page.evaluate(
+        "() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind"
+        " === 'strip')"
+    )
+    assert (
+        screen.page.evaluate(LANE) == computed(chart)
+        and None not in computed(chart)
+        and False in computed(chart)
+    )
     lane = screen.page.locator(".nibble-lane").first
     box = lane.bounding_box()
     reused = computed(chart).index(False)
-    screen.page.mouse.move(box["x"] + box["width"] * (reused + 0.5) / STEPS, box["y"] + box["height"] / 2)
+    screen.page.mouse.move(
+        box["x"] + box["width"] * (reused + 0.5) / STEPS, box["y"] + box["height"] / 2
+    )
     tip = screen.page.locator(".nibble-strip .nibble-tip")
     assert tip.is_visible() and tip.locator("b").inner_text() == f"Step {reused + 1}: reused"
     screen.picture(f"strip-{screen.look}")
     screen.page.mouse.move(5, 5)
-    seen, needed = screen.page.locator(".nibble-widget").first.evaluate("(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]")
+    seen, needed = screen.page.locator(".nibble-widget").first.evaluate(
+        "(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]"
+    )
     assert needed <= seen + 1 and needed > 100
 
 
@@ -76,7 +103,9 @@ def test_the_strip_is_back_after_a_reload(screen):  # noqa: F811
     graph, node = sampled(64)
     run(screen, graph, node)
     lane = screen.page.evaluate(LANE)
-    screen.page.evaluate("() => app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.()")
+    screen.page.evaluate(
+        "() => app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.()"
+    )
     screen.page.wait_for_timeout(1500)  # the front end saves its draft after a pause
     screen.reload()
     screen.page.locator(".nibble-lane").first.wait_for(timeout=15_000)
@@ -92,15 +121,23 @@ def test_apply_and_calibrate_draw_in_their_nodes(screen):  # noqa: F811
     graph.save(graph.sample(applied, graph.prompt(), steps=12))
     run(screen, graph, applied)
     assert screen.page.locator(".nibble-lane").count() >= 2, "a lane for each kind of block"
-    assert screen.page.locator(".nibble-point").count() == 2 * 11 and screen.page.locator(".nibble-fit").count() >= 2
-    screen.page.evaluate("([a, c]) => { app.graph.getNodeById(Number(c)).pos = [520, 60]; app.graph.getNodeById(Number(a)).pos = [60, 60]; "
-                         "app.canvas.setDirty(true, true); }", [applied, calibration])
+    assert (
+        screen.page.locator(".nibble-point").count() == 2 * 11
+        and screen.page.locator(".nibble-fit").count() >= 2
+    )
+    screen.page.evaluate(
+        "([a, c]) => { app.graph.getNodeById(Number(c)).pos = [520, 60];"
+        " app.graph.getNodeById(Number(a)).pos = [60, 60]; app.canvas.setDirty(true, true); }",
+        [applied, calibration],
+    )
     screen.page.wait_for_timeout(500)
     screen.picture(f"smoothcache-{screen.look}")
 
 
 def test_cells_and_line_lie_where_their_numbers_say(screen):  # noqa: F811
-    """Two steps, the second with half a threshold's change on a plot that goes up to 1.3 thresholds."""
+    """Two steps, the second with half a threshold's change on a plot that goes up to 1.3
+    thresholds.
+    """
     found = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const cell = (step, computed, change) => ({ step, sigma: 1 - step / 2, computed, why: computed ? "first" : "reused", change });
@@ -110,7 +147,10 @@ def test_cells_and_line_lie_where_their_numbers_say(screen):  # noqa: F811
     }""")
     line, threshold, told = found
     assert line == f"M25.000 64.00L75.000 {64 * (1 - 0.5 / 1.3):.2f}"
-    assert float(threshold) == pytest.approx(64 * (1 - 1 / 1.3)) and told == "1 of 2steps computed2.00× less work"
+    assert (
+        float(threshold) == pytest.approx(64 * (1 - 1 / 1.3))
+        and told == "1 of 2steps computed2.00× less work"
+    )
 
 
 def test_a_long_strip_and_hostile_names_are_drawn(screen):  # noqa: F811

@@ -4,7 +4,9 @@ from test_browser import page, screen  # noqa: F401  (fixtures)
 
 
 def test_a_second_phase_is_marked_and_has_a_line_of_its_own(screen):  # noqa: F811
-    """Ten steps of the first phase and five of the second, of twenty in all: the mark is at half of the width, and no line crosses it."""
+    """Ten steps of the first phase and five of the second, of twenty in all: the mark is at half of
+    the width, and no line crosses it.
+    """
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const points = Array.from({ length: 15 }, (_, i) => [i + 1, i < 10 ? 1 : 5]);
@@ -16,4 +18,7 @@ def test_a_second_phase_is_marked_and_has_a_line_of_its_own(screen):  # noqa: F8
       };
       return [draw({ phases: [["velocity", 0], ["<b>next</b>", 10]] }), draw({})];
     }""")
-    assert drawn == [[[10, 5], ["50%"], [["velocity", "0%", "50%"], ["<b>next</b>", "50%", "50%"]]], [[15], [], []]]
+    assert drawn == [
+        [[10, 5], ["50%"], [["velocity", "0%", "50%"], ["<b>next</b>", "50%", "50%"]]],
+        [[15], [], []],
+    ]

@@ -1,4 +1,6 @@
-"""IntLoRA's nodes in a real browser: their charts in both renderers and both palettes, help pages, translations."""
+"""IntLoRA's nodes in a real browser: their charts in both renderers and both palettes, help pages,
+translations.
+"""
 
 import json
 
@@ -28,7 +30,10 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
     save_file(style(5), server.folder("loras") / STYLE)
     screen.page.evaluate(GRAPH, [quantized, STYLE])
     screen.page.evaluate("() => app.queuePrompt(0, 1)")
-    ended = "() => app.lastExecutionError?.exception_message ?? (document.querySelectorAll('.nibble-chart-host').length === 4 && 'drawn')"
+    ended = (
+        "() => app.lastExecutionError?.exception_message ??"
+        " (document.querySelectorAll('.nibble-chart-host').length === 4 && 'drawn')"
+    )
     assert screen.page.wait_for_function(ended, timeout=240_000).json_value() == "drawn"
     screen.page.wait_for_timeout(500)
     screen.picture(f"intlora-{request.node.callspec.id}")
@@ -56,8 +61,14 @@ def test_the_chart_holds_hundreds_of_layers_and_hostile_names(screen):  # noqa: 
 @pytest.mark.parametrize("node", NODES)
 def test_help_pages_and_translations_are_served(server, node):
     schema = server.get(f"/object_info/{node}")[node]
-    inputs = {key: spec for part in ("required", "optional") for key, spec in schema["input"].get(part, {}).items()}
-    assert sum(not spec[1].get("advanced") for spec in inputs.values()) <= 6 and all(spec[1].get("tooltip") for spec in inputs.values())
+    inputs = {
+        key: spec
+        for part in ("required", "optional")
+        for key, spec in schema["input"].get(part, {}).items()
+    }
+    assert sum(not spec[1].get("advanced") for spec in inputs.values()) <= 6 and all(
+        spec[1].get("tooltip") for spec in inputs.values()
+    )
     for path in (f"{node}.md", f"{node}/zh.md"):
         text = fetch(server, f"/extensions/ComfyUI-Nibble/docs/{path}").decode()
         assert text.startswith("# ") and all(f"**{name}**" in text for name in inputs), path
@@ -66,6 +77,13 @@ def test_help_pages_and_translations_are_served(server, node):
         told = served[language]["nodeDefs"][node]
         assert set(told["inputs"]) == set(inputs) and len(told["outputs"]) == len(schema["output"])
     told = served["en"]["nodeDefs"][node]
-    assert told["display_name"] == schema["display_name"] and told["description"] == schema["description"]
+    assert (
+        told["display_name"] == schema["display_name"]
+        and told["description"] == schema["description"]
+    )
     assert all(told["inputs"][key]["tooltip"] == spec[1]["tooltip"] for key, spec in inputs.items())
-    assert (ROOT / "web" / "docs" / f"{node}.md").read_text().startswith(f"# {schema['display_name']}\n")
+    assert (
+        (ROOT / "web" / "docs" / f"{node}.md")
+        .read_text()
+        .startswith(f"# {schema['display_name']}\n")
+    )

@@ -2,7 +2,9 @@
 
 import pytest
 
-pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run")
+pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run"
+)
 
 from test_browser import LOOKS, page, screen  # noqa: E402, F401  (page and screen are fixtures)
 from test_server_lora import LAYERS, files  # noqa: E402, F401
@@ -18,15 +20,25 @@ MAKE = """([model, loras]) => {
   app.canvas.ds.scale = 0.9; app.canvas.ds.offset = [40, 40]; app.canvas.setDirty(true, true);
   app.queuePrompt(0, 1);
 }"""
-TEXT = "() => [...document.querySelectorAll('.nibble-chart-host')].map((host) => host.shadowRoot.textContent).join(' ')"
+TEXT = (
+    "() => [...document.querySelectorAll('.nibble-chart-host')].map((host) =>"
+    " host.shadowRoot.textContent).join(' ')"
+)
 
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
 def test_the_report_is_drawn(screen, quantized, files):  # noqa: F811
-    screen.page.evaluate("() => app.refreshComboInNodes()")  # as pressing R: the page may be older than the files
+    # as pressing R: the page may be older than the files
+    screen.page.evaluate("() => app.refreshComboInNodes()")
     screen.page.evaluate(MAKE, [quantized, [files["first"], files["scaled"]]])
-    screen.page.wait_for_function(f"() => ({TEXT})().includes('LoRAs on this model')", timeout=120_000)
+    screen.page.wait_for_function(
+        f"() => ({TEXT})().includes('LoRAs on this model')", timeout=120_000
+    )
     screen.page.wait_for_timeout(600)
     told = screen.page.evaluate(TEXT)
-    assert "rows scaled" in told and "Memory added" in told.replace("memory", "Memory") and all(layer in told for layer in LAYERS)
+    assert (
+        "rows scaled" in told
+        and "Memory added" in told.replace("memory", "Memory")
+        and all(layer in told for layer in LAYERS)
+    )
     screen.picture(f"lora-report-{screen.look}")

@@ -1,4 +1,6 @@
-"""The VQ nodes' charts in a real browser: the report and a codebook's use after a run, the blocks of a calibration at work, help pages, translations."""
+"""The VQ nodes' charts in a real browser: the report and a codebook's use after a run, the blocks
+of a calibration at work, help pages, translations.
+"""
 
 import json
 import urllib.request
@@ -61,11 +63,20 @@ def test_translations_and_help_pages_follow_the_schema(server, language):
         served = json.load(answer)[language]["nodeDefs"]
     for node in NODES:
         schema = server.get(f"/object_info/{node}")[node]
-        inputs = {key: spec for part in ("required", "optional") for key, spec in schema["input"].get(part, {}).items()}
+        inputs = {
+            key: spec
+            for part in ("required", "optional")
+            for key, spec in schema["input"].get(part, {}).items()
+        }
         assert set(served[node]["inputs"]) == set(inputs), f"{language} {node}"
         assert len(served[node].get("outputs", {})) == len(schema["output"])
         if language == "en":
             assert all(served[node][key] == schema[key] for key in ("display_name", "description"))
-            assert all(served[node]["inputs"][key]["tooltip"] == spec[1]["tooltip"] for key, spec in inputs.items())
-        text = (ROOT / "web" / "docs" / (f"{node}.md" if language == "en" else f"{node}/zh.md")).read_text()
+            assert all(
+                served[node]["inputs"][key]["tooltip"] == spec[1]["tooltip"]
+                for key, spec in inputs.items()
+            )
+        text = (
+            ROOT / "web" / "docs" / (f"{node}.md" if language == "en" else f"{node}/zh.md")
+        ).read_text()
         assert all(f"**{key}**" in text for key in inputs), f"{language} {node}"

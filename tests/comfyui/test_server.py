@@ -1,4 +1,6 @@
-"""What an artist does, done to a real ComfyUI: quantize, load, sample, add a LoRA, stop, and feed it the wrong files."""
+"""What an artist does, done to a real ComfyUI: quantize, load, sample, add a LoRA, stop, and feed
+it the wrong files.
+"""
 
 import json
 import time
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from conftest import FLUX, VAE, WEIGHTS, Graph, furnish
 from server import Refused, Server
 
-PSNR_FLOOR = 24.0  # dB, of a 64 x 64 picture in 8 steps: data-free, without rotation and with one fit of the branch
+# dB, of a 64 x 64 picture in 8 steps: data-free, without rotation and with one fit of the branch
+PSNR_FLOOR = 24.0
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -23,7 +26,9 @@ def picture(server, name: str, lora: str | None = None, **how) -> np.ndarray:
     graph = Graph()
     model = graph.load(name)
     if lora:
-        model = graph.add("LoraLoaderModelOnly", model=[model, 0], lora_name=lora, strength_model=1.0)
+        model = graph.add(
+            "LoraLoaderModelOnly", model=[model, 0], lora_name=lora, strength_model=1.0
+        )
     saved = graph.save(graph.sample(model, graph.prompt(), **how))
     return server.picture(server.run(graph.nodes)[saved])
 
@@ -40,21 +45,34 @@ def ours(server, quantized) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def lora(server) -> str:
-    """A LoRA with kohya's names on the double blocks and diffusers' (parts of fused layers) on the single ones."""
+    """A LoRA with kohya's names on the double blocks and diffusers' (parts of fused layers) on the
+    single ones.
+    """
     draw = torch.Generator().manual_seed(5)
     weights = load_file(WEIGHTS / FLUX)
+
     def pair(n, k, rank=8):
-        return torch.randn(n, rank, generator=draw) * 5.0 / rank ** 0.5, torch.randn(rank, k, generator=draw) / k ** 0.5
+        return (
+            torch.randn(n, rank, generator=draw) * 5.0 / rank**0.5,
+            torch.randn(rank, k, generator=draw) / k**0.5,
+        )
+
     tensors = {}
     for layer in ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"):
         up, down = pair(*weights[f"double_blocks.0.{layer}.weight"].shape)
         name = f"lora_unet_double_blocks_0_{layer.replace('.', '_')}"
-        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(8.0)}
+        tensors |= {
+            f"{name}.lora_up.weight": up,
+            f"{name}.lora_down.weight": down,
+            f"{name}.alpha": torch.tensor(8.0),
+        }
     hidden = weights["img_in.weight"].shape[0]
     for part in ("to_q", "to_v"):
         up, down = pair(hidden, hidden)
-        tensors |= {f"transformer.single_transformer_blocks.1.attn.{part}.lora_B.weight": up,
-                    f"transformer.single_transformer_blocks.1.attn.{part}.lora_A.weight": down}
+        tensors |= {
+            f"transformer.single_transformer_blocks.1.attn.{part}.lora_B.weight": up,
+            f"transformer.single_transformer_blocks.1.attn.{part}.lora_A.weight": down,
+        }
     save_file(tensors, server.folder("loras") / "style.safetensors")
     return "style.safetensors"
 
@@ -62,25 +80,42 @@ def lora(server) -> str:
 def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(server):
     for name in ("NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "NibbleDemoPrompt"):
         info = server.get(f"/object_info/{name}")[name]
-        inputs = [spec for group in ("required", "optional") for spec in info["input"].get(group, {}).values()]
+        inputs = [
+            spec
+            for group in ("required", "optional")
+            for spec in info["input"].get(group, {}).values()
+        ]
         assert all(spec[1].get("tooltip") for spec in inputs), name
-        assert sum(not spec[1].get("advanced") for spec in inputs) - 3 * (name == "NibbleQuantizeSVDQuant") <= 6, name
+        assert (
+            sum(not spec[1].get("advanced") for spec in inputs)
+            - 3 * (name == "NibbleQuantizeSVDQuant")
+            <= 6
+        ), name
         assert info["category"] == "Nibble"
 
 
 def test_quantizing_reports_every_layer_and_the_loader_lists_the_file(server, graph):
     output = server.run(graph.quantize(filename="reported").nodes)[graph.quantizer]
     chart = output["nibble_chart"][0]
-    assert chart["kind"] == "layers" and {"w4a4", "w4a16", "keep"} == {row["action"] for row in chart["rows"]}
-    assert all(row["why"] for row in chart["rows"]) and all(row["db"] > 10 for row in chart["rows"] if row["action"] == "w4a4")
-    options = server.get("/object_info/NibbleLoadSVDQuant")["NibbleLoadSVDQuant"]["input"]["required"]["model_name"]
+    assert chart["kind"] == "layers" and {"w4a4", "w4a16", "keep"} == {
+        row["action"] for row in chart["rows"]
+    }
+    assert all(row["why"] for row in chart["rows"]) and all(
+        row["db"] > 10 for row in chart["rows"] if row["action"] == "w4a4"
+    )
+    options = server.get("/object_info/NibbleLoadSVDQuant")["NibbleLoadSVDQuant"]["input"][
+        "required"
+    ]["model_name"]
     names = options[1]["options"] if options[0] == "COMBO" else options[0]
     assert "reported.safetensors" in names and FLUX not in names
 
 
-def test_a_second_run_with_the_same_options_finishes_at_once_and_other_options_need_overwrite(server, quantized, graph):
+def test_a_second_run_with_the_same_options_finishes_at_once_and_other_options_need_overwrite(
+    server, quantized, graph
+):
     began = time.monotonic()
-    server.run(graph.quantize(filename=quantized, steps=3).nodes)  # steps play no part in a run without prompts
+    # steps play no part in a run without prompts
+    server.run(graph.quantize(filename=quantized, steps=3).nodes)
     assert time.monotonic() - began < 5
     with pytest.raises(Refused, match="overwrite"):
         server.run(Graph().quantize(filename=quantized, rank=16).nodes)
@@ -103,40 +138,69 @@ def test_sampler_custom_advanced_gives_the_same_picture(server, quantized, graph
     guider = graph.add("BasicGuider", model=[model, 0], conditioning=[positive, 0])
     sampler = graph.add("KSamplerSelect", sampler_name="euler")
     sigmas = graph.add("BasicScheduler", model=[model, 0], scheduler="simple", steps=8, denoise=1.0)
-    latent = graph.add("SamplerCustomAdvanced", noise=[noise, 0], guider=[guider, 0], sampler=[sampler, 0], sigmas=[sigmas, 0],
-                       latent_image=[graph.latent(), 0])
+    latent = graph.add(
+        "SamplerCustomAdvanced",
+        noise=[noise, 0],
+        guider=[guider, 0],
+        sampler=[sampler, 0],
+        sigmas=[sigmas, 0],
+        latent_image=[graph.latent(), 0],
+    )
     saved = graph.save(latent)
     assert np.array_equal(server.picture(server.run(graph.nodes)[saved]), ours)
 
 
 def test_two_samplers_in_one_graph_do_not_disturb_one_another(server, quantized, graph, ours):
     model, first = graph.load(quantized), graph.prompt()
-    saved = [graph.save(graph.sample(model, graph.prompt("a blue star bottom on white"), seed=9)), graph.save(graph.sample(model, first))]
+    saved = [
+        graph.save(graph.sample(model, graph.prompt("a blue star bottom on white"), seed=9)),
+        graph.save(graph.sample(model, first)),
+    ]
     outputs = server.run(graph.nodes)
     assert np.array_equal(server.picture(outputs[saved[1]]), ours)
     assert psnr(server.picture(outputs[saved[0]]), ours) < 20
 
 
-def test_a_stock_lora_acts_as_on_the_16_bit_model_and_leaves_no_trace(server, quantized, lora, dense, ours):
+def test_a_stock_lora_acts_as_on_the_16_bit_model_and_leaves_no_trace(
+    server, quantized, lora, dense, ours
+):
     with_lora, dense_with_lora = picture(server, quantized, lora), picture(server, FLUX, lora)
     effect, distance = psnr(dense_with_lora, dense), psnr(with_lora, dense_with_lora)
     assert effect < 28 and distance > effect + 4, "the LoRA does what it does on the 16-bit model"
-    assert np.array_equal(picture(server, quantized, seed=1), ours), "taken away, the picture is the old one bit for bit"
+    assert np.array_equal(picture(server, quantized, seed=1), ours), (
+        "taken away, the picture is the old one bit for bit"
+    )
 
 
 def test_a_connected_model_is_quantized_with_its_lora(server, lora, graph):
-    model = graph.add("LoraLoaderModelOnly", model=[graph.load(FLUX), 0], lora_name=lora, strength_model=1.0)
+    model = graph.add(
+        "LoraLoaderModelOnly", model=[graph.load(FLUX), 0], lora_name=lora, strength_model=1.0
+    )
     graph.quantize(filename="styled", model=[model, 0])
-    loaded = graph.add("NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default")
+    loaded = graph.add(
+        "NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default"
+    )
     saved = graph.save(graph.sample(loaded, graph.prompt()))
     styled = server.picture(server.run(graph.nodes)[saved])
-    assert psnr(styled, picture(server, FLUX, lora)) > psnr(styled, picture(server, FLUX)) + 4, "the LoRA is part of the file"
+    assert psnr(styled, picture(server, FLUX, lora)) > psnr(styled, picture(server, FLUX)) + 4, (
+        "the LoRA is part of the file"
+    )
 
 
 def test_best_is_calibrated_on_the_connected_prompts(server, graph, dense):
-    prompts = graph.add("ConditioningCombine", conditioning_1=[graph.prompt("a red circle left on black"), 0],
-                        conditioning_2=[graph.prompt("a green star top on navy"), 0])
-    graph.quantize(preset="best", filename="best", rotation="on", positive=[prompts, 0], latent=[graph.latent(), 0], memory_gb=0.25)
+    prompts = graph.add(
+        "ConditioningCombine",
+        conditioning_1=[graph.prompt("a red circle left on black"), 0],
+        conditioning_2=[graph.prompt("a green star top on navy"), 0],
+    )
+    graph.quantize(
+        preset="best",
+        filename="best",
+        rotation="on",
+        positive=[prompts, 0],
+        latent=[graph.latent(), 0],
+        memory_gb=0.25,
+    )
     chart = server.run(graph.nodes)[graph.quantizer]["nibble_chart"][0]
     assert all("GPTQ" in row["why"] for row in chart["rows"] if row["action"] == "w4a4")
     assert psnr(dense, picture(server, "best.safetensors")) > PSNR_FLOOR
@@ -189,12 +253,20 @@ def finished_layers(folder) -> dict[str, float]:
     return rows
 
 
-@pytest.mark.parametrize("kind, said", [("lora", "LoRA"), ("vae", "VAE"), ("truncated", "cut off"), ("text", "web page")])
+@pytest.mark.parametrize(
+    "kind, said", [("lora", "LoRA"), ("vae", "VAE"), ("truncated", "cut off"), ("text", "web page")]
+)
 def test_a_wrong_source_is_refused_in_words_and_the_server_lives(server, lora, graph, kind, said):
     folder = server.folder("diffusion_models")
     path = folder / f"wrong-{kind}.safetensors"
-    path.write_bytes({"lora": lambda: (server.folder("loras") / lora).read_bytes(), "vae": lambda: (WEIGHTS / VAE).read_bytes(),
-                      "truncated": lambda: (WEIGHTS / FLUX).read_bytes()[:-1000], "text": lambda: b"<html>not found</html>" * 9}[kind]())
+    path.write_bytes(
+        {
+            "lora": lambda: (server.folder("loras") / lora).read_bytes(),
+            "vae": lambda: (WEIGHTS / VAE).read_bytes(),
+            "truncated": lambda: (WEIGHTS / FLUX).read_bytes()[:-1000],
+            "text": lambda: b"<html>not found</html>" * 9,
+        }[kind]()
+    )
     with pytest.raises(Refused, match=said):
         server.run(graph.quantize(model_name=path.name, filename="never").nodes)
     assert server.get("/system_stats") and not list(folder.glob("never*"))
@@ -215,7 +287,9 @@ def damaged(path, source, kind: str) -> None:
     """A quantized file, spoilt."""
     data = bytearray(source.read_bytes())
     if kind == "newer":
-        data = data.replace(b'"nibble_version":"1"', b'"nibble_version":"9"').replace(b'"nibble_version": "1"', b'"nibble_version": "9"')
+        data = data.replace(b'"nibble_version":"1"', b'"nibble_version":"9"').replace(
+            b'"nibble_version": "1"', b'"nibble_version": "9"'
+        )
     elif kind == "flipped":
         data[-100_000] ^= 0x10
     else:
@@ -223,18 +297,32 @@ def damaged(path, source, kind: str) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind, said", [("newer", "update Nibble"), ("flipped", "checksum"), ("truncated", "cut off")])
-def test_a_damaged_quantized_file_is_refused_in_words_and_the_server_lives(server, quantized, graph, kind, said):
+@pytest.mark.parametrize(
+    "kind, said", [("newer", "update Nibble"), ("flipped", "checksum"), ("truncated", "cut off")]
+)
+def test_a_damaged_quantized_file_is_refused_in_words_and_the_server_lives(
+    server, quantized, graph, kind, said
+):
     folder = server.folder("diffusion_models")
     damaged(folder / f"damaged-{kind}.safetensors", folder / quantized, kind)
     with pytest.raises(Refused, match=said):
-        server.run((graph.save(graph.sample(graph.load(f"damaged-{kind}.safetensors"), graph.prompt())), graph.nodes)[1])
+        server.run(
+            (
+                graph.save(graph.sample(graph.load(f"damaged-{kind}.safetensors"), graph.prompt())),
+                graph.nodes,
+            )[1]
+        )
     assert server.get("/system_stats")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="ComfyUI takes --lowvram and --novram with a GPU only (not beside --cpu); "
-                                                          "tests/nodes samples in both states without one")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason=(
+        "ComfyUI takes --lowvram and --novram with a GPU only (not beside --cpu); "
+        "tests/nodes samples in both states without one"
+    ),
+)
 @pytest.mark.parametrize("flag", ["--lowvram", "--novram", "--disable-dynamic-vram"])
 def test_low_vram_flags_give_the_same_picture(server, quantized, ours, lora, tmp_path, flag):
     with furnish(Server(tmp_path, flag, device_flags=())) as other:

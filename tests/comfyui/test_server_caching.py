@@ -1,4 +1,6 @@
-"""Caching done to a real ComfyUI on the demo model: sampled, applied, calibrated, in awkward graphs, stopped midway and fed with wrong files."""
+"""Caching done to a real ComfyUI on the demo model: sampled, applied, calibrated, in awkward
+graphs, stopped midway and fed with wrong files.
+"""
 
 import json
 import time
@@ -10,26 +12,65 @@ from conftest import FLUX, VAE, Graph
 from server import Refused
 
 STEPS = 12
-NODES = ("NibbleTeaCacheSampler", "NibbleApplyTeaCache", "NibbleApplySmoothCache", "NibbleCalibrateCache")
+NODES = (
+    "NibbleTeaCacheSampler",
+    "NibbleApplyTeaCache",
+    "NibbleApplySmoothCache",
+    "NibbleCalibrateCache",
+)
 EXPERT = dict(extrapolation="auto", first_steps=1, last_steps=1, store="gpu")
-TEACACHE = dict(preset="balanced", threshold=0.2, start=0.0, end=1.0, calibration="none", rule="auto", level="auto", **EXPERT)
-SMOOTHCACHE = dict(calibration="auto", alpha=0.15, depth="step", start=0.0, end=1.0, budget=0, **EXPERT)
+TEACACHE = dict(
+    preset="balanced",
+    threshold=0.2,
+    start=0.0,
+    end=1.0,
+    calibration="none",
+    rule="auto",
+    level="auto",
+    **EXPERT,
+)
+SMOOTHCACHE = dict(
+    calibration="auto", alpha=0.15, depth="step", start=0.0, end=1.0, budget=0, **EXPERT
+)
 SOCKETS = {"NOISE", "GUIDER", "SAMPLER", "SIGMAS", "LATENT", "MODEL", "CONDITIONING", "VAE"}
 
 
 class CacheGraph(Graph):
     """Graphs with caching in them."""
 
-    def parts(self, model: str, steps: int = STEPS, seed: int = 1, text: str = "a red circle top left on black") -> dict:
+    def parts(
+        self,
+        model: str,
+        steps: int = STEPS,
+        seed: int = 1,
+        text: str = "a red circle top left on black",
+    ) -> dict:
         """SamplerCustomAdvanced's inputs."""
-        return dict(noise=[self.add("RandomNoise", noise_seed=seed), 0],
-                    guider=[self.add("BasicGuider", model=[model, 0], conditioning=[self.prompt(text), 0]), 0],
-                    sampler=[self.add("KSamplerSelect", sampler_name="euler"), 0],
-                    sigmas=[self.add("BasicScheduler", model=[model, 0], scheduler="simple", steps=steps, denoise=1.0), 0],
-                    latent_image=[self.latent(), 0])
+        return dict(
+            noise=[self.add("RandomNoise", noise_seed=seed), 0],
+            guider=[
+                self.add("BasicGuider", model=[model, 0], conditioning=[self.prompt(text), 0]),
+                0,
+            ],
+            sampler=[self.add("KSamplerSelect", sampler_name="euler"), 0],
+            sigmas=[
+                self.add(
+                    "BasicScheduler", model=[model, 0], scheduler="simple", steps=steps, denoise=1.0
+                ),
+                0,
+            ],
+            latent_image=[self.latent(), 0],
+        )
 
-    def teacache_sampler(self, model: str, compare: bool = False, parts: dict | None = None, **changes) -> str:
-        return self.add("NibbleTeaCacheSampler", **(parts or self.parts(model)), compare=compare, **(TEACACHE | changes))
+    def teacache_sampler(
+        self, model: str, compare: bool = False, parts: dict | None = None, **changes
+    ) -> str:
+        return self.add(
+            "NibbleTeaCacheSampler",
+            **(parts or self.parts(model)),
+            compare=compare,
+            **(TEACACHE | changes),
+        )
 
     def apply_teacache(self, model: str, **changes) -> str:
         return self.add("NibbleApplyTeaCache", model=[model, 0], **(TEACACHE | changes))
@@ -37,13 +78,30 @@ class CacheGraph(Graph):
     def apply_smoothcache(self, model: str, **changes) -> str:
         return self.add("NibbleApplySmoothCache", model=[model, 0], **(SMOOTHCACHE | changes))
 
-    def calibrate(self, model: str, filename: str = "", steps: int = STEPS, overwrite: bool = False) -> str:
+    def calibrate(
+        self, model: str, filename: str = "", steps: int = STEPS, overwrite: bool = False
+    ) -> str:
         """Calibrate Cache on two prompts that no test samples."""
         parts = self.parts(model, steps=steps)
-        prompts = self.add("ConditioningCombine", conditioning_1=[self.prompt("a green star top on navy"), 0],
-                           conditioning_2=[self.prompt("a pink ring left on white"), 0])
-        return self.add("NibbleCalibrateCache", model=[model, 0], positive=[prompts, 0], sampler=parts["sampler"], sigmas=parts["sigmas"],
-                        latent_image=parts["latent_image"], cfg=1.0, seed=5, filename=filename, overwrite=overwrite, k_max=3, order=2)
+        prompts = self.add(
+            "ConditioningCombine",
+            conditioning_1=[self.prompt("a green star top on navy"), 0],
+            conditioning_2=[self.prompt("a pink ring left on white"), 0],
+        )
+        return self.add(
+            "NibbleCalibrateCache",
+            model=[model, 0],
+            positive=[prompts, 0],
+            sampler=parts["sampler"],
+            sigmas=parts["sigmas"],
+            latent_image=parts["latent_image"],
+            cfg=1.0,
+            seed=5,
+            filename=filename,
+            overwrite=overwrite,
+            k_max=3,
+            order=2,
+        )
 
 
 @pytest.fixture
@@ -87,9 +145,15 @@ def calibrated(server) -> str:
 def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(server):
     for name in NODES:
         info = server.get(f"/object_info/{name}")[name]
-        inputs = [spec for group in ("required", "optional") for spec in info["input"].get(group, {}).values()]
+        inputs = [
+            spec
+            for group in ("required", "optional")
+            for spec in info["input"].get(group, {}).values()
+        ]
         assert all(spec[1].get("tooltip") for spec in inputs) and all(info["output_tooltips"]), name
-        assert sum(spec[0] not in SOCKETS and not spec[1].get("advanced") for spec in inputs) <= 6, name
+        assert (
+            sum(spec[0] not in SOCKETS and not spec[1].get("advanced") for spec in inputs) <= 6
+        ), name
         assert info["category"] == "Nibble"
 
 
@@ -107,7 +171,10 @@ def test_a_preset_reuses_steps_and_compares_itself_on_request(server, graph, pla
     saved = graph.save(node)
     outputs = server.run(graph.nodes)
     chart = chart_of(outputs[node])
-    assert computed(chart)[0] is computed(chart)[-1] is True and 0 < computed(chart).count(False) < STEPS
+    assert (
+        computed(chart)[0] is computed(chart)[-1] is True
+        and 0 < computed(chart).count(False) < STEPS
+    )
     told = dict(chart["summary"])
     assert "dB PSNR of the latent" in told["against uncached"] and "uncached" in told["time"]
     assert psnr(server.picture(outputs[saved]), plain) > 20
@@ -117,32 +184,66 @@ def test_the_strip_is_sent_step_by_step_while_sampling(server, graph):
     node = graph.teacache_sampler(graph.load(FLUX), parts=graph.parts("1", seed=31))
     saved = graph.save(node)
     seen = server.events(graph.nodes)
-    charts = [event["data"]["chart"] for event in seen if event["type"] == "nibble_chart" and event["data"]["node"] == node]
+    charts = [
+        event["data"]["chart"]
+        for event in seen
+        if event["type"] == "nibble_chart" and event["data"]["node"] == node
+    ]
     pending = [computed(chart).count(None) for chart in charts]
-    assert len(charts) >= STEPS and pending == sorted(pending, reverse=True) and pending[0] == STEPS - 1 and pending[-1] == 0
-    last = next(event["data"]["output"] for event in seen if event["type"] == "executed" and event["data"]["node"] == node)
+    assert (
+        len(charts) >= STEPS
+        and pending == sorted(pending, reverse=True)
+        and pending[0] == STEPS - 1
+        and pending[-1] == 0
+    )
+    last = next(
+        event["data"]["output"]
+        for event in seen
+        if event["type"] == "executed" and event["data"]["node"] == node
+    )
     assert computed(chart_of(last)) == computed(charts[-1])
-    assert [event["data"] for event in seen if event["type"] == "progress" and event["data"]["node"] == node and event["data"]["max"] == STEPS]
+    assert [
+        event["data"]
+        for event in seen
+        if event["type"] == "progress"
+        and event["data"]["node"] == node
+        and event["data"]["max"] == STEPS
+    ]
     assert saved
 
 
-def test_any_sampler_on_a_model_with_teacache_and_none_of_it_stays_on_the_model(server, graph, plain):
+def test_any_sampler_on_a_model_with_teacache_and_none_of_it_stays_on_the_model(
+    server, graph, plain
+):
     model = graph.load(FLUX)
     patched = graph.apply_teacache(model)
     cached = graph.save(graph.sample(patched, graph.prompt(), steps=STEPS))
     bare = graph.save(graph.sample(model, graph.prompt(), steps=STEPS))
     seen = server.events(graph.nodes)
-    charts = [event["data"]["chart"] for event in seen if event["type"] == "nibble_chart" and event["data"]["node"] == patched]
+    charts = [
+        event["data"]["chart"]
+        for event in seen
+        if event["type"] == "nibble_chart" and event["data"]["node"] == patched
+    ]
     assert computed(charts[-1]).count(False) > 0 and None not in computed(charts[-1])
-    pictures = {event["data"]["node"]: server.picture(event["data"]["output"]) for event in seen
-                if event["type"] == "executed" and "images" in event["data"]["output"]}
+    pictures = {
+        event["data"]["node"]: server.picture(event["data"]["output"])
+        for event in seen
+        if event["type"] == "executed" and "images" in event["data"]["output"]
+    }
     assert np.array_equal(pictures[bare], plain) and 20 < psnr(pictures[cached], plain) < 100
 
 
 def test_two_samplers_in_one_graph_do_not_disturb_one_another(server, graph):
     def one(graph, threshold, text):
-        node = graph.teacache_sampler(graph.load(FLUX), preset="custom", threshold=threshold, parts=graph.parts(graph.load(FLUX), text=text))
+        node = graph.teacache_sampler(
+            graph.load(FLUX),
+            preset="custom",
+            threshold=threshold,
+            parts=graph.parts(graph.load(FLUX), text=text),
+        )
         return node, graph.save(node)
+
     wanted = [(0.1, "a blue star bottom on white"), (0.4, "a red circle top left on black")]
     together = [one(graph, *want) for want in wanted]
     outputs = server.run(graph.nodes)
@@ -158,45 +259,108 @@ def hires(graph: CacheGraph, first: str, second: str) -> str:
     """A picture, enlarged by half and sampled again."""
     positive = graph.prompt()
     small = graph.sample(first, positive, steps=STEPS)
-    large = graph.add("LatentUpscale", samples=[small, 0], upscale_method="bicubic", width=96, height=96, crop="disabled")
-    return graph.save(graph.add("KSampler", model=[second, 0], positive=[positive, 0], negative=[positive, 0], latent_image=[large, 0], seed=2, steps=STEPS,
-                                cfg=1.0, sampler_name="euler", scheduler="simple", denoise=0.6))
+    large = graph.add(
+        "LatentUpscale",
+        samples=[small, 0],
+        upscale_method="bicubic",
+        width=96,
+        height=96,
+        crop="disabled",
+    )
+    return graph.save(
+        graph.add(
+            "KSampler",
+            model=[second, 0],
+            positive=[positive, 0],
+            negative=[positive, 0],
+            latent_image=[large, 0],
+            seed=2,
+            steps=STEPS,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=0.6,
+        )
+    )
 
 
 def test_a_second_pass_of_another_resolution_begins_anew(server, graph):
     model = graph.load(FLUX)
     shared = graph.apply_teacache(model)
     one = hires(graph, shared, shared)
-    other = hires(graph, graph.apply_teacache(model, threshold=0.3), graph.apply_teacache(model, threshold=0.35))  # presets: the threshold plays no part
+    # presets: the threshold plays no part
+    other = hires(
+        graph,
+        graph.apply_teacache(model, threshold=0.3),
+        graph.apply_teacache(model, threshold=0.35),
+    )
     outputs = server.run(graph.nodes)
     picture = server.picture(outputs[one])
     assert picture.shape[:2] == (96, 96) and np.array_equal(picture, server.picture(outputs[other]))
 
 
 def test_a_batch_with_a_negative_prompt(server, graph):
-    """Positive and negative prompt of two pictures in one call of the model; a threshold of 0 is still the bare model bit for bit."""
+    """Positive and negative prompt of two pictures in one call of the model; a threshold of 0 is
+    still the bare model bit for bit.
+    """
     model = graph.load(FLUX)
     positive, negative = graph.prompt(), graph.prompt("a pink ring left on white")
+
     def two(model):
         latent = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=2)
-        return graph.save(graph.add("KSampler", model=[model, 0], positive=[positive, 0], negative=[negative, 0], latent_image=[latent, 0], seed=3,
-                                    steps=STEPS, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0))
-    bare, zero, cached = two(model), two(graph.apply_teacache(model, preset="custom", threshold=0.0)), two(graph.apply_teacache(model))
+        return graph.save(
+            graph.add(
+                "KSampler",
+                model=[model, 0],
+                positive=[positive, 0],
+                negative=[negative, 0],
+                latent_image=[latent, 0],
+                seed=3,
+                steps=STEPS,
+                cfg=2.0,
+                sampler_name="euler",
+                scheduler="simple",
+                denoise=1.0,
+            )
+        )
+
+    bare, zero, cached = (
+        two(model),
+        two(graph.apply_teacache(model, preset="custom", threshold=0.0)),
+        two(graph.apply_teacache(model)),
+    )
     outputs = server.run(graph.nodes)
     for index in range(2):
-        pictures = [server.picture({"images": outputs[node]["images"][index:]}) for node in (bare, zero, cached)]
-        assert np.array_equal(pictures[0], pictures[1]) and 15 < psnr(pictures[0], pictures[2]) < 100
+        pictures = [
+            server.picture({"images": outputs[node]["images"][index:]})
+            for node in (bare, zero, cached)
+        ]
+        assert (
+            np.array_equal(pictures[0], pictures[1]) and 15 < psnr(pictures[0], pictures[2]) < 100
+        )
 
 
 def test_calibrate_then_sample_in_one_graph(server, graph, plain):
     model = graph.load(FLUX)
     calibration = graph.calibrate(model, filename="in-graph")
-    tea = graph.teacache_sampler(model, calibration=[calibration, 0], preset="custom", threshold=0.2, rule="teacache")
-    smooth = graph.save(graph.sample(graph.apply_smoothcache(model, calibration=[calibration, 0]), graph.prompt(), steps=STEPS))
+    tea = graph.teacache_sampler(
+        model, calibration=[calibration, 0], preset="custom", threshold=0.2, rule="teacache"
+    )
+    smooth = graph.save(
+        graph.sample(
+            graph.apply_smoothcache(model, calibration=[calibration, 0]),
+            graph.prompt(),
+            steps=STEPS,
+        )
+    )
     saved = graph.save(tea)
     outputs = server.run(graph.nodes)
     measured = chart_of(outputs[calibration])
-    assert measured["kind"] == "calibration" and len(measured["points"]) == 2 * (STEPS - 1) and measured["series"]
+    assert (
+        measured["kind"] == "calibration"
+        and len(measured["points"]) == 2 * (STEPS - 1)
+        and measured["series"]
+    )
     assert (server.home / "models" / "nibble_cache" / "in-graph.json").exists()
     assert "calibrated" in chart_of(outputs[tea])["subtitle"]
     assert all(psnr(server.picture(outputs[node]), plain) > 20 for node in (saved, smooth))
@@ -206,7 +370,9 @@ def test_a_calibration_is_found_by_its_model_and_is_not_measured_twice(server, c
     node = graph.calibrate(graph.load(FLUX), filename="demo", steps=STEPS)
     first = (server.home / "models" / "nibble_cache" / calibrated).stat().st_mtime_ns
     server.run(graph.nodes)
-    assert (server.home / "models" / "nibble_cache" / calibrated).stat().st_mtime_ns == first and node
+    assert (
+        server.home / "models" / "nibble_cache" / calibrated
+    ).stat().st_mtime_ns == first and node
     other = CacheGraph()
     applied = other.apply_smoothcache(other.load(FLUX))
     saved = other.save(other.sample(applied, other.prompt(), steps=STEPS))
@@ -216,13 +382,27 @@ def test_a_calibration_is_found_by_its_model_and_is_not_measured_twice(server, c
 @pytest.mark.parametrize("depth", ["step", "block", "sublayer"])
 def test_smoothcache_at_every_depth(server, calibrated, plain, depth):
     graph = CacheGraph()
-    applied = graph.apply_smoothcache(graph.load(FLUX), calibration=calibrated, depth=depth, alpha=0.3)
+    applied = graph.apply_smoothcache(
+        graph.load(FLUX), calibration=calibrated, depth=depth, alpha=0.3
+    )
     saved = graph.save(graph.sample(applied, graph.prompt(), steps=STEPS))
     seen = server.events(graph.nodes)
-    chart = [event["data"]["chart"] for event in seen if event["type"] == "nibble_chart" and event["data"]["node"] == applied][-1]
-    states = computed(chart) if depth == "step" else [state for row in chart["rows"] for state in row["computed"]]
+    chart = [
+        event["data"]["chart"]
+        for event in seen
+        if event["type"] == "nibble_chart" and event["data"]["node"] == applied
+    ][-1]
+    states = (
+        computed(chart)
+        if depth == "step"
+        else [state for row in chart["rows"] for state in row["computed"]]
+    )
     assert False in states and None not in states and bool(chart["rows"]) == (depth != "step")
-    output = next(event["data"]["output"] for event in seen if event["type"] == "executed" and event["data"]["node"] == saved)
+    output = next(
+        event["data"]["output"]
+        for event in seen
+        if event["type"] == "executed" and event["data"]["node"] == saved
+    )
     assert 18 < psnr(server.picture(output), plain) < 100
 
 
@@ -241,7 +421,9 @@ def test_a_4_bit_model_is_calibrated_as_itself(server, quantized, calibrated, gr
 def test_few_steps_and_another_schedule_are_told(server, calibrated, graph):
     model = graph.load(FLUX)
     few = graph.teacache_sampler(model, parts=graph.parts(model, steps=4))
-    other = graph.teacache_sampler(model, parts=graph.parts(model, steps=20), calibration=calibrated)
+    other = graph.teacache_sampler(
+        model, parts=graph.parts(model, steps=20), calibration=calibrated
+    )
     graph.save(few)
     graph.save(other)
     outputs = server.run(graph.nodes)
@@ -251,25 +433,41 @@ def test_few_steps_and_another_schedule_are_told(server, calibrated, graph):
 
 def test_smoothcache_without_a_calibration_says_what_to_do(server, quantized, graph):
     graph.quantize(filename="never-calibrated", rank=16)
-    loaded = graph.add("NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default")
+    loaded = graph.add(
+        "NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default"
+    )
     graph.save(graph.sample(graph.apply_smoothcache(loaded), graph.prompt()))
     with pytest.raises(Refused, match="run Calibrate Cache"):
         server.run(graph.nodes)
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"start": 0.8, "end": 0.2}, "start .* end"), ({"threshold": -1.0}, "min"), ({"threshold": 9.0}, "max"), ({"calibration": "gone.json"}, "gone.json")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"start": 0.8, "end": 0.2}, "start .* end"),
+        ({"threshold": -1.0}, "min"),
+        ({"threshold": 9.0}, "max"),
+        ({"calibration": "gone.json"}, "gone.json"),
+    ],
+)
 def test_values_that_make_no_sense_are_refused_before_work_starts(server, graph, change, said):
     graph.save(graph.teacache_sampler(graph.load(FLUX), **change))
     with pytest.raises(Refused, match=said):
         server.run(graph.nodes)
 
 
-@pytest.mark.parametrize("kind, said", [("newer", "update ComfyUI-Nibble"), ("text", "calibration"), ("cut", "calibration")])
+@pytest.mark.parametrize(
+    "kind, said",
+    [("newer", "update ComfyUI-Nibble"), ("text", "calibration"), ("cut", "calibration")],
+)
 def test_a_wrong_calibration_file_is_refused_in_words(server, calibrated, graph, kind, said):
     folder = server.home / "models" / "nibble_cache"
     good = (folder / calibrated).read_text()
-    bad = {"newer": json.dumps(json.loads(good) | {"format": "nibble-cache/9"}), "text": "<html>not found</html>", "cut": good[:-40]}[kind]
+    bad = {
+        "newer": json.dumps(json.loads(good) | {"format": "nibble-cache/9"}),
+        "text": "<html>not found</html>",
+        "cut": good[:-40],
+    }[kind]
     (folder / f"wrong-{kind}.json").write_text(bad)
     graph.save(graph.teacache_sampler(graph.load(FLUX), calibration=f"wrong-{kind}.json"))
     try:
@@ -282,10 +480,16 @@ def test_a_wrong_calibration_file_is_refused_in_words(server, calibrated, graph,
 
 def test_stopping_a_run_leaves_nothing_on_the_model(server, graph, plain):
     model = graph.load(FLUX)
-    graph.save(graph.teacache_sampler(model, parts=graph.parts(model, steps=2000), preset="custom", threshold=3.0))
+    graph.save(
+        graph.teacache_sampler(
+            model, parts=graph.parts(model, steps=2000), preset="custom", threshold=3.0
+        )
+    )
     prompt = server.queue(graph.nodes)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not any(job[1] == prompt for job in server.get("/queue")["queue_running"]):
+    while time.monotonic() < deadline and not any(
+        job[1] == prompt for job in server.get("/queue")["queue_running"]
+    ):
         time.sleep(0.05)
     time.sleep(1)  # into the sampling loop
     server.post("/interrupt", {})
@@ -300,4 +504,7 @@ def test_the_difference_is_told_of_pictures_where_there_is_a_vae(server, graph):
     vae = graph.add("VAELoader", vae_name=VAE)
     node = graph.teacache_sampler(graph.load(FLUX), compare=True, vae=[vae, 0])
     graph.save(node)
-    assert "dB PSNR of the picture" in dict(chart_of(server.run(graph.nodes)[node])["summary"])["against uncached"]
+    assert (
+        "dB PSNR of the picture"
+        in dict(chart_of(server.run(graph.nodes)[node])["summary"])["against uncached"]
+    )

@@ -9,7 +9,9 @@ def test_the_closed_form_encoder_equals_its_convolutions():
     encoder.write(vae)
     images = train.picture_batch(2, np.random.default_rng(1))[1]
     with torch.no_grad():
-        torch.testing.assert_close(vae.encode(images).latents, encoder.latents(images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            vae.encode(images).latents, encoder.latents(images), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_one_step_of_training_has_a_finite_loss_and_gradients():
@@ -17,4 +19,6 @@ def test_one_step_of_training_has_a_finite_loss_and_gradients():
     flux = pictures.build_flux()
     loss = train.flow_loss(flux, torch.randn(2, 16, 8, 8), torch.zeros(2, 4, dtype=torch.long))
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in flux.parameters())
+    assert loss.isfinite() and all(
+        p.grad is not None and p.grad.isfinite().all() for p in flux.parameters()
+    )

@@ -29,8 +29,12 @@ def test_sixteen_bit_pictures_show_what_was_asked(full):
 def test_fast_four_bit_pictures_stay_close(full, tmp_path):
     target = tmp_path / "demo.safetensors"
     report = run.quantize(target, Recipe.from_preset("fast"))
-    drawn = run.draw(models.load_quantized(target, full.dtype), pictures.load_vae(), PROMPTS, SEEDS)[0]
+    drawn = run.draw(
+        models.load_quantized(target, full.dtype), pictures.load_vae(), PROMPTS, SEEDS
+    )[0]
     scores, reference = (run.compare(p, full, PROMPTS, SEEDS) for p in (drawn, full))
     assert scores["psnr"] > 32 and scores["ssim"] > 0.97 and scores["all"] >= reference["all"] - 0.1
     assert report.bytes_after < report.bytes_before / 2
-    assert json.loads(open_quantized(target).metadata["calibration"])["kind"] == "random conditioning"
+    assert (
+        json.loads(open_quantized(target).metadata["calibration"])["kind"] == "random conditioning"
+    )

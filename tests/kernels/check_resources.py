@@ -1,15 +1,22 @@
-"""What the compiler made of every GPU kernel: registers, shared memory, stack, spills and matrix instructions, bounded by a file.
+"""What the compiler made of every GPU kernel: registers, shared memory, stack, spills and matrix
+instructions, bounded by a file.
 
-    python tests/kernels/check_resources.py                      compile every .cu for every architecture and look (needs nvcc)
-    python tests/kernels/check_resources.py --arch 90a           one architecture; --only sm90 for files with that in their name
-    python tests/kernels/check_resources.py --module FILE        look into a built module instead (needs cuobjdump)
-    python tests/kernels/check_resources.py --log FILE           read the log of a build (nvcc's -Xptxas=-v)
-    python tests/kernels/check_resources.py --write              take what was found as the new bounds
+    python tests/kernels/check_resources.py                      compile every .cu for every
+      architecture and look (needs nvcc)
+    python tests/kernels/check_resources.py --arch 90a           one architecture; --only sm90 for
+      files with that in their name
+    python tests/kernels/check_resources.py --module FILE        look into a built module instead
+      (needs cuobjdump)
+    python tests/kernels/check_resources.py --log FILE           read the log of a build (nvcc's
+      -Xptxas=-v)
+    python tests/kernels/check_resources.py --write              take what was found as the new
+      bounds
 
-Bounds lie in kernels/resources.json: the most registers a kernel may use for each architecture. Spills and a stack are never
-allowed. A kernel without a bound is a mistake too: it has to be looked at once. Exit code 1 and a line for each broken bound.
-Matrix instructions are counted in the machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on the path
-that it is meant to be on.
+Bounds lie in kernels/resources.json: the most registers a kernel may use for each architecture.
+Spills and a stack are never allowed. A kernel without a bound is a mistake too: it has to be looked
+at once. Exit code 1 and a line for each broken bound. Matrix instructions are counted in the
+machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on the path that it is
+meant to be on.
 """
 
 from __future__ import annotations
@@ -27,8 +34,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC, BOUNDS = ROOT / "kernels" / "csrc", ROOT / "kernels" / "resources.json"
-ARCHS = {"75": ("sm75",), "80": ("sm80",), "86": ("sm80",), "89": ("sm80",), "90a": ("sm90", "sm100"), "100f": ("sm100",), "120f": ("sm100",)}
-"""Architecture -> the endings of the files that are its own; files without any such ending are compiled for all."""
+ARCHS = {
+    "75": ("sm75",),
+    "80": ("sm80",),
+    "86": ("sm80",),
+    "89": ("sm80",),
+    "90a": ("sm90", "sm100"),
+    "100f": ("sm100",),
+    "120f": ("sm100",),
+}
+"""Architecture -> the endings of the files that are its own; files without any such ending are
+compiled for all.
+"""
 MATRIX = re.compile(r"\b(IMMA|HMMA|QMMA|OMMA|IGMMA|HGMMA|QGMMA|UTCIMMA|UTCHMMA|UTCQMMA)\b")
 
 
@@ -46,7 +63,9 @@ class Kernel:
 
 
 def base_name(mangled: str) -> str:
-    """The function's own name and template numbers: _ZN6nibble4cuda..12gemm_kernelILi128E.. -> gemm_kernel<128>; others as they are."""
+    """The function's own name and template numbers: _ZN6nibble4cuda..12gemm_kernelILi128E.. ->
+    gemm_kernel<128>; others as they are.
+    """
     position, name = mangled.find("_ZN") + 3, mangled
     if position < 3:
         return mangled
@@ -54,11 +73,15 @@ def base_name(mangled: str) -> str:
         start = position + match.end()
         position = start + int(match.group(1))
         name = mangled[start:position]
-    numbers = re.findall(r"L[a-zA-Z0-9_]*?(n?\d+)E", mangled[position:]) if mangled[position:position + 1] == "I" else []
+    numbers = (
+        re.findall(r"L[a-zA-Z0-9_]*?(n?\d+)E", mangled[position:])
+        if mangled[position : position + 1] == "I"
+        else []
+    )
     return name + (f"<{','.join(numbers).replace('n', '-')}>" if numbers else "")
 
 
-# ---- reading reports -----------------------------------------------------------------------------------------------------
+# ---- reading reports -----------------------------------------------------------------------------
 
 
 def read_ptxas(text: str, file: str = "") -> list[Kernel]:
@@ -71,7 +94,9 @@ def read_ptxas(text: str, file: str = "") -> list[Kernel]:
             found.append(Kernel(base_name(match[1]), match[2], match[1], file))
         elif match := re.search(r"Function properties for (\S+)", line):
             function = match[1]
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             properties[function] = int(match[1]), int(match[2]) + int(match[3])
         elif found and (match := re.search(r"Used (\d+) registers", line)):
             kernel = found[-1]
@@ -83,15 +108,21 @@ def read_ptxas(text: str, file: str = "") -> list[Kernel]:
 
 
 def read_module(text: str) -> list[Kernel]:
-    """The kernels in what `cuobjdump --dump-resource-usage` prints; spills appear there as local memory."""
+    """The kernels in what `cuobjdump --dump-resource-usage` prints; spills appear there as local
+    memory.
+    """
     found, arch = [], ""
     for line in text.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
             found.append(Kernel(base_name(match[1]), arch, match[1]))
-        elif found and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)):
-            found[-1].registers, found[-1].stack, found[-1].shared, found[-1].spills = map(int, match.groups())
+        elif found and (
+            match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line)
+        ):
+            found[-1].registers, found[-1].stack, found[-1].shared, found[-1].spills = map(
+                int, match.groups()
+            )
     return found
 
 
@@ -102,27 +133,37 @@ def count_matrix(text: str, kernels: list[Kernel]) -> None:
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*(?:Function : |\.text\.)(\w+)", line):
-            current = by_key.get((match[1], arch)) or next((kernel for kernel in kernels if not arch and kernel.mangled == match[1]), None)
+            current = by_key.get((match[1], arch)) or next(
+                (kernel for kernel in kernels if not arch and kernel.mangled == match[1]), None
+            )
             if current:
                 current.matrix = {}
         elif current and (match := MATRIX.search(line)):
             current.matrix[match[1]] = current.matrix.get(match[1], 0) + 1
 
 
-# ---- making them -----------------------------------------------------------------------------------------------------
+# ---- making them ---------------------------------------------------------------------------------
 
 
 def tool(name: str) -> str | None:
     nvcc = shutil.which("nvcc")
     beside = [str(Path(nvcc).resolve().parent)] if nvcc else []
-    return shutil.which(name) or next((found for folder in beside if (found := shutil.which(name, path=folder))), None)
+    return shutil.which(name) or next(
+        (found for folder in beside if (found := shutil.which(name, path=folder))), None
+    )
 
 
 def jobs(archs: list[str], only: str) -> list[tuple[Path, str]]:
     found = []
     for path in sorted((CSRC / "cuda").glob("*.cu")):
-        own = next((ending for ending in sum(ARCHS.values(), ()) if path.stem.endswith("_" + ending)), None)
-        found += [(path, arch) for arch in archs if (own is None or own in ARCHS[arch]) and only in path.name]
+        own = next(
+            (ending for ending in sum(ARCHS.values(), ()) if path.stem.endswith("_" + ending)), None
+        )
+        found += [
+            (path, arch)
+            for arch in archs
+            if (own is None or own in ARCHS[arch]) and only in path.name
+        ]
     return found
 
 
@@ -130,8 +171,20 @@ def compile_one(job: tuple[Path, str]) -> list[Kernel]:
     path, arch = job
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        command = ["nvcc", "-cubin", "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v,-warn-spills", "-DNIBBLE_CUDA", f"-I{CSRC}",
-                   f"-gencode=arch=compute_{arch},code=sm_{arch}", str(path), "-o", str(cubin)]
+        command = [
+            "nvcc",
+            "-cubin",
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Xptxas=-v,-warn-spills",
+            "-DNIBBLE_CUDA",
+            f"-I{CSRC}",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            str(path),
+            "-o",
+            str(cubin),
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{path.name} for sm_{arch} does not compile:\n{result.stderr}")
@@ -140,7 +193,12 @@ def compile_one(job: tuple[Path, str]) -> list[Kernel]:
             kernel.arch = arch
         disassembler = tool("nvdisasm")
         if disassembler and kernels:
-            count_matrix(subprocess.run([disassembler, "-c", str(cubin)], capture_output=True, text=True).stdout, kernels)
+            count_matrix(
+                subprocess.run(
+                    [disassembler, "-c", str(cubin)], capture_output=True, text=True
+                ).stdout,
+                kernels,
+            )
     return kernels
 
 
@@ -148,12 +206,24 @@ def look_into(module: Path) -> list[Kernel]:
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
         raise SystemExit("cuobjdump is not found; it comes with the CUDA toolkit")
-    kernels = read_module(subprocess.run([cuobjdump, "--dump-resource-usage", str(module)], capture_output=True, text=True, check=True).stdout)
-    count_matrix(subprocess.run([cuobjdump, "-sass", str(module)], capture_output=True, text=True, check=True).stdout, kernels)
+    kernels = read_module(
+        subprocess.run(
+            [cuobjdump, "--dump-resource-usage", str(module)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    count_matrix(
+        subprocess.run(
+            [cuobjdump, "-sass", str(module)], capture_output=True, text=True, check=True
+        ).stdout,
+        kernels,
+    )
     return kernels
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------------
+# ---- judging -------------------------------------------------------------------------------------
 
 
 def broken(kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None) -> list[str]:
@@ -162,12 +232,17 @@ def broken(kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None) -> l
     for kernel in kernels:
         where = f"{kernel.name} on sm_{kernel.arch}"
         if kernel.spills or kernel.stack:
-            lines.append(f"{where} has {kernel.spills} bytes of spills and a stack of {kernel.stack} bytes; none is allowed")
+            lines.append(
+                f"{where} has {kernel.spills} bytes of spills and a stack of {kernel.stack} bytes;"
+                " none is allowed"
+            )
         if bounds is None:
             continue
         bound = bounds.get(kernel.name, {}).get(kernel.arch)
         if bound is None:
-            lines.append(f"{where} uses {kernel.registers} registers and has no bound in {BOUNDS.name}")
+            lines.append(
+                f"{where} uses {kernel.registers} registers and has no bound in {BOUNDS.name}"
+            )
         elif kernel.registers > bound:
             lines.append(f"{where} uses {kernel.registers} registers and may use {bound}")
     return lines
@@ -175,10 +250,23 @@ def broken(kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None) -> l
 
 def table(kernels: list[Kernel]) -> str:
     width = max((len(kernel.name) for kernel in kernels), default=6)
-    lines = [f"{'kernel':<{width}}  {'arch':<5}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>8}  matrix instructions"]
-    for kernel in sorted(kernels, key=lambda kernel: (kernel.file, kernel.name, len(kernel.arch), kernel.arch)):
-        matrix = "not counted" if kernel.matrix is None else ", ".join(f"{count} {name}" for name, count in kernel.matrix.items()) or "none"
-        lines.append(f"{kernel.name:<{width}}  {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}{kernel.stack:>7}{kernel.spills:>8}  {matrix}")
+    lines = [
+        f"{'kernel':<{width}}  {'arch':<5}{'registers':>10}{'shared':>8}{'stack':>7}{'spills':>8} "
+        " matrix instructions"
+    ]
+    for kernel in sorted(
+        kernels, key=lambda kernel: (kernel.file, kernel.name, len(kernel.arch), kernel.arch)
+    ):
+        matrix = (
+            "not counted"
+            if kernel.matrix is None
+            else ", ".join(f"{count} {name}" for name, count in kernel.matrix.items()) or "none"
+        )
+        lines.append(
+            f"{kernel.name:<{width}} "
+            f" {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}{kernel.stack:>7}{kernel.spills:>8}"
+            f"  {matrix}"
+        )
     return "\n".join(lines)
 
 
@@ -186,14 +274,30 @@ def write_bounds(kernels: list[Kernel]) -> None:
     """Keeps the bounds of kernels that were not looked at."""
     bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
     for kernel in kernels:
-        alike = [other.registers for other in kernels if (other.name, other.arch) == (kernel.name, kernel.arch)]
-        bounds.setdefault(kernel.name, {})[kernel.arch] = max(alike)  # instantiations for several dtypes share a name here
-    ordered = {name: dict(sorted(bounds[name].items(), key=lambda item: int(re.sub(r"\D", "", item[0])))) for name in sorted(bounds)}
-    BOUNDS.write_text("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(of_archs)}" for name, of_archs in ordered.items()) + "\n}\n")
+        alike = [
+            other.registers
+            for other in kernels
+            if (other.name, other.arch) == (kernel.name, kernel.arch)
+        ]
+        # instantiations for several dtypes share a name here
+        bounds.setdefault(kernel.name, {})[kernel.arch] = max(alike)
+    ordered = {
+        name: dict(sorted(bounds[name].items(), key=lambda item: int(re.sub(r"\D", "", item[0]))))
+        for name in sorted(bounds)
+    }
+    BOUNDS.write_text(
+        "{\n"
+        + ",\n".join(
+            f" {json.dumps(name)}: {json.dumps(of_archs)}" for name, of_archs in ordered.items()
+        )
+        + "\n}\n"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--only", default="", help="files with this in their name")
     parser.add_argument("--module", type=Path)
@@ -201,7 +305,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write what was found here too")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--spills-only", action="store_true", help="registers are another compiler's than that of the bounds")
+    parser.add_argument(
+        "--spills-only",
+        action="store_true",
+        help="registers are another compiler's than that of the bounds",
+    )
     options = parser.parse_args(arguments)
     if options.module:
         kernels = look_into(options.module)
@@ -211,7 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
         if shutil.which("nvcc") is None:
             raise SystemExit("nvcc is not found")
         with ThreadPoolExecutor(options.jobs) as pool:
-            kernels = [kernel for found in pool.map(compile_one, jobs(options.arch or list(ARCHS), options.only)) for kernel in found]
+            kernels = [
+                kernel
+                for found in pool.map(compile_one, jobs(options.arch or list(ARCHS), options.only))
+                for kernel in found
+            ]
     print(table(kernels))
     if options.json:
         options.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
@@ -219,7 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
         write_bounds(kernels)
     bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
     wrong = broken(kernels, None if options.spills_only else bounds)
-    print("\n".join(wrong) if wrong else f"{len(kernels)} kernels, all within their bounds", file=sys.stderr if wrong else sys.stdout)
+    print(
+        "\n".join(wrong) if wrong else f"{len(kernels)} kernels, all within their bounds",
+        file=sys.stderr if wrong else sys.stdout,
+    )
     return bool(wrong)
 
 

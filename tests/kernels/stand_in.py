@@ -1,4 +1,6 @@
-"""A stand-in for the compiled module: its interface of bare pointers over the reference, so that flattening is tested without a compiler."""
+"""A stand-in for the compiled module: its interface of bare pointers over the reference, so that
+flattening is tested without a compiler.
+"""
 
 import ctypes
 import math
@@ -21,7 +23,9 @@ def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
     if address == 0:
         return None
     assert address % 16 == 0
-    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype).view(shape)
+    return torch.frombuffer(
+        (ctypes.c_char * (count * dtype.itemsize)).from_address(address), dtype=dtype
+    ).view(shape)
 
 
 class StandIn:
@@ -49,51 +53,221 @@ class StandIn:
             at(address, torch.int8, m, k // 2).copy_(q)
 
     def _read_codes(self, address, codes, m, k):
-        return pack_int4(at(address, E4M3, m, k).to(torch.int8)) if codes else at(address, torch.int8, m, k // 2)
+        return (
+            pack_int4(at(address, E4M3, m, k).to(torch.int8))
+            if codes
+            else at(address, torch.int8, m, k // 2)
+        )
 
-    def quantize_down(self, device, stream, threads, isa, M, K, R, x, x_dtype, smooth, proj_down, param_dtype, act_unsigned, rotate, codes, q,
-                      ascales, h):
+    def quantize_down(
+        self,
+        device,
+        stream,
+        threads,
+        isa,
+        M,
+        K,
+        R,
+        x,
+        x_dtype,
+        smooth,
+        proj_down,
+        param_dtype,
+        act_unsigned,
+        rotate,
+        codes,
+        q,
+        ascales,
+        h,
+    ):
         self.calls.append("quantize_down")
         assert (device, stream, threads) == (-1, 0, torch.get_num_threads())
         kind = NAMES[param_dtype]
-        found = reference.quantize_down(at(x, NAMES[x_dtype], M, K), at(smooth, kind, K), at(proj_down, kind, K, R), act_unsigned, 64 * rotate)
+        found = reference.quantize_down(
+            at(x, NAMES[x_dtype], M, K),
+            at(smooth, kind, K),
+            at(proj_down, kind, K, R),
+            act_unsigned,
+            64 * rotate,
+        )
         self._write_codes(q, codes, found[0], M, K, act_unsigned)
         at(ascales, torch.float32, K // 64, M).copy_(found[1])
         at(h, torch.float32, M, R).copy_(found[2])
 
-    def _product(self, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias, kind):
+    def _product(
+        self,
+        M,
+        N,
+        K,
+        R,
+        codes,
+        q,
+        act_unsigned,
+        ascales,
+        h,
+        h_stride,
+        weight,
+        weight_scale,
+        proj_up,
+        bias,
+        kind,
+    ):
         rows = torch.empty(M, 0)
         if R and M:  # the last row ends after R floats, not after h_stride
             rows = at(h, torch.float32, (M - 1) * h_stride + R).as_strided((M, R), (h_stride, 1))
-        return (self._read_codes(q, codes, M, K), at(ascales, torch.float32, K // 64, M), rows, at(weight, torch.int8, N, K // 2),
-                at(weight_scale, kind, K // 64, N), at(proj_up, kind, N, R), at(bias, kind, N) if bias else None)
+        return (
+            self._read_codes(q, codes, M, K),
+            at(ascales, torch.float32, K // 64, M),
+            rows,
+            at(weight, torch.int8, N, K // 2),
+            at(weight_scale, kind, K // 64, N),
+            at(proj_up, kind, N, R),
+            at(bias, kind, N) if bias else None,
+        )
 
-    def gemm_w4a4_up(self, device, stream, threads, isa, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up,
-                     bias, param_dtype, out, out_dtype, workspace, workspace_size):
+    def gemm_w4a4_up(
+        self,
+        device,
+        stream,
+        threads,
+        isa,
+        M,
+        N,
+        K,
+        R,
+        codes,
+        q,
+        act_unsigned,
+        ascales,
+        h,
+        h_stride,
+        weight,
+        weight_scale,
+        proj_up,
+        bias,
+        param_dtype,
+        out,
+        out_dtype,
+        workspace,
+        workspace_size,
+    ):
         self.calls.append("gemm_w4a4_up")
-        assert workspace_size == self.WORKSPACE and at(workspace, torch.uint8, workspace_size).fill_(255) is not None
-        arguments = self._product(M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias,
-                                  NAMES[param_dtype])
+        assert (
+            workspace_size == self.WORKSPACE
+            and at(workspace, torch.uint8, workspace_size).fill_(255) is not None
+        )
+        arguments = self._product(
+            M,
+            N,
+            K,
+            R,
+            codes,
+            q,
+            act_unsigned,
+            ascales,
+            h,
+            h_stride,
+            weight,
+            weight_scale,
+            proj_up,
+            bias,
+            NAMES[param_dtype],
+        )
         at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, act_unsigned))
 
     def gemm_w4a4_up_gelu_quantize_down(
-        self, device, stream, threads, isa, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias,
-        param_dtype, mid_dtype, R2, smooth2, proj_down2, act_unsigned2, rotate2, codes2, q2, ascales2, h2, workspace, workspace_size,
+        self,
+        device,
+        stream,
+        threads,
+        isa,
+        M,
+        N,
+        K,
+        R,
+        codes,
+        q,
+        act_unsigned,
+        ascales,
+        h,
+        h_stride,
+        weight,
+        weight_scale,
+        proj_up,
+        bias,
+        param_dtype,
+        mid_dtype,
+        R2,
+        smooth2,
+        proj_down2,
+        act_unsigned2,
+        rotate2,
+        codes2,
+        q2,
+        ascales2,
+        h2,
+        workspace,
+        workspace_size,
     ):
         self.calls.append("gemm_w4a4_up_gelu_quantize_down")
         kind = NAMES[param_dtype]
-        arguments = self._product(M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight, weight_scale, proj_up, bias, kind)
-        second = at(smooth2, kind, N), at(proj_down2, kind, N, R2), act_unsigned, act_unsigned2, 64 * rotate2, NAMES[mid_dtype]
+        arguments = self._product(
+            M,
+            N,
+            K,
+            R,
+            codes,
+            q,
+            act_unsigned,
+            ascales,
+            h,
+            h_stride,
+            weight,
+            weight_scale,
+            proj_up,
+            bias,
+            kind,
+        )
+        second = (
+            at(smooth2, kind, N),
+            at(proj_down2, kind, N, R2),
+            act_unsigned,
+            act_unsigned2,
+            64 * rotate2,
+            NAMES[mid_dtype],
+        )
         found = reference.gemm_w4a4_up_gelu_quantize_down(*arguments, *second)
         self._write_codes(q2, codes2, found[0], M, N, act_unsigned2)
         at(ascales2, torch.float32, N // 64, M).copy_(found[1])
         at(h2, torch.float32, M, R2).copy_(found[2])
 
-    def _w4a16(self, device, stream, threads, isa, M, N, K, x, x_dtype, weight, weight_scale, weight_zeros, bias, param_dtype, out):
+    def _w4a16(
+        self,
+        device,
+        stream,
+        threads,
+        isa,
+        M,
+        N,
+        K,
+        x,
+        x_dtype,
+        weight,
+        weight_scale,
+        weight_zeros,
+        bias,
+        param_dtype,
+        out,
+    ):
         kind, groups = NAMES[param_dtype], K // 64
         zeros = at(weight_zeros, kind, groups, N) if weight_zeros else None
-        y = reference.gemv_w4a16(at(x, NAMES[x_dtype], M, K), at(weight, torch.int8, N, K // 2), at(weight_scale, kind, groups, N), zeros,
-                                 at(bias, kind, N) if bias else None)
+        y = reference.gemv_w4a16(
+            at(x, NAMES[x_dtype], M, K),
+            at(weight, torch.int8, N, K // 2),
+            at(weight_scale, kind, groups, N),
+            zeros,
+            at(bias, kind, N) if bias else None,
+        )
         at(out, NAMES[x_dtype], M, N).copy_(y)
 
     def gemv_w4a16(self, *arguments):
@@ -104,12 +278,42 @@ class StandIn:
         self.calls.append("gemm_w4a16")
         self._w4a16(*arguments)
 
-    def gemm_vq(self, device, stream, threads, isa, M, N, K, bits, D, x, x_dtype, indices, codebook, codebook_dtype, scale, bias, param_dtype,
-                addend, addend_dtype, out, out_dtype):
+    def gemm_vq(
+        self,
+        device,
+        stream,
+        threads,
+        isa,
+        M,
+        N,
+        K,
+        bits,
+        D,
+        x,
+        x_dtype,
+        indices,
+        codebook,
+        codebook_dtype,
+        scale,
+        bias,
+        param_dtype,
+        addend,
+        addend_dtype,
+        out,
+        out_dtype,
+    ):
         self.calls.append("gemm_vq")
         kind = NAMES[param_dtype]
         words = at(codebook, NAMES[codebook_dtype], 1 << bits, D)
-        scales, added = at(scale, kind, N) if scale else None, at(addend, NAMES[addend_dtype], M, N) if addend else None
-        y = reference_vq.gemm_vq(at(x, NAMES[x_dtype], M, K).float(), at(indices, torch.uint8, N, K // D * bits // 8), words, scales,
-                                 at(bias, kind, N) if bias else None)
+        scales, added = (
+            at(scale, kind, N) if scale else None,
+            (at(addend, NAMES[addend_dtype], M, N) if addend else None),
+        )
+        y = reference_vq.gemm_vq(
+            at(x, NAMES[x_dtype], M, K).float(),
+            at(indices, torch.uint8, N, K // D * bits // 8),
+            words,
+            scales,
+            at(bias, kind, N) if bias else None,
+        )
         at(out, NAMES[out_dtype], M, N).copy_(y if added is None else y + added)

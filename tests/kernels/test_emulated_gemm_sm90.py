@@ -1,7 +1,8 @@
-"""The Hopper product's source, run on the CPU: wgmma, mbarriers and the copy engine as the PTX manual describes them.
+"""The Hopper product's source, run on the CPU: wgmma, mbarriers and the copy engine as the PTX
+manual describes them.
 
-The emulator has four multiprocessors, so small shapes already choose among the three tiles (256 x 128, 128 x 128, 128 x 64 weight rows by
-tokens), and blocks take more than one.
+The emulator has four multiprocessors, so small shapes already choose among the three tiles (256 x
+128, 128 x 128, 128 x 64 weight rows by tokens), and blocks take more than one.
 """
 
 from __future__ import annotations
@@ -38,54 +39,90 @@ def make_operands(case: Case, dtype: torch.dtype, seed: int = 0) -> dict[str, Te
     parameters["weight_scale"] = parameters["weight_scale"] * signs.to(dtype)
     low, high = (0, 16) if case.act_unsigned else (-7, 8)
     return parameters | {
-        "q": pack_int4(torch.randint(low, high, (case.M, case.K), generator=generator, dtype=torch.int8)),
+        "q": pack_int4(
+            torch.randint(low, high, (case.M, case.K), generator=generator, dtype=torch.int8)
+        ),
         "ascales": torch.rand(case.K // 64, case.M, generator=generator) + 0.01,
         "h": torch.randn(case.M, case.R, generator=generator),
     }
 
 
 def widen(q: Tensor, unsigned: bool) -> Tensor:
-    """Codes::e4m3: of every 8 columns, the first four lie in the lower half of a block of 32 bytes, the last four in the upper."""
+    """Codes::e4m3: of every 8 columns, the first four lie in the lower half of a block of 32 bytes,
+    the last four in the upper.
+    """
     codes = unpack_int4(q, not unsigned)
     m, k = codes.shape
-    return codes.view(m, k // 32, 4, 2, 4).transpose(2, 3).reshape(m, k).float().to(torch.float8_e4m3fn).view(torch.int8)
+    return (
+        codes.view(m, k // 32, 4, 2, 4)
+        .transpose(2, 3)
+        .reshape(m, k)
+        .float()
+        .to(torch.float8_e4m3fn)
+        .view(torch.int8)
+    )
 
 
 def product(
-    emulated, operands: dict[str, Tensor | None], unsigned: bool, out_dtype: torch.dtype, wide: bool = True, form: int = 0
+    emulated,
+    operands: dict[str, Tensor | None],
+    unsigned: bool,
+    out_dtype: torch.dtype,
+    wide: bool = True,
+    form: int = 0,
 ) -> Tensor:
     """`wide`: packed codes are widened first; otherwise they are given as they are, in `form`."""
     if wide:
         operands, form = operands | {"q": widen(operands["q"], unsigned)}, emulated.E4M3
-    return emulated.gemm_w4a4_up(**operands, act_unsigned=unsigned, out_dtype=out_dtype, capability=HOPPER, form=form)
+    return emulated.gemm_w4a4_up(
+        **operands, act_unsigned=unsigned, out_dtype=out_dtype, capability=HOPPER, form=form
+    )
 
 
 def truth(operands: dict[str, Tensor | None], unsigned: bool) -> Tensor:
-    exact = {name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for name, tensor in operands.items()}
+    exact = {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in operands.items()
+    }
     return reference.gemm_w4a4_up(**exact, act_unsigned=unsigned)
 
 
 @pytest.mark.parametrize("case", [*SMALL, *TILES], ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "out_dtype"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)], ids=str
+    ("dtype", "out_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
 )
 def test_error_is_at_most_twice_that_of_plain_torch(emulated, case, dtype, out_dtype):
     operands = make_operands(case, dtype)
     ours = product(emulated, operands, case.act_unsigned, out_dtype)
     parameters = {name: operands[name] for name in ("weight", "weight_scale", "proj_up", "bias")}
-    plain = plain_w4a4(operands["q"], operands["ascales"], operands["h"], parameters, case.act_unsigned, out_dtype)
+    plain = plain_w4a4(
+        operands["q"], operands["ascales"], operands["h"], parameters, case.act_unsigned, out_dtype
+    )
     assert_twice_plain(ours, truth(operands, case.act_unsigned), plain)
 
 
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 def test_group_sums_are_exact(emulated, unsigned):
-    """The largest sums that there are, and scales of one: the result is an integer and has to be that integer."""
+    """The largest sums that there are, and scales of one: the result is an integer and has to be
+    that integer.
+    """
     case = Case("extreme", 17, 192, 130, R=0, bias=False, act_unsigned=unsigned)
     operands = make_operands(case, torch.bfloat16)
-    operands["q"][:8] = -1 if unsigned else 0x77        # codes 15, or 7
-    operands["weight"][:64] = -120                      # codes -8
-    operands["ascales"], operands["weight_scale"] = torch.ones_like(operands["ascales"]), torch.ones_like(operands["weight_scale"])
-    assert_same(product(emulated, operands, unsigned, torch.float32), truth(operands, unsigned).float())
+    operands["q"][:8] = -1 if unsigned else 0x77  # codes 15, or 7
+    operands["weight"][:64] = -120  # codes -8
+    operands["ascales"], operands["weight_scale"] = (
+        torch.ones_like(operands["ascales"]),
+        torch.ones_like(operands["weight_scale"]),
+    )
+    assert_same(
+        product(emulated, operands, unsigned, torch.float32), truth(operands, unsigned).float()
+    )
 
 
 @pytest.mark.parametrize("case", TILES, ids=str)
@@ -111,7 +148,11 @@ def test_a_broken_token_stays_alone(emulated, case, broken):
     whole = product(emulated, operands, case.act_unsigned, torch.bfloat16)
     sick = operands | {"ascales": operands["ascales"].clone(), "h": operands["h"].clone()}
     tokens = [1, case.M - 1]
-    sick["ascales"][-1, tokens[0]], sick["ascales"][0, tokens[1]], sick["h"][tokens[1]] = broken, broken, broken
+    sick["ascales"][-1, tokens[0]], sick["ascales"][0, tokens[1]], sick["h"][tokens[1]] = (
+        broken,
+        broken,
+        broken,
+    )
     result = product(emulated, sick, case.act_unsigned, torch.bfloat16)
     assert not result[tokens].isfinite().any()
     well = torch.ones(case.M, dtype=torch.bool)
@@ -126,9 +167,23 @@ def test_the_codes_that_quantize_down_writes_are_read(emulated, unsigned):
     x = make_input(case, torch.bfloat16)
     results = []
     for form in (emulated.E4M3, emulated.PACKED):
-        given = dict(zip(("q", "ascales", "h"), emulated.quantize_down(
-            x, parameters["smooth_factor"], parameters["proj_down"], unsigned, capability=HOPPER, form=form), strict=True))
-        results.append(product(emulated, operands | given, unsigned, torch.bfloat16, wide=False, form=form))
+        given = dict(
+            zip(
+                ("q", "ascales", "h"),
+                emulated.quantize_down(
+                    x,
+                    parameters["smooth_factor"],
+                    parameters["proj_down"],
+                    unsigned,
+                    capability=HOPPER,
+                    form=form,
+                ),
+                strict=True,
+            )
+        )
+        results.append(
+            product(emulated, operands | given, unsigned, torch.bfloat16, wide=False, form=form)
+        )
     assert_same(*results)
 
 
@@ -138,7 +193,9 @@ def test_a_slice_of_a_wider_h_is_read_in_place(emulated):
     wide = torch.full((case.M, 36), float("nan"))
     wide[:, 12:24] = operands["h"]
     expected = product(emulated, operands, False, torch.bfloat16)
-    assert_same(product(emulated, operands | {"h": wide[:, 12:24]}, False, torch.bfloat16), expected)
+    assert_same(
+        product(emulated, operands | {"h": wide[:, 12:24]}, False, torch.bfloat16), expected
+    )
 
 
 def test_a_large_h_does_not_overflow_in_float16(emulated):

@@ -1,6 +1,8 @@
-"""The GPU's quantize_down, run on the CPU: codes and scales have the reference's bits, h is a float32 product.
+"""The GPU's quantize_down, run on the CPU: codes and scales have the reference's bits, h is a
+float32 product.
 
-The emulator has four multiprocessors, so that few tokens choose among the blocks of 16, 32 and 40 tokens.
+The emulator has four multiprocessors, so that few tokens choose among the blocks of 16, 32 and 40
+tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ BLOCKS = [
 ]
 
 
-def operands(case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, smoothing factors of both signs, proj_down."""
     parameters = make_w4a4(case, parameter_dtype)
     smooth = parameters["smooth_factor"]
@@ -46,7 +50,10 @@ def expected(x: Tensor, smooth: Tensor, down: Tensor, case: Case) -> tuple[Tenso
 
 def assert_same_or_nan(actual: Tensor, wanted: Tensor) -> None:
     assert torch.equal(actual.isnan(), wanted.isnan())
-    assert_same(actual.nan_to_num(0, float("inf"), -float("inf")), wanted.nan_to_num(0, float("inf"), -float("inf")))
+    assert_same(
+        actual.nan_to_num(0, float("inf"), -float("inf")),
+        wanted.nan_to_num(0, float("inf"), -float("inf")),
+    )
 
 
 @pytest.mark.parametrize("case", BLOCKS + SMALL[:-1], ids=str)
@@ -63,7 +70,9 @@ def test_codes_and_scales_have_the_references_bits(emulated, case, dtype, parame
         assert_twice_plain(h, wanted[2], plain)
 
 
-@pytest.mark.parametrize("case", [replace(case, act_unsigned=False, rotation=64) for case in BLOCKS], ids=str)
+@pytest.mark.parametrize(
+    "case", [replace(case, act_unsigned=False, rotation=64) for case in BLOCKS], ids=str
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rotated_codes_differ_at_most_where_a_value_is_a_tie(emulated, case, dtype):
     given = operands(case, dtype, torch.bfloat16)
@@ -78,14 +87,24 @@ def test_rotated_codes_differ_at_most_where_a_value_is_a_tie(emulated, case, dty
 @pytest.mark.parametrize("unsigned", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_any_number_at_all_is_treated_as_the_reference_does(emulated, dtype, unsigned):
-    """Random bits: subnormal, huge, infinite, NaN. Also rows of few bits, whose quotients are ties, and factors of any size."""
+    """Random bits: subnormal, huge, infinite, NaN. Also rows of few bits, whose quotients are ties,
+    and factors of any size.
+    """
     generator = torch.Generator().manual_seed(5)
     integers, digits = (torch.int32, 31) if dtype == torch.float32 else (torch.int16, 15)
-    x = torch.randint(-(2**digits), 2**digits, (96, 256), generator=generator).to(integers).view(dtype)
-    x[32:64] = torch.randint(-14, 15, (32, 256), generator=generator) * torch.logspace(-4, 3, 32, base=2)[:, None].to(dtype)
+    x = (
+        torch.randint(-(2**digits), 2**digits, (96, 256), generator=generator)
+        .to(integers)
+        .view(dtype)
+    )
+    x[32:64] = torch.randint(-14, 15, (32, 256), generator=generator) * torch.logspace(
+        -4, 3, 32, base=2
+    )[:, None].to(dtype)
     x[64:] = torch.randn(32, 256, generator=generator) * torch.logspace(-45, 38, 32)[:, None]
     x[3] = 0
-    smooth = torch.where(torch.rand(256, generator=generator) < 0.5, 1.0, torch.randn(256, generator=generator))
+    smooth = torch.where(
+        torch.rand(256, generator=generator) < 0.5, 1.0, torch.randn(256, generator=generator)
+    )
     smooth[70], smooth[140] = 1e-30, -1e30
     down = torch.randn(256, 8, generator=generator).bfloat16()
     for m in (30, 96):  # the last row of a block may lack its neighbours
@@ -97,7 +116,9 @@ def test_any_number_at_all_is_treated_as_the_reference_does(emulated, dtype, uns
 
 
 def test_quotients_next_to_a_tie_round_as_divisions_do(emulated):
-    """Values one unit around (code + 1/2) * scale, for scales of random digits: what a product with a reciprocal would get wrong."""
+    """Values one unit around (code + 1/2) * scale, for scales of random digits: what a product with
+    a reciprocal would get wrong.
+    """
     generator = torch.Generator().manual_seed(6)
     top = torch.rand(256, 1, generator=generator) + 0.5
     halves = torch.arange(-6.5, 7, 1).repeat(3)[:42] * (top / 7)
@@ -111,7 +132,9 @@ def test_quotients_next_to_a_tie_round_as_divisions_do(emulated):
     assert_same(ascales, wanted[1])
     assert_same(q, wanted[0])
     near = torch.round(x.double() / ascales.t().double()).to(torch.int8)
-    assert (unpack_int4(q) != near).any(), "no value was near enough to a tie to tell a division from an exact quotient"
+    assert (unpack_int4(q) != near).any(), (
+        "no value was near enough to a tie to tell a division from an exact quotient"
+    )
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
@@ -126,8 +149,14 @@ def test_a_bad_value_spoils_its_own_group_and_the_h_of_its_token(emulated, m, ba
     q, ascales, h = emulated.quantize_down(dirty, *parameters, rotation=rotation, capability=80)
     others = torch.arange(m) != 3
     assert torch.equal(q[others], clean[0][others]) and torch.equal(h[others], clean[2][others])
-    assert torch.equal(ascales[:, others], clean[1][:, others]) and torch.equal(ascales[::2, 3], clean[1][::2, 3])
-    assert not torch.isfinite(ascales[1, 3]) and not torch.isfinite(h[3]).any() and not q[3, 32:64].any()
+    assert torch.equal(ascales[:, others], clean[1][:, others]) and torch.equal(
+        ascales[::2, 3], clean[1][::2, 3]
+    )
+    assert (
+        not torch.isfinite(ascales[1, 3])
+        and not torch.isfinite(h[3]).any()
+        and not q[3, 32:64].any()
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 8, 33, 64, 130])
@@ -137,20 +166,32 @@ def test_every_rank(emulated, rank, dtype):
     x, smooth, down = operands(case, dtype, torch.bfloat16)
     _, _, exact = expected(x, smooth, down, case)
     for capability in CAPABILITIES[:2] if rank > 8 else CAPABILITIES:
-        assert_twice_plain(emulated.quantize_down(x, smooth, down, capability=capability)[2], exact, x.float() @ down.float())
+        assert_twice_plain(
+            emulated.quantize_down(x, smooth, down, capability=capability)[2],
+            exact,
+            x.float() @ down.float(),
+        )
 
 
 def test_h_keeps_outliers_and_small_numbers(emulated):
-    """No type between x and the product is narrower than both: 1e5 in bfloat16 times a float16 parameter, and 1e-30."""
+    """No type between x and the product is narrower than both: 1e5 in bfloat16 times a float16
+    parameter, and 1e-30.
+    """
     x = torch.randn(17, 64)
     x[0], x[1, ::2] = 1e5, 3e38
     x[2] *= 1e-30
     down = torch.randn(64, 8).half()
     for dtype in (torch.bfloat16, torch.float32):
         for capability in (75, 80):
-            h = emulated.quantize_down(x.to(dtype), torch.ones(64).half(), down, capability=capability)[2]
+            h = emulated.quantize_down(
+                x.to(dtype), torch.ones(64).half(), down, capability=capability
+            )[2]
             for row in (0, 2, 5):
-                assert_twice_plain(h[row], x[row].to(dtype).double() @ down.double(), x[row].to(dtype).float() @ down.float())
+                assert_twice_plain(
+                    h[row],
+                    x[row].to(dtype).double() @ down.double(),
+                    x[row].to(dtype).float() @ down.float(),
+                )
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -183,8 +224,14 @@ def test_the_order_of_warps_does_not_matter(emulated):
 
 def test_nothing_to_do(emulated):
     one = torch.ones(64, dtype=torch.bfloat16), torch.ones(64, 4, dtype=torch.bfloat16)
-    assert [t.numel() for t in emulated.quantize_down(torch.zeros(0, 64), *one, capability=80)] == [0, 0, 0]
+    assert [t.numel() for t in emulated.quantize_down(torch.zeros(0, 64), *one, capability=80)] == [
+        0,
+        0,
+        0,
+    ]
     empty = torch.zeros(0, dtype=torch.bfloat16), torch.zeros(0, 4, dtype=torch.bfloat16)
-    assert_same(emulated.quantize_down(torch.zeros(3, 0), *empty, capability=80)[2], torch.zeros(3, 4))
+    assert_same(
+        emulated.quantize_down(torch.zeros(3, 0), *empty, capability=80)[2], torch.zeros(3, 4)
+    )
     with pytest.raises(emulated.Failed, match="bfloat16 or float16"):
         emulated.quantize_down(torch.zeros(3, 64), torch.ones(64), torch.ones(64, 4), capability=80)

@@ -1,6 +1,7 @@
 """The GPU's codebook linears, run on the CPU, against the float64 reference.
 
-The emulator has four multiprocessors, so that a few hundred tokens and outputs already choose the large tile.
+The emulator has four multiprocessors, so that a few hundred tokens and outputs already choose the
+large tile.
 """
 
 from __future__ import annotations
@@ -32,24 +33,39 @@ SHAPES = [
 ]
 
 
-def operands(case: Case, bits: int, vector: int, dtype: torch.dtype, parameter_dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor | None]:
+def operands(
+    case: Case,
+    bits: int,
+    vector: int,
+    dtype: torch.dtype,
+    parameter_dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor | None]:
     """Under the op's argument names; scales of both signs."""
     p = make_vq(case, bits, vector, parameter_dtype)
-    given = {"x": make_input(case, dtype)} | {name: p[name] for name in ("indices", "codebook", "scale", "bias")}
+    given = {"x": make_input(case, dtype)} | {
+        name: p[name] for name in ("indices", "codebook", "scale", "bias")
+    }
     if given["scale"] is not None:
         given["scale"][::3] *= -1
     return given
 
 
 def exact(given: dict[str, Tensor | None]) -> Tensor:
-    return reference_vq.gemm_vq(**{name: t.double() if t is not None and t.is_floating_point() else t for name, t in given.items()})
+    return reference_vq.gemm_vq(
+        **{
+            name: t.double() if t is not None and t.is_floating_point() else t
+            for name, t in given.items()
+        }
+    )
 
 
 def plain(given: dict[str, Tensor | None]) -> Tensor:
     """The layer as ordinary torch runs it: weights and bias rounded to x's dtype."""
     x, bias = given["x"], given["bias"]
     dense = reference_vq.dequantize_vq(given["indices"], given["codebook"], given["scale"])
-    return torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(
+        x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
 
 
 @LAYOUTS
@@ -71,15 +87,22 @@ def test_as_exact_as_plain_torch(emulated, case, dtype, bits, vector):
 @LAYOUTS
 @pytest.mark.parametrize("capability", [75, 80, 90, 120])
 def test_every_codeword_at_every_place(emulated, capability, bits, vector):
-    """One-hot tokens read weights back without any rounding: codewords that both 16-bit floats hold."""
+    """One-hot tokens read weights back without any rounding: codewords that both 16-bit floats
+    hold.
+    """
     n = 67
     indices = (torch.arange(n)[:, None] * 61 + torch.arange(64 // vector) * 5) % (1 << bits)
-    codebook = torch.randint(-128, 129, (1 << bits, vector), generator=torch.Generator().manual_seed(0)).half()
+    codebook = torch.randint(
+        -128, 129, (1 << bits, vector), generator=torch.Generator().manual_seed(0)
+    ).half()
     wanted = codebook[indices].flatten(1).t()
     for dtype in FLOATS:
         for tokens in (slice(0, 64), slice(9, 10), slice(20, 23)):
             eye = torch.eye(64, dtype=dtype)[tokens].contiguous()
-            assert_same(emulated.gemm_vq(eye, pack_indices(indices, bits), codebook, capability=capability), wanted[tokens].to(dtype).contiguous())
+            assert_same(
+                emulated.gemm_vq(eye, pack_indices(indices, bits), codebook, capability=capability),
+                wanted[tokens].to(dtype).contiguous(),
+            )
 
 
 @pytest.mark.parametrize("parameter_dtype", FLOATS, ids=str)
@@ -93,7 +116,9 @@ def test_scale_bias_and_addend_of_every_dtype(emulated, m, parameter_dtype):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("m", "dtype"), [(2, torch.float32), (9, torch.bfloat16), (130, torch.float16)])
+@pytest.mark.parametrize(
+    ("m", "dtype"), [(2, torch.float32), (9, torch.bfloat16), (130, torch.float16)]
+)
 def test_a_bad_value_spoils_its_own_token(emulated, m, dtype, bad):
     given = operands(Case("bad", m, 128, 130), 8, 4, dtype)
     clean = emulated.gemm_vq(**given, capability=80)
@@ -124,6 +149,8 @@ def test_nothing_to_do_and_what_is_refused(emulated, m):
     with pytest.raises(emulated.Failed, match="codebook in float16"):
         emulated.gemm_vq(**given | {"codebook": book.float()}, capability=80)
     with pytest.raises(emulated.Failed, match="no kernel for indices of 4 bits and 4 columns"):
-        emulated.gemm_vq(given["x"], given["indices"][:, :8].contiguous(), book[:16].contiguous(), capability=80)
+        emulated.gemm_vq(
+            given["x"], given["indices"][:, :8].contiguous(), book[:16].contiguous(), capability=80
+        )
     with pytest.raises(emulated.Failed, match="x's dtype"):
         emulated.gemm_vq(**given, addend=torch.zeros(m, 6), capability=80)

@@ -1,6 +1,7 @@
 """The GPU's 4-bit-weight linears, run on the CPU, against the float64 reference.
 
-The emulator has four multiprocessors, so that a few hundred tokens and outputs already choose the large tile.
+The emulator has four multiprocessors, so that a few hundred tokens and outputs already choose the
+large tile.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ SHAPES = [
 ]
 
 
-def operands(case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype) -> dict[str, Tensor | None]:
+def operands(
+    case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype
+) -> dict[str, Tensor | None]:
     """Under the reference's argument names; scales of both signs."""
     parameters = make_w4a16(case, parameter_dtype)
     parameters["weight_scale"][:, ::3] *= -1
@@ -42,14 +45,23 @@ def operands(case: Case, dtype: torch.dtype, parameter_dtype: torch.dtype) -> di
 
 
 def exact(given: dict[str, Tensor | None]) -> Tensor:
-    return reference.gemv_w4a16(**{name: t.double() if t is not None and t.is_floating_point() else t for name, t in given.items()})
+    return reference.gemv_w4a16(
+        **{
+            name: t.double() if t is not None and t.is_floating_point() else t
+            for name, t in given.items()
+        }
+    )
 
 
 def plain(given: dict[str, Tensor | None]) -> Tensor:
     """The layer as ordinary torch runs it: weights and bias rounded to x's dtype."""
     x, bias = given["x"], given["bias"]
-    dense = reference.dequantize_w4_zeros(given["weight"], given["weight_scale"], given["weight_zeros"])
-    return torch.nn.functional.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    dense = reference.dequantize_w4_zeros(
+        given["weight"], given["weight_scale"], given["weight_zeros"]
+    )
+    return torch.nn.functional.linear(
+        x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    )
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -62,7 +74,9 @@ def test_as_exact_as_plain_torch(emulated, case, dtype, parameter_dtype):
         multiplies = dtype == torch.float16 or (dtype == torch.bfloat16 and capability >= 80)
         if case.M > 20 and not multiplies:
             continue  # four tokens after four others, which the cases with fewer show
-        found = emulated.w4a16("gemv_w4a16" if case.M <= 8 else "gemm_w4a16", **given, capability=capability)
+        found = emulated.w4a16(
+            "gemv_w4a16" if case.M <= 8 else "gemm_w4a16", **given, capability=capability
+        )
         assert found.dtype == dtype
         assert_twice_plain(found, wanted, ordinary)
         assert_sqnr(found, wanted, 45)
@@ -79,21 +93,30 @@ def test_both_ops_are_one(emulated, case, capability):
 
 
 def test_every_code_at_every_place(emulated):
-    """One-hot tokens read single weights back: each of 16 codes in each of 64 columns, without any rounding."""
+    """One-hot tokens read single weights back: each of 16 codes in each of 64 columns, without any
+    rounding.
+    """
     codes = (torch.arange(64)[:, None] + torch.arange(16)).t() % 16
     weight = reference.pack_nibbles(codes.contiguous())
     scale = torch.full((1, 16), 0.5, dtype=torch.bfloat16)
     wanted = (codes - 8).t() * 0.5
     for dtype in FLOATS:
         eye = torch.eye(64, dtype=dtype)
-        assert_same(emulated.w4a16("gemm_w4a16", eye, weight, scale, capability=80), wanted.to(dtype))
+        assert_same(
+            emulated.w4a16("gemm_w4a16", eye, weight, scale, capability=80), wanted.to(dtype)
+        )
         for m in (1, 2, 3):
-            found = emulated.w4a16("gemv_w4a16", eye[9 : 9 + m].contiguous(), weight, scale, capability=75)
+            found = emulated.w4a16(
+                "gemv_w4a16", eye[9 : 9 + m].contiguous(), weight, scale, capability=75
+            )
             assert_same(found, wanted[9 : 9 + m].to(dtype))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize(("m", "dtype"), [(2, torch.float32), (4, torch.float32), (9, torch.bfloat16), (130, torch.float16)])
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    [(2, torch.float32), (4, torch.float32), (9, torch.bfloat16), (130, torch.float16)],
+)
 def test_a_bad_value_spoils_its_own_token(emulated, m, dtype, bad):
     given = operands(Case("bad", m, 128, 130), dtype, torch.bfloat16)
     clean = emulated.w4a16("gemm_w4a16", **given, capability=80)
@@ -106,14 +129,21 @@ def test_a_bad_value_spoils_its_own_token(emulated, m, dtype, bad):
 
 
 def test_scales_keep_their_range(emulated):
-    """Scales that float16 cannot hold, for float16 tokens: a weight is never made in the tokens' dtype."""
+    """Scales that float16 cannot hold, for float16 tokens: a weight is never made in the tokens'
+    dtype.
+    """
     given = operands(Case("range", 20, 128, 40, bias=False), torch.float16, torch.bfloat16)
     for factor in (1e-6, 1e6):
-        scaled = given | {"weight_scale": given["weight_scale"] * factor, "x": given["x"] * (1 if factor < 1 else 2**-13)}
+        scaled = given | {
+            "weight_scale": given["weight_scale"] * factor,
+            "x": given["x"] * (1 if factor < 1 else 2**-13),
+        }
         for m in (1, 20):
             some = scaled | {"x": scaled["x"][:m].contiguous()}
             wanted = exact(some)
-            error = (emulated.w4a16("gemm_w4a16", **some, capability=80).double() - wanted).abs().max()
+            error = (
+                (emulated.w4a16("gemm_w4a16", **some, capability=80).double() - wanted).abs().max()
+            )
             # What is left is the rounding of the result, which for small ones is coarse.
             assert error <= wanted.abs().max() * 2**-11 + 2**-25
 
@@ -131,9 +161,22 @@ def test_the_order_of_warps_does_not_matter(emulated):
 @pytest.mark.parametrize("m", [1, 4, 20])
 def test_nothing_to_do(emulated, m):
     bias = torch.randn(6).bfloat16()
-    nothing = torch.zeros(6, 0, dtype=torch.int8), torch.zeros(0, 6, dtype=torch.bfloat16), None, bias
-    assert_same(emulated.w4a16("gemm_w4a16", torch.zeros(m, 0).bfloat16(), *nothing, capability=80), bias.expand(m, 6))
+    nothing = (
+        torch.zeros(6, 0, dtype=torch.int8),
+        torch.zeros(0, 6, dtype=torch.bfloat16),
+        None,
+        bias,
+    )
+    assert_same(
+        emulated.w4a16("gemm_w4a16", torch.zeros(m, 0).bfloat16(), *nothing, capability=80),
+        bias.expand(m, 6),
+    )
     given = operands(Case("empty", m, 64, 6), torch.bfloat16, torch.bfloat16)
-    assert emulated.w4a16("gemm_w4a16", **given | {"x": given["x"][:0]}, capability=80).shape == (0, 6)
+    assert emulated.w4a16("gemm_w4a16", **given | {"x": given["x"][:0]}, capability=80).shape == (
+        0,
+        6,
+    )
     with pytest.raises(emulated.Failed, match="bfloat16 or float16"):
-        emulated.w4a16("gemm_w4a16", given["x"], given["weight"], given["weight_scale"].float(), capability=80)
+        emulated.w4a16(
+            "gemm_w4a16", given["x"], given["weight"], given["weight_scale"].float(), capability=80
+        )

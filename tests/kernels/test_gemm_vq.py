@@ -27,16 +27,20 @@ def dense(p: dict, dtype: torch.dtype) -> torch.Tensor:
 
 def model(x, indices, codebook, scale, proj_down, proj_up, bias, rotation=0):
     """The layer as ordinary torch would compute it in x's dtype."""
-    y = (hadamard64(x) if rotation else x) @ dense({"indices": indices, "codebook": codebook, "scale": scale}, x.dtype).t()
+    y = (hadamard64(x) if rotation else x) @ dense(
+        {"indices": indices, "codebook": codebook, "scale": scale}, x.dtype
+    ).t()
     y = y if proj_down is None else y + x @ proj_down.to(x.dtype) @ proj_up.to(x.dtype).t()
     return y if bias is None else y + bias.to(x.dtype)
 
 
 def double(p: dict) -> dict:
-    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in p.items()}
+    return {
+        name: t.double() if t is not None and t.is_floating_point() else t for name, t in p.items()
+    }
 
 
-# ---- values --------------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 def test_an_answer_known_by_hand():
@@ -45,7 +49,10 @@ def test_an_answer_known_by_hand():
     x = torch.tensor([[1.0, 0, 0, 1, 1, 1, 2, 4], [0, 0, 0, 0, 0, 0, 0, 1]])
     y = ops.gemm_vq(x, indices, codebook, torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1000.0]))
     # Row 0 is 1 2 10 20 100 200 0.5 -0.5, row 1 is .5 -.5 .5 -.5 1 2 100 200, doubled.
-    assert y.tolist() == [[1 + 20 + 300 + 1 - 2, 2 * (0.5 - 0.5 + 3 + 200 + 800) + 1000], [-0.5, 400 + 1000]]
+    assert y.tolist() == [
+        [1 + 20 + 300 + 1 - 2, 2 * (0.5 - 0.5 + 3 + 200 + 800) + 1000],
+        [-0.5, 400 + 1000],
+    ]
 
 
 @LAYOUTS
@@ -62,7 +69,19 @@ def test_error_is_at_most_twice_that_of_plain_torch(case, dtype, bits, vector):
         assert_twice_plain(ours, exact, model(x, **p, rotation=case.rotation))
 
 
-@pytest.mark.parametrize(("bits", "vector", "k"), [(6, 3, 96), (1, 1, 72), (4, 2, 24), (8, 8, 64), (5, 1, 40), (10, 4, 80), (16, 8, 32), (8, 5, 15)])
+@pytest.mark.parametrize(
+    ("bits", "vector", "k"),
+    [
+        (6, 3, 96),
+        (1, 1, 72),
+        (4, 2, 24),
+        (8, 8, 64),
+        (5, 1, 40),
+        (10, 4, 80),
+        (16, 8, 32),
+        (8, 5, 15),
+    ],
+)
 def test_unusual_layouts_are_computed_too(bits, vector, k):
     case = Case("unusual", 5, k, 70, R=2)
     x, p = make_input(case), make_vq(case, bits, vector)
@@ -73,8 +92,18 @@ def test_the_low_rank_branch_sees_the_raw_tokens():
     x, p = make_input(ROTATED), make_vq(ROTATED, dtype=torch.float32)
     alone = p | {"proj_down": None, "proj_up": None}
     branch = x @ p["proj_down"] @ p["proj_up"].t()
-    torch.testing.assert_close(ops.linear_vq(x, **p, rotation=64), ops.linear_vq(x, **alone, rotation=64) + branch, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(ops.linear_vq(hadamard64(x), **alone, rotation=64), ops.linear_vq(x, **alone), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        ops.linear_vq(x, **p, rotation=64),
+        ops.linear_vq(x, **alone, rotation=64) + branch,
+        rtol=1e-5,
+        atol=1e-4,
+    )
+    torch.testing.assert_close(
+        ops.linear_vq(hadamard64(x), **alone, rotation=64),
+        ops.linear_vq(x, **alone),
+        rtol=1e-5,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,13 +112,18 @@ def test_parameters_may_have_another_dtype_than_x(dtype, stored):
     x, p = make_input(PLAIN, dtype), make_vq(PLAIN, dtype=stored)
     p["bias"] = p["bias"].float()
     y = ops.linear_vq(x, **p)
-    assert y.dtype == dtype and relative_error(y, model(x.double(), **double(p))) < 4 * torch.finfo(dtype).eps
+    assert (
+        y.dtype == dtype
+        and relative_error(y, model(x.double(), **double(p))) < 4 * torch.finfo(dtype).eps
+    )
 
 
 def test_leading_shapes_strides_and_empty_batches():
     x, p = make_input(PLAIN, torch.bfloat16), make_vq(PLAIN)
     flat = ops.linear_vq(x, **p)
-    assert torch.equal(ops.linear_vq(x.reshape(2, 4, 4, PLAIN.K), **p), flat.reshape(2, 4, 4, PLAIN.N))
+    assert torch.equal(
+        ops.linear_vq(x.reshape(2, 4, 4, PLAIN.K), **p), flat.reshape(2, 4, 4, PLAIN.N)
+    )
     assert torch.equal(ops.linear_vq(x.t().contiguous().t(), **p), flat)
     assert ops.linear_vq(x[0], **p).shape == (PLAIN.N,)
     assert ops.linear_vq(x[:0], **p).shape == (0, PLAIN.N)
@@ -106,7 +140,10 @@ def test_rank_zero_is_no_branch():
     ("change", "words"),
     [
         ({"x": torch.randn(2, 255)}, "K=255 is not a multiple of the sub-vector length D=4"),
-        ({"x": torch.randn(2, 128)}, r"indices \(128, 64\) hold 512 bits a row and K=128, D=4, C=256 need 256"),
+        (
+            {"x": torch.randn(2, 128)},
+            r"indices \(128, 64\) hold 512 bits a row and K=128, D=4, C=256 need 256",
+        ),
         ({"x": torch.ones(2, 256, dtype=torch.int32)}, "x must be a floating-point tensor"),
         ({"indices": torch.zeros(128, 64, dtype=torch.int8)}, "indices must be packed uint8"),
         ({"codebook": torch.randn(200, 4)}, "C=200 codewords and must have a power of two"),
@@ -115,7 +152,10 @@ def test_rank_zero_is_no_branch():
         ({"scale": torch.ones(7)}, r"scale is \(7,\) and must be \(N,\) = \(128,\)"),
         ({"bias": torch.ones(128, 1)}, "bias is"),
         ({"proj_up": None}, "proj_down and proj_up come together"),
-        ({"proj_up": torch.ones(128, 9)}, r"proj_up is \(128, 9\) and must be \(N, R\) = \(128, 8\)"),
+        (
+            {"proj_up": torch.ones(128, 9)},
+            r"proj_up is \(128, 9\) and must be \(N, R\) = \(128, 8\)",
+        ),
         ({"proj_down": torch.ones(250, 8)}, "proj_down is"),
         ({"rotation": 32}, "rotation=32"),
     ],
@@ -145,12 +185,14 @@ def test_bad_values_stay_in_their_token():
     assert torch.equal(dirty[others], clean[others]) and dirty[5].isnan().all()
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def gradients(function, leaves, grad):
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    found = torch.autograd.grad(function(**leaves), list(leaves.values()), grad.to(next(iter(leaves.values())).dtype))
+    found = torch.autograd.grad(
+        function(**leaves), list(leaves.values()), grad.to(next(iter(leaves.values())).dtype)
+    )
     return dict(zip(leaves, found, strict=True))
 
 
@@ -162,10 +204,19 @@ def test_gradients_are_those_of_the_dense_layer(case, dtype):
     constants |= {name: p.pop(name) for name in list(p) if p[name] is None}
     leaves = {"x": make_input(case, dtype)} | p
     grad = torch.randn(case.M, case.N, generator=torch.Generator().manual_seed(2))
-    ours = gradients(lambda **leaves: ops.linear_vq(**leaves, **constants, rotation=case.rotation), leaves, grad)
-    exact = gradients(lambda **leaves: model(**leaves, **double(constants), rotation=case.rotation), double(leaves), grad.to(dtype))
+    ours = gradients(
+        lambda **leaves: ops.linear_vq(**leaves, **constants, rotation=case.rotation), leaves, grad
+    )
+    exact = gradients(
+        lambda **leaves: model(**leaves, **double(constants), rotation=case.rotation),
+        double(leaves),
+        grad.to(dtype),
+    )
     for name in leaves:
-        assert ours[name].dtype == dtype and relative_error(ours[name], exact[name]) < 8 * torch.finfo(dtype).eps, name
+        assert (
+            ours[name].dtype == dtype
+            and relative_error(ours[name], exact[name]) < 8 * torch.finfo(dtype).eps
+        ), name
 
 
 def test_gemm_vq_has_the_same_gradient():
@@ -176,13 +227,16 @@ def test_gemm_vq_has_the_same_gradient():
     assert torch.equal(bias.grad, torch.full_like(bias, NO_BIAS.M))
 
 
-# ---- torch's own tools -----------------------------------------------------------------------------------------------------
+# ---- torch's own tools ---------------------------------------------------------------------------
 
 
 def test_opcheck():
     for case in (NO_BIAS, ROTATED):
         x, p = make_input(case), make_vq(case, dtype=torch.float32)
-        torch.library.opcheck(torch.ops.nibble.linear_vq.default, (x.clone().requires_grad_(), *p.values(), case.rotation))
+        torch.library.opcheck(
+            torch.ops.nibble.linear_vq.default,
+            (x.clone().requires_grad_(), *p.values(), case.rotation),
+        )
         some = [p[name] for name in ("indices", "codebook", "scale", "bias")]
         torch.library.opcheck(torch.ops.nibble.gemm_vq.default, (x.requires_grad_(), *some))
 
@@ -190,7 +244,11 @@ def test_opcheck():
 @pytest.mark.parametrize("case", [NO_BIAS, ROTATED], ids=str)
 def test_it_compiles_whole_with_its_gradient(case):
     x, p = make_input(case), make_vq(case, dtype=torch.float32)
-    function = torch.compile(lambda x: ops.linear_vq(x, **p, rotation=case.rotation).relu(), fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda x: ops.linear_vq(x, **p, rotation=case.rotation).relu(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     compiled, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
     function(compiled).sum().backward()
     expected = ops.linear_vq(plain, **p, rotation=case.rotation).relu()
@@ -202,7 +260,10 @@ def test_it_compiles_whole_with_its_gradient(case):
 def test_fake_tensors_and_inference_mode():
     with FakeTensorMode():
         x = make_input(PLAIN, torch.bfloat16).expand(2, PLAIN.M, PLAIN.K)
-        fake = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in ((n, t) for n, t in SHAPES.items())}
+        fake = {
+            name: torch.empty(t.shape, dtype=t.dtype)
+            for name, t in ((n, t) for n, t in SHAPES.items())
+        }
         y = ops.linear_vq(x, **fake)
         assert y.shape == (2, PLAIN.M, PLAIN.N) and y.dtype == torch.bfloat16
     with torch.inference_mode():
@@ -217,9 +278,18 @@ SHAPES = make_vq(PLAIN)
 def test_layouts_without_a_kernel_go_through_plain_torch():
     cuda = torch.device("cuda", 0)
     half = make_vq(PLAIN)["codebook"]
-    assert launch.has_vq_layout(cuda, 256, half) and not launch.has_vq_layout(cuda, 72, half) and not launch.has_vq_layout(cuda, 256, half.float())
-    assert not launch.has_vq_layout(torch.device("cpu"), 256, torch.empty(64, 3)) and launch.has_vq_layout(torch.device("cpu"), 72, half)
+    assert (
+        launch.has_vq_layout(cuda, 256, half)
+        and not launch.has_vq_layout(cuda, 72, half)
+        and not launch.has_vq_layout(cuda, 256, half.float())
+    )
+    assert not launch.has_vq_layout(
+        torch.device("cpu"), 256, torch.empty(64, 3)
+    ) and launch.has_vq_layout(torch.device("cpu"), 72, half)
     backend, reason = which("linear_vq", "cpu")
-    assert (backend, bool(reason)) == (dispatch.choose("gemm_vq", torch.device("cpu"), torch.bfloat16, ()).backend, True)
+    assert (backend, bool(reason)) == (
+        dispatch.choose("gemm_vq", torch.device("cpu"), torch.bfloat16, ()).backend,
+        True,
+    )
     x, p = make_input(PLAIN, torch.float64), make_vq(PLAIN)
     assert torch.equal(ops.linear_vq(x, **p), reference_vq.linear_vq(x, **p))

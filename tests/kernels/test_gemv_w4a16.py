@@ -26,16 +26,24 @@ def test_codes_span_zero_to_fifteen():
 def dense(parameters, dtype):
     codes = unpack_int4(parameters["weight"], signed=False).to(dtype).unflatten(-1, (-1, 64)) - 8
     scale = parameters["weight_scale"].to(dtype).t()[..., None]
-    zeros = 0 if parameters["weight_zeros"] is None else parameters["weight_zeros"].to(dtype).t()[..., None]
+    zeros = (
+        0
+        if parameters["weight_zeros"] is None
+        else parameters["weight_zeros"].to(dtype).t()[..., None]
+    )
     return (codes * scale + zeros).flatten(-2)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_error_is_at_most_twice_that_of_plain_torch(case, dtype):
     x, parameters = make_input(case, dtype), make_w4a16(case, dtype)
     bias = parameters["bias"]
-    exact = torch.nn.functional.linear(x.double(), dense(parameters, torch.float64), None if bias is None else bias.double())
+    exact = torch.nn.functional.linear(
+        x.double(), dense(parameters, torch.float64), None if bias is None else bias.double()
+    )
     plain = torch.nn.functional.linear(x, dense(parameters, dtype), bias)
     ours = ops.gemv_w4a16(x, **parameters)
     assert ours.dtype == dtype
@@ -57,7 +65,10 @@ def test_leading_shapes_are_kept():
         ({"x": torch.randn(2, 96)}, "K=96 is not a multiple of the group size 64"),
         ({"x": torch.randn(2, 1, 64)}, "linear_w4a16 takes any leading shape"),
         ({"weight": torch.zeros(3, 32)}, "packed int8"),
-        ({"weight_zeros": torch.ones(3, 1)}, r"weight_zeros is \(3, 1\) and must be \(K/64, N\) = \(1, 3\)"),
+        (
+            {"weight_zeros": torch.ones(3, 1)},
+            r"weight_zeros is \(3, 1\) and must be \(K/64, N\) = \(1, 3\)",
+        ),
         ({"bias": torch.ones(2)}, "bias is"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The two whole linears as torch sees them: values, gradients, opcheck, torch.compile, fake tensors, a second copy of the package."""
+"""The two whole linears as torch sees them: values, gradients, opcheck, torch.compile, fake
+tensors, a second copy of the package.
+"""
 
 import importlib.util
 import logging
@@ -10,7 +12,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nibble.kernels import GROUP, SHIFT, dispatch, hadamard64, kitchen, native, ops, reference, which
+from nibble.kernels import (
+    GROUP,
+    SHIFT,
+    dispatch,
+    hadamard64,
+    kitchen,
+    native,
+    ops,
+    reference,
+    which,
+)
 from nibble.quant.packing import dequantize_groups, unpack_int4
 
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options, plain_w4a4
@@ -21,30 +33,44 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PLAIN, UNSIGNED, ROTATED = SMALL[0], SMALL[-2], SMALL[-1]
 
 
-def dense_model(x, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, rotation=0, act_unsigned=False):
-    """The straight-through model written out densely in float64, from leaves that autograd can differentiate."""
+def dense_model(
+    x, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, rotation=0, act_unsigned=False
+):
+    """The straight-through model written out densely in float64, from leaves that autograd can
+    differentiate.
+    """
     main = (x + SHIFT * act_unsigned) / smooth_factor.double()
     main = hadamard64(main) if rotation else main
-    y = main @ dequantize_groups(unpack_int4(weight), weight_scale, torch.float64).t() + (x @ proj_down) @ proj_up.t()
+    y = (
+        main @ dequantize_groups(unpack_int4(weight), weight_scale, torch.float64).t()
+        + (x @ proj_down) @ proj_up.t()
+    )
     return y if bias is None else y + bias
 
 
 def as_double(parameters):
-    return {name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for name, tensor in parameters.items()}
+    return {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in parameters.items()
+    }
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_linear_w4a4_is_quantize_down_then_gemm_w4a4_up(case, dtype):
     x, parameters = make_input(case, dtype), make_w4a4(case, dtype)
-    q, ascales, h = ops.quantize_down(x, parameters["smooth_factor"], parameters["proj_down"], **options(case))
+    q, ascales, h = ops.quantize_down(
+        x, parameters["smooth_factor"], parameters["proj_down"], **options(case)
+    )
     rest = {name: parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")}
     y = ops.linear_w4a4(x, **parameters, **options(case))
     assert y.dtype == dtype and y.is_contiguous()
-    truth = ops.gemm_w4a4_up(q, ascales.double(), h.double(), **as_double(rest), act_unsigned=case.act_unsigned)
+    truth = ops.gemm_w4a4_up(
+        q, ascales.double(), h.double(), **as_double(rest), act_unsigned=case.act_unsigned
+    )
     assert_twice_plain(y, truth, plain_w4a4(q, ascales, h, rest, case.act_unsigned, dtype))
 
 
@@ -60,8 +86,13 @@ def test_activations_on_the_grid_give_the_exact_linear():
 def test_the_shift_is_undone_by_the_bias_on_disk():
     x = make_input(UNSIGNED)
     parameters = make_w4a4(UNSIGNED, torch.float32)
-    dense = reference.dequantize_w4(parameters["weight"], parameters["weight_scale"]) / parameters["smooth_factor"]
-    exact = x @ dense.t() + x @ parameters["proj_down"] @ parameters["proj_up"].t() + parameters["bias"]
+    dense = (
+        reference.dequantize_w4(parameters["weight"], parameters["weight_scale"])
+        / parameters["smooth_factor"]
+    )
+    exact = (
+        x @ dense.t() + x @ parameters["proj_down"] @ parameters["proj_up"].t() + parameters["bias"]
+    )
     parameters["bias"] = parameters["bias"] - SHIFT * dense.sum(1)
     assert relative_error(ops.linear_w4a4(x, **parameters, act_unsigned=True), exact) < 0.1
 
@@ -79,15 +110,25 @@ def test_rank_zero_equals_a_zero_low_rank_branch():
     case = SMALL[4]
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
     branch = {"proj_down": torch.ones(case.K, 4), "proj_up": torch.zeros(case.N, 4)}
-    torch.testing.assert_close(ops.linear_w4a4(x, **parameters), ops.linear_w4a4(x, **(parameters | branch)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ops.linear_w4a4(x, **parameters),
+        ops.linear_w4a4(x, **(parameters | branch)),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_leading_shapes_strides_and_empty_batches():
     x, parameters = make_input(PLAIN), make_w4a4(PLAIN)
     flat = ops.linear_w4a4(x, **parameters)
-    assert torch.equal(ops.linear_w4a4(x.reshape(2, 4, 4, PLAIN.K), **parameters), flat.reshape(2, 4, 4, PLAIN.N))
+    assert torch.equal(
+        ops.linear_w4a4(x.reshape(2, 4, 4, PLAIN.K), **parameters), flat.reshape(2, 4, 4, PLAIN.N)
+    )
     assert torch.equal(ops.linear_w4a4(x.t().contiguous().t(), **parameters), flat)
-    assert torch.equal(ops.linear_w4a4(x.reshape(4, 8, -1).transpose(0, 1), **parameters), flat.reshape(4, 8, -1).transpose(0, 1))
+    assert torch.equal(
+        ops.linear_w4a4(x.reshape(4, 8, -1).transpose(0, 1), **parameters),
+        flat.reshape(4, 8, -1).transpose(0, 1),
+    )
     assert ops.linear_w4a4(x[0], **parameters).shape == (PLAIN.N,)
     assert ops.linear_w4a4(x[:0], **parameters).shape == (0, PLAIN.N)
 
@@ -105,7 +146,9 @@ def test_zero_tokens_give_the_bias_and_nan_stays_in_its_token():
 
 def test_the_same_inputs_give_the_same_bits():
     x, parameters = make_input(ROTATED, torch.bfloat16), make_w4a4(ROTATED)
-    assert torch.equal(ops.linear_w4a4(x, **parameters, rotation=64), ops.linear_w4a4(x, **parameters, rotation=64))
+    assert torch.equal(
+        ops.linear_w4a4(x, **parameters, rotation=64), ops.linear_w4a4(x, **parameters, rotation=64)
+    )
 
 
 def test_the_input_is_left_alone():
@@ -121,8 +164,14 @@ def test_the_input_is_left_alone():
     [
         ({"x": torch.randn(2, 100)}, "K=100 is not a multiple of the group size 64"),
         ({"x": torch.randn(2, 128)}, "holds K=256 columns and x has K=128"),
-        ({"weight_scale": torch.ones(3, 128)}, r"weight_scale is \(3, 128\) and must be \(K/64, N\) = \(4, 128\)"),
-        ({"proj_up": torch.ones(128, 9)}, r"proj_up is \(128, 9\) and must be \(N, R\) = \(128, 8\)"),
+        (
+            {"weight_scale": torch.ones(3, 128)},
+            r"weight_scale is \(3, 128\) and must be \(K/64, N\) = \(4, 128\)",
+        ),
+        (
+            {"proj_up": torch.ones(128, 9)},
+            r"proj_up is \(128, 9\) and must be \(N, R\) = \(128, 8\)",
+        ),
         ({"bias": torch.ones(7)}, "bias is"),
         ({"rotation": 128}, "rotation=128"),
         ({"rotation": 64, "act_unsigned": True}, "exclude one another"),
@@ -135,12 +184,14 @@ def test_mistakes_are_named(change, words):
             call(**(good | change))
 
 
-# ---- gradients ------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def gradients(function, leaves, grad):
     leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-    found = torch.autograd.grad(function(**leaves), list(leaves.values()), grad.to(next(iter(leaves.values())).dtype))
+    found = torch.autograd.grad(
+        function(**leaves), list(leaves.values()), grad.to(next(iter(leaves.values())).dtype)
+    )
     return dict(zip(leaves, found, strict=True))
 
 
@@ -151,8 +202,14 @@ def test_gradients_are_those_of_the_straight_through_model(case, dtype):
     constants = {name: parameters.pop(name) for name in ("weight", "weight_scale", "smooth_factor")}
     leaves = {"x": make_input(case, dtype)} | parameters
     grad = torch.randn(case.M, case.N, generator=torch.Generator().manual_seed(2))
-    ours = gradients(lambda **leaves: ops.linear_w4a4(**leaves, **constants, **options(case)), leaves, grad)
-    exact = gradients(lambda **leaves: dense_model(**leaves, **constants, **options(case)), as_double(leaves), grad.to(dtype))
+    ours = gradients(
+        lambda **leaves: ops.linear_w4a4(**leaves, **constants, **options(case)), leaves, grad
+    )
+    exact = gradients(
+        lambda **leaves: dense_model(**leaves, **constants, **options(case)),
+        as_double(leaves),
+        grad.to(dtype),
+    )
     for name in leaves:
         assert ours[name].dtype == dtype and ours[name].shape == leaves[name].shape
         assert relative_error(ours[name], exact[name]) < 8 * torch.finfo(dtype).eps, name
@@ -164,8 +221,14 @@ def test_w4a16_gradients_are_those_of_the_dense_linear(dtype):
     bias = parameters.pop("bias")
     dense = reference.dequantize_w4_zeros(**parameters, dtype=torch.float64)
     grad = torch.randn(PLAIN.M, PLAIN.N)
-    ours = gradients(lambda x, bias: ops.linear_w4a16(x, **parameters, bias=bias), {"x": x, "bias": bias}, grad)
-    exact = gradients(lambda x, bias: x @ dense.t() + bias, {"x": x.double(), "bias": bias.double()}, grad.to(dtype))
+    ours = gradients(
+        lambda x, bias: ops.linear_w4a16(x, **parameters, bias=bias), {"x": x, "bias": bias}, grad
+    )
+    exact = gradients(
+        lambda x, bias: x @ dense.t() + bias,
+        {"x": x.double(), "bias": bias.double()},
+        grad.to(dtype),
+    )
     for name in ours:
         assert relative_error(ours[name], exact[name]) < 8 * torch.finfo(dtype).eps, name
 
@@ -175,19 +238,23 @@ def test_only_asked_gradients_are_made():
     parameters["proj_up"].requires_grad_()
     ops.linear_w4a4(x, **parameters).sum().backward()
     assert parameters["proj_up"].grad is not None
-    assert x.grad is None and parameters["proj_down"].grad is None and parameters["bias"].grad is None
+    assert (
+        x.grad is None and parameters["proj_down"].grad is None and parameters["bias"].grad is None
+    )
 
 
 def test_the_forward_keeps_nothing_but_its_inputs():
     x, parameters = make_input(PLAIN).requires_grad_(), make_w4a4(PLAIN)
     inputs = {tensor.data_ptr() for tensor in (x, *parameters.values())}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
+    ):
         ops.linear_w4a4(x, **parameters).sum().backward()
     assert kept and set(kept) <= inputs
 
 
-# ---- torch's own tools --------------------------------------------------------------------------------------------------
+# ---- torch's own tools ---------------------------------------------------------------------------
 
 
 W4A16_ORDER = ("weight", "weight_scale", "weight_zeros", "bias")
@@ -199,7 +266,11 @@ def samples():
         x, parameters = make_input(case), make_w4a4(case, torch.float32)
         smooth, down = parameters["smooth_factor"], parameters["proj_down"]
         yield "quantize_down", case, (x, smooth, down, *options(case).values())
-        yield "linear_w4a4", case, (x.clone().requires_grad_(), *parameters.values(), *options(case).values())
+        yield (
+            "linear_w4a4",
+            case,
+            (x.clone().requires_grad_(), *parameters.values(), *options(case).values()),
+        )
     q, ascales, h = ops.quantize_down(x, smooth, down, rotation=64)
     rest = [parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")]
     yield "gemm_w4a4_up", ROTATED, (q, ascales, h, *rest, False, torch.bfloat16)
@@ -208,7 +279,9 @@ def samples():
     yield "gemv_w4a16", PLAIN, (make_input(PLAIN), *w4a16)
 
 
-@pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=f"{op}-{case}") for op, case, args in samples()])
+@pytest.mark.parametrize(
+    ("op", "args"), [pytest.param(op, args, id=f"{op}-{case}") for op, case, args in samples()]
+)
 def test_opcheck(op, args):
     torch.library.opcheck(getattr(torch.ops.nibble, op).default, args)
 
@@ -216,7 +289,11 @@ def test_opcheck(op, args):
 @pytest.mark.parametrize("case", [NO_BIAS, ROTATED], ids=str)
 def test_linear_w4a4_compiles_whole_with_its_gradient(case):
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
-    function = torch.compile(lambda x: ops.linear_w4a4(x, **parameters, **options(case)).relu(), fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda x: ops.linear_w4a4(x, **parameters, **options(case)).relu(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     compiled, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
     function(compiled).sum().backward()
     expected = ops.linear_w4a4(plain, **parameters, **options(case)).relu()
@@ -227,7 +304,9 @@ def test_linear_w4a4_compiles_whole_with_its_gradient(case):
 
 def test_linear_w4a16_compiles_whole():
     x, parameters = make_input(PLAIN), make_w4a16(PLAIN)
-    function = torch.compile(lambda x: ops.linear_w4a16(x, **parameters) * 2, fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda x: ops.linear_w4a16(x, **parameters) * 2, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(function(x), ops.linear_w4a16(x, **parameters) * 2)
 
 
@@ -245,10 +324,13 @@ def test_fake_tensors_know_shape_and_dtype():
             for leading in ((case.M,), (2, case.M)):
                 y = ops.linear_w4a4(x.expand(*leading, case.K), **make_w4a4(case), **options(case))
                 assert y.shape == (*leading, case.N) and y.dtype == torch.bfloat16
-                assert ops.linear_w4a16(x.expand(*leading, case.K), **make_w4a16(case)).shape == (*leading, case.N)
+                assert ops.linear_w4a16(x.expand(*leading, case.K), **make_w4a16(case)).shape == (
+                    *leading,
+                    case.N,
+                )
 
 
-# ---- which code runs ------------------------------------------------------------------------------------------------
+# ---- which code runs -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -291,24 +373,43 @@ def test_which_refuses_an_unknown_op():
         ("gemv_w4a16", (12, 0), {}, True, "native"),
         ("linear_w4a4", (7, 5), {}, False, "needs compute capability 8.0"),
         ("linear_w4a4", (8, 6), {"disabled": True}, False, "disabled by the host"),
-        ("linear_w4a4", (8, 6), {"available": False, "unavailable_reason": "no driver"}, False, "no driver"),
-        ("linear_w4a4", (8, 6), {"capabilities": []}, False, "has no quantize_svdquant_w4a4 and scaled_mm_svdquant_w4a4"),
+        (
+            "linear_w4a4",
+            (8, 6),
+            {"available": False, "unavailable_reason": "no driver"},
+            False,
+            "no driver",
+        ),
+        (
+            "linear_w4a4",
+            (8, 6),
+            {"capabilities": []},
+            False,
+            "has no quantize_svdquant_w4a4 and scaled_mm_svdquant_w4a4",
+        ),
     ],
 )
 def test_comfy_kitchen_is_chosen_by_gpu_and_with_a_reason(op, capability, state, use, words):
     everything = [function for functions in kitchen._OPS.values() for function in functions]
-    cuda = {"available": True, "disabled": False, "unavailable_reason": None, "capabilities": everything} | state
+    cuda = {
+        "available": True,
+        "disabled": False,
+        "unavailable_reason": None,
+        "capabilities": everything,
+    } | state
     module = types.SimpleNamespace(list_backends=lambda: {"cuda": cuda})
     chosen, reason = kitchen._decide_for_gpu(module, op, capability)
     assert chosen == use and words in reason
 
 
-# ---- a second copy of the package ------------------------------------------------------------------------------------
+# ---- a second copy of the package ----------------------------------------------------------------
 
 
 def test_a_second_copy_of_the_package_uses_the_ops_of_the_first(monkeypatch):
     room = ROOT / "kernels"
-    spec = importlib.util.spec_from_file_location("nibble_again", room / "__init__.py", submodule_search_locations=[str(room)])
+    spec = importlib.util.spec_from_file_location(
+        "nibble_again", room / "__init__.py", submodule_search_locations=[str(room)]
+    )
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "nibble_again", again)
     spec.loader.exec_module(again)

@@ -1,4 +1,6 @@
-"""The compiled module's own surface: what it says of itself, what it refuses, and that no argument, stream or thread brings it down."""
+"""The compiled module's own surface: what it says of itself, what it refuses, and that no argument,
+stream or thread brings it down.
+"""
 
 import threading
 from pathlib import Path
@@ -25,29 +27,108 @@ def call(op, **changes):
     """An op on the CPU with good arguments over one zeroed buffer, but for `changes`."""
     a = BASE
     good = {
-        "quantize_down": dict(M=2, K=64, R=4, x=a, x_dtype=0, smooth=a, proj_down=a, param_dtype=0, act_unsigned=False, rotate=False, codes=0,
-                              q=a, ascales=a, h=a),
+        "quantize_down": dict(
+            M=2,
+            K=64,
+            R=4,
+            x=a,
+            x_dtype=0,
+            smooth=a,
+            proj_down=a,
+            param_dtype=0,
+            act_unsigned=False,
+            rotate=False,
+            codes=0,
+            q=a,
+            ascales=a,
+            h=a,
+        ),
         "gemm_w4a4_up": PRODUCT | dict(out=a, out_dtype=0, workspace=a, workspace_size=SIZE),
-        "gemm_w4a4_up_gelu_quantize_down": PRODUCT | dict(mid_dtype=0, R2=4, smooth2=a, proj_down2=a, act_unsigned2=False, rotate2=False, codes2=0,
-                                                          q2=a, ascales2=a, h2=a, workspace=a, workspace_size=SIZE),
-        "gemv_w4a16": W4A16, "gemm_w4a16": W4A16, "gemm_vq": VQ,
+        "gemm_w4a4_up_gelu_quantize_down": (
+            PRODUCT
+            | dict(
+                mid_dtype=0,
+                R2=4,
+                smooth2=a,
+                proj_down2=a,
+                act_unsigned2=False,
+                rotate2=False,
+                codes2=0,
+                q2=a,
+                ascales2=a,
+                h2=a,
+                workspace=a,
+                workspace_size=SIZE,
+            )
+        ),
+        "gemv_w4a16": W4A16,
+        "gemm_w4a16": W4A16,
+        "gemm_vq": VQ,
     }[op]
     place = dict(device=-1, stream=0, threads=1, isa=0)
     return getattr(module, op)(**(place | good | changes))
 
 
-PRODUCT = dict(M=2, N=64, K=64, R=4, codes=0, q=BASE, act_unsigned=False, ascales=BASE, h=BASE, h_stride=4, weight=BASE, weight_scale=BASE,
-               proj_up=BASE, bias=BASE, param_dtype=0)
-W4A16 = dict(M=2, N=64, K=64, x=BASE, x_dtype=0, weight=BASE, weight_scale=BASE, weight_zeros=BASE, bias=BASE, param_dtype=0, out=BASE)
-VQ = dict(M=2, N=64, K=64, bits=8, vector=4, x=BASE, x_dtype=0, indices=BASE, codebook=BASE, codebook_dtype=0, scale=BASE, bias=BASE, param_dtype=0,
-          addend=BASE, addend_dtype=0, out=BASE, out_dtype=0)
+PRODUCT = dict(
+    M=2,
+    N=64,
+    K=64,
+    R=4,
+    codes=0,
+    q=BASE,
+    act_unsigned=False,
+    ascales=BASE,
+    h=BASE,
+    h_stride=4,
+    weight=BASE,
+    weight_scale=BASE,
+    proj_up=BASE,
+    bias=BASE,
+    param_dtype=0,
+)
+W4A16 = dict(
+    M=2,
+    N=64,
+    K=64,
+    x=BASE,
+    x_dtype=0,
+    weight=BASE,
+    weight_scale=BASE,
+    weight_zeros=BASE,
+    bias=BASE,
+    param_dtype=0,
+    out=BASE,
+)
+VQ = dict(
+    M=2,
+    N=64,
+    K=64,
+    bits=8,
+    vector=4,
+    x=BASE,
+    x_dtype=0,
+    indices=BASE,
+    codebook=BASE,
+    codebook_dtype=0,
+    scale=BASE,
+    bias=BASE,
+    param_dtype=0,
+    addend=BASE,
+    addend_dtype=0,
+    out=BASE,
+    out_dtype=0,
+)
 
 
-# ---- what it says ------------------------------------------------------------------------------------------------------
+# ---- what it says --------------------------------------------------------------------------------
 
 
 def test_it_names_itself():
-    assert module.ABI == native.ABI and module.__version__ and module.DEVICES in (("cpu",), ("cpu", "cuda"))
+    assert (
+        module.ABI == native.ABI
+        and module.__version__
+        and module.DEVICES in (("cpu",), ("cpu", "cuda"))
+    )
     info = module.build_info()
     assert info["compiler"] and bool(info["cuda"]) == ("cuda" in module.DEVICES)
     assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(launch.ISAS)
@@ -73,7 +154,7 @@ def test_which_tells_the_native_path():
     assert backend == "native" and "gemm_w4a4_up: " in words and module.__version__ in words
 
 
-# ---- what it refuses ---------------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,7 +165,11 @@ def test_which_tells_the_native_path():
         ("quantize_down", {"M": 2**31}, r"M must be below 2\^31"),
         ("quantize_down", {"x": 0}, "x is null and has 128 elements"),
         ("quantize_down", {"h": BASE + 4}, "h is not aligned to 16 bytes"),
-        ("quantize_down", {"x_dtype": 3}, r"x_dtype=3 is none of 0 \(float32\), 1 \(float16\), 2 \(bfloat16\)"),
+        (
+            "quantize_down",
+            {"x_dtype": 3},
+            r"x_dtype=3 is none of 0 \(float32\), 1 \(float16\), 2 \(bfloat16\)",
+        ),
         ("quantize_down", {"codes": 2}, "codes=2 is neither"),
         ("quantize_down", {"act_unsigned": True, "rotate": True}, "exclude one another"),
         ("quantize_down", {"isa": 4}, "isa=4 is none of"),
@@ -128,15 +213,25 @@ def test_wrong_types_are_refused(value):
 
 
 def test_questions_refuse_too():
-    for ask in (lambda: module.route("gemm", 0, 1, 1, 1), lambda: module.workspace_bytes("gemm", 0, 1, 1, 1, 1), lambda: module.codes(-1),
-                lambda: module.route("gemv_w4a16", 0, -1, 1, 1), lambda: module.capability(-2), lambda: module.capability(64)):
+    for ask in (
+        lambda: module.route("gemm", 0, 1, 1, 1),
+        lambda: module.workspace_bytes("gemm", 0, 1, 1, 1, 1),
+        lambda: module.codes(-1),
+        lambda: module.route("gemv_w4a16", 0, -1, 1, 1),
+        lambda: module.capability(-2),
+        lambda: module.capability(64),
+    ):
         with pytest.raises(ValueError):
             ask()
 
 
 @pytest.mark.skipif(module is not None and "cuda" in module.DEVICES, reason="this build has CUDA")
 def test_a_build_for_the_cpu_says_so():
-    for ask in (lambda: call("quantize_down", device=0), lambda: module.capability(0), lambda: module.route("gemv_w4a16", 90, 1, 1, 64)):
+    for ask in (
+        lambda: call("quantize_down", device=0),
+        lambda: module.capability(0),
+        lambda: module.route("gemv_w4a16", 90, 1, 1, 64),
+    ):
         with pytest.raises(ValueError, match="built without CUDA"):
             ask()
 
@@ -145,35 +240,94 @@ SIZES = st.sampled_from([-(2**63), -64, -1, 0, 1, 3, 4, 63, 64, 65, 128])
 HUGE = st.sampled_from([2**31 - 64, 2**31, 2**40, 2**62, 2**63 - 1])
 CODES = st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 2**31 - 1])
 POINTERS = st.sampled_from([0, BASE, BASE + 16, BASE + 4, BASE + 1])
-FIELDS = {name: SIZES for name in ("M", "N", "K", "R", "R2", "h_stride", "threads", "workspace_size")}
-FIELDS |= {name: CODES for name in ("isa", "x_dtype", "param_dtype", "out_dtype", "mid_dtype", "codebook_dtype", "addend_dtype", "codes", "codes2")}
-FIELDS |= {name: st.booleans() for name in ("act_unsigned", "rotate", "act_unsigned2", "rotate2")} | {"device": st.sampled_from([-3, -2, -1])}
-FIELDS |= {"bits": st.sampled_from([-1, 0, 1, 3, 6, 8, 12, 13, 2**31 - 1]), "vector": st.sampled_from([-8, 0, 1, 2, 3, 4, 8, 16])}
+FIELDS = {
+    name: SIZES for name in ("M", "N", "K", "R", "R2", "h_stride", "threads", "workspace_size")
+}
+FIELDS |= {
+    name: CODES
+    for name in (
+        "isa",
+        "x_dtype",
+        "param_dtype",
+        "out_dtype",
+        "mid_dtype",
+        "codebook_dtype",
+        "addend_dtype",
+        "codes",
+        "codes2",
+    )
+}
+FIELDS |= {
+    name: st.booleans() for name in ("act_unsigned", "rotate", "act_unsigned2", "rotate2")
+} | {"device": st.sampled_from([-3, -2, -1])}
+FIELDS |= {
+    "bits": st.sampled_from([-1, 0, 1, 3, 6, 8, 12, 13, 2**31 - 1]),
+    "vector": st.sampled_from([-8, 0, 1, 2, 3, 4, 8, 16]),
+}
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_no_argument_brings_the_process_down(data):
-    """Anything is either computed or refused with words. Sizes that memory cannot hold come with no memory."""
+    """Anything is either computed or refused with words. Sizes that memory cannot hold come with no
+    memory.
+    """
     op = data.draw(st.sampled_from(launch.OPS))
-    names = {"quantize_down": ["M", "K", "R", "x", "x_dtype", "smooth", "proj_down", "param_dtype", "act_unsigned", "rotate", "codes", "q", "h"],
-             "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
-             "gemm_vq": [*VQ],
-             "gemm_w4a4_up_gelu_quantize_down": [*PRODUCT, "R2", "mid_dtype", "smooth2", "rotate2", "codes2", "q2", "h2", "workspace"]}
-    changed = data.draw(st.lists(st.sampled_from([*names.get(op, W4A16), "isa", "threads", "device"]), unique=True, max_size=6))
+    names = {
+        "quantize_down": [
+            "M",
+            "K",
+            "R",
+            "x",
+            "x_dtype",
+            "smooth",
+            "proj_down",
+            "param_dtype",
+            "act_unsigned",
+            "rotate",
+            "codes",
+            "q",
+            "h",
+        ],
+        "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
+        "gemm_vq": [*VQ],
+        "gemm_w4a4_up_gelu_quantize_down": [
+            *PRODUCT,
+            "R2",
+            "mid_dtype",
+            "smooth2",
+            "rotate2",
+            "codes2",
+            "q2",
+            "h2",
+            "workspace",
+        ],
+    }
+    changed = data.draw(
+        st.lists(
+            st.sampled_from([*names.get(op, W4A16), "isa", "threads", "device"]),
+            unique=True,
+            max_size=6,
+        )
+    )
     changes = {name: data.draw(FIELDS.get(name, POINTERS), label=name) for name in changed}
     if data.draw(st.booleans(), label="huge"):
         sizes = [name for name in names.get(op, W4A16) if name in ("M", "N", "K", "R", "R2")]
         changes |= {name: 0 for name in names.get(op, W4A16) if FIELDS.get(name) is None}
-        changes |= {name: 0 for name in ("q", "ascales", "h", "q2", "ascales2", "h2", "proj_down2") if name in names.get(op, ())}
+        changes |= {
+            name: 0
+            for name in ("q", "ascales", "h", "q2", "ascales2", "h2", "proj_down2")
+            if name in names.get(op, ())
+        }
         changes |= {data.draw(st.sampled_from(sizes)): data.draw(HUGE)}
     try:
         call(op, **changes)
-    except (ValueError, TypeError, RuntimeError) as refusal:  # TypeError: a number that its C type cannot hold
+    # TypeError: a number that its C type cannot hold
+    except (ValueError, TypeError, RuntimeError) as refusal:
         assert str(refusal)
 
 
-# ---- what it computes ----------------------------------------------------------------------------------------------------
+# ---- what it computes ----------------------------------------------------------------------------
 
 
 ISAS = module.cpu_isas() if module else ()
@@ -185,16 +339,27 @@ def test_every_instruction_set_gives_the_references_results(case, isa):
     dtype, number = torch.float32, launch.ISAS[isa]
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
-    found = launch.quantize_down(dtype, x, smooth, down, case.act_unsigned, case.rotation, isa=number)
+    found = launch.quantize_down(
+        dtype, x, smooth, down, case.act_unsigned, case.rotation, isa=number
+    )
     q, ascales, h = reference.quantize_down(x, smooth, down, **options(case))
     if not case.rotation:
         assert_same(found[0], q)
         assert_same(found[1], ascales)
     rest = {name: parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")}
-    y = launch.gemm_w4a4_up(dtype, q, ascales, h, *rest.values(), case.act_unsigned, dtype, isa=number)
-    exact = {name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor for name, tensor in rest.items()}
-    truth = reference.gemm_w4a4_up(q, ascales.double(), h.double(), **exact, act_unsigned=case.act_unsigned)
-    assert_twice_plain(y, truth, reference.gemm_w4a4_up(q, ascales, h, **rest, act_unsigned=case.act_unsigned))
+    y = launch.gemm_w4a4_up(
+        dtype, q, ascales, h, *rest.values(), case.act_unsigned, dtype, isa=number
+    )
+    exact = {
+        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+        for name, tensor in rest.items()
+    }
+    truth = reference.gemm_w4a4_up(
+        q, ascales.double(), h.double(), **exact, act_unsigned=case.act_unsigned
+    )
+    assert_twice_plain(
+        y, truth, reference.gemm_w4a4_up(q, ascales, h, **rest, act_unsigned=case.act_unsigned)
+    )
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_refused():
@@ -203,14 +368,24 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused():
             call("quantize_down", isa=launch.ISAS[name])
 
 
-@pytest.mark.parametrize("case", [SMALL[0], SMALL[3], SMALL[-1], Case("many", 70, 192, 300, R=20)], ids=str)
+@pytest.mark.parametrize(
+    "case", [SMALL[0], SMALL[3], SMALL[-1], Case("many", 70, 192, 300, R=20)], ids=str
+)
 def test_the_number_of_threads_does_not_change_a_bit(case, monkeypatch):
-    """The number is told, not set: torch's own solvers go wrong in a process that calls set_num_threads."""
+    """The number is told, not set: torch's own solvers go wrong in a process that calls
+    set_num_threads.
+    """
     x, w4a4, w4a16 = make_input(case, torch.bfloat16), make_w4a4(case), make_w4a16(case)
     found = []
     for threads in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append((ops.linear_w4a4(x, **w4a4, **options(case)), ops.linear_w4a16(x, **w4a16), ops.gemv_w4a16(x, **w4a16)))
+        found.append(
+            (
+                ops.linear_w4a4(x, **w4a4, **options(case)),
+                ops.linear_w4a16(x, **w4a16),
+                ops.gemv_w4a16(x, **w4a16),
+            )
+        )
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
 

@@ -1,7 +1,7 @@
 """The compiled CPU ops against the reference, for each instruction set that this processor has.
 
-Codes and scales equal the reference's bit for bit where nothing is rotated; everything else is held to float64, and to itself: neither
-the number of threads nor a token's company changes a bit.
+Codes and scales equal the reference's bit for bit where nothing is rotated; everything else is held
+to float64, and to itself: neither the number of threads nor a token's company changes a bit.
 """
 
 import pytest
@@ -28,7 +28,9 @@ CASES = [
 
 @pytest.fixture(params=module.cpu_isas() if module else ["portable"])
 def isa(request) -> int:
-    """Every instruction set of this processor; sanitize/test_fuzz.py runs AVX-512 on those that lack it."""
+    """Every instruction set of this processor; sanitize/test_fuzz.py runs AVX-512 on those that
+    lack it.
+    """
     return launch.ISAS[request.param]
 
 
@@ -39,29 +41,42 @@ def threads(monkeypatch):
 
 
 def double(parameters: dict) -> dict:
-    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in parameters.items()}
+    return {
+        name: t.double() if t is not None and t.is_floating_point() else t
+        for name, t in parameters.items()
+    }
 
 
 def quantized(case: Case, dtype: torch.dtype, isa: int):
     """(q, ascales, h) from the module, and the parameters of the product that follows."""
     parameters = make_w4a4(case, dtype)
     smooth, down = parameters.pop("smooth_factor"), parameters.pop("proj_down")
-    return launch.quantize_down(dtype, make_input(case, dtype), smooth, down, **options(case), isa=isa), parameters
+    return (
+        launch.quantize_down(
+            dtype, make_input(case, dtype), smooth, down, **options(case), isa=isa
+        ),
+        parameters,
+    )
 
 
 def product(q, ascales, h, parameters: dict, unsigned: bool, dtype: torch.dtype, isa: int):
     names = ("weight", "weight_scale", "proj_up", "bias")
-    return launch.gemm_w4a4_up(dtype, q, ascales, h, *(parameters[name] for name in names), unsigned, dtype, isa=isa)
+    return launch.gemm_w4a4_up(
+        dtype, q, ascales, h, *(parameters[name] for name in names), unsigned, dtype, isa=isa
+    )
 
 
 def dense_w4a16(parameters: dict):
     zeros = parameters["weight_zeros"]
     return reference.dequantize_w4_zeros(
-        parameters["weight"], parameters["weight_scale"].double(), None if zeros is None else zeros.double(), torch.float64
+        parameters["weight"],
+        parameters["weight_scale"].double(),
+        None if zeros is None else zeros.double(),
+        torch.float64,
     )
 
 
-# ---- quantize_down -----------------------------------------------------------------------------------------------------
+# ---- quantize_down -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -71,7 +86,9 @@ def test_codes_and_scales_equal_the_reference(case, dtype, isa):
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
     q, ascales, h = launch.quantize_down(dtype, x, smooth, down, **options(case), isa=isa)
     expected = reference.quantize_down(x, smooth, down, **options(case))
-    if case.rotation:  # butterflies and a matrix product round differently: a value on the border of two codes may take either
+    # butterflies and a matrix product round differently: a value on the border of two codes may
+    # take either
+    if case.rotation:
         assert (unpack_int4(q) - unpack_int4(expected[0])).abs().max() <= 1
         assert relative_error(ascales, expected[1]) < 1e-6
     else:
@@ -98,13 +115,19 @@ AWKWARD = {
 def test_awkward_values_quantize_like_the_reference(kind, unsigned, isa):
     x = AWKWARD[kind](torch.randn(9, 192, generator=torch.Generator().manual_seed(3)))
     smooth = torch.where(torch.arange(192) % 5 == 0, -1.5, 1.0)
-    q, ascales, _ = launch.quantize_down(torch.float32, x, smooth, torch.ones(192, 1), unsigned, 0, isa=isa)
+    q, ascales, _ = launch.quantize_down(
+        torch.float32, x, smooth, torch.ones(192, 1), unsigned, 0, isa=isa
+    )
     expected = reference.quantize_down(x, smooth, torch.ones(192, 1), unsigned)
     assert_same(q, expected[0])
     assert_same(ascales, expected[1])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("-nan"), float("inf"), float("-inf")], ids=["nan", "-nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "bad",
+    [float("nan"), float("-nan"), float("inf"), float("-inf")],
+    ids=["nan", "-nan", "inf", "-inf"],
+)
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_a_bad_value_stays_in_its_group_and_token(bad, unsigned, isa):
     case = Case("bad", 6, 128, 40, R=4)
@@ -115,16 +138,21 @@ def test_a_bad_value_stays_in_its_group_and_token(bad, unsigned, isa):
     dirty = launch.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
     expected = reference.quantize_down(x, smooth, down, unsigned)
     assert_same(dirty[0], expected[0])
-    assert torch.equal(dirty[1].nan_to_num(), expected[1].nan_to_num()) and torch.equal(dirty[1].isnan(), expected[1].isnan())
+    assert torch.equal(dirty[1].nan_to_num(), expected[1].nan_to_num()) and torch.equal(
+        dirty[1].isnan(), expected[1].isnan()
+    )
     assert not torch.isfinite(dirty[2][2]).any()
     y = [product(*parts, parameters, unsigned, torch.float32, isa) for parts in (clean, dirty)]
     others = torch.arange(6) != 2
     assert torch.equal(y[0][others], y[1][others])
-    spoiled = not torch.isfinite(dirty[1][1, 2])  # an unsigned group forgives -inf: its largest value stays what it was
-    assert spoiled == (not (unsigned and bad == float("-inf"))) and not torch.isfinite(y[1][2]).any()
+    # an unsigned group forgives -inf: its largest value stays what it was
+    spoiled = not torch.isfinite(dirty[1][1, 2])
+    assert (
+        spoiled == (not (unsigned and bad == float("-inf"))) and not torch.isfinite(y[1][2]).any()
+    )
 
 
-# ---- products ----------------------------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -132,38 +160,74 @@ def test_a_bad_value_stays_in_its_group_and_token(bad, unsigned, isa):
 def test_the_product_is_as_exact_as_plain_torch(case, dtype, isa):
     (q, ascales, h), parameters = quantized(case, dtype, isa)
     ours = product(q, ascales, h, parameters, case.act_unsigned, dtype, isa)
-    truth = reference.gemm_w4a4_up(q, ascales.double(), h.double(), **double(parameters), act_unsigned=case.act_unsigned)
+    truth = reference.gemm_w4a4_up(
+        q, ascales.double(), h.double(), **double(parameters), act_unsigned=case.act_unsigned
+    )
     assert ours.dtype == dtype
     assert_twice_plain(ours, truth, plain_w4a4(q, ascales, h, parameters, case.act_unsigned, dtype))
 
 
-@pytest.mark.parametrize(("unsigned", "code", "weight", "per_group"), [
-    (False, 0x88, 0x88, 64 * 64), (False, 0x77, 0x88, -64 * 56), (False, 0x99, 0x77, -64 * 49),
-    (True, 0xFF, 0x88, -64 * 120), (True, 0xFF, 0x77, 64 * 105), (True, 0x00, 0x88, 0),
-])
+@pytest.mark.parametrize(
+    ("unsigned", "code", "weight", "per_group"),
+    [
+        (False, 0x88, 0x88, 64 * 64),
+        (False, 0x77, 0x88, -64 * 56),
+        (False, 0x99, 0x77, -64 * 49),
+        (True, 0xFF, 0x88, -64 * 120),
+        (True, 0xFF, 0x77, 64 * 105),
+        (True, 0x00, 0x88, 0),
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 12])
 def test_the_largest_sums_are_exact(unsigned, code, weight, per_group, tokens, isa):
     n, groups = 35, 9
     q = torch.full((tokens, groups * 32), code, dtype=torch.uint8).view(torch.int8)
     parameters = {
-        "weight": torch.full((n, groups * 32), weight, dtype=torch.uint8).view(torch.int8), "weight_scale": torch.ones(groups, n),
-        "proj_up": torch.zeros(n, 0), "bias": None,
+        "weight": torch.full((n, groups * 32), weight, dtype=torch.uint8).view(torch.int8),
+        "weight_scale": torch.ones(groups, n),
+        "proj_up": torch.zeros(n, 0),
+        "bias": None,
     }
-    y = product(q, torch.ones(groups, tokens), torch.zeros(tokens, 0), parameters, unsigned, torch.float32, isa)
+    y = product(
+        q,
+        torch.ones(groups, tokens),
+        torch.zeros(tokens, 0),
+        parameters,
+        unsigned,
+        torch.float32,
+        isa,
+    )
     assert torch.equal(y, torch.full((tokens, n), float(per_group * groups)))
 
 
 def test_every_code_lands_in_its_place(isa):
     """A token per column: row k of the product is column k of the weights."""
     k, n = 128, 40
-    weight = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    weight = torch.randint(
+        -8, 8, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0)
+    )
     scale = torch.rand(k // 64, n) - 0.5
-    parameters = {"weight": pack_int4(weight), "weight_scale": scale, "proj_up": torch.zeros(n, 0), "bias": None}
-    y = product(pack_int4(torch.eye(k, dtype=torch.int8)), torch.ones(k // 64, k), torch.zeros(k, 0), parameters, False, torch.float32, isa)
+    parameters = {
+        "weight": pack_int4(weight),
+        "weight_scale": scale,
+        "proj_up": torch.zeros(n, 0),
+        "bias": None,
+    }
+    y = product(
+        pack_int4(torch.eye(k, dtype=torch.int8)),
+        torch.ones(k // 64, k),
+        torch.zeros(k, 0),
+        parameters,
+        False,
+        torch.float32,
+        isa,
+    )
     assert torch.equal(y.t(), weight * scale.t().repeat_interleave(64, 1))
     flipped = parameters | {"weight": pack_int4(weight ^ -8)}
     for tokens in (torch.eye(k), torch.eye(k)[70:71], torch.eye(k)[5:8]):
-        y = launch.w4a16("gemm_w4a16", torch.float32, tokens, flipped["weight"], scale, None, None, isa=isa)
+        y = launch.w4a16(
+            "gemm_w4a16", torch.float32, tokens, flipped["weight"], scale, None, None, isa=isa
+        )
         assert torch.equal(y, tokens @ (weight * scale.t().repeat_interleave(64, 1)).t())
 
 
@@ -185,7 +249,11 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
     y = launch.w4a16("gemv_w4a16", dtype, x, *(parameters[name] for name in names), isa=isa)
     dense, bias = dense_w4a16(parameters), parameters["bias"]
     plain = torch.nn.functional.linear(x, dense.to(dtype), bias)
-    assert_twice_plain(y, torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double()), plain)
+    assert_twice_plain(
+        y,
+        torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double()),
+        plain,
+    )
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e-30, 1e30, 1e36])
@@ -193,7 +261,16 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
 def test_w4a16_keeps_very_small_and_very_large_tokens(size, tokens, isa):
     case = Case("range", tokens, 128, 24)
     x, parameters = make_input(case) * size, make_w4a16(case, torch.float32)
-    y = launch.w4a16("gemv_w4a16", torch.float32, x, parameters["weight"], parameters["weight_scale"], None, None, isa=isa)
+    y = launch.w4a16(
+        "gemv_w4a16",
+        torch.float32,
+        x,
+        parameters["weight"],
+        parameters["weight_scale"],
+        None,
+        None,
+        isa=isa,
+    )
     dense = dense_w4a16(parameters | {"weight_zeros": None})
     assert_twice_plain(y, x.double() @ dense.t(), x @ dense.float().t())
 
@@ -201,20 +278,31 @@ def test_w4a16_keeps_very_small_and_very_large_tokens(size, tokens, isa):
 @pytest.mark.parametrize("mid", FLOATS, ids=str)
 @pytest.mark.parametrize(("unsigned2", "rotation2"), [(False, 0), (True, 0), (False, 64)])
 def test_the_fused_mlp_follows_its_reference(mid, unsigned2, rotation2, isa):
-    case, second = Case("first", 133, 192, 128, R=9), make_w4a4(Case("second", 133, 128, 64, R=5), torch.bfloat16, seed=7)
+    case, second = (
+        Case("first", 133, 192, 128, R=9),
+        make_w4a4(Case("second", 133, 128, 64, R=5), torch.bfloat16, seed=7),
+    )
     (q, ascales, h), parameters = quantized(case, torch.bfloat16, isa)
     names = ("weight", "weight_scale", "proj_up", "bias")
     rest = (second["smooth_factor"], second["proj_down"], False, unsigned2, rotation2, mid)
-    ours = launch.gemm_w4a4_up_gelu_quantize_down(torch.bfloat16, q, ascales, h, *(parameters[name] for name in names), *rest, isa=isa)
-    theirs = reference.gemm_w4a4_up_gelu_quantize_down(q, ascales, h, *(parameters[name] for name in names), *rest)
+    ours = launch.gemm_w4a4_up_gelu_quantize_down(
+        torch.bfloat16, q, ascales, h, *(parameters[name] for name in names), *rest, isa=isa
+    )
+    theirs = reference.gemm_w4a4_up_gelu_quantize_down(
+        q, ascales, h, *(parameters[name] for name in names), *rest
+    )
     codes = [unpack_int4(parts[0], not unsigned2) for parts in (ours, theirs)]
-    # A y on the border of two 16-bit numbers may round to either, which moves a whole group's scale by up to a unit of that dtype.
+    # A y on the border of two 16-bit numbers may round to either, which moves a whole group's scale
+    # by up to a unit of that dtype.
     assert (codes[0] != codes[1]).float().mean() < 0.002 and (codes[0] - codes[1]).abs().max() <= 1
     unit = torch.finfo(mid).eps
-    assert relative_error(ours[1], theirs[1]) < 0.1 * unit + 1e-6 and relative_error(ours[2], theirs[2]) < 0.1 * unit + 1e-6
+    assert (
+        relative_error(ours[1], theirs[1]) < 0.1 * unit + 1e-6
+        and relative_error(ours[2], theirs[2]) < 0.1 * unit + 1e-6
+    )
 
 
-# ---- the same bits, whatever else happens ----------------------------------------------------------------------------------
+# ---- the same bits, whatever else happens --------------------------------------------------------
 
 
 def everything(case: Case, isa: int) -> list[torch.Tensor]:
@@ -223,16 +311,30 @@ def everything(case: Case, isa: int) -> list[torch.Tensor]:
     y = product(q, ascales, h, parameters, case.act_unsigned, torch.float32, isa)
     names = ("weight", "weight_scale", "weight_zeros", "bias")
     w4a16 = make_w4a16(case, dtype)
-    z = launch.w4a16("gemm_w4a16", dtype, make_input(case, dtype), *(w4a16[name] for name in names), isa=isa)
+    z = launch.w4a16(
+        "gemm_w4a16", dtype, make_input(case, dtype), *(w4a16[name] for name in names), isa=isa
+    )
     second = make_w4a4(Case("second", case.M, case.N, 64, R=5), dtype, seed=7)
     fused = launch.gemm_w4a4_up_gelu_quantize_down(
-        dtype, q, ascales, h, *(parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")),
-        second["smooth_factor"], second["proj_down"], case.act_unsigned, False, 0, dtype, isa=isa,
+        dtype,
+        q,
+        ascales,
+        h,
+        *(parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")),
+        second["smooth_factor"],
+        second["proj_down"],
+        case.act_unsigned,
+        False,
+        0,
+        dtype,
+        isa=isa,
     )
     return [q, ascales, h, y, z, *fused]
 
 
-@pytest.mark.parametrize("case", [Case("tall", 150, 128, 64, R=17), Case("wide", 3, 640, 448, R=40)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("tall", 150, 128, 64, R=17), Case("wide", 3, 640, 448, R=40)], ids=str
+)
 def test_threads_and_repetition_change_no_bit(case, isa, threads):
     threads(1)
     first = everything(case, isa)
@@ -242,34 +344,84 @@ def test_threads_and_repetition_change_no_bit(case, isa, threads):
             assert_same(other, one)
 
 
-@pytest.mark.parametrize("case", [Case("tokens", 37, 320, 70, R=20), Case("one_more", 257, 64, 33, R=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case("tokens", 37, 320, 70, R=20), Case("one_more", 257, 64, 33, R=2)], ids=str
+)
 def test_a_token_alone_gets_the_bits_that_it_gets_in_company(case, isa):
     """In the W4A4 ops. W4A16 sums a few tokens' products in another order than many tokens'."""
     (q, ascales, h), parameters = quantized(case, torch.float32, isa)
     x, layer = make_input(case), make_w4a4(case, torch.float32)
     together = product(q, ascales, h, parameters, False, torch.float32, isa)
     for rows in (slice(0, 1), slice(5, 8), slice(case.M - 1, case.M)):
-        alone = launch.quantize_down(torch.float32, x[rows], layer["smooth_factor"], layer["proj_down"], False, 0, isa=isa)
+        alone = launch.quantize_down(
+            torch.float32, x[rows], layer["smooth_factor"], layer["proj_down"], False, 0, isa=isa
+        )
         for part, whole in zip(alone, (q[rows], ascales[:, rows], h[rows]), strict=True):
             assert_same(part, whole.contiguous())
-        assert_same(product(*alone, parameters, False, torch.float32, isa), together[rows].contiguous())
+        assert_same(
+            product(*alone, parameters, False, torch.float32, isa), together[rows].contiguous()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_round_to_the_nearest_even_number(dtype, isa):
-    """The bias alone, in float32, against torch's own conversion: ties, subnormals, overflow, infinities and NaN."""
-    values = torch.tensor([1.00390625, 1.01171875, 1.00048828125, 1.00146484375, 65519.0, 65520.0, 3.4e38, 1e-8, 3e-8, 6e-8, 1e-40, 0.0, -0.0,
-                           float("inf"), float("-inf"), float("nan")])
+    """The bias alone, in float32, against torch's own conversion: ties, subnormals, overflow,
+    infinities and NaN.
+    """
+    values = torch.tensor(
+        [
+            1.00390625,
+            1.01171875,
+            1.00048828125,
+            1.00146484375,
+            65519.0,
+            65520.0,
+            3.4e38,
+            1e-8,
+            3e-8,
+            6e-8,
+            1e-40,
+            0.0,
+            -0.0,
+            float("inf"),
+            float("-inf"),
+            float("nan"),
+        ]
+    )
     bias = torch.cat([values, -values, torch.randn(1000) * torch.logspace(-12, 12, 1000)])
     n = len(bias)
-    parameters = {"weight": torch.zeros(n, 32, dtype=torch.int8), "weight_scale": torch.ones(1, n), "proj_up": torch.zeros(n, 0), "bias": bias}
+    parameters = {
+        "weight": torch.zeros(n, 32, dtype=torch.int8),
+        "weight_scale": torch.ones(1, n),
+        "proj_up": torch.zeros(n, 0),
+        "bias": bias,
+    }
     names = ("weight", "weight_scale", "proj_up", "bias")
-    y = launch.gemm_w4a4_up(torch.float32, torch.zeros(1, 32, dtype=torch.int8), torch.ones(1, 1), torch.zeros(1, 0),
-                            *(parameters[name] for name in names), False, dtype, isa=isa)[0]
+    y = launch.gemm_w4a4_up(
+        torch.float32,
+        torch.zeros(1, 32, dtype=torch.int8),
+        torch.ones(1, 1),
+        torch.zeros(1, 0),
+        *(parameters[name] for name in names),
+        False,
+        dtype,
+        isa=isa,
+    )[0]
     expected = bias.to(dtype)
-    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(
+        y.nan_to_num(), expected.nan_to_num()
+    )
 
 
 def test_eight_bit_codes_are_refused(isa):
     with pytest.raises(ValueError, match="codes are packed"):
-        launch.quantize_down(torch.float32, torch.ones(1, 64), torch.ones(64), torch.ones(64, 1), False, 0, isa=isa, codes=launch.E4M3)
+        launch.quantize_down(
+            torch.float32,
+            torch.ones(1, 64),
+            torch.ones(64),
+            torch.ones(64, 1),
+            False,
+            0,
+            isa=isa,
+            codes=launch.E4M3,
+        )

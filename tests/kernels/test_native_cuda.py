@@ -1,4 +1,6 @@
-"""The compiled ops on a GPU as programs use them: captured into graphs, on many streams, in both forms of codes, bit for bit the same."""
+"""The compiled ops on a GPU as programs use them: captured into graphs, on many streams, in both
+forms of codes, bit for bit the same.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,10 @@ from compare import assert_twice_plain
 
 module, reason = native.module()
 BF16 = torch.bfloat16
-CASE, SECOND = Case("gpu", 300, 1024, 768, R=32), Case("second", 300, 768, 256, R=32, act_unsigned=True)
+CASE, SECOND = (
+    Case("gpu", 300, 1024, 768, R=32),
+    Case("second", 300, 768, 256, R=32, act_unsigned=True),
+)
 ORDER = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 
 pytestmark = pytest.mark.gpu
@@ -105,16 +110,31 @@ def test_an_op_waits_for_what_its_stream_does_before():
 
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_both_forms_of_codes_give_the_same_product(unsigned):
-    """What quantize_down hands to the product on this GPU, and the packed codes of the public op."""
+    """What quantize_down hands to the product on this GPU, and the packed codes of the
+    public op.
+    """
     weight, scale, smooth, down, up, bias = layer(CASE)
     x = make_input(CASE, BF16, device="cuda")
     own = module.codes(module.capability(torch.cuda.current_device()))
     results = []
     for form in {launch.PACKED, own}:
         q, ascales, h = launch.quantize_down(BF16, x, smooth, down, unsigned, 0, codes=form)
-        results.append(launch.gemm_w4a4_up(BF16, q, ascales, h, weight, scale, up, bias, unsigned, torch.float32))
+        results.append(
+            launch.gemm_w4a4_up(
+                BF16, q, ascales, h, weight, scale, up, bias, unsigned, torch.float32
+            )
+        )
     codes, ascales, h = reference.quantize_down(x, smooth, down, unsigned)
-    exact = reference.gemm_w4a4_up(codes, ascales.double(), h.double(), weight, scale.double(), up.double(), bias.double(), unsigned)
+    exact = reference.gemm_w4a4_up(
+        codes,
+        ascales.double(),
+        h.double(),
+        weight,
+        scale.double(),
+        up.double(),
+        bias.double(),
+        unsigned,
+    )
     plain = reference.gemm_w4a4_up(codes, ascales, h, weight, scale, up, bias, unsigned)
     for y in results:
         assert_twice_plain(y.to(BF16), exact, plain.to(BF16))
@@ -137,7 +157,9 @@ def test_memory_is_given_back():
 
 def test_a_wrong_device_is_refused_with_words():
     with pytest.raises(ValueError, match="weight is on cpu and the activations are on cuda:0"):
-        ops.linear_w4a4(make_input(CASE, BF16, device="cuda"), layer(CASE)[0].cpu(), *layer(CASE)[1:])
+        ops.linear_w4a4(
+            make_input(CASE, BF16, device="cuda"), layer(CASE)[0].cpu(), *layer(CASE)[1:]
+        )
     with pytest.raises((ValueError, RuntimeError)):
         module.capability(63)
     assert ops.linear_w4a4(make_input(CASE, BF16, device="cuda"), *layer(CASE)).isfinite().all()

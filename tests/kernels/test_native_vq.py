@@ -1,4 +1,6 @@
-"""The compiled gemm_vq on the CPU against float64, for each instruction set of this processor, by tables and by panels."""
+"""The compiled gemm_vq on the CPU against float64, for each instruction set of this processor, by
+tables and by panels.
+"""
 
 import pytest
 import torch
@@ -10,10 +12,23 @@ from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_twice_plain
 
 module, reason = native.module()
-pytestmark = pytest.mark.skipif(module is None or not hasattr(module, "gemm_vq"), reason=f"{reason}: pip install ./kernels")
+pytestmark = pytest.mark.skipif(
+    module is None or not hasattr(module, "gemm_vq"), reason=f"{reason}: pip install ./kernels"
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-LAYOUTS = [*VQ_LAYOUTS.values(), (12, 4), (8, 8), (4, 2), (4, 1), (5, 2), (7, 4), (11, 2), (1, 8), (9, 1)]
+LAYOUTS = [
+    *VQ_LAYOUTS.values(),
+    (12, 4),
+    (8, 8),
+    (4, 2),
+    (4, 1),
+    (5, 2),
+    (7, 4),
+    (11, 2),
+    (1, 8),
+    (9, 1),
+]
 SHAPES = [
     *SMALL[:8],
     Case("more_outputs_than_codewords", 3, 320, 300),
@@ -35,7 +50,11 @@ def product(case: Case, bits: int, vector: int, dtype: torch.dtype):
     p = make_vq(case, bits, vector, dtype)
     names = ("indices", "codebook", "scale", "bias")
     given = [p[name] for name in names]
-    return make_input(case, dtype), given, [t.double() if t is not None and t.is_floating_point() else t for t in given]
+    return (
+        make_input(case, dtype),
+        given,
+        [t.double() if t is not None and t.is_floating_point() else t for t in given],
+    )
 
 
 def fits(case: Case, bits: int, vector: int) -> bool:
@@ -84,12 +103,18 @@ def test_scale_bias_and_addend_come_before_one_rounding(out_dtype, addend_dtype,
 def test_a_codebook_may_have_any_of_the_three_dtypes(codebook_dtype, isa):
     x, given, _ = product(Case("words", 4, 64, 300), 8, 4, torch.float32)
     given[1] = given[1].to(codebook_dtype)
-    wanted = reference_vq.gemm_vq(x.double(), *(t.double() if t.is_floating_point() else t for t in given))
+    wanted = reference_vq.gemm_vq(
+        x.double(), *(t.double() if t.is_floating_point() else t for t in given)
+    )
     assert_twice_plain(launch.gemm_vq(x, *given, isa=isa), wanted, reference_vq.gemm_vq(x, *given))
 
 
 @pytest.mark.parametrize(("bits", "vector"), VQ_LAYOUTS.values(), ids=VQ_LAYOUTS)
-@pytest.mark.parametrize("case", [Case("tall", 150, 128, 300), Case("wide", 3, 640, 2100), Case("narrow", 9, 192, 70)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case("tall", 150, 128, 300), Case("wide", 3, 640, 2100), Case("narrow", 9, 192, 70)],
+    ids=str,
+)
 def test_threads_and_company_change_no_bit(case, bits, vector, isa, monkeypatch):
     x, given, _ = product(case, bits, vector, torch.float32)
     found = []
@@ -112,5 +137,12 @@ def test_a_bad_value_stays_in_its_token_and_nothing_to_do_is_nothing(n, isa):
     others = torch.arange(6) != 2
     assert torch.equal(dirty[others], clean[others]) and not torch.isfinite(dirty[2]).any()
     assert launch.gemm_vq(x[:0], *given, isa=isa).shape == (0, n)
-    empty = launch.gemm_vq(torch.zeros(3, 0), torch.zeros(n, 0, dtype=torch.uint8), given[1], given[2], given[3], isa=isa)
+    empty = launch.gemm_vq(
+        torch.zeros(3, 0),
+        torch.zeros(n, 0, dtype=torch.uint8),
+        given[1],
+        given[2],
+        given[3],
+        isa=isa,
+    )
     assert torch.equal(empty, given[3].expand(3, n))

@@ -91,7 +91,11 @@ def test_dequantized_activations_are_near_the_smoothed_input(case, dtype):
     x, parameters = make_input(case, dtype), make_w4a4(case, torch.float32)
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
     q, ascales, h = ops.quantize_down(x, smooth, down, **options(case))
-    assert q.shape == (case.M, case.K // 2) and ascales.shape == (case.K // 64, case.M) and h.shape == (case.M, case.R)
+    assert (
+        q.shape == (case.M, case.K // 2)
+        and ascales.shape == (case.K // 64, case.M)
+        and h.shape == (case.M, case.R)
+    )
     codes = unpack_int4(q, not case.act_unsigned).double().unflatten(-1, (-1, 64))
     back = (codes * ascales.double().t()[..., None]).flatten(-2)
     target = (x.double() + SHIFT * case.act_unsigned) / smooth.double()
@@ -101,14 +105,20 @@ def test_dequantized_activations_are_near_the_smoothed_input(case, dtype):
 
 
 def test_float64_input_is_computed_in_float64():
-    q, ascales, h = ops.quantize_down(torch.randn(2, 64, dtype=torch.float64), *plain(2, 64, dtype=torch.bfloat16))
+    q, ascales, h = ops.quantize_down(
+        torch.randn(2, 64, dtype=torch.float64), *plain(2, 64, dtype=torch.bfloat16)
+    )
     assert ascales.dtype == h.dtype == torch.float64 and q.dtype == torch.int8
 
 
 def test_strided_input_gives_the_same_bits():
     x = torch.randn(64, 9).t()
     parameters = plain(9, 64)
-    for actual, expected in zip(ops.quantize_down(x, *parameters), ops.quantize_down(x.contiguous(), *parameters), strict=True):
+    for actual, expected in zip(
+        ops.quantize_down(x, *parameters),
+        ops.quantize_down(x.contiguous(), *parameters),
+        strict=True,
+    ):
         assert torch.equal(actual, expected)
 
 
@@ -131,7 +141,9 @@ def test_the_hadamard_transform_is_in_sylvester_order():
     for _ in range(6):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     assert torch.equal(hadamard64(torch.eye(64)), matrix / 8)
-    assert torch.equal(hadamard64(torch.full((1, 128), 3.0))[0].nonzero().flatten(), torch.tensor([0, 64]))
+    assert torch.equal(
+        hadamard64(torch.full((1, 128), 3.0))[0].nonzero().flatten(), torch.tensor([0, 64])
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +159,11 @@ def test_the_hadamard_transform_is_in_sylvester_order():
     ],
 )
 def test_mistakes_are_named(change, words):
-    good = {"x": torch.randn(2, 64), "smooth_factor": torch.ones(64), "proj_down": torch.ones(64, 4)}
+    good = {
+        "x": torch.randn(2, 64),
+        "smooth_factor": torch.ones(64),
+        "proj_down": torch.ones(64, 4),
+    }
     with pytest.raises(ValueError, match=words):
         ops.quantize_down(**(good | change))
 

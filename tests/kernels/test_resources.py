@@ -10,7 +10,19 @@ import pytest
 from nibble.kernels import native
 
 import check_resources
-from check_resources import BOUNDS, CSRC, Kernel, base_name, broken, count_matrix, jobs, main, read_module, read_ptxas, tool
+from check_resources import (
+    BOUNDS,
+    CSRC,
+    Kernel,
+    base_name,
+    broken,
+    count_matrix,
+    jobs,
+    main,
+    read_module,
+    read_ptxas,
+    tool,
+)
 
 MANGLED = "_ZN6nibble4cuda4gemmILi128ELi64ELb1EEEvNS0_4ArgsE"
 PTXAS = f"""ptxas info    : 0 bytes gmem
@@ -27,50 +39,98 @@ ptxas info    : Used 8 registers
 
 def test_ptxas_is_read():
     first, second = read_ptxas(PTXAS, "gemm.cu")
-    assert (first.name, first.arch, first.registers, first.shared, first.stack, first.spills) == ("gemm<128,64,1>", "80", 168, 2048, 16, 12)
+    assert (first.name, first.arch, first.registers, first.shared, first.stack, first.spills) == (
+        "gemm<128,64,1>",
+        "80",
+        168,
+        2048,
+        16,
+        12,
+    )
     assert (second.arch, second.registers, second.spills) == ("90a", 8, 0)
 
 
 def test_cuobjdump_and_its_machine_code_are_read():
-    text = f"Fatbin elf code:\n================\narch = sm_90a\n\nResource usage:\n Function {MANGLED}:\n  REG:90 STACK:0 SHARED:1024 LOCAL:8 TEXTURE:0\n"
+    text = (
+        "Fatbin elf code:\n================\narch = sm_90a\n\nResource usage:\n Function"
+        f" {MANGLED}:\n  REG:90 STACK:0 SHARED:1024 LOCAL:8 TEXTURE:0\n"
+    )
     kernels = read_module(text)
-    count_matrix(f"arch = sm_90a\n\t\tFunction : {MANGLED}\n  /*0*/ QGMMA.64x128x32.F32.E4M3.E4M3 R24 ;\n  HMMA.16816.F32 R0 ;\n  QGMMA R1 ;\n", kernels)
+    count_matrix(
+        f"arch = sm_90a\n\t\tFunction : {MANGLED}\n  /*0*/ QGMMA.64x128x32.F32.E4M3.E4M3 R24 ;\n "
+        " HMMA.16816.F32 R0 ;\n  QGMMA R1 ;\n",
+        kernels,
+    )
     (kernel,) = kernels
-    assert (kernel.registers, kernel.shared, kernel.spills, kernel.matrix) == (90, 1024, 8, {"QGMMA": 2, "HMMA": 1})
+    assert (kernel.registers, kernel.shared, kernel.spills, kernel.matrix) == (
+        90,
+        1024,
+        8,
+        {"QGMMA": 2, "HMMA": 1},
+    )
 
 
 def test_names_are_short():
-    assert base_name("_ZN6nibble4cuda12_GLOBAL__N_111gemm_kernelINS_3FooELin5EEEvv") == "gemm_kernel<-5>"
+    assert (
+        base_name("_ZN6nibble4cuda12_GLOBAL__N_111gemm_kernelINS_3FooELin5EEEvv")
+        == "gemm_kernel<-5>"
+    )
     assert base_name("plain_c") == "plain_c"
 
 
 def test_spills_too_many_registers_and_unknown_kernels_are_reported():
-    kernels = [Kernel("a", "80", "a", registers=100), Kernel("b", "80", "b", registers=10, spills=4), Kernel("c", "90a", "c", registers=1)]
+    kernels = [
+        Kernel("a", "80", "a", registers=100),
+        Kernel("b", "80", "b", registers=10, spills=4),
+        Kernel("c", "90a", "c", registers=1),
+    ]
     lines = broken(kernels, {"a": {"80": 99}, "b": {"80": 20}})
-    assert ["a on sm_80 uses 100 registers and may use 99" in lines[0], "b on sm_80 has 4 bytes" in lines[1], "c on sm_90a" in lines[2]] == [True] * 3
+    assert [
+        "a on sm_80 uses 100 registers and may use 99" in lines[0],
+        "b on sm_80 has 4 bytes" in lines[1],
+        "c on sm_90a" in lines[2],
+    ] == [True] * 3
     assert len(broken(kernels, None)) == 1
 
 
 def test_file_names_decide_architectures():
     """The same rule as kernels/cmake/cuda.cmake."""
     found = jobs(list(check_resources.ARCHS), "")
-    for ending, archs in {"sm75": {"75"}, "sm80": {"80", "86", "89"}, "sm90": {"90a"}, "sm100": {"90a", "100f", "120f"}}.items():
+    for ending, archs in {
+        "sm75": {"75"},
+        "sm80": {"80", "86", "89"},
+        "sm90": {"90a"},
+        "sm100": {"90a", "100f", "120f"},
+    }.items():
         assert {arch for path, arch in found if path.stem.endswith("_" + ending)} <= archs
     assert {path.name for path, _ in found} == {path.name for path in (CSRC / "cuda").glob("*.cu")}
 
 
 def test_every_bound_is_a_possible_one():
     for name, archs in json.loads(BOUNDS.read_text()).items():
-        assert name and set(archs) <= set(check_resources.ARCHS) and all(0 < registers <= 255 for registers in archs.values())
+        assert (
+            name
+            and set(archs) <= set(check_resources.ARCHS)
+            and all(0 < registers <= 255 for registers in archs.values())
+        )
 
 
 def test_no_kernel_breaks_its_bounds():
-    """Compiling everything takes minutes: done where a module with CUDA is at hand to look into, or where asked for."""
+    """Compiling everything takes minutes: done where a module with CUDA is at hand to look into, or
+    where asked for.
+    """
     module = native.module()[0]
     if module is not None and "cuda" in module.DEVICES and tool("cuobjdump"):
-        same = module.build_info()["cuda"].split(".")[0] == "13"  # the compiler that the bounds come from
-        assert main(["--module", str(Path(module.__file__)), *([] if same else ["--spills-only"])]) == 0
+        # the compiler that the bounds come from
+        same = module.build_info()["cuda"].split(".")[0] == "13"
+        assert (
+            main(["--module", str(Path(module.__file__)), *([] if same else ["--spills-only"])])
+            == 0
+        )
     elif os.environ.get("NIBBLE_RESOURCES") and shutil.which("nvcc"):
         assert main([]) == 0
     else:
-        pytest.skip("no module with CUDA beside cuobjdump; NIBBLE_RESOURCES=1 compiles every kernel with nvcc (minutes)")
+        pytest.skip(
+            "no module with CUDA beside cuobjdump; NIBBLE_RESOURCES=1 compiles every kernel with"
+            " nvcc (minutes)"
+        )

@@ -10,10 +10,24 @@ STEPS, TEXT = 10, 64
 def conditioning(seed: int = 0, **more) -> list:
     """A random prompt for the tests' FLUX."""
     generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(1, 6, TEXT, generator=generator), {"pooled_output": torch.randn(1, TEXT, generator=generator), "guidance": 3.5} | more]]
+    return [
+        [
+            torch.randn(1, 6, TEXT, generator=generator),
+            {"pooled_output": torch.randn(1, TEXT, generator=generator), "guidance": 3.5} | more,
+        ]
+    ]
 
 
-def draw(model, cfg: float | None = None, sampler: str = "euler", steps: int = STEPS, side: int = 8, callback=None, positive=None, seed: int = 1):
+def draw(
+    model,
+    cfg: float | None = None,
+    sampler: str = "euler",
+    steps: int = STEPS,
+    side: int = 8,
+    callback=None,
+    positive=None,
+    seed: int = 1,
+):
     """Latents (1, 16, side, side) after sampling; cfg adds an unconditional prompt."""
     guider = comfy.samplers.CFGGuider(model)
     positive = positive or conditioning()
@@ -23,17 +37,29 @@ def draw(model, cfg: float | None = None, sampler: str = "euler", steps: int = S
     else:
         guider.inner_set_conds({"positive": positive})
     latent = torch.zeros(1, 16, side, side)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    return guider.sample(comfy.sample.prepare_noise(latent, seed), latent, comfy.samplers.sampler_object(sampler), sigmas, callback=callback,
-                         disable_pbar=True, seed=seed)
+    sigmas = comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", steps
+    )
+    return guider.sample(
+        comfy.sample.prepare_noise(latent, seed),
+        latent,
+        comfy.samplers.sampler_object(sampler),
+        sigmas,
+        callback=callback,
+        disable_pbar=True,
+        seed=seed,
+    )
 
 
 def blocks_run(model) -> list[int]:
-    """A list with one number, counted up whenever the model's first single block runs; the hook lives as long as the model."""
+    """A list with one number, counted up whenever the model's first single block runs; the hook
+    lives as long as the model.
+    """
     count = [0]
 
     def counted(*_):
         count[0] += 1
+
     model.model.diffusion_model.single_blocks[0].register_forward_hook(counted)
     return count
 
@@ -41,6 +67,12 @@ def blocks_run(model) -> list[int]:
 def left_behind(model) -> list[str]:
     """What caching would have left on a model or its patcher, were it to leave anything."""
     network = model.model.diffusion_model
-    found = [f"{name}.{key}" for name, module in network.named_modules() for key in module.__dict__
-             if key in module.__dict__.get("_modules", {})]
-    return found + [key for key in model.model_options.get("transformer_options", {}) if key == "nibble_cache"]
+    found = [
+        f"{name}.{key}"
+        for name, module in network.named_modules()
+        for key in module.__dict__
+        if key in module.__dict__.get("_modules", {})
+    ]
+    return found + [
+        key for key in model.model_options.get("transformer_options", {}) if key == "nibble_cache"
+    ]

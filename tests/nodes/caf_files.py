@@ -1,4 +1,6 @@
-"""CAF files for tests: heads that change nothing, and heads that were never trained but change a great deal."""
+"""CAF files for tests: heads that change nothing, and heads that were never trained but change a
+great deal.
+"""
 
 import torch
 
@@ -8,12 +10,24 @@ from nibble.nodes.bridge import caf_model
 
 def linears(network: torch.nn.Module) -> list[str]:
     """Names of a model's linears in its blocks."""
-    named = [(name, module) for name, module in network.named_modules() if hasattr(module, "in_features") and "." in name]
-    return [name for name, module in named if name.split(".")[1].isdigit() or name.split(".")[2:3] and name.split(".")[2].isdigit()]
+    named = [
+        (name, module)
+        for name, module in network.named_modules()
+        if hasattr(module, "in_features") and "." in name
+    ]
+    return [
+        name
+        for name, module in named
+        if name.split(".")[1].isdigit() or name.split(".")[2:3] and name.split(".")[2].isdigit()
+    ]
 
 
-def heads(model, seed: int | None = 0, h: float = 1.0, rank: int = 2, middle: float = 1.0) -> adapter.Adapter:
-    """An adapter of all blocks of a MODEL, which acts alike at all noise levels; seed None: as before training."""
+def heads(
+    model, seed: int | None = 0, h: float = 1.0, rank: int = 2, middle: float = 1.0
+) -> adapter.Adapter:
+    """An adapter of all blocks of a MODEL, which acts alike at all noise levels; seed None: as
+    before training.
+    """
     network = model.model.diffusion_model
     made = adapter.Adapter.create(network, linears(network), rank=rank, h=h, middle=middle)
     if seed is not None:

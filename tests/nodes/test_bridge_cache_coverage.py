@@ -1,4 +1,6 @@
-"""Caching on a tiny random model of every transformer family of ComfyUI: exact where it computes, gone when it is done."""
+"""Caching on a tiny random model of every transformer family of ComfyUI: exact where it computes,
+gone when it is done.
+"""
 
 import re
 from pathlib import Path
@@ -18,8 +20,13 @@ from nibble.nodes.bridge.cache_files import Calibration, fingerprint
 
 HELP = Path(__file__).parent.parent.parent / "web" / "docs" / "NibbleApplyTeaCache.md"
 STEPS = 6
-ALWAYS = caching.TeaCacheSettings(threshold=3.0, rule="teacache", order=0, coefficients=Polynomial((0.0,)))  # reuses wherever it may
-NEVER = caching.TeaCacheSettings(threshold=0.0, rule="teacache", coefficients=Polynomial((1.0, 0.0)))
+# reuses wherever it may
+ALWAYS = caching.TeaCacheSettings(
+    threshold=3.0, rule="teacache", order=0, coefficients=Polynomial((0.0,))
+)
+NEVER = caching.TeaCacheSettings(
+    threshold=0.0, rule="teacache", coefficients=Polynomial((1.0, 0.0))
+)
 
 
 def latents(samples) -> list[torch.Tensor]:
@@ -31,7 +38,8 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(latents(a), latents(b), strict=True))
 
 
-HALF = caching.SmoothCacheSettings(budget=3, order=0)  # the same for a model of whole steps: its rule would look at errors first
+# the same for a model of whole steps: its rule would look at errors first
+HALF = caching.SmoothCacheSettings(budget=3, order=0)
 
 
 def cached(model, settings):
@@ -43,7 +51,9 @@ def cached(model, settings):
 
 
 class Spy:
-    """Sees every call of the model from outside, and can make the same call of the model without caching."""
+    """Sees every call of the model from outside, and can make the same call of the model without
+    caching.
+    """
 
     def __init__(self, model):
         self.calls = []
@@ -58,16 +68,30 @@ class Spy:
     def plain(self, call: int) -> torch.Tensor:
         """What the model gives for that call's inputs by itself."""
         (x, t, c_concat, c_crossattn, control, options), kwargs, _ = self.calls[call]
-        options = {key: value for key, value in options.items() if key in ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")}
+        options = {
+            key: value
+            for key, value in options.items()
+            if key in ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")
+        }
         with torch.no_grad():
-            return self.model.model.apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+            return self.model.model.apply_model(
+                x, t, c_concat, c_crossattn, control, options, **kwargs
+            )
 
 
 def traces(model) -> dict:
-    """Everything that caching could leave behind: what each module's instance holds, its hooks, and the options."""
-    found = {name: (sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
-             for name, module in model.model.named_modules() if name != "model_sampling"}
-    return found | {"options": repr(sorted(model.model_options["transformer_options"])), "wrappers": repr(model.wrappers)}
+    """Everything that caching could leave behind: what each module's instance holds, its hooks, and
+    the options.
+    """
+    found = {
+        name: (sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.model.named_modules()
+        if name != "model_sampling"
+    }
+    return found | {
+        "options": repr(sorted(model.model_options["transformer_options"])),
+        "wrappers": repr(model.wrappers),
+    }
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
@@ -102,7 +126,12 @@ def test_reuse_works_and_computed_steps_are_exact(model, family, plain):
     before = traces(model)
     result = tiny_models.sample(patched, family, STEPS)
     computed = [cell.computed for _, cell in sorted(records[-1].cells.items())]
-    assert computed[0] and computed[-1] and computed.count(False) >= STEPS - 3 and len(spy.calls) == STEPS
+    assert (
+        computed[0]
+        and computed[-1]
+        and computed.count(False) >= STEPS - 3
+        and len(spy.calls) == STEPS
+    )
     exact = [torch.equal(spy.plain(call), spy.calls[call][-1]) for call in range(STEPS)]
     assert exact == computed, "a computed step is the model's own, bit for bit; a reused one is not"
     assert all(torch.isfinite(part).all() for part in latents(result)) and not same(result, plain)
@@ -110,7 +139,9 @@ def test_reuse_works_and_computed_steps_are_exact(model, family, plain):
 
 
 def test_prompts_keep_their_own_results_together_and_apart(model, family, monkeypatch):
-    """Positive and negative prompt in one call of the model, or in two where memory is short: the same picture."""
+    """Positive and negative prompt in one call of the model, or in two where memory is short: the
+    same picture.
+    """
     if family == "ace-step 1.5":
         pytest.skip("ComfyUI's ACE-Step 1.5 itself gives other results when prompts share a batch")
     together = tiny_models.sample(cached(model, ALWAYS)[0], family, STEPS, cfg=3.0)
@@ -126,10 +157,29 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
 def measured(model, family, error: float) -> Calibration:
     """A calibration in which reusing any part costs the same error at any step."""
     sigmas = tiny_models.schedule(model, STEPS).tolist()
-    kinds = ["step", *(kind for depth in ("block", "sublayer") for kind in caching_parts.kinds(caching_models.adapter_of(model.model.diffusion_model), depth))]
-    curves = {kind: Curve([[error] * (STEPS - k) for k in (1, 2, 3)], [[0.0] * (STEPS - k) for k in (1, 2, 3)], 1) for kind in kinds}
-    return Calibration({"class": "", "fingerprint": fingerprint(model), "name": family, "weights": ""},
-                       {"sampler": "euler", "steps": STEPS, "sigmas": sigmas, "prompts": 1}, None, curves, np.zeros((1, STEPS, STEPS)))
+    kinds = [
+        "step",
+        *(
+            kind
+            for depth in ("block", "sublayer")
+            for kind in caching_parts.kinds(
+                caching_models.adapter_of(model.model.diffusion_model), depth
+            )
+        ),
+    ]
+    curves = {
+        kind: Curve(
+            [[error] * (STEPS - k) for k in (1, 2, 3)], [[0.0] * (STEPS - k) for k in (1, 2, 3)], 1
+        )
+        for kind in kinds
+    }
+    return Calibration(
+        {"class": "", "fingerprint": fingerprint(model), "name": family, "weights": ""},
+        {"sampler": "euler", "steps": STEPS, "sigmas": sigmas, "prompts": 1},
+        None,
+        curves,
+        np.zeros((1, STEPS, STEPS)),
+    )
 
 
 def test_blocks_and_their_parts_are_reused_by_a_schedule(model, family, plain):
@@ -140,11 +190,19 @@ def test_blocks_and_their_parts_are_reused_by_a_schedule(model, family, plain):
     for depth in ("block", "sublayer") if level == "sublayer" else ("block",):
         settings, records = caching.SmoothCacheSettings(alpha=0.1, depth=depth, order=0), []
         exact = caching.apply_smoothcache(model, settings, measured(model, family, error=1.0))
-        assert same(tiny_models.sample(exact, family, STEPS), plain), f"{depth}: where nothing may be reused, nothing changes"
-        reusing = caching.apply_smoothcache(model, settings, measured(model, family, error=0.0), records.append)
+        assert same(tiny_models.sample(exact, family, STEPS), plain), (
+            f"{depth}: where nothing may be reused, nothing changes"
+        )
+        reusing = caching.apply_smoothcache(
+            model, settings, measured(model, family, error=0.0), records.append
+        )
         result = tiny_models.sample(reusing, family, STEPS)
-        assert any(False in states.values() for states in records[-1].rows.values()) and not same(result, plain), depth
-        assert all(torch.isfinite(part).all() for part in latents(result)) and traces(model) == before
+        assert any(False in states.values() for states in records[-1].rows.values()) and not same(
+            result, plain
+        ), depth
+        assert (
+            all(torch.isfinite(part).all() for part in latents(result)) and traces(model) == before
+        )
 
 
 class Broken(Exception):
@@ -156,7 +214,11 @@ def test_nothing_is_left_when_a_run_stops_midway(model, family, plain, how):
     before = traces(model)
     patched, _ = cached(model, ALWAYS if "interrupt" in how else NEVER)
     if "interrupt" in how:
-        stop = lambda step, *_: step == 2 and comfy.model_management.interrupt_current_processing(True)  # noqa: E731 (step 3 is reused)
+
+        def stop(step, *_):  # step 3 is reused
+            if step == 2:
+                comfy.model_management.interrupt_current_processing(True)
+
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             tiny_models.sample(patched, family, STEPS, callback=stop)
         comfy.model_management.interrupt_current_processing(False)
@@ -183,15 +245,30 @@ class Stumble:
 
 def deepest_linear(model) -> torch.nn.Module:
     """A Linear inside a block, where hooks of ours are at work around it."""
-    linears = {name: module for name, module in model.model.diffusion_model.named_modules()
-               if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2 and re.match(r"(decoder\.)?\w*(blocks|layers)\.", name)}
+    linears = {
+        name: module
+        for name, module in model.model.diffusion_model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+        and module.weight.ndim == 2
+        and re.match(r"(decoder\.)?\w*(blocks|layers)\.", name)
+    }
     return max(linears.items(), key=lambda item: item[0].count("."))[1]
 
 
 def test_the_help_page_tells_every_family_and_its_depth():
     """The table's first column names the family, its second the depth, as it was found here."""
-    rows = re.findall(r"^\| ([^|]+?) \| (whole steps|blocks|blocks and their parts) \|", HELP.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+?) \| (whole steps|blocks|blocks and their parts) \|",
+        HELP.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     told = {name.strip().lower(): depth for name, depth in rows}
-    found = {family: {"step": "whole steps", "blocks": "blocks", "sublayer": "blocks and their parts"}[caching.level_of(tiny_models.build(family))]
-             for family in tiny_models.FAMILIES}
-    assert found.items() <= told.items(), {family: depth for family, depth in found.items() if told.get(family) != depth}
+    found = {
+        family: {"step": "whole steps", "blocks": "blocks", "sublayer": "blocks and their parts"}[
+            caching.level_of(tiny_models.build(family))
+        ]
+        for family in tiny_models.FAMILIES
+    }
+    assert found.items() <= told.items(), {
+        family: depth for family, depth in found.items() if told.get(family) != depth
+    }

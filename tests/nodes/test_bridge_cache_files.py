@@ -1,4 +1,6 @@
-"""Calibrations as files: written whole, read back, found by the model, refused with a reason; and what is said of another schedule."""
+"""Calibrations as files: written whole, read back, found by the model, refused with a reason; and
+what is said of another schedule.
+"""
 
 import json
 
@@ -17,26 +19,55 @@ from nibble.quant.container import FileRefused
 
 
 def sigmas(model, steps: int = STEPS) -> torch.Tensor:
-    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    return comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), "simple", steps
+    )
 
 
 @pytest.fixture
 def calibration(dense_model):
-    return calibrate(dense_model, conditioning(3), None, 1.0, comfy.samplers.sampler_object("euler"), sigmas(dense_model),
-                     {"samples": torch.zeros(1, 16, 8, 8)}, 5, Progress("calibrating"), model_name="random-flux")
+    return calibrate(
+        dense_model,
+        conditioning(3),
+        None,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        sigmas(dense_model),
+        {"samples": torch.zeros(1, 16, 8, 8)},
+        5,
+        Progress("calibrating"),
+        model_name="random-flux",
+    )
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, cache_files.FOLDER, ([str(tmp_path)], {".json"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, cache_files.FOLDER, ([str(tmp_path)], {".json"})
+    )
     return tmp_path
 
 
 def test_a_calibration_holds_what_the_rules_need(calibration, dense_model):
-    assert set(calibration.curves) == {"step", "double", "double.img_mlp", "double.txt_mlp", "single"}
-    assert all(len(row) == STEPS - k for curve in calibration.curves.values() for k, row in enumerate(curve.mean, 1))
-    assert calibration.grams.shape == (1, STEPS, STEPS) and np.allclose(calibration.grams, calibration.grams.transpose(0, 2, 1))
-    assert calibration.feature == "modulated" and calibration.polynomial.x_max > calibration.polynomial.x_min > 0
+    assert set(calibration.curves) == {
+        "step",
+        "double",
+        "double.img_mlp",
+        "double.txt_mlp",
+        "single",
+    }
+    assert all(
+        len(row) == STEPS - k
+        for curve in calibration.curves.values()
+        for k, row in enumerate(curve.mean, 1)
+    )
+    assert calibration.grams.shape == (1, STEPS, STEPS) and np.allclose(
+        calibration.grams, calibration.grams.transpose(0, 2, 1)
+    )
+    assert (
+        calibration.feature == "modulated"
+        and calibration.polynomial.x_max > calibration.polynomial.x_min > 0
+    )
     assert len(calibration.teacache["points"]) == STEPS - 1
     assert calibration.run["sampler"] == "euler" and calibration.run["latent"] == [1, 16, 8, 8]
     mask = calibration.mask(5, calibration.sigmas, Reuse(1))
@@ -52,10 +83,17 @@ def test_the_step_curve_is_the_velocitys_relative_change(calibration):
 
 def test_saved_found_and_read_back(calibration, dense_model, model, folder):
     path = cache_files.save_calibration(calibration, "flux")
-    assert path.name == "flux_00001.json" and cache_files.save_calibration(calibration, "flux").name == "flux_00002.json"
+    assert (
+        path.name == "flux_00001.json"
+        and cache_files.save_calibration(calibration, "flux").name == "flux_00002.json"
+    )
     assert cache_files.calibration_files()[0] == "flux_00002.json"
     found = cache_files.find(dense_model)
-    assert found.curves == calibration.curves and np.allclose(found.grams, calibration.grams, atol=1e-7) and found.polynomial == calibration.polynomial
+    assert (
+        found.curves == calibration.curves
+        and np.allclose(found.grams, calibration.grams, atol=1e-7)
+        and found.polynomial == calibration.polynomial
+    )
     assert cache_files.open_calibration("flux_00001.json").run == calibration.run
     assert cache_files.find(model) is None  # the 4-bit form of the same model is another model
     with pytest.raises(FileRefused, match="not in ComfyUI's"):
@@ -70,13 +108,17 @@ def broken(change, facts):
     return facts
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda f: f.update(format="nibble-cache/2"), "newer Nibble"),
-    (lambda f: f.update(format="smoothcache/1"), "not nibble-cache"),
-    (lambda f: f.pop("format"), "is not a calibration"),
-    (lambda f: f.pop("grams"), "damaged"),
-    (lambda f: f["smoothcache"]["single"]["mean"][0].pop(), "damaged"),
-    (lambda f: f.update(grams=[[[1.0]]]), "damaged")])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda f: f.update(format="nibble-cache/2"), "newer Nibble"),
+        (lambda f: f.update(format="smoothcache/1"), "not nibble-cache"),
+        (lambda f: f.pop("format"), "is not a calibration"),
+        (lambda f: f.pop("grams"), "damaged"),
+        (lambda f: f["smoothcache"]["single"]["mean"][0].pop(), "damaged"),
+        (lambda f: f.update(grams=[[[1.0]]]), "damaged"),
+    ],
+)
 def test_what_cannot_be_used_is_refused_with_the_reason(calibration, tmp_path, change, reason):
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(broken(change, json.loads(calibration.to_json()))))
@@ -93,24 +135,44 @@ def test_text_that_is_not_json_is_refused_and_passed_over(dense_model, folder):
 
 def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model, flux_file):
     import comfy.sd
+
     again = comfy.sd.load_diffusion_model(str(flux_file))
     print_ = cache_files.fingerprint(dense_model)
-    assert cache_files.fingerprint(again) == print_ and cache_files.fingerprint(dense_model.clone()) == print_
+    assert (
+        cache_files.fingerprint(again) == print_
+        and cache_files.fingerprint(dense_model.clone()) == print_
+    )
     with torch.no_grad():
-        again.model.diffusion_model.double_blocks[0].img_mlp[0].weight.add_(1.0)  # as an applied LoRA would
+        # as an applied LoRA would
+        again.model.diffusion_model.double_blocks[0].img_mlp[0].weight.add_(1.0)
     assert cache_files.fingerprint(again) == print_
-    assert cache_files.fingerprint(model) != print_ and cache_files.weights_of(dense_model) == cache_files.PLAIN != cache_files.weights_of(model)
+    assert cache_files.fingerprint(model) != print_ and cache_files.weights_of(
+        dense_model
+    ) == cache_files.PLAIN != cache_files.weights_of(model)
 
 
 def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):
-    assert not [note for note in calibration.fits(sigmas(dense_model), "euler") if "measured with" in note]
+    assert not [
+        note for note in calibration.fits(sigmas(dense_model), "euler") if "measured with" in note
+    ]
     assert "this run has 6" in calibration.fits(sigmas(dense_model, 6), "euler")[0]
     assert "scheduler" in calibration.fits(torch.linspace(1, 0, STEPS + 1) ** 2, "euler")[0]
     assert "uses heun" in calibration.fits(sigmas(dense_model), "heun")[0]
-    assert sum(calibration.mask(10, sigmas(dense_model, 20).tolist(), Reuse(1))) == pytest.approx(10, abs=1)
+    assert sum(calibration.mask(10, sigmas(dense_model, 20).tolist(), Reuse(1))) == pytest.approx(
+        10, abs=1
+    )
 
 
 def test_a_schedule_too_short_is_refused(dense_model):
     with pytest.raises(ValueError, match="too few to calibrate"):
-        calibrate(dense_model, conditioning(3), None, 1.0, comfy.samplers.sampler_object("euler"), sigmas(dense_model, 4),
-                  {"samples": torch.zeros(1, 16, 8, 8)}, 5, Progress("calibrating"))
+        calibrate(
+            dense_model,
+            conditioning(3),
+            None,
+            1.0,
+            comfy.samplers.sampler_object("euler"),
+            sigmas(dense_model, 4),
+            {"samples": torch.zeros(1, 16, 8, 8)},
+            5,
+            Progress("calibrating"),
+        )

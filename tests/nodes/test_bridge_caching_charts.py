@@ -16,15 +16,38 @@ def record(*decisions: Decision, total: int = 5, **facts) -> Record:
 
 
 def test_steps_to_come_are_empty_cells():
-    chart = caching_charts.strip_chart(record(Decision(True, "first"), Decision(False, "reused", 0.125), threshold=0.25), "TeaCache", "words")
+    chart = caching_charts.strip_chart(
+        record(Decision(True, "first"), Decision(False, "reused", 0.125), threshold=0.25),
+        "TeaCache",
+        "words",
+    )
     assert [cell["computed"] for cell in chart["cells"]] == [True, False, None, None, None]
-    assert chart["cells"][1] == {"step": 1, "sigma": 0.8, "computed": False, "why": "reused", "change": 0.125}
-    assert chart["cells"][4] == {"step": 4, "sigma": None, "computed": None, "why": "", "change": None}
-    assert (chart["threshold"], chart["rows"], chart["forwards"], chart["measure"]) == (0.25, [], None, None)
+    assert chart["cells"][1] == {
+        "step": 1,
+        "sigma": 0.8,
+        "computed": False,
+        "why": "reused",
+        "change": 0.125,
+    }
+    assert chart["cells"][4] == {
+        "step": 4,
+        "sigma": None,
+        "computed": None,
+        "why": "",
+        "change": None,
+    }
+    assert (chart["threshold"], chart["rows"], chart["forwards"], chart["measure"]) == (
+        0.25,
+        [],
+        None,
+        None,
+    )
 
 
 def test_json_holds_no_infinity():
-    chart = caching_charts.strip_chart(record(Decision(True, "new", math.inf), Decision(True, "threshold", math.nan)), "TeaCache")
+    chart = caching_charts.strip_chart(
+        record(Decision(True, "new", math.inf), Decision(True, "threshold", math.nan)), "TeaCache"
+    )
     assert [cell["change"] for cell in chart["cells"]] == [None] * 5
     json.dumps(chart, allow_nan=False)
 
@@ -35,9 +58,14 @@ def test_rows_say_how_many_whole_steps_their_parts_add_up_to():
     found.add_rows(Step(0, 3, 1.0), {"attn": True, "mlp": True}, shares)
     found.add_rows(Step(1, 3, 0.5), {"attn": True, "mlp": False}, shares)
     chart = caching_charts.strip_chart(found, "SmoothCache")
-    assert chart["rows"] == [{"name": "attn", "computed": [True, True, None]}, {"name": "mlp", "computed": [True, False, None]}]
+    assert chart["rows"] == [
+        {"name": "attn", "computed": [True, True, None]},
+        {"name": "mlp", "computed": [True, False, None]},
+    ]
     assert chart["forwards"] == 1.5
 
 
 def test_the_measure_is_named_where_it_is_not_teacaches():
-    assert caching_charts.strip_chart(record(kind="error"), "TeaCache")["measure"] == "estimated error"
+    assert (
+        caching_charts.strip_chart(record(kind="error"), "TeaCache")["measure"] == "estimated error"
+    )

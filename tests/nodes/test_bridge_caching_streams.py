@@ -1,4 +1,6 @@
-"""Streams of conditioning: kept apart by everything that can tell two calls apart; ControlNets, areas, guidance passes and second runs come out right."""
+"""Streams of conditioning: kept apart by everything that can tell two calls apart; ControlNets,
+areas, guidance passes and second runs come out right.
+"""
 
 from types import SimpleNamespace
 
@@ -12,7 +14,12 @@ from nibble.accel.extrapolate import Reuse
 from nibble.accel.schedule import Fixed
 from nibble.accel.steps import Record, Step
 from nibble.accel.teacache import IDENTITY
-from nibble.nodes.bridge.caching import SmoothCacheSettings, TeaCacheSettings, apply_smoothcache, apply_teacache
+from nibble.nodes.bridge.caching import (
+    SmoothCacheSettings,
+    TeaCacheSettings,
+    apply_smoothcache,
+    apply_teacache,
+)
 from nibble.nodes.bridge.caching_control import Deferred
 from nibble.nodes.bridge.caching_run import Run
 
@@ -42,16 +49,25 @@ def test_streams_differ_by_uuid_window_replacement_hooks_and_tile():
 
     def stream(options):
         return run.streams_of(options, Step(0, 4, 1.0 - next(number) / 1000), X[:1])[0]
+
     def replaced(name):
         def skip(args, extra):
             return args
+
         return {"patches_replace": {"dit": {(name, 3): skip}}}
+
     plain = {"uuids": ["a"]}
     first = stream(plain)
     assert stream(plain) is first and stream({"uuids": ["b"]}) is not first
-    assert stream(plain | {"context_window": SimpleNamespace(index_list=[0, 1])}) is not stream(plain | {"context_window": SimpleNamespace(index_list=[1, 2])})
+    assert stream(plain | {"context_window": SimpleNamespace(index_list=[0, 1])}) is not stream(
+        plain | {"context_window": SimpleNamespace(index_list=[1, 2])}
+    )
     slg = stream(plain | replaced("double_block"))
-    assert slg is not first and stream(plain | replaced("double_block")) is slg and stream(plain | replaced("single_block")) is not slg
+    assert (
+        slg is not first
+        and stream(plain | replaced("double_block")) is slg
+        and stream(plain | replaced("single_block")) is not slg
+    )
     patcher.current_hooks = SimpleNamespace(hooks=[hook])
     hooked = stream(plain)
     hook.strength = 0.5
@@ -92,26 +108,43 @@ def test_cond_and_uncond_together_or_apart_draw_the_same(flux, monkeypatch):
 
 def test_two_samplers_in_one_graph_and_a_second_pass_at_another_size(flux):
     patched = half(flux)
-    small, large, other = draw(patched), draw(patched, side=12), draw(patched, positive=conditioning(8))
+    small, large, other = (
+        draw(patched),
+        draw(patched, side=12),
+        draw(patched, positive=conditioning(8)),
+    )
     assert torch.equal(draw(half(flux)), small) and torch.equal(draw(half(flux), side=12), large)
     assert torch.equal(draw(half(flux), positive=conditioning(8)), other)
 
 
 def test_areas_have_streams_of_their_own(flux):
-    areas = conditioning(0, area=(8, 4, 0, 0), strength=1.0) + conditioning(1, area=(8, 4, 0, 4), strength=1.0)
-    assert torch.equal(draw(apply_teacache(flux, TeaCacheSettings(0.0)), positive=areas), draw(flux, positive=areas))
+    areas = conditioning(0, area=(8, 4, 0, 0), strength=1.0) + conditioning(
+        1, area=(8, 4, 0, 4), strength=1.0
+    )
+    assert torch.equal(
+        draw(apply_teacache(flux, TeaCacheSettings(0.0)), positive=areas),
+        draw(flux, positive=areas),
+    )
     seen = []
     found = draw(half(flux, seen.append), positive=areas)
     plain = draw(flux, positive=areas)
-    assert seen[-1].computed == STEPS // 2 and (found - plain).square().mean() < 0.1 * plain.square().mean()
+    assert (
+        seen[-1].computed == STEPS // 2
+        and (found - plain).square().mean() < 0.1 * plain.square().mean()
+    )
 
 
 def test_skip_layer_guidances_pass_is_not_mixed_with_the_others(flux):
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
     def guided(model):
         return SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, "", "1").result[0]
+
     plain = draw(guided(flux), cfg=3.0)
-    for settings in (TeaCacheSettings(0.0), TeaCacheSettings(0.0, rule="teacache", coefficients=IDENTITY)):
+    for settings in (
+        TeaCacheSettings(0.0),
+        TeaCacheSettings(0.0, rule="teacache", coefficients=IDENTITY),
+    ):
         assert torch.equal(draw(guided(apply_teacache(flux, settings)), cfg=3.0), plain)
     found = draw(guided(half(flux)), cfg=3.0)
     reused = apply_teacache(flux, TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY))
@@ -120,7 +153,9 @@ def test_skip_layer_guidances_pass_is_not_mixed_with_the_others(flux):
 
 
 class Control(comfy.controlnet.ControlBase):
-    """A ControlNet of one ramp (norms would take out a constant), added behind the first double and the first single block, that counts how often it is run."""
+    """A ControlNet of one ramp (norms would take out a constant), added behind the first double and
+    the first single block, that counts how often it is run.
+    """
 
     def __init__(self):
         super().__init__()
@@ -141,8 +176,12 @@ class Control(comfy.controlnet.ControlBase):
         return self
 
 
-CACHED = {"steps": lambda m, w: half(m, w),
-          "blocks": lambda m, w: apply_teacache(m, TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY), watch=w)}
+CACHED = {
+    "steps": lambda m, w: half(m, w),
+    "blocks": lambda m, w: apply_teacache(
+        m, TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY), watch=w
+    ),
+}
 
 
 @pytest.mark.parametrize("level", CACHED)
@@ -150,7 +189,12 @@ def test_a_controlnet_runs_for_computed_steps_only_and_its_effect_stays(flux, le
     bare, control = draw(flux), Control()
     plain = draw(flux, positive=conditioning(0, control=control))
     assert control.runs == STEPS and not torch.allclose(bare, plain, atol=1e-3)
-    zero = apply_teacache(flux, TeaCacheSettings(0.0, **({} if level == "steps" else {"rule": "teacache", "coefficients": IDENTITY})))
+    zero = apply_teacache(
+        flux,
+        TeaCacheSettings(
+            0.0, **({} if level == "steps" else {"rule": "teacache", "coefficients": IDENTITY})
+        ),
+    )
     assert torch.equal(draw(zero, positive=conditioning(0, control=control)), plain)
     seen, control = [], Control()
     found = draw(CACHED[level](flux, seen.append), positive=conditioning(0, control=control))
@@ -164,6 +208,12 @@ def test_a_promise_is_kept_once_and_empty_when_the_step_is_reused():
     promise.skip = True
     assert promise.get("input") == [] and "input" not in promise and asked == []
     promise.skip = False
-    assert promise.get("input") == [1, 2] and promise["input"] == [1, 2] and "input" in promise and promise.get("output") == [] and asked == [1]
+    assert (
+        promise.get("input") == [1, 2]
+        and promise["input"] == [1, 2]
+        and "input" in promise
+        and promise.get("output") == []
+        and asked == [1]
+    )
     nothing = Deferred(lambda: None)
     assert nothing.resolve() is None and nothing.get("input") == []

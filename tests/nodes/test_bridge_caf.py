@@ -1,4 +1,6 @@
-"""The second-order sampler inside ComfyUI: the formula, through CFG and masks; what it refuses; sigmas at another pace."""
+"""The second-order sampler inside ComfyUI: the formula, through CFG and masks; what it refuses;
+sigmas at another pace.
+"""
 
 import comfy.model_management
 import comfy.model_sampling
@@ -14,7 +16,9 @@ SIGMAS = torch.tensor([1.0, 0.75, 0.625, 0.0])
 
 
 class Inner:
-    """What KSAMPLER hands to a sampler function: callable, with the model's sampling two levels down."""
+    """What KSAMPLER hands to a sampler function: callable, with the model's sampling two levels
+    down.
+    """
 
     def __init__(self, denoise, sampling=comfy.model_sampling.CONST):
         self.inner_model = self
@@ -29,25 +33,49 @@ class Inner:
 @pytest.fixture
 def demo(flux_file):
     import comfy.sd
+
     return comfy.sd.load_diffusion_model(str(flux_file), model_options={"dtype": torch.float32})
 
 
 def prompt():
     draw = torch.Generator().manual_seed(4)
-    return [[torch.randn(1, 6, 64, generator=draw), {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5}]]
+    return [
+        [
+            torch.randn(1, 6, 64, generator=draw),
+            {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5},
+        ]
+    ]
 
 
 def draw(model, sampler, sigmas=SIGMAS, callback=None, mask=None, latent=None):
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    return comfy.sample.sample_custom(model, noise, 1.0, sampler, sigmas, prompt(), prompt(), torch.zeros_like(noise) if latent is None else latent,
-                                      noise_mask=mask, callback=callback, disable_pbar=True, seed=0)
+    return comfy.sample.sample_custom(
+        model,
+        noise,
+        1.0,
+        sampler,
+        sigmas,
+        prompt(),
+        prompt(),
+        torch.zeros_like(noise) if latent is None else latent,
+        noise_mask=mask,
+        callback=callback,
+        disable_pbar=True,
+        seed=0,
+    )
 
 
 def test_it_is_the_formula_worked_out_by_hand():
-    """v = 3 sigma^2: 3, 27/16, 75/64 at the three sigmas. Steps -1/4, -1/8, -5/8, so ratios 1/2 and 5."""
+    """v = 3 sigma^2: 3, 27/16, 75/64 at the three sigmas. Steps -1/4, -1/8, -5/8, so ratios 1/2 and
+    5.
+    """
     v = [3.0, 27 / 16, 75 / 64]
-    expected = 2 - v[0] / 4 - (v[1] + (v[1] - v[0]) / 4) / 8 - (v[2] + (v[2] - v[1]) * 5 / 2) * 5 / 8
-    model = Inner(lambda x, sigma: x - sigma.reshape(-1, 1, 1, 1) * 3 * sigma.reshape(-1, 1, 1, 1) ** 2)
+    expected = (
+        2 - v[0] / 4 - (v[1] + (v[1] - v[0]) / 4) / 8 - (v[2] + (v[2] - v[1]) * 5 / 2) * 5 / 8
+    )
+    model = Inner(
+        lambda x, sigma: x - sigma.reshape(-1, 1, 1, 1) * 3 * sigma.reshape(-1, 1, 1, 1) ** 2
+    )
     found = caf.constant_acceleration(model, torch.full((2, 1, 1, 1), 2.0), SIGMAS, disable=True)
     assert found.tolist() == [[[[expected]]]] * 2
 
@@ -70,7 +98,13 @@ def test_the_same_seed_gives_the_same_bits(demo):
 
 def test_previews_are_called_once_a_step(demo):
     seen = []
-    draw(demo, caf.sampler(0.1), callback=lambda step, denoised, x, total: seen.append((step, total, denoised.shape, x.shape)))
+    draw(
+        demo,
+        caf.sampler(0.1),
+        callback=lambda step, denoised, x, total: seen.append(
+            (step, total, denoised.shape, x.shape)
+        ),
+    )
     shape = torch.Size([1, 16, 8, 8])
     assert seen == [(step, 3, shape, shape) for step in range(3)]
 
@@ -79,6 +113,7 @@ def test_stop_stops_it(demo):
     def stop(step, *_):
         assert step == 0, "stopped too late"
         comfy.model_management.interrupt_current_processing()
+
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         draw(demo, caf.sampler(0.1), callback=stop)
 
@@ -92,27 +127,47 @@ def test_what_a_mask_protects_comes_back(demo):
     assert not torch.allclose(found[..., 4:], latent[..., 4:], atol=0.1)
 
 
-@pytest.mark.parametrize("sampling", [comfy.model_sampling.EPS, comfy.model_sampling.V_PREDICTION, comfy.model_sampling.COSMOS_RFLOW])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        comfy.model_sampling.EPS,
+        comfy.model_sampling.V_PREDICTION,
+        comfy.model_sampling.COSMOS_RFLOW,
+    ],
+)
 def test_other_models_are_refused_before_any_call(sampling):
     def denoise(x, sigma):
         raise AssertionError("called")
+
     with pytest.raises(ValueError, match="rectified-flow model.*dpmpp_2m"):
-        caf.constant_acceleration(Inner(denoise, sampling), torch.zeros(1, 1, 1, 1), SIGMAS, disable=True)
+        caf.constant_acceleration(
+            Inner(denoise, sampling), torch.zeros(1, 1, 1, 1), SIGMAS, disable=True
+        )
 
 
 def test_sigmas_of_0_before_the_end_are_refused():
     with pytest.raises(ValueError, match="reach 0 before their end"):
-        caf.constant_acceleration(Inner(None), torch.zeros(1, 1, 1, 1), torch.tensor([1.0, 0.0, 0.5]), disable=True)
+        caf.constant_acceleration(
+            Inner(None), torch.zeros(1, 1, 1, 1), torch.tensor([1.0, 0.0, 0.5]), disable=True
+        )
 
 
 def test_a_step_of_no_length_and_no_steps_at_all():
     model = Inner(lambda x, sigma: x - sigma.reshape(-1, 1, 1, 1))
     for sigmas, expected in (([1.0, 1.0, 0.5, 0.5, 0.0], 4.0), ([0.5], 5.0), ([], 5.0)):
-        assert caf.constant_acceleration(model, torch.full((1, 1, 1, 1), 5.0), torch.tensor(sigmas), disable=True).item() == expected
+        assert (
+            caf.constant_acceleration(
+                model, torch.full((1, 1, 1, 1), 5.0), torch.tensor(sigmas), disable=True
+            ).item()
+            == expected
+        )
 
 
 @pytest.mark.parametrize("h", [0.0, 0.3, 1.0, 1.1, 1.5, 2.0])
-@pytest.mark.parametrize("sigmas", [torch.linspace(1, 0, 9), torch.tensor([0.6, 0.31, 0.2]), torch.linspace(1, 0, 9).flip(0)])
+@pytest.mark.parametrize(
+    "sigmas",
+    [torch.linspace(1, 0, 9), torch.tensor([0.6, 0.31, 0.2]), torch.linspace(1, 0, 9).flip(0)],
+)
 def test_both_ends_stay_to_the_bit_and_the_direction_too(h, sigmas):
     moved = caf.retimed(sigmas, h)
     assert moved[0] == sigmas[0] and moved[-1] == sigmas[-1] and moved.dtype == sigmas.dtype
@@ -123,7 +178,9 @@ def test_both_ends_stay_to_the_bit_and_the_direction_too(h, sigmas):
 def test_retimed_by_hand():
     """1 - (1.5 t - 0.5 t^2) at t = 1/2 is 0.375; between 0.8 and 0, 0.8 times that."""
     assert caf.retimed(torch.tensor([1.0, 0.5, 0.0]), 1.5).tolist() == [1.0, 0.375, 0.0]
-    torch.testing.assert_close(caf.retimed(torch.tensor([0.8, 0.4, 0.0]), 1.5), torch.tensor([0.8, 0.3, 0.0]))
+    torch.testing.assert_close(
+        caf.retimed(torch.tensor([0.8, 0.4, 0.0]), 1.5), torch.tensor([0.8, 0.3, 0.0])
+    )
     assert caf.retimed(torch.tensor([]), 1.5).tolist() == []
 
 
@@ -140,4 +197,7 @@ def test_the_nodes_return_a_sampler_and_sigmas_with_a_chart():
     assert nodes.NibbleConstantAcceleration.execute(limit=0.3)[0].extra_options == {"limit": 0.3}
     output = nodes.NibbleCAFSigmas.execute(sigmas=torch.tensor([1.0, 0.5, 0.0]), h=1.5)
     assert output[0].tolist() == [1.0, 0.375, 0.0]
-    assert output.ui["nibble_chart"][0]["summary"] == [["before", "1.000  0.500  0.000"], ["after", "1.000  0.375  0.000"]]
+    assert output.ui["nibble_chart"][0]["summary"] == [
+        ["before", "1.000  0.500  0.000"],
+        ["after", "1.000  0.375  0.000"],
+    ]

@@ -1,4 +1,6 @@
-"""IntLoRA on a MODEL: converted from a stock LoRA and applied, it changes what the LoRA changes; taken off, the base is back bit for bit."""
+"""IntLoRA on a MODEL: converted from a stock LoRA and applied, it changes what the LoRA changes;
+taken off, the base is back bit for bit.
+"""
 
 from types import SimpleNamespace
 
@@ -7,7 +9,20 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_bridge_lora import MLP, MODULATION, POST_GELU, QKV, assert_untouched, bits, changes, layer_of, lora_file, outputs, pair, with_lora
+from test_bridge_lora import (
+    MLP,
+    MODULATION,
+    POST_GELU,
+    QKV,
+    assert_untouched,
+    bits,
+    changes,
+    layer_of,
+    lora_file,
+    outputs,
+    pair,
+    with_lora,
+)
 
 from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge import intlora, kept, loading, merging
@@ -23,10 +38,14 @@ STYLE, OTHER = "style.safetensors", "other.safetensors"
 
 @pytest.fixture
 def loras(tmp_path, monkeypatch, model):
-    """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is empty."""
+    """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is
+    empty.
+    """
     for kind in (intlora.LORAS, intlora.FOLDER):
         (tmp_path / kind).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"}))
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"})
+        )
         folder_paths.filename_list_cache.pop(kind, None)
     save_file(lora_file(model), tmp_path / intlora.LORAS / STYLE)
     save_file(lora_file(model, seed=40), tmp_path / intlora.LORAS / OTHER)
@@ -69,22 +88,44 @@ def handmade(model, folder, rule, name: str) -> str:
 
 def test_a_lora_is_converted_with_its_parts_of_fused_layers_and_reported(model, loras):
     done = intlora.run(intlora.Job(model, STYLE))
-    assert done.name == "style.intlora.safetensors" and done.name in intlora.adapter_files() and STYLE in intlora.ordinary_files()
+    assert (
+        done.name == "style.intlora.safetensors"
+        and done.name in intlora.adapter_files()
+        and STYLE in intlora.ordinary_files()
+    )
     adapter = file.read(adapter_path(loras, done.name))
-    assert adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"} and not done.left_out
+    assert (
+        adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"}
+        and not done.left_out
+    )
     assert all(row.kept > 0.975 for row in done.conversion.rows)
     chart = kept.conversion_chart(done, STYLE)
     assert chart["kind"] == "kept" and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
-    assert all(row["kept"] > 0.975 > row["nearest"] and "k = " in row["why"] for row in chart["rows"]) and chart["summary"][0][1].startswith("9")
+    assert all(
+        row["kept"] > 0.975 > row["nearest"] and "k = " in row["why"] for row in chart["rows"]
+    ) and chart["summary"][0][1].startswith("9")
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha"])
 def test_other_kinds_of_lora_are_converted_too(model, loras, kind):
-    (up, down), (up2, down2) = pair(*layer_of(model, MLP).weight.shape), pair(*layer_of(model, MLP).weight.shape, rank=2, seed=5)
+    (up, down), (up2, down2) = (
+        pair(*layer_of(model, MLP).weight.shape),
+        pair(*layer_of(model, MLP).weight.shape, rank=2, seed=5),
+    )
     stem = "lora_unet_" + MLP.replace(".", "_")
-    tensors = {"dora": {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.dora_scale": torch.rand(up.shape[0], 1) + 0.5},
-               "loha": {f"{stem}.hada_w1_a": up[:, :2].contiguous(), f"{stem}.hada_w1_b": down[:2].contiguous(),
-                        f"{stem}.hada_w2_a": up2, f"{stem}.hada_w2_b": down2}}[kind]
+    tensors = {
+        "dora": {
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.dora_scale": torch.rand(up.shape[0], 1) + 0.5,
+        },
+        "loha": {
+            f"{stem}.hada_w1_a": up[:, :2].contiguous(),
+            f"{stem}.hada_w1_b": down[:2].contiguous(),
+            f"{stem}.hada_w2_a": up2,
+            f"{stem}.hada_w2_b": down2,
+        },
+    }[kind]
     save_file(tensors, loras / STYLE)
     before, stock = on(model), on(with_lora(model, tensors, 1.0))
     after = on(model, apply(model, converted(model), 1.0))
@@ -94,9 +135,14 @@ def test_other_kinds_of_lora_are_converted_too(model, loras, kind):
 
 def test_a_given_k_is_used_and_names_are_kept(model, loras):
     name = converted(model, k=3, filename="mine.safetensors")
-    assert name == "mine.intlora.safetensors" and {layer.rule.k for layer in file.read(adapter_path(loras, name)).layers.values()} == {3}
+    assert name == "mine.intlora.safetensors" and {
+        layer.rule.k for layer in file.read(adapter_path(loras, name)).layers.values()
+    } == {3}
     written = adapter_path(loras, name).stat().st_mtime_ns
-    assert converted(model, k=3, filename="mine") == name and adapter_path(loras, name).stat().st_mtime_ns == written, "it is there already"
+    assert (
+        converted(model, k=3, filename="mine") == name
+        and adapter_path(loras, name).stat().st_mtime_ns == written
+    ), "it is there already"
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         converted(model, filename="mine")
     assert converted(model, filename="mine", overwrite=True) == name
@@ -108,7 +154,9 @@ def test_a_given_k_is_used_and_names_are_kept(model, loras):
 
 
 @pytest.mark.parametrize("strength", [0.8, -0.5])
-def test_it_changes_what_the_stock_lora_changes_within_the_share_that_was_kept(model, loras, strength):
+def test_it_changes_what_the_stock_lora_changes_within_the_share_that_was_kept(
+    model, loras, strength
+):
     before = on(model)
     after = on(apply(model, converted(model), strength))
     for name, delta in changes(lora_file(model), strength).items():
@@ -128,7 +176,9 @@ def test_in_branch_mode_it_lies_in_the_low_rank_branch(model, loras):
 def test_strength_zero_is_the_base_bit_for_bit(model, loras):
     before = on(model)
     patched = apply(model, converted(model), 0.0)
-    assert not patched.patches and all(torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items())
+    assert not patched.patches and all(
+        torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items()
+    )
 
 
 def test_taken_off_the_base_is_back_bit_for_bit(model, loras):
@@ -171,10 +221,15 @@ def test_partly_loaded_it_runs_beside_the_layer(model, loras):
 def test_mul_and_shift_are_applied_densely_and_not_twice(model, loras, rule):
     before, name = on(model), handmade(model, loras, rule, "trained.intlora.safetensors")
     patched = apply(model, name, 1.0)
-    dense = intlora.merge.change(intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)])
+    dense = intlora.merge.change(
+        intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)]
+    )
     x, y = before[MLP]
     assert ((on(patched)[MLP][1] - y) - x @ dense.T).norm() < 6e-3 * (x @ dense.T).norm()
-    with pytest.raises(FileRefused, match=r"multiplies the integers of double_blocks.0.img_mlp.0, and so does trained"):
+    with pytest.raises(
+        FileRefused,
+        match=r"multiplies the integers of double_blocks.0.img_mlp.0, and so does trained",
+    ):
         apply(patched, name, 0.5)
     apply(patched, converted(model), 0.5)
 
@@ -200,35 +255,81 @@ def refused(model, words: str, work) -> None:
 
 def test_another_4_bit_file_is_refused(model, rotated_file, loras):
     name, other = converted(model), loading.load(rotated_file)
-    refused(other, "was made for another 4-bit file than the connected model", lambda: apply(other, name, 1.0))
+    refused(
+        other,
+        "was made for another 4-bit file than the connected model",
+        lambda: apply(other, name, 1.0),
+    )
 
 
 def test_a_model_without_integers_is_refused(dense_model, model, loras):
     name = converted(model)
     for work in (lambda: apply(dense_model, name, 1.0), lambda: converted(dense_model)):
-        refused(dense_model, "The connected model is in 16 bit and has no integers for an IntLoRA; connect Load SVDQuant Model", work)
+        refused(
+            dense_model,
+            "The connected model is in 16 bit and has no integers for an IntLoRA; connect Load"
+            " SVDQuant Model",
+            work,
+        )
 
 
 def test_an_ordinary_lora_and_no_lora_are_refused(model, loras):
-    refused(model, "is an ordinary LoRA; use Load LoRA, or Convert LoRA to IntLoRA", lambda: apply(model, STYLE, 1.0))
+    refused(
+        model,
+        "is an ordinary LoRA; use Load LoRA, or Convert LoRA to IntLoRA",
+        lambda: apply(model, STYLE, 1.0),
+    )
     save_file({"a": torch.zeros(1)}, loras / "odd.safetensors")
     refused(model, "is no IntLoRA adapter", lambda: apply(model, "odd.safetensors", 1.0))
-    refused(model, "not in ComfyUI's intlora folder any more", lambda: apply(model, "gone.safetensors", 1.0))
+    refused(
+        model,
+        "not in ComfyUI's intlora folder any more",
+        lambda: apply(model, "gone.safetensors", 1.0),
+    )
     name = converted(model)
     (loras / name).write_bytes(adapter_path(loras, name).read_bytes())
     folder_paths.filename_list_cache.pop(intlora.LORAS, None)
-    refused(model, "is an IntLoRA already; use Apply IntLoRA", lambda: converted(model, name, filename="x"))
+    refused(
+        model,
+        "is an IntLoRA already; use Apply IntLoRA",
+        lambda: converted(model, name, filename="x"),
+    )
 
 
 def test_a_lora_of_another_model_is_refused_and_nothing_is_written(model, loras):
     stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"  # SDXL
-    save_file({f"{stem}.lora_up.weight": torch.ones(640, 4), f"{stem}.lora_down.weight": torch.ones(4, 640)}, loras / "sdxl.safetensors")
-    refused(model, "sdxl.safetensors has no key that this model .Flux. knows, such as lora_unet_input_blocks_4", lambda: converted(model, "sdxl.safetensors"))
+    save_file(
+        {
+            f"{stem}.lora_up.weight": torch.ones(640, 4),
+            f"{stem}.lora_down.weight": torch.ones(4, 640),
+        },
+        loras / "sdxl.safetensors",
+    )
+    refused(
+        model,
+        "sdxl.safetensors has no key that this model .Flux. knows, such as"
+        " lora_unet_input_blocks_4",
+        lambda: converted(model, "sdxl.safetensors"),
+    )
     stem = "lora_unet_" + MLP.replace(".", "_")
-    save_file({f"{stem}.lora_up.weight": torch.ones(640, 4), f"{stem}.lora_down.weight": torch.ones(4, 640)}, loras / "wide.safetensors")
-    refused(model, "made for another model: it changes .* as 640 x 640, this model has 512 x 128", lambda: converted(model, "wide.safetensors"))
+    save_file(
+        {
+            f"{stem}.lora_up.weight": torch.ones(640, 4),
+            f"{stem}.lora_down.weight": torch.ones(4, 640),
+        },
+        loras / "wide.safetensors",
+    )
+    refused(
+        model,
+        "made for another model: it changes .* as 640 x 640, this model has 512 x 128",
+        lambda: converted(model, "wide.safetensors"),
+    )
     (loras / "cut.safetensors").write_bytes((loras / STYLE).read_bytes()[:-100])
-    refused(model, "cut.safetensors cannot be read as a LoRA", lambda: converted(model, "cut.safetensors"))
+    refused(
+        model,
+        "cut.safetensors cannot be read as a LoRA",
+        lambda: converted(model, "cut.safetensors"),
+    )
     assert not intlora.adapter_files()
 
 
@@ -237,7 +338,9 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
     extra = {"lora_unet_img_in.lora_up.weight": up, "lora_unet_img_in.lora_down.weight": down}
     save_file(lora_file(model) | extra, loras / STYLE)
     done = intlora.run(intlora.Job(model, STYLE))
-    assert done.left_out == ["img_in.weight"] and "left out" in dict(kept.conversion_chart(done, STYLE)["summary"])
+    assert done.left_out == ["img_in.weight"] and "left out" in dict(
+        kept.conversion_chart(done, STYLE)["summary"]
+    )
 
 
 # ---- nodes
@@ -245,11 +348,17 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
 
 def test_its_files_are_kept_from_the_stock_loader_and_found_in_both_folders(model, loras):
     name = converted(model)
-    assert name not in folder_paths.get_filename_list(intlora.LORAS), "Load LoRA would do nothing with it"
+    assert name not in folder_paths.get_filename_list(intlora.LORAS), (
+        "Load LoRA would do nothing with it"
+    )
     adapter_path(loras, name).rename(loras / name)
     for kind in (intlora.LORAS, intlora.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
-    assert intlora.adapter_files() == [name] and intlora.path_of(name) == loras / name and name not in intlora.ordinary_files()
+    assert (
+        intlora.adapter_files() == [name]
+        and intlora.path_of(name) == loras / name
+        and name not in intlora.ordinary_files()
+    )
 
 
 def test_layers_are_hashed_once_for_as_long_as_they_live(model, loras, monkeypatch):
@@ -264,8 +373,12 @@ def test_layers_are_hashed_once_for_as_long_as_they_live(model, loras, monkeypat
 def test_the_nodes_do_the_work(model, loras, monkeypatch):
     for node in nodes.NODES:
         assert node.define_schema().node_id == node.__name__
-    assert nodes.NibbleApplyIntLoRA.validate_inputs("gone.safetensors").startswith("gone.safetensors is not in")
-    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") != nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "")
+    assert nodes.NibbleApplyIntLoRA.validate_inputs("gone.safetensors").startswith(
+        "gone.safetensors is not in"
+    )
+    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(
+        STYLE, ""
+    ) != nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "")
     for node in nodes.NODES:
         monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None), raising=False)
     made = nodes.NibbleConvertIntLoRA.execute(model, STYLE, 0.02, "", False, -1)

@@ -15,7 +15,7 @@ W4A4, W4A16 = "double_blocks.0.img_mlp.0", "double_blocks.0.img_mod.lin"
 
 def packed(path, name) -> QuantizedTensor:
     file = container.open_quantized(path)
-    tensors = {key[len(name) + 1:]: tensor for key, tensor in file.layer(name).items()}
+    tensors = {key[len(name) + 1 :]: tensor for key, tensor in file.layer(name).items()}
     return layouts.pack(tensors, file.layers[name], torch.bfloat16)
 
 
@@ -32,7 +32,10 @@ def parts(weight) -> list[torch.Tensor]:
 def test_it_looks_like_the_16_bit_weight(weight, flux_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
     header = container.read_header(flux_file)
-    assert tuple(weight.shape) == header.tensors[f"{name}.weight"].shape and weight.dtype == torch.bfloat16
+    assert (
+        tuple(weight.shape) == header.tensors[f"{name}.weight"].shape
+        and weight.dtype == torch.bfloat16
+    )
 
 
 def test_every_tensor_that_it_owns_moves_with_it(weight):
@@ -42,17 +45,27 @@ def test_every_tensor_that_it_owns_moves_with_it(weight):
     view.copy_(weight)
     assert all(torch.equal(a, b) for a, b in zip(parts(view), parts(weight), strict=True))
     low, high = buffer.data_ptr(), buffer.data_ptr() + geometry
-    assert all(low <= part.data_ptr() < high for part in parts(view)), "all of it lies in the streamed buffer"
+    assert all(low <= part.data_ptr() < high for part in parts(view)), (
+        "all of it lies in the streamed buffer"
+    )
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
-@pytest.mark.parametrize("wanted", [{"device": torch.device("cpu")}, {"dtype": torch.bfloat16}], ids=["device", "dtype"])
+@pytest.mark.parametrize(
+    "wanted", [{"device": torch.device("cpu")}, {"dtype": torch.bfloat16}], ids=["device", "dtype"]
+)
 def test_a_copy_that_is_asked_for_is_one(weight, wanted, inference):
-    """ComfyUI's backups are made so. In inference mode comfy_kitchen's own tensors give themselves back."""
+    """ComfyUI's backups are made so. In inference mode comfy_kitchen's own tensors give themselves
+    back.
+    """
     own = layouts.live(weight)
     with torch.inference_mode(inference):
         copy = own.to(**wanted, copy=True)
-        assert isinstance(copy, layouts.NibbleTensor) and copy._qdata.data_ptr() != weight._qdata.data_ptr() and torch.equal(copy._qdata, weight._qdata)
+        assert (
+            isinstance(copy, layouts.NibbleTensor)
+            and copy._qdata.data_ptr() != weight._qdata.data_ptr()
+            and torch.equal(copy._qdata, weight._qdata)
+        )
         same = own.to(**wanted)
         assert same._qdata.data_ptr() == weight._qdata.data_ptr()
 
@@ -60,7 +73,9 @@ def test_a_copy_that_is_asked_for_is_one(weight, wanted, inference):
 def test_its_effective_weight_is_the_file_s(weight, quantized_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
     file = container.open_quantized(quantized_file)
-    expected = FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name).dequantize()
+    expected = (
+        FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name).dequantize()
+    )
     assert torch.equal(weight.to(dtype=torch.float32).dequantize(), expected)
 
 
@@ -71,7 +86,9 @@ def test_it_is_never_requantized(weight):
 
 def test_an_unknown_format_is_refused_by_name():
     with pytest.raises(ValueError, match="vq8"):
-        layouts.pack({"weight": torch.zeros(64, 32, dtype=torch.int8)}, {"format": "vq8"}, torch.bfloat16)
+        layouts.pack(
+            {"weight": torch.zeros(64, 32, dtype=torch.int8)}, {"format": "vq8"}, torch.bfloat16
+        )
 
 
 def test_the_model_s_state_dict_has_the_file_s_names_and_bits(model, quantized_file):
@@ -89,8 +106,11 @@ def test_the_model_s_state_dict_has_the_file_s_names_and_bits(model, quantized_f
 
 def test_a_state_dict_loads_back_bit_for_bit(model, quantized_file):
     from nibble.nodes.bridge import loading
+
     other = loading.load(quantized_file, verify=False).model.diffusion_model
-    state = {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
+    state = {
+        name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()
+    }
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert not missing and not unexpected
     assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
@@ -99,6 +119,12 @@ def test_a_state_dict_loads_back_bit_for_bit(model, quantized_file):
 def test_memory_is_counted_as_stored_not_as_shown(model, quantized_file):
     linear = model.model.diffusion_model.get_submodule(W4A4)
     file = container.open_quantized(quantized_file)
-    stored = sum(tensor.nbytes for name, tensor in file.layer(W4A4).items() if not name.endswith(("comfy_quant", "bias")))
-    counted = comfy.model_management.module_size(linear) - linear.bias.nbytes - linear.comfy_quant.nbytes
+    stored = sum(
+        tensor.nbytes
+        for name, tensor in file.layer(W4A4).items()
+        if not name.endswith(("comfy_quant", "bias"))
+    )
+    counted = (
+        comfy.model_management.module_size(linear) - linear.bias.nbytes - linear.comfy_quant.nbytes
+    )
     assert counted == stored < linear.weight.numel()

@@ -1,4 +1,6 @@
-"""Patches on 4-bit layers: the change is exact whichever way ComfyUI hands it over, and the 4-bit base never changes."""
+"""Patches on 4-bit layers: the change is exact whichever way ComfyUI hands it over, and the 4-bit
+base never changes.
+"""
 
 import comfy.hooks
 import comfy.lora
@@ -15,14 +17,21 @@ from comfy.model_patcher import LowVramPatch
 from nibble.kernels.reference import SHIFT
 from nibble.nodes.bridge import layouts, loading, lora
 
-QKV, MLP, POST_GELU, MODULATION = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mlp.0", "double_blocks.0.img_mlp.2",
-                                   "double_blocks.0.img_mod.lin")
+QKV, MLP, POST_GELU, MODULATION = (
+    "double_blocks.0.img_attn.qkv",
+    "double_blocks.0.img_mlp.0",
+    "double_blocks.0.img_mlp.2",
+    "double_blocks.0.img_mod.lin",
+)
 
 
 def pair(n: int, k: int, rank: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """(up, down) of a LoRA that changes a layer's output by about a third."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, rank, generator=draw) * 0.3 / rank ** 0.5, torch.randn(rank, k, generator=draw) / k ** 0.5
+    return (
+        torch.randn(n, rank, generator=draw) * 0.3 / rank**0.5,
+        torch.randn(rank, k, generator=draw) / k**0.5,
+    )
 
 
 def layer_of(model, name: str) -> torch.nn.Module:
@@ -30,12 +39,18 @@ def layer_of(model, name: str) -> torch.nn.Module:
 
 
 def lora_file(model, alpha: float = 2.0, seed: int = 0) -> dict[str, torch.Tensor]:
-    """LoRA tensors under kohya's names for whole layers, and under diffusers' for the k part of the fused qkv."""
+    """LoRA tensors under kohya's names for whole layers, and under diffusers' for the k part of the
+    fused qkv.
+    """
     tensors = {}
     for i, name in enumerate((MLP, POST_GELU, MODULATION)):
         up, down = pair(*layer_of(model, name).weight.shape, seed=seed + i)
         stem = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.alpha": torch.tensor(alpha)}
+        tensors |= {
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
     up, down = pair(128, 128, seed=seed + 9)
     stem = "transformer.transformer_blocks.0.attn.to_k"
     return tensors | {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down}
@@ -50,7 +65,9 @@ def changes(tensors: dict, strength: float) -> dict[str, torch.Tensor]:
         out[name] = strength * tensors[f"{stem}.alpha"] / down.shape[0] * up @ down
     stem = "transformer.transformer_blocks.0.attn.to_k"
     out[QKV] = torch.zeros(384, 128)
-    out[QKV][128:256] = strength * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+    out[QKV][128:256] = (
+        strength * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
+    )
     return out
 
 
@@ -65,7 +82,11 @@ def inputs(model, name: str, exact: bool) -> torch.Tensor:
     shape, params = (1, 7, linear.in_features), linear.weight._params
     if not exact or name == MODULATION:
         return torch.randn(shape, generator=draw)
-    codes = torch.randint(0, 16, shape, generator=draw) if params.act_unsigned else torch.randint(-7, 8, shape, generator=draw)
+    codes = (
+        torch.randint(0, 16, shape, generator=draw)
+        if params.act_unsigned
+        else torch.randint(-7, 8, shape, generator=draw)
+    )
     codes[..., ::64] = 15 if params.act_unsigned else 7
     return codes * params.smooth_factor.float() * 0.25 - (SHIFT if params.act_unsigned else 0)
 
@@ -94,15 +115,21 @@ def bits(model) -> dict[str, torch.Tensor]:
 
 def assert_untouched(model, before):
     after = model.model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert after.keys() == before.keys() and all(
+        torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
 
 
 class Attached:
-    """Patches as dynamic VRAM attaches them (ModelPatcherDynamic.load), which itself needs a GPU."""
+    """Patches as dynamic VRAM attaches them (ModelPatcherDynamic.load), which itself needs
+    a GPU.
+    """
 
     def __init__(self, patcher):
         weights = [key for key in patcher.patches if key.endswith(".weight")]
-        self.modules = {key: comfy.utils.get_attr(patcher.model, key.rsplit(".", 1)[0]) for key in weights}
+        self.modules = {
+            key: comfy.utils.get_attr(patcher.model, key.rsplit(".", 1)[0]) for key in weights
+        }
         self.patches = patcher.patches
 
     def __enter__(self):
@@ -118,6 +145,7 @@ class Attached:
 
 
 # ---- loaded whole
+
 
 @pytest.mark.parametrize("strength", [0.8, -0.5, 1.0])
 def test_a_fully_loaded_lora_is_exact_to_16_bit_rounding(model, strength):
@@ -147,7 +175,9 @@ def test_it_lies_in_the_low_rank_branch_and_the_codes_stay(model):
     patched = layer_of(model, MLP).weight
     rank = base._params.proj_up.shape[1]
     assert patched._params.proj_up.shape[1] == rank + 16 and patched._params.delta is None
-    assert torch.equal(patched._qdata, base._qdata) and torch.equal(patched._params.proj_up[:, :rank], base._params.proj_up)
+    assert torch.equal(patched._qdata, base._qdata) and torch.equal(
+        patched._params.proj_up[:, :rank], base._params.proj_up
+    )
 
 
 def test_taken_off_the_base_is_back_bit_for_bit(model):
@@ -155,7 +185,10 @@ def test_taken_off_the_base_is_back_bit_for_bit(model):
     before = bits(model)
     for seed in range(2):
         comfy.model_management.load_models_gpu([with_lora(model, lora_file(model, seed=seed))])
-        assert layer_of(model, MLP).weight._params.proj_up.shape[1] > before[f"diffusion_model.{MLP}.weight_proj_up"].shape[1]
+        assert (
+            layer_of(model, MLP).weight._params.proj_up.shape[1]
+            > before[f"diffusion_model.{MLP}.weight_proj_up"].shape[1]
+        )
     comfy.model_management.load_models_gpu([model])
     assert_untouched(model, before)
 
@@ -163,7 +196,9 @@ def test_taken_off_the_base_is_back_bit_for_bit(model):
 def test_two_loras_add_up_and_the_same_twice_doubles(model):
     comfy.model_management.load_models_gpu([model])
     before, first, second = outputs(model), lora_file(model), lora_file(model, seed=40)
-    comfy.model_management.load_models_gpu([with_lora(with_lora(with_lora(model, first, 0.5), first, 0.5), second, 0.3)])
+    comfy.model_management.load_models_gpu(
+        [with_lora(with_lora(with_lora(model, first, 0.5), first, 0.5), second, 0.3)]
+    )
     one, two = changes(first, 1.0), changes(second, 0.3)
     assert_changed_by(before, outputs(model), {name: one[name] + two[name] for name in one}, 6e-3)
 
@@ -172,7 +207,10 @@ def test_strength_zero_changes_nothing(model):
     comfy.model_management.load_models_gpu([model])
     before = outputs(model)
     patched = model.clone()
-    patched.add_patches(comfy.lora.load_lora(lora_file(model), comfy.lora.model_lora_keys_unet(model.model, {})), 0.0)
+    patched.add_patches(
+        comfy.lora.load_lora(lora_file(model), comfy.lora.model_lora_keys_unet(model.model, {})),
+        0.0,
+    )
     comfy.model_management.load_models_gpu([patched])
     assert all(torch.equal(y, before[name][1]) for name, (_, y) in outputs(model).items())
 
@@ -180,7 +218,10 @@ def test_strength_zero_changes_nothing(model):
 def test_a_change_without_low_rank_stays_dense_and_is_exact_too(model):
     comfy.model_management.load_models_gpu([model])
     before = outputs(model)
-    delta = torch.randn(layer_of(model, MLP).weight.shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    delta = (
+        torch.randn(layer_of(model, MLP).weight.shape, generator=torch.Generator().manual_seed(1))
+        * 0.02
+    )
     patched = model.clone()
     patched.add_patches({f"diffusion_model.{MLP}.weight": ("diff", (delta,))}, 1.0)
     comfy.model_management.load_models_gpu([patched])
@@ -200,11 +241,16 @@ def test_a_merge_with_the_16_bit_model_is_half_of_each(model, dense_model, name)
     bias = 0.5 * base.effective_bias() + 0.5 * dense.bias
     comfy.model_management.load_models_gpu([merged])
     now = layouts.unpack(ours.weight, ours.bias)
-    assert torch.allclose(layouts.effective_weight(now, ours.weight._params), expected, atol=2e-3 * expected.abs().max())
+    assert torch.allclose(
+        layouts.effective_weight(now, ours.weight._params),
+        expected,
+        atol=2e-3 * expected.abs().max(),
+    )
     assert torch.allclose(now.effective_bias(), bias, atol=4e-3 * bias.abs().max())
 
 
 # ---- attached: low VRAM and dynamic VRAM
+
 
 def test_partly_loaded_the_lora_runs_beside_the_layer(model):
     model.patch_model(model.load_device, lowvram_model_memory=1)
@@ -231,24 +277,38 @@ def test_attached_by_dynamic_vram_the_streamed_weight_stays_as_it_is(model):
 
 
 def test_comfyui_s_streaming_delivers_the_weight_whole_and_unpatched(model, monkeypatch):
-    """ComfyUI's own functions for dynamic VRAM, with plain memory in place of the virtual buffer that needs a GPU."""
+    """ComfyUI's own functions for dynamic VRAM, with plain memory in place of the virtual buffer
+    that needs a GPU.
+    """
     monkeypatch.setattr(comfy.ops.comfy_aimdo.model_vbar, "vbar_fault", lambda buffer: 1)
-    monkeypatch.setattr(comfy.ops.comfy_aimdo.model_vbar, "vbar_signature_compare", lambda now, then: now == then)
-    monkeypatch.setattr(comfy.ops.comfy_aimdo.torch, "aimdo_to_tensor", lambda buffer, device: buffer)
+    monkeypatch.setattr(
+        comfy.ops.comfy_aimdo.model_vbar, "vbar_signature_compare", lambda now, then: now == then
+    )
+    monkeypatch.setattr(
+        comfy.ops.comfy_aimdo.torch, "aimdo_to_tensor", lambda buffer, device: buffer
+    )
     monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda *_, **__: False)
     monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda *_, **__: None)
     linear, cpu = layer_of(model, MLP), torch.device("cpu")
-    linear._v = torch.empty(comfy.memory_management.vram_aligned_size([linear.weight, linear.bias]), dtype=torch.uint8)
+    linear._v = torch.empty(
+        comfy.memory_management.vram_aligned_size([linear.weight, linear.bias]), dtype=torch.uint8
+    )
     linear._v_signature, linear.seed_key = None, MLP
     with Attached(with_lora(model, lora_file(model))):
         for _ in range(2):  # streamed in, then found resident
-            comfy.ops.cast_modules_with_vbar([linear], linear.weight.dtype, cpu, torch.float32, False)
+            comfy.ops.cast_modules_with_vbar(
+                [linear], linear.weight.dtype, cpu, torch.float32, False
+            )
             functions, linear._weight_functions = linear._weight_functions, []  # as forward does
-            weight, _ = comfy.ops.resolve_cast_module_with_vbar(linear, linear.weight.dtype, cpu, torch.float32, torch.float32, True)
+            weight, _ = comfy.ops.resolve_cast_module_with_vbar(
+                linear, linear.weight.dtype, cpu, torch.float32, torch.float32, True
+            )
             linear._weight_functions = functions
             names, _ = weight.__tensor_flatten__()
             linear.weight.__tensor_flatten__()  # fills in the attributes that are compared
-            assert all(torch.equal(getattr(weight, name), getattr(linear.weight, name)) for name in names)
+            assert all(
+                torch.equal(getattr(weight, name), getattr(linear.weight, name)) for name in names
+            )
             assert weight._qdata.data_ptr() == linear._v.data_ptr()
 
 
@@ -268,7 +328,9 @@ def test_an_attached_adapter_moves_and_is_counted_as_comfyui_asks(model):
     with Attached(patched):
         side = layer_of(model, MLP).weight_function[0]
         assert side.move_to(torch.device("cpu")) == 0 and side.patch.prepared_patches is None
-        side.patch.prepare(torch.empty(side.patch.memory_required(), dtype=torch.uint8), None, copy=True)
+        side.patch.prepare(
+            torch.empty(side.patch.memory_required(), dtype=torch.uint8), None, copy=True
+        )
         before = outputs(model)[MLP][1]
         side.move_to(torch.device("cpu"))
         assert torch.equal(outputs(model)[MLP][1], before)
@@ -290,17 +352,35 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
     key = f"diffusion_model.{name}.weight"
     (up, down), (up2, down2) = pair(n, k), pair(n, k, seed=5)
     stem = "lora_unet_" + name.replace(".", "_")
-    tensors = {"dora": {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down, f"{stem}.dora_scale": torch.rand(n, 1) + 0.5},
-               "loha": {f"{stem}.hada_w1_a": up, f"{stem}.hada_w1_b": down, f"{stem}.hada_w2_a": up2, f"{stem}.hada_w2_b": down2}}
+    tensors = {
+        "dora": {
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.dora_scale": torch.rand(n, 1) + 0.5,
+        },
+        "loha": {
+            f"{stem}.hada_w1_a": up,
+            f"{stem}.hada_w1_b": down,
+            f"{stem}.hada_w2_a": up2,
+            f"{stem}.hada_w2_b": down2,
+        },
+    }
     patched = model.clone()
     if kind in tensors:
-        patched.add_patches(comfy.lora.load_lora(tensors[kind], comfy.lora.model_lora_keys_unet(model.model, {})), 0.7)
+        patched.add_patches(
+            comfy.lora.load_lora(tensors[kind], comfy.lora.model_lora_keys_unet(model.model, {})),
+            0.7,
+        )
     else:
-        patched.add_patches({key: ("diff", (up @ down,))}, 0.7, 0.6 if kind == "scaled model" else 1.0)
+        patched.add_patches(
+            {key: ("diff", (up @ down,))}, 0.7, 0.6 if kind == "scaled model" else 1.0
+        )
     original = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
     delta = comfy.lora.calculate_weight(patched.patches[key], original.clone(), key) - original
-    # What scales the rows of the weight scales the layer's whole output, and with it what rounding x to 4 bits did to it: the output then
-    # is not the plain one plus x · delta, unless there is no such rounding. Every other kind leaves the plain output alone.
+    # What scales the rows of the weight scales the layer's whole output, and with it what rounding
+    # x to 4 bits did to it: the output then
+    # is not the plain one plus x · delta, unless there is no such rounding. Every other kind leaves
+    # the plain output alone.
     exact = kind in ("dora", "scaled model")
     before = outputs(model, exact)
     with Attached(patched):
@@ -309,9 +389,12 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
 
 # ---- hooks
 
+
 @pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
 def test_a_lora_hook_is_switched_on_and_off_any_number_of_times(model, inference):
-    """Also as ComfyUI's server runs nodes, in inference mode, where torch hands `to(copy=True)` to tensors in another way."""
+    """Also as ComfyUI's server runs nodes, in inference mode, where torch hands `to(copy=True)` to
+    tensors in another way.
+    """
     with torch.inference_mode(inference):
         switch_a_hook(model)
 
@@ -319,7 +402,9 @@ def test_a_lora_hook_is_switched_on_and_off_any_number_of_times(model, inference
 def switch_a_hook(model):
     tensors = lora_file(model)
     patcher, _, hooks = comfy.hooks.load_hook_lora_for_models(model, None, tensors, 0.8, 0)
-    patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    patcher.register_all_hook_patches(
+        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    )
     comfy.model_management.load_models_gpu([patcher])
     before = outputs(model)
     for _ in range(3):  # the second time comes from ComfyUI's cache of hooked weights
@@ -331,24 +416,35 @@ def switch_a_hook(model):
 
 
 def test_a_hook_on_the_bias_of_an_unsigned_layer_keeps_its_shift(model):
-    linear, delta = layer_of(model, POST_GELU), torch.randn(128, generator=torch.Generator().manual_seed(2)) * 0.1
+    linear, delta = (
+        layer_of(model, POST_GELU),
+        torch.randn(128, generator=torch.Generator().manual_seed(2)) * 0.1,
+    )
     hook = comfy.hooks.WeightHook(strength_model=1.0)
-    hook.weights, hook.need_weight_init = {f"diffusion_model.{POST_GELU}.bias": ("diff", (delta,))}, False
+    hook.weights, hook.need_weight_init = (
+        {f"diffusion_model.{POST_GELU}.bias": ("diff", (delta,))},
+        False,
+    )
     hooks, patcher = comfy.hooks.HookGroup(), model.clone()
     hooks.add(hook)
-    patcher.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    patcher.register_all_hook_patches(
+        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    )
     comfy.model_management.load_models_gpu([patcher])
     before, bias = outputs(model)[POST_GELU][1], linear.bias.clone()
     assert linear.weight._params.act_unsigned, "its bias has the shift folded in"
     for _ in range(2):
         patcher.apply_hooks(hooks)
-        assert torch.allclose(outputs(model)[POST_GELU][1] - before, delta.expand_as(before), atol=1e-3)
+        assert torch.allclose(
+            outputs(model)[POST_GELU][1] - before, delta.expand_as(before), atol=1e-3
+        )
         patcher.apply_hooks(None)
         assert torch.equal(linear.bias, bias)
     patcher.clean_hooks()
 
 
 # ---- the range finder
+
 
 @pytest.mark.parametrize("rank", [1, 16, 40])
 def test_a_matrix_of_known_rank_is_found_exactly(rank):
@@ -360,7 +456,12 @@ def test_a_matrix_of_known_rank_is_found_exactly(rank):
 
 
 def test_a_matrix_of_full_rank_is_left_dense():
-    assert lora.factorise(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), negligible=0.0) is None
+    assert (
+        lora.factorise(
+            torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), negligible=0.0
+        )
+        is None
+    )
 
 
 def test_rounding_is_no_change(model):

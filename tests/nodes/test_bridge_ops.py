@@ -1,4 +1,6 @@
-"""The swapped Linear inside ComfyUI's FLUX: right numbers, whole or partly loaded, compiled, cloned."""
+"""The swapped Linear inside ComfyUI's FLUX: right numbers, whole or partly loaded, compiled,
+cloned.
+"""
 
 import comfy.model_management
 import pytest
@@ -19,7 +21,13 @@ def run(patcher, seed: int = 0) -> torch.Tensor:
     dtype = patcher.model.get_dtype()
     with torch.no_grad():
         x, context, y = (tensor.to(dtype) for tensor in inputs)
-        return network(x, torch.tensor([0.6], dtype=dtype), context=context, y=y, guidance=torch.tensor([3.5], dtype=dtype)).float()
+        return network(
+            x,
+            torch.tensor([0.6], dtype=dtype),
+            context=context,
+            y=y,
+            guidance=torch.tensor([3.5], dtype=dtype),
+        ).float()
 
 
 def decibels(exact: torch.Tensor, other: torch.Tensor) -> float:
@@ -42,7 +50,17 @@ def test_each_layer_runs_the_op(model):
         linear = model.model.diffusion_model.get_submodule(name)
         x, p, codes = torch.randn(2, 5, 128), linear.weight._params, linear.weight._qdata
         if name == W4A4:
-            expected = op(x, codes, p.scale, p.smooth_factor, p.proj_down, p.proj_up, linear.bias, p.act_unsigned, p.rotation)
+            expected = op(
+                x,
+                codes,
+                p.scale,
+                p.smooth_factor,
+                p.proj_down,
+                p.proj_up,
+                linear.bias,
+                p.act_unsigned,
+                p.rotation,
+            )
         else:
             expected = op(x, codes, p.scale, p.zeros, linear.bias)
         assert torch.equal(linear(x), expected)
@@ -65,7 +83,8 @@ def test_partly_loaded_it_gives_the_same_bits(model):
 def test_it_computes_in_the_dtype_asked_for(quantized_file, model, dtype):
     other = loading.load(quantized_file, dtype=dtype)
     assert other.model.get_dtype() == loading.DTYPES[dtype]
-    assert decibels(run(loaded(model)), run(loaded(other))) > 18  # another rounding of activations flips codes: as far off as 4 bits are
+    # another rounding of activations flips codes: as far off as 4 bits are
+    assert decibels(run(loaded(model)), run(loaded(other))) > 18
 
 
 def test_a_deep_clone_is_loaded_from_the_file_again(model):
@@ -91,26 +110,42 @@ def test_a_layer_compiles_without_a_graph_break(model, backend, name):
 def sampled(patcher) -> torch.Tensor:
     """Two steps of ComfyUI's own sampler."""
     import comfy.samplers
+
     draw = torch.Generator().manual_seed(0)
     guider = comfy.samplers.CFGGuider(patcher)
-    guider.inner_set_conds({"positive": [[torch.randn(1, 6, 64, generator=draw), {"pooled_output": torch.randn(1, 64, generator=draw)}]]})
+    guider.inner_set_conds(
+        {
+            "positive": [
+                [
+                    torch.randn(1, 6, 64, generator=draw),
+                    {"pooled_output": torch.randn(1, 64, generator=draw)},
+                ]
+            ]
+        }
+    )
     noise = torch.randn(1, 16, 8, 8, generator=draw)
     sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.6, 0.0])
     return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True)
 
 
 def little_for_weights(device=None, torch_free_too=False):
-    """Free memory as ComfyUI asks for it: 1 MB for models, plenty for attention (which asks for both numbers)."""
+    """Free memory as ComfyUI asks for it: 1 MB for models, plenty for attention (which asks for
+    both numbers).
+    """
     return (8 << 30, 8 << 30) if torch_free_too else 1 << 20
 
 
 @pytest.mark.parametrize("state", ["LOW_VRAM", "NO_VRAM"])
 def test_sampling_with_offloaded_weights_gives_the_same_bits(model, monkeypatch, state):
-    """ComfyUI's states of --lowvram and --novram, which it grants to a GPU only: here the CPU passes for one without room for weights."""
+    """ComfyUI's states of --lowvram and --novram, which it grants to a GPU only: here the CPU
+    passes for one without room for weights.
+    """
     plain = sampled(model)
     comfy.model_management.unload_all_models()
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
-    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState[state])
+    monkeypatch.setattr(
+        comfy.model_management, "vram_state", comfy.model_management.VRAMState[state]
+    )
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little_for_weights)
     assert torch.equal(sampled(model), plain)
     assert model.model.model_lowvram, "most weights were left offloaded"
@@ -119,22 +154,34 @@ def test_sampling_with_offloaded_weights_gives_the_same_bits(model, monkeypatch,
 
 def test_the_torch_compile_node_s_wrapper_gives_the_same_picture(model):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
+
     torch._dynamo.reset()
     plain = sampled(model)
     compiled = model.clone()
-    set_torch_compile_wrapper(model=compiled, backend="eager", keys=["diffusion_model.single_blocks.1"])
+    set_torch_compile_wrapper(
+        model=compiled, backend="eager", keys=["diffusion_model.single_blocks.1"]
+    )
     assert torch.equal(sampled(compiled), plain)
     assert torch.equal(sampled(model), plain), "and leaves the model as it was"
 
 
 def test_a_controlnet_s_residuals_act_as_on_the_16_bit_model(model, dense_model):
     draw = torch.Generator().manual_seed(0)
-    x, context, y, residual = (torch.randn(shape, generator=draw) for shape in ((1, 16, 8, 8), (1, 6, 64), (1, 64), (1, 16, 128)))
+    x, context, y, residual = (
+        torch.randn(shape, generator=draw)
+        for shape in ((1, 16, 8, 8), (1, 6, 64), (1, 64), (1, 16, 128))
+    )
+
     def effect(patcher):
         network = loaded(patcher).model.diffusion_model
-        inputs = dict(timestep=torch.tensor([0.6]), context=context, y=y, guidance=torch.tensor([3.5]))
+        inputs = dict(
+            timestep=torch.tensor([0.6]), context=context, y=y, guidance=torch.tensor([3.5])
+        )
         with torch.no_grad():
-            return network(x, **inputs, control={"input": [residual], "output": [residual]}) - network(x, **inputs)
+            return network(
+                x, **inputs, control={"input": [residual], "output": [residual]}
+            ) - network(x, **inputs)
+
     assert decibels(effect(dense_model), effect(model)) > 14
 
 
@@ -151,7 +198,10 @@ def test_gradients_reach_the_input_and_stop_at_the_weight(model):
     x = torch.randn(3, 128, requires_grad=True)
     linear(x).sum().backward()
     expected = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params).sum(0)
-    assert torch.allclose(x.grad, expected.expand(3, -1), rtol=1e-3, atol=1e-3) and not linear.weight.requires_grad
+    assert (
+        torch.allclose(x.grad, expected.expand(3, -1), rtol=1e-3, atol=1e-3)
+        and not linear.weight.requires_grad
+    )
 
 
 def test_a_weight_wrapper_of_another_node_sees_the_whole_weight(model, caplog):
@@ -159,7 +209,11 @@ def test_a_weight_wrapper_of_another_node_sees_the_whole_weight(model, caplog):
     name = f"diffusion_model.{W4A4}.weight"
     linear = model.model.diffusion_model.get_submodule(W4A4)
     x = torch.randn(3, 128)
-    dense = torch.nn.functional.linear(x, layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params) * 2, linear.bias)
+    dense = torch.nn.functional.linear(
+        x,
+        layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params) * 2,
+        linear.bias,
+    )
     wrapped = model.clone()
     wrapped.add_weight_wrapper(name, lambda weight: weight * 2)
     loaded(wrapped)
@@ -171,8 +225,13 @@ def test_a_weight_wrapper_of_another_node_sees_the_whole_weight(model, caplog):
 
 def test_a_file_without_one_layer_is_refused(quantized_file, tmp_path):
     from safetensors.torch import load_file, save_file
+
     header = container.read_header(quantized_file)
-    tensors = {name: tensor for name, tensor in load_file(quantized_file).items() if not name.startswith("final_layer.linear.")}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(quantized_file).items()
+        if not name.startswith("final_layer.linear.")
+    }
     save_file(tensors, tmp_path / "torso.safetensors", metadata=header.metadata)
     with pytest.raises((container.FileRefused, KeyError)):
         loading.load(tmp_path / "torso.safetensors", verify=False)

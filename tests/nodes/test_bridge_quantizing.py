@@ -1,4 +1,6 @@
-"""From a file or a MODEL socket to a 4-bit file: what is measured, what is read, where it is written."""
+"""From a file or a MODEL socket to a 4-bit file: what is measured, what is read, where it is
+written.
+"""
 
 import os
 import shutil
@@ -19,14 +21,22 @@ from nibble.quant.statistics import InputStats
 from nibble.quant.svdquant.recipe import Recipe
 
 QUICK = dict(rank=16, solver="svd", rotation="off")
-LAYERS = ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear2", "single_blocks.1.modulation.lin"]
+LAYERS = [
+    "double_blocks.0.img_attn.qkv",
+    "single_blocks.1.linear2",
+    "single_blocks.1.modulation.lin",
+]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, flux_file):
-    """ComfyUI's diffusion_models folder, with the 16-bit model in it; quick: without random conditioning, models are not measured."""
+    """ComfyUI's diffusion_models folder, with the 16-bit model in it; quick: without random
+    conditioning, models are not measured.
+    """
     monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: False)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
     shutil.copy(flux_file, tmp_path / "flux.safetensors")
     yield tmp_path
@@ -34,39 +44,68 @@ def folder(tmp_path, monkeypatch, flux_file):
 
 
 def job(**changes) -> quantizing.Job:
-    return quantizing.Job(**({"model_name": "flux.safetensors", "recipe": Recipe.from_preset("fast", **QUICK)} | changes))
+    return quantizing.Job(
+        **(
+            {"model_name": "flux.safetensors", "recipe": Recipe.from_preset("fast", **QUICK)}
+            | changes
+        )
+    )
 
 
 def prompts(count: int) -> list:
     draw = torch.Generator().manual_seed(1)
+
     def entry():
-        return [torch.randn(1, 6, 64, generator=draw), {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5}]
+        return [
+            torch.randn(1, 6, 64, generator=draw),
+            {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5},
+        ]
+
     return [entry() for _ in range(count)]
 
 
 def drawn(patcher, count: int = 2) -> calibration.Pictures:
-    return calibration.pictures_of(patcher, prompts(count), {"samples": torch.zeros(1, 16, 8, 8)}, 2, 0)
+    return calibration.pictures_of(
+        patcher, prompts(count), {"samples": torch.zeros(1, 16, 8, 8)}, 2, 0
+    )
 
 
 # ---- measuring
 
+
 def test_every_named_layer_is_measured_on_every_prompt(dense_model):
-    stats = calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
-    assert {name: found.count for name, found in stats.items()} == {LAYERS[0]: 2 * 2 * 16, LAYERS[1]: 2 * 2 * 22, LAYERS[2]: 2 * 2}
+    stats = calibration.record(
+        dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
+    )
+    assert {name: found.count for name, found in stats.items()} == {
+        LAYERS[0]: 2 * 2 * 16,
+        LAYERS[1]: 2 * 2 * 22,
+        LAYERS[2]: 2 * 2,
+    }
     assert all(found.absmax.min() > 0 for found in stats.values())
 
 
 def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
-    whole = calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
-    parts = calibration.record(dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring"))
+    whole = calibration.record(
+        dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
+    )
+    parts = calibration.record(
+        dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring")
+    )
     for name in LAYERS:
-        assert torch.equal(whole[name].hessian, parts[name].hessian) and torch.equal(whole[name].samples, parts[name].samples)
+        assert torch.equal(whole[name].hessian, parts[name].hessian) and torch.equal(
+            whole[name].samples, parts[name].samples
+        )
 
 
 def test_random_conditioning_has_the_model_s_own_widths(dense_model):
     pictures = calibration.random_pictures(dense_model, seed=0)
     tokens, extras = pictures.prompts[0][0]
-    assert tokens.shape[-1] == 64 and extras["pooled_output"].shape[-1] == 64 and pictures.latent.shape == (1, 16, 32, 32)
+    assert (
+        tokens.shape[-1] == 64
+        and extras["pooled_output"].shape[-1] == 64
+        and pictures.latent.shape == (1, 16, 32, 32)
+    )
     assert not torch.equal(tokens, pictures.prompts[1][0][0])
     again, other = (calibration.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1))
     assert pictures.facts() == again != other
@@ -81,20 +120,30 @@ def test_measuring_stops_when_the_user_presses_stop(dense_model):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
-    assert not any(module._forward_pre_hooks for module in dense_model.model.modules()), "no hook is left behind"
+    assert not any(module._forward_pre_hooks for module in dense_model.model.modules()), (
+        "no hook is left behind"
+    )
 
 
 # ---- reading a MODEL
 
+
 def test_a_connected_model_s_weights_are_the_file_s(dense_model, flux_file):
     live, file = StateDictSource(sources.PatchedWeights(dense_model)), Source(flux_file)
-    assert live.shapes.items() >= {name: shape for name, shape in file.shapes.items() if "norm" not in name}.items()
+    assert (
+        live.shapes.items()
+        >= {name: shape for name, shape in file.shapes.items() if "norm" not in name}.items()
+    )
     for name in LAYERS:
-        assert torch.equal(live.weight(name), file.weight(name)) and torch.equal(live.bias(name), file.bias(name))
+        assert torch.equal(live.weight(name), file.weight(name)) and torch.equal(
+            live.bias(name), file.bias(name)
+        )
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_patches_are_read_in_float32_whether_or_not_they_are_merged_now(dense_model, flux_file, loaded):
+def test_patches_are_read_in_float32_whether_or_not_they_are_merged_now(
+    dense_model, flux_file, loaded
+):
     patched, delta = dense_model.clone(), torch.full((384, 128), 1e-4)
     patched.add_patches({f"diffusion_model.{LAYERS[0]}.weight": ("diff", (delta,))}, 0.5)
     if loaded:
@@ -112,6 +161,7 @@ def test_a_connected_4_bit_model_is_refused(model):
 
 # ---- the whole job
 
+
 def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
     name, _ = quantizing.run(job())
     assert name == "flux-svdq-int4-r16.safetensors" and (folder / name).exists()
@@ -122,7 +172,9 @@ def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypa
     monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: True)
     name, report = quantizing.run(job())
     assert report.notes == ["inputs were measured on noise and random conditioning"]
-    assert container.open_quantized(folder / name).fact("calibration")["kind"] == "random conditioning"
+    assert (
+        container.open_quantized(folder / name).fact("calibration")["kind"] == "random conditioning"
+    )
 
 
 def test_a_model_too_large_to_run_is_quantized_from_its_weights_and_says_so(folder):
@@ -140,7 +192,10 @@ def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
 
 
 def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, monkeypatch):
-    best, latent = Recipe.from_preset("best", **QUICK, smoothing_grid=2), {"samples": torch.zeros(1, 16, 8, 8)}
+    best, latent = (
+        Recipe.from_preset("best", **QUICK, smoothing_grid=2),
+        {"samples": torch.zeros(1, 16, 8, 8)},
+    )
     task = job(recipe=best, positive=prompts(2), latent=latent, steps=2)
     _, first = quantizing.run(task)
     assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
@@ -173,9 +228,19 @@ def test_a_target_outside_the_folder_is_refused(folder, name):
 
 def test_a_read_only_home_sends_the_file_to_the_next_folder(folder, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, loading.FOLDER, ([str(folder), str(other)], {".safetensors"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        loading.FOLDER,
+        ([str(folder), str(other)], {".safetensors"}),
+    )
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: folder not in (path, *getattr(path, "parents", ())) and access(path, mode))
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: (
+            folder not in (path, *getattr(path, "parents", ())) and access(path, mode)
+        ),
+    )
     name, _ = quantizing.run(job())
     assert (other / name).exists()
 
@@ -187,9 +252,14 @@ def test_memory_is_given_back(folder):
 
 # ---- listing and showing
 
+
 def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch, quantized_file):
     for i in range(200):
-        os.link(quantized_file, folder / f"model-{i}.safetensors") if i % 2 else (folder / f"other-{i}.safetensors").write_bytes(b"x" * 100)
+        (
+            os.link(quantized_file, folder / f"model-{i}.safetensors")
+            if i % 2
+            else (folder / f"other-{i}.safetensors").write_bytes(b"x" * 100)
+        )
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
     assert len(loading.quantized_files()) == 100
     monkeypatch.setattr(container, "read_header", lambda path: pytest.fail("read again"))
@@ -200,16 +270,32 @@ def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch
 def test_the_charts_have_the_agreed_shape(folder):
     name, report = quantizing.run(job())
     chart = charts.layers_chart(report, name, "subtitle")
-    assert chart.keys() == {"kind", "title", "subtitle", "summary", "bytes_before", "bytes_after", "rows"}
-    assert all(row.keys() == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds"} for row in chart["rows"])
+    assert chart.keys() == {
+        "kind",
+        "title",
+        "subtitle",
+        "summary",
+        "bytes_before",
+        "bytes_after",
+        "rows",
+    }
+    assert all(
+        row.keys() == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds"}
+        for row in chart["rows"]
+    )
     model = loading.load(folder / name)
-    facts = charts.model_chart(container.open_quantized(folder / name), loading.vram_needed(model), model.load_device)
+    facts = charts.model_chart(
+        container.open_quantized(folder / name), loading.vram_needed(model), model.load_device
+    )
     assert facts["kind"] == "facts" and all(len(pair) == 2 for pair in facts["summary"])
-    assert loading.vram_needed(model)[0] == model.model_size() and loading.vram_needed(model)[1] > 1e6
+    assert (
+        loading.vram_needed(model)[0] == model.model_size() and loading.vram_needed(model)[1] > 1e6
+    )
 
 
 def test_the_node_runs_again_until_its_file_is_there(folder):
     from nibble.nodes.svdquant import NibbleQuantizeSVDQuant as node
+
     asked = {"model_name": "flux.safetensors", "filename": "", "rank": 16, "preset": "fast"}
     absent = node.fingerprint_inputs(**asked)
     assert absent != absent

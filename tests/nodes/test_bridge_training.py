@@ -1,4 +1,6 @@
-"""Train IntLoRA on a MODEL: it learns, stops, goes on bit for bit, and leaves neither the model nor ComfyUI otherwise than they were."""
+"""Train IntLoRA on a MODEL: it learns, stops, goes on bit for bit, and leaves neither the model nor
+ComfyUI otherwise than they were.
+"""
 
 import copy
 import dataclasses
@@ -23,7 +25,9 @@ FP32 = Settings(dtype="fp32")
 @pytest.fixture
 def loras(tmp_path, monkeypatch):
     """ComfyUI's IntLoRA folder, empty."""
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, intlora.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, intlora.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
     folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
     yield tmp_path
     folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
@@ -31,16 +35,28 @@ def loras(tmp_path, monkeypatch):
 
 def caption(seed: int = 1) -> list:
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, 5, 64, generator=draw), {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5}]
+    return [
+        torch.randn(1, 5, 64, generator=draw),
+        {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5},
+    ]
 
 
 def latents(count: int = 2, side: int = 4, seed: int = 3) -> dict:
-    return {"samples": torch.randn(count, 16, side, side, generator=torch.Generator().manual_seed(seed))}
+    return {
+        "samples": torch.randn(count, 16, side, side, generator=torch.Generator().manual_seed(seed))
+    }
 
 
 def job(model, **changes) -> Job:
-    defaults = {"latents": [latents()], "positive": [[caption()]], "filename": "mine", "options": Options(steps=4, lr=5e-3, warmup=0),
-                "settings": FP32, "rank": 4, "preview_every": 0}
+    defaults = {
+        "latents": [latents()],
+        "positive": [[caption()]],
+        "filename": "mine",
+        "options": Options(steps=4, lr=5e-3, warmup=0),
+        "settings": FP32,
+        "rank": 4,
+        "preview_every": 0,
+    }
     return Job(model, **defaults | changes)
 
 
@@ -52,12 +68,23 @@ def trained(model, loras, **changes) -> tuple:
 
 def same(a, b) -> bool:
     return a.layers.keys() == b.layers.keys() and all(
-        torch.equal(tensor, b.layers[key].tensors()[name]) for key, layer in a.layers.items() for name, tensor in layer.tensors().items())
+        torch.equal(tensor, b.layers[key].tensors()[name])
+        for key, layer in a.layers.items()
+        for name, tensor in layer.tensors().items()
+    )
 
 
 def session_of(model, work, settings=FP32, **data):
-    pictures = training.pictures_of(model, data.get("latents", [latents()]), data.get("positive", [[caption()]]))
-    return training.run(model, pictures.captions, pictures.latents[0].shape, settings, lambda session: work(session, pictures))
+    pictures = training.pictures_of(
+        model, data.get("latents", [latents()]), data.get("positive", [[caption()]])
+    )
+    return training.run(
+        model,
+        pictures.captions,
+        pictures.latents[0].shape,
+        settings,
+        lambda session: work(session, pictures),
+    )
 
 
 class Stop(Exception):
@@ -66,10 +93,12 @@ class Stop(Exception):
 
 def stopping_at(monkeypatch, step: int) -> None:
     """The user presses Stop after a step."""
+
     def check():
         stopping_at.calls += 1
         if stopping_at.calls == step:
             raise Stop
+
     stopping_at.calls = 0
     monkeypatch.setattr(training_watch.Progress, "check", staticmethod(check))
 
@@ -83,10 +112,20 @@ def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
     done, adapter = trained(model, loras, options=Options(lr=2e-2, **long), **one)
     assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:]), "the same pictures, times and noise"
     bases = intlora.Bases(model)
-    assert adapter.layers.keys() == {name for name, weight in bases.weights.items() if "SVDQuant" in weight._layout_cls}
+    assert adapter.layers.keys() == {
+        name for name, weight in bases.weights.items() if "SVDQuant" in weight._layout_cls
+    }
     file.check_bases(adapter, bases, done.name)
-    assert done.steps == adapter.facts["steps"] == 24 and done.name in intlora.adapter_files() and not list(loras.glob("*.state*"))
-    assert done.lora.keys() == {f"diffusion_model.{name}.{part}" for name in adapter.layers for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+    assert (
+        done.steps == adapter.facts["steps"] == 24
+        and done.name in intlora.adapter_files()
+        and not list(loras.glob("*.state*"))
+    )
+    assert done.lora.keys() == {
+        f"diffusion_model.{name}.{part}"
+        for name in adapter.layers
+        for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
 
 
 def test_the_loss_is_the_distance_of_the_denoised_picture(model):
@@ -99,11 +138,14 @@ def test_the_loss_is_the_distance_of_the_denoised_picture(model):
         torch.randperm(1, generator=generator)
         t, noise = torch.rand(1, generator=generator), torch.randn(1, 16, 4, 4, generator=generator)
         sigma = torch.tensor([float(session.inner.model_sampling.percent_to_sigma(t.item()))])
-        clean = (data["samples"] - session.inner.latent_format.shift_factor) * session.inner.latent_format.scale_factor
+        clean = (
+            data["samples"] - session.inner.latent_format.shift_factor
+        ) * session.inner.latent_format.scale_factor
         noisy = sigma * noise + (1 - sigma) * clean
         tokens, extras = caption()
         velocity = session.model(noisy, sigma, tokens, extras["pooled_output"], torch.tensor([3.5]))
         return found.item(), (sigma * (velocity - (noise - clean))).square().mean().item()
+
     found, wanted = session_of(model, by_hand, latents=[data])
     assert found == pytest.approx(wanted, rel=1e-4)
 
@@ -114,23 +156,35 @@ def test_pictures_of_one_prompt_go_together_and_every_other_keeps_its_own(model)
 
     def losses(session, pictures):
         calls, plain = [], session.model.forward
-        session.model.forward = lambda x, *args, **kwargs: (calls.append(tuple(x.shape)), plain(x, *args, **kwargs))[1]
+        session.model.forward = lambda x, *args, **kwargs: (
+            calls.append(tuple(x.shape)),
+            plain(x, *args, **kwargs),
+        )[1]
         try:
             return pictures.loss(session, torch.Generator().manual_seed(1)).item(), sorted(calls)
         finally:
             del session.model.forward
+
     together, calls = session_of(model, losses, batch, **data)
     assert calls == [(1, 16, 6, 6), (2, 16, 4, 4)]
-    apart, calls = session_of(model, losses, batch, positive=[[caption(1)], [caption(1), caption(1)]], **data)
+    apart, calls = session_of(
+        model, losses, batch, positive=[[caption(1)], [caption(1), caption(1)]], **data
+    )
     assert len(calls) == 3 and apart == pytest.approx(together, rel=1e-4)
-    others, _ = session_of(model, losses, batch, positive=[[caption(1), caption(2), caption(3)]], **data)
+    others, _ = session_of(
+        model, losses, batch, positive=[[caption(1), caption(2), caption(3)]], **data
+    )
     assert abs(others - together) > 1e-4 * together
 
 
 @pytest.mark.parametrize("variant", ["mul", "shift"])
 def test_the_paper_s_variants_train_too(model, loras, variant):
-    done, adapter = trained(model, loras, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0))
-    assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant} and len(set(done.losses)) == 3
+    done, adapter = trained(
+        model, loras, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0)
+    )
+    assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant} and len(
+        set(done.losses)
+    ) == 3
     patched = intlora.beside(model, done.name, 1.0)
     assert len(patched.patches) == len(adapter.layers)
 
@@ -168,14 +222,21 @@ def test_checkpointing_and_previews_change_no_number(model, loras):
 
 def test_checkpointing_keeps_no_activation_of_a_block(model):
     def kept(session, pictures):
-        layers = intlora_training.train.attach(session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model))
+        layers = intlora_training.train.attach(
+            session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model)
+        )
         with loop.checkpointing(session.checkpointed()):
             value = pictures.loss(session, torch.Generator().manual_seed(1))
         found = sum(isinstance(thing, loop._Kept) for thing in gc.get_objects())
         intlora_training.train.detach(session.model, layers)
         return value.isfinite().item() and found
+
     gc.collect()
-    assert session_of(model, kept) == 0 < session_of(model, kept, dataclasses.replace(FP32, checkpointing=False))
+    assert (
+        session_of(model, kept)
+        == 0
+        < session_of(model, kept, dataclasses.replace(FP32, checkpointing=False))
+    )
 
 
 def test_a_preview_is_a_picture_and_the_same_each_time(model):
@@ -189,7 +250,9 @@ def test_a_preview_is_a_picture_and_the_same_each_time(model):
 
 
 def weights_of(model) -> dict:
-    return {name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()}
+    return {
+        name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("how", ["done", "stopped", "failed"])
@@ -207,13 +270,31 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
         with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
             intlora_training.run(job(model))
     after = weights_of(model)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     now = dict(model.model.diffusion_model.named_modules())
-    assert now == modules and not any("forward" in vars(module) or module._forward_hooks for module in now.values())
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.model.parameters())
-    assert not model.patches and model.wrappers == wrappers and not model.object_patches and not comfy.model_management.in_training
-    mine = [loaded.model for loaded in comfy.model_management.current_loaded_models if loaded.model is not None]
-    assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), "the copy is unloaded"
+    assert now == modules and not any(
+        "forward" in vars(module) or module._forward_hooks for module in now.values()
+    )
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None
+        for parameter in model.model.parameters()
+    )
+    assert (
+        not model.patches
+        and model.wrappers == wrappers
+        and not model.object_patches
+        and not comfy.model_management.in_training
+    )
+    mine = [
+        loaded.model
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is not None
+    ]
+    assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), (
+        "the copy is unloaded"
+    )
     assert torch.is_grad_enabled() and not list(loras.glob("*.partial"))
 
 
@@ -233,7 +314,9 @@ def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, lora
 def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, loras):
     done, _ = trained(model, loras)
     patched = intlora.beside(model, done.name, 3.0)
-    more, adapter = trained(patched, loras, filename="more", options=Options(steps=4, lr=1e-9, warmup=0))
+    more, adapter = trained(
+        patched, loras, filename="more", options=Options(steps=4, lr=1e-9, warmup=0)
+    )
     plain, _ = trained(model, loras, filename="plain", options=Options(steps=4, lr=1e-9, warmup=0))
     assert more.losses != plain.losses, "it trains beside the model as it was connected"
     file.check_bases(adapter, intlora.Bases(model), more.name)
@@ -260,7 +343,9 @@ def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, m
     with pytest.raises(Stop):
         intlora_training.run(job(model))
     stopping_at(monkeypatch, 0)
-    with pytest.raises(FileRefused, match="mine.intlora.state belongs to a training run with other options"):
+    with pytest.raises(
+        FileRefused, match="mine.intlora.state belongs to a training run with other options"
+    ):
         intlora_training.run(job(model, latents=[latents(seed=9)]))
     done, _ = trained(model, loras, latents=[latents(seed=9)], overwrite=True)
     assert len(done.losses) == 4
@@ -270,7 +355,11 @@ def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
     done, _ = trained(model, loras)
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
     again = intlora_training.run(job(model))
-    assert again.name == done.name and again.steps == 4 and again.losses == pytest.approx(done.losses, rel=1e-5)
+    assert (
+        again.name == done.name
+        and again.steps == 4
+        and again.losses == pytest.approx(done.losses, rel=1e-5)
+    )
     assert all(torch.equal(tensor, again.lora[key]) for key, tensor in done.lora.items())
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         intlora_training.run(job(model, rank=2))
@@ -278,12 +367,20 @@ def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
 
 def test_an_adapter_is_trained_further(model, loras):
     done, first = trained(model, loras)
-    more, second = trained(model, loras, filename="more", existing=done.name, options=Options(steps=2, lr=1e-9, warmup=0))
+    more, second = trained(
+        model,
+        loras,
+        filename="more",
+        existing=done.name,
+        options=Options(steps=2, lr=1e-9, warmup=0),
+    )
     assert more.steps == 6 and more.losses[0] != done.losses[0]
     key = next(iter(first.layers))
     before, after = first.layers[key].factors.delta(), second.layers[key].factors.delta()
     assert (after - before).norm() < 0.02 * before.norm()
-    with pytest.raises(FileRefused, match="has rank 4 and variant shift_add .* set rank, variant and layers"):
+    with pytest.raises(
+        FileRefused, match="has rank 4 and variant shift_add .* set rank, variant and layers"
+    ):
         intlora_training.run(job(model, filename="other", existing=done.name, rank=2))
 
 
@@ -293,24 +390,46 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, l
     def spoilt(*values):
         calls.append(1)
         return plain(*values) * (float("nan") if len(calls) == 3 else 1)
+
     monkeypatch.setitem(training.LOSSES, "MSE", spoilt)
-    with pytest.raises(ValueError, match="the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept: run again"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept: run"
+            " again"
+        ),
+    ):
         intlora_training.run(job(model))
     done, adapter = trained(model, loras, options=Options(steps=4, lr=1e-3, warmup=0))
-    assert len(done.losses) == 4 and len(calls) == 5 and all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
+    assert (
+        len(done.losses) == 4
+        and len(calls) == 5
+        and all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
+    )
 
 
 # ---- what is refused before anything is loaded
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"latents": []}, "no latents"), ({"latents": [{"samples": torch.zeros(1, 16, 4, 4)}]}, "latents are empty"),
-    ({"latents": [{"samples": torch.ones(1, 4, 4, 4)}]}, "1 x 4 x 4 x 4, and this model's have 16 channels"),
-    ({"latents": [{"samples": torch.full((1, 16, 4, 4), torch.nan)}]}, "not finite"),
-    ({"positive": [[caption(), caption(), caption()]]}, "2 latents and 3 prompts"), ({"positive": [[]]}, "2 latents and 0 prompts"),
-    ({"rank": 0}, "rank 0 is not between"), ({"rank": 4000}, "rank 4000 is not between"),
-    ({"layers": ("nothing.*",)}, "No 4-bit layer of the model is called nothing"), ({"filename": "../mine"}, "outside"),
-    ({"existing": "gone.intlora.safetensors"}, "gone.intlora.safetensors is not in")])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"latents": []}, "no latents"),
+        ({"latents": [{"samples": torch.zeros(1, 16, 4, 4)}]}, "latents are empty"),
+        (
+            {"latents": [{"samples": torch.ones(1, 4, 4, 4)}]},
+            "1 x 4 x 4 x 4, and this model's have 16 channels",
+        ),
+        ({"latents": [{"samples": torch.full((1, 16, 4, 4), torch.nan)}]}, "not finite"),
+        ({"positive": [[caption(), caption(), caption()]]}, "2 latents and 3 prompts"),
+        ({"positive": [[]]}, "2 latents and 0 prompts"),
+        ({"rank": 0}, "rank 0 is not between"),
+        ({"rank": 4000}, "rank 4000 is not between"),
+        ({"layers": ("nothing.*",)}, "No 4-bit layer of the model is called nothing"),
+        ({"filename": "../mine"}, "outside"),
+        ({"existing": "gone.intlora.safetensors"}, "gone.intlora.safetensors is not in"),
+    ],
+)
 def test_wrong_inputs_are_refused_in_words(model, loras, monkeypatch, changes, said):
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises((ValueError, FileRefused), match=said):
@@ -325,7 +444,9 @@ def test_a_16_bit_model_is_refused_with_the_fix(dense_model, loras):
 
 def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
     model.cached_patcher_init = None
-    with pytest.raises(FileRefused, match="cannot load it a second time; connect Load SVDQuant Model"):
+    with pytest.raises(
+        FileRefused, match="cannot load it a second time; connect Load SVDQuant Model"
+    ):
         intlora_training.run(job(model))
 
 
@@ -335,19 +456,41 @@ def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
 def test_the_curve_is_thinned_and_its_lowest_point_is_of_all_steps():
     losses = [1.0] * 700 + [0.0] * 100 + [1.0] * 200
     chart = curve.curve_chart(losses, 2000, "t")
-    assert chart["kind"] == "curve" and len(chart["points"]) == len(chart["smooth"]) == 250 and chart["points"][-1] == [1000, 1.0]
-    assert chart["lowest"][0] == 800 and chart["lowest"][1] < 0.2 and ["step", "1000 of 2000"] in chart["summary"]
+    assert (
+        chart["kind"] == "curve"
+        and len(chart["points"]) == len(chart["smooth"]) == 250
+        and chart["points"][-1] == [1000, 1.0]
+    )
+    assert (
+        chart["lowest"][0] == 800
+        and chart["lowest"][1] < 0.2
+        and ["step", "1000 of 2000"] in chart["summary"]
+    )
     assert curve.curve_chart([], 5, "t")["points"] == []
-    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0]) and curve.smoothed([3.0, 1.0], 1) == [3.0, 1.0]
+    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0]) and curve.smoothed(
+        [3.0, 1.0], 1
+    ) == [3.0, 1.0]
 
 
 def test_each_phase_of_the_curve_is_smoothed_on_its_own():
     losses = [1.0] * 500 + [5.0] * 499
     chart = curve.curve_chart(losses, 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
     assert chart["phases"] == [["velocity", 0], ["acceleration", 500]]
-    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0} and [500, 1.0] in chart["points"]
-    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx([5.0] * 125) and chart["lowest"][0] > 500
+    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0} and [500, 1.0] in chart[
+        "points"
+    ]
+    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx(
+        [5.0] * 125
+    ) and chart["lowest"][0] > 500
     assert chart["summary"][1:3] == [["velocity loss", "1"], ["acceleration loss", "5"]]
-    begun = curve.curve_chart(losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
-    assert [label for label, _ in begun["summary"]] == ["step", "velocity loss", "lowest"] and "phases" not in curve.curve_chart([1.0], 5, "t")
-    assert curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
+    begun = curve.curve_chart(
+        losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)]
+    )
+    assert [label for label, _ in begun["summary"]] == [
+        "step",
+        "velocity loss",
+        "lowest",
+    ] and "phases" not in curve.curve_chart([1.0], 5, "t")
+    assert (
+        curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
+    )

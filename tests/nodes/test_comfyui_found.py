@@ -1,4 +1,6 @@
-"""Says aloud when the tests beside this one cannot run (they import ComfyUI, so without it they are not even collected)."""
+"""Says aloud when the tests beside this one cannot run (they import ComfyUI, so without it they are
+not even collected).
+"""
 
 import os
 from pathlib import Path
@@ -9,5 +11,7 @@ import pytest
 def test_comfyui_was_found():
     if not os.environ.get("COMFYUI_PATH"):
         files = sorted(path.name for path in Path(__file__).parent.glob("test_bridge*.py"))
-        pytest.skip(f"COMFYUI_PATH is not set: the tests inside ComfyUI did NOT run ({', '.join(files)})")
+        pytest.skip(
+            f"COMFYUI_PATH is not set: the tests inside ComfyUI did NOT run ({', '.join(files)})"
+        )
     import comfy.sd  # noqa: F401

@@ -1,4 +1,6 @@
-"""ComfyUI's own vision-language text encoders, so small that a test can run them: random weights, its tokenizer, its CLIP object."""
+"""ComfyUI's own vision-language text encoders, so small that a test can run them: random weights,
+its tokenizer, its CLIP object.
+"""
 
 from unittest import mock
 
@@ -10,7 +12,13 @@ import comfy.text_encoders.qwen_vl
 import torch
 
 LAYERS, WIDTH, HIDDEN = 8, 64, 96
-SIZES = dict(hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1)
+SIZES = dict(
+    hidden_size=WIDTH,
+    intermediate_size=HIDDEN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
 QWEN3 = dict(hidden_size=64, intermediate_size=64, depth=3, deepstack_visual_indexes=[0, 1, 2])
 TOWER = comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer
 
@@ -29,9 +37,13 @@ class Target:
 
 def build(target: Target, name: str):
     """A CLIP with random weights, the same every time, that neither die nor grow."""
-    with mock.patch.object(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer", small_tower), \
-         mock.patch.dict(comfy.text_encoders.qwen3vl.QWEN3VL_VISION, {"qwen3vl_8b": QWEN3}):
-        clip = comfy.sd.CLIP(target, model_options={f"{name}_model_config": SIZES, "dtype": torch.float32})
+    with (
+        mock.patch.object(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer", small_tower),
+        mock.patch.dict(comfy.text_encoders.qwen3vl.QWEN3VL_VISION, {"qwen3vl_8b": QWEN3}),
+    ):
+        clip = comfy.sd.CLIP(
+            target, model_options={f"{name}_model_config": SIZES, "dtype": torch.float32}
+        )
     generator = torch.Generator().manual_seed(0)
     for key, weight in clip.cond_stage_model.named_parameters():
         if "norm" in key and key.endswith("weight"):
@@ -44,12 +56,20 @@ def build(target: Target, name: str):
 
 def qwen_image():
     """Qwen-Image-Edit's encoder: Qwen2.5-VL with 8 layers."""
-    return build(Target(comfy.text_encoders.qwen_image.te(), comfy.text_encoders.qwen_image.QwenImageTokenizer), "qwen25_7b")
+    return build(
+        Target(
+            comfy.text_encoders.qwen_image.te(), comfy.text_encoders.qwen_image.QwenImageTokenizer
+        ),
+        "qwen25_7b",
+    )
 
 
 def qwen3_vl():
     """Qwen3-VL with 8 layers, the first three of which get the picture again (DeepStack)."""
-    return build(Target(comfy.text_encoders.qwen3vl.te(), comfy.text_encoders.qwen3vl.tokenizer()), "qwen3vl_8b")
+    return build(
+        Target(comfy.text_encoders.qwen3vl.te(), comfy.text_encoders.qwen3vl.tokenizer()),
+        "qwen3vl_8b",
+    )
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The file format: what is read, what is refused and how, and that writing survives interruption."""
+"""The file format: what is read, what is refused and how, and that writing survives
+interruption.
+"""
 
 import errno
 import json
@@ -12,21 +14,42 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nibble.quant import container, writer
-from nibble.quant.container import FileRefused, is_quantized, open_quantized, read_header, read_tensor
+from nibble.quant.container import (
+    FileRefused,
+    is_quantized,
+    open_quantized,
+    read_header,
+    read_tensor,
+)
 from nibble.quant.writer import TensorSpec, Writer, check_target
 
-TENSORS = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "b": torch.tensor([1, -1], dtype=torch.int8), "empty": torch.zeros(0, 4),
-           "scalar": torch.tensor(2.5), "flag": torch.tensor([True]), "fp8": torch.ones(3).to(torch.float8_e4m3fn)}
-SPECS = [TensorSpec("x.weight", torch.int8, (64, 32)), TensorSpec("odd", torch.bfloat16, (3,)), TensorSpec("last", torch.uint8, (5,)),
-         TensorSpec("x.comfy_quant", torch.uint8, (128,)), TensorSpec("half", torch.float32, (2, 2))]
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "b": torch.tensor([1, -1], dtype=torch.int8),
+    "empty": torch.zeros(0, 4),
+    "scalar": torch.tensor(2.5),
+    "flag": torch.tensor([True]),
+    "fp8": torch.ones(3).to(torch.float8_e4m3fn),
+}
+SPECS = [
+    TensorSpec("x.weight", torch.int8, (64, 32)),
+    TensorSpec("odd", torch.bfloat16, (3,)),
+    TensorSpec("last", torch.uint8, (5,)),
+    TensorSpec("x.comfy_quant", torch.uint8, (128,)),
+    TensorSpec("half", torch.float32, (2, 2)),
+]
 
 
 def contents(spec, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-100 if spec.dtype.is_signed else 0, 100, spec.shape, generator=generator).to(spec.dtype)
+    return torch.randint(
+        -100 if spec.dtype.is_signed else 0, 100, spec.shape, generator=generator
+    ).to(spec.dtype)
 
 
-def write(target, identity="run", specs=SPECS, stop_after=None, choices=({"format": "nibble"},), room=200):
+def write(
+    target, identity="run", specs=SPECS, stop_after=None, choices=({"format": "nibble"},), room=200
+):
     """Writes all specs, each a unit of its own; returns how many units were done in this run."""
     done = 0
     with Writer(target, specs, identity, room) as file:
@@ -48,12 +71,25 @@ def test_reads_what_safetensors_writes(tmp_path):
     header = read_header(tmp_path / "m.safetensors")
     assert header.metadata == {"note": "hi"}
     for name, tensor in TENSORS.items():
-        assert torch.equal(read_tensor(header, name).float(), tensor.float()) and read_tensor(header, name).dtype == tensor.dtype
+        assert (
+            torch.equal(read_tensor(header, name).float(), tensor.float())
+            and read_tensor(header, name).dtype == tensor.dtype
+        )
 
 
-@pytest.mark.parametrize("start, word", [(b"GGUF" + b"\3" * 60, "GGUF"), (b"PK\3\4" + b"\0" * 60, "pickle"), (b"\x80\2" + b"\0" * 60, "pickle"),
-                                         (b"<!DOCTYPE html>" * 4, "web page"), (b"version https://git-lfs.github.com/spec/v1\n", "pointer"),
-                                         (b"", "not a safetensors"), (b"hello", "not a safetensors"), (os.urandom(7) + b"\xff" + b"x" * 99, "safetensors")])
+@pytest.mark.parametrize(
+    "start, word",
+    [
+        (b"GGUF" + b"\3" * 60, "GGUF"),
+        (b"PK\3\4" + b"\0" * 60, "pickle"),
+        (b"\x80\2" + b"\0" * 60, "pickle"),
+        (b"<!DOCTYPE html>" * 4, "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "pointer"),
+        (b"", "not a safetensors"),
+        (b"hello", "not a safetensors"),
+        (os.urandom(7) + b"\xff" + b"x" * 99, "safetensors"),
+    ],
+)
 def test_other_files_are_refused_with_their_kind(tmp_path, start, word):
     path = tmp_path / "m.safetensors"
     path.write_bytes(start)
@@ -72,6 +108,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
     def denied(*args, **kwargs):
         raise PermissionError(errno.EACCES, "denied")
+
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(FileRefused, match="may not be read"):
         read_header(tmp_path / "m.safetensors")
@@ -82,15 +119,23 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
     path = tmp_path / "m.safetensors"
     save_file({"a": torch.zeros(100, 100)}, path)
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * keep) if keep > 0.1 else 40])
+    path.write_bytes(data[: int(len(data) * keep) if keep > 0.1 else 40])
     with pytest.raises(FileRefused, match="cut off"):
         read_header(path)
 
 
-@pytest.mark.parametrize("header", ["{\"a\": 1}", "{not json", "{\"__metadata__\": {\"a\": 3}}",
-                                    "{\"a\": {\"dtype\": \"F32\", \"shape\": [2], \"data_offsets\": [0, 4]}}",
-                                    "{\"a\": {\"dtype\": \"F32\", \"shape\": [-1], \"data_offsets\": [4, 0]}}", "{\"__metadata__\": []}",
-                                    "{\"a\": {\"dtype\": \"I8\", \"shape\": [4], \"data_offsets\": [4, 8]}}"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a": 1}',
+        "{not json",
+        '{"__metadata__": {"a": 3}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
+        '{"__metadata__": []}',
+        '{"a": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}}',
+    ],
+)
 def test_a_damaged_header_is_refused(tmp_path, header):
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 8)
@@ -103,7 +148,7 @@ def test_every_flipped_header_byte_is_refused_or_harmless(tmp_path):
     save_file({"a": torch.zeros(8), "b": torch.ones(4)}, path)
     good = path.read_bytes()
     for place in range(8 + struct.unpack("<Q", good[:8])[0]):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         try:
             header = read_header(path)
         except FileRefused:
@@ -113,7 +158,10 @@ def test_every_flipped_header_byte_is_refused_or_harmless(tmp_path):
 
 
 def test_unknown_dtypes_are_named(tmp_path):
-    path, header = tmp_path / "m.safetensors", '{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
+    path, header = (
+        tmp_path / "m.safetensors",
+        '{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}',
+    )
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0")
     with pytest.raises(FileRefused, match="F4"):
         read_header(path)
@@ -125,13 +173,22 @@ def test_unknown_dtypes_are_named(tmp_path):
 def quantized(path, version="1", facts=None, method="svdquant", **changes):
     """A smallest valid file with one layer."""
     facts = facts or {"format": "svdquant_w4a4", "rank": 16}
-    tensors = {"x.weight": torch.zeros(8, 32, dtype=torch.int8), "x.weight_scale": torch.zeros(1, 8).bfloat16(),
-               "x.weight_proj_down": torch.zeros(64, 16).bfloat16(),
-               "x.weight_proj_up": torch.zeros(8, 16).bfloat16(), "x.weight_smooth_factor": torch.ones(64).bfloat16(),
-               "x.comfy_quant": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8), **changes}
+    tensors = {
+        "x.weight": torch.zeros(8, 32, dtype=torch.int8),
+        "x.weight_scale": torch.zeros(1, 8).bfloat16(),
+        "x.weight_proj_down": torch.zeros(64, 16).bfloat16(),
+        "x.weight_proj_up": torch.zeros(8, 16).bfloat16(),
+        "x.weight_smooth_factor": torch.ones(64).bfloat16(),
+        "x.comfy_quant": torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8),
+        **changes,
+    }
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     sums = json.dumps({name: container.checksum(tensor) for name, tensor in tensors.items()})
-    save_file(tensors, path, {"format": "nibble", "nibble_version": version, "method": method, "checksums": sums})
+    save_file(
+        tensors,
+        path,
+        {"format": "nibble", "nibble_version": version, "method": method, "checksums": sums},
+    )
     return path
 
 
@@ -140,7 +197,14 @@ def test_a_quantized_file_opens_without_reading_weights(tmp_path):
     assert is_quantized(path)
     file = open_quantized(path)
     assert file.layers == {"x": {"format": "svdquant_w4a4", "rank": 16}}
-    suffixes = ("weight", "weight_scale", "weight_proj_down", "weight_proj_up", "weight_smooth_factor", "comfy_quant")
+    suffixes = (
+        "weight",
+        "weight_scale",
+        "weight_proj_down",
+        "weight_proj_up",
+        "weight_smooth_factor",
+        "comfy_quant",
+    )
     assert set(file.layer("x")) == {f"x.{suffix}" for suffix in suffixes}
     file.verify()
 
@@ -148,17 +212,28 @@ def test_a_quantized_file_opens_without_reading_weights(tmp_path):
 def test_files_that_are_no_quantized_models_are_told_apart(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "m.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"GGUF")
-    assert not any(is_quantized(tmp_path / name) for name in ("m.safetensors", "broken.safetensors", "no"))
+    assert not any(
+        is_quantized(tmp_path / name) for name in ("m.safetensors", "broken.safetensors", "no")
+    )
     with pytest.raises(FileRefused, match="not made by Nibble"):
         open_quantized(tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"version": "2"}, "update Nibble"), ({"version": ""}, "update Nibble"), ({"method": "sorcery"}, "update Nibble"),
-    ({"facts": {"format": "int3"}}, "unknown format"), ({"facts": {"format": "svdquant_w4a4", "rank": 16, "new": 1}}, "new"),
-    ({"facts": {"format": "svdquant_w4a4", "rank": 8}}, "proj_down"), ({"x.weight_scale": None}, "weight_scale"),
-    ({"x.weight": torch.zeros(8, 32).bfloat16()}, "int8"), ({"x.weight": torch.zeros(8, 16, dtype=torch.int8)}, "damaged layer"),
-    ({"x.comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "unknown format")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"version": "2"}, "update Nibble"),
+        ({"version": ""}, "update Nibble"),
+        ({"method": "sorcery"}, "update Nibble"),
+        ({"facts": {"format": "int3"}}, "unknown format"),
+        ({"facts": {"format": "svdquant_w4a4", "rank": 16, "new": 1}}, "new"),
+        ({"facts": {"format": "svdquant_w4a4", "rank": 8}}, "proj_down"),
+        ({"x.weight_scale": None}, "weight_scale"),
+        ({"x.weight": torch.zeros(8, 32).bfloat16()}, "int8"),
+        ({"x.weight": torch.zeros(8, 16, dtype=torch.int8)}, "damaged layer"),
+        ({"x.comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "unknown format"),
+    ],
+)
 def test_what_the_reader_does_not_know_is_refused_with_the_reason(tmp_path, change, word):
     path = quantized(tmp_path / "q.safetensors", **change)
     with pytest.raises(FileRefused, match=word):
@@ -182,10 +257,17 @@ def test_a_written_file_is_valid_aligned_and_complete(tmp_path):
     target = tmp_path / "t.safetensors"
     write(target, choices=[{"format": "nibble", "note": "x" * 50}])
     loaded = load_file(target)
-    assert all(torch.equal(loaded[spec.name], contents(spec)) for spec in SPECS) and len(loaded) == len(SPECS)
+    assert all(torch.equal(loaded[spec.name], contents(spec)) for spec in SPECS) and len(
+        loaded
+    ) == len(SPECS)
     header = read_header(target)
-    assert all(header.tensors[spec.name].start % (8 if spec.nbytes % 8 == 0 else spec.dtype.itemsize) == 0 for spec in SPECS)
-    assert min(header.tensors.values(), key=lambda info: info.start) == header.tensors["x.comfy_quant"]
+    assert all(
+        header.tensors[spec.name].start % (8 if spec.nbytes % 8 == 0 else spec.dtype.itemsize) == 0
+        for spec in SPECS
+    )
+    assert (
+        min(header.tensors.values(), key=lambda info: info.start) == header.tensors["x.comfy_quant"]
+    )
     with safetensors.safe_open(target, "pt") as file:
         assert file.metadata()["note"] == "x" * 50
     assert os.listdir(tmp_path) == ["t.safetensors"]
@@ -206,7 +288,8 @@ def test_a_half_written_part_is_done_again(tmp_path):
     with pytest.raises(InterruptedError):
         write(target, stop_after=3)
     journal.write_text(journal.read_text()[:-20])  # the last line was cut by a crash
-    with open(tmp_path / "t.safetensors.partial", "r+b") as file:  # and the first part never reached the disk
+    # and the first part never reached the disk
+    with open(tmp_path / "t.safetensors.partial", "r+b") as file:
         file.seek(-SPECS[0].nbytes, os.SEEK_END)
         file.write(b"\0" * SPECS[0].nbytes)
     assert write(target) >= len(SPECS) - 2
@@ -236,28 +319,43 @@ def test_the_first_metadata_that_fits_is_taken(tmp_path):
 
 
 def test_a_tensor_that_was_not_planned_so_is_refused(tmp_path):
-    with Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file, pytest.raises(ValueError, match="was planned"):
+    with (
+        Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file,
+        pytest.raises(ValueError, match="was planned"),
+    ):
         file.write("odd", {"odd": torch.zeros(4).bfloat16()}, {})
-    with Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file, pytest.raises(ValueError, match="never written"):
+    with (
+        Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file,
+        pytest.raises(ValueError, match="never written"),
+    ):
         file.finish([{}])
 
 
 def test_two_writers_of_one_target_exclude_one_another(tmp_path):
     with Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
-        with pytest.raises(FileRefused, match="another run"), Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
+        with (
+            pytest.raises(FileRefused, match="another run"),
+            Writer(tmp_path / "t.safetensors", SPECS, "run", 100),
+        ):
             pass
     with Writer(tmp_path / "t.safetensors", SPECS, "run", 100):  # the lock was released
         pass
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /dev/full, which is Linux's")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /dev/full, which is Linux's"
+)
 @pytest.mark.parametrize("where", ["before", "fallocate", "write"])
 def test_a_full_disk_is_one_sentence_and_leaves_no_target(tmp_path, monkeypatch, where):
     target = tmp_path / "t.safetensors"
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     if where == "before":
-        monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+        monkeypatch.setattr(
+            writer.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})()
+        )
     if where == "fallocate":
         monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(FileRefused, match=r"The disk of .* is full: t.safetensors needs 0.00 GB"):
@@ -274,8 +372,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_target(tmp_path, monkeypatch,
 def test_a_read_only_folder_is_one_sentence(tmp_path, monkeypatch, code):
     def denied(*_, **__):
         raise OSError(code, "denied")
+
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(FileRefused, match="is read-only; choose another one"), Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
+    with (
+        pytest.raises(FileRefused, match="is read-only; choose another one"),
+        Writer(tmp_path / "t.safetensors", SPECS, "run", 100),
+    ):
         pass
     assert os.listdir(tmp_path) == []
 
@@ -286,7 +388,12 @@ def test_the_target_may_not_be_the_source_by_any_name(tmp_path):
     (tmp_path / "soft.safetensors").symlink_to(source)
     os.link(source, tmp_path / "hard.safetensors")
     (tmp_path / "sub").mkdir()
-    for target in (source, tmp_path / "soft.safetensors", tmp_path / "hard.safetensors", tmp_path / "sub" / ".." / "m.safetensors"):
+    for target in (
+        source,
+        tmp_path / "soft.safetensors",
+        tmp_path / "hard.safetensors",
+        tmp_path / "sub" / ".." / "m.safetensors",
+    ):
         with pytest.raises(FileRefused, match="is the file that would be read"):
             check_target(source, target)
 
@@ -294,8 +401,12 @@ def test_the_target_may_not_be_the_source_by_any_name(tmp_path):
 def test_targets_that_would_surprise_are_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
-    for target, word in [("other.safetensors", "not made by Nibble"), ("folder.safetensors", "is a folder"), ("no/t.safetensors", "does not exist"),
-                         ("t.gguf", "does not end in .safetensors")]:
+    for target, word in [
+        ("other.safetensors", "not made by Nibble"),
+        ("folder.safetensors", "is a folder"),
+        ("no/t.safetensors", "does not exist"),
+        ("t.gguf", "does not end in .safetensors"),
+    ]:
         with pytest.raises(FileRefused, match=word):
             check_target(None, tmp_path / target)
     check_target(None, quantized(tmp_path / "q.safetensors"))
@@ -304,15 +415,21 @@ def test_targets_that_would_surprise_are_refused(tmp_path):
 def test_without_fcntl_the_lock_falls_back_to_msvcrt(tmp_path, monkeypatch):
     """What Windows does, with a stand-in for its module."""
     locked = []
+
     class Msvcrt:
         LK_NBLCK = 2
+
         @staticmethod
         def locking(handle, mode, count):
             if locked:
                 raise OSError(errno.EACCES, "locked")
             locked.append(handle)
+
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
     with Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
-        with pytest.raises(FileRefused, match="another run"), Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
+        with (
+            pytest.raises(FileRefused, match="another run"),
+            Writer(tmp_path / "t.safetensors", SPECS, "run", 100),
+        ):
             pass

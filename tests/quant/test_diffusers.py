@@ -17,29 +17,52 @@ from published_others import LiteFlux
 
 def tiny_flux(seed: int = 0):
     torch.manual_seed(seed)
-    return models.flux_transformer(patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
-                                   num_attention_heads=1, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True).eval()
+    return models.flux_transformer(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=128,
+        num_attention_heads=1,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=True,
+    ).eval()
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("flux")
     source, target = folder / "tiny.safetensors", folder / "tiny-4bit.safetensors"
-    save_file({name: tensor.bfloat16().contiguous() for name, tensor in models.to_flux_names(tiny_flux().state_dict()).items()}, source)
+    save_file(
+        {
+            name: tensor.bfloat16().contiguous()
+            for name, tensor in models.to_flux_names(tiny_flux().state_dict()).items()
+        },
+        source,
+    )
     quantize_checkpoint(source, target, Recipe.from_preset("fast", rank=16))
     return source, target
 
 
 def inputs(batch: int = 1) -> tuple:
     g = torch.Generator().manual_seed(1)
-    return (torch.randn(batch, 16, 8, 8, generator=g), torch.full((batch,), 0.5), torch.randn(batch, 4, 64, generator=g),
-            torch.randn(batch, 64, generator=g), torch.full((batch,), 3.5))
+    return (
+        torch.randn(batch, 16, 8, 8, generator=g),
+        torch.full((batch,), 0.5),
+        torch.randn(batch, 4, 64, generator=g),
+        torch.randn(batch, 64, generator=g),
+        torch.full((batch,), 3.5),
+    )
 
 
 def test_flux_names_and_back_change_nothing():
     flux = tiny_flux()
     again = models.flux_transformer(models.to_flux_names(flux.state_dict()))
-    assert all(torch.equal(a, b) for a, b in zip(flux.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(flux.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 def test_names_of_another_model_are_refused():
@@ -48,12 +71,17 @@ def test_names_of_another_model_are_refused():
 
 
 def test_a_quantized_file_draws_like_the_dense_matrices_that_it_stands_for(files):
-    """Same network with each 4-bit layer's dequantized matrix: only the activations' rounding differs."""
+    """Same network with each 4-bit layer's dequantized matrix: only the activations' rounding
+    differs.
+    """
     file = open_quantized(files[1])
     state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
     for name, facts in file.layers.items():
         weight = FORMATS[facts["format"]].from_tensors(file.layer(name), name)
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight.dequantize(), weight.effective_bias()
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            weight.dequantize(),
+            weight.effective_bias(),
+        )
     with torch.no_grad():
         dense = models.velocity(models.flux_transformer(state).eval(), *inputs())
         four = models.velocity(models.load_quantized(files[1], torch.float32), *inputs())
@@ -61,12 +89,24 @@ def test_a_quantized_file_draws_like_the_dense_matrices_that_it_stands_for(files
 
 
 def test_every_part_of_a_quantized_file_lands_in_its_place(files):
-    """Each diffusers linear against the 16-bit one of that name: rows split, halves of the last modulation swapped."""
+    """Each diffusers linear against the 16-bit one of that name: rows split, halves of the last
+    modulation swapped.
+    """
     state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
-    dense, four = find_linears(models.flux_transformer(state)), dict(models.load_quantized(files[1]).named_modules())
+    dense, four = (
+        find_linears(models.flux_transformer(state)),
+        dict(models.load_quantized(files[1]).named_modules()),
+    )
     for name, module in dense.items():
-        found = four[name].quantized().dequantize() if hasattr(four[name], "quantized") else four[name].weight.float()
-        assert 10 * torch.log10(module.weight.square().sum() / (found - module.weight).square().sum()) > 17, name
+        found = (
+            four[name].quantized().dequantize()
+            if hasattr(four[name], "quantized")
+            else four[name].weight.float()
+        )
+        assert (
+            10 * torch.log10(module.weight.square().sum() / (found - module.weight).square().sum())
+            > 17
+        ), name
 
 
 def test_saving_a_loaded_file_gives_its_tensors_back_bit_for_bit(files, tmp_path):
@@ -74,7 +114,11 @@ def test_saving_a_loaded_file_gives_its_tensors_back_bit_for_bit(files, tmp_path
     models.save_quantized(models.load_quantized(files[1]), target, origin=files[1])
     before, after = load_file(files[1]), load_file(target)
     assert before.keys() == after.keys()
-    differing = [name for name in before if not name.endswith("comfy_quant") and not torch.equal(before[name], after[name])]
+    differing = [
+        name
+        for name in before
+        if not name.endswith("comfy_quant") and not torch.equal(before[name], after[name])
+    ]
     assert not differing
     open_quantized(target).verify()
     assert open_quantized(target).layers == open_quantized(files[1]).layers
@@ -91,13 +135,20 @@ def test_a_trained_branch_is_saved(files, tmp_path):
         dict(model.named_modules())[name].get_parameter("weight_proj_up").add_(1)
     models.save_quantized(model, tmp_path / "trained.safetensors", origin=files[1])
     up = "double_blocks.0.img_mlp.0.weight_proj_up"
-    difference = load_file(tmp_path / "trained.safetensors")[up].float() - load_file(files[1])[up].float()
+    difference = (
+        load_file(tmp_path / "trained.safetensors")[up].float() - load_file(files[1])[up].float()
+    )
     torch.testing.assert_close(difference, torch.ones_like(difference), atol=0.01, rtol=0)
 
 
 def test_another_models_file_is_refused_with_where_to_load_it(files, tmp_path):
-    tensors = {name: tensor for name, tensor in load_file(files[1]).items() if not name.startswith("vector_in")}
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(files[1]).items()
+        if not name.startswith("vector_in")
+    }
     from safetensors import safe_open
+
     with safe_open(files[1], "pt") as file:
         save_file(tensors, tmp_path / "other.safetensors", file.metadata())
     with pytest.raises(FileRefused, match="no FLUX.1 transformer.*load it in ComfyUI"):
@@ -106,7 +157,11 @@ def test_another_models_file_is_refused_with_where_to_load_it(files, tmp_path):
 
 def test_recorded_inputs_are_those_of_the_layers_named(files):
     state = {name: tensor.float() for name, tensor in load_file(files[0]).items()}
-    names = ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear2", "double_blocks.0.img_mod.lin"]
+    names = [
+        "double_blocks.0.img_attn.qkv",
+        "single_blocks.0.linear2",
+        "double_blocks.0.img_mod.lin",
+    ]
     stats = models.record_inputs(state, names, steps=2, side=4, batch=1)
     assert {name: s.k for name, s in stats.items()} == {names[0]: 128, names[1]: 640, names[2]: 128}
     tokens = 2 * 4  # steps x image tokens of 4 x 4 latents
@@ -115,25 +170,52 @@ def test_recorded_inputs_are_those_of_the_layers_named(files):
 
 def test_every_linear_of_the_quantized_blocks_is_4_bit(files):
     model = models.load_quantized(files[1])
-    left = {name for name, module in find_linears(model).items() if isinstance(module, torch.nn.Linear)}
+    left = {
+        name for name, module in find_linears(model).items() if isinstance(module, torch.nn.Linear)
+    }
     assert not [name for name in left if "blocks." in name]
 
 
-@pytest.mark.parametrize("kind", ["Nunchaku, unsigned behind GELUs", "diffusers' dialect, a smoothing each"])
+@pytest.mark.parametrize(
+    "kind", ["Nunchaku, unsigned behind GELUs", "diffusers' dialect, a smoothing each"]
+)
 def test_published_files_load_draw_like_our_own_and_are_saved_again(tmp_path, kind):
     lite = kind.startswith("diffusers")
     flux = LiteFlux() if lite else RandomFlux()
-    published = flux.lite() if lite else {name: tensor for part in flux.nunchaku() for name, tensor in part.items()}
-    save_file({name: tensor.contiguous() for name, tensor in published.items()}, tmp_path / "published.safetensors")
+    published = (
+        flux.lite()
+        if lite
+        else {name: tensor for part in flux.nunchaku() for name, tensor in part.items()}
+    )
+    save_file(
+        {name: tensor.contiguous() for name, tensor in published.items()},
+        tmp_path / "published.safetensors",
+    )
     save_file(flux.nibble(), tmp_path / "own.safetensors", METADATA)
-    theirs, ours = (models.load_quantized(tmp_path / f"{name}.safetensors", torch.float32) for name in ("published", "own"))
-    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 16, 8, 8), (1, 6, 64), (1, 64))]
+    theirs, ours = (
+        models.load_quantized(tmp_path / f"{name}.safetensors", torch.float32)
+        for name in ("published", "own")
+    )
+    inputs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for shape in ((1, 16, 8, 8), (1, 6, 64), (1, 64))
+    ]
     with torch.no_grad():
         x, tokens, pooled = inputs
-        one, other = (models.velocity(model, x, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5])) for model in (theirs, ours))
+        one, other = (
+            models.velocity(model, x, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5]))
+            for model in (theirs, ours)
+        )
     assert one.isfinite().all() and one.std() > 1e-3 and torch.equal(one, other)
     out = theirs.single_transformer_blocks[0].proj_out
     assert out.facts.get("unsigned_from", 0) == (0 if lite else 128)
     models.save_quantized(ours, tmp_path / "again.safetensors", tmp_path / "own.safetensors")
-    before, after = load_file(tmp_path / "own.safetensors"), load_file(tmp_path / "again.safetensors")
-    assert before.keys() == after.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items() if not name.endswith("comfy_quant"))
+    before, after = (
+        load_file(tmp_path / "own.safetensors"),
+        load_file(tmp_path / "again.safetensors"),
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(after[name], tensor)
+        for name, tensor in before.items()
+        if not name.endswith("comfy_quant")
+    )

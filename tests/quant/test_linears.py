@@ -10,7 +10,12 @@ from nibble.quant.statistics import InputStats
 
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 128), nn.Sequential(nn.GELU(), nn.Linear(128, 64)), nn.LayerNorm(64), nn.Linear(64, 3))
+    return nn.Sequential(
+        nn.Linear(64, 128),
+        nn.Sequential(nn.GELU(), nn.Linear(128, 64)),
+        nn.LayerNorm(64),
+        nn.Linear(64, 3),
+    )
 
 
 NAMES = ["0", "1.1", "3"]
@@ -39,7 +44,9 @@ def test_recording_changes_no_result_and_leaves_no_hook():
         assert torch.equal(net(x), before)
     net(x)
     assert recorder.stats["0"].count == 40
-    torch.testing.assert_close(recorder.stats["1.1"].mean, net[1][0](net[0](x)).flatten(0, 1).mean(0))
+    torch.testing.assert_close(
+        recorder.stats["1.1"].mean, net[1][0](net[0](x)).flatten(0, 1).mean(0)
+    )
 
 
 def test_hooks_are_gone_after_an_error():
@@ -54,13 +61,25 @@ def test_passes_stay_under_the_cap_and_keep_every_name():
     cap = 3 * InputStats.bytes_needed(192, samples=8)
     parts = Recorder.passes(shapes, shapes, cap, samples=8)
     assert [name for part in parts for name in part] == list(shapes) and len(parts) > 1
-    assert all(sum(InputStats.bytes_needed(shapes[n], samples=8) for n in part) <= cap for part in parts)
+    assert all(
+        sum(InputStats.bytes_needed(shapes[n], samples=8) for n in part) <= cap for part in parts
+    )
 
 
 def test_needed_bytes_are_those_of_full_statistics():
     stats = InputStats.empty(128, samples=16, hessian_block=64)
     stats.update(torch.randn(50, 128))
-    held = sum(t.nbytes for t in (stats.absmax, stats.low, stats.mean, stats.mean_square, stats.hessian, stats.samples))
+    held = sum(
+        t.nbytes
+        for t in (
+            stats.absmax,
+            stats.low,
+            stats.mean,
+            stats.mean_square,
+            stats.hessian,
+            stats.samples,
+        )
+    )
     assert held == InputStats.bytes_needed(128, samples=16, hessian_block=64)
 
 
@@ -74,8 +93,16 @@ def test_a_layer_over_the_cap_is_refused_by_name():
 def test_many_passes_give_the_statistics_of_one():
     def collected(cap: int) -> tuple[dict, list]:
         net, reports = model(), []
-        stats = collect(net, NAMES, lambda: [net(x) for x in batches()], cap, lambda *done: reports.append(done), samples=16)
+        stats = collect(
+            net,
+            NAMES,
+            lambda: [net(x) for x in batches()],
+            cap,
+            lambda *done: reports.append(done),
+            samples=16,
+        )
         return stats, reports
+
     one, reports_of_one = collected(10**9)
     many, reports_of_many = collected(InputStats.bytes_needed(128, samples=16))
     assert reports_of_one == [(1, 1)] and reports_of_many == [(1, 3), (2, 3), (3, 3)]

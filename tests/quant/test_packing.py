@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.packing import dequantize_groups, group_absmax, pack_indices, pack_int4, quantize_groups, unpack_indices, unpack_int4
+from nibble.quant.packing import (
+    dequantize_groups,
+    group_absmax,
+    pack_indices,
+    pack_int4,
+    quantize_groups,
+    unpack_indices,
+    unpack_int4,
+)
 
 from compare import assert_same
 
@@ -15,11 +23,15 @@ settings.load_profile("small")
 
 def codes_of(low, high, columns):
     shapes = st.tuples(st.integers(0, 5), columns)
-    return shapes.flatmap(lambda shape: st.integers(0, 2**31).map(lambda seed: random_codes(low, high, shape, seed)))
+    return shapes.flatmap(
+        lambda shape: st.integers(0, 2**31).map(lambda seed: random_codes(low, high, shape, seed))
+    )
 
 
 def random_codes(low, high, shape, seed):
-    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return torch.randint(
+        low, high + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
 
 
 even = st.integers(0, 40).map(lambda half: 2 * half)
@@ -55,7 +67,12 @@ def test_strided_codes_pack_like_contiguous_ones():
 
 @given(codes_of(-8, 7, grouped), st.integers(0, 2**31))
 def test_codes_survive_dequantizing_and_quantizing(codes, seed):
-    scale = torch.rand(codes.shape[1] // 64, codes.shape[0], generator=torch.Generator().manual_seed(seed)) + 0.01
+    scale = (
+        torch.rand(
+            codes.shape[1] // 64, codes.shape[0], generator=torch.Generator().manual_seed(seed)
+        )
+        + 0.01
+    )
     for dtype in (torch.float32, torch.bfloat16):
         stored = scale.to(dtype)
         assert_same(quantize_groups(dequantize_groups(codes, stored), stored), codes)
@@ -64,7 +81,11 @@ def test_codes_survive_dequantizing_and_quantizing(codes, seed):
 def test_quantizing_is_off_by_half_a_step_at_most():
     weight = torch.randn(9, 192)
     scale = group_absmax(weight) / 7
-    error = (dequantize_groups(quantize_groups(weight, scale), scale) - weight).unflatten(-1, (-1, 64)).abs()
+    error = (
+        (dequantize_groups(quantize_groups(weight, scale), scale) - weight)
+        .unflatten(-1, (-1, 64))
+        .abs()
+    )
     assert (error <= scale.t()[..., None] * 0.5000001).all()
 
 
@@ -89,14 +110,18 @@ def test_group_absmax_is_the_largest_magnitude_of_64_columns():
     assert torch.equal(group_absmax(weight), expected)
 
 
-bits_and_rows = st.tuples(st.integers(1, 16), st.integers(0, 4), st.integers(0, 5), st.integers(0, 2**31))
+bits_and_rows = st.tuples(
+    st.integers(1, 16), st.integers(0, 4), st.integers(0, 5), st.integers(0, 2**31)
+)
 
 
 @given(bits_and_rows)
 def test_indices_come_back(case):
     bits, rows, eights, seed = case
     generator = torch.Generator().manual_seed(seed)
-    indices = torch.randint(0, 1 << bits, (rows, 8 * eights), generator=generator, dtype=torch.int32)
+    indices = torch.randint(
+        0, 1 << bits, (rows, 8 * eights), generator=generator, dtype=torch.int32
+    )
     packed = pack_indices(indices, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (rows, eights * bits)
     assert_same(unpack_indices(packed, bits, 8 * eights), indices)
@@ -105,7 +130,13 @@ def test_indices_come_back(case):
 @given(bits_and_rows)
 def test_every_byte_of_packed_indices_comes_back(case):
     bits, rows, eights, seed = case
-    packed = torch.randint(0, 256, (rows, eights * bits), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = torch.randint(
+        0,
+        256,
+        (rows, eights * bits),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.uint8,
+    )
     assert_same(pack_indices(unpack_indices(packed, bits, 8 * eights), bits), packed)
 
 
@@ -117,15 +148,21 @@ def test_indices_are_the_bits_of_one_little_endian_integer(bits):
 
 
 def test_four_indices_of_six_bits_share_three_bytes():
-    assert pack_indices(torch.tensor([[0b000001, 0b100000, 0b111111, 0b010101]]), 6).tolist() == [[0b00000001, 0b11111000, 0b01010111]]
-    assert unpack_indices(torch.tensor([[0b00000001, 0b11111000, 0b01010111]], dtype=torch.uint8), 6, 4).tolist() == [[1, 32, 63, 21]]
+    assert pack_indices(torch.tensor([[0b000001, 0b100000, 0b111111, 0b010101]]), 6).tolist() == [
+        [0b00000001, 0b11111000, 0b01010111]
+    ]
+    assert unpack_indices(
+        torch.tensor([[0b00000001, 0b11111000, 0b01010111]], dtype=torch.uint8), 6, 4
+    ).tolist() == [[1, 32, 63, 21]]
 
 
 def test_strided_indices_pack_like_contiguous_ones():
     indices = torch.randint(0, 64, (8, 5))
     assert_same(pack_indices(indices.t(), 6), pack_indices(indices.t().contiguous(), 6))
     packed = pack_indices(indices.t(), 6)
-    assert_same(unpack_indices(packed.t().contiguous().t(), 6, 8), indices.t().to(torch.int32).contiguous())
+    assert_same(
+        unpack_indices(packed.t().contiguous().t(), 6, 8), indices.t().to(torch.int32).contiguous()
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,15 +171,24 @@ def test_strided_indices_pack_like_contiguous_ones():
         (lambda: pack_int4(torch.zeros(2, 3, dtype=torch.int8)), "K=3 is odd"),
         (lambda: pack_int4(torch.zeros(2, 4)), "integers"),
         (lambda: unpack_int4(torch.zeros(2, 4, dtype=torch.uint8)), "int8"),
-        (lambda: quantize_groups(torch.zeros(2, 100), torch.ones(1, 2)), "K=100 is not a multiple of the group size 64"),
+        (
+            lambda: quantize_groups(torch.zeros(2, 100), torch.ones(1, 2)),
+            "K=100 is not a multiple of the group size 64",
+        ),
         (lambda: group_absmax(torch.zeros(2, 32)), "K=32"),
-        (lambda: pack_indices(torch.zeros(2, 3, dtype=torch.int64), 6), "3 indices of 6 bits do not fill whole bytes"),
+        (
+            lambda: pack_indices(torch.zeros(2, 3, dtype=torch.int64), 6),
+            "3 indices of 6 bits do not fill whole bytes",
+        ),
         (lambda: pack_indices(torch.full((2, 4), 64), 6), "64..64 and must lie in 0..63"),
         (lambda: pack_indices(torch.full((2, 4), -1), 6), "-1..-1"),
         (lambda: pack_indices(torch.zeros(2, 4), 6), "integers"),
         (lambda: pack_indices(torch.zeros(2, 8, dtype=torch.int64), 17), "17 bits"),
         (lambda: unpack_indices(torch.zeros(2, 3, dtype=torch.int8), 6, 4), "uint8"),
-        (lambda: unpack_indices(torch.zeros(2, 3, dtype=torch.uint8), 6, 8), "a row of 3 bytes does not hold 8 indices of 6 bits"),
+        (
+            lambda: unpack_indices(torch.zeros(2, 3, dtype=torch.uint8), 6, 8),
+            "a row of 3 bytes does not hold 8 indices of 6 bits",
+        ),
     ],
 )
 def test_mistakes_are_named(call, words):

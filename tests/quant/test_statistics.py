@@ -21,7 +21,9 @@ def test_statistics_are_those_of_all_tokens(parts):
     torch.testing.assert_close(stats.mean_square, x.square().mean(0))
     assert torch.equal(stats.absmax, x.abs().amax(0)) and torch.equal(stats.low, x.amin(0))
     whole = x.T @ x / 500
-    torch.testing.assert_close(stats.hessian, torch.stack([whole[:64, :64], whole[64:, 64:]]), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        stats.hessian, torch.stack([whole[:64, :64], whole[64:, 64:]]), rtol=1e-4, atol=1e-2
+    )
 
 
 def test_samples_are_distinct_rows_of_the_input_and_respect_the_cap():
@@ -66,16 +68,22 @@ def test_merging_other_shapes_is_refused():
         InputStats.empty(64).merge(InputStats.empty(128))
 
 
-@pytest.mark.parametrize("samples, block", [(16, 64), (0, 64), (16, 0)], ids=["all", "no samples", "no hessian"])
+@pytest.mark.parametrize(
+    "samples, block", [(16, 64), (0, 64), (16, 0)], ids=["all", "no samples", "no hessian"]
+)
 def test_tensors_round_trip(samples, block):
     stats = InputStats.empty(128, samples, block)
     stats.update(tokens())
     stored = stats.to_tensors("layer.0")
     back = InputStats.from_tensors(stored, "layer.0")
     assert back.to_tensors("layer.0").keys() == stored.keys()
-    assert all(torch.equal(tensor, back.to_tensors("layer.0")[name]) for name, tensor in stored.items())
+    assert all(
+        torch.equal(tensor, back.to_tensors("layer.0")[name]) for name, tensor in stored.items()
+    )
     with pytest.raises(ValueError, match="lack .*mean"):
-        InputStats.from_tensors({n: t for n, t in stored.items() if not n.endswith(".mean")}, "layer.0")
+        InputStats.from_tensors(
+            {n: t for n, t in stored.items() if not n.endswith(".mean")}, "layer.0"
+        )
 
 
 def test_inputs_of_another_width_are_refused():
@@ -89,7 +97,9 @@ def test_no_tokens_change_nothing():
     assert stats.count == 0 and torch.isfinite(stats.mean).all()
 
 
-@pytest.mark.parametrize("k, size", [(64, 64), (384, 384), (3072, 512), (1152, 384), (15360, 512), (1280, 320)])
+@pytest.mark.parametrize(
+    "k, size", [(64, 64), (384, 384), (3072, 512), (1152, 384), (15360, 512), (1280, 320)]
+)
 def test_blocks_are_the_largest_that_divide(k, size):
     assert block_size(k) == size
 

@@ -1,4 +1,6 @@
-"""The training loop's care for blocks that write to their tensors, for gradients that are no numbers, and for every optimizer."""
+"""The training loop's care for blocks that write to their tensors, for gradients that are no
+numbers, and for every optimizer.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from nibble.quant.training import Options
 
 
 class Block(nn.Module):
-    """x + linear(norm(x)), the sum in place or not: the norm keeps x for its gradient, and `x += ...` writes over it."""
+    """x + linear(norm(x)), the sum in place or not: the norm keeps x for its gradient, and `x +=
+    ...` writes over it.
+    """
 
     def __init__(self, in_place: bool):
         super().__init__()
@@ -31,7 +35,10 @@ def gradients(in_place: bool, allowed: bool, twice: bool) -> list[torch.Tensor]:
     """Of every parameter, through two blocks that share one input."""
     blocks, x = [Block(in_place), Block(in_place)], torch.linspace(-1, 1, 24).reshape(3, 8)
     start = nn.Parameter(torch.ones(8))
-    with training.allowing_writes(blocks if allowed else ()), training.checkpointing(blocks if twice else ()):
+    with (
+        training.allowing_writes(blocks if allowed else ()),
+        training.checkpointing(blocks if twice else ()),
+    ):
         y = x * start
         for block in blocks:
             y = block(y, extra={"more": y.mean() * start[0]}, scale=1.5)
@@ -58,7 +65,9 @@ def test_inputs_of_a_block_that_is_computed_twice_are_left_alone():
 
 def test_a_gradient_that_is_no_number_changes_nothing():
     weight = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ValueError, match="the gradient is not finite at step 1; lower the learning rate"):
+    with pytest.raises(
+        ValueError, match="the gradient is not finite at step 1; lower the learning rate"
+    ):
         list(training.steps({"w": weight}, lambda generator: weight.sqrt().sum(), Options(steps=2)))
     assert torch.equal(weight, torch.zeros(3))
 
@@ -67,15 +76,25 @@ def test_a_gradient_that_is_no_number_changes_nothing():
 def test_every_optimizer_goes_on_from_its_state(optimizer, tmp_path):
     def run(steps: int, lr: float = 0.1, state=None):
         weight = nn.Parameter(torch.ones(4))
+
         def loss(generator):
             return ((weight - torch.rand(4, generator=generator)) ** 2).sum()
-        losses = [value for _, value in training.steps({"w": weight}, loss, Options(steps=steps, lr=lr, optimizer=optimizer), state=state)]
+
+        losses = [
+            value
+            for _, value in training.steps(
+                {"w": weight}, loss, Options(steps=steps, lr=lr, optimizer=optimizer), state=state
+            )
+        ]
         return losses, weight.detach()
+
     losses, whole = run(6)
     first, _ = run(3, state=tmp_path / "state")
     rest, resumed = run(6, state=tmp_path / "state")
     assert first + rest == losses and torch.equal(whole, resumed)
-    assert not torch.equal(run(9, lr=0.01, state=tmp_path / "state")[1], run(9)[1]), "the learning rate may change"
+    assert not torch.equal(run(9, lr=0.01, state=tmp_path / "state")[1], run(9)[1]), (
+        "the learning rate may change"
+    )
 
 
 def test_the_rate_falls_to_nothing_over_the_last_share_of_the_steps(tmp_path):
@@ -83,9 +102,20 @@ def test_the_rate_falls_to_nothing_over_the_last_share_of_the_steps(tmp_path):
     options = Options(steps=8, lr=1.0, warmup=2, decay=0.5)
     assert [options.rate(done) for done in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     weight = nn.Parameter(torch.ones(4))
-    list(training.steps({"w": weight}, lambda generator: weight.sum(), options, state=tmp_path / "state"))
+    list(
+        training.steps(
+            {"w": weight}, lambda generator: weight.sum(), options, state=tmp_path / "state"
+        )
+    )
     with pytest.raises(FileRefused, match="other options"):
-        list(training.steps({"w": weight}, lambda generator: weight.sum(), Options(steps=9, lr=1.0, warmup=2, decay=0.5), state=tmp_path / "state"))
+        list(
+            training.steps(
+                {"w": weight},
+                lambda generator: weight.sum(),
+                Options(steps=9, lr=1.0, warmup=2, decay=0.5),
+                state=tmp_path / "state",
+            )
+        )
     with pytest.raises(ValueError, match="decay=2 is not a share"):
         Options(decay=2)
 

@@ -1,8 +1,10 @@
-// The inner loop in AVX2. vpmaddubsw multiplies 32 codes and adds pairs: 16 of them stay below 2^15 (16 * 2 * 15 * 15 + 3840 = 11040), so a
-// group is summed in int16 and widened once. Zen 3 begins two products a cycle, 64 multiply-adds, but its adds take the products' units now
-// and then: product and add alone reach 49 a cycle there, this loop with the rescaling 42.
+// The inner loop in AVX2. vpmaddubsw multiplies 32 codes and adds pairs: 16 of them stay below 2^15
+// (16 * 2 * 15 * 15 + 3840 = 11040), so a group is summed in int16 and widened once. Zen 3 begins
+// two products a cycle, 64 multiply-adds, but its adds take the products' units now and then:
+// product and add alone reach 49 a cycle there, this loop with the rescaling 42.
 
-template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
+template <int R>
+NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int p = 0; p < TILE_N / PANEL; ++p) {
         const uint8_t* w = stretch.panels[p];
@@ -28,7 +30,8 @@ template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch&
                 for (int v = 0; v < 2; ++v) {
                     float* out = tile + r * TILE_N + p * PANEL + v * LANES;
                     const F exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r][v], ones));
-                    store(out, fma(exact, mul(load(scales + v * LANES), splat(step.scale[r])), load(out)));
+                    store(out, fma(exact, mul(load(scales + v * LANES), splat(step.scale[r])),
+                                   load(out)));
                 }
         }
     }

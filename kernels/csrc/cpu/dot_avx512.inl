@@ -1,6 +1,7 @@
 // The inner loop in AVX-512 VNNI: vpdpbusd multiplies 64 codes and adds quads to int32.
 
-template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
+template <int R>
+NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
     for (int g = 0; g < stretch.groups; ++g) {
         const Step& step = steps[g];
         const uint8_t* left = stretch.panels[0] + g * GROUP * PANEL;
@@ -21,7 +22,8 @@ template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch&
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < 2; ++v) {
                 float* out = tile + r * TILE_N + v * LANES;
-                const F scale = mul(load(stretch.scales + g * TILE_N + v * LANES), splat(step.scale[r]));
+                const F scale =
+                    mul(load(stretch.scales + g * TILE_N + v * LANES), splat(step.scale[r]));
                 store(out, fma(to_float(sum[r][v]), scale, load(out)));
             }
     }

@@ -1,6 +1,8 @@
-// The inner loop in plain C++: products of a code and a weight are at most 225, so a group's 16 quads are summed in int16 lanes.
+// The inner loop in plain C++: products of a code and a weight are at most 225, so a group's 16
+// quads are summed in int16 lanes.
 
-template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
+template <int R>
+NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch& stretch, float* tile) {
     for (int p = 0; p < TILE_N / PANEL; ++p)
         for (int g = 0; g < stretch.groups; ++g) {
             const Step& step = steps[g];
@@ -11,11 +13,13 @@ template <int R> NIBBLE_NOINLINE void dot_tile(const Step* steps, const Stretch&
                 for (int quad = 0; quad < GROUP / 4; ++quad) {
                     int16_t a[8];
                     for (int i = 0; i < 8; ++i) a[i] = step.codes[quad][r][i % 4];
-                    for (int i = 0; i < 4 * PANEL; ++i) sum[i] = static_cast<int16_t>(sum[i] + w[quad * 4 * PANEL + i] * a[i % 8]);
+                    for (int i = 0; i < 4 * PANEL; ++i)
+                        sum[i] = static_cast<int16_t>(sum[i] + w[quad * 4 * PANEL + i] * a[i % 8]);
                 }
                 float* out = tile + r * TILE_N + p * PANEL;
                 for (int n = 0; n < PANEL; ++n) {
-                    const int exact = step.offset[r] + sum[4 * n] + sum[4 * n + 1] + sum[4 * n + 2] + sum[4 * n + 3];
+                    const int exact = step.offset[r] + sum[4 * n] + sum[4 * n + 1] +
+                                      sum[4 * n + 2] + sum[4 * n + 3];
                     out[n] += static_cast<float>(exact) * (scales[n] * step.scale[r]);
                 }
             }

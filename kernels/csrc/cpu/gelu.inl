@@ -1,22 +1,26 @@
-// The first layer of an MLP straight into the second one's input. As many tokens as fit into the caches go through the product, the GELU
-// and the quantizer before the next ones start, so y is never in memory as a whole.
+// The first layer of an MLP straight into the second one's input. As many tokens as fit into the
+// caches go through the product, the GELU and the quantizer before the next ones start, so y is
+// never in memory as a whole.
 
 constexpr int64_t MLP_TOKENS = 128;  // a multiple of TOKENS and of ROWS
 
-// e^x = 2^n * e^r, |r| <= ln(2) / 2, a polynomial of degree 6 (Cephes' expf). Below e^-87 it stays there, from e^88.4 on it is infinite.
+// e^x = 2^n * e^r, |r| <= ln(2) / 2, a polynomial of degree 6 (Cephes' expf). Below e^-87 it stays
+// there, from e^88.4 on it is infinite.
 inline F exponential(F x) {
     const F bounded = minimum(splat(89.0f), maximum(splat(-87.0f), x));
     const I n = round_to_int(mul(bounded, splat(1.44269504f)));
     const F whole = to_float(n);
     const F r = fma(whole, splat(2.12194440e-4f), fma(whole, splat(-0.693359375f), bounded));
-    const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                  1.6666665459e-1f, 5.0000001201e-1f};
     F p = splat(1.9875691500e-4f);
     for (const float c : coefficients) p = fma(p, r, splat(c));
     p = add(fma(mul(r, r), p, r), splat(1.0f));
     return mul(p, from_bits(shift_left<23>(add_int(n, splat_int(127)))));
 }
 
-// x / 2 (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): without the cancellation of 1 + tanh for negative x.
+// x / 2 (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): without the
+// cancellation of 1 + tanh for negative x.
 inline F gelu_tanh(F x) {
     const F cubic = fma(mul(mul(x, x), x), splat(0.044715f), x);
     return div(x, add(splat(1.0f), exponential(mul(cubic, splat(-1.5957691216f)))));
@@ -24,12 +28,14 @@ inline F gelu_tanh(F x) {
 
 struct Middle {
     const GemmW4A4Up& first;
-    float* y;           // (tokens of this chunk, N)
+    float* y;  // (tokens of this chunk, N)
     int64_t m_begin;
 };
 
-// y, rounded to the dtype in which the layer would have stored it, through the GELU, into the chunk's buffer.
-inline void gelu_tile(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0, int64_t valid) {
+// y, rounded to the dtype in which the layer would have stored it, through the GELU, into the
+// chunk's buffer.
+inline void gelu_tile(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0,
+                      int64_t valid) {
     const Middle& middle = *static_cast<const Middle*>(context);
     const Dtype dtype = middle.first.out_dtype;
     for (int64_t r = 0; r < rows; ++r) {
@@ -40,7 +46,8 @@ inline void gelu_tile(const void* context, float* tile, int64_t m0, int64_t rows
             to_floats(dtype, rounded, TILE_N, row);
         }
         for (int n = 0; n < TILE_N; n += LANES) store(row + n, gelu_tanh(load(row + n)));
-        std::memcpy(middle.y + (m0 + r - middle.m_begin) * middle.first.N + n0, row, static_cast<size_t>(valid) * 4);
+        std::memcpy(middle.y + (m0 + r - middle.m_begin) * middle.first.N + n0, row,
+                    static_cast<size_t>(valid) * 4);
     }
 }
 

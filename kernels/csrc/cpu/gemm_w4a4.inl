@@ -1,15 +1,18 @@
 // The int4 product. A task is a tile of up to TILE_M tokens by TILE_N outputs:
 //   1. the tile starts as bias + h . proj_up^T;
-//   2. for every stretch of STRETCH groups the weights are decoded once into panels that stay in L1,
-//   3. ROWS tokens at a time run along a stretch: per group exact integer sums, then sum * (ascale * weight_scale) onto the tile;
+//   2. for every stretch of STRETCH groups the weights are decoded once into panels that stay in
+//   L1,
+//   3. ROWS tokens at a time run along a stretch: per group exact integer sums, then sum * (ascale
+//   * weight_scale) onto the tile;
 //   4. the tile is converted and stored.
-// Codes inside a group may come in any order as long as both sides agree. A dword of packed weights holds 8 neighbours; it becomes two
-// quads, the even columns (low nibbles) and the odd ones, so that decoding is two masks and a shift. Activations follow.
+// Codes inside a group may come in any order as long as both sides agree. A dword of packed weights
+// holds 8 neighbours; it becomes two quads, the even columns (low nibbles) and the odd ones, so
+// that decoding is two masks and a shift. Activations follow.
 
-constexpr int TILE_M = 256;   // tokens that share one decoding of the weights
+constexpr int TILE_M = 256;  // tokens that share one decoding of the weights
 constexpr int TILE_N = 2 * PANEL;
-constexpr int STRETCH = 8;    // groups: two panels of 8 KB and ROWS tokens' codes lie in L1 together
-constexpr int64_t CHUNK = 1024;   // tokens unpacked at a time: bounds the scratch
+constexpr int STRETCH = 8;  // groups: two panels of 8 KB and ROWS tokens' codes lie in L1 together
+constexpr int64_t CHUNK = 1024;  // tokens unpacked at a time: bounds the scratch
 
 // One group of ROWS tokens, in the order in which the inner loop reads it.
 struct Step {
@@ -25,28 +28,35 @@ inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& s
         int8_t codes[GROUP] = {};
         int sum = 0;
         if (r < rows) {
-            const uint8_t* q = static_cast<const uint8_t*>(op.q) + (m0 + r) * (op.K / 2) + group * (GROUP / 2);
+            const uint8_t* q =
+                static_cast<const uint8_t*>(op.q) + (m0 + r) * (op.K / 2) + group * (GROUP / 2);
             for (int b = 0; b < GROUP / 2; ++b) {
                 const int even = b / 4 * 8 + b % 4;
                 // (x ^ 8) - 8 extends a nibble's sign.
-                codes[even] = static_cast<int8_t>(op.act_unsigned ? q[b] & 15 : ((q[b] & 15) ^ 8) - 8);
-                codes[even + 4] = static_cast<int8_t>(op.act_unsigned ? q[b] >> 4 : ((q[b] >> 4) ^ 8) - 8);
+                codes[even] =
+                    static_cast<int8_t>(op.act_unsigned ? q[b] & 15 : ((q[b] & 15) ^ 8) - 8);
+                codes[even + 4] =
+                    static_cast<int8_t>(op.act_unsigned ? q[b] >> 4 : ((q[b] >> 4) ^ 8) - 8);
             }
         }
         for (int k = 0; k < GROUP; ++k) sum += codes[k];
-        for (int quad = 0; quad < GROUP / 4; ++quad) std::memcpy(step.codes[quad][r], codes + 4 * quad, 4);
+        for (int quad = 0; quad < GROUP / 4; ++quad)
+            std::memcpy(step.codes[quad][r], codes + 4 * quad, 4);
         step.offset[r] = offset(sum);
         step.scale[r] = r < rows ? op.ascales[group * op.M + m0 + r] : 0.0f;
     }
 }
 
-// One group of PANEL outputs -> (GROUP / 4, PANEL, 4) bytes, each a code + 8. Flipping a nibble's highest bit adds the 8.
+// One group of PANEL outputs -> (GROUP / 4, PANEL, 4) bytes, each a code + 8. Flipping a nibble's
+// highest bit adds the 8.
 inline void decode_panel(const uint8_t* weight, int64_t stride, int valid, uint8_t* panel) {
     const I flip = splat_int(static_cast<int32_t>(0x88888888u)), low = splat_int(0x0F0F0F0F);
     for (int n = 0; n < PANEL; n += LANES) {
         I words[8];
-        if (n < valid) load_words(weight + n * stride, stride, valid - n, words);
-        else load_words(weight + (valid - 1) * stride, stride, 1, words);
+        if (n < valid)
+            load_words(weight + n * stride, stride, valid - n, words);
+        else
+            load_words(weight + (valid - 1) * stride, stride, 1, words);
         for (int d = 0; d < 8; ++d) {
             const I flipped = xor_(words[d], flip);
             store_int(panel + (2 * d * PANEL + n) * 4, and_(flipped, low));
@@ -58,29 +68,36 @@ inline void decode_panel(const uint8_t* weight, int64_t stride, int valid, uint8
 // What the inner loop reads and adds to: one stretch of TILE_N outputs.
 struct Stretch {
     int groups;
-    uint8_t* panels[TILE_N / PANEL];    // (groups, GROUP / 4, PANEL, 4) each
-    float* scales;                      // (groups, TILE_N)
+    uint8_t* panels[TILE_N / PANEL];  // (groups, GROUP / 4, PANEL, 4) each
+    float* scales;                    // (groups, TILE_N)
 };
 
 #include NIBBLE_DOT
 
-template <int R> void dot_rest(int rows, const Step* steps, const Stretch& stretch, float* tile) {
+template <int R>
+void dot_rest(int rows, const Step* steps, const Stretch& stretch, float* tile) {
     if constexpr (R > 0) {
-        if (rows == R) dot_tile<R>(steps, stretch, tile);
-        else dot_rest<R - 1>(rows, steps, stretch, tile);
+        if (rows == R)
+            dot_tile<R>(steps, stretch, tile);
+        else
+            dot_rest<R - 1>(rows, steps, stretch, tile);
     }
 }
 
-// proj_up (N, R), `valid` rows of it and `count` columns from r0 on -> (count, PANEL) floats. `rows` is scratch for (PANEL, BLOCK).
-inline void load_up_panel(const void* proj_up, Dtype dtype, int64_t rank, int64_t n0, int valid, int64_t r0, int64_t count, float* rows,
-                          float* panel) {
+// proj_up (N, R), `valid` rows of it and `count` columns from r0 on -> (count, PANEL) floats.
+// `rows` is scratch for (PANEL, BLOCK).
+inline void load_up_panel(const void* proj_up, Dtype dtype, int64_t rank, int64_t n0, int valid,
+                          int64_t r0, int64_t count, float* rows, float* panel) {
     for (int n = 0; n < PANEL; ++n) {
-        if (n < valid) to_floats(dtype, at(proj_up, dtype, (n0 + n) * rank + r0), count, rows + n * BLOCK);
-        else std::memset(rows + n * BLOCK, 0, static_cast<size_t>(count) * 4);
+        if (n < valid)
+            to_floats(dtype, at(proj_up, dtype, (n0 + n) * rank + r0), count, rows + n * BLOCK);
+        else
+            std::memset(rows + n * BLOCK, 0, static_cast<size_t>(count) * 4);
     }
     int64_t r = 0;
     for (; r + 8 <= count; r += 8)
-        for (int n = 0; n < PANEL; n += 8) transpose_8x8(rows + n * BLOCK + r, BLOCK, panel + r * PANEL + n, PANEL);
+        for (int n = 0; n < PANEL; n += 8)
+            transpose_8x8(rows + n * BLOCK + r, BLOCK, panel + r * PANEL + n, PANEL);
     for (; r < count; ++r)
         for (int n = 0; n < PANEL; ++n) panel[r * PANEL + n] = rows[n * BLOCK + r];
 }
@@ -89,13 +106,16 @@ struct GemmScratch {
     float *tile, *rows, *up, *scales;
     uint8_t* panels;
     GemmScratch(Carver& carver, int64_t tile_m)
-        : tile(carver.take<float>(tile_m * TILE_N)), rows(carver.take<float>(BLOCK * PANEL)), up(carver.take<float>(BLOCK * PANEL)),
+        : tile(carver.take<float>(tile_m * TILE_N)),
+          rows(carver.take<float>(BLOCK * PANEL)),
+          up(carver.take<float>(BLOCK * PANEL)),
           scales(carver.take<float>(STRETCH * TILE_N)),
           panels(carver.take<uint8_t>(STRETCH * GROUP * TILE_N)) {}
 };
 
 // The finished tile (rows, TILE_N): `valid` of its columns are stored.
-using Epilogue = void (*)(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0, int64_t valid);
+using Epilogue = void (*)(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0,
+                          int64_t valid);
 
 struct Gemm {
     const GemmW4A4Up& op;
@@ -106,15 +126,18 @@ struct Gemm {
     const void* context;
 };
 
-inline void start_tile(const GemmW4A4Up& op, int64_t m0, int64_t rows, int64_t n0, int valid, const GemmScratch& scratch) {
+inline void start_tile(const GemmW4A4Up& op, int64_t m0, int64_t rows, int64_t n0, int valid,
+                       const GemmScratch& scratch) {
     float bias[TILE_N] = {};
     if (op.bias) to_floats(op.param_dtype, at(op.bias, op.param_dtype, n0), valid, bias);
     for (int64_t r = 0; r < rows; ++r) std::memcpy(scratch.tile + r * TILE_N, bias, sizeof bias);
     for (int p = 0; p * PANEL < valid; ++p)
         for (int64_t r0 = 0; r0 < op.R; r0 += BLOCK) {
             const int64_t count = smaller(BLOCK, op.R - r0);
-            load_up_panel(op.proj_up, op.param_dtype, op.R, n0 + p * PANEL, valid - p * PANEL, r0, count, scratch.rows, scratch.up);
-            fma_rows(rows, op.h + m0 * op.h_stride + r0, op.h_stride, scratch.up, count, scratch.tile + p * PANEL, TILE_N);
+            load_up_panel(op.proj_up, op.param_dtype, op.R, n0 + p * PANEL, valid - p * PANEL, r0,
+                          count, scratch.rows, scratch.up);
+            fma_rows(rows, op.h + m0 * op.h_stride + r0, op.h_stride, scratch.up, count,
+                     scratch.tile + p * PANEL, TILE_N);
         }
 }
 
@@ -124,7 +147,8 @@ inline void gemm_task(const void* context, int64_t index, void* memory) {
     Carver carver{static_cast<char*>(memory)};
     const GemmScratch scratch(carver, gemm.tile_m);
     const int64_t columns = divide_up(op.N, TILE_N), groups = op.K / GROUP;
-    const int64_t m0 = gemm.m_begin + index / columns * gemm.tile_m, rows = smaller(gemm.tile_m, gemm.m_end - m0);
+    const int64_t m0 = gemm.m_begin + index / columns * gemm.tile_m,
+                  rows = smaller(gemm.tile_m, gemm.m_end - m0);
     const int64_t n0 = index % columns * TILE_N;
     const int valid = static_cast<int>(smaller(TILE_N, op.N - n0));
 
@@ -134,21 +158,27 @@ inline void gemm_task(const void* context, int64_t index, void* memory) {
         Stretch stretch{static_cast<int>(smaller(STRETCH, groups - g0)), {}, scratch.scales};
         for (int p = 0; p < TILE_N / PANEL; ++p) {
             stretch.panels[p] = scratch.panels + p * STRETCH * GROUP * PANEL;
-            // A panel wholly beyond N repeats the last row: its columns are computed with the others' and not stored.
+            // A panel wholly beyond N repeats the last row: its columns are computed with the
+            // others' and not stored.
             const int first = p * PANEL < valid ? p * PANEL : valid - 1;
             const uint8_t* rows_of_panel = weight + first * (op.K / 2) + g0 * (GROUP / 2);
             for (int g = 0; g < stretch.groups; ++g)
-                decode_panel(rows_of_panel + g * (GROUP / 2), op.K / 2, valid - first, stretch.panels[p] + g * GROUP * PANEL);
+                decode_panel(rows_of_panel + g * (GROUP / 2), op.K / 2, valid - first,
+                             stretch.panels[p] + g * GROUP * PANEL);
         }
         for (int g = 0; g < stretch.groups; ++g) {
             float* scales = scratch.scales + g * TILE_N;
-            to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, (g0 + g) * op.N + n0), valid, scales);
+            to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, (g0 + g) * op.N + n0),
+                      valid, scales);
             for (int n = valid; n < TILE_N; ++n) scales[n] = 0.0f;
         }
         for (int64_t r = 0; r < rows; r += ROWS) {
             const Step* steps = gemm.steps + (m0 - gemm.m_begin + r) / ROWS * groups + g0;
-            if (rows - r >= ROWS) dot_tile<ROWS>(steps, stretch, scratch.tile + r * TILE_N);
-            else dot_rest<ROWS - 1>(static_cast<int>(rows - r), steps, stretch, scratch.tile + r * TILE_N);
+            if (rows - r >= ROWS)
+                dot_tile<ROWS>(steps, stretch, scratch.tile + r * TILE_N);
+            else
+                dot_rest<ROWS - 1>(static_cast<int>(rows - r), steps, stretch,
+                                   scratch.tile + r * TILE_N);
         }
     }
     gemm.epilogue(gemm.context, scratch.tile, m0, rows, n0, valid);
@@ -158,27 +188,33 @@ inline void unpack_task(const void* context, int64_t tile, void*) {
     const Gemm& gemm = *static_cast<const Gemm*>(context);
     const int64_t groups = gemm.op.K / GROUP;
     Step* steps = const_cast<Step*>(gemm.steps) + tile * groups;
-    for (int64_t g = 0; g < groups; ++g) unpack_step(gemm.op, gemm.m_begin + tile * ROWS, g, steps[g]);
+    for (int64_t g = 0; g < groups; ++g)
+        unpack_step(gemm.op, gemm.m_begin + tile * ROWS, g, steps[g]);
 }
 
 // Tokens m_begin .. m_end - 1, through `epilogue`. `steps` is scratch for them.
-inline void gemm_chunk(const GemmW4A4Up& op, int64_t m_begin, int64_t m_end, Step* steps, int threads, Epilogue epilogue, const void* context) {
+inline void gemm_chunk(const GemmW4A4Up& op, int64_t m_begin, int64_t m_end, Step* steps,
+                       int threads, Epilogue epilogue, const void* context) {
     const int64_t rows = m_end - m_begin;
     // Tiles of one height, a multiple of ROWS, rather than a full one and a sliver.
     const int64_t tile_m = divide_up(divide_up(rows, divide_up(rows, TILE_M)), ROWS) * ROWS;
     const Gemm gemm{op, steps, m_begin, m_end, tile_m, epilogue, context};
     parallel(divide_up(rows, ROWS), threads, 0, unpack_task, &gemm);
-    parallel(divide_up(rows, tile_m) * divide_up(op.N, TILE_N), threads, scratch_bytes<GemmScratch>(tile_m), gemm_task, &gemm);
+    parallel(divide_up(rows, tile_m) * divide_up(op.N, TILE_N), threads,
+             scratch_bytes<GemmScratch>(tile_m), gemm_task, &gemm);
 }
 
-inline void store_tile(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0, int64_t valid) {
+inline void store_tile(const void* context, float* tile, int64_t m0, int64_t rows, int64_t n0,
+                       int64_t valid) {
     const GemmW4A4Up& op = *static_cast<const GemmW4A4Up*>(context);
     for (int64_t r = 0; r < rows; ++r)
-        from_floats(op.out_dtype, tile + r * TILE_N, valid, const_cast<char*>(at(op.out, op.out_dtype, (m0 + r) * op.N + n0)));
+        from_floats(op.out_dtype, tile + r * TILE_N, valid,
+                    const_cast<char*>(at(op.out, op.out_dtype, (m0 + r) * op.N + n0)));
 }
 
 inline void gemm_w4a4_up(const GemmW4A4Up& op, int threads) {
     if (op.M == 0 || op.N == 0) return;
     Scratch<Step> steps(divide_up(smaller(op.M, CHUNK), ROWS) * (op.K / GROUP));
-    for (int64_t m = 0; m < op.M; m += CHUNK) gemm_chunk(op, m, smaller(op.M, m + CHUNK), steps.data, threads, store_tile, &op);
+    for (int64_t m = 0; m < op.M; m += CHUNK)
+        gemm_chunk(op, m, smaller(op.M, m + CHUNK), steps.data, threads, store_tile, &op);
 }

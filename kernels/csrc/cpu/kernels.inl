@@ -1,4 +1,5 @@
-// Everything that is compiled once for each instruction set, inside an unnamed namespace: nothing of it is visible to another file.
+// Everything that is compiled once for each instruction set, inside an unnamed namespace: nothing
+// of it is visible to another file.
 #include "floats.inl"
 #include "gemm_w4a4.inl"
 #include "quantize_down.inl"

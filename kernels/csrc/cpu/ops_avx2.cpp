@@ -7,7 +7,8 @@
 
 #include "parallel.h"
 
-// GCC would turn a group's additions into a tree, to shorten the chain, and run out of registers: 1.7 times the time of this order.
+// GCC would turn a group's additions into a tree, to shorten the chain, and run out of
+// registers: 1.7 times the time of this order.
 #ifdef __GNUC__
 #define NIBBLE_IN_ORDER(a, b) __asm__("" : "+x"(a), "+x"(b))
 #define NIBBLE_UNROLL_16 _Pragma("GCC unroll 16")
@@ -24,7 +25,8 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_avx2{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16, gemm_vq};
+const Ops ops_avx2{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down,
+                   w4a16,         w4a16,        gemm_vq};
 
 }  // namespace nibble::cpu
 #endif

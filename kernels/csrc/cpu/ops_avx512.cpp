@@ -1,9 +1,11 @@
-// x86 with AVX-512 F, BW, VL, DQ and VNNI. Flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c, or /arch:AVX512.
+// x86 with AVX-512 F, BW, VL, DQ and VNNI. Flags: -mavx512f -mavx512bw -mavx512vl -mavx512dq
+// -mavx512vnni -mavx2 -mfma -mf16c, or /arch:AVX512.
 #include "isa.h"
 
 #ifdef NIBBLE_X86
 #include <cstring>
-#if defined(__GNUC__) && !defined(__clang__)  // GCC's own headers define undefined vectors by themselves
+#if defined(__GNUC__) && \
+    !defined(__clang__)  // GCC's own headers define undefined vectors by themselves
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -24,7 +26,8 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_avx512{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16, gemm_vq};
+const Ops ops_avx512{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down,
+                     w4a16,         w4a16,        gemm_vq};
 
 }  // namespace nibble::cpu
 #endif

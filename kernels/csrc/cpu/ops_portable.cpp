@@ -13,6 +13,7 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_portable{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16, gemm_vq};
+const Ops ops_portable{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down,
+                       w4a16,         w4a16,        gemm_vq};
 
 }  // namespace nibble::cpu

@@ -1,7 +1,8 @@
 // Threads: torch's own OpenMP team where the process has one, else a small pool.
 //
-// torch brings its own libgomp. A second team would spin on the same cores between the calls and slow both, so the team is borrowed
-// at run time, by name, and OpenMP is never linked: the module loads where there is none.
+// torch brings its own libgomp. A second team would spin on the same cores between the calls and
+// slow both, so the team is borrowed at run time, by name, and OpenMP is never linked: the module
+// loads where there is none.
 
 #include "parallel.h"
 
@@ -55,13 +56,16 @@ struct Job {
 
 void work(Job& job) noexcept {
     void* scratch = nullptr;
-    // A thread without scratch leaves its share to the others; parallel() looks afterwards whether anyone did the work.
+    // A thread without scratch leaves its share to the others; parallel() looks afterwards whether
+    // anyone did the work.
     if (job.scratch_bytes && !(scratch = allocate_or_null(job.scratch_bytes))) return;
-    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) job.task(job.context, i, scratch);
+    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;)
+        job.task(job.context, i, scratch);
     release(scratch);
 }
 
-// ---- torch's team ---------------------------------------------------------------------------------------------------
+// ---- torch's team
+// ---------------------------------------------------------------------------------------------------
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
@@ -75,13 +79,15 @@ GompParallel find_gomp() {
 
 const int loaded_in = process_id();
 
-// libgomp's threads do not survive a fork and it does not notice: in a child it would wait for them for ever.
+// libgomp's threads do not survive a fork and it does not notice: in a child it would wait for them
+// for ever.
 GompParallel gomp() {
     static const GompParallel found = find_gomp();
     return process_id() == loaded_in ? found : nullptr;
 }
 
-// ---- a pool of our own ------------------------------------------------------------------------------------------------
+// ---- a pool of our own
+// ------------------------------------------------------------------------------------------------
 
 class Pool {
 public:
@@ -89,7 +95,8 @@ public:
 
     const int process;
 
-    // Runs the job on this thread and up to `helpers` others. False, and nothing done, while another thread's job is running.
+    // Runs the job on this thread and up to `helpers` others. False, and nothing done, while
+    // another thread's job is running.
     bool run(Job& job, int helpers) {
         std::unique_lock<std::mutex> only_job(gate_, std::try_to_lock);
         if (!only_job) return false;
@@ -112,7 +119,8 @@ private:
     void grow(int helpers) {
         try {
             for (; threads_ < helpers; ++threads_) std::thread([this] { serve(); }).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: those that exist do the work
+        } catch (
+            const std::system_error&) {  // no more threads to be had: those that exist do the work
         }
     }
 
@@ -136,7 +144,8 @@ private:
     int wanted_ = 0, running_ = 0, threads_ = 0;
 };
 
-// Never destroyed: its threads sleep until the process ends. A forked child has none of them and makes its own.
+// Never destroyed: its threads sleep until the process ends. A forked child has none of them and
+// makes its own.
 Pool& pool() {
     static std::atomic<Pool*> current{nullptr};
     Pool* found = current.load();
@@ -156,9 +165,11 @@ void parallel(int64_t count, int threads, size_t scratch_bytes, Task task, const
     const int team = static_cast<int>(count < threads ? count : threads);
     if (team > 1) {
         if (const GompParallel start = gomp()) {
-            start([](void* shared) { work(*static_cast<Job*>(shared)); }, &job, static_cast<unsigned>(team), 0);
+            start([](void* shared) { work(*static_cast<Job*>(shared)); }, &job,
+                  static_cast<unsigned>(team), 0);
         } else if (!pool().run(job, team - 1)) {
-            work(job);  // the pool is busy for another thread of the caller's; waiting for it would not be faster
+            work(job);  // the pool is busy for another thread of the caller's; waiting for it would
+                        // not be faster
         }
     } else {
         work(job);

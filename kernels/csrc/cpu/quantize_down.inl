@@ -1,19 +1,22 @@
-// x -> codes, scales and x . proj_down in one read of x. A task is a block of tokens; it walks along K in blocks that stay in L1.
+// x -> codes, scales and x . proj_down in one read of x. A task is a block of tokens; it walks
+// along K in blocks that stay in L1.
 
-constexpr int64_t TOKENS = 32;      // of a task: that many share one conversion of proj_down
-constexpr int DOWN_BLOCK = 128;     // columns of K at once
+constexpr int64_t TOKENS = 32;   // of a task: that many share one conversion of proj_down
+constexpr int DOWN_BLOCK = 128;  // columns of K at once
 
 struct QuantizeScratch {
     float *x, *down, *h;
     QuantizeScratch(Carver& carver, int64_t rank)
-        : x(carver.take<float>(TOKENS * DOWN_BLOCK)), down(carver.take<float>(DOWN_BLOCK * PANEL)),
+        : x(carver.take<float>(TOKENS * DOWN_BLOCK)),
+          down(carver.take<float>(DOWN_BLOCK * PANEL)),
           h(carver.take<float>(TOKENS * divide_up(rank, PANEL) * PANEL)) {}
 };
 
 struct Quantize {
     const QuantizeDown& op;
-    const float* smooth;      // (K,)
-    int64_t ascales_stride;   // floats between two groups' scales; ascales may be a part of a wider array
+    const float* smooth;     // (K,)
+    int64_t ascales_stride;  // floats between two groups' scales; ascales may be a part of a wider
+                             // array
 };
 
 inline void hadamard(F v[GROUP / LANES]) {
@@ -30,7 +33,8 @@ inline void hadamard(F v[GROUP / LANES]) {
 }
 
 // One group of a token: (64,) floats -> 32 bytes and the scale.
-inline void quantize_group(const float* x, const float* smooth, bool act_unsigned, bool rotate, uint8_t* q, float* ascale) {
+inline void quantize_group(const float* x, const float* smooth, bool act_unsigned, bool rotate,
+                           uint8_t* q, float* ascale) {
     constexpr int COUNT = GROUP / LANES;
     F v[COUNT];
     for (int i = 0; i < COUNT; ++i) {
@@ -39,13 +43,15 @@ inline void quantize_group(const float* x, const float* smooth, bool act_unsigne
     }
     if (rotate) hadamard(v);
 
-    // Floats of one sign are ordered like their bits, and a NaN's are above infinity's: integer maxima lose no NaN.
+    // Floats of one sign are ordered like their bits, and a NaN's are above infinity's: integer
+    // maxima lose no NaN.
     I magnitude = splat_int(0), positive = splat_int(0);
     for (int i = 0; i < COUNT; ++i) {
         magnitude = max_int(magnitude, and_(bits(v[i]), splat_int(0x7FFFFFFF)));
         positive = max_int(positive, bits(v[i]));
     }
-    const int32_t most = largest(magnitude), above = act_unsigned && most <= 0x7F800000 ? largest(positive) : most;
+    const int32_t most = largest(magnitude),
+                  above = act_unsigned && most <= 0x7F800000 ? largest(positive) : most;
     float peak;
     std::memcpy(&peak, &above, 4);
     const float scale = peak / (act_unsigned ? 15.0f : 7.0f);
@@ -80,21 +86,26 @@ inline void quantize_task(const void* context, int64_t index, void* memory) {
             for (int64_t k = 0; k < columns; k += GROUP) {
                 uint8_t* q = static_cast<uint8_t*>(op.q) + ((m0 + r) * op.K + k0 + k) / 2;
                 float* ascale = op.ascales + (k0 + k) / GROUP * quantize.ascales_stride + m0 + r;
-                quantize_group(x + k, quantize.smooth + k0 + k, op.act_unsigned, op.rotate, q, ascale);
+                quantize_group(x + k, quantize.smooth + k0 + k, op.act_unsigned, op.rotate, q,
+                               ascale);
             }
         }
         for (int64_t c = 0; c < op.R; c += PANEL) {
             const int64_t width = smaller(PANEL, op.R - c);
-            to_panel(op.param_dtype, at(op.proj_down, op.param_dtype, k0 * op.R + c), op.R, width, columns, scratch.down);
+            to_panel(op.param_dtype, at(op.proj_down, op.param_dtype, k0 * op.R + c), op.R, width,
+                     columns, scratch.down);
             fma_rows(rows, scratch.x, DOWN_BLOCK, scratch.down, columns, scratch.h + c, padded);
         }
     }
-    for (int64_t r = 0; r < rows && op.R; ++r) std::memcpy(op.h + (m0 + r) * op.R, scratch.h + r * padded, static_cast<size_t>(op.R) * 4);
+    for (int64_t r = 0; r < rows && op.R; ++r)
+        std::memcpy(op.h + (m0 + r) * op.R, scratch.h + r * padded, static_cast<size_t>(op.R) * 4);
 }
 
-inline void quantize_rows(const QuantizeDown& op, const float* smooth, int64_t ascales_stride, int threads) {
+inline void quantize_rows(const QuantizeDown& op, const float* smooth, int64_t ascales_stride,
+                          int threads) {
     const Quantize quantize{op, smooth, ascales_stride};
-    parallel(divide_up(op.M, TOKENS), threads, scratch_bytes<QuantizeScratch>(op.R), quantize_task, &quantize);
+    parallel(divide_up(op.M, TOKENS), threads, scratch_bytes<QuantizeScratch>(op.R), quantize_task,
+             &quantize);
 }
 
 inline void quantize_down(const QuantizeDown& op, int threads) {

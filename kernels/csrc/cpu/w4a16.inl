@@ -1,18 +1,21 @@
 // y = x . ((W - 8) * weight_scale + weight_zeros)^T + bias, activations in floating point.
-//   few tokens   codes go from the file's bytes into the sum, scales once a group: the weights are read once, at 4 bits
-//   more tokens  bound by multiplying: a panel of weights is decoded to floats once and used by all tokens of a tile
+//   few tokens   codes go from the file's bytes into the sum, scales once a group: the weights are
+//   read once, at 4 bits more tokens  bound by multiplying: a panel of weights is decoded to floats
+//   once and used by all tokens of a tile
 
-constexpr int64_t MANY_CHUNK = 256;     // tokens converted at a time: bounds the scratch
+constexpr int64_t MANY_CHUNK = 256;  // tokens converted at a time: bounds the scratch
 
-// ---- few tokens ----------------------------------------------------------------------------------------------------------
+// ---- few tokens
+// ----------------------------------------------------------------------------------------------------------
 
-// A dword holds 8 codes. Masking the code at bit 4 j without shifting it leaves code * 16^j, so token values come divided by 16^j; only
-// the highest code is shifted down. A token whose values are so small that the division would lose bits is scaled up by 2^64 before.
+// A dword holds 8 codes. Masking the code at bit 4 j without shifting it leaves code * 16^j, so
+// token values come divided by 16^j; only the highest code is shifted down. A token whose values
+// are so small that the division would lose bits is scaled up by 2^64 before.
 struct Few {
     const W4A16& op;
-    const float* x;        // (M, K), element k divided by 16^(k % 8), the eighth undivided
-    const float* sums;     // (K / GROUP, M): the group's sum of x
-    const float* undo;     // (M,) 1 or 2^-64
+    const float* x;     // (M, K), element k divided by 16^(k % 8), the eighth undivided
+    const float* sums;  // (K / GROUP, M): the group's sum of x
+    const float* undo;  // (M,) 1 or 2^-64
 };
 
 inline void prepare_few(const W4A16& op, float* x, float* sums, float* undo) {
@@ -39,24 +42,32 @@ inline void prepare_few(const W4A16& op, float* x, float* sums, float* undo) {
     }
 }
 
-constexpr int COLUMNS = 2;  // vectors of outputs in a tile: a token's value and a mask are loaded once for both
+constexpr int COLUMNS =
+    2;  // vectors of outputs in a tile: a token's value and a mask are loaded once for both
 
-// Code J of each dword, times the tokens' values. J is a constant of the program, so that the masks are constants too.
-template <int J, int M> void few_step(const I word[COLUMNS], const float* x, int64_t stride, F part[M][COLUMNS]) {
+// Code J of each dword, times the tokens' values. J is a constant of the program, so that the masks
+// are constants too.
+template <int J, int M>
+void few_step(const I word[COLUMNS], const float* x, int64_t stride, F part[M][COLUMNS]) {
     F value[COLUMNS];
     for (int v = 0; v < COLUMNS; ++v) {
-        if constexpr (J == 7) value[v] = sub(to_float(shift_right<28>(word[v])), splat(8.0f));
-        else value[v] = sub(to_float(and_(word[v], splat_int(15 << 4 * J))), splat(static_cast<float>(8 << 4 * J)));
+        if constexpr (J == 7)
+            value[v] = sub(to_float(shift_right<28>(word[v])), splat(8.0f));
+        else
+            value[v] = sub(to_float(and_(word[v], splat_int(15 << 4 * J))),
+                           splat(static_cast<float>(8 << 4 * J)));
     }
     for (int m = 0; m < M; ++m) {
         const F factor = splat(x[m * stride + J]);
-        for (int v = 0; v < COLUMNS; ++v) part[m][v] = J ? fma(factor, value[v], part[m][v]) : mul(factor, value[v]);
+        for (int v = 0; v < COLUMNS; ++v)
+            part[m][v] = J ? fma(factor, value[v], part[m][v]) : mul(factor, value[v]);
     }
 }
 
-// A dword's 8 products are summed by themselves and then added to the group's sum: short chains of fmas, so that several go on at a time, and
-// less rounding.
-template <int M> NIBBLE_NOINLINE void few_tile(const Few& few, int64_t n0, int valid) {
+// A dword's 8 products are summed by themselves and then added to the group's sum: short chains of
+// fmas, so that several go on at a time, and less rounding.
+template <int M>
+NIBBLE_NOINLINE void few_tile(const Few& few, int64_t n0, int valid) {
     const W4A16& op = few.op;
     const uint8_t* weight = static_cast<const uint8_t*>(op.weight) + n0 * (op.K / 2);
     F sum[M][COLUMNS];
@@ -67,7 +78,8 @@ template <int M> NIBBLE_NOINLINE void few_tile(const Few& few, int64_t n0, int v
         for (int v = 0; v < COLUMNS; ++v) {
             // A vector wholly beyond N repeats the last row.
             const int first = v * LANES < valid ? v * LANES : valid - 1;
-            load_words(weight + first * (op.K / 2) + g * (GROUP / 2), op.K / 2, valid - first, words[v]);
+            load_words(weight + first * (op.K / 2) + g * (GROUP / 2), op.K / 2, valid - first,
+                       words[v]);
         }
         F group[M][COLUMNS];
         for (int m = 0; m < M; ++m)
@@ -90,17 +102,21 @@ template <int M> NIBBLE_NOINLINE void few_tile(const Few& few, int64_t n0, int v
         }
         float scale[COLUMNS * LANES] = {}, zeros[COLUMNS * LANES] = {};
         to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, g * op.N + n0), valid, scale);
-        if (op.weight_zeros) to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid, zeros);
+        if (op.weight_zeros)
+            to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid,
+                      zeros);
         for (int m = 0; m < M; ++m)
             for (int v = 0; v < COLUMNS; ++v) {
                 sum[m][v] = fma(load(scale + v * LANES), group[m][v], sum[m][v]);
-                if (op.weight_zeros) sum[m][v] = fma(load(zeros + v * LANES), splat(few.sums[g * M + m]), sum[m][v]);
+                if (op.weight_zeros)
+                    sum[m][v] = fma(load(zeros + v * LANES), splat(few.sums[g * M + m]), sum[m][v]);
             }
     }
     float y[COLUMNS * LANES], bias[COLUMNS * LANES] = {};
     if (op.bias) to_floats(op.param_dtype, at(op.bias, op.param_dtype, n0), valid, bias);
     for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < COLUMNS; ++v) store(y + v * LANES, fma(sum[m][v], splat(few.undo[m]), load(bias + v * LANES)));
+        for (int v = 0; v < COLUMNS; ++v)
+            store(y + v * LANES, fma(sum[m][v], splat(few.undo[m]), load(bias + v * LANES)));
         from_floats(op.x_dtype, y, valid, const_cast<char*>(at(op.out, op.x_dtype, m * op.N + n0)));
     }
 }
@@ -111,10 +127,14 @@ inline void few_task(const void* context, int64_t index, void*) {
     const int valid = static_cast<int>(smaller(columns, few.op.N - n0));
     static_assert(FEW_TOKENS == 4, "one case for each");
     switch (few.op.M) {
-        case 1: return few_tile<1>(few, n0, valid);
-        case 2: return few_tile<2>(few, n0, valid);
-        case 3: return few_tile<3>(few, n0, valid);
-        default: return few_tile<4>(few, n0, valid);
+        case 1:
+            return few_tile<1>(few, n0, valid);
+        case 2:
+            return few_tile<2>(few, n0, valid);
+        case 3:
+            return few_tile<3>(few, n0, valid);
+        default:
+            return few_tile<4>(few, n0, valid);
     }
 }
 
@@ -126,17 +146,19 @@ inline void few_tokens(const W4A16& op, int threads) {
     parallel(divide_up(op.N, COLUMNS * LANES), threads, 0, few_task, &few);
 }
 
-// ---- more tokens ---------------------------------------------------------------------------------------------------------
+// ---- more tokens
+// ---------------------------------------------------------------------------------------------------------
 
 struct Many {
     const W4A16& op;
-    float* x;              // (K in blocks, tokens, BLOCK): rows of a block lie near one another
+    float* x;  // (K in blocks, tokens, BLOCK): rows of a block lie near one another
     int64_t m_begin, tokens;
 };
 
 struct ManyScratch {
     float *tile, *panel;
-    ManyScratch(Carver& carver, int64_t tokens) : tile(carver.take<float>(tokens * PANEL)), panel(carver.take<float>(BLOCK * PANEL)) {}
+    ManyScratch(Carver& carver, int64_t tokens)
+        : tile(carver.take<float>(tokens * PANEL)), panel(carver.take<float>(BLOCK * PANEL)) {}
 };
 
 inline void convert_task(const void* context, int64_t token, void*) {
@@ -144,30 +166,41 @@ inline void convert_task(const void* context, int64_t token, void*) {
     const W4A16& op = many.op;
     for (int64_t k = 0; k < op.K; k += BLOCK) {
         const char* x = at(op.x, op.x_dtype, (many.m_begin + token) * op.K + k);
-        to_floats(op.x_dtype, x, smaller(BLOCK, op.K - k), many.x + k * many.tokens + token * BLOCK);
+        to_floats(op.x_dtype, x, smaller(BLOCK, op.K - k),
+                  many.x + k * many.tokens + token * BLOCK);
     }
 }
 
 // One group of PANEL outputs -> (GROUP, PANEL) floats.
 inline void dequantize_panel(const W4A16& op, int64_t n0, int valid, int64_t g, float* panel) {
-    const uint8_t* weight = static_cast<const uint8_t*>(op.weight) + n0 * (op.K / 2) + g * (GROUP / 2);
+    const uint8_t* weight =
+        static_cast<const uint8_t*>(op.weight) + n0 * (op.K / 2) + g * (GROUP / 2);
     float scales[PANEL] = {}, zeros[PANEL] = {};
     to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, g * op.N + n0), valid, scales);
-    if (op.weight_zeros) to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid, zeros);
+    if (op.weight_zeros)
+        to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid, zeros);
     const I flip = splat_int(static_cast<int32_t>(0x88888888u));
     for (int n = 0; n < PANEL; n += LANES) {
         I words[8];
-        if (n < valid) load_words(weight + n * (op.K / 2), op.K / 2, valid - n, words);
-        else load_words(weight + (valid - 1) * (op.K / 2), op.K / 2, 1, words);
+        if (n < valid)
+            load_words(weight + n * (op.K / 2), op.K / 2, valid - n, words);
+        else
+            load_words(weight + (valid - 1) * (op.K / 2), op.K / 2, 1, words);
         const F scale = load(scales + n), plus = load(zeros + n);
         for (int d = 0; d < 8; ++d) {
-            // Flipping a nibble's highest bit makes it code - 8 in two's complement; shifting it up and down extends the sign.
+            // Flipping a nibble's highest bit makes it code - 8 in two's complement; shifting it up
+            // and down extends the sign.
             const I w = xor_(words[d], flip);
-            const I codes[8] = {shift_right_signed<28>(shift_left<28>(w)), shift_right_signed<28>(shift_left<24>(w)),
-                                shift_right_signed<28>(shift_left<20>(w)), shift_right_signed<28>(shift_left<16>(w)),
-                                shift_right_signed<28>(shift_left<12>(w)), shift_right_signed<28>(shift_left<8>(w)),
-                                shift_right_signed<28>(shift_left<4>(w)),  shift_right_signed<28>(w)};
-            for (int j = 0; j < 8; ++j) store(panel + (8 * d + j) * PANEL + n, fma(to_float(codes[j]), scale, plus));
+            const I codes[8] = {shift_right_signed<28>(shift_left<28>(w)),
+                                shift_right_signed<28>(shift_left<24>(w)),
+                                shift_right_signed<28>(shift_left<20>(w)),
+                                shift_right_signed<28>(shift_left<16>(w)),
+                                shift_right_signed<28>(shift_left<12>(w)),
+                                shift_right_signed<28>(shift_left<8>(w)),
+                                shift_right_signed<28>(shift_left<4>(w)),
+                                shift_right_signed<28>(w)};
+            for (int j = 0; j < 8; ++j)
+                store(panel + (8 * d + j) * PANEL + n, fma(to_float(codes[j]), scale, plus));
         }
     }
 }
@@ -181,17 +214,22 @@ inline void many_task(const void* context, int64_t index, void* memory) {
     const int valid = static_cast<int>(smaller(PANEL, op.N - n0));
     float bias[PANEL] = {};
     if (op.bias) to_floats(op.param_dtype, at(op.bias, op.param_dtype, n0), valid, bias);
-    for (int64_t m = 0; m < many.tokens; ++m) std::memcpy(scratch.tile + m * PANEL, bias, sizeof bias);
+    for (int64_t m = 0; m < many.tokens; ++m)
+        std::memcpy(scratch.tile + m * PANEL, bias, sizeof bias);
     for (int64_t k0 = 0; k0 < op.K; k0 += BLOCK) {
         const int64_t columns = smaller(BLOCK, op.K - k0);
-        for (int64_t k = 0; k < columns; k += GROUP) dequantize_panel(op, n0, valid, (k0 + k) / GROUP, scratch.panel + k * PANEL);
-        // Tokens in full precision show the rounding of a long sum: theirs are added up in short pieces, which costs a few percent.
+        for (int64_t k = 0; k < columns; k += GROUP)
+            dequantize_panel(op, n0, valid, (k0 + k) / GROUP, scratch.panel + k * PANEL);
+        // Tokens in full precision show the rounding of a long sum: theirs are added up in short
+        // pieces, which costs a few percent.
         const int64_t piece = op.x_dtype == Dtype::f32 ? 16 : columns;
         for (int64_t k = 0; k < columns; k += piece)
-            fma_rows(many.tokens, many.x + k0 * many.tokens + k, BLOCK, scratch.panel + k * PANEL, piece, scratch.tile, PANEL);
+            fma_rows(many.tokens, many.x + k0 * many.tokens + k, BLOCK, scratch.panel + k * PANEL,
+                     piece, scratch.tile, PANEL);
     }
     for (int64_t m = 0; m < many.tokens; ++m)
-        from_floats(op.x_dtype, scratch.tile + m * PANEL, valid, const_cast<char*>(at(op.out, op.x_dtype, (many.m_begin + m) * op.N + n0)));
+        from_floats(op.x_dtype, scratch.tile + m * PANEL, valid,
+                    const_cast<char*>(at(op.out, op.x_dtype, (many.m_begin + m) * op.N + n0)));
 }
 
 inline void many_tokens(const W4A16& op, int threads) {
@@ -199,13 +237,16 @@ inline void many_tokens(const W4A16& op, int threads) {
     for (int64_t m = 0; m < op.M; m += MANY_CHUNK) {
         const Many many{op, x.data, m, smaller(MANY_CHUNK, op.M - m)};
         parallel(many.tokens, threads, 0, convert_task, &many);
-        parallel(divide_up(op.N, PANEL), threads, scratch_bytes<ManyScratch>(many.tokens), many_task, &many);
+        parallel(divide_up(op.N, PANEL), threads, scratch_bytes<ManyScratch>(many.tokens),
+                 many_task, &many);
     }
 }
 
 // Both ops compute the same; which way is taken depends on the number of tokens alone.
 inline void w4a16(const W4A16& op, int threads) {
     if (op.M == 0 || op.N == 0) return;
-    if (op.M <= FEW_TOKENS) few_tokens(op, threads);
-    else many_tokens(op, threads);
+    if (op.M <= FEW_TOKENS)
+        few_tokens(op, threads);
+    else
+        many_tokens(op, threads);
 }

@@ -1,4 +1,5 @@
-// Starting a kernel, and asking what GPU there is. Errors become exceptions with CUDA's own words; nothing waits for the GPU.
+// Starting a kernel, and asking what GPU there is. Errors become exceptions with CUDA's own words;
+// nothing waits for the GPU.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,10 @@ struct Grid {
 #ifdef NIBBLE_EMULATE
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Where&, Arguments... arguments) {
-    emulator::run({grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(Parameters(arguments)...); });
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Where&,
+            Arguments... arguments) {
+    emulator::run({grid.x, grid.y, grid.z}, threads, shared,
+                  [=] { kernel(Parameters(arguments)...); });
 }
 inline int multiprocessors(int) { return 4; }
 
@@ -32,29 +35,38 @@ inline void check(cudaError_t status, const char* what) {
 
 // Makes a device current for one scope: a caller's own choice is restored.
 class OnDevice {
-  public:
+public:
     explicit OnDevice(int device) {
         check(cudaGetDevice(&before_), "asking for the current GPU");
         if (device != before_) check(cudaSetDevice(device), "choosing the GPU");
         changed_ = device != before_;
     }
-    ~OnDevice() { if (changed_) cudaSetDevice(before_); }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
     OnDevice(const OnDevice&) = delete;
-  private:
+
+private:
     int before_ = 0;
     bool changed_ = false;
 };
 
-// kernel<<<grid, threads, shared, stream>>>(arguments...) on where.device. More than 48 KB of shared memory has to be allowed first,
-// for each kernel and device; asking every time keeps no state.
+// kernel<<<grid, threads, shared, stream>>>(arguments...) on where.device. More than 48 KB of
+// shared memory has to be allowed first, for each kernel and device; asking every time keeps no
+// state.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Where& where, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared,
+            const Where& where, Arguments... arguments) {
     OnDevice on(where.device);
     if (shared > 48 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "allowing shared memory");
-    // L1 cache and shared memory are one store. The blocks that a kernel's registers allow fit only if shared memory may take its share.
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
+            "allowing shared memory");
+    // L1 cache and shared memory are one store. The blocks that a kernel's registers allow fit only
+    // if shared memory may take its share.
     if (shared > 16 * 1024)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, int(cudaSharedmemCarveoutMaxShared)),
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   int(cudaSharedmemCarveoutMaxShared)),
               "preferring shared memory");
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(grid.x, grid.y, grid.z);
@@ -66,7 +78,8 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared
 
 inline int multiprocessors(int device) {
     int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking for the number of multiprocessors");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+          "asking for the number of multiprocessors");
     return count;
 }
 

@@ -1,8 +1,10 @@
-// Hopper's words, beside those of primitives.cuh: products of whole warpgroups, barriers in shared memory, tiles copied by the copy engine.
+// Hopper's words, beside those of primitives.cuh: products of whole warpgroups, barriers in shared
+// memory, tiles copied by the copy engine.
 //
-// A warpgroup is four warps whose first is divisible by four. Its product takes A from registers (each warp its own 16 of 64 rows, laid out
-// as mma.sync's A) and B from shared memory through a descriptor; the sums, laid out as mma.sync's sums, are n / 8 quadruples a thread.
-// It runs on its own: what it reads and writes may not be touched until `product_wait` says that it has finished.
+// A warpgroup is four warps whose first is divisible by four. Its product takes A from registers
+// (each warp its own 16 of 64 rows, laid out as mma.sync's A) and B from shared memory through a
+// descriptor; the sums, laid out as mma.sync's sums, are n / 8 quadruples a thread. It runs on its
+// own: what it reads and writes may not be touched until `product_wait` says that it has finished.
 #pragma once
 
 #include "primitives.cuh"
@@ -19,142 +21,201 @@ namespace nibble {
 
 using Barrier = uint64_t;  // in shared memory, 8-byte aligned
 
-// ---- tiles of a matrix of bytes, copied by the copy engine -----------------------------------------------------------
+// ---- tiles of a matrix of bytes, copied by the copy engine
+// -----------------------------------------------------------
 
 using TensorMap = CUtensorMap;
 
-// Tiles of box_rows x box_bytes (= the swizzle's width, 64 or 128) of a row-major matrix. What lies outside of the matrix arrives as zeros.
-inline TensorMap tensor_map(const void* base, uint64_t rows, uint64_t row_bytes, uint32_t box_rows, uint32_t box_bytes) {
+// Tiles of box_rows x box_bytes (= the swizzle's width, 64 or 128) of a row-major matrix. What lies
+// outside of the matrix arrives as zeros.
+inline TensorMap tensor_map(const void* base, uint64_t rows, uint64_t row_bytes, uint32_t box_rows,
+                            uint32_t box_bytes) {
     static_assert(sizeof(cuuint64_t) == sizeof(uint64_t));
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
 #if CUDART_VERSION >= 12050
-    cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                          cudaEnableDefault, &result);
 #else
-    cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+    cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
     if (status != cudaSuccess || result != cudaDriverEntryPointSuccess)
-        throw std::runtime_error("the GPU's driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
+        throw std::runtime_error(
+            "the GPU's driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
     TensorMap map;
     cuuint64_t size[2] = {row_bytes, rows}, stride[1] = {row_bytes};
     cuuint32_t box[2] = {box_bytes, box_rows}, step[2] = {1, 1};
     CUresult encoded = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-        &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), size, stride, box, step,
+        CU_TENSOR_MAP_INTERLEAVE_NONE,
+        box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (encoded != CUDA_SUCCESS)
-        throw std::runtime_error("describing a matrix to the copy engine failed: CUDA error " + std::to_string(int(encoded)));
+        throw std::runtime_error("describing a matrix to the copy engine failed: CUDA error " +
+                                 std::to_string(int(encoded)));
     return map;
 }
 
-// The tile whose first element is (row, byte), into `to`; `barrier` is told the tile's size in bytes. One thread calls this.
+// The tile whose first element is (row, byte), into `to`; `barrier` is told the tile's size in
+// bytes. One thread calls this.
 NIBBLE_DEVICE void copy_tile(void* to, const TensorMap& map, int byte, int row, Barrier* barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-                 ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)), "r"(byte), "r"(row) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+        "{%3, %4}], [%2];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(shared_address(barrier)), "r"(byte), "r"(row)
+        : "memory");
 }
 
-// ---- barriers ------------------------------------------------------------------------------------------------------
+// ---- barriers
+// ------------------------------------------------------------------------------------------------------
 
-// A phase ends when `count` threads have arrived and all bytes that were expected have come. Phases count 0, 1, 0, 1 ...
+// A phase ends when `count` threads have arrived and all bytes that were expected have come. Phases
+// count 0, 1, 0, 1 ...
 NIBBLE_DEVICE void barrier_init(Barrier* barrier, uint32_t count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(count)
+                 : "memory");
 }
 // After the inits, before anyone else (the copy engine too) uses the barriers; sync_block follows.
-NIBBLE_DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+NIBBLE_DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 NIBBLE_DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+    asm volatile(
+        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 NIBBLE_DEVICE void barrier_arrive(Barrier* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+                 : "memory");
 }
-// Returns once the phase with this parity has ended. Before the first phase, parity 1 counts as ended.
+// Returns once the phase with this parity has ended. Before the first phase, parity 1 counts as
+// ended.
 NIBBLE_DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
     uint32_t done;
     do {
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, "
+            "0, p; }"
+            : "=r"(done)
+            : "r"(shared_address(barrier)), "r"(parity)
+            : "memory");
     } while (!done);
 }
 
 // One of the block's 16 numbered barriers, for `threads` of its threads (whole warps).
-NIBBLE_DEVICE void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+NIBBLE_DEVICE void sync_named(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Registers that a warpgroup gives back, or claims once others gave them back.
-template <int Count> NIBBLE_DEVICE void registers_release() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count)); }
-template <int Count> NIBBLE_DEVICE void registers_claim() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)); }
-
-// ---- products of a warpgroup -----------------------------------------------------------------------------------------
-
-// A store whose reader is the tensor core, which sees it once this thread has called product_store_fence and arrived at a barrier.
-NIBBLE_DEVICE void product_store(float4* to, float4 value) { *to = value; }
-NIBBLE_DEVICE void product_store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// B, n rows along k. Swizzled: 128-byte rows, 8 of them 1024 bytes from the next 8, 16-byte units exchanged by the row (address bits 4-6 ^=
-// bits 7-9), as copy_tile leaves them. `start` may advance by 32 bytes along k inside of the rows.
-NIBBLE_DEVICE uint64_t product_operand_swizzled(const void* start) {
-    return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | uint64_t((shared_address(start) & 0x3FFFF) >> 4);
+template <int Count>
+NIBBLE_DEVICE void registers_release() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
 }
-// Not swizzled: 16-byte rows, dense; the second 16 bytes along k are the first ones again (leading offset 0).
+template <int Count>
+NIBBLE_DEVICE void registers_claim() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+// ---- products of a warpgroup
+// -----------------------------------------------------------------------------------------
+
+// A store whose reader is the tensor core, which sees it once this thread has called
+// product_store_fence and arrived at a barrier.
+NIBBLE_DEVICE void product_store(float4* to, float4 value) { *to = value; }
+NIBBLE_DEVICE void product_store_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// B, n rows along k. Swizzled: 128-byte rows, 8 of them 1024 bytes from the next 8, 16-byte units
+// exchanged by the row (address bits 4-6 ^= bits 7-9), as copy_tile leaves them. `start` may
+// advance by 32 bytes along k inside of the rows.
+NIBBLE_DEVICE uint64_t product_operand_swizzled(const void* start) {
+    return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 |
+           uint64_t((shared_address(start) & 0x3FFFF) >> 4);
+}
+// Not swizzled: 16-byte rows, dense; the second 16 bytes along k are the first ones again (leading
+// offset 0).
 NIBBLE_DEVICE uint64_t product_operand_repeated(const void* start) {
     return uint64_t(128 >> 4) << 32 | uint64_t((shared_address(start) & 0x3FFFF) >> 4);
 }
 
 // Before a product whose registers (sums or A) other instructions have touched.
 NIBBLE_DEVICE void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-NIBBLE_DEVICE void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+NIBBLE_DEVICE void product_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Waits until at most N committed groups run.
-template <int N> NIBBLE_DEVICE void product_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N>
+NIBBLE_DEVICE void product_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 // Keeps the compiler from moving reads of the sums above the wait before it.
 NIBBLE_DEVICE void product_landed(float (&d)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-#define NIBBLE_SUMS(constraint)                                                                                                      \
-    constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]), constraint(d[4]), constraint(d[5]), constraint(d[6]),   \
-    constraint(d[7]), constraint(d[8]), constraint(d[9]), constraint(d[10]), constraint(d[11]), constraint(d[12]),                  \
-    constraint(d[13]), constraint(d[14]), constraint(d[15]), constraint(d[16]), constraint(d[17]), constraint(d[18]),               \
-    constraint(d[19]), constraint(d[20]), constraint(d[21]), constraint(d[22]), constraint(d[23]), constraint(d[24]),               \
-    constraint(d[25]), constraint(d[26]), constraint(d[27]), constraint(d[28]), constraint(d[29]), constraint(d[30]),               \
-    constraint(d[31])
-#define NIBBLE_PRODUCT(kind, accumulate)                                                                                             \
-    "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0; wgmma.mma_async.sync.aligned." kind                                             \
-    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"     \
+#define NIBBLE_SUMS(constraint)                                                                   \
+    constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]), constraint(d[4]),     \
+        constraint(d[5]), constraint(d[6]), constraint(d[7]), constraint(d[8]), constraint(d[9]), \
+        constraint(d[10]), constraint(d[11]), constraint(d[12]), constraint(d[13]),               \
+        constraint(d[14]), constraint(d[15]), constraint(d[16]), constraint(d[17]),               \
+        constraint(d[18]), constraint(d[19]), constraint(d[20]), constraint(d[21]),               \
+        constraint(d[22]), constraint(d[23]), constraint(d[24]), constraint(d[25]),               \
+        constraint(d[26]), constraint(d[27]), constraint(d[28]), constraint(d[29]),               \
+        constraint(d[30]), constraint(d[31])
+#define NIBBLE_PRODUCT(kind, accumulate)                                                           \
+    "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0; wgmma.mma_async.sync.aligned." kind         \
+    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+    "%25,%26,%27,%28,%29,%30,%31},"                                                                \
     " {%32,%33,%34,%35}, %36, p, 1, 1; }"
 
-// d (64 x 64) = or += A (64 x 32 bytes, e4m3) . B. Hopper aligns the products and the sum to the largest exponent and keeps 13 bits below
-// it: integers are exact as long as nothing reaches 2^14.
+// d (64 x 64) = or += A (64 x 32 bytes, e4m3) . B. Hopper aligns the products and the sum to the
+// largest exponent and keeps 13 bits below it: integers are exact as long as nothing reaches 2^14.
 NIBBLE_DEVICE void product_e4m3_first(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "0")
-                 : NIBBLE_SUMS("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
+                 : NIBBLE_SUMS("+f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
 }
 NIBBLE_DEVICE void product_e4m3_next(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "1")
-                 : NIBBLE_SUMS("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
+                 : NIBBLE_SUMS("+f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
 }
 // d (64 x 64) = A (64 x 8 tf32: a0 row g, k t; a1 row g + 8; a2, a3 the same with k t + 4) . B.
 NIBBLE_DEVICE void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(NIBBLE_PRODUCT("m64n64k8.f32.tf32.tf32", "0")
-                 : NIBBLE_SUMS("+f") : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
+                 : NIBBLE_SUMS("+f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
 }
 #undef NIBBLE_SUMS
 #undef NIBBLE_PRODUCT
 
-// ---- bytes -----------------------------------------------------------------------------------------------------------
+// ---- bytes
+// -----------------------------------------------------------------------------------------------------------
 
-// Byte i of the result is byte (nibble i of `selectors`) % 8 of {low, high}; where the nibble's bit 3 is set, eight times that byte's
-// highest bit.
+// Byte i of the result is byte (nibble i of `selectors`) % 8 of {low, high}; where the nibble's bit
+// 3 is set, eight times that byte's highest bit.
 NIBBLE_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
     uint32_t y;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selectors));
     return y;
 }
 
-// Four 8 x 8 matrices of 16-bit numbers, each transposed: register j holds rows 2t, 2t+1 of column g of matrix j; lane l gives the address
-// of row l % 8 (16 bytes) of matrix l / 8.
+// Four 8 x 8 matrices of 16-bit numbers, each transposed: register j holds rows 2t, 2t+1 of column
+// g of matrix j; lane l gives the address of row l % 8 (16 bytes) of matrix l / 8.
 NIBBLE_DEVICE void store_matrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
-                 ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                     shared_address(row)),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 }  // namespace nibble

@@ -2,15 +2,20 @@
 
 namespace nibble::cuda {
 
-void quantize_down_bf16(const QuantizeDown& a, const Where& where) { quantize_down_of<bf16, Codes::packed>(a, where); }
+void quantize_down_bf16(const QuantizeDown& a, const Where& where) {
+    quantize_down_of<bf16, Codes::packed>(a, where);
+}
 
 void quantize_down(const QuantizeDown& a, const Where& where) {
     if (a.M == 0) return;
     if (a.codes == Codes::e4m3) return quantize_down_sm90(a, where);
     switch (a.x_dtype) {
-        case Dtype::bf16: return quantize_down_bf16(a, where);
-        case Dtype::f16: return quantize_down_f16(a, where);
-        case Dtype::f32: return quantize_down_f32(a, where);
+        case Dtype::bf16:
+            return quantize_down_bf16(a, where);
+        case Dtype::f16:
+            return quantize_down_f16(a, where);
+        case Dtype::f32:
+            return quantize_down_f32(a, where);
     }
 }
 

@@ -1,4 +1,5 @@
-// Which kernel runs an op on which GPU. Every choice is a named boolean with its reason; what no GPU has confirmed yet says so.
+// Which kernel runs an op on which GPU. Every choice is a named boolean with its reason; what no
+// GPU has confirmed yet says so.
 #include <string>
 
 #include "gemm_w4a4.h"
@@ -9,7 +10,9 @@ namespace {
 
 bool is(const char* op, const char* name) { return std::string(op) == name; }
 
-std::string in_words(int capability) { return std::to_string(capability / 10) + "." + std::to_string(capability % 10); }
+std::string in_words(int capability) {
+    return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+}
 
 // The families of GPUs that differ in how they multiply 4-bit numbers.
 struct Family {
@@ -25,7 +28,8 @@ Family family(int capability) {
         throw std::runtime_error("GPUs of compute capability " + in_words(capability) +
                                  " have no 4-bit product; 7.5 (Turing) or later is needed");
     }
-    return {capability < 80, capability >= 80 && capability < 90, capability >= 90 && capability < 100, capability >= 100};
+    return {capability < 80, capability >= 80 && capability < 90,
+            capability >= 90 && capability < 100, capability >= 100};
 }
 
 int64_t tiles(int64_t M, int64_t N, int rows) { return (M + rows - 1) / rows * ((N + 127) / 128); }
@@ -34,7 +38,8 @@ int64_t tiles(int64_t M, int64_t N, int rows) { return (M + rows - 1) / rows * (
 int tile_rows(int64_t M, int64_t N, int multiprocessors) {
     // One tile of rows already holds every token; a taller one multiplies zeros.
     const bool few_tokens = M <= 32, one_tile = M <= 64;
-    // Two blocks live on a multiprocessor. A tall tile reads the weight half as often, which pays only where all multiprocessors have work.
+    // Two blocks live on a multiprocessor. A tall tile reads the weight half as often, which pays
+    // only where all multiprocessors have work.
     const bool fills_the_gpu = tiles(M, N, 128) >= 2 * int64_t(multiprocessors);
     return few_tokens ? 32 : one_tile || !fills_the_gpu ? 64 : 128;
 }
@@ -53,10 +58,12 @@ void gemm_w4a4_up(const GemmW4A4Up& op, const Where& where) {
 
 void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Where& where) {
     const Family gpu = family(where.capability);
-    const int rows = op.first.M <= 32 ? 32 : 128;  // such layers are wide: tall tiles fill every GPU
+    const int rows =
+        op.first.M <= 32 ? 32 : 128;  // such layers are wide: tall tiles fill every GPU
     if (gpu.turing) return gemm_w4a4_up_gelu_quantize_down_sm75(op, where, rows);
     if (gpu.ampere) return gemm_w4a4_up_gelu_quantize_down_sm80(op, where, rows);
-    gemm_w4a4_up_gelu_quantize_down_sm100(op, where, rows);  // Hopper too: the wgmma product has no such epilogue
+    gemm_w4a4_up_gelu_quantize_down_sm100(
+        op, where, rows);  // Hopper too: the wgmma product has no such epilogue
 }
 
 // e4m3 holds -8..15 exactly and is what the wgmma product multiplies. Elsewhere the public format.
@@ -67,14 +74,16 @@ size_t workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int
     if (family(capability).hopper && (product || product_of_floats))
         return gemm_w4a4_up_sm90_workspace(product ? Codes::packed : Codes::e4m3, M, N, K);
     // One h of (M, R2) for each tile of 128 columns.
-    if (is(op, "gemm_w4a4_up_gelu_quantize_down")) return size_t(M) * size_t(R) * size_t((N + 127) / 128) * sizeof(float);
+    if (is(op, "gemm_w4a4_up_gelu_quantize_down"))
+        return size_t(M) * size_t(R) * size_t((N + 127) / 128) * sizeof(float);
     return 0;
 }
 
 Route route(const char* op, int capability, int64_t M, int64_t N, int64_t) {
     const Family gpu = family(capability);
     const std::string on = " on compute capability " + in_words(capability);
-    if (is(op, "gemm_w4a4_up") && gpu.hopper) return {"sm90: wgmma on 8-bit floats", "wgmma is the fast path" + on};
+    if (is(op, "gemm_w4a4_up") && gpu.hopper)
+        return {"sm90: wgmma on 8-bit floats", "wgmma is the fast path" + on};
     if (is(op, "gemm_w4a4_up") || is(op, "gemm_w4a4_up_gelu_quantize_down")) {
         const char* path = gpu.turing   ? "sm75: int4 m8n8k32"
                            : gpu.ampere ? "sm80: int4 m16n8k64"
@@ -82,17 +91,23 @@ Route route(const char* op, int capability, int64_t M, int64_t N, int64_t) {
         const char* why = gpu.turing   ? "the first int4 product"
                           : gpu.ampere ? "a whole group an instruction"
                                        : "no int4 in the matrix units";
-        const int64_t largest = tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
-        const std::string tile = M <= 32                   ? "32x128"
-                                 : !is(op, "gemm_w4a4_up") ? (gpu.turing || gpu.ampere ? "128x128" : "64x128")
-                                 : M <= 64                 ? "64x128"
-                                                           : "128x128 on up to " + std::to_string(largest) +
-                                                                 " multiprocessors, 64x128 on more";
+        const int64_t largest =
+            tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
+        const std::string tile = M <= 32 ? "32x128"
+                                 : !is(op, "gemm_w4a4_up")
+                                     ? (gpu.turing || gpu.ampere ? "128x128" : "64x128")
+                                 : M <= 64 ? "64x128"
+                                           : "128x128 on up to " + std::to_string(largest) +
+                                                 " multiprocessors, 64x128 on more";
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
     if (is(op, "gemm_vq")) {
-        const char* kernel = M == 1 ? "no matrix unit, one token" : M <= 16 ? "tile 16x64" : gpu.turing ? "tile 64x128" : "tile 64x128 or 128x128";
-        return {"cuda: 16-bit mma on looked-up codewords, " + std::string(kernel), "decoded where they are multiplied; not yet measured"};
+        const char* kernel = M == 1       ? "no matrix unit, one token"
+                             : M <= 16    ? "tile 16x64"
+                             : gpu.turing ? "tile 64x128"
+                                          : "tile 64x128 or 128x128";
+        return {"cuda: 16-bit mma on looked-up codewords, " + std::string(kernel),
+                "decoded where they are multiplied; not yet measured"};
     }
     return {"cuda: " + std::string(op), "one kernel for every GPU from 7.5 on"};
 }
@@ -102,8 +117,10 @@ int capability(int) { return 80; }
 #else
 int capability(int device) {
     int major = 0, minor = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "asking for the GPU's compute capability");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "asking for the GPU's compute capability");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "asking for the GPU's compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+          "asking for the GPU's compute capability");
     return 10 * major + minor;
 }
 #endif

@@ -6,10 +6,11 @@
 
 namespace nibble::cuda {
 
-template <class X, class L> void vq_of(const GemmVQ& a, const Where& where) {
+template <class X, class L>
+void vq_of(const GemmVQ& a, const Where& where) {
     if constexpr (sizeof(X) == 2) {
-        // Turing multiplies float16 alone. One token is bound by memory and lookups in either kernel, and the one without the matrix unit
-        // starts faster.
+        // Turing multiplies float16 alone. One token is bound by memory and lookups in either
+        // kernel, and the one without the matrix unit starts faster.
         const bool multiplies = where.capability >= 80 || std::is_same_v<X, f16>;
         if (multiplies && a.M > 1) return vq_gemm<X, L>(a, where);
     }
@@ -19,12 +20,14 @@ template <class X, class L> void vq_of(const GemmVQ& a, const Where& where) {
     start_vq_gemv<X, L, 1>(a, where);
 }
 
-template <class X> void vq_of(const GemmVQ& a, const Where& where) {
+template <class X>
+void vq_of(const GemmVQ& a, const Where& where) {
     if (a.bits == 8 && a.vector == 4) return vq_of<X, Layout<8, 4>>(a, where);
     if (a.bits == 6 && a.vector == 2) return vq_of<X, Layout<6, 2>>(a, where);
     if (a.bits == 8 && a.vector == 2) return vq_of<X, Layout<8, 2>>(a, where);
-    throw std::invalid_argument("gemm_vq on a GPU has no kernel for indices of " + std::to_string(a.bits) + " bits and " +
-                                std::to_string(a.vector) + " columns a codeword");
+    throw std::invalid_argument("gemm_vq on a GPU has no kernel for indices of " +
+                                std::to_string(a.bits) + " bits and " + std::to_string(a.vector) +
+                                " columns a codeword");
 }
 
 // One source for each type of x, so that they compile side by side.

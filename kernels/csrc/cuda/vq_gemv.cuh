@@ -1,9 +1,11 @@
-// x . codebook[index]^T for one to four tokens at a time, in float32 throughout: bound by reading the indices and looking them up.
+// x . codebook[index]^T for one to four tokens at a time, in float32 throughout: bound by reading
+// the indices and looking them up.
 //
-// A warp computes 8 outputs; of each its lanes read the indices of 32 neighbouring columns, so a step covers 1024. x lies in shared memory as
-// in w4a16_gemv.cuh, the codebook beside it. FLUX's modulation at 2 bits, K = 3072, N = 18432: 14 MB of indices are 5 us at 3 TB/s (H100)
-// and 14 us at 1 TB/s (RTX 4090). A lookup serves 4 columns, so 14 M of them are 0.44 M a warp: at 3 turns each 7 us on 132 multiprocessors
-// of 1.7 GHz. Not measured yet.
+// A warp computes 8 outputs; of each its lanes read the indices of 32 neighbouring columns, so a
+// step covers 1024. x lies in shared memory as in w4a16_gemv.cuh, the codebook beside it. FLUX's
+// modulation at 2 bits, K = 3072, N = 18432: 14 MB of indices are 5 us at 3 TB/s (H100) and 14 us
+// at 1 TB/s (RTX 4090). A lookup serves 4 columns, so 14 M of them are 0.44 M a warp: at 3 turns
+// each 7 us on 132 multiprocessors of 1.7 GHz. Not measured yet.
 #pragma once
 
 #include <type_traits>
@@ -14,15 +16,20 @@
 namespace nibble::cuda {
 
 // The indices of 32 columns of 8 outputs: two halves of 16.
-struct Indices8 { uint64_t halves[GEMV_OUTPUTS][2]; };
+struct Indices8 {
+    uint64_t halves[GEMV_OUTPUTS][2];
+};
 
-template <class L> NIBBLE_DEVICE void load_indices(Indices8& loads, const GemmVQ& a, int64_t first, int64_t column) {
-    const int64_t row_bytes = a.K / L::D * L::BITS / 8, at = column < a.K ? column / 16 * L::LANE_BYTES : 0;
+template <class L>
+NIBBLE_DEVICE void load_indices(Indices8& loads, const GemmVQ& a, int64_t first, int64_t column) {
+    const int64_t row_bytes = a.K / L::D * L::BITS / 8,
+                  at = column < a.K ? column / 16 * L::LANE_BYTES : 0;
 #pragma unroll
     for (int r = 0; r < GEMV_OUTPUTS; r++) {
         // Outputs that do not exist read the last one's; columns that do not exist meet zeros of x.
         const int64_t row = first + r < a.N ? first + r : a.N - 1;
-        const uint32_t* from = reinterpret_cast<const uint32_t*>(static_cast<const char*>(a.indices) + row * row_bytes + at);
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(
+            static_cast<const char*>(a.indices) + row * row_bytes + at);
         if constexpr (L::LANE_BYTES == 4) {
             const uint2 two = *reinterpret_cast<const uint2*>(from);
             loads.halves[r][0] = two.x, loads.halves[r][1] = two.y;
@@ -32,24 +39,29 @@ template <class L> NIBBLE_DEVICE void load_indices(Indices8& loads, const GemmVQ
             loads.halves[r][1] = middle >> 16 | uint64_t(from[2]) << 16;
         } else {
             const uint4 four = *reinterpret_cast<const uint4*>(from);
-            loads.halves[r][0] = four.x | uint64_t(four.y) << 32, loads.halves[r][1] = four.z | uint64_t(four.w) << 32;
+            loads.halves[r][0] = four.x | uint64_t(four.y) << 32,
+            loads.halves[r][1] = four.z | uint64_t(four.w) << 32;
         }
     }
 }
 
-// y += the lane's 32 columns. x: eight pieces of 4 columns, 128 floats apart; tokens 1024 floats apart.
+// y += the lane's 32 columns. x: eight pieces of 4 columns, 128 floats apart; tokens 1024 floats
+// apart.
 template <class L, int TOKENS>
-NIBBLE_DEVICE void vq_step(float (&y)[TOKENS][GEMV_OUTPUTS], const Indices8& indices, const float* x, const char* book) {
+NIBBLE_DEVICE void vq_step(float (&y)[TOKENS][GEMV_OUTPUTS], const Indices8& indices,
+                           const float* x, const char* book) {
 #pragma unroll
     for (int piece = 0; piece < 8; piece++) {
         sync_warp();  // or the compiler reads all pieces ahead and runs out of registers
         float4 four[TOKENS];
 #pragma unroll
-        for (int m = 0; m < TOKENS; m++) four[m] = *reinterpret_cast<const float4*>(x + m * GEMV_STEP + piece * 128);
+        for (int m = 0; m < TOKENS; m++)
+            four[m] = *reinterpret_cast<const float4*>(x + m * GEMV_STEP + piece * 128);
 #pragma unroll
         for (int r = 0; r < GEMV_OUTPUTS; r++) {
             const uint2 pairs = four_weights<L>(book, indices.halves[r][piece / 4], piece % 4);
-            const float w[4] = {low_half<f16>(pairs.x), high_half<f16>(pairs.x), low_half<f16>(pairs.y), high_half<f16>(pairs.y)};
+            const float w[4] = {low_half<f16>(pairs.x), high_half<f16>(pairs.x),
+                                low_half<f16>(pairs.y), high_half<f16>(pairs.y)};
 #pragma unroll
             for (int m = 0; m < TOKENS; m++) y[m][r] = dot(four[m], w, y[m][r]);
         }
@@ -71,7 +83,8 @@ NIBBLE_DEVICE float sum_over_lanes(float (&y)[GEMV_OUTPUTS], int lane) {
 }
 
 template <class X, class L, int TOKENS>
-__global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 4 : 3) vq_gemv_kernel(const GemmVQ a, const int token_blocks) {
+__global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 4 : 3)
+    vq_gemv_kernel(const GemmVQ a, const int token_blocks) {
     constexpr int64_t SPAN = GEMV_SHARED / 2 / 4 / TOKENS;  // columns of x in shared memory
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64_t first = (int64_t(blockIdx.x) / token_blocks * GEMV_WARPS + warp) * GEMV_OUTPUTS;
@@ -101,15 +114,20 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 4 : 3) vq_gemv_
     for (int m = 0; m < TOKENS; m++) {
         const float sum = sum_over_lanes(y[m], lane);
         const int64_t token = first_token + m;
-        if (lane % 4 == 0 && n < a.N && token < a.M) static_cast<X*>(a.out)[token * a.N + n] = finished<X>(a, sum, with, token, n);
+        if (lane % 4 == 0 && n < a.N && token < a.M)
+            static_cast<X*>(a.out)[token * a.N + n] = finished<X>(a, sum, with, token, n);
     }
 }
 
-template <class X, class L, int TOKENS> void start_vq_gemv(const GemmVQ& a, const Where& where) {
-    const int64_t outputs = GEMV_OUTPUTS * GEMV_WARPS, whole = (a.K + GEMV_STEP - 1) / GEMV_STEP * GEMV_STEP * TOKENS * 4;
-    const unsigned blocks = unsigned((a.N + outputs - 1) / outputs), tokens = unsigned((a.M + TOKENS - 1) / TOKENS);
+template <class X, class L, int TOKENS>
+void start_vq_gemv(const GemmVQ& a, const Where& where) {
+    const int64_t outputs = GEMV_OUTPUTS * GEMV_WARPS,
+                  whole = (a.K + GEMV_STEP - 1) / GEMV_STEP * GEMV_STEP * TOKENS * 4;
+    const unsigned blocks = unsigned((a.N + outputs - 1) / outputs),
+                   tokens = unsigned((a.M + TOKENS - 1) / TOKENS);
     const size_t x = size_t(whole < GEMV_SHARED / 2 ? whole : GEMV_SHARED / 2);
-    launch(vq_gemv_kernel<X, L, TOKENS>, {blocks * tokens}, 32 * GEMV_WARPS, L::BOOK_BYTES + x, where, a, int(tokens));
+    launch(vq_gemv_kernel<X, L, TOKENS>, {blocks * tokens}, 32 * GEMV_WARPS, L::BOOK_BYTES + x,
+           where, a, int(tokens));
 }
 
 }  // namespace nibble::cuda

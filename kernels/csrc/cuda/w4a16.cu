@@ -7,9 +7,12 @@ void w4a16_bf16(const W4A16& a, const Where& where) { w4a16_of<bf16>(a, where); 
 static void w4a16(const W4A16& a, const Where& where) {
     if (a.M == 0 || a.N == 0) return;
     switch (a.x_dtype) {
-        case Dtype::bf16: return w4a16_bf16(a, where);
-        case Dtype::f16: return w4a16_f16(a, where);
-        case Dtype::f32: return w4a16_f32(a, where);
+        case Dtype::bf16:
+            return w4a16_bf16(a, where);
+        case Dtype::f16:
+            return w4a16_f16(a, where);
+        case Dtype::f32:
+            return w4a16_f32(a, where);
     }
 }
 

@@ -1,4 +1,6 @@
-"""The training-free step: exact where the acceleration is constant, of second order elsewhere, and the sigmas' new pace."""
+"""The training-free step: exact where the acceleration is constant, of second order elsewhere, and
+the sigmas' new pace.
+"""
 
 import math
 
@@ -10,17 +12,23 @@ from nibble.accel.caf import adams
 
 def integrate(velocity, times, limit=None):
     """From 1 at times[0]; velocity depends on the time alone."""
-    return adams.integrate(lambda x, i: torch.full_like(x, velocity(times[i])), torch.ones(1, 1), times, limit).item()
+    return adams.integrate(
+        lambda x, i: torch.full_like(x, velocity(times[i])), torch.ones(1, 1), times, limit
+    ).item()
 
 
 def test_a_step_worked_out_by_hand():
-    """v was 2 and is 3, this step is half as long as the last: it goes on to 3.5 at its end, 3.25 on average."""
+    """v was 2 and is 3, this step is half as long as the last: it goes on to 3.5 at its end, 3.25
+    on average.
+    """
     assert adams.average_velocity(torch.tensor([[3.0]]), torch.tensor([[2.0]]), 0.5).item() == 3.25
     assert adams.average_velocity(torch.tensor([[3.0]]), None, 0.5).item() == 3.0
 
 
 def test_constant_acceleration_is_exact_after_the_first_step():
-    """v = 2t: Euler's first step misses by (1/8)^2, and nothing is added to that by steps of any other length."""
+    """v = 2t: Euler's first step misses by (1/8)^2, and nothing is added to that by steps of any
+    other length.
+    """
     times = [0.0, 0.125, 0.25, 0.5, 1.0]
     assert integrate(lambda t: 2 * t, times) == 1 + 1 - times[1] ** 2
 
@@ -41,11 +49,15 @@ def test_the_limit_is_for_pictures_too():
     now, before = torch.ones(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
     before[0] = 0.9
     limited = adams.average_velocity(now, before, 2.0, limit=0.25)
-    torch.testing.assert_close(limited, torch.tensor([1.1, 1.25]).reshape(2, 1, 1, 1).expand(2, 3, 4, 5))
+    torch.testing.assert_close(
+        limited, torch.tensor([1.1, 1.25]).reshape(2, 1, 1, 1).expand(2, 3, 4, 5)
+    )
 
 
 def test_time_may_turn_round_and_stand_still():
-    """v = 2t is known after one step: there and back again adds nothing, and a step of no length is not remembered."""
+    """v = 2t is known after one step: there and back again adds nothing, and a step of no length is
+    not remembered.
+    """
     there, back = [0.0, 0.125, 0.5, 1.0], [1.0, 1.0, 0.5, 0.125]
     assert integrate(lambda t: 2 * t, there + back) == integrate(lambda t: 2 * t, there[:2])
 

@@ -1,4 +1,6 @@
-"""Heads beside a model: nothing before training, exact branches after it, no trace when taken off, and the same again from disk."""
+"""Heads beside a model: nothing before training, exact branches after it, no trace when taken off,
+and the same again from disk.
+"""
 
 import json
 
@@ -12,7 +14,9 @@ from nibble.quant.container import FileRefused
 
 
 class Net(nn.Module):
-    """Patches of 2 x 2 of a (batch, 3, 4, 4) latent, a linear or a convolution on them, and two linears."""
+    """Patches of 2 x 2 of a (batch, 3, 4, 4) latent, a linear or a convolution on them, and two
+    linears.
+    """
 
     def __init__(self, convolution: bool):
         super().__init__()
@@ -28,7 +32,11 @@ class Net(nn.Module):
         return x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(len(x), 4, 12)
 
     def forward(self, x):
-        x = self.patch_embedding(x).flatten(2).transpose(1, 2) if self.convolution else self.img_in(self.patches(x))
+        x = (
+            self.patch_embedding(x).flatten(2).transpose(1, 2)
+            if self.convolution
+            else self.img_in(self.patches(x))
+        )
         self.reached += 1
         return self.blocks[1](torch.tanh(self.blocks[0](x)))
 
@@ -70,7 +78,9 @@ def test_branches_are_what_merging_them_would_be(net, rank):
     plain = net(x)
     with torch.no_grad():
         for name, tensors in made.velocity.branches().items():
-            net.get_submodule(name).weight += tensors["difference"] if rank == 0 else tensors["up"] @ tensors["down"]
+            net.get_submodule(name).weight += (
+                tensors["difference"] if rank == 0 else tensors["up"] @ tensors["down"]
+            )
     torch.testing.assert_close(beside, net(x))
     assert not torch.allclose(beside, plain)
 
@@ -106,21 +116,35 @@ def test_the_initial_velocity_is_as_more_channels_of_the_input_layer(net):
         handle.remove()
     with torch.no_grad():
         if net.convolution:
-            wide = nn.functional.conv2d(torch.cat([x, start], 1), torch.cat([layer.weight, made.acceleration.extra], 1), layer.bias, stride=2)
+            wide = nn.functional.conv2d(
+                torch.cat([x, start], 1),
+                torch.cat([layer.weight, made.acceleration.extra], 1),
+                layer.bias,
+                stride=2,
+            )
         else:
-            wide = nn.functional.linear(torch.cat([net.patches(x), net.patches(start)], 2), torch.cat([layer.weight, made.acceleration.extra], 1), layer.bias)
+            wide = nn.functional.linear(
+                torch.cat([net.patches(x), net.patches(start)], 2),
+                torch.cat([layer.weight, made.acceleration.extra], 1),
+                layer.bias,
+            )
     torch.testing.assert_close(seen[0], wide)
 
 
 def test_nothing_is_left_on_the_model_however_it_ends(net):
     x, made = torch.randn(2, 3, 4, 4), filled(net)
     before = net(x)
-    with pytest.raises(RuntimeError), adapter.attached(net, made.acceleration, made.input_layer, torch.zeros(1)):
+    with (
+        pytest.raises(RuntimeError),
+        adapter.attached(net, made.acceleration, made.input_layer, torch.zeros(1)),
+    ):
         raise RuntimeError
     with pytest.raises(ValueError, match="without its layer"):
         adapter.presented_by(net, made.input_layer, lambda: None)
     assert torch.equal(net(x), before)
-    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
+    assert all(
+        not module._forward_hooks and not module._forward_pre_hooks for module in net.modules()
+    )
 
 
 def test_gradients_reach_a_head_and_not_the_model(net):
@@ -139,11 +163,19 @@ def test_a_file_gives_the_same_adapter(net, tmp_path, rank):
     made.facts["steps"], made.middle = 7, 0.25
     adapter.save_file(made, tmp_path / "a.caf.safetensors")
     read = adapter.read_file(tmp_path / "a.caf.safetensors")
-    assert (read.h, read.rank, read.input_layer, read.middle, read.facts) == (1.5, rank, made.input_layer, 0.25, {"steps": 7})
+    assert (read.h, read.rank, read.input_layer, read.middle, read.facts) == (
+        1.5,
+        rank,
+        made.input_layer,
+        0.25,
+        {"steps": 7},
+    )
     for kind in ("velocity", "acceleration"):
         found = read.head(kind).tensors()
         assert found.keys() == made.head(kind).tensors().keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in made.head(kind).tensors().items())
+        assert all(
+            torch.equal(found[name], tensor) for name, tensor in made.head(kind).tensors().items()
+        )
     adapter.check(read, net, "a.caf.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["a.caf.safetensors"]
 
@@ -151,7 +183,10 @@ def test_a_file_gives_the_same_adapter(net, tmp_path, rank):
 def test_a_file_that_does_not_fit_is_refused_by_name(net):
     made, other = filled(net), Net(net.convolution)
     other.blocks[1] = nn.Linear(8, 5)
-    with pytest.raises(FileRefused, match=r"my\.caf changes blocks\.1 \(6 x 8\), and the connected model has 5 x 8 there"):
+    with pytest.raises(
+        FileRefused,
+        match=r"my\.caf changes blocks\.1 \(6 x 8\), and the connected model has 5 x 8 there",
+    ):
         adapter.check(made, other, "my.caf")
     del other.blocks[1]
     with pytest.raises(FileRefused, match="no such layer"):
@@ -168,7 +203,11 @@ def test_files_that_are_none_are_refused(net, tmp_path):
     adapter.save_file(filled(net), path)
     tensors = load_file(path)
     about = {"h": 1.5, "rank": 2, "input_layer": "img_in", "middle": 0.0, "facts": {}}
-    save_file({name: tensor for name, tensor in tensors.items() if name != "velocity.blocks.0.up"}, path, {"format": adapter.FORMAT, "caf": json.dumps(about)})
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != "velocity.blocks.0.up"},
+        path,
+        {"format": adapter.FORMAT, "caf": json.dumps(about)},
+    )
     with pytest.raises(FileRefused, match=r"damaged \(blocks\.0 has down"):
         adapter.read_file(path)
     save_file(tensors, path, {"format": adapter.FORMAT, "caf": "{}"})

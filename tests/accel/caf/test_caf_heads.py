@@ -1,4 +1,6 @@
-"""One flow model as both nets: with untrained heads nothing is lost, and heads that know the answer give it."""
+"""One flow model as both nets: with untrained heads nothing is lost, and heads that know the answer
+give it.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ def curved(x, sigma, start):
 
 @pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
 def test_untrained_heads_take_eulers_step_to_the_end(h):
-    """Two steps are Euler's at the levels of the path: the acceleration at the start is asked where the velocity was."""
+    """Two steps are Euler's at the levels of the path: the acceleration at the start is asked where
+    the velocity was.
+    """
     velocity, accelerate = heads.velocity_net(curved, h), heads.acceleration_net(curved, h)
     share = flow.retimed(torch.tensor(0.5), h).item()
     middle = NOISE + share * curved(NOISE, torch.ones(2), None)
@@ -25,7 +29,10 @@ def test_untrained_heads_take_eulers_step_to_the_end(h):
 
 def test_one_step_is_the_models_own():
     velocity, accelerate = heads.velocity_net(curved, 1.5), heads.acceleration_net(curved, 1.5)
-    torch.testing.assert_close(flow.sample(velocity, accelerate, NOISE, flow.uniform(1)), NOISE + curved(NOISE, torch.ones(2), None))
+    torch.testing.assert_close(
+        flow.sample(velocity, accelerate, NOISE, flow.uniform(1)),
+        NOISE + curved(NOISE, torch.ones(2), None),
+    )
 
 
 @pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
@@ -41,12 +48,15 @@ def test_a_head_that_knows_the_mean_velocity_of_the_rest_knows_the_acceleration(
 
 
 def test_the_model_is_asked_where_the_path_is():
-    """At h = 1.5 and t = 1/2 the path is 5/8 of the way, so 3/8 is noise; only the acceleration head is shown the velocity."""
+    """At h = 1.5 and t = 1/2 the path is 5/8 of the way, so 3/8 is noise; only the acceleration
+    head is shown the velocity.
+    """
     asked = []
 
     def model(x, sigma, start):
         asked.append((sigma.tolist(), start))
         return x
+
     half = torch.full((2,), 0.5)
     heads.velocity_net(model, 1.5)(NOISE, half)
     heads.acceleration_net(model, 1.5)(NOISE, half, DATA)

@@ -1,4 +1,6 @@
-"""What is asked for while training: times, their ends, and that everything comes from one generator."""
+"""What is asked for while training: times, their ends, and that everything comes from one
+generator.
+"""
 
 import torch
 
@@ -20,7 +22,7 @@ def test_ends_get_their_shares_and_the_rest_stays_uniform():
     shares = [(drawn == end).double().mean().item() for end in (0, 1)]
     assert abs(shares[0] - 0.5) < 0.02 and abs(shares[1] - 0.125) < 0.02
     between = drawn[(drawn > 0) & (drawn < 1)]
-    assert abs(between.mean().item() - 0.5) < 0.02 and abs(between.std().item() - 12 ** -0.5) < 0.02
+    assert abs(between.mean().item() - 0.5) < 0.02 and abs(between.std().item() - 12**-0.5) < 0.02
 
 
 def test_a_loss_depends_on_the_generator_alone():
@@ -29,7 +31,10 @@ def test_a_loss_depends_on_the_generator_alone():
 
     def net(x, t, condition):
         return x * t[:, None]
+
     loss = objectives.velocity_objective(net, batches, 1.5, (0.5, 0.1))
     assert loss(generator(3)) == loss(generator(3)) != loss(generator(4))
-    push = objectives.acceleration_objective(lambda x, t, v, condition: v * t[:, None], net, batches, (0.5, 0.1))
+    push = objectives.acceleration_objective(
+        lambda x, t, v, condition: v * t[:, None], net, batches, (0.5, 0.1)
+    )
     assert push(generator(3)) == push(generator(3)) != push(generator(4))

@@ -1,4 +1,5 @@
-"""What this GPU can do at most, measured: copy bandwidth, and products of large matrices in bf16, fp8 and int8 through torch's libraries.
+"""What this GPU can do at most, measured: copy bandwidth, and products of large matrices in bf16,
+fp8 and int8 through torch's libraries.
 
 On random data: a product of zeros draws less power, and runs faster than any real one.
 """
@@ -47,7 +48,9 @@ def run(report: Report, device: str, dry: bool) -> None:
             try:
                 tops = 2e-9 * n**3 / timing.one([make(n, device)], device)
             except Exception as error:  # fp8 needs compute capability 8.9
-                report.add({"what": f"product {name}", "size": n, "absent": str(error).splitlines()[0]})
+                report.add(
+                    {"what": f"product {name}", "size": n, "absent": str(error).splitlines()[0]}
+                )
                 continue
             best[name] = max(tops, best.get(name, 0.0))
             report.add({"what": f"product {name}", "size": n, "tops": tops})

@@ -1,4 +1,6 @@
-"""One 4-bit layer made on the GPU, and its steps one at a time in the very form in which the linear runs them."""
+"""One 4-bit layer made on the GPU, and its steps one at a time in the very form in which the linear
+runs them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ from nibble.kernels import launch, native, ops
 from nibble.kernels.launch import DTYPES
 
 from cases import Case, options
-
 
 PARAMETERS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 
@@ -27,8 +28,12 @@ def compiled_for(device: str) -> bool:
     return module is not None and torch.device(device).type in module.DEVICES
 
 
-def random_parameters(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, Tensor | None]:
-    """What `cases.make_w4a4` makes, drawn where it is needed: a large layer takes seconds to draw on a CPU."""
+def random_parameters(
+    case: Case, dtype: torch.dtype, device: str, seed: int = 0
+) -> dict[str, Tensor | None]:
+    """What `cases.make_w4a4` makes, drawn where it is needed: a large layer takes seconds to draw
+    on a CPU.
+    """
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -36,7 +41,9 @@ def random_parameters(case: Case, dtype: torch.dtype, device: str, seed: int = 0
 
     groups = case.K // 64
     return {
-        "weight": torch.randint(-128, 128, (case.N, case.K // 2), generator=g, dtype=torch.int8, device=device),
+        "weight": torch.randint(
+            -128, 128, (case.N, case.K // 2), generator=g, dtype=torch.int8, device=device
+        ),
         "weight_scale": ((normal(groups, case.N).abs() + 0.5) * 0.01).to(dtype),
         "smooth_factor": (torch.rand(case.K, generator=g, device=device) + 0.75).to(dtype),
         "proj_down": (normal(case.K, case.R) * case.K**-0.5).to(dtype),
@@ -47,7 +54,9 @@ def random_parameters(case: Case, dtype: torch.dtype, device: str, seed: int = 0
 
 def random_input(case: Case, dtype: torch.dtype, device: str, seed: int = 1) -> Tensor:
     """Activations (M, K) with loud channels, after a GELU where codes are unsigned."""
-    x = torch.randn(case.M, case.K, generator=torch.Generator(device).manual_seed(seed), device=device)
+    x = torch.randn(
+        case.M, case.K, generator=torch.Generator(device).manual_seed(seed), device=device
+    )
     x[:, :: max(1, case.K // 5)] *= 6
     return (torch.nn.functional.gelu(x, approximate="tanh") if case.act_unsigned else x).to(dtype)
 
@@ -62,11 +71,19 @@ class Layer:
 
     @classmethod
     def random(cls, case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Layer:
-        return cls(case, random_input(case, dtype, device, seed + 1), random_parameters(case, dtype, device, seed))
+        return cls(
+            case,
+            random_input(case, dtype, device, seed + 1),
+            random_parameters(case, dtype, device, seed),
+        )
 
     @property
     def bytes_read(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.x, *self.parameters.values()) if t is not None)
+        return sum(
+            t.numel() * t.element_size()
+            for t in (self.x, *self.parameters.values())
+            if t is not None
+        )
 
     def linear(self) -> Tensor:
         return ops.linear_w4a4(self.x, **self.parameters, **options(self.case))
@@ -74,13 +91,17 @@ class Layer:
     def rank_free(self) -> Layer:
         """The same layer without its low-rank branch."""
         down, up = (self.parameters[name][:, :0].contiguous() for name in ("proj_down", "proj_up"))
-        return Layer(replace(self.case, R=0), self.x, self.parameters | {"proj_down": down, "proj_up": up})
+        return Layer(
+            replace(self.case, R=0), self.x, self.parameters | {"proj_down": down, "proj_up": up}
+        )
 
 
 class Steps:
-    """`quantize_down` and `gemm_w4a4_up` as compiled, with the activation codes in the form that this device's product reads fastest.
+    """`quantize_down` and `gemm_w4a4_up` as compiled, with the activation codes in the form that
+    this device's product reads fastest.
 
-    route: number of a path to force, 0 for the router's own choice (see `routes`). Raises ValueError without the compiled module.
+    route: number of a path to force, 0 for the router's own choice (see `routes`). Raises
+        ValueError without the compiled module.
     """
 
     def __init__(self, layer: Layer, route: int = 0):
@@ -88,25 +109,76 @@ class Steps:
         self.module, why = native.module()
         if self.module is None or x.device.type not in self.module.DEVICES:
             raise ValueError(why)
-        self.place, capability, codes = launch._place(x.device if x.is_cuda else torch.device("cpu"), route)
+        self.place, capability, codes = launch._place(
+            x.device if x.is_cuda else torch.device("cpu"), route
+        )
         if x.is_cuda:
             self.place = (*self.place[:3], route)
-        kind, out_kind, (m, k, n, r) = DTYPES[p["proj_up"].dtype], DTYPES[x.dtype], (case.M, case.K, case.N, case.R)
+        kind, out_kind, (m, k, n, r) = (
+            DTYPES[p["proj_up"].dtype],
+            DTYPES[x.dtype],
+            (case.M, case.K, case.N, case.R),
+        )
         needed = self.module.workspace_bytes("gemm_w4a4_up", capability, m, n, k, r, codes)
-        self.scratch, (q, ascales, h, work) = launch._scratch_of_activations(x.device, m, k, r, codes, needed)
+        self.scratch, (q, ascales, h, work) = launch._scratch_of_activations(
+            x.device, m, k, r, codes, needed
+        )
         self.out = torch.empty((m, n), dtype=x.dtype, device=x.device)
         self.held = (layer, self.scratch)  # addresses below are bare numbers
-        self._quantize = (m, k, r, x.data_ptr(), out_kind, p["smooth_factor"].data_ptr(), p["proj_down"].data_ptr(), kind, case.act_unsigned,
-                          case.rotation != 0, codes, q, ascales, h)
-        self._product = (m, n, k, r, codes, q, case.act_unsigned, ascales, h, r, p["weight"].data_ptr(), p["weight_scale"].data_ptr(),
-                         p["proj_up"].data_ptr(), launch._address(p["bias"]), kind, self.out.data_ptr(), out_kind, work, needed)
+        self._quantize = (
+            m,
+            k,
+            r,
+            x.data_ptr(),
+            out_kind,
+            p["smooth_factor"].data_ptr(),
+            p["proj_down"].data_ptr(),
+            kind,
+            case.act_unsigned,
+            case.rotation != 0,
+            codes,
+            q,
+            ascales,
+            h,
+        )
+        self._product = (
+            m,
+            n,
+            k,
+            r,
+            codes,
+            q,
+            case.act_unsigned,
+            ascales,
+            h,
+            r,
+            p["weight"].data_ptr(),
+            p["weight_scale"].data_ptr(),
+            p["proj_up"].data_ptr(),
+            launch._address(p["bias"]),
+            kind,
+            self.out.data_ptr(),
+            out_kind,
+            work,
+            needed,
+        )
         # bytes that quantize_down must move: x once, codes and scales and h once
-        self.quantize_bytes = x.numel() * x.element_size() + m * k // (2 if codes == launch.PACKED else 1) + m * k // 64 * 4 + m * r * 4
+        self.quantize_bytes = (
+            x.numel() * x.element_size()
+            + m * k // (2 if codes == launch.PACKED else 1)
+            + m * k // 64 * 4
+            + m * r * 4
+        )
 
     def _where(self) -> tuple:
         device, stream, threads, route = self.place
         # A graph is captured on a stream of its own: the current one is asked for at every call.
-        return (device, torch.cuda.current_stream(device).cuda_stream if device >= 0 else 0, threads, route)
+        return (
+            device,
+            torch.cuda.current_stream(device).cuda_stream if device >= 0 else 0,
+            threads,
+            route,
+        )
 
     def quantize(self) -> None:
         self.module.quantize_down(*self._where(), *self._quantize)
@@ -121,6 +193,12 @@ class Steps:
 
 
 def routes(op: str, capability: int) -> list[tuple[int, str]]:
-    """(number, name) of the paths that can be forced for an op; empty where the module offers no choice."""
+    """(number, name) of the paths that can be forced for an op; empty where the module offers no
+    choice.
+    """
     module, _ = native.module()
-    return list(module.routes(op, capability)) if module is not None and hasattr(module, "routes") else []
+    return (
+        list(module.routes(op, capability))
+        if module is not None and hasattr(module, "routes")
+        else []
+    )

@@ -10,7 +10,9 @@ from pathlib import Path
 
 
 class Report:
-    """One section of the file. Sections are written by processes that follow one another, never at once."""
+    """One section of the file. Sections are written by processes that follow one another, never at
+    once.
+    """
 
     def __init__(self, path: Path, section: str, seconds: float = math.inf):
         self.path, self.section, self.deadline = path, section, time.perf_counter() + seconds
@@ -27,7 +29,15 @@ class Report:
     def add(self, row: dict) -> None:
         """One more measurement, on disk at once and printed in one line."""
         self.facts["rows"].append(row)
-        print(f"[{self.section}] " + "  ".join(f"{key}={_short(value)}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
+        print(
+            f"[{self.section}] "
+            + "  ".join(
+                f"{key}={_short(value)}"
+                for key, value in row.items()
+                if not isinstance(value, dict)
+            ),
+            flush=True,
+        )
         self.save()
 
     def set(self, **facts: object) -> None:

@@ -1,4 +1,6 @@
-"""What must hold on a GPU beside numbers: capture in CUDA graphs, many streams at once, the same bits every time, refusals that harm nothing."""
+"""What must hold on a GPU beside numbers: capture in CUDA graphs, many streams at once, the same
+bits every time, refusals that harm nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,20 @@ from nibble.kernels import ops
 
 from cases import Case, make_w4a16, options
 
-SHAPES = [Case("one_token", 1, 3072, 3072, R=32), Case("ragged", 77, 3072, 3000, R=16), Case("middle", 300, 3072, 3072, R=32),
-          Case("unsigned", 256, 12288, 3072, R=32, act_unsigned=True), Case("rotated", 512, 3072, 3072, R=32, rotation=64)]
+SHAPES = [
+    Case("one_token", 1, 3072, 3072, R=32),
+    Case("ragged", 77, 3072, 3000, R=16),
+    Case("middle", 300, 3072, 3072, R=32),
+    Case("unsigned", 256, 12288, 3072, R=32, act_unsigned=True),
+    Case("rotated", 512, 3072, 3072, R=32, rotation=64),
+]
 
 
 def layers(device: str, dry: bool) -> list[Layer]:
-    return [Layer.random(case.scaled(0.03) if dry else case, torch.bfloat16, device, seed) for seed, case in enumerate(SHAPES)]
+    return [
+        Layer.random(case.scaled(0.03) if dry else case, torch.bfloat16, device, seed)
+        for seed, case in enumerate(SHAPES)
+    ]
 
 
 def repeats(made: list[Layer], device: str) -> dict:
@@ -66,7 +76,9 @@ def streams(made: list[Layer], device: str) -> dict:
 
 
 def tokens_apart(made: list[Layer], device: str) -> dict:
-    """A token's output does not depend on the others: NaN in one changes that one alone, and rows of a part are rows of the whole."""
+    """A token's output does not depend on the others: NaN in one changes that one alone, and rows
+    of a part are rows of the whole.
+    """
     wrong = []
     for layer in made:
         whole, m = layer.linear(), layer.case.M
@@ -86,9 +98,18 @@ def refusals(made: list[Layer], device: str) -> dict:
     layer, accepted = made[0], []
     before = layer.linear()
     p = layer.parameters
-    for name, spoiled in {"weight on the CPU" if device == "cuda" else "short scales": p | ({"weight": p["weight"].cpu()} if device == "cuda" else
-                                                                                           {"weight_scale": p["weight_scale"][:-1]}),
-                          "short bias": p | {"bias": p["bias"][:-1]}, "another K": p | {"weight": p["weight"][:, :-32].contiguous()}}.items():
+    for name, spoiled in {
+        "weight on the CPU" if device == "cuda" else "short scales": (
+            p
+            | (
+                {"weight": p["weight"].cpu()}
+                if device == "cuda"
+                else {"weight_scale": p["weight_scale"][:-1]}
+            )
+        ),
+        "short bias": p | {"bias": p["bias"][:-1]},
+        "another K": p | {"weight": p["weight"][:, :-32].contiguous()},
+    }.items():
         try:
             ops.linear_w4a4(layer.x, **spoiled)
             accepted.append(name)
@@ -99,7 +120,9 @@ def refusals(made: list[Layer], device: str) -> dict:
 
 
 def without_memory_of_its_own(made: list[Layer], device: str) -> dict:
-    """A call takes its memory from torch: what torch counts before and after is the result alone."""
+    """A call takes its memory from torch: what torch counts before and after is the result
+    alone.
+    """
     if device == "cpu":
         return {"ok": True, "skipped": "torch counts memory on a GPU"}
     rows = []
@@ -117,7 +140,11 @@ def without_memory_of_its_own(made: list[Layer], device: str) -> dict:
 def compiled(made: list[Layer], device: str) -> dict:
     """torch.compile sees one opaque node: the whole function is one graph, with the same bits."""
     layer = made[2]
-    run = torch.compile(lambda x: ops.linear_w4a4(x, **layer.parameters, **options(layer.case)), fullgraph=True, backend="aot_eager")
+    run = torch.compile(
+        lambda x: ops.linear_w4a4(x, **layer.parameters, **options(layer.case)),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     with torch.inference_mode():
         return {"ok": torch.equal(run(layer.x), layer.linear())}
 
@@ -125,14 +152,24 @@ def compiled(made: list[Layer], device: str) -> dict:
 def modulation(made: list[Layer], device: str) -> dict:
     """The weight-only op: the same bits twice, in a graph as outside."""
     case = Case("modulation", 1, 256 if device == "cpu" else 3072, 256 if device == "cpu" else 9216)
-    p, x = make_w4a16(case, torch.bfloat16, device=device), torch.randn(1, case.K, device=device).bfloat16()
+    p, x = (
+        make_w4a16(case, torch.bfloat16, device=device),
+        torch.randn(1, case.K, device=device).bfloat16(),
+    )
     first = ops.linear_w4a16(x, **p)
     return {"ok": all(torch.equal(first, ops.linear_w4a16(x, **p)) for _ in range(20))}
 
 
 CHECKS: dict[str, Callable[[list[Layer], str], dict]] = {
-    "same bits every time": repeats, "CUDA graph": graph, "many streams": streams, "tokens apart": tokens_apart, "refusals": refusals,
-    "no memory of its own": without_memory_of_its_own, "torch.compile": compiled, "modulation": modulation}
+    "same bits every time": repeats,
+    "CUDA graph": graph,
+    "many streams": streams,
+    "tokens apart": tokens_apart,
+    "refusals": refusals,
+    "no memory of its own": without_memory_of_its_own,
+    "torch.compile": compiled,
+    "modulation": modulation,
+}
 
 
 def run(report: Report, device: str, dry: bool) -> None:
@@ -144,5 +181,11 @@ def run(report: Report, device: str, dry: bool) -> None:
             with torch.inference_mode():
                 report.add({"check": name} | check(made, device))
         except Exception as error:
-            report.add({"check": name, "ok": False, "error_message": f"{type(error).__name__}: {error}".splitlines()[0]})
+            report.add(
+                {
+                    "check": name,
+                    "ok": False,
+                    "error_message": f"{type(error).__name__}: {error}".splitlines()[0],
+                }
+            )
     report.set(failed=[row["check"] for row in report.facts["rows"] if not row["ok"]])

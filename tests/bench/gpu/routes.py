@@ -1,4 +1,6 @@
-"""The router's choices, and every alternative to them measured: a reason that it gives in words is checked by a number here."""
+"""The router's choices, and every alternative to them measured: a reason that it gives in words is
+checked by a number here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ from bench.gpu.report import Report
 from compare import relative_error
 from nibble.kernels import native
 
-OPS = ("quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16")
+OPS = (
+    "quantize_down",
+    "gemm_w4a4_up",
+    "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",
+    "gemm_w4a16",
+)
 
 
 def choices(capability: int, dry: bool) -> list[dict]:
@@ -40,13 +48,22 @@ def forced(case, dtype: torch.dtype, device: str, numbered: list[tuple[int, str]
                 s.both()
             difference[name] = relative_error(steps[0].product(), expected)
             calls[name] = [s.product for s in steps]
-        except (ValueError, RuntimeError) as error:  # a path that is not made for this shape says so
+        # a path that is not made for this shape says so
+        except (ValueError, RuntimeError) as error:
             refused[name] = str(error).splitlines()[0]
     timings, failed = timing.take_turns(calls, device)
     fastest = min(timings, key=lambda name: timings[name]["ms"])
-    return {"case": case.name, "M": case.M, "K": case.K, "N": case.N, "fastest": fastest,
-            "router_over_fastest": timings["router"]["ms"] / timings[fastest]["ms"], "timings": timings, "difference": difference,
-            "refused": refused | failed}
+    return {
+        "case": case.name,
+        "M": case.M,
+        "K": case.K,
+        "N": case.N,
+        "fastest": fastest,
+        "router_over_fastest": timings["router"]["ms"] / timings[fastest]["ms"],
+        "timings": timings,
+        "difference": difference,
+        "refused": refused | failed,
+    }
 
 
 def run(report: Report, device: str, dry: bool) -> None:
@@ -65,5 +82,10 @@ def run(report: Report, device: str, dry: bool) -> None:
             if report.late():
                 return
             case = layers.flux_case(m, k, n)
-            layers.add(report, lambda case=case: forced(case.scaled(0.02) if dry else case, torch.bfloat16, device, numbered),
-                       {"case": case.name, "M": m})
+            layers.add(
+                report,
+                lambda case=case: forced(
+                    case.scaled(0.02) if dry else case, torch.bfloat16, device, numbered
+                ),
+                {"case": case.name, "M": m},
+            )

@@ -1,7 +1,9 @@
-"""Time on a GPU: every candidate becomes a CUDA graph of several calls over different buffers, and the graphs take turns.
+"""Time on a GPU: every candidate becomes a CUDA graph of several calls over different buffers, and
+the graphs take turns.
 
-Graphs leave the launch gaps of Python out; buffers that together exceed the L2 cache make each call read its weights from memory, as a
-model's layers do. Where a candidate cannot be captured, its calls are timed as they are and marked so. On a CPU, for a dry run, a clock.
+Graphs leave the launch gaps of Python out; buffers that together exceed the L2 cache make each call
+read its weights from memory, as a model's layers do. Where a candidate cannot be captured, its
+calls are timed as they are and marked so. On a CPU, for a dry run, a clock.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import torch
 
 Call = Callable[[], object]
 CACHE_BYTES = 128 << 20
-"""More than any GPU's L2 that this is likely to meet (H100 50 MB, RTX 4090 72 MB, RTX 5090 96 MB)."""
+"""More than any GPU's L2 that this is likely to meet (H100 50 MB, RTX 4090 72 MB, RTX 5090
+96 MB).
+"""
 
 
 def copies(bytes_read: int, device: str, most: int = 16) -> int:
@@ -72,11 +76,14 @@ class Timed:
                 call()
 
 
-def take_turns(candidates: dict[str, list[Call]], device: str, rounds: int = 9) -> tuple[dict[str, dict], dict[str, str]]:
+def take_turns(
+    candidates: dict[str, list[Call]], device: str, rounds: int = 9
+) -> tuple[dict[str, dict], dict[str, str]]:
     """Times all candidates, one lap of each a round; the first one is the baseline.
 
     candidates: name -> one call for each set of buffers.
-    Returns ({name: {"ms", "low_ms", "high_ms", "times_baseline", "mode"}}, {name: why it could not be timed}).
+    Returns ({name: {"ms", "low_ms", "high_ms", "times_baseline", "mode"}}, {name: why it could not
+    be timed}).
     """
     ready, failed = {}, {}
     for name, calls in candidates.items():
@@ -90,9 +97,18 @@ def take_turns(candidates: dict[str, list[Call]], device: str, rounds: int = 9) 
             for name, timed in ready.items():
                 laps[name].append(timed.measure())
     baseline = next(iter(laps.values()), [])
-    return {name: {"ms": statistics.median(own), "low_ms": min(own), "high_ms": max(own), "mode": ready[name].mode,
-                   "times_baseline": statistics.median(mine / base for mine, base in zip(own, baseline, strict=True))}
-            for name, own in laps.items()}, failed
+    return {
+        name: {
+            "ms": statistics.median(own),
+            "low_ms": min(own),
+            "high_ms": max(own),
+            "mode": ready[name].mode,
+            "times_baseline": statistics.median(
+                mine / base for mine, base in zip(own, baseline, strict=True)
+            ),
+        }
+        for name, own in laps.items()
+    }, failed
 
 
 def one(calls: list[Call], device: str, rounds: int = 9) -> float:

@@ -1,4 +1,6 @@
-"""The whole FLUX.1-dev transformer with random weights at 4096 + 512 tokens: time of a step, memory, and where the time goes."""
+"""The whole FLUX.1-dev transformer with random weights at 4096 + 512 tokens: time of a step,
+memory, and where the time goes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from nibble.kernels import ops
 
 from cases import Case
 
-SMALL = flux.Config(double=1, single=1, hidden=128, heads=1, channels=16, context=32, vector=16)  # for a dry run
+# for a dry run
+SMALL = flux.Config(double=1, single=1, hidden=128, heads=1, channels=16, context=32, vector=16)
 
 
 def is_modulation(name: str) -> bool:
@@ -23,7 +26,9 @@ def is_modulation(name: str) -> bool:
 
 
 class Held(nn.Module):
-    """Parameters of one layer as buffers. What a layer computes stays finite through 57 blocks: scales are made small."""
+    """Parameters of one layer as buffers. What a layer computes stays finite through 57 blocks:
+    scales are made small.
+    """
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str):
         super().__init__()
@@ -49,13 +54,17 @@ class NibbleMlp(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.mlp_w4a4(x, self.first.in_order(), self.second.in_order(), act_unsigned2=self.second.unsigned)
+        return ops.mlp_w4a4(
+            x, self.first.in_order(), self.second.in_order(), act_unsigned2=self.second.unsigned
+        )
 
 
 class KitchenSvdquant(Held):
     def forward(self, x: Tensor) -> Tensor:
         rows, p = x.reshape(-1, x.shape[-1]), dict(zip(PARAMETERS, self.in_order(), strict=True))
-        return peers.kitchen_svdquant_call(peers.need("comfy_kitchen"), rows, p, self.unsigned)[: len(rows)].reshape(*x.shape[:-1], -1)
+        return peers.kitchen_svdquant_call(peers.need("comfy_kitchen"), rows, p, self.unsigned)[
+            : len(rows)
+        ].reshape(*x.shape[:-1], -1)
 
 
 class KitchenConvrot(nn.Module):
@@ -91,7 +100,9 @@ def maker(kind: type | None, dtype: torch.dtype, device: str) -> flux.MakeLinear
     ours = kind is not None and issubclass(kind, Nibble)
 
     def linear(name: str, inputs: int, outputs: int) -> nn.Module:
-        case = Case(name, 1, inputs, outputs, R=min(32, inputs), act_unsigned=name.endswith("mlp.2"))
+        case = Case(
+            name, 1, inputs, outputs, R=min(32, inputs), act_unsigned=name.endswith("mlp.2")
+        )
         if ours and is_modulation(name):
             return Modulation(case, dtype, device)
         if kind is None or is_modulation(name):
@@ -103,13 +114,20 @@ def maker(kind: type | None, dtype: torch.dtype, device: str) -> flux.MakeLinear
 
 def build(name: str, config: flux.Config, dtype: torch.dtype, device: str) -> flux.Flux:
     """A FLUX of random weights on the device, its linears as `name` says."""
-    kind = {"bfloat16": None, "nibble": Nibble, "nibble, fused MLP": Nibble, "comfy_kitchen svdquant": KitchenSvdquant,
-            "comfy_kitchen convrot_w4a4 int8": KitchenConvrot}[name]
+    kind = {
+        "bfloat16": None,
+        "nibble": Nibble,
+        "nibble, fused MLP": Nibble,
+        "comfy_kitchen svdquant": KitchenSvdquant,
+        "comfy_kitchen convrot_w4a4 int8": KitchenConvrot,
+    }[name]
     linear = maker(kind, dtype, device)
     mlp = None
     if name == "nibble, fused MLP":
+
         def mlp(name: str, hidden: int, inner: int) -> nn.Module:
             return NibbleMlp(linear(f"{name}.0", hidden, inner), linear(f"{name}.2", inner, hidden))
+
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -126,8 +144,16 @@ def measure(name: str, config: flux.Config, picture: int, words: int, device: st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated() if cuda else 0
-    model, arguments = build(name, config, torch.bfloat16, device), flux.inputs(config, picture, words, device, torch.bfloat16)
-    facts = {"model": name, "tokens": picture * picture + words, "double": config.double, "single": config.single}
+    model, arguments = (
+        build(name, config, torch.bfloat16, device),
+        flux.inputs(config, picture, words, device, torch.bfloat16),
+    )
+    facts = {
+        "model": name,
+        "tokens": picture * picture + words,
+        "double": config.double,
+        "single": config.single,
+    }
     with torch.inference_mode():
         if cuda:
             facts["weight_gb"] = (torch.cuda.memory_allocated() - start) / 1e9
@@ -137,8 +163,11 @@ def measure(name: str, config: flux.Config, picture: int, words: int, device: st
         if cuda:
             facts["peak_gb"] = (torch.cuda.max_memory_allocated() - start) / 1e9
         first = _once(model, arguments, device)
-        laps = 5 if first < 1000 else 1  # emulated instructions take seconds a step; one is enough to see it
-        facts["launched_ms"] = statistics.median([first] + [_once(model, arguments, device) for _ in range(laps - 1)])
+        # emulated instructions take seconds a step; one is enough to see it
+        laps = 5 if first < 1000 else 1
+        facts["launched_ms"] = statistics.median(
+            [first] + [_once(model, arguments, device) for _ in range(laps - 1)]
+        )
         timed = Timed([lambda: model(*arguments)], device, target_ms=0)
         facts |= {"ms": statistics.median(timed.measure() for _ in range(laps)), "mode": timed.mode}
         facts["kernels"] = kernels(model, arguments) if cuda else {}
@@ -157,12 +186,16 @@ def _once(model: nn.Module, arguments: tuple, device: str) -> float:
 
 
 def kernels(model: nn.Module, arguments: tuple) -> dict[str, float]:
-    """Milliseconds of the kernels that take longest in one step, by name; empty where the profiler does not work."""
+    """Milliseconds of the kernels that take longest in one step, by name; empty where the profiler
+    does not work.
+    """
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             model(*arguments)
             torch.cuda.synchronize()
-        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
+        events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[
+            :14
+        ]
         return {event.key[:100]: event.self_device_time_total / 1e3 for event in events}
     except Exception as error:
         return {f"the profiler failed: {error}".splitlines()[0]: 0.0}
@@ -170,14 +203,30 @@ def kernels(model: nn.Module, arguments: tuple) -> dict[str, float]:
 
 def run(report: Report, device: str, dry: bool) -> None:
     config, picture, words = (SMALL, 4, 3) if dry else (flux.Config(), 64, 512)
-    for name in ("nibble", "bfloat16", "nibble, fused MLP", "comfy_kitchen convrot_w4a4 int8", "comfy_kitchen svdquant"):
+    for name in (
+        "nibble",
+        "bfloat16",
+        "nibble, fused MLP",
+        "comfy_kitchen convrot_w4a4 int8",
+        "comfy_kitchen svdquant",
+    ):
         if report.late():
             break
         try:
             report.add(measure(name, config, picture, words, device))
         except Exception as error:
-            report.add({"model": name, "absent": f"{type(error).__name__}: {error}".splitlines()[0]})
+            report.add(
+                {"model": name, "absent": f"{type(error).__name__}: {error}".splitlines()[0]}
+            )
         steps = {row["model"]: row for row in report.facts["rows"] if "ms" in row}
         if {"nibble", "bfloat16"} <= steps.keys():
-            report.set(summary={name: {"times_as_fast_as_bfloat16": steps["bfloat16"]["ms"] / row["ms"], "ms": row["ms"],
-                                       **{key: row[key] for key in ("weight_gb", "peak_gb") if key in row}} for name, row in steps.items()})
+            report.set(
+                summary={
+                    name: {
+                        "times_as_fast_as_bfloat16": steps["bfloat16"]["ms"] / row["ms"],
+                        "ms": row["ms"],
+                        **{key: row[key] for key in ("weight_gb", "peak_gb") if key in row},
+                    }
+                    for name, row in steps.items()
+                }
+            )

@@ -1,4 +1,6 @@
-"""Test nodes for a ComfyUI server: the encoder of bench/seeker.py, whose answer is known, and its pictures."""
+"""Test nodes for a ComfyUI server: the encoder of bench/seeker.py, whose answer is known, and its
+pictures.
+"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,8 @@
-"""Builds kernels/csrc/cuda for the CPU, with emulator.h in the GPU's place, into one library that ctypes loads.
+"""Builds kernels/csrc/cuda for the CPU, with emulator.h in the GPU's place, into one library that
+ctypes loads.
 
-Every source is compiled by itself and kept by the hash of all that it includes, so a test run compiles only what changed.
+Every source is compiled by itself and kept by the hash of all that it includes, so a test run
+compiles only what changed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parents[2] / "kernels" / "csrc" / "cuda"
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
 
 
 def unavailable() -> str:
@@ -30,9 +36,15 @@ def unavailable() -> str:
         return "the emulator runs on x86-64 Linux only"
     if not shutil.which("g++"):
         return "the emulator needs g++, which is not installed"
-    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
+    version = subprocess.run(
+        ["g++", "-dumpversion"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     # 12 is the first with _Float16 in C++.
-    return "" if int(version.split(".")[0]) >= 12 else f"the emulator needs g++ 12 and this is {version}"
+    return (
+        ""
+        if int(version.split(".")[0]) >= 12
+        else f"the emulator needs g++ 12 and this is {version}"
+    )
 
 
 @functools.cache
@@ -54,17 +66,30 @@ def _with_includes(source: Path, seen: dict[Path, str]) -> dict[Path, str]:
 
 
 def _flags(sanitize: bool) -> list[str]:
-    # Compiling takes longer than the tests do. No contraction and no aliasing rules: nvcc's device code knows neither of g++'s.
-    flags = ["-std=c++17", "-O0" if sanitize else "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-fno-strict-aliasing"]
+    # Compiling takes longer than the tests do. No contraction and no aliasing rules: nvcc's device
+    # code knows neither of g++'s.
+    flags = [
+        "-std=c++17",
+        "-O0" if sanitize else "-O1",
+        "-fPIC",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ]
     flags += ["-DNIBBLE_EMULATE", "-DNIBBLE_CUDA", f"-I{HERE}", f"-I{CUDA.parent}"]
-    features = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split())
+    features = set(
+        Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    )
     if {"avx2", "fma", "f16c"} <= features:  # fmaf and float16 as instructions, not as calls
         flags += ["-mavx2", "-mfma", "-mf16c"]
     return flags + (list(SANITIZE) if sanitize else [])
 
 
 def _run(command: list[str], result: Path) -> Path:
-    """Runs a compiler whose output `result` appears at once or not at all: two test runs may build side by side."""
+    """Runs a compiler whose output `result` appears at once or not at all: two test runs may build
+    side by side.
+    """
     part = result.with_name(f"{result.name}.{os.getpid()}")
     done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
@@ -78,17 +103,24 @@ def _object(source: Path, flags: list[str], folder: Path) -> Path:
     for path, text in sorted(_with_includes(source, {}).items()):
         key.update(f"{path}\0{text}\0".encode())
     result = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
-    return result if result.exists() else _run(["g++", "-x", "c++", *flags, "-c", str(source)], result)
+    return (
+        result if result.exists() else _run(["g++", "-x", "c++", *flags, "-c", str(source)], result)
+    )
 
 
 def sources(only: Sequence[str] = ()) -> list[Path]:
     """What the library is made of: every kernel, or those of the named files."""
     kernels = [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
-    return [HERE / "emulator.cpp", HERE / "entry.cpp", *(kernel for kernel in kernels if not only or kernel.stem in only)]
+    return [
+        HERE / "emulator.cpp",
+        HERE / "entry.cpp",
+        *(kernel for kernel in kernels if not only or kernel.stem in only),
+    ]
 
 
 def library(sanitized: Sequence[str] = ()) -> Path:
-    """Path of the built library, building what is not built yet; with names, of those files alone and with sanitizers.
+    """Path of the built library, building what is not built yet; with names, of those files alone
+    and with sanitizers.
 
     Raises RuntimeError with the compiler's own words.
     """
@@ -112,7 +144,9 @@ def load(sanitized: Sequence[str] = ()) -> ctypes.CDLL:
 
 def asan() -> str:
     """Path of libasan, to be preloaded by a process that runs the sanitized library."""
-    return subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

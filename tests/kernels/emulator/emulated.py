@@ -1,4 +1,5 @@
-"""The emulated kernels as functions of torch tensors, with the reference's argument names and a GPU's `capability`.
+"""The emulated kernels as functions of torch tensors, with the reference's argument names and a
+GPU's `capability`.
 
 Results come in buffers filled with NaN bits beforehand, so an element that a kernel forgot is seen.
 """
@@ -22,52 +23,91 @@ _size, _pointer, _int, _bool = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ct
 
 def _struct(name: str, text: str) -> type[ctypes.Structure]:
     kinds = {"i": _size, "p": _pointer, "e": _int, "b": _bool}
-    return type(name, (ctypes.Structure,), {"_fields_": [(field, kinds[kind]) for field, kind in (f.split(":") for f in text.split())]})
+    return type(
+        name,
+        (ctypes.Structure,),
+        {
+            "_fields_": [
+                (field, kinds[kind]) for field, kind in (f.split(":") for f in text.split())
+            ]
+        },
+    )
 
 
 Where = _struct("Where", "device:e stream:p capability:e threads:e isa:e")
 QuantizeDown = _struct(
     "QuantizeDown",
-    "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e q:p ascales:p h:p",
+    "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e"
+    " q:p ascales:p h:p",
 )
 GemmW4A4Up = _struct(
     "GemmW4A4Up",
-    "M:i N:i K:i R:i codes:e q:p act_unsigned:b ascales:p h:p h_stride:i weight:p weight_scale:p proj_up:p bias:p param_dtype:e "
-    "out:p out_dtype:e workspace:p",
+    "M:i N:i K:i R:i codes:e q:p act_unsigned:b ascales:p h:p h_stride:i weight:p weight_scale:p"
+    " proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
 )
-W4A16 = _struct("W4A16", "M:i N:i K:i x:p x_dtype:e weight:p weight_scale:p weight_zeros:p bias:p param_dtype:e out:p")
+W4A16 = _struct(
+    "W4A16",
+    "M:i N:i K:i x:p x_dtype:e weight:p weight_scale:p weight_zeros:p bias:p param_dtype:e out:p",
+)
 GemmVQ = _struct(
     "GemmVQ",
-    "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p param_dtype:e addend:p addend_dtype:e "
-    "out:p out_dtype:e",
+    "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p"
+    " param_dtype:e addend:p addend_dtype:e out:p out_dtype:e",
 )
 
 
 class GemmW4A4UpGeluQuantizeDown(ctypes.Structure):
     _fields_ = [
-        ("first", GemmW4A4Up), ("R2", _size), ("smooth2", _pointer), ("proj_down2", _pointer), ("act_unsigned2", _bool), ("rotate2", _bool),
-        ("codes2", _int), ("q2", _pointer), ("ascales2", _pointer), ("h2", _pointer), ("workspace", _pointer),
+        ("first", GemmW4A4Up),
+        ("R2", _size),
+        ("smooth2", _pointer),
+        ("proj_down2", _pointer),
+        ("act_unsigned2", _bool),
+        ("rotate2", _bool),
+        ("codes2", _int),
+        ("q2", _pointer),
+        ("ascales2", _pointer),
+        ("h2", _pointer),
+        ("workspace", _pointer),
     ]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The emulated kernels, built if need be, with their signatures declared. NIBBLE_SANITIZED names files to have alone, with sanitizers."""
+    """The emulated kernels, built if need be, with their signatures declared. NIBBLE_SANITIZED
+    names files to have alone, with sanitizers.
+    """
     return declare(build.load(os.environ.get("NIBBLE_SANITIZED", "").split()))
 
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Gives the entry points their types, and checks that both sides lay their structs out alike."""
+    """Gives the entry points their types, and checks that both sides lay their structs out
+    alike.
+    """
     lib.emulated_size.restype = lib.emulated_workspace_bytes.restype = ctypes.c_size_t
     lib.emulated_workspace_bytes.argtypes = [ctypes.c_char_p, _int, _size, _size, _size, _size]
-    lib.emulated_route.argtypes, lib.emulated_route.restype = [ctypes.c_char_p, _int, _size, _size, _size], ctypes.c_char_p
-    ops = {"quantize_down": QuantizeDown, "gemm_w4a4_up": GemmW4A4Up, "gemm_w4a4_up_gelu_quantize_down": GemmW4A4UpGeluQuantizeDown,
-           "gemv_w4a16": W4A16, "gemm_w4a16": W4A16, "gemm_vq": GemmVQ}
+    lib.emulated_route.argtypes, lib.emulated_route.restype = (
+        [ctypes.c_char_p, _int, _size, _size, _size],
+        ctypes.c_char_p,
+    )
+    ops = {
+        "quantize_down": QuantizeDown,
+        "gemm_w4a4_up": GemmW4A4Up,
+        "gemm_w4a4_up_gelu_quantize_down": GemmW4A4UpGeluQuantizeDown,
+        "gemv_w4a16": W4A16,
+        "gemm_w4a16": W4A16,
+        "gemm_vq": GemmVQ,
+    }
     for op, struct in ops.items():
         entry = getattr(lib, f"emulated_{op}")
-        entry.argtypes, entry.restype = [ctypes.POINTER(struct), ctypes.POINTER(Where)], ctypes.c_char_p
+        entry.argtypes, entry.restype = (
+            [ctypes.POINTER(struct), ctypes.POINTER(Where)],
+            ctypes.c_char_p,
+        )
     for struct in (Where, *ops.values()):
-        assert ctypes.sizeof(struct) == lib.emulated_size(struct.__name__.encode()), f"{struct.__name__} differs from nibble.h"
+        assert ctypes.sizeof(struct) == lib.emulated_size(struct.__name__.encode()), (
+            f"{struct.__name__} differs from nibble.h"
+        )
     return lib
 
 
@@ -76,7 +116,9 @@ class Failed(RuntimeError):
 
 
 def _call(op: str, arguments: ctypes.Structure, capability: int) -> None:
-    error = getattr(library(), f"emulated_{op}")(ctypes.byref(arguments), ctypes.byref(Where(device=0, capability=capability, threads=1)))
+    error = getattr(library(), f"emulated_{op}")(
+        ctypes.byref(arguments), ctypes.byref(Where(device=0, capability=capability, threads=1))
+    )
     if error is not None:
         raise Failed(error.decode())
 
@@ -87,7 +129,7 @@ def seed(value: int) -> None:
 
 
 def route(op: str, capability: int, m: int, n: int, k: int) -> str:
-    """"path: reason" of the router's choice."""
+    """ "path: reason" of the router's choice."""
     return library().emulated_route(op.encode(), capability, m, n, k).decode()
 
 
@@ -96,14 +138,18 @@ def codes(capability: int) -> int:
     return library().emulated_codes(capability)
 
 
-def _workspace(op: str, capability: int, m: int, n: int, k: int, r: int, form: int = PACKED) -> Tensor | None:
+def _workspace(
+    op: str, capability: int, m: int, n: int, k: int, r: int, form: int = PACKED
+) -> Tensor | None:
     name = op if form == PACKED else f"{op}/e4m3"
     size = library().emulated_workspace_bytes(name.encode(), capability, m, n, k, r)
     return torch.full((size,), -1, dtype=torch.int8) if size else None
 
 
 def _at(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.numel() == 0 or tensor.data_ptr() % 16 == 0, "the bindings refuse unaligned tensors"
+    assert tensor is None or tensor.numel() == 0 or tensor.data_ptr() % 16 == 0, (
+        "the bindings refuse unaligned tensors"
+    )
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -112,48 +158,125 @@ def _unset(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_down(
-    x: Tensor, smooth_factor: Tensor, proj_down: Tensor, act_unsigned: bool = False, rotation: int = 0, *, capability: int, form: int = PACKED
+    x: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    act_unsigned: bool = False,
+    rotation: int = 0,
+    *,
+    capability: int,
+    form: int = PACKED,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, ascales, h); q is (M, K/2) int8, or (M, K) int8 holding the bits of e4m3 for form=E4M3."""
+    """(q, ascales, h); q is (M, K/2) int8, or (M, K) int8 holding the bits of e4m3 for
+    form=E4M3.
+    """
     (m, k), r = x.shape, proj_down.shape[1]
     x, smooth_factor, proj_down = x.contiguous(), smooth_factor.contiguous(), proj_down.contiguous()
     q = _unset(m, k if form else k // 2, dtype=torch.int8)
     ascales, h = _unset(k // 64, m, dtype=torch.float32), _unset(m, r, dtype=torch.float32)
-    _call("quantize_down", QuantizeDown(
-        m, k, r, _at(x), DTYPES[x.dtype], _at(smooth_factor), _at(proj_down), DTYPES[proj_down.dtype], act_unsigned, bool(rotation), form,
-        _at(q), _at(ascales), _at(h)), capability)
+    _call(
+        "quantize_down",
+        QuantizeDown(
+            m,
+            k,
+            r,
+            _at(x),
+            DTYPES[x.dtype],
+            _at(smooth_factor),
+            _at(proj_down),
+            DTYPES[proj_down.dtype],
+            act_unsigned,
+            bool(rotation),
+            form,
+            _at(q),
+            _at(ascales),
+            _at(h),
+        ),
+        capability,
+    )
     return q, ascales, h
 
 
 def _product(
-    q: Tensor, ascales: Tensor, h: Tensor, weight: Tensor, weight_scale: Tensor, proj_up: Tensor, bias: Tensor | None, act_unsigned: bool,
+    q: Tensor,
+    ascales: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    act_unsigned: bool,
     form: int,
 ) -> GemmW4A4Up:
     """Everything but the result. `h` may be a slice of a wider one: its row stride is passed on."""
     m, (n, half) = q.shape[0], weight.shape
     stride = h.stride(0) if h.numel() else h.shape[1]
     return GemmW4A4Up(
-        m, n, 2 * half, proj_up.shape[1], form, _at(q), act_unsigned, _at(ascales), _at(h), stride, _at(weight), _at(weight_scale),
-        _at(proj_up), _at(bias), DTYPES[weight_scale.dtype])
+        m,
+        n,
+        2 * half,
+        proj_up.shape[1],
+        form,
+        _at(q),
+        act_unsigned,
+        _at(ascales),
+        _at(h),
+        stride,
+        _at(weight),
+        _at(weight_scale),
+        _at(proj_up),
+        _at(bias),
+        DTYPES[weight_scale.dtype],
+    )
 
 
 def gemm_w4a4_up(
-    q: Tensor, ascales: Tensor, h: Tensor, weight: Tensor, weight_scale: Tensor, proj_up: Tensor, bias: Tensor | None = None,
-    act_unsigned: bool = False, out_dtype: torch.dtype = torch.float32, *, capability: int, form: int = PACKED,
+    q: Tensor,
+    ascales: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None = None,
+    act_unsigned: bool = False,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    capability: int,
+    form: int = PACKED,
 ) -> Tensor:
     """(M, N) in `out_dtype`. Tensors must be contiguous (h: its rows)."""
     arguments = _product(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned, form)
     out = _unset(arguments.M, arguments.N, dtype=out_dtype)
-    workspace = _workspace("gemm_w4a4_up", capability, arguments.M, arguments.N, arguments.K, arguments.R, form)
-    arguments.out, arguments.out_dtype, arguments.workspace = _at(out), DTYPES[out_dtype], _at(workspace)
+    workspace = _workspace(
+        "gemm_w4a4_up", capability, arguments.M, arguments.N, arguments.K, arguments.R, form
+    )
+    arguments.out, arguments.out_dtype, arguments.workspace = (
+        _at(out),
+        DTYPES[out_dtype],
+        _at(workspace),
+    )
     _call("gemm_w4a4_up", arguments, capability)
     return out
 
 
 def gemm_w4a4_up_gelu_quantize_down(
-    q: Tensor, ascales: Tensor, h: Tensor, weight: Tensor, weight_scale: Tensor, proj_up: Tensor, bias: Tensor | None, act_unsigned: bool,
-    smooth2: Tensor, proj_down2: Tensor, act_unsigned2: bool, rotation2: int, mid_dtype: torch.dtype,
-    *, capability: int, form: int = PACKED, form2: int = PACKED,
+    q: Tensor,
+    ascales: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    act_unsigned: bool,
+    smooth2: Tensor,
+    proj_down2: Tensor,
+    act_unsigned2: bool,
+    rotation2: int,
+    mid_dtype: torch.dtype,
+    *,
+    capability: int,
+    form: int = PACKED,
+    form2: int = PACKED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q2, ascales2, h2) of the next layer."""
     op = "gemm_w4a4_up_gelu_quantize_down"
@@ -163,32 +286,94 @@ def gemm_w4a4_up_gelu_quantize_down(
     q2 = _unset(m, n if form2 else n // 2, dtype=torch.int8)
     ascales2, h2 = _unset(n // 64, m, dtype=torch.float32), _unset(m, r2, dtype=torch.float32)
     workspace = _workspace(op, capability, m, n, first.K, r2, form)
-    _call(op, GemmW4A4UpGeluQuantizeDown(
-        first, r2, _at(smooth2), _at(proj_down2), act_unsigned2, bool(rotation2), form2, _at(q2), _at(ascales2), _at(h2), _at(workspace),
-    ), capability)
+    _call(
+        op,
+        GemmW4A4UpGeluQuantizeDown(
+            first,
+            r2,
+            _at(smooth2),
+            _at(proj_down2),
+            act_unsigned2,
+            bool(rotation2),
+            form2,
+            _at(q2),
+            _at(ascales2),
+            _at(h2),
+            _at(workspace),
+        ),
+        capability,
+    )
     return q2, ascales2, h2
 
 
 def w4a16(
-    op: str, x: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None = None, bias: Tensor | None = None, *, capability: int
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zeros: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    capability: int,
 ) -> Tensor:
     """`op` is "gemv_w4a16" or "gemm_w4a16". (M, N) in x.dtype."""
     (m, k), n = x.shape, weight.shape[0]
     out = _unset(m, n, dtype=x.dtype)
-    _call(op, W4A16(m, n, k, _at(x), DTYPES[x.dtype], _at(weight), _at(weight_scale), _at(weight_zeros), _at(bias),
-                    DTYPES[weight_scale.dtype], _at(out)), capability)
+    _call(
+        op,
+        W4A16(
+            m,
+            n,
+            k,
+            _at(x),
+            DTYPES[x.dtype],
+            _at(weight),
+            _at(weight_scale),
+            _at(weight_zeros),
+            _at(bias),
+            DTYPES[weight_scale.dtype],
+            _at(out),
+        ),
+        capability,
+    )
     return out
 
 
 def gemm_vq(
-    x: Tensor, indices: Tensor, codebook: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, addend: Tensor | None = None,
-    *, capability: int,
+    x: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    *,
+    capability: int,
 ) -> Tensor:
     """(M, N) in x.dtype. Scale and bias are of one dtype."""
     (m, k), n, (words, vector) = x.shape, indices.shape[0], codebook.shape
     out = _unset(m, n, dtype=x.dtype)
     kind = next((DTYPES[tensor.dtype] for tensor in (scale, bias) if tensor is not None), 0)
-    _call("gemm_vq", GemmVQ(m, n, k, words.bit_length() - 1, vector, _at(x), DTYPES[x.dtype], _at(indices), _at(codebook),
-                            DTYPES[codebook.dtype], _at(scale), _at(bias), kind, _at(addend), 0 if addend is None else DTYPES[addend.dtype],
-                            _at(out), DTYPES[x.dtype]), capability)
+    _call(
+        "gemm_vq",
+        GemmVQ(
+            m,
+            n,
+            k,
+            words.bit_length() - 1,
+            vector,
+            _at(x),
+            DTYPES[x.dtype],
+            _at(indices),
+            _at(codebook),
+            DTYPES[codebook.dtype],
+            _at(scale),
+            _at(bias),
+            kind,
+            _at(addend),
+            0 if addend is None else DTYPES[addend.dtype],
+            _at(out),
+            DTYPES[x.dtype],
+        ),
+        capability,
+    )
     return out

@@ -1,7 +1,8 @@
 // kernels/csrc/cuda/primitives_sm90.cuh in plain C++. See emulator.h.
 //
-// A warp's product reads its operands at once, or as late as the wait for it: chance decides, each time. Its sums hold NaN in between. A
-// tile under way, and a store for the tensor core that no fence has followed, hold NaN as well. So whatever is touched too early shows.
+// A warp's product reads its operands at once, or as late as the wait for it: chance decides, each
+// time. Its sums hold NaN in between. A tile under way, and a store for the tensor core that no
+// fence has followed, hold NaN as well. So whatever is touched too early shows.
 #pragma once
 
 #include <deque>
@@ -17,7 +18,8 @@ namespace nibble {
 
 using Barrier = uint64_t;
 
-// ---- barriers in shared memory and the copy engine ---------------------------------------------------------------------
+// ---- barriers in shared memory and the copy engine
+// ---------------------------------------------------------------------
 
 struct TensorMap {
     const char* base;
@@ -25,7 +27,8 @@ struct TensorMap {
     uint32_t box_rows, box_bytes;
 };
 
-inline TensorMap tensor_map(const void* base, uint64_t rows, uint64_t row_bytes, uint32_t box_rows, uint32_t box_bytes) {
+inline TensorMap tensor_map(const void* base, uint64_t rows, uint64_t row_bytes, uint32_t box_rows,
+                            uint32_t box_bytes) {
     const bool aligned = reinterpret_cast<uintptr_t>(base) % 16 == 0 && row_bytes % 16 == 0;
     if (!aligned || !rows || !row_bytes || box_rows > 256 || (box_bytes != 64 && box_bytes != 128))
         throw std::runtime_error("the copy engine cannot read such a matrix");
@@ -49,7 +52,8 @@ struct BarrierState {
 inline thread_local std::map<const void*, BarrierState> barriers;
 inline thread_local std::mt19937 whim(0);  // early or late
 
-// Lets the other threads run for a while: what a barrier has permitted happens before this thread's next step.
+// Lets the other threads run for a while: what a barrier has permitted happens before this thread's
+// next step.
 inline void linger() {
     for (unsigned rounds = whim() % 4; rounds; rounds--)
         emulator::wait_until([asked = false]() mutable { return std::exchange(asked, true); });
@@ -72,8 +76,10 @@ inline void land(BarrierState& s, const Tile& tile) {
             at ^= width == 128 ? (at >> 7 & 7) << 4 : (at >> 7 & 3) << 4;
             for (int i = 0; i < 16; i++) {
                 int64_t row = int64_t(tile.row) + r, byte = int64_t(tile.byte) + b + i;
-                bool inside = row >= 0 && row < int64_t(tile.map.rows) && byte >= 0 && byte < int64_t(tile.map.row_bytes);
-                emulator::block().shared[at + i] = inside ? tile.map.base[row * tile.map.row_bytes + byte] : 0;
+                bool inside = row >= 0 && row < int64_t(tile.map.rows) && byte >= 0 &&
+                              byte < int64_t(tile.map.row_bytes);
+                emulator::block().shared[at + i] =
+                    inside ? tile.map.base[row * tile.map.row_bytes + byte] : 0;
             }
         }
     s.bytes -= int64_t(tile.map.box_rows) * width;
@@ -108,7 +114,9 @@ inline void barrier_init(Barrier* barrier, uint32_t count) {
     fresh.count = fresh.missing = count;
     emulated::barriers[barrier] = fresh;
 }
-inline void barrier_expect(Barrier* barrier, uint32_t bytes) { emulated::state(barrier).bytes += bytes; }
+inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
+    emulated::state(barrier).bytes += bytes;
+}
 inline void barrier_arrive(Barrier* barrier) {
     emulated::BarrierState& s = emulated::state(barrier);
     if (!s.missing) emulator::fail("more threads arrive at a barrier than it counts");
@@ -130,13 +138,21 @@ inline void sync_named(int id, int threads) {
 }
 
 inline void registers_move(int count) {
-    if (count % 8 || count < 24 || count > 256) emulator::fail("setmaxnreg takes multiples of 8 from 24 to 256");
+    if (count % 8 || count < 24 || count > 256)
+        emulator::fail("setmaxnreg takes multiples of 8 from 24 to 256");
     emulator::together("setmaxnreg", count, [](int**) {});
 }
-template <int Count> void registers_release() { registers_move(Count); }
-template <int Count> void registers_claim() { registers_move(Count); }
+template <int Count>
+void registers_release() {
+    registers_move(Count);
+}
+template <int Count>
+void registers_claim() {
+    registers_move(Count);
+}
 
-// ---- products of a warpgroup ---------------------------------------------------------------------------------------------
+// ---- products of a warpgroup
+// ---------------------------------------------------------------------------------------------
 
 namespace emulated {
 
@@ -159,9 +175,9 @@ struct Product {
 
 struct WarpProducts {
     bool fenced = false;
-    std::deque<std::vector<Product>> groups = {{}};  // the last one is open
-    std::map<const float*, std::vector<float>> sums; // of registers under way, by lane 0's address
-    std::vector<uint64_t> history;                   // what was asked for, to compare the four warps
+    std::deque<std::vector<Product>> groups = {{}};   // the last one is open
+    std::map<const float*, std::vector<float>> sums;  // of registers under way, by lane 0's address
+    std::vector<uint64_t> history;  // what was asked for, to compare the four warps
 };
 
 // Of the running block: made anew where a block makes its barriers.
@@ -185,17 +201,20 @@ inline const char* operand(uint64_t descriptor, int n, int k) {
     const uint32_t stride = (descriptor >> 32 & 0x3FFF) << 4;
     const int swizzle = int(descriptor >> 62);
     uint32_t at;
-    if (swizzle == 1) {  // 128 bytes: rows of 128 bytes, eight of them `stride` from the next eight; the leading offset is not used
+    if (swizzle == 1) {  // 128 bytes: rows of 128 bytes, eight of them `stride` from the next
+                         // eight; the leading offset is not used
         at = start + n / 8 * stride + n % 8 * 128 + k;
         at ^= (at >> 7 & 7) << 4;
-    } else {             // none: 8 rows x 16 bytes dense; `leading` along k, `stride` along n
+    } else {  // none: 8 rows x 16 bytes dense; `leading` along k, `stride` along n
         at = start + n / 8 * stride + k / 16 * leading + n % 8 * 16 + k % 16;
     }
-    if (at + 4 > emulator::block().shared_bytes) emulator::fail("a product's operand lies outside of shared memory");
+    if (at + 4 > emulator::block().shared_bytes)
+        emulator::fail("a product's operand lies outside of shared memory");
     return emulator::block().shared + at;
 }
 
-// Hopper's e4m3 sum: products and addend aligned to the largest exponent, 13 bits kept below it, cut towards zero.
+// Hopper's e4m3 sum: products and addend aligned to the largest exponent, 13 bits kept below it,
+// cut towards zero.
 inline float add_aligned(const float* x, int count) {
     int top = -1000;
     for (int i = 0; i < count; i++) {
@@ -220,7 +239,10 @@ inline float tf32(uint32_t bits) { return bit_cast<float>(bits & 0xFFFFE000); }
 
 inline void carry_out(WarpProducts& warp, Product& p) {
     static float table[256];
-    static const bool filled = [] { for (int i = 0; i < 256; i++) table[i] = e4m3(uint8_t(i)); return true; }();
+    static const bool filled = [] {
+        for (int i = 0; i < 256; i++) table[i] = e4m3(uint8_t(i));
+        return true;
+    }();
     (void)filled;
     if (p.done) return;
     p.done = true;
@@ -229,13 +251,21 @@ inline void carry_out(WarpProducts& warp, Product& p) {
     for (int lane = 0; lane < 32; lane++)
         for (int r = 0; r < 4; r++) {
             const int row = lane / 4 + r % 2 * 8, t = lane % 4;
-            if (p.kind == Kind::tf32) a[row][t + r / 2 * 4] = tf32(p.a[lane][r]);
-            else for (int i = 0; i < 4; i++) a[row][r / 2 * 16 + 4 * t + i] = table[p.a[lane][r] >> (8 * i) & 255];
+            if (p.kind == Kind::tf32)
+                a[row][t + r / 2 * 4] = tf32(p.a[lane][r]);
+            else
+                for (int i = 0; i < 4; i++)
+                    a[row][r / 2 * 16 + 4 * t + i] = table[p.a[lane][r] >> (8 * i) & 255];
         }
     for (int n = 0; n < 64; n++)
         for (int k = 0; k < depth; k++) {
-            if (p.kind == Kind::e4m3) b[n][k] = table[uint8_t(*operand(p.b, n, k))];
-            else { uint32_t bits; std::memcpy(&bits, operand(p.b, n, 4 * k), 4); b[n][k] = tf32(bits); }
+            if (p.kind == Kind::e4m3)
+                b[n][k] = table[uint8_t(*operand(p.b, n, k))];
+            else {
+                uint32_t bits;
+                std::memcpy(&bits, operand(p.b, n, 4 * k), 4);
+                b[n][k] = tf32(bits);
+            }
         }
     std::vector<float>& sums = warp.sums[p.d[0]];
     if (!p.before.empty()) sums = p.before;
@@ -249,14 +279,18 @@ inline void carry_out(WarpProducts& warp, Product& p) {
                 for (int k = 0; k < depth; k++) exact += double(a[row][k]) * b[n][k];
                 sum = cut_to_float(exact);
             } else {
-                // Fast where nothing can be cut: integers (up to a power of two that the smallest term tells) below 2^13.
+                // Fast where nothing can be cut: integers (up to a power of two that the smallest
+                // term tells) below 2^13.
                 double exact = p.accumulate ? sum : 0, size = fabs(exact);
                 bool integers = exact == rint(exact);
                 for (int k = 0; k < depth; k++) {
                     const float x = a[row][k] * b[n][k];
                     terms[k] = x, exact += x, size += fabsf(x), integers &= x == rintf(x);
                 }
-                if (integers && size < 8192) { sum = float(exact); continue; }
+                if (integers && size < 8192) {
+                    sum = float(exact);
+                    continue;
+                }
                 terms[depth] = p.accumulate ? sum : 0;
                 sum = add_aligned(terms, depth + 1);
             }
@@ -264,10 +298,19 @@ inline void carry_out(WarpProducts& warp, Product& p) {
 }
 
 inline void ask(Kind kind, bool accumulate, float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    struct Lane { float* d; const uint32_t* a; uint64_t b; Kind kind; bool accumulate; } mine{d, a, b, kind, accumulate};
+    struct Lane {
+        float* d;
+        const uint32_t* a;
+        uint64_t b;
+        Kind kind;
+        bool accumulate;
+    } mine{d, a, b, kind, accumulate};
     emulator::together("wgmma.mma_async", mine, [](Lane** lanes) {
         WarpProducts& warp = of_this_warp();
-        if (!warp.fenced) emulator::fail("a product whose registers may have been touched since the last wait, without a fence");
+        if (!warp.fenced)
+            emulator::fail(
+                "a product whose registers may have been touched since the last wait, without a "
+                "fence");
         Product p;
         p.kind = lanes[0]->kind, p.accumulate = lanes[0]->accumulate, p.b = lanes[0]->b;
         for (int i = 0; i < 32; i++) {
@@ -279,7 +322,8 @@ inline void ask(Kind kind, bool accumulate, float (&d)[32], const uint32_t (&a)[
         for (int other = first; other < first + 4; other++) {
             const auto& theirs = products.warps[other].history;
             const size_t at = warp.history.size() - 1;
-            if (theirs.size() > at && theirs[at] != p.b) emulator::fail("the warps of a warpgroup ask for different products");
+            if (theirs.size() > at && theirs[at] != p.b)
+                emulator::fail("the warps of a warpgroup ask for different products");
         }
         if (p.accumulate && !warp.sums.count(p.d[0])) {
             p.before.resize(32 * 32);
@@ -290,7 +334,8 @@ inline void ask(Kind kind, bool accumulate, float (&d)[32], const uint32_t (&a)[
         for (int i = 0; i < 32; i++) std::memset(p.d[i], 0xFF, 32 * sizeof(float));
         warp.groups.back().push_back(p);
         if (whim() % 2)  // products end in order
-            for (auto& group : warp.groups) for (Product& each : group) carry_out(warp, each);
+            for (auto& group : warp.groups)
+                for (Product& each : group) carry_out(warp, each);
     });
 }
 
@@ -300,7 +345,8 @@ inline void finish(WarpProducts& warp, size_t running) {
         for (Product& p : warp.groups.front()) {
             auto found = warp.sums.find(p.d[0]);
             if (found == warp.sums.end()) continue;
-            for (int i = 0; i < 32; i++) std::memcpy(p.d[i], &found->second[32 * i], 32 * sizeof(float));
+            for (int i = 0; i < 32; i++)
+                std::memcpy(p.d[i], &found->second[32 * i], 32 * sizeof(float));
             warp.sums.erase(found);
         }
         warp.groups.pop_front();
@@ -321,41 +367,59 @@ inline void product_store_fence() {
     stores.clear();
 }
 
-inline uint64_t product_operand(const void* start, uint32_t leading, uint32_t stride, uint64_t swizzle) {
+inline uint64_t product_operand(const void* start, uint32_t leading, uint32_t stride,
+                                uint64_t swizzle) {
     emulator::check_shared(start, 16, 16, "a product's operand");
-    return swizzle << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 | uint64_t((shared_address(start) & 0x3FFFF) >> 4);
+    return swizzle << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 |
+           uint64_t((shared_address(start) & 0x3FFFF) >> 4);
 }
-inline uint64_t product_operand_swizzled(const void* start) { return product_operand(start, 16, 1024, 1); }
-inline uint64_t product_operand_repeated(const void* start) { return product_operand(start, 0, 128, 0); }
+inline uint64_t product_operand_swizzled(const void* start) {
+    return product_operand(start, 16, 1024, 1);
+}
+inline uint64_t product_operand_repeated(const void* start) {
+    return product_operand(start, 0, 128, 0);
+}
 
 inline void product_fence() {
     int nothing = 0;
-    emulator::together("wgmma.fence", nothing, [](int**) { emulated::of_this_warp().fenced = true; });
+    emulator::together("wgmma.fence", nothing,
+                       [](int**) { emulated::of_this_warp().fenced = true; });
 }
 inline void product_commit() {
     int nothing = 0;
-    emulator::together("wgmma.commit_group", nothing, [](int**) { emulated::of_this_warp().groups.emplace_back(); });
+    emulator::together("wgmma.commit_group", nothing,
+                       [](int**) { emulated::of_this_warp().groups.emplace_back(); });
 }
-template <int N> void product_wait() {
+template <int N>
+void product_wait() {
     emulated::linger();
     int nothing = 0;
-    emulator::together("wgmma.wait_group", nothing, [](int**) { emulated::finish(emulated::of_this_warp(), N); });
+    emulator::together("wgmma.wait_group", nothing,
+                       [](int**) { emulated::finish(emulated::of_this_warp(), N); });
 }
 inline void product_landed(float (&)[32]) {}
 
-inline void product_e4m3_first(float (&d)[32], const uint32_t (&a)[4], uint64_t b) { emulated::ask(emulated::Kind::e4m3, false, d, a, b); }
-inline void product_e4m3_next(float (&d)[32], const uint32_t (&a)[4], uint64_t b) { emulated::ask(emulated::Kind::e4m3, true, d, a, b); }
-inline void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b) { emulated::ask(emulated::Kind::tf32, false, d, a, b); }
+inline void product_e4m3_first(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    emulated::ask(emulated::Kind::e4m3, false, d, a, b);
+}
+inline void product_e4m3_next(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    emulated::ask(emulated::Kind::e4m3, true, d, a, b);
+}
+inline void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    emulated::ask(emulated::Kind::tf32, false, d, a, b);
+}
 
 inline void barrier_init_fence() { emulated::products = {}; }
 
-// ---- bytes -----------------------------------------------------------------------------------------------------------------
+// ---- bytes
+// -----------------------------------------------------------------------------------------------------------------
 
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
     const uint64_t table = uint64_t(high) << 32 | low;
     uint32_t y = 0;
     for (int i = 0; i < 4; i++) {
-        const uint32_t selector = selectors >> (4 * i) & 15, byte = table >> (8 * (selector & 7)) & 255;
+        const uint32_t selector = selectors >> (4 * i) & 15,
+                       byte = table >> (8 * (selector & 7)) & 255;
         y |= (selector & 8 ? (byte & 0x80 ? 255 : 0) : byte) << (8 * i);
     }
     return y;
@@ -363,7 +427,10 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
 
 inline void store_matrix_x4_transposed(void* row, const uint32_t (&r)[4]) {
     emulator::check_shared(row, 16, 16, "a row of stmatrix");
-    struct Lane { char* row; const uint32_t* r; } mine{static_cast<char*>(row), r};
+    struct Lane {
+        char* row;
+        const uint32_t* r;
+    } mine{static_cast<char*>(row), r};
     emulator::together("stmatrix.x4.trans", mine, [](Lane** lanes) {
         for (int lane = 0; lane < 32; lane++)
             for (int j = 0; j < 4; j++)

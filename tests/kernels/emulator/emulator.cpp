@@ -41,11 +41,13 @@ thread_local std::mt19937 shuffle_order(0);
 void to_scheduler(bool for_ever) {
     Fiber* me = now->running;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_ever ? nullptr : &me->fake_stack, now->scheduler_stack, now->scheduler_stack_size);
+    __sanitizer_start_switch_fiber(for_ever ? nullptr : &me->fake_stack, now->scheduler_stack,
+                                   now->scheduler_stack_size);
 #endif
     swapcontext(&me->context, &now->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(me->fake_stack, &now->scheduler_stack, &now->scheduler_stack_size);
+    __sanitizer_finish_switch_fiber(me->fake_stack, &now->scheduler_stack,
+                                    &now->scheduler_stack_size);
 #endif
     (void)for_ever;
 }
@@ -99,7 +101,9 @@ void run_block(Run& run) {
                 all_done &= fiber.done;
             }
         if (all_done) return;
-        if (!moved) throw std::runtime_error("deadlock: every thread of the block waits at a barrier or for its warp");
+        if (!moved)
+            throw std::runtime_error(
+                "deadlock: every thread of the block waits at a barrier or for its warp");
     }
 }
 
@@ -122,7 +126,8 @@ void wait_until(std::function<bool()> condition) {
 }
 
 void fail(const std::string& what) {
-    now->block.error = what + " (block " + std::to_string(now->block.index.x) + ", " + std::to_string(now->block.index.y) + ", thread " +
+    now->block.error = what + " (block " + std::to_string(now->block.index.x) + ", " +
+                       std::to_string(now->block.index.y) + ", thread " +
                        std::to_string(self().number) + ")";
     to_scheduler(true);
     __builtin_unreachable();
@@ -137,8 +142,10 @@ void barrier(int id, int count) {
 
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what) {
     const char* at = static_cast<const char*>(p);
-    if (at < block().shared || at + bytes > block().shared + block().shared_bytes) fail(std::string(what) + " outside of shared memory");
-    if (size_t(at - block().shared) % alignment) fail(std::string(what) + " is not aligned to " + std::to_string(alignment) + " bytes");
+    if (at < block().shared || at + bytes > block().shared + block().shared_bytes)
+        fail(std::string(what) + " outside of shared memory");
+    if (size_t(at - block().shared) % alignment)
+        fail(std::string(what) + " is not aligned to " + std::to_string(alignment) + " bytes");
 }
 
 void run(Index grid, int threads, size_t shared, const std::function<void()>& kernel) {
@@ -159,7 +166,8 @@ void run(Index grid, int threads, size_t shared, const std::function<void()>& ke
                 for (Barrier& b : run.block.barriers) b = {};
                 // Of exactly this size, so that AddressSanitizer guards its end.
                 void* allocated = nullptr;
-                if (posix_memalign(&allocated, 1024, std::max<size_t>(shared, 1))) throw std::bad_alloc();
+                if (posix_memalign(&allocated, 1024, std::max<size_t>(shared, 1)))
+                    throw std::bad_alloc();
                 std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(allocated), free);
                 run.block.shared = memory.get();
                 std::memset(memory.get(), 0xFF, shared);

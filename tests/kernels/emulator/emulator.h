@@ -1,9 +1,12 @@
-// Runs CUDA kernels on the CPU, one fiber a thread, so that their logic is tested where there is no GPU.
+// Runs CUDA kernels on the CPU, one fiber a thread, so that their logic is tested where there is no
+// GPU.
 //
-// A block's threads are fibers that run until they have to wait: at a barrier, or at an instruction that a warp carries out together
-// (mma, ldmatrix, shuffles), which happens when the last of its 32 lanes arrives. What a GPU may do late is done as late as allowed:
-// asynchronous copies spoil their destination at once and land only when waited for. Order between warps is shuffled by a seed.
-// Misuse is an error: a warp whose lanes meet at different instructions, misaligned rows, a barrier that is never complete.
+// A block's threads are fibers that run until they have to wait: at a barrier, or at an instruction
+// that a warp carries out together (mma, ldmatrix, shuffles), which happens when the last of its 32
+// lanes arrives. What a GPU may do late is done as late as allowed: asynchronous copies spoil their
+// destination at once and land only when waited for. Order between warps is shuffled by a seed.
+// Misuse is an error: a warp whose lanes meet at different instructions, misaligned rows, a barrier
+// that is never complete.
 #pragma once
 
 #include <cstddef>
@@ -64,9 +67,9 @@ struct Thread {
     int number = 0;                            // threadIdx.x
     std::vector<std::vector<Copy>> committed;  // oldest first
     std::vector<Copy> open;
-    const unsigned* waits_for = nullptr;       // resumed once *waits_for != value
+    const unsigned* waits_for = nullptr;  // resumed once *waits_for != value
     unsigned value = 0;
-    std::function<bool()> until;               // or once this is true
+    std::function<bool()> until;  // or once this is true
     bool done = false;
     int lane() const { return number % 32; }
     int warp() const { return number / 32; }
@@ -76,16 +79,19 @@ Block& block();
 Thread& self();
 void wait(const unsigned* counter, unsigned value);  // until *counter differs from value
 void wait_until(std::function<bool()> condition);
-[[noreturn]] void fail(const std::string& what);     // ends the launch with std::runtime_error
+[[noreturn]] void fail(const std::string& what);  // ends the launch with std::runtime_error
 
-// Runs every block of a grid, one after another. `shared` bytes are allocated exactly, and filled with NaN bits.
+// Runs every block of a grid, one after another. `shared` bytes are allocated exactly, and filled
+// with NaN bits.
 void run(Index grid, int threads, size_t shared, const std::function<void()>& kernel);
 void set_seed(unsigned seed);
 
 void barrier(int id, int count);
 
-// What a warp does together. `compute(lanes)` gets the 32 lanes' arguments and writes their results into them.
-template <class Arguments, class Compute> void together(const char* instruction, Arguments& mine, Compute compute) {
+// What a warp does together. `compute(lanes)` gets the 32 lanes' arguments and writes their results
+// into them.
+template <class Arguments, class Compute>
+void together(const char* instruction, Arguments& mine, Compute compute) {
     Warp& warp = block().warps[self().warp()];
     if (warp.arrived && std::strcmp(warp.instruction, instruction))
         fail(std::string("lanes of a warp meet at ") + warp.instruction + " and at " + instruction);
@@ -93,7 +99,8 @@ template <class Arguments, class Compute> void together(const char* instruction,
     warp.arguments[self().lane()] = &mine;
     if (++warp.arrived < 32) return wait(&warp.generation, warp.generation);
     Arguments* lanes[32];
-    for (int i = 0; i < 32; i++) lanes[i] = const_cast<Arguments*>(static_cast<const Arguments*>(warp.arguments[i]));
+    for (int i = 0; i < 32; i++)
+        lanes[i] = const_cast<Arguments*>(static_cast<const Arguments*>(warp.arguments[i]));
     warp.arrived = 0;
     warp.generation++;
     compute(lanes);

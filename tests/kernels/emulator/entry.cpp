@@ -1,4 +1,5 @@
-// The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Where, and returns null or the error's words.
+// The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Where,
+// and returns null or the error's words.
 #include <string>
 
 #include "cuda/gemm_w4a4.h"
@@ -9,7 +10,8 @@ namespace {
 
 thread_local std::string words;
 
-template <class Work> const char* said(Work work) {
+template <class Work>
+const char* said(Work work) {
     try {
         work();
         return nullptr;
@@ -21,13 +23,16 @@ template <class Work> const char* said(Work work) {
 
 }  // namespace
 
-#define NIBBLE_ENTRY(Op, name) \
+#define NIBBLE_ENTRY(Op, name)                                                                 \
     extern "C" const char* emulated_##name(const nibble::Op* op, const nibble::Where* where) { \
-        return said([&] { nibble::cuda::name(*op, *where); }); \
+        return said([&] { nibble::cuda::name(*op, *where); });                                 \
     }
 
 // A library of some of the sources lacks the others: a definition replaces these.
-#define NIBBLE_ABSENT(...) __attribute__((weak)) __VA_ARGS__ { throw std::runtime_error("this library was built without that source"); }
+#define NIBBLE_ABSENT(...)                                                      \
+    __attribute__((weak)) __VA_ARGS__ {                                         \
+        throw std::runtime_error("this library was built without that source"); \
+    }
 namespace nibble::cuda {
 NIBBLE_ABSENT(void quantize_down(const QuantizeDown&, const Where&))
 NIBBLE_ABSENT(void gemm_w4a4_up(const GemmW4A4Up&, const Where&))
@@ -37,9 +42,12 @@ NIBBLE_ABSENT(void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Where&))
 NIBBLE_ABSENT(void gemm_w4a4_up_sm100(const GemmW4A4Up&, const Where&, int))
 NIBBLE_ABSENT(size_t gemm_w4a4_up_sm90_workspace(Codes, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&))
-NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
-NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
-NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&, const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown&,
+                                                        const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuantizeDown&,
+                                                        const Where&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&,
+                                                         const Where&, int))
 NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Where&))
 NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Where&))
 NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Where&))
@@ -59,7 +67,8 @@ extern "C" {
 
 void emulated_seed(unsigned seed) { emulator::set_seed(seed); }
 
-size_t emulated_workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K, int64_t R) {
+size_t emulated_workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K,
+                                int64_t R) {
     size_t bytes = 0;  // also for a GPU that the router refuses: the op itself then says so
     said([&] { bytes = nibble::cuda::workspace_bytes(op, capability, M, N, K, R); });
     return bytes;

@@ -1,4 +1,5 @@
-// AVX-512 in terms of what the machine has: SIMDe (github.com/simd-everywhere/simde) under the intrinsics' own names.
+// AVX-512 in terms of what the machine has: SIMDe (github.com/simd-everywhere/simde) under the
+// intrinsics' own names.
 #pragma once
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -8,7 +9,8 @@
 // What SIMDe 0.7.4 lacks, lane by lane.
 namespace gaps {
 
-template <class To, class From> To cast(From from) {
+template <class To, class From>
+To cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "a cast keeps the bits");
     To to;
     __builtin_memcpy(&to, &from, sizeof to);
@@ -100,4 +102,5 @@ inline __m512 permute(__m512 x, int select, bool quarters) {
 #define _mm512_cvtph_ps(x) gaps::from_half(x)
 #define _mm512_cvtps_ph(x, rounding) gaps::to_half(x)
 #define _mm512_permute_ps(x, select) gaps::permute(x, select, false)
-#define _mm512_shuffle_f32x4(x, same, select) gaps::permute(x, select, true)  // both operands are one in this code
+#define _mm512_shuffle_f32x4(x, same, select) \
+    gaps::permute(x, select, true)  // both operands are one in this code

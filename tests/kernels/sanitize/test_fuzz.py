@@ -1,7 +1,9 @@
-"""The CPU ops under AddressSanitizer and UBSan, on random shapes with buffers of exactly the right size (fuzz.cpp).
+"""The CPU ops under AddressSanitizer and UBSan, on random shapes with buffers of exactly the right
+size (fuzz.cpp).
 
-Built from the sources, so that it needs no installed extension. AVX-512 runs through SIMDe where the processor has none: slow, but the same
-code. Skips with its reason where there is no compiler, no sanitizer or no SIMDe.
+Built from the sources, so that it needs no installed extension. AVX-512 runs through SIMDe where
+the processor has none: slow, but the same code. Skips with its reason where there is no compiler,
+no sanitizer or no SIMDe.
 """
 
 import platform
@@ -13,15 +15,26 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[2] / "kernels" / "csrc"
-# Without optimization: the sanitizers' checks make an optimizing build ten times as long, and the shapes are small.
-FLAGS = ["-std=c++17", "-O0", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{SOURCES}", f"-I{HERE}"]
+# Without optimization: the sanitizers' checks make an optimizing build ten times as long, and the
+# shapes are small.
+FLAGS = [
+    "-std=c++17",
+    "-O0",
+    "-ffp-contract=off",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    f"-I{SOURCES}",
+    f"-I{HERE}",
+]
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ROUNDS, SEED = 25, 1
 
 
 def run(*command) -> subprocess.CompletedProcess:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +57,41 @@ def build(compiler: str, folder: Path, extra: dict[str, list[str]]) -> Path:
         objects.append(folder / f"{source.stem}.o")
         built = run(compiler, *FLAGS, *extra.get(source.stem, []), "-c", source, "-o", objects[-1])
         assert built.returncode == 0, built.stderr[-4000:]
-    linked = run(compiler, *FLAGS, *objects, "-o", folder / "fuzz", "-lpthread", *(["-ldl"] if platform.system() == "Linux" else []))
+    linked = run(
+        compiler,
+        *FLAGS,
+        *objects,
+        "-o",
+        folder / "fuzz",
+        "-lpthread",
+        *(["-ldl"] if platform.system() == "Linux" else []),
+    )
     assert linked.returncode == 0, linked.stderr[-4000:]
     return folder / "fuzz"
 
 
 @pytest.fixture(scope="module")
 def fuzzer(compiler, tmp_path_factory) -> Path:
-    simde = run(compiler, "-E", "-include", "simde/x86/avx512.h", "-x", "c++", "/dev/null").returncode == 0 if X86 else False
-    wide = [*AVX2, "-DNIBBLE_SIMDE", "-Wno-psabi"] if simde else [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
-    return build(compiler, tmp_path_factory.mktemp("fuzz"), {
-        "ops_avx2": AVX2, "ops_avx512": wide, "dispatch": ["-DNIBBLE_SIMDE"] if simde else [],
-    } if X86 else {})
+    simde = (
+        run(compiler, "-E", "-include", "simde/x86/avx512.h", "-x", "c++", "/dev/null").returncode
+        == 0
+        if X86
+        else False
+    )
+    wide = (
+        [*AVX2, "-DNIBBLE_SIMDE", "-Wno-psabi"]
+        if simde
+        else [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+    )
+    return build(
+        compiler,
+        tmp_path_factory.mktemp("fuzz"),
+        (
+            {"ops_avx2": AVX2, "ops_avx512": wide, "dispatch": ["-DNIBBLE_SIMDE"] if simde else []}
+            if X86
+            else {}
+        ),
+    )
 
 
 @pytest.mark.parametrize(("isa", "number"), [("portable", 1), ("avx2", 2), ("avx512_vnni", 3)])

@@ -1,4 +1,6 @@
-"""Integers under adapters: the same weights as the stored forms, bit for bit, and the way in and out of their space."""
+"""Integers under adapters: the same weights as the stored forms, bit for bit, and the way in and
+out of their space.
+"""
 
 import numpy as np
 import pytest
@@ -17,8 +19,12 @@ def test_the_weight_is_the_stored_one():
     for options in ({}, {"rotation": 64}, {"act_unsigned": True}):
         stored = svdquant(**options)
         base = IntBase.of(stored)
-        torch.testing.assert_close(base.out_of(base.weight()), stored.residual(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(IntBase.of(svdquant()).out_of(IntBase.of(svdquant()).weight()), svdquant().residual())
+        torch.testing.assert_close(
+            base.out_of(base.weight()), stored.residual(), rtol=1e-5, atol=1e-6
+        )
+    assert torch.equal(
+        IntBase.of(svdquant()).out_of(IntBase.of(svdquant()).weight()), svdquant().residual()
+    )
 
 
 def test_rotation_is_the_reference_s_matrix_and_its_own_inverse():
@@ -47,19 +53,29 @@ def test_into_and_out_of_are_inverse_and_products_agree(kind):
 @every_base
 def test_rows(kind):
     base = bases()[kind]
-    assert torch.equal(base.rows(5, 20).weight(), base.weight()[5:20]) and torch.equal(base.rows(5, 20).integers(), base.integers()[5:20])
+    assert torch.equal(base.rows(5, 20).weight(), base.weight()[5:20]) and torch.equal(
+        base.rows(5, 20).integers(), base.integers()[5:20]
+    )
     assert base.rows(0, N).digest() == base.digest() != base.rows(0, N - 1).digest()
 
 
 def test_digests_tell_bases_apart():
     made = {kind: base.digest() for kind, base in bases().items()}
-    assert made.pop("unsigned") == made["svdquant"]  # the sign of the inputs is no matter of the integers
+    # the sign of the inputs is no matter of the integers
+    assert made.pop("unsigned") == made["svdquant"]
     assert len(set(made.values())) == len(made)
     assert IntBase.of(svdquant()).digest() == IntBase.of(svdquant()).digest()
 
 
-@pytest.mark.parametrize("bits, group, odd, low, high", [(4, 64, False, 0.09, 0.13), (4, 0, False, 0.1, 0.14), (8, 0, False, 0.001, 0.01),
-                                                         (4, 64, True, 0.09, 0.13)])
+@pytest.mark.parametrize(
+    "bits, group, odd, low, high",
+    [
+        (4, 64, False, 0.09, 0.13),
+        (4, 0, False, 0.1, 0.14),
+        (8, 0, False, 0.001, 0.01),
+        (4, 64, True, 0.09, 0.13),
+    ],
+)
 def test_rounding_errors_are_those_expected(bits, group, odd, low, high):
     weight = normal(64, 256, size=0.03)
     base = IntBase.from_weight(weight, bits, group, odd)
@@ -76,13 +92,29 @@ def test_zero_and_constant_rows_stay_finite():
     torch.testing.assert_close(base.weight()[1:3], weight[1:3], rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("kind, named", [("nf4", "NF4"), ("bnb_nf4", "NF4"), ("nvfp4", "NVFP4"), ("mxfp4", "MXFP4"), ("fp4", "FP4"),
-                                         ("float8_e4m3fn", "fp8"), ("mxfp8", "MXFP8"), ("vq4dit", "'vq4dit'")])
+@pytest.mark.parametrize(
+    "kind, named",
+    [
+        ("nf4", "NF4"),
+        ("bnb_nf4", "NF4"),
+        ("nvfp4", "NVFP4"),
+        ("mxfp4", "MXFP4"),
+        ("fp4", "FP4"),
+        ("float8_e4m3fn", "fp8"),
+        ("mxfp8", "MXFP8"),
+        ("vq4dit", "'vq4dit'"),
+    ],
+)
 def test_uneven_levels_are_refused_with_the_reason(kind, named):
     with pytest.raises(FileRefused, match=named) as refusal:
         refuse_format(kind, "blocks.0.proj", "flux.safetensors")
     text = str(refusal.value)
-    assert "flux.safetensors" in text and "blocks.0.proj" in text and "SVDQuant Quantize Checkpoint" in text and text.count(". ") == 0
+    assert (
+        "flux.safetensors" in text
+        and "blocks.0.proj" in text
+        and "SVDQuant Quantize Checkpoint" in text
+        and text.count(". ") == 0
+    )
 
 
 def test_other_objects_are_refused_too():

@@ -1,4 +1,6 @@
-"""The adapter file: everything comes back, it is small, and what cannot be used is refused in one sentence that names file and fix."""
+"""The adapter file: everything comes back, it is small, and what cannot be used is refused in one
+sentence that names file and fix.
+"""
 
 import json
 from dataclasses import replace
@@ -18,7 +20,9 @@ from nibble.quant.intlora.variants import ShiftAdd
 
 
 def everything() -> tuple[Adapter, dict]:
-    """Each variant, with and without R, low rank and dense, whole layers and rows; and the bases that they are for."""
+    """Each variant, with and without R, low rank and dense, whole layers and rows; and the bases
+    that they are for.
+    """
     plain = bases()["int4"]
     layers = {f"plain.{name}": use for name, use in adapters(plain).items()}
     known = dict.fromkeys(layers, plain)
@@ -27,9 +31,15 @@ def everything() -> tuple[Adapter, dict]:
     known["fused"] = bases()["rotated"]
     for rows in ((0, 16), (16, 48)):
         part = known["fused"].rows(*rows)
-        layers[f"fused@{rows[0]}-{rows[1]}"] = LayerAdapter(ShiftAdd(7), part.digest(), factors(*part.shape, dtype=torch.int16), rows=rows)
+        layers[f"fused@{rows[0]}-{rows[1]}"] = LayerAdapter(
+            ShiftAdd(7), part.digest(), factors(*part.shape, dtype=torch.int16), rows=rows
+        )
     known["dense"] = bases()["w4a16"]
-    layers["dense"] = LayerAdapter(ShiftAdd(5), known["dense"].digest(), dense=torch.arange(N * K).remainder(199).sub(99).reshape(N, K).to(torch.int8))
+    layers["dense"] = LayerAdapter(
+        ShiftAdd(5),
+        known["dense"].digest(),
+        dense=torch.arange(N * K).remainder(199).sub(99).reshape(N, K).to(torch.int8),
+    )
     return Adapter(layers, {"steps": 7}), known
 
 
@@ -41,8 +51,11 @@ def saved(tmp_path):
 
 
 def rewrite(path, metadata=None, tensors=None):
-    """The file with other metadata (None removes an entry) or tensors; checksums are those of the new tensors unless given."""
+    """The file with other metadata (None removes an entry) or tensors; checksums are those of the
+    new tensors unless given.
+    """
     from nibble.quant.container import checksum
+
     held, old = load_file(path), dict(read_header(path).metadata)
     held |= tensors or {}
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -64,14 +77,25 @@ def test_everything_comes_back_bit_for_bit(saved):
     for key, use in before.layers.items():
         base = known[key.partition("@")[0]]
         assert after.layers[key].rows == use.rows and after.layers[key].base == use.base
-        assert torch.equal(merge(base, [(after.layers[key], 1.0)]).base.weight(), merge(base, [(use, 1.0)]).base.weight())
+        assert torch.equal(
+            merge(base, [(after.layers[key], 1.0)]).base.weight(),
+            merge(base, [(use, 1.0)]).base.weight(),
+        )
 
 
 def test_the_file_says_what_it_is_and_is_small(saved):
     header = read_header(saved)
     assert header.metadata["format"] == "intlora" and layers_of(saved)["paper.mul"]["seed"] == 3
-    assert layers_of(saved)["plain.shift_add"] == {"variant": "shift_add", "base": bases()["int4"].digest(), "rank": 4, "k": 6}
-    assert not any(info.shape == (N, K) for name, info in header.tensors.items() if name != "dense.delta")  # no R, no U
+    assert layers_of(saved)["plain.shift_add"] == {
+        "variant": "shift_add",
+        "base": bases()["int4"].digest(),
+        "rank": 4,
+        "k": 6,
+    }
+    # no R, no U
+    assert not any(
+        info.shape == (N, K) for name, info in header.tensors.items() if name != "dense.delta"
+    )
     use = everything()[0].layers["plain.shift_add"]
     assert use.nbytes == 4 * (N + K) + 2 * (N + K)
     assert saved.stat().st_size < 1.5 * everything()[0].nbytes + 12000
@@ -80,7 +104,9 @@ def test_the_file_says_what_it_is_and_is_small(saved):
 def test_saving_twice_replaces_and_other_files_are_left_alone(saved, tmp_path):
     one = Adapter({"a": everything()[0].layers["dense"]})
     file.save(one, saved)
-    assert file.read(saved).layers.keys() == {"a"} and [p.name for p in tmp_path.iterdir()] == [saved.name]
+    assert file.read(saved).layers.keys() == {"a"} and [p.name for p in tmp_path.iterdir()] == [
+        saved.name
+    ]
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(FileRefused, match="other.safetensors exists"):
         file.save(one, tmp_path / "other.safetensors")
@@ -122,37 +148,69 @@ def test_a_flipped_bit_is_found(saved):
     refused(saved, "checksum", "copy it again")
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"plain.mul.u_scale": torch.ones(3)}, "u_scale"), ({"plain.mul.u_zero": None}, "u_zero"), ({"plain.mul.lora_A": None}, "lora_A"),
-    ({"plain.mul.lora_B": torch.zeros(N, 3, dtype=torch.int8)}, "fit"), ({"plain.mul.lora_B": torch.zeros(N, 4)}, "differ"),
-    ({"plain.mul.lora_A_scale": torch.ones(K)}, "differ"), ({"paper.mul.r_scale": torch.ones(N, 1)}, "r_scale"), ({"dense.delta": torch.zeros(N, K)}, "delta"),
-    ({"plain.mul.u_scale": torch.full((N,), float("nan"))}, "finite")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"plain.mul.u_scale": torch.ones(3)}, "u_scale"),
+        ({"plain.mul.u_zero": None}, "u_zero"),
+        ({"plain.mul.lora_A": None}, "lora_A"),
+        ({"plain.mul.lora_B": torch.zeros(N, 3, dtype=torch.int8)}, "fit"),
+        ({"plain.mul.lora_B": torch.zeros(N, 4)}, "differ"),
+        ({"plain.mul.lora_A_scale": torch.ones(K)}, "differ"),
+        ({"paper.mul.r_scale": torch.ones(N, 1)}, "r_scale"),
+        ({"dense.delta": torch.zeros(N, K)}, "delta"),
+        ({"plain.mul.u_scale": torch.full((N,), float("nan"))}, "finite"),
+    ],
+)
 def test_wrong_tensors_are_refused(saved, change, word):
     refused(rewrite(saved, tensors=change), word)
 
 
-@pytest.mark.parametrize("key, facts, word", [
-    ("plain.shift_add", {"k": 99}, "k is 99"), ("plain.shift_add", {"k": "6"}, "k is 6"), ("plain.shift_add", {"variant": "rotate"}, "unknown variant"),
-    ("plain.shift_add", {"sparkle": 1}, "sparkle"), ("plain.shift_add", {"rank": 9}, "rank 4, not 9"), ("plain.shift_add", {"base": None}, "which base"),
-    ("plain.mul", {"bits": 40}, "bits"), ("plain.shift", {"window": 99}, "window"), ("paper.mul", {"seed": None}, "seed"), ("dense", {"k": None}, "k is None")])
+@pytest.mark.parametrize(
+    "key, facts, word",
+    [
+        ("plain.shift_add", {"k": 99}, "k is 99"),
+        ("plain.shift_add", {"k": "6"}, "k is 6"),
+        ("plain.shift_add", {"variant": "rotate"}, "unknown variant"),
+        ("plain.shift_add", {"sparkle": 1}, "sparkle"),
+        ("plain.shift_add", {"rank": 9}, "rank 4, not 9"),
+        ("plain.shift_add", {"base": None}, "which base"),
+        ("plain.mul", {"bits": 40}, "bits"),
+        ("plain.shift", {"window": 99}, "window"),
+        ("paper.mul", {"seed": None}, "seed"),
+        ("dense", {"k": None}, "k is None"),
+    ],
+)
 def test_wrong_facts_are_refused(saved, key, facts, word):
     layers = layers_of(saved)
     layers[key] |= facts
     refused(rewrite(saved, {"layers": json.dumps(layers)}), word)
 
 
-@pytest.mark.parametrize("metadata", [{"layers": "{"}, {"layers": None}, {"layers": "{}"}, {"layers": "[1]"}, {"facts": "]"}, {"checksums": None}])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"layers": "{"},
+        {"layers": None},
+        {"layers": "{}"},
+        {"layers": "[1]"},
+        {"facts": "]"},
+        {"checksums": None},
+    ],
+)
 def test_damaged_metadata_is_refused(saved, metadata):
     refused(rewrite(saved, metadata), "damaged metadata")
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 10 ** 6), st.binary(min_size=1, max_size=6))
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 10**6), st.binary(min_size=1, max_size=6))
 def test_fuzzed_bytes_are_read_as_before_or_refused(saved, place, junk):
     whole = bytearray(saved.read_bytes()) if not hasattr(saved, "kept") else None
     original = bytes(whole)
     start = place % len(whole)
-    whole[start:start + len(junk)] = junk[:len(whole) - start]
+    whole[start : start + len(junk)] = junk[: len(whole) - start]
     damaged = saved.with_name("damaged.safetensors")
     damaged.write_bytes(whole)
     try:
@@ -162,14 +220,19 @@ def test_fuzzed_bytes_are_read_as_before_or_refused(saved, place, junk):
     assert saved.read_bytes() == original
 
 
-# ---- against a model -----------------------------------------------------------------------------------------------------
+# ---- against a model -----------------------------------------------------------------------------
 
 
 def against(known, *words, adapter=None):
     with pytest.raises(FileRefused) as refusal:
         file.check_bases(adapter or everything()[0], known, "style.safetensors", "flux.safetensors")
     text = str(refusal.value)
-    assert "style.safetensors" in text and "flux.safetensors" in text and text.endswith(".") and all(word in text for word in words), text
+    assert (
+        "style.safetensors" in text
+        and "flux.safetensors" in text
+        and text.endswith(".")
+        and all(word in text for word in words)
+    ), text
 
 
 def test_other_models_are_refused():

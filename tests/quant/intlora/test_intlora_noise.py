@@ -1,4 +1,6 @@
-"""The auxiliary matrix: known values, an independent computation in plain integers, and its statistics."""
+"""The auxiliary matrix: known values, an independent computation in plain integers, and its
+statistics.
+"""
 
 import hashlib
 
@@ -29,34 +31,58 @@ def entry(n: int, j: int, k: int, seed: int, name: str) -> int:
 
 
 def test_known_values():
-    """Written down once: a change of torch, device or this code that moved them would change every adapter with an R."""
+    """Written down once: a change of torch, device or this code that moved them would change every
+    adapter with an R.
+    """
     assert noise.laplace(range(2), 10, 7, "a.b").tolist() == KNOWN
-    assert hashlib.sha256(noise.laplace(range(64), 256, 7, "a.b").numpy().tobytes()).hexdigest()[:16] == SHA
+    assert (
+        hashlib.sha256(noise.laplace(range(64), 256, 7, "a.b").numpy().tobytes()).hexdigest()[:16]
+        == SHA
+    )
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 2 ** 31), st.integers(1, 6), st.integers(1, 70), st.integers(0, 5_000_000), st.text(max_size=8))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 6),
+    st.integers(1, 70),
+    st.integers(0, 5_000_000),
+    st.text(max_size=8),
+)
 def test_it_is_the_hash_of_the_place(seed, n, k, start, name):
     drawn = noise.laplace(range(start, start + n), k, seed, name)
-    assert drawn.dtype == torch.int8 and drawn.tolist() == [[entry(start + i, j, k, seed, name) for j in range(k)] for i in range(n)]
+    assert drawn.dtype == torch.int8 and drawn.tolist() == [
+        [entry(start + i, j, k, seed, name) for j in range(k)] for i in range(n)
+    ]
 
 
 def test_rows_come_in_parts(device):
     whole = noise.laplace(range(96), 100, 3, "x", device)
     assert torch.equal(whole.cpu(), noise.laplace(range(96), 100, 3, "x"))
-    assert torch.equal(torch.cat([noise.laplace(range(40), 100, 3, "x"), noise.laplace(range(40, 96), 100, 3, "x")]), whole.cpu())
+    assert torch.equal(
+        torch.cat(
+            [noise.laplace(range(40), 100, 3, "x"), noise.laplace(range(40, 96), 100, 3, "x")]
+        ),
+        whole.cpu(),
+    )
 
 
 def test_it_looks_like_a_laplace_distribution():
     drawn = noise.laplace(range(512), 512, 0, "layer").double()
     assert abs(drawn.mean().item()) < 0.2 and abs(drawn.std().item() / noise.TABLE_SIGMA - 1) < 0.02
-    assert abs(drawn.abs().mean().item() / 22 - 1) < 0.03  # E|x| of a Laplace distribution is its scale
+    # E|x| of a Laplace distribution is its scale
+    assert abs(drawn.abs().mean().item() / 22 - 1) < 0.03
     lagged = (drawn[:, 1:] * drawn[:, :-1]).mean() / drawn.square().mean()
-    assert abs(lagged.item()) < 0.01 and abs((drawn[1:] * drawn[:-1]).mean().item() / drawn.square().mean().item()) < 0.01
+    assert (
+        abs(lagged.item()) < 0.01
+        and abs((drawn[1:] * drawn[:-1]).mean().item() / drawn.square().mean().item()) < 0.01
+    )
 
 
 def test_layers_and_seeds_differ():
-    draws = [noise.laplace(range(8), 64, seed, name) for seed, name in ((0, "a"), (1, "a"), (0, "b"))]
+    draws = [
+        noise.laplace(range(8), 64, seed, name) for seed, name in ((0, "a"), (1, "a"), (0, "b"))
+    ]
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -66,12 +92,16 @@ def test_variance_is_matched(size):
     matrix = noise.Noise(5, "a", noise.scales(weight, rho=0.25)).matrix(512, torch.float64)
     assert abs((matrix.std() / weight.std()).item() - 0.25) < 0.0125
     paper = noise.Noise(5, "a", noise.scales(weight, alpha=1.5)).matrix(512, torch.float64)
-    r = weight.std().item() / 0.5 ** 0.5
-    assert abs(paper.std().item() / (r ** 1.5 * 0.5 ** 0.5) - 1) < 0.05
+    r = weight.std().item() / 0.5**0.5
+    assert abs(paper.std().item() / (r**1.5 * 0.5**0.5) - 1) < 0.05
 
 
 def test_parts_and_held_tables_are_the_same_matrix():
     whole = noise.Noise(1, "a", torch.rand(20))
     assert torch.equal(whole.hold(48).matrix(48, torch.float64), whole.matrix(48, torch.float64))
-    assert torch.equal(whole.rows(3, 9).matrix(48, torch.float64), whole.matrix(48, torch.float64)[3:9])
-    assert torch.equal(whole.hold(48).rows(3, 9).matrix(48, torch.float64), whole.matrix(48, torch.float64)[3:9])
+    assert torch.equal(
+        whole.rows(3, 9).matrix(48, torch.float64), whole.matrix(48, torch.float64)[3:9]
+    )
+    assert torch.equal(
+        whole.hold(48).rows(3, 9).matrix(48, torch.float64), whole.matrix(48, torch.float64)[3:9]
+    )

@@ -1,4 +1,6 @@
-"""The three rules: their equations, integer purity, and merged weights that equal unmerged ones to the bit."""
+"""The three rules: their equations, integer purity, and merged weights that equal unmerged ones to
+the bit.
+"""
 
 import numpy as np
 import pytest
@@ -24,11 +26,16 @@ def test_merged_equals_unmerged(kind, variant, device):
     base = bases()[kind].to(device)
     use = adapters(base)[variant].to(device)
     merged = merge(base, [(use, 1.0)]).base
-    assert merged.codes.dtype in (torch.int8, torch.int16) and not torch.equal(merged.weight(), base.weight())
+    assert merged.codes.dtype in (torch.int8, torch.int16) and not torch.equal(
+        merged.weight(), base.weight()
+    )
     assert torch.equal(merged.weight(), unmerged(base, use))
     assert torch.equal(merged.weight().bfloat16(), unmerged(base, use).bfloat16())
     x = normal(4, K).to(device)
-    assert torch.equal(torch.nn.functional.linear(x, merged.weight()), torch.nn.functional.linear(x, unmerged(base, use)))
+    assert torch.equal(
+        torch.nn.functional.linear(x, merged.weight()),
+        torch.nn.functional.linear(x, unmerged(base, use)),
+    )
 
 
 @pytest.mark.parametrize("variant", ["mul", "shift"])
@@ -56,25 +63,35 @@ def test_the_paper_s_base_starts_near_the_weight(variant, most):
     base, use, weight = paper(variant)
     start = finished(base, use.rule.product(base, torch.zeros(N, K, dtype=torch.float64)))
     assert (start - weight).norm() / weight.norm() < most
-    assert (base.weight() - weight).norm() / weight.norm() > 0.2  # the integers alone are those of W - R, not of W
+    # the integers alone are those of W - R, not of W
+    assert (base.weight() - weight).norm() / weight.norm() > 0.2
 
 
 @pytest.mark.parametrize("variant, most", [("mul", 0.2), ("shift", 0.28)])
 def test_at_strength_zero_the_auxiliary_matrix_stays(variant, most):
     base, use, weight = paper(variant)
     merged = merge(base, [(use, 0.0)]).base
-    assert (merged.weight() - weight).norm() / weight.norm() < most and torch.equal(merged.weight(), unmerged(base, use, 0.0))
+    assert (merged.weight() - weight).norm() / weight.norm() < most and torch.equal(
+        merged.weight(), unmerged(base, use, 0.0)
+    )
 
 
 def test_aqs_identity():
-    """Unrounded U times Z is s Z + R + D wherever Z is not 0, and 0 where it is; an odd grid has no zeros."""
+    """Unrounded U times Z is s Z + R + D wherever Z is not 0, and 0 where it is; an odd grid has no
+    zeros.
+    """
     for odd in (False, True):
         noise = Noise(1, "a", torch.full((N,), 1e-4))
         base = IntBase.from_weight(normal(N, K, size=0.03), odd=odd)
         z, delta = base.integers(), normal(N, K, seed=3, size=0.004).double()
         change = delta + noise.matrix(K, torch.float64)
         product = multiplier(base, change, z) * z * base.spread(base.scale, torch.float64)
-        torch.testing.assert_close(product, torch.where(z == 0, 0.0, base.weight(torch.float64) + change), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            product,
+            torch.where(z == 0, 0.0, base.weight(torch.float64) + change),
+            rtol=1e-9,
+            atol=1e-12,
+        )
         assert bool((z == 0).any()) is not odd
 
 
@@ -86,22 +103,36 @@ def test_products_are_integer_products():
     mul, shift, add = (adapters(base)[v].rule for v in ("mul", "shift", "shift_add"))
     levels = mul.levels(base, delta, base.integers())[0].numpy().astype(np.int64)
     assert np.array_equal(mul.product(base, delta).p.numpy(), levels * z)
-    sign, left, _, _ = (t.numpy().astype(np.int64) for t in shift.shifts(base, delta, base.integers()))
-    assert np.array_equal(shift.product(base, delta).p.numpy(), sign * (z << left)) and left.min() >= 0 and left.max() <= shift.window
-    assert np.array_equal(add.product(base, delta).p.numpy(), (z << add.k) + add.addend(base, delta).numpy())
+    sign, left, _, _ = (
+        t.numpy().astype(np.int64) for t in shift.shifts(base, delta, base.integers())
+    )
+    assert (
+        np.array_equal(shift.product(base, delta).p.numpy(), sign * (z << left))
+        and left.min() >= 0
+        and left.max() <= shift.window
+    )
+    assert np.array_equal(
+        add.product(base, delta).p.numpy(), (z << add.k) + add.addend(base, delta).numpy()
+    )
     assert all(rule.product(base, delta).p.dtype == torch.int32 for rule in (mul, shift, add))
 
 
 def test_shift_rounds_the_logarithm():
-    u = torch.tensor([0.5, 0.70, 0.72, 1.0, 1.41, 1.42, 3.0, -2.0, -0.3, 1e-9, 0.0], dtype=torch.float64)
+    u = torch.tensor(
+        [0.5, 0.70, 0.72, 1.0, 1.41, 1.42, 3.0, -2.0, -0.3, 1e-9, 0.0], dtype=torch.float64
+    )
     z = torch.full((1, 64), 3)
     base = IntBase(z.to(torch.int8), torch.ones(1, 1), bits=8)
     change = torch.zeros(1, 64, dtype=torch.float64)
-    change[0, :len(u)] = (u - 1) * 3
+    change[0, : len(u)] = (u - 1) * 3
     sign, left, top, seen = Shift(11).shifts(base, change, base.integers())
-    torch.testing.assert_close(seen[0, :len(u)], u, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(seen[0, : len(u)], u, rtol=1e-6, atol=1e-12)
     expected = [max(0, 11 - (2 - round(np.log2(abs(v))))) if v else 0 for v in u.tolist()]
-    assert top.item() == 2 and left[0, :len(u)].tolist()[:-1] == expected[:-1] and sign[0, :len(u)].tolist() == [1] * 7 + [-1, -1, 1, 0]
+    assert (
+        top.item() == 2
+        and left[0, : len(u)].tolist()[:-1] == expected[:-1]
+        and sign[0, : len(u)].tolist() == [1] * 7 + [-1, -1, 1, 0]
+    )
 
 
 def test_anchored_multiplication_has_one_as_a_level():
@@ -109,14 +140,18 @@ def test_anchored_multiplication_has_one_as_a_level():
     for bits in (2, 4, 8):
         rule = Mul.anchored(base, bits)
         one = 1 / rule.u_scale[0].item()
-        assert one == round(one) and -rule.u_zero[0] <= one <= 2 ** bits - 1 - rule.u_zero[0]
+        assert one == round(one) and -rule.u_zero[0] <= one <= 2**bits - 1 - rule.u_zero[0]
 
 
 def test_known_answer_of_shift_add():
-    """Z = 3, s = 0.5, D = 0.3: at k = 4 the addend is round(0.3 * 16 / 0.5) = 10 and W' = (48 + 10) / 32."""
+    """Z = 3, s = 0.5, D = 0.3: at k = 4 the addend is round(0.3 * 16 / 0.5) = 10 and W' = (48 + 10)
+    / 32.
+    """
     base = IntBase(torch.full((1, 64), 3, dtype=torch.int8), torch.full((1, 1), 0.5), bits=8)
     product = ShiftAdd(4).product(base, torch.full((1, 64), 0.3, dtype=torch.float64))
-    assert product.p.unique().tolist() == [58] and finished(base, product).unique().tolist() == [58 / 32]
+    assert product.p.unique().tolist() == [58] and finished(base, product).unique().tolist() == [
+        58 / 32
+    ]
 
 
 def test_a_group_of_scale_zero_is_left_alone():
@@ -127,8 +162,15 @@ def test_a_group_of_scale_zero_is_left_alone():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2 ** 31), st.sampled_from(["shift_add", "mul", "shift"]), st.sampled_from([4, 8]), st.sampled_from([0, 32, 64]),
-       st.floats(-4, 4), st.sampled_from([1e-6, 1e-3, 1e-2, 0.3]), st.booleans())
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(["shift_add", "mul", "shift"]),
+    st.sampled_from([4, 8]),
+    st.sampled_from([0, 32, 64]),
+    st.floats(-4, 4),
+    st.sampled_from([1e-6, 1e-3, 1e-2, 0.3]),
+    st.booleans(),
+)
 def test_fuzz_merged_equals_unmerged_and_is_finite(seed, variant, bits, group, strength, size, odd):
     base = IntBase.from_weight(normal(8, 64, seed=seed % 1000, size=0.03), bits, group, odd)
     use = adapters(base, size, seed)[variant]
@@ -138,18 +180,21 @@ def test_fuzz_merged_equals_unmerged_and_is_finite(seed, variant, bits, group, s
     assert torch.equal(merged.base.weight(), wanted)
 
 
-# ---- factors -------------------------------------------------------------------------------------------------------------
+# ---- factors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
 def test_the_product_of_factors_is_exact(dtype):
     """Against Python's unbounded integers, in exact fractions."""
     from fractions import Fraction
+
     f = factors(6, 10, 5, dtype=dtype)
     delta = f.delta()
     for n, k in np.ndindex(6, 10):
         total = sum(int(f.b[n, r]) * int(f.a[r, k]) for r in range(5))
-        assert Fraction(delta[n, k].item()) == total * Fraction(f.b_scale[n].item()) * Fraction(f.a_scale[k].item())
+        assert Fraction(delta[n, k].item()) == total * Fraction(f.b_scale[n].item()) * Fraction(
+            f.a_scale[k].item()
+        )
 
 
 def test_the_product_does_not_depend_on_the_order_of_sums(device):
@@ -165,8 +210,13 @@ def test_the_product_does_not_depend_on_the_order_of_sums(device):
 def test_factors_lose_little_when_balanced():
     up, down = normal(96, 8) * torch.logspace(0, -3, 8), normal(8, 128, seed=1)
     wanted = up.double() @ down.double()
-    torch.testing.assert_close((lambda a, b: a.double() @ b.double())(*balanced(up, down)), wanted, rtol=1e-4, atol=1e-5)
-    errors = {d: ((quantize(*balanced(up, down), d).delta() - wanted).norm() / wanted.norm()).item() for d in (torch.int8, torch.int16)}
+    torch.testing.assert_close(
+        (lambda a, b: a.double() @ b.double())(*balanced(up, down)), wanted, rtol=1e-4, atol=1e-5
+    )
+    errors = {
+        d: ((quantize(*balanced(up, down), d).delta() - wanted).norm() / wanted.norm()).item()
+        for d in (torch.int8, torch.int16)
+    }
     assert errors[torch.int8] < 0.01 and errors[torch.int16] < 1e-4
 
 

@@ -1,4 +1,6 @@
-"""A merged layer of its own: it computes what the quantized layer and the adapter do, and its tensors come back."""
+"""A merged layer of its own: it computes what the quantized layer and the adapter do, and its
+tensors come back.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,12 @@ from nibble.quant.intlora.merge import change
 from nibble.quant.intlora.variants import ShiftAdd
 from nibble.quant.intlora.weight import MergedWeight
 
-WEIGHTS = {"svdquant": svdquant, "rotated": lambda: svdquant(rotation=64), "unsigned": lambda: svdquant(act_unsigned=True), "w4a16": w4a16}
+WEIGHTS = {
+    "svdquant": svdquant,
+    "rotated": lambda: svdquant(rotation=64),
+    "unsigned": lambda: svdquant(act_unsigned=True),
+    "w4a16": w4a16,
+}
 every_weight = pytest.mark.parametrize("kind", list(WEIGHTS))
 
 
@@ -23,7 +30,9 @@ def test_it_computes_base_and_change(kind, variant):
     x = normal(5, K, size=1.0)
     dense = weight.dequantize() + change(base, uses)
     torch.testing.assert_close(merged.dequantize(), dense, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(merged.forward(x), x @ dense.T + weight.effective_bias(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        merged.forward(x), x @ dense.T + weight.effective_bias(), rtol=1e-3, atol=1e-3
+    )
     assert not notes and merged.base.bits == 16 and merged.shape == weight.shape
 
 
@@ -33,8 +42,12 @@ def test_tensors_round_trip(kind):
     merged, _ = MergedWeight.of(weight, [(adapters(IntBase.of(weight))["shift_add"], 1.0)])
     stored = merged.tensors("a.b")
     back = MergedWeight.from_tensors(stored, "a.b")
-    assert back.tensors("a.b").keys() == stored.keys() and all(torch.equal(back.tensors("a.b")[name], tensor) for name, tensor in stored.items())
-    assert merged.nbytes == sum(tensor.nbytes for name, tensor in stored.items() if "comfy_quant" not in name)
+    assert back.tensors("a.b").keys() == stored.keys() and all(
+        torch.equal(back.tensors("a.b")[name], tensor) for name, tensor in stored.items()
+    )
+    assert merged.nbytes == sum(
+        tensor.nbytes for name, tensor in stored.items() if "comfy_quant" not in name
+    )
 
 
 def test_without_adapters_the_weight_is_that_of_the_base():
@@ -55,4 +68,6 @@ def test_lowered_k_is_noted_and_wrong_tensors_refused():
     with pytest.raises(ValueError, match="'intlora_merged'"):
         MergedWeight.from_tensors(w4a16().tensors("a"), "a")
     with pytest.raises(ValueError, match="lacks its weight or scale"):
-        MergedWeight.from_tensors({name: tensor for name, tensor in stored.items() if name != "a.weight_scale"}, "a")
+        MergedWeight.from_tensors(
+            {name: tensor for name, tensor in stored.items() if name != "a.weight_scale"}, "a"
+        )

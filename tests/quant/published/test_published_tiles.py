@@ -1,4 +1,6 @@
-"""The published orders, against packers that follow their index formulas one number at a time; and back, bit for bit."""
+"""The published orders, against packers that follow their index formulas one number at a time; and
+back, bit for bit.
+"""
 
 import pytest
 import torch
@@ -16,14 +18,28 @@ def bf16(*shape, seed=0):
 
 
 def int4(n, k, seed=0):
-    return torch.randint(-128, 128, (n, k // 2), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return torch.randint(
+        -128, 128, (n, k // 2), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
 
 
 @pytest.mark.parametrize("n, k", SIZES)
 @pytest.mark.parametrize("name", ["weight", "awq", "scale", "down", "up"])
 def test_an_order_is_that_of_its_formula_and_comes_back(name, n, k):
-    natural = {"weight": int4(n, k), "awq": int4(n, k), "scale": bf16(k // 64, n), "down": bf16(k, 32), "up": bf16(n, 48)}[name]
-    packed = {"weight": pack_weight, "awq": pack_awq, "scale": pack_scale, "down": pack_down, "up": pack_up}[name](natural)
+    natural = {
+        "weight": int4(n, k),
+        "awq": int4(n, k),
+        "scale": bf16(k // 64, n),
+        "down": bf16(k, 32),
+        "up": bf16(n, 48),
+    }[name]
+    packed = {
+        "weight": pack_weight,
+        "awq": pack_awq,
+        "scale": pack_scale,
+        "down": pack_down,
+        "up": pack_up,
+    }[name](natural)
     assert_same(getattr(tiles, f"{name}_from_nunchaku")(packed), natural)
     assert_same(getattr(tiles, f"{name}_to_nunchaku")(natural), packed)
 
@@ -35,7 +51,9 @@ def test_a_vector_is_a_scale_of_one_group():
 
 
 def test_the_known_answer_of_the_packed_weight():
-    """At K = 3072 the first byte of the second row holds the code of (48, 0) in its low nibble: seen in a published file's decoder."""
+    """At K = 3072 the first byte of the second row holds the code of (48, 0) in its low nibble:
+    seen in a published file's decoder.
+    """
     codes = torch.zeros(128, 1536, dtype=torch.int8)
     codes[48, 0] = 5
     assert tiles.weight_to_nunchaku(codes)[1, 0] == 5
@@ -60,7 +78,10 @@ def test_kitchen_tiles():
     tiled = tiles.weight_to_kitchen(natural)
     assert tiled.shape == (2, 3, 32, 128)
     for row, byte in ((0, 0), (5, 31), (130, 33), (255, 95)):
-        assert tiled[row // 128, byte // 32, row % 128 // 4, row % 4 * 32 + byte % 32] == natural[row, byte]
+        assert (
+            tiled[row // 128, byte // 32, row % 128 // 4, row % 4 * 32 + byte % 32]
+            == natural[row, byte]
+        )
     assert_same(tiles.weight_from_kitchen(tiled), natural)
     assert tiles.scale_to_kitchen(scale)[1, 2, 7] == scale[2, 135]
     assert_same(tiles.scale_from_kitchen(tiles.scale_to_kitchen(scale)), scale)

@@ -1,6 +1,7 @@
 """The decomposition: quality floors in dB, exact cases, and inputs that break careless code.
 
-Floors are on a layer whose inputs are correlated, off-centre and have outlier channels, as a transformer's are; 256 x 256, rank 16.
+Floors are on a layer whose inputs are correlated, off-centre and have outlier channels, as a
+transformer's are; 256 x 256, rank 16.
 """
 
 import math
@@ -29,7 +30,11 @@ def inputs(tokens: int, seed: int = 1, k: int = K) -> torch.Tensor:
     mix = torch.randn(24, k, generator=g)
     size, mean = torch.exp(torch.randn(k, generator=g)), torch.randn(k, generator=g)
     g.manual_seed(seed)
-    return (torch.randn(tokens, 24, generator=g) @ mix * 0.3 + 0.5 * torch.randn(tokens, k, generator=g) + mean) * size
+    return (
+        torch.randn(tokens, 24, generator=g) @ mix * 0.3
+        + 0.5 * torch.randn(tokens, k, generator=g)
+        + mean
+    ) * size
 
 
 def recorded(x: torch.Tensor, **options) -> InputStats:
@@ -48,8 +53,11 @@ def rtn_db(weight, x) -> float:
     def rounded(t):
         scale = group_absmax(t) / 7
         return dequantize_groups(quantize_groups(t, scale).clamp(-7, 7), scale)
+
     y = x @ weight.T
-    return (10 * torch.log10(y.square().sum() / (rounded(x) @ rounded(weight).T - y).square().sum())).item()
+    return (
+        10 * torch.log10(y.square().sum() / (rounded(x) @ rounded(weight).T - y).square().sum())
+    ).item()
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +66,11 @@ def case():
     return weight, bias, recorded(inputs(2000)), inputs(512, seed=2)
 
 
-@pytest.mark.parametrize("preset, statistics, floor", [("fast", False, 18.0), ("fast", True, 21.0), ("best", True, 21.5)],
-                         ids=["fast without samples", "fast", "best"])
+@pytest.mark.parametrize(
+    "preset, statistics, floor",
+    [("fast", False, 18.0), ("fast", True, 21.0), ("best", True, 21.5)],
+    ids=["fast without samples", "fast", "best"],
+)
 def test_quality_floor_on_unseen_inputs(case, preset, statistics, floor):
     weight, bias, stats, x = case
     recipe = Recipe.from_preset(preset, rank=16, smoothing_grid=4, iterations=2)
@@ -75,7 +86,9 @@ def test_more_effort_is_never_worse(case):
     weight, bias, stats, x = case
 
     def value(**changes):
-        recipe = Recipe.from_preset("best", **{"rank": 16, "smoothing_grid": 2, "iterations": 2} | changes)
+        recipe = Recipe.from_preset(
+            "best", **{"rank": 16, "smoothing_grid": 2, "iterations": 2} | changes
+        )
         return db(weight, bias, quantize_linear(weight, bias, stats, recipe)[0], x)
 
     best = value()
@@ -92,12 +105,20 @@ def test_weights_of_low_rank_are_nearly_lossless():
 
 
 def gelu_inputs(tokens: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.gelu(1.5 * torch.randn(tokens, K, generator=torch.Generator().manual_seed(seed)))
+    return torch.nn.functional.gelu(
+        1.5 * torch.randn(tokens, K, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
     weight, bias = layer()
-    result, error = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), Recipe.from_preset("fast", rank=16), post_gelu=True)
+    result, error = quantize_linear(
+        weight,
+        bias,
+        recorded(gelu_inputs(1000, 1)),
+        Recipe.from_preset("fast", rank=16),
+        post_gelu=True,
+    )
     assert result.act_unsigned and error.act_unsigned
     fold = SHIFT * result.residual().sum(1)
     torch.testing.assert_close(result.effective_bias(), result.bias.float() + fold)
@@ -110,20 +131,30 @@ def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
 
 
 def test_without_a_bias_nothing_is_folded():
-    result, error = quantize_linear(layer()[0], None, recorded(gelu_inputs(500, 1)), Recipe.from_preset("fast", rank=16), post_gelu=True)
+    result, error = quantize_linear(
+        layer()[0],
+        None,
+        recorded(gelu_inputs(500, 1)),
+        Recipe.from_preset("fast", rank=16),
+        post_gelu=True,
+    )
     assert result.bias is None and not error.act_unsigned
 
 
 @pytest.mark.parametrize("rotation, expected", [("on", 64), ("off", 0)])
 def test_rotation_can_be_asked_for_or_forbidden(case, rotation, expected):
     weight, bias, stats, x = case
-    result, _ = quantize_linear(weight, bias, stats, Recipe.from_preset("fast", rank=16, rotation=rotation))
+    result, _ = quantize_linear(
+        weight, bias, stats, Recipe.from_preset("fast", rank=16, rotation=rotation)
+    )
     assert result.rotation == expected and db(weight, bias, result, x) > rtn_db(weight, x)
 
 
 def test_the_matrix_that_a_rotated_layer_stands_for_is_the_weight(case):
     weight, bias, _, _ = case
-    result, _ = quantize_linear(weight, bias, None, Recipe.from_preset("fast", rank=16, rotation="on"))
+    result, _ = quantize_linear(
+        weight, bias, None, Recipe.from_preset("fast", rank=16, rotation="on")
+    )
     assert (result.dequantize() - weight).norm() < 0.1 * weight.norm()
     assert torch.equal(result.bias, bias.bfloat16())
 
@@ -141,8 +172,18 @@ def finite(result) -> bool:
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])
-@pytest.mark.parametrize("kind", ["dead inputs", "dead weight columns", "zero weight", "constant inputs", "zero inputs", "one token",
-                                  "huge outlier"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dead inputs",
+        "dead weight columns",
+        "zero weight",
+        "constant inputs",
+        "zero inputs",
+        "one token",
+        "huge outlier",
+    ],
+)
 def test_degenerate_layers_give_finite_tensors(kind, preset):
     (weight, bias), x = layer(n=32, k=128), inputs(300, k=128)
     if kind == "dead inputs":
@@ -157,7 +198,12 @@ def test_degenerate_layers_give_finite_tensors(kind, preset):
         x = x[:1]
     else:
         x[:, 5] *= 1e4
-    result, error = quantize_linear(weight, bias, recorded(x), Recipe.from_preset(preset, rank=16, smoothing_grid=2, iterations=1))
+    result, error = quantize_linear(
+        weight,
+        bias,
+        recorded(x),
+        Recipe.from_preset(preset, rank=16, smoothing_grid=2, iterations=1),
+    )
     assert finite(result) and math.isfinite(error.db) and result.forward(x).isfinite().all()
     floor = {"constant inputs": 30, "huge outlier": 25}.get(kind, 12)
     if kind not in ("zero weight", "zero inputs", "one token"):
@@ -180,9 +226,17 @@ def test_shared_smoothing_is_used_as_given(case):
     weight, bias, stats, x = case
     recipe = Recipe.from_preset("fast", rank=16)
     smooth = shared_smoothing([weight[:64], weight[64:]], stats, recipe)
-    parts = [quantize_linear(w, b, stats, recipe, smooth=smooth)[0] for w, b in ((weight[:64], bias[:64]), (weight[64:], bias[64:]))]
+    parts = [
+        quantize_linear(w, b, stats, recipe, smooth=smooth)[0]
+        for w, b in ((weight[:64], bias[:64]), (weight[64:], bias[64:]))
+    ]
     assert all(torch.equal(part.smooth_factor, smooth.bfloat16()) for part in parts)
-    assert all(db(w, b, part, x) > 20 for part, w, b in zip(parts, (weight[:64], weight[64:]), (bias[:64], bias[64:]), strict=True))
+    assert all(
+        db(w, b, part, x) > 20
+        for part, w, b in zip(
+            parts, (weight[:64], weight[64:]), (bias[:64], bias[64:]), strict=True
+        )
+    )
 
 
 @pytest.mark.parametrize("statistics", [False, True], ids=["weights alone", "recorded inputs"])
@@ -191,7 +245,8 @@ def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
     recipe = Recipe.from_preset("best" if statistics else "fast")
     result, error = quantize_w4a16(weight, bias, stats if statistics else None, recipe)
     assert db(weight, bias, result, x) > 20 and error > 20
-    top = torch.tensor([-8.0, 7.0]).repeat(32)[None] * 0.25  # a group of two values that are codes needs no rounding
+    # a group of two values that are codes needs no rounding
+    top = torch.tensor([-8.0, 7.0]).repeat(32)[None] * 0.25
     exact, error = quantize_w4a16(top, None, None, recipe)
     torch.testing.assert_close(exact.dequantize(), top)
 

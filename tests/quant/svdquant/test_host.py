@@ -11,7 +11,12 @@ def weight(n, k, zeros, seed=0):
     draw = torch.Generator().manual_seed(seed)
     scale = (torch.rand(k // 64, n, generator=draw) + 0.5).bfloat16()
     offsets = torch.randn(k // 64, n, generator=draw).bfloat16() if zeros else None
-    return W4A16Weight(torch.randint(-128, 128, (n, k // 2), generator=draw, dtype=torch.int8), scale, offsets, torch.randn(n, generator=draw).bfloat16())
+    return W4A16Weight(
+        torch.randint(-128, 128, (n, k // 2), generator=draw, dtype=torch.int8),
+        scale,
+        offsets,
+        torch.randn(n, generator=draw).bfloat16(),
+    )
 
 
 @pytest.mark.parametrize("n, k, zeros", [(16, 64, False), (768, 256, True), (48, 320, True)])
@@ -24,7 +29,7 @@ def test_it_is_the_product_with_the_matrix(n, k, zeros, shape):
     assert (y - expected).norm() < 2e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -10)])
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
 def test_16_bit_products_are_as_exact_as_their_results(dtype, error):
     w, x = weight(64, 128, True), torch.randn(2, 128).to(dtype)
     exact = torch.nn.functional.linear(x.double(), w.dequantize().double(), w.bias.double())

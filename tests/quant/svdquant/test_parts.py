@@ -1,4 +1,6 @@
-"""The parts of the decomposition against plain formulas: spaces, low rank in a metric, rounding, GPTQ."""
+"""The parts of the decomposition against plain formulas: spaces, low rank in a metric, rounding,
+GPTQ.
+"""
 
 import subprocess
 import sys
@@ -9,7 +11,13 @@ import torch
 
 from nibble.kernels import reference
 from nibble.quant.packing import dequantize_groups
-from nibble.quant.svdquant.gptq import gptq, group_scales, round_codes, round_to_nearest, rounding_order
+from nibble.quant.svdquant.gptq import (
+    gptq,
+    group_scales,
+    round_codes,
+    round_to_nearest,
+    rounding_order,
+)
 from nibble.quant.svdquant.lowrank import Metric, parallel_sum, svd_lowrank, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
 
@@ -33,7 +41,9 @@ def test_a_space_changes_no_product_and_its_weight_map_inverts(options):
     x, weight = normal(5, 128), normal(7, 128, seed=1)
     space = InputSpace(normal(128, seed=2).exp().bfloat16().float(), **options)
     shift = reference.SHIFT if space.act_unsigned else 0
-    torch.testing.assert_close(space.inputs(x) @ space.weight(weight).T, (x + shift) @ weight.T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        space.inputs(x) @ space.weight(weight).T, (x + shift) @ weight.T, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(space.raw_weight(space.weight(weight)), weight)
 
 
@@ -43,20 +53,28 @@ def test_its_four_bit_inputs_are_those_of_the_kernels(options):
     space = InputSpace(smooth, **options)
     q, scale, _ = reference.quantize_down(x, smooth, torch.zeros(128, 1), **options)
     codes = reference.unpack_nibbles(q, not space.act_unsigned)
-    torch.testing.assert_close(space.quantized(space.inputs(x)), dequantize_groups(codes, scale.T.contiguous().T))
+    torch.testing.assert_close(
+        space.quantized(space.inputs(x)), dequantize_groups(codes, scale.T.contiguous().T)
+    )
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
 def test_moments_follow_the_inputs(rotation):
     x, space = normal(300, 256), InputSpace(normal(256, seed=2).exp(), rotation)
-    torch.testing.assert_close(space.moments(blocks_of(x, 128)), blocks_of(space.inputs(x), 128), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        space.moments(blocks_of(x, 128)), blocks_of(space.inputs(x), 128), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_smoothing_factors_are_exact_in_bf16_and_dead_channels_get_one():
     span_x, span_w = normal(128).abs(), normal(128, seed=1).abs()
     span_x[3] = span_w[9] = 0
     factors = smoothing_factors(span_x, span_w, 0.5, 0.5)
-    assert torch.equal(factors, factors.bfloat16().float()) and factors[3] == factors[9] == 1 and (factors > 0).all()
+    assert (
+        torch.equal(factors, factors.bfloat16().float())
+        and factors[3] == factors[9] == 1
+        and (factors > 0).all()
+    )
     assert torch.equal(smoothing_factors(span_x * 0, span_w, 1, 0), torch.ones(128))
     extreme = smoothing_factors(torch.logspace(-30, 30, 128), torch.ones(128), 1, 0)
     assert extreme.isfinite().all() and extreme.min() > 0
@@ -106,10 +124,12 @@ def test_the_fit_minimises_the_output_error_of_its_metric():
 
 
 def test_blocks_are_solved_rightly_whoever_has_set_the_threads():
-    """In a process of its own, because the call that breaks torch's batched solver cannot be taken back."""
+    """In a process of its own, because the call that breaks torch's batched solver cannot be taken
+    back.
+    """
     code = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / '__init__.py')!r}, submodule_search_locations=[{str(ROOT)!r}])
+spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
 package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
 import torch
 from nibble.quant.svdquant.lowrank import solve_blocks
@@ -131,7 +151,9 @@ def test_parallel_sum_of_diagonals_is_elementwise():
 def test_blockwise_product_is_the_product_with_the_whole_matrix():
     blocks = normal(3, 64, 64)
     matrix = normal(5, 192, seed=1)
-    torch.testing.assert_close(times_blocks(matrix, blocks), matrix @ torch.block_diag(*blocks), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        times_blocks(matrix, blocks), matrix @ torch.block_diag(*blocks), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_searched_scales_beat_absmax_and_serve_either_sign_with_the_ninth_level():
@@ -178,7 +200,9 @@ def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest():
     weight, diagonal = normal(40, 128), normal(128, seed=1).square() + 0.1
     codes, scale = gptq(weight, torch.diag_embed(diagonal.reshape(1, 128)), True)
     expected_codes, expected_scale = round_to_nearest(weight, diagonal, True)
-    assert (codes == expected_codes).float().mean() > 0.999 and (scale == expected_scale).float().mean() > 0.99
+    assert (codes == expected_codes).float().mean() > 0.999 and (
+        scale == expected_scale
+    ).float().mean() > 0.99
 
 
 def test_gptq_does_not_depend_on_how_rows_are_parted(monkeypatch):
@@ -186,4 +210,6 @@ def test_gptq_does_not_depend_on_how_rows_are_parted(monkeypatch):
     whole = gptq(weight, hessian, True)
     monkeypatch.setattr("nibble.quant.svdquant.gptq._chunk", lambda *_: 16)
     parted = gptq(weight, hessian, True)
-    assert (whole[0] == parted[0]).float().mean() > 0.999 and torch.allclose(whole[1], parted[1], rtol=0.01)
+    assert (whole[0] == parted[0]).float().mean() > 0.999 and torch.allclose(
+        whole[1], parted[1], rtol=0.01
+    )

@@ -8,18 +8,30 @@ from nibble.quant.svdquant.recipe import PRESET_HELP, PRESETS, Recipe
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
     recipe = Recipe.from_preset(preset, rank=64, keep=["final.*"])
-    assert Recipe.from_json(recipe.to_json()) == recipe and recipe.preset == preset and PRESET_HELP[preset]
+    assert (
+        Recipe.from_json(recipe.to_json()) == recipe
+        and recipe.preset == preset
+        and PRESET_HELP[preset]
+    )
 
 
 def test_none_leaves_a_preset_as_it_is():
     assert Recipe.from_preset("best", rank=None) == Recipe.from_preset("best")
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"rank": 20}, "rank=20 is not a multiple of 16"), ({"solver": "magic"}, "'magic' is not one of alternating, svd"),
-    ({"rotation": True}, "not one of auto, on, off"), ({"smoothing_grid": 0}, "smoothing_grid=0"),
-    ({"keep": "final"}, "not a list of name patterns"),
-    ({"colour": 1}, "a recipe has no colour"), ({"seed": -1}, "seed=-1")], ids=str)
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"rank": 20}, "rank=20 is not a multiple of 16"),
+        ({"solver": "magic"}, "'magic' is not one of alternating, svd"),
+        ({"rotation": True}, "not one of auto, on, off"),
+        ({"smoothing_grid": 0}, "smoothing_grid=0"),
+        ({"keep": "final"}, "not a list of name patterns"),
+        ({"colour": 1}, "a recipe has no colour"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+    ids=str,
+)
 def test_wrong_values_are_refused_in_words(wrong, words):
     with pytest.raises(ValueError, match=words):
         Recipe.from_preset("fast", **wrong)

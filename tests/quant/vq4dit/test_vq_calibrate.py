@@ -1,4 +1,6 @@
-"""Calibration block by block: what it leaves alone, what the ratios do, and the orderings of the methods on a toy DiT."""
+"""Calibration block by block: what it leaves alone, what the ratios do, and the orderings of the
+methods on a toy DiT.
+"""
 
 import copy
 
@@ -19,26 +21,47 @@ FIRST = toy.LAYERS[:5]
 def fitted(n=32, k=64, codewords=16, seed=0, how=None):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n, k, generator=generator) * 0.1
-    return fit(weight, torch.zeros(n), None, how or How(codewords, 2, scaled=False, rotation=0, turns=0), generator), weight
+    return (
+        fit(
+            weight,
+            torch.zeros(n),
+            None,
+            how or How(codewords, 2, scaled=False, rotation=0, turns=0),
+            generator,
+        ),
+        weight,
+    )
 
 
 def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(model.named_modules())
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, dict(
+        model.named_modules()
+    )
 
 
 def unchanged(model, before):
     tensors, modules = before
-    return all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items()) and modules == dict(model.named_modules()) \
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return (
+        all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+        and modules == dict(model.named_modules())
+        and not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_each_method_is_closer_than_the_one_before(bits):
-    """Output error of the whole toy on a trajectory that nothing was fitted on: k-means > its codebooks trained > the paper > best."""
+    """Output error of the whole toy on a trajectory that nothing was fitted on: k-means > its
+    codebooks trained > the paper > best.
+    """
     steps = 100 if bits == 3 else 160
-    arms = {"k-means": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=0),
-            "codebooks": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=steps),
-            "paper": Recipe.from_preset("vq4dit", bits=bits, steps=steps), "best": Recipe.from_preset("best", bits=bits, steps=40)}
+    arms = {
+        "k-means": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=0),
+        "codebooks": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=steps),
+        "paper": Recipe.from_preset("vq4dit", bits=bits, steps=steps),
+        "best": Recipe.from_preset("best", bits=bits, steps=40),
+    }
     errors = {name: toy.error(toy.quantized(recipe)) for name, recipe in arms.items()}
     print(errors)
     assert errors["codebooks"] < 0.85 * errors["k-means"]
@@ -48,7 +71,12 @@ def test_each_method_is_closer_than_the_one_before(bits):
 
 def test_two_or_three_candidates_beat_one():
     """Of one block on its own inputs, where nothing else plays a part."""
-    errors = {n: toy.error(toy.quantized(Recipe.from_preset("vq4dit", bits=3, candidates=n, steps=100), FIRST)) for n in (1, 2, 3)}
+    errors = {
+        n: toy.error(
+            toy.quantized(Recipe.from_preset("vq4dit", bits=3, candidates=n, steps=100), FIRST)
+        )
+        for n in (1, 2, 3)
+    }
     assert max(errors[2], errors[3]) < 0.8 * errors[1]
 
 
@@ -62,6 +90,7 @@ def test_the_teacher_is_left_alone_even_when_stopped():
     def stop(step, steps, db):
         if step > 10:
             raise Stop
+
     with pytest.raises(Stop):
         toy.quantized(Recipe.from_preset("best", steps=30), FIRST, stop)
     assert unchanged(model, before)
@@ -73,7 +102,8 @@ def test_the_student_shares_the_layers_that_are_not_its_own():
     room = Classroom(toy.teacher(), FIRST)
     model, student = room.teacher.model, room.student
     assert student.get_submodule("blocks.0.qkv") is model.get_submodule("blocks.0.qkv")
-    assert student.get_submodule("blocks.1.qkv") is not model.get_submodule("blocks.1.qkv")  # not to be quantized: copied, and frozen
+    # not to be quantized: copied, and frozen
+    assert student.get_submodule("blocks.1.qkv") is not model.get_submodule("blocks.1.qkv")
     room.install("blocks.0.qkv", Hard(fitted(192, 64)[0]))
     assert isinstance(student.blocks[0].qkv, Part) and isinstance(model.blocks[0].qkv, nn.Linear)
 
@@ -83,18 +113,36 @@ def test_blocks_come_in_the_order_of_the_model_and_inputs_from_the_student():
     assert list(room.blocks) == ["blocks.0", "blocks.1", "blocks.2"] and len(room.calls) == 6
     inputs, stats = room.inputs("blocks.1")
     lesson = room.lesson("blocks.1", inputs)
-    assert lesson.decibels(room.student.blocks[1]) > 120 and stats["blocks.1.qkv"].count == 6 * 24 * toy.TOKENS  # nothing is quantized yet
-    room.install("blocks.0.fc1", Hard(fit(toy.trained().blocks[0].fc1.weight, None, None, How(4, 2, rotation=0), torch.Generator())))
+    # nothing is quantized yet
+    assert (
+        lesson.decibels(room.student.blocks[1]) > 120
+        and stats["blocks.1.qkv"].count == 6 * 24 * toy.TOKENS
+    )
+    room.install(
+        "blocks.0.fc1",
+        Hard(
+            fit(
+                toy.trained().blocks[0].fc1.weight,
+                None,
+                None,
+                How(4, 2, rotation=0),
+                torch.Generator(),
+            )
+        ),
+    )
     changed, _ = room.inputs("blocks.1")
     assert not torch.equal(changed[0].args[0], inputs[0].args[0])
-    assert torch.equal(room.lesson("blocks.1", changed).targets[0][0], lesson.targets[0][0])  # what the teacher puts out stays the aim
+    # what the teacher puts out stays the aim
+    assert torch.equal(room.lesson("blocks.1", changed).targets[0][0], lesson.targets[0][0])
 
 
 def test_a_cap_on_memory_thins_out_the_calls():
     room = Classroom(toy.teacher(), FIRST)
     inputs, _ = room.inputs("blocks.0")
     whole = room.lesson("blocks.0", inputs)
-    size = sum(call.nbytes for call in whole.inputs) + sum(t.nbytes for target in whole.targets for t in target)
+    size = sum(call.nbytes for call in whole.inputs) + sum(
+        t.nbytes for target in whole.targets for t in target
+    )
     room.teacher.cap = size // 2
     assert len(room.lesson("blocks.0", inputs).inputs) == 3 and len(whole.inputs) == 6
 
@@ -113,11 +161,18 @@ def test_calls_are_replayed_with_tensors_of_their_own():
         def forward(self, x, options=None):
             self.block(x, options=options)
             return self.after(x, options=options)
+
     model, x = Model(), torch.ones(2)
-    calls = replay.record(model, lambda: model(x.clone(), options={"more": (torch.ones(2),), "name": "a"}))
+    calls = replay.record(
+        model, lambda: model(x.clone(), options={"more": (torch.ones(2),), "name": "a"})
+    )
     for _ in range(2):
         given, results = replay.visit(model, "block", 1, calls, "cpu", inputs=True, outputs=True)
-        assert given[0].args[0].tolist() == [1, 1] and results[0][0].tolist() == [2, 2] and given[0].kwargs["options"]["name"] == "a"
+        assert (
+            given[0].args[0].tolist() == [1, 1]
+            and results[0][0].tolist() == [2, 2]
+            and given[0].kwargs["options"]["name"] == "a"
+        )
     assert replay.order(model, ["after", "block"], calls[0], "cpu") == {"block": 1, "after": 1}
 
 
@@ -129,33 +184,53 @@ def test_it_works_where_gradients_are_off():
 
 
 def test_names_of_blocks():
-    assert [block_of(name) for name in ("double_blocks.3.img_attn.qkv", "transformer_blocks.11.ff.net.0.proj", "mod.lin", "a.blocks.2")] == \
-        ["double_blocks.3", "transformer_blocks.11", "mod.lin", "a.blocks.2"]
+    assert [
+        block_of(name)
+        for name in (
+            "double_blocks.3.img_attn.qkv",
+            "transformer_blocks.11.ff.net.0.proj",
+            "mod.lin",
+            "a.blocks.2",
+        )
+    ] == ["double_blocks.3", "transformer_blocks.11", "mod.lin", "a.blocks.2"]
 
 
-# ---- ratios ----------------------------------------------------------------------------------------------------------
+# ---- ratios --------------------------------------------------------------------------------------
 
 
 def test_ratios_start_as_mixtures_and_end_as_codes():
     start, weight = fitted()
     soft = Soft(start, weight, 2)
     ratios = soft.z.softmax(-1)
-    assert torch.allclose(ratios.sum(1), torch.ones(len(ratios))) and not soft.codebook.requires_grad
-    assert (soft.matrix() - weight).square().mean() < (start.matrix() - weight).square().mean()  # a mixture is nearer than the nearest
+    assert (
+        torch.allclose(ratios.sum(1), torch.ones(len(ratios))) and not soft.codebook.requires_grad
+    )
+    # a mixture is nearer than the nearest
+    assert (soft.matrix() - weight).square().mean() < (start.matrix() - weight).square().mean()
     assert soft.regularity() > 0.1
     with torch.no_grad():
         soft.z[:100] = torch.tensor([9.0, 0.0])
         soft.z[100:200] = torch.tensor([0.0, 9.0])
     soft.freeze()
     assert soft.frozen[:200].all() and not soft.hard
-    decided = soft.candidates.gather(1, torch.cat([torch.zeros(100), torch.ones(100)]).long()[:, None])[:, 0]
-    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], soft.codebook[decided.long()])  # exactly one-hot
+    decided = soft.candidates.gather(
+        1, torch.cat([torch.zeros(100), torch.ones(100)]).long()[:, None]
+    )[:, 0]
+    # exactly one-hot
+    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], soft.codebook[decided.long()])
     soft.matrix().square().sum().backward()
     assert not soft.z.grad[:200].any() and soft.z.grad[300:].any()
     before = soft.matrix().reshape(-1, 2)[:200].clone()
     soft.harden()
-    assert soft.hard and soft.codebook.requires_grad and not soft.z.requires_grad and soft.regularity() == 0
-    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], before) and torch.equal(soft.fitted().matrix(), soft.matrix())
+    assert (
+        soft.hard
+        and soft.codebook.requires_grad
+        and not soft.z.requires_grad
+        and soft.regularity() == 0
+    )
+    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], before) and torch.equal(
+        soft.fitted().matrix(), soft.matrix()
+    )
 
 
 def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
@@ -165,12 +240,15 @@ def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
         soft.z[:] = torch.tensor([9.0, 0.0])
         soft.z[0] = 0
     soft.freeze()
-    assert soft.hard and torch.equal(soft.codes, start.codes.int())  # the first candidate is the nearest codeword
+    # the first candidate is the nearest codeword
+    assert soft.hard and torch.equal(soft.codes, start.codes.int())
 
 
 def test_one_candidate_is_plain_vector_quantization():
     start, weight = fitted()
-    assert torch.equal(Soft(start, weight, 1).matrix(), start.matrix()) and torch.equal(Hard(start).matrix(), start.matrix())
+    assert torch.equal(Soft(start, weight, 1).matrix(), start.matrix()) and torch.equal(
+        Hard(start).matrix(), start.matrix()
+    )
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
@@ -179,11 +257,13 @@ def test_parts_compute_their_rows(rotation):
     layer, x = Hard(start), torch.randn(5, 64)
     whole = Part(layer, 0, 48)
     assert torch.equal(torch.cat([Part(layer, 0, 16)(x), Part(layer, 16, 48)(x)], -1), whole(x))
-    assert torch.allclose(whole(x), start.pack(torch.float32).forward(x), atol=1e-5) and torch.allclose(whole.weight @ x[0], whole(x)[0], atol=1e-5)
+    assert torch.allclose(
+        whole(x), start.pack(torch.float32).forward(x), atol=1e-5
+    ) and torch.allclose(whole.weight @ x[0], whole(x)[0], atol=1e-5)
     assert whole(x.bfloat16()).dtype == torch.bfloat16
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def lesson_of(module, count=4):
@@ -200,9 +280,19 @@ def test_training_never_ends_worse_than_it_began_and_repeats_itself(monkeypatch)
     def trained(seed):
         layer = Hard(start)
         block = Part(layer, 0, 32)
-        return learn(block, {"x": layer}, lesson_of(target), Recipe.from_preset("best", steps=20), seed), layer.fitted()
+        return (
+            learn(
+                block, {"x": layer}, lesson_of(target), Recipe.from_preset("best", steps=20), seed
+            ),
+            layer.fitted(),
+        )
+
     (before, after), first = trained(1)
-    assert after > before and torch.equal(first.codebook, trained(1)[1].codebook) and not torch.equal(first.codebook, trained(2)[1].codebook)
+    assert (
+        after > before
+        and torch.equal(first.codebook, trained(1)[1].codebook)
+        and not torch.equal(first.codebook, trained(2)[1].codebook)
+    )
     monkeypatch.setattr(calibrate, "TUNING_RATE", 100.0)
     (before, after), spoiled = trained(1)
     assert after == before and torch.equal(spoiled.codebook, start.codebook)

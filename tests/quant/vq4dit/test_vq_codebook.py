@@ -39,7 +39,9 @@ def test_the_nearest_codeword_is_scipys():
     indices, distances = nearest(vectors, words)
     expected, apart = vq(vectors.numpy(), words.numpy())
     assert np.array_equal(indices[:, 0].numpy(), expected)
-    assert torch.allclose(distances[:, 0], torch.from_numpy(apart).float() ** 2, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        distances[:, 0], torch.from_numpy(apart).float() ** 2, rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -49,7 +51,9 @@ def test_candidates_are_those_of_brute_force_nearest_first(weighted):
     indices, distances = nearest(vectors, words, 4, weights)
     full = ((vectors[:, None] - words) ** 2 * (1 if weights is None else weights[:, None])).sum(-1)
     best, order = full.sort(1)
-    assert torch.equal(indices, order[:, :4]) and torch.allclose(distances, best[:, :4], rtol=1e-4, atol=1e-5)
+    assert torch.equal(indices, order[:, :4]) and torch.allclose(
+        distances, best[:, :4], rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(nearest(vectors, words, 1, weights)[0], indices[:, :1])
 
 
@@ -67,53 +71,99 @@ def test_one_iteration_is_scipys_and_the_whole_is_as_good():
     theirs, _ = kmeans2(vectors.numpy(), start.numpy(), iter=1, minit="matrix")
     assert torch.allclose(ours, torch.from_numpy(theirs), atol=1e-5)
     words, _ = kmeans2(vectors.numpy(), 16, iter=20, minit="++", seed=1)
-    assert distortion(vectors, kmeans(vectors, 16, seeded())) < 1.05 * distortion(vectors, torch.from_numpy(words))
+    assert distortion(vectors, kmeans(vectors, 16, seeded())) < 1.05 * distortion(
+        vectors, torch.from_numpy(words)
+    )
 
 
 def test_more_iterations_never_make_it_worse_and_equal_weights_change_nothing():
     vectors = gaussian(2000, 4)
     errors = [distortion(vectors, kmeans(vectors, 32, seeded(), iterations=i)) for i in range(6)]
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False)) and errors[5] < 0.8 * errors[0]
-    plain, weighted = kmeans(vectors, 32, seeded()), kmeans(vectors, 32, seeded(), torch.ones_like(vectors))
-    assert torch.allclose(plain, weighted, atol=1e-4) and torch.equal(plain, kmeans(vectors, 32, seeded()))
+    assert (
+        all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
+        and errors[5] < 0.8 * errors[0]
+    )
+    plain, weighted = (
+        kmeans(vectors, 32, seeded()),
+        kmeans(vectors, 32, seeded(), torch.ones_like(vectors)),
+    )
+    assert torch.allclose(plain, weighted, atol=1e-4) and torch.equal(
+        plain, kmeans(vectors, 32, seeded())
+    )
 
 
 def test_weights_move_codewords_to_what_counts():
-    vectors = torch.cat([torch.zeros(50, 1), torch.ones(50, 1), torch.full((50, 1), 10.0), torch.full((50, 1), 10.5)])
+    vectors = torch.cat(
+        [
+            torch.zeros(50, 1),
+            torch.ones(50, 1),
+            torch.full((50, 1), 10.0),
+            torch.full((50, 1), 10.5),
+        ]
+    )
     counts = torch.cat([torch.full((100, 1), 100.0), torch.full((100, 1), 1e-3)])
-    plain, weighted = (kmeans(vectors, 3, seeded(), weights).sort(0).values[:, 0] for weights in (None, counts))
+    plain, weighted = (
+        kmeans(vectors, 3, seeded(), weights).sort(0).values[:, 0] for weights in (None, counts)
+    )
     assert torch.allclose(plain, torch.tensor([0.0, 1.0, 10.25])) or plain[0] == 0.5
     assert torch.allclose(weighted, torch.tensor([0.0, 1.0, 10.25]))
 
 
 def test_a_codeword_that_nothing_is_near_moves():
-    vectors = torch.cat([torch.zeros(100, 2), torch.ones(1, 2), torch.full((1, 2), 5.0), torch.full((1, 2), 9.0)])
+    vectors = torch.cat(
+        [torch.zeros(100, 2), torch.ones(1, 2), torch.full((1, 2), 5.0), torch.full((1, 2), 9.0)]
+    )
     assert distortion(vectors, kmeans(vectors, 4, seeded())) == 0
 
 
 def test_the_orderings_of_the_paper_on_gaussian_weights():
-    """2 bits: round to nearest loses to pairs, pairs to triples, triples to fours; also with a scale a row, and at 3 bits."""
+    """2 bits: round to nearest loses to pairs, pairs to triples, triples to fours; also with a
+    scale a row, and at 3 bits.
+    """
     weight = gaussian(384, 768)
     top = weight.abs().amax(1, keepdim=True)
-    rounded = min(((weight - (weight / (s := top * share / 1.5) - 0.5).round().clamp(-2, 1).add(0.5) * s) ** 2).mean().item()
-                  for share in torch.linspace(0.2, 1, 40))
+    rounded = min(
+        (
+            (weight - (weight / (s := top * share / 1.5) - 0.5).round().clamp(-2, 1).add(0.5) * s)
+            ** 2
+        )
+        .mean()
+        .item()
+        for share in torch.linspace(0.2, 1, 40)
+    )
 
     def error(codewords, size):
         how = How(codewords, size, scaled=False, rotation=0, turns=0)
         return (weight - fit(weight, None, None, how, seeded()).matrix()).square().mean().item()
+
     two = [error(16, 2), error(64, 3), error(256, 4)]
     assert rounded > 1.05 * two[0] and two[0] > 1.05 * two[1] and two[1] > 1.03 * two[2]
     assert two[2] == pytest.approx(0.096, abs=0.004)  # what fours leave of a Gaussian, as known
     three = quantize_groups(weight, (weight.unflatten(1, (-1, 64)).abs().amax(-1) / 3).T)
-    assert error(64, 2) < 0.9 * (weight - dequantize_groups(three.clamp(-3, 3), (weight.unflatten(1, (-1, 64)).abs().amax(-1) / 3).T)).square().mean()
+    assert (
+        error(64, 2)
+        < 0.9
+        * (
+            weight
+            - dequantize_groups(
+                three.clamp(-3, 3), (weight.unflatten(1, (-1, 64)).abs().amax(-1) / 3).T
+            )
+        )
+        .square()
+        .mean()
+    )
 
 
 def test_ratios_and_mixtures():
     vectors, words = gaussian(100, 3), gaussian(16, 3, 1)
     indices, distances = nearest(vectors, words, 3)
     ratios = logits(distances).softmax(-1)
-    assert torch.allclose(ratios.sum(1), torch.ones(100)) and (ratios[:, :-1] >= ratios[:, 1:]).all()
-    assert torch.allclose(ratios[:, 0] / ratios[:, 1], (distances[:, 1] + 1e-5) / (distances[:, 0] + 1e-5), rtol=1e-4)
+    assert (
+        torch.allclose(ratios.sum(1), torch.ones(100)) and (ratios[:, :-1] >= ratios[:, 1:]).all()
+    )
+    assert torch.allclose(
+        ratios[:, 0] / ratios[:, 1], (distances[:, 1] + 1e-5) / (distances[:, 0] + 1e-5), rtol=1e-4
+    )
     assert torch.equal(logits(distances, inverse=False), torch.zeros(100, 3))
     one = torch.nn.functional.one_hot(torch.full((100,), 2), 3).float()
     assert torch.equal(mix(words, indices, one), words[indices[:, 2]])
@@ -122,21 +172,27 @@ def test_ratios_and_mixtures():
     expected = torch.zeros_like(words)
     mixed = (words[indices] * ratios[..., None]).sum(1)
     for n in range(3):
-        expected.index_add_(0, indices[:, n], (2 * mixed * ratios[:, n:n + 1]).detach())
+        expected.index_add_(0, indices[:, n], (2 * mixed * ratios[:, n : n + 1]).detach())
     assert torch.allclose(words.grad, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("codewords", "size", "bits"), [(256, 4, 2.0), (64, 2, 3.0), (256, 2, 4.0), (16, 2, 2.0), (4096, 4, 3.0)])
+@pytest.mark.parametrize(
+    ("codewords", "size", "bits"),
+    [(256, 4, 2.0), (64, 2, 3.0), (256, 2, 4.0), (16, 2, 2.0), (4096, 4, 3.0)],
+)
 def test_bits_a_weight(codewords, size, bits):
     n, k = 3072, 3072
     exact = bits_per_weight(codewords, size, (n, k))
-    assert bits < exact < bits + 0.09 and exact == pytest.approx(math.log2(codewords) / size + 16 * codewords * size / (n * k) + 16 / k)
+    assert bits < exact < bits + 0.09 and exact == pytest.approx(
+        math.log2(codewords) / size + 16 * codewords * size / (n * k) + 16 / k
+    )
 
 
 def test_small_layers_get_fewer_codewords():
     assert fitting_codewords(256, 4, (3072, 3072)) == 256
     assert fitting_codewords(256, 4, (16, 64)) == 64  # four sub-vectors each
-    assert fitting_codewords(64, 3, (64, 96)) == 64 and fitting_codewords(64, 2, (64, 12)) == 16  # 6 indices of 6 bits fill no whole bytes, of 4 they do
+    # 6 indices of 6 bits fill no whole bytes, of 4 they do
+    assert fitting_codewords(64, 3, (64, 96)) == 64 and fitting_codewords(64, 2, (64, 12)) == 16
 
 
 def test_mistakes_are_named():

@@ -1,4 +1,6 @@
-"""One layer in closed form: feedback against the nearest codeword, scales, and input that cannot be used."""
+"""One layer in closed form: feedback against the nearest codeword, scales, and input that cannot be
+used.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,11 @@ def recorded(k=K, rank=24, seed=1, bias=0.5):
     """Inputs of a few directions over a little noise, with a mean."""
     stats = InputStats.empty(k)
     factors = torch.randn(rank, k, generator=seeded(seed))
-    stats.update(torch.randn(2000, rank, generator=seeded(seed + 1)) @ factors + 0.3 * torch.randn(2000, k, generator=seeded(seed + 2)) + bias)
+    stats.update(
+        torch.randn(2000, rank, generator=seeded(seed + 1)) @ factors
+        + 0.3 * torch.randn(2000, k, generator=seeded(seed + 2))
+        + bias
+    )
     return stats
 
 
@@ -41,12 +47,15 @@ def test_on_correlated_inputs_feedback_beats_the_nearest_codeword():
 
     def error(codes):
         return feedback.output_error(w - words[codes].reshape(N, K), hessian)
+
     near = nearest(sub_vectors(w, 4), words)[0].reshape(N, -1)
     assert error(feedback.assign(w, hessian, words)) < 0.5 * error(near)
 
 
 def test_one_sub_vector_is_chosen_exactly():
-    """With a single sub-vector nothing is left to make up for: the choice is the best in the metric H, by brute force."""
+    """With a single sub-vector nothing is left to make up for: the choice is the best in the metric
+    H, by brute force.
+    """
     x = torch.randn(500, 4, generator=seeded()) @ torch.randn(4, 4, generator=seeded(1))
     hessian = torch.block_diag(*[x.T @ x / 500] * 16)[None]
     w, words = torch.randn(8, 64, generator=seeded(2)), torch.randn(16, 4, generator=seeded(3))
@@ -63,18 +72,24 @@ def test_the_best_codebook_and_scales_solve_their_normal_equations():
 
     def error(book, scales=scale):
         return feedback.output_error(w - book[codes].reshape(N, K) * scales[:, None], hessian)
+
     best = feedback.best_codebook(w, codes, words, scale, hessian, steps=80).requires_grad_(True)
     difference = w - best.index_select(0, codes.flatten()).reshape(N, K) * scale[:, None]
     (slope,) = torch.autograd.grad((feedback.times(difference, hessian) * difference).sum(), best)
     assert error(best.detach()) < 0.95 * error(words) and slope.abs().max() < 1e-2 * error(words)
     scales = feedback.best_scale(w, words[codes].reshape(N, K), hessian)
-    assert error(words, scales) <= error(words) and error(words, scales * 1.01) > error(words, scales) < error(words, scales * 0.99)
+    assert error(words, scales) <= error(words) and error(words, scales * 1.01) > error(
+        words, scales
+    ) < error(words, scales * 0.99)
 
 
 def test_rows_of_different_size_want_a_scale():
     spread = torch.randn(N, 1, generator=seeded(7)).exp()
     w = weight() * spread
-    plain, scaled = (fit(w, None, None, How(256, 4, scaled=scaled, rotation=0, turns=0), seeded()) for scaled in (False, True))
+    plain, scaled = (
+        fit(w, None, None, How(256, 4, scaled=scaled, rotation=0, turns=0), seeded())
+        for scaled in (False, True)
+    )
     share = [(((w - fitted.matrix()) / spread) ** 2).mean() for fitted in (plain, scaled)]
     assert share[1] < 0.6 * share[0] and scaled.scale.median() == pytest.approx(1, abs=0.1)
 
@@ -86,6 +101,7 @@ def test_each_step_of_the_ladder_is_closer_than_the_one_before(rotation):
 
     def db(how, given):
         return sqnr(w, bias, fit(w, bias, given, how, seeded()).pack(torch.float32), rows)
+
     plain = db(How(64, 4, scaled=True, rotation=rotation, turns=0), None)
     weighted = db(How(64, 4, scaled=True, rotation=rotation, turns=0), stats)
     guided = db(How(64, 4, scaled=True, rotation=rotation, turns=2), stats)
@@ -106,18 +122,28 @@ def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
     packed = fitted.pack()
     assert not packed.dequantize()[3].any() and torch.equal(packed.dequantize(), fitted.matrix())
     again = Fitted.unpack(packed)
-    assert torch.equal(again.codes, fitted.codes) and torch.equal(again.codebook, fitted.codebook) and torch.equal(again.scale, fitted.scale)
+    assert (
+        torch.equal(again.codes, fitted.codes)
+        and torch.equal(again.codebook, fitted.codebook)
+        and torch.equal(again.scale, fitted.scale)
+    )
     zeros = fit(torch.zeros(N, K), None, None, How(64, 2, rotation=0), seeded())
     assert not zeros.matrix().any()
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda: (torch.full((N, K), torch.nan), None, None), "NaN or infinity"),
-    (lambda: (weight(), torch.zeros(N + 1), None), "a bias of shape"),
-    (lambda: (weight(), None, recorded(64)), "statistics of 64 inputs"),
-    (lambda: (weight() * 1e7, None, None), "too large for a codebook in fp16"),
-    (lambda: (weight()[:, :126], None, None), "K=126 is not a multiple of the sub-vector length 4"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda: (torch.full((N, K), torch.nan), None, None), "NaN or infinity"),
+        (lambda: (weight(), torch.zeros(N + 1), None), "a bias of shape"),
+        (lambda: (weight(), None, recorded(64)), "statistics of 64 inputs"),
+        (lambda: (weight() * 1e7, None, None), "too large for a codebook in fp16"),
+        (
+            lambda: (weight()[:, :126], None, None),
+            "K=126 is not a multiple of the sub-vector length 4",
+        ),
+    ],
+)
 def test_input_that_cannot_be_used_is_named(spoil, words):
     with pytest.raises(ValueError, match=words):
         fit(*spoil(), How(64, 4, rotation=0), seeded())

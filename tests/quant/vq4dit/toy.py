@@ -1,4 +1,6 @@
-"""A toy DiT with the shapes of a real one, trained for seconds on patterns of low dimension: its inputs are as correlated as real ones are."""
+"""A toy DiT with the shapes of a real one, trained for seconds on patterns of low dimension: its
+inputs are as correlated as real ones are.
+"""
 
 from functools import lru_cache
 
@@ -27,8 +29,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         a, b, gate, c, d, gate2 = self.mod(nn.functional.silu(vec))[:, None].chunk(6, -1)
-        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(self.norm(x) * (1 + a) + b).chunk(3, -1))
-        x = x + gate * self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            part.unflatten(-1, (2, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm(x) * (1 + a) + b).chunk(3, -1)
+        )
+        x = x + gate * self.proj(
+            nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )
         return x + gate2 * self.fc2(nn.functional.gelu(self.fc1(self.norm(x) * (1 + c) + d)))
 
 
@@ -37,7 +44,11 @@ class ToyDiT(nn.Module):
 
     def __init__(self, depth: int = 3):
         super().__init__()
-        self.x_in, self.classes, self.t_in = nn.Linear(CHANNELS, WIDTH), nn.Embedding(CLASSES, WIDTH), nn.Linear(16, WIDTH)
+        self.x_in, self.classes, self.t_in = (
+            nn.Linear(CHANNELS, WIDTH),
+            nn.Embedding(CLASSES, WIDTH),
+            nn.Linear(16, WIDTH),
+        )
         self.positions = nn.Parameter(torch.randn(TOKENS, WIDTH) * 0.5)
         self.blocks = nn.ModuleList(Block() for _ in range(depth))
         self.final_layer = nn.Linear(WIDTH, CHANNELS)
@@ -76,12 +87,17 @@ def trained() -> ToyDiT:
 
 def drawing(model: nn.Module, batch: int = 24, steps: int = 6, seed: int = 0):
     """A sampler: Euler from noise, random classes, the same each time."""
+
     def run() -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        x, label = torch.randn(batch, TOKENS, CHANNELS, generator=generator), torch.randint(CLASSES, (batch,), generator=generator)
+        x, label = (
+            torch.randn(batch, TOKENS, CHANNELS, generator=generator),
+            torch.randint(CLASSES, (batch,), generator=generator),
+        )
         for step in range(steps):
             x = x - model(x, t=torch.full((batch,), 1 - step / steps), label=label) / steps
         return x
+
     return run
 
 
@@ -91,7 +107,9 @@ def teacher(**changes) -> Teacher:
 
 @torch.inference_mode(False)
 def quantized(recipe: Recipe, layers=tuple(LAYERS), watch=lambda *_: None) -> nn.Module:
-    """A student whose layers were calibrated block by block; leaves inference mode for it, as the pipeline does."""
+    """A student whose layers were calibrated block by block; leaves inference mode for it, as the
+    pipeline does.
+    """
     room = Classroom(teacher(), layers)
     for block, names in room.blocks.items():
         inputs, stats = room.inputs(block)
@@ -99,9 +117,17 @@ def quantized(recipe: Recipe, layers=tuple(LAYERS), watch=lambda *_: None) -> nn
         for name in names:
             linear = room.teacher.model.get_submodule(name)
             how = recipe.how(recipe.layout(tuple(linear.weight.shape)))
-            fitted = fit(linear.weight, linear.bias, stats[name] if how.turns else None, how, torch.Generator().manual_seed(len(name)))
+            fitted = fit(
+                linear.weight,
+                linear.bias,
+                stats[name] if how.turns else None,
+                how,
+                torch.Generator().manual_seed(len(name)),
+            )
             soft = recipe.preset == "vq4dit" and recipe.candidates > 1
-            students[name] = Soft(fitted, linear.weight, recipe.candidates) if soft else Hard(fitted)
+            students[name] = (
+                Soft(fitted, linear.weight, recipe.candidates) if soft else Hard(fitted)
+            )
             room.install(name, students[name])
         if recipe.steps:
             learn(room.student.get_submodule(block), students, lesson, recipe, 0, watch)
@@ -109,12 +135,18 @@ def quantized(recipe: Recipe, layers=tuple(LAYERS), watch=lambda *_: None) -> nn
 
 
 def error(student: nn.Module) -> float:
-    """Noise in the velocity over its power, along another trajectory of the teacher than the student learned from."""
+    """Noise in the velocity over its power, along another trajectory of the teacher than the
+    student learned from.
+    """
     model = trained()
     calls = record(model, drawing(model, batch=48, seed=1))
     with torch.no_grad():
-        pairs = [(model(*call.args, **call.kwargs), student(*call.args, **call.kwargs)) for call in calls]
-    return sum((a - b).square().sum().item() for a, b in pairs) / sum(a.square().sum().item() for a, _ in pairs)
+        pairs = [
+            (model(*call.args, **call.kwargs), student(*call.args, **call.kwargs)) for call in calls
+        ]
+    return sum((a - b).square().sum().item() for a, b in pairs) / sum(
+        a.square().sum().item() for a, _ in pairs
+    )
 
 
 def planned(name: str, n: int, k: int) -> LayerPlan:
