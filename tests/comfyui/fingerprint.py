@@ -83,6 +83,7 @@ def commands(folder: Path) -> None:
     import importlib
     import os
 
+    importlib.import_module("launch").make_torchvision_importable()
     importlib.import_module("conftest")
     main = importlib.import_module("nibble.__main__").main
     os.chdir(folder)
