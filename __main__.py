@@ -259,7 +259,7 @@ def quantize(options: argparse.Namespace) -> None:
     statistics, teacher, calibration = _calibration(options, recipe)
     with _Bar() as bar:
         if options.method == "vq":
-            from .quant.vq4dit.pipeline import quantize_checkpoint
+            from .quant.vq4dit.quantize import quantize_checkpoint
 
             report = quantize_checkpoint(
                 options.source,
@@ -273,7 +273,7 @@ def quantize(options: argparse.Namespace) -> None:
                 calibration=calibration,
             )
         else:
-            from .quant.svdquant.pipeline import quantize_checkpoint
+            from .quant.svdquant.quantize import quantize_checkpoint
 
             report = quantize_checkpoint(
                 options.source,
@@ -333,9 +333,9 @@ def _calibration(options: argparse.Namespace, recipe) -> tuple:
     float32, on random conditioning.
     """
     from .quant.architectures import plan, recognise
-    from .quant.conversion import calibrated_on
-    from .quant.sources import Source
-    from .quant.writer import check_target
+    from .quant.checkpoint_run import calibrated_on
+    from .quant.files.source import Source
+    from .quant.files.writer import check_target
 
     source = Source(options.source)
     check_target(source.path, options.target)
@@ -392,7 +392,7 @@ def _calibration(options: argparse.Namespace, recipe) -> tuple:
 
 def _prompts(path: Path) -> tuple[tuple, dict]:
     """((tokens, pooled), facts about them) of a file with text encoders' outputs."""
-    from .quant.container import FileRefused, checksum, read_header, read_tensor
+    from .quant.files.checkpoint import FileRefused, checksum, read_header, read_tensor
 
     header = read_header(path)
     if not {"tokens", "pooled"} <= header.tensors.keys():
@@ -410,7 +410,7 @@ def _prompts(path: Path) -> tuple[tuple, dict]:
 
 def convert(options: argparse.Namespace) -> None:
     """SOURCE → TARGET with the same numbers, with a progress bar and a summary."""
-    from .quant.published.convert import convert as run
+    from .quant.interop.convert import convert as run
 
     with _Bar("layers") as bar:
         lines = run(options.source, options.target, options.to, bar)
@@ -419,9 +419,9 @@ def convert(options: argparse.Namespace) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Prints what a file is, or what would become of it."""
-    from .quant.container import FileRefused, is_quantized, open_quantized
-    from .quant.published.convert import facts_of
-    from .quant.published.opening import is_4bit
+    from .quant.files.checkpoint import FileRefused, is_quantized, open_quantized
+    from .quant.interop.convert import facts_of
+    from .quant.interop.opening import is_4bit
 
     if options.plan:
         name, report = _plan(options)
@@ -476,16 +476,16 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[str, object]:
     from .quant.architectures import KNOWN_MODELS, known_shapes
-    from .quant.container import FileRefused
-    from .quant.sources import Source
+    from .quant.files.checkpoint import FileRefused
+    from .quant.files.source import Source
 
     if options.method == "vq":
-        from .quant.vq4dit.pipeline import predict
+        from .quant.vq4dit.quantize import predict
         from .quant.vq4dit.recipe import Recipe
 
         recipe = Recipe.from_preset("best", bits=options.bits)
     else:
-        from .quant.svdquant.pipeline import predict
+        from .quant.svdquant.quantize import predict
         from .quant.svdquant.recipe import Recipe
 
         recipe = Recipe.from_preset("fast", rank=options.rank)

@@ -15,11 +15,11 @@ from PIL import Image
 
 from ..quant import diffusers as models
 from ..quant.architectures import plan, recognise
+from ..quant.files.source import Source
 from ..quant.report import Report
-from ..quant.sources import Source
-from ..quant.svdquant.pipeline import quantize_checkpoint
+from ..quant.svdquant.quantize import quantize_checkpoint
 from ..quant.svdquant.recipe import Recipe
-from ..quant.vq4dit import pipeline
+from ..quant.vq4dit import quantize as pipeline
 from ..quant.vq4dit import recipe as vq
 from . import metrics, pictures, prompts, scorer, world
 

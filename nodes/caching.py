@@ -4,7 +4,7 @@ for both.
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused
+from ..quant.files.checkpoint import FileRefused
 from .bridge import cache_files, cached_calibration, cached_sampling, charts
 from .bridge import caching_choices as choices
 from .bridge.caching import PRESETS

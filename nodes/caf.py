@@ -4,7 +4,7 @@ what needs no training, a SAMPLER and SIGMAS.
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused
+from ..quant.files.checkpoint import FileRefused
 from .bridge import caf, caf_model, caf_sampling, charts
 
 NO_FILES = "(no CAF files yet)"

@@ -4,7 +4,7 @@ merge and save what is on a model.
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused
+from ..quant.files.checkpoint import FileRefused
 from .bridge import charts, intlora, kept, merging
 
 NO_LORAS = "(no LoRAs in models/loras)"

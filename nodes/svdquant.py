@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused
+from ..quant.files.checkpoint import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from .bridge import charts, loading, quantizing
 from .bridge.patterns import patterns

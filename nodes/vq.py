@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..quant.container import FileRefused
+from ..quant.files.checkpoint import FileRefused
+from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
-from ..quant.vq4dit.usage import inspect
 from .bridge import charts, loading, quantizing, vq, vq_charts
 from .bridge.patterns import patterns
 from .bridge.progress import Progress

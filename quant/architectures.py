@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from .container import FileRefused
+from .files.checkpoint import FileRefused
 
 GROUP = 64
 

@@ -17,19 +17,19 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from . import linears
-from .container import FileRefused, QuantizedFile, open_quantized
-from .published.convert import open_source
-from .published.names import families
-from .sources import StateDictSource
-from .statistics import InputStats
-from .stored import StoredLinear, StoredWeight
-from .svdquant import linear as svdquant_linear
-from .svdquant import weight as svdquant_weight
-from .svdquant.joining import join_rows
-from .vq4dit import weight as vq_weight
+from .calibration import recorder
+from .calibration.statistics import InputStats
+from .files.checkpoint import FileRefused, QuantizedFile, open_quantized
+from .files.source import StateDictSource
+from .files.writer import TensorSpec, Writer, check_target, metadata_room
+from .interop.convert import open_source
+from .interop.names import families
 from .vq4dit.calibrate import Teacher
-from .writer import TensorSpec, Writer, check_target, metadata_room
+from .weights import modules as svdquant_linear
+from .weights import svdquant_w4a4 as svdquant_weight
+from .weights import vq as vq_weight
+from .weights.base import StoredLinear, StoredWeight
+from .weights.fuse import join_rows
 
 FORMATS = svdquant_weight.FORMATS | {vq_weight.VQWeight.FORMAT: vq_weight.VQWeight}
 TOKEN_STD = 0.25  # of T5's outputs
@@ -207,14 +207,14 @@ def load_quantized(
         model = diffusers.FluxTransformer2DModel(
             **flux_config(kept, [*kept, *(f"{name}.weight" for name in file.layers)])
         )
-    rows = {name: module.out_features for name, module in linears.find_linears(model).items()}
+    rows = {name: module.out_features for name, module in recorder.find_linears(model).items()}
     for name, facts in file.layers.items():
         whole, start = (
             _swap_rows(name, FORMATS[facts["format"]].from_tensors(file.layer(name), name)),
             0,
         )
         for part in diffusers_parts(name):
-            linears.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
+            recorder.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
             start += rows[part]
     tensors = {
         name: tensor.to(dtype)
@@ -450,7 +450,7 @@ def record_inputs(
     run = drawing(model, tokens, pooled, steps, side, seed, batch)
     # parts joined in one module read the same input
     readers = {name: diffusers_parts(name)[0] for name in names}
-    recorded = linears.collect(model, readers.values(), run, cap, report, seed=seed)
+    recorded = recorder.collect(model, readers.values(), run, cap, report, seed=seed)
     return {name: recorded[reader] for name, reader in readers.items()}
 
 
@@ -516,7 +516,7 @@ def _load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module
     # not on the meta device: the table of positions is computed, not stored
     model = diffusers.DiTTransformer2DModel(**config)
     for name, facts in file.layers.items():
-        linears.replace(
+        recorder.replace(
             model,
             name,
             as_module(FORMATS[facts["format"]].from_tensors(file.layer(name), name), train),

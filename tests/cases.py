@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nibble.quant.packing import dequantize_groups, pack_indices, unpack_int4
+from nibble.quant.weights.packing import dequantize_groups, pack_indices, unpack_int4
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.quant.architectures import flux1_shapes
-from nibble.quant.container import open_quantized
+from nibble.quant.files.checkpoint import open_quantized
 
 from published_files import RandomFlux
 
@@ -263,7 +263,7 @@ def test_wrong_usage_is_exit_code_2_and_help_has_examples(capsys):
 
 
 def test_an_interrupt_is_exit_code_130_and_the_work_is_kept(source, tmp_path, capsys, monkeypatch):
-    from nibble.quant.svdquant import pipeline
+    from nibble.quant.svdquant import quantize as pipeline
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

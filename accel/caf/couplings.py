@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ...quant.container import FileRefused, checksum, read_header
+from ...quant.files.checkpoint import FileRefused, checksum, read_header
 from . import trees
 
 FORMAT, VERSION = "nibble_caf_couplings", 1

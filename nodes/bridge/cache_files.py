@@ -28,7 +28,7 @@ from ...accel import schedule
 from ...accel.extrapolate import Reuse
 from ...accel.smoothcache import Curve
 from ...accel.teacache import Polynomial
-from ...quant.container import FileRefused
+from ...quant.files.checkpoint import FileRefused
 
 FOLDER, FORMAT, VERSION = "nibble_cache", "nibble-cache", 1
 PIECES = 24  # tensors of a model whose values the fingerprint reads

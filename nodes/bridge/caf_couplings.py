@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ...accel.caf import couplings, trees
 from ...accel.caf.couplings import Couplings
-from ...quant.container import FileRefused
+from ...quant.files.checkpoint import FileRefused
 from . import caf
 from .cache_files import fingerprint, patches_fingerprint
 from .caching_run import sampler_name

@@ -31,10 +31,10 @@ from ...accel.caf import adapter as caf_adapter
 from ...accel.caf import flow, heads, objectives
 from ...accel.caf.adapter import Adapter
 from ...accel.caf.couplings import Couplings
-from ...quant import training as loop
-from ...quant.container import FileRefused
-from ...quant.linears import find_linears
-from ...quant.training import OPTIMIZERS, Options
+from ...quant.calibration.recorder import find_linears
+from ...quant.files.checkpoint import FileRefused
+from ...quant.training import loop
+from ...quant.training.loop import OPTIMIZERS, Options
 from . import cache_files, caf, caf_model, charts, loading, training
 from .curve import curve_chart
 from .progress import Progress

@@ -19,8 +19,8 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...quant.linears import collect
-from ...quant.statistics import InputStats
+from ...quant.calibration.recorder import collect
+from ...quant.calibration.statistics import InputStats
 from .progress import Progress
 
 log = logging.getLogger("nibble")

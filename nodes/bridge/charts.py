@@ -34,8 +34,8 @@ from collections import Counter
 import torch
 
 from ... import kernels
-from ...quant.container import QuantizedFile
-from ...quant.published.model import PublishedFile
+from ...quant.files.checkpoint import QuantizedFile
+from ...quant.interop.model import PublishedFile
 from ...quant.report import Report
 
 KEY = "nibble_chart"

@@ -31,13 +31,13 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...quant.container import FileRefused
+from ...quant.files.checkpoint import FileRefused
+from ...quant.interop.convert import open_source
+from ...quant.interop.export import weight_of
 from ...quant.intlora import file, merge
 from ...quant.intlora.adapter import Adapter, LayerAdapter, key_of
-from ...quant.intlora.base import IntBase, refuse_format
 from ...quant.intlora.convert import Change, Conversion, convert
-from ...quant.published.convert import open_source
-from ...quant.published.export import weight_of
+from ...quant.merge.integer_grid import IntBase, refuse_format
 from . import layouts, loading, lora
 from .progress import Progress
 

@@ -18,12 +18,12 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...quant.container import FileRefused
+from ...quant.files.checkpoint import FileRefused
 from ...quant.intlora import file, train
 from ...quant.intlora.adapter import Adapter
-from ...quant.intlora.base import IntBase
 from ...quant.intlora.linear import IntLoRALinear
-from ...quant.training import OPTIMIZERS, Options
+from ...quant.merge.integer_grid import IntBase
+from ...quant.training.loop import OPTIMIZERS, Options
 from . import intlora, layouts, training
 from .curve import curve_chart
 from .training_watch import Watch, kept, resumable

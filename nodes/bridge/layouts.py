@@ -25,7 +25,12 @@ from typing import Any
 import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_class
 
-from ...quant.svdquant.weight import SVDQuantWeight, W4A16Weight, halves_first, natural_columns
+from ...quant.weights.svdquant_w4a4 import (
+    SVDQuantWeight,
+    W4A16Weight,
+    halves_first,
+    natural_columns,
+)
 
 _REFUSAL = (
     "A 4-bit Nibble weight is made once, from the 16-bit model (SVDQuant Quantize Checkpoint); "

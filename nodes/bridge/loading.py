@@ -13,9 +13,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...quant import container
-from ...quant.published import opening
-from ...quant.published.model import PublishedFile
+from ...quant.files import checkpoint
+from ...quant.interop import opening
+from ...quant.interop.model import PublishedFile
 from . import layouts, lora, modulation, progress
 from .ops import NibbleOperations
 
@@ -52,7 +52,7 @@ def _kind(name: str) -> str | None:
     key = (path, stat.st_mtime_ns, stat.st_size)
     if key not in _known:
         _known[key] = (
-            kind_of(container.read_header(path).metadata) if opening.is_4bit(path) else None
+            kind_of(checkpoint.read_header(path).metadata) if opening.is_4bit(path) else None
         )
     return _known[key]
 
@@ -64,14 +64,14 @@ def kind_of(metadata: Mapping[str, str]) -> str:
     return "vq" if metadata.get("method") == "vq" else "svdquant"
 
 
-def opened(name: str, kind: str) -> container.QuantizedFile | PublishedFile:
+def opened(name: str, kind: str) -> checkpoint.QuantizedFile | PublishedFile:
     """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the
     reason, and the right node for another kind.
     """
     file = opening.open_4bit(model_path(name))
     found = kind_of(file.metadata)
     if found != kind:
-        raise container.FileRefused(
+        raise checkpoint.FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
         )
     return file
@@ -83,7 +83,7 @@ def model_path(name: str, folder: str = FOLDER) -> Path:
     """
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise container.FileRefused(
+        raise checkpoint.FileRefused(
             f"{name} is not in ComfyUI's {folder} folder any more; press R to refresh the list and"
             " choose again."
         )
@@ -98,7 +98,7 @@ def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
     for home in folders:
         target = (home / name).resolve()
         if home not in target.parents:
-            raise container.FileRefused(
+            raise checkpoint.FileRefused(
                 f"{name} lies outside ComfyUI's {folder} folder; give a plain file name."
             )
         try:
@@ -108,11 +108,11 @@ def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
         if not os.access(target.parent, os.W_OK):
             continue
         if target.exists() and not overwrite:
-            raise container.FileRefused(
+            raise checkpoint.FileRefused(
                 f"{name} exists already; switch 'overwrite' on, or give another filename."
             )
         return target, os.path.relpath(target, home)
-    raise container.FileRefused(
+    raise checkpoint.FileRefused(
         f"None of ComfyUI's {folder} folders can be written to ({', '.join(map(str, folders))});"
         " change their permissions."
     )
@@ -162,7 +162,7 @@ def load(
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
-        raise container.FileRefused(
+        raise checkpoint.FileRefused(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
     _check_complete(patcher, file)
@@ -204,10 +204,10 @@ def packed(
 
 def _parts(settings: dict) -> list[str]:
     kind = settings["format"]
-    return [*container.FORMATS[kind][0], *container.OPTIONAL.get(kind, ())]
+    return [*checkpoint.FORMATS[kind][0], *checkpoint.OPTIONAL.get(kind, ())]
 
 
-def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile | PublishedFile) -> None:
+def _check_complete(patcher: ModelPatcher, file: checkpoint.QuantizedFile | PublishedFile) -> None:
     """Every linear of the model must have got its weight, and every quantized layer its place."""
     named = patcher.model.diffusion_model.named_modules()
     modules = {
@@ -233,7 +233,7 @@ def _check_complete(patcher: ModelPatcher, file: container.QuantizedFile | Publi
             if isinstance(file, PublishedFile)
             else "quantize the model again with this version of ComfyUI"
         )
-        raise container.FileRefused(f"{file.path.name} {what}; {fix}.")
+        raise checkpoint.FileRefused(f"{file.path.name} {what}; {fix}.")
 
 
 def ram_kept(patcher: ModelPatcher) -> int:

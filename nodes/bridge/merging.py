@@ -36,16 +36,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
-from ...quant import container
-from ...quant.container import FileRefused
-from ...quant.intlora import file, fold, merge
+from ...quant.files import checkpoint
+from ...quant.files.checkpoint import FileRefused
+from ...quant.interop.convert import open_source
+from ...quant.interop.export import weight_of
+from ...quant.interop.model import PublishedFile
+from ...quant.intlora import file, merge
 from ...quant.intlora.adapter import LayerAdapter
-from ...quant.intlora.bake import Edit, bake, branch_specs, found
-from ...quant.intlora.base import IntBase
-from ...quant.published.convert import open_source
-from ...quant.published.export import weight_of
-from ...quant.published.model import PublishedFile
-from ...quant.svdquant.weight import SVDQuantWeight, W4A16Weight
+from ...quant.merge import refit
+from ...quant.merge.integer_grid import IntBase
+from ...quant.merge.write import Edit, bake, branch_specs, found
+from ...quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import intlora, layouts, loading, lora, patches
 from .progress import Progress
 
@@ -135,7 +136,7 @@ def _scaled(weight: Weight, ratio: torch.Tensor) -> Weight:
             for name, tensor in fields.items()
         },
     )
-    return fold.same_bias(weight, new) if isinstance(weight, SVDQuantWeight) else new
+    return refit.same_bias(weight, new) if isinstance(weight, SVDQuantWeight) else new
 
 
 def folded(
@@ -143,8 +144,8 @@ def folded(
 ) -> tuple[Weight, float]:
     """The weight with a change in it, and the share of it that was kept."""
     if wider or not can_refit(weight):
-        return fold.fold_into_branch(weight, down, up, None, delta)
-    return fold.refit(weight, down, up, delta)
+        return refit.fold_into_branch(weight, down, up, None, delta)
+    return refit.refit(weight, down, up, delta)
 
 
 def can_refit(weight: Weight) -> bool:
@@ -321,7 +322,7 @@ def save(job: Job) -> Merged:
     }
     identity = hashlib.sha256(
         json.dumps(
-            [facts, source.size, zlib.crc32(container.read_header(source.path).text)]
+            [facts, source.size, zlib.crc32(checkpoint.read_header(source.path).text)]
         ).encode()
     ).hexdigest()[:16]
     rows = found(target, identity)
@@ -405,7 +406,7 @@ def _hash(entries: dict) -> str:
         sha.update(key.encode())
         for part in _flat(entries[key]):
             sha.update(
-                memoryview(container.tensor_bytes(part))
+                memoryview(checkpoint.tensor_bytes(part))
                 if isinstance(part, torch.Tensor)
                 else repr(part).encode()
             )
@@ -488,8 +489,8 @@ class _Layer:
         ):
             return facts["rank"]
         _, down, _, delta = self._parts()
-        grown = down.shape[1] + (0 if delta is None else fold.EXTRA)
-        return fold.multiple(facts.get("rank", 0) + grown) if grown else facts.get("rank", 0)
+        grown = down.shape[1] + (0 if delta is None else refit.EXTRA)
+        return refit.multiple(facts.get("rank", 0) + grown) if grown else facts.get("rank", 0)
 
     def make(self) -> tuple[dict[str, torch.Tensor], dict]:
         began, old = time.monotonic(), self._weight()

@@ -1,5 +1,5 @@
 """Modulation layers that stay in RAM: computed on the CPU from their 4-bit weights, ahead of the
-step that asks for them (`quant/svdquant/ahead.py`).
+step that asks for them (`quant/modulation/precompute.py`).
 
 FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step it turns one vector
 (timestep, guidance, pooled text) into shifts, scales and gates, 2 MB in all. So the weights need
@@ -25,8 +25,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ... import kernels
 from ...quant.architectures import recognise
-from ...quant.svdquant.ahead import Bank
-from ...quant.svdquant.host import HostMatrix
+from ...quant.modulation.cpu_int4 import HostMatrix
+from ...quant.modulation.precompute import Bank
 from . import layouts, ops
 
 KEY = "nibble_modulation"

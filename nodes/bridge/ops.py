@@ -18,8 +18,8 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...kernels import ops as kernels
-from ...quant.stored import tensor_json
-from ...quant.svdquant.weight import halves_of, linear_in_runs, linear_in_two
+from ...quant.weights.base import tensor_json
+from ...quant.weights.svdquant_w4a4 import halves_of, linear_in_runs, linear_in_two
 from . import layouts, lora, vq_layout
 
 log = logging.getLogger("nibble")

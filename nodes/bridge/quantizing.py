@@ -14,10 +14,10 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ...quant.architectures import plan, recognise
-from ...quant.container import FileRefused
+from ...quant.files.checkpoint import FileRefused
+from ...quant.files.source import Source, StateDictSource
 from ...quant.report import Report
-from ...quant.sources import Source, StateDictSource
-from ...quant.svdquant.pipeline import calibrated_on, quantize_checkpoint
+from ...quant.svdquant.quantize import calibrated_on, quantize_checkpoint
 from ...quant.svdquant.recipe import Recipe
 from . import calibration
 from .loading import FOLDER, model_path, quantized_files

@@ -32,8 +32,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...quant.container import FileRefused
-from ...quant.training import allowing_writes
+from ...quant.files.checkpoint import FileRefused
+from ...quant.training.loop import allowing_writes
 
 LOSSES = {
     "MSE": torch.nn.functional.mse_loss,

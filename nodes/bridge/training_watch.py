@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...quant.container import FileRefused, read_header
+from ...quant.files.checkpoint import FileRefused, read_header
 from .progress import Progress
 
 EVERY = 1.0  # seconds between two drawings of the curve

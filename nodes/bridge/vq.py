@@ -17,9 +17,9 @@ import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 
-from ...quant.conversion import calibrated_on, facts_of, finished
+from ...quant.checkpoint_run import calibrated_on, facts_of, finished
 from ...quant.report import Report
-from ...quant.vq4dit.pipeline import Teacher, plan, quantize_checkpoint
+from ...quant.vq4dit.quantize import Teacher, plan, quantize_checkpoint
 from ...quant.vq4dit.recipe import Recipe
 from . import calibration, quantizing
 from .loading import FOLDER

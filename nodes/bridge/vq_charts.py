@@ -16,10 +16,10 @@ from collections import Counter
 import torch
 
 from ... import kernels
-from ...quant.container import QuantizedFile
+from ...quant.files.checkpoint import QuantizedFile
 from ...quant.report import LayerRow, Report
-from ...quant.vq4dit.pipeline import BlockError
-from ...quant.vq4dit.usage import LayerUse
+from ...quant.vq4dit.codebook_usage import LayerUse
+from ...quant.vq4dit.quantize import BlockError
 from . import charts
 from .progress import Progress
 

@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor, register_layout_class
 
 from ...kernels import ops as kernels
-from ...quant.vq4dit.weight import VQWeight
+from ...quant.weights.vq import VQWeight
 from . import layouts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .base import IntBase
+from ..merge.integer_grid import IntBase
 from .factors import Factors
 from .variants import Rule, ShiftAdd
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..container import FileRefused
+from ..files.checkpoint import FileRefused
+from ..merge.integer_grid import IntBase
+from ..merge.refit import rounded_to_base
 from .adapter import Adapter, LayerAdapter, key_of
-from .base import IntBase
 from .factors import Factors, balanced, quantize, thin_norm
-from .fold import rounded_to_base
 from .merge import BLOCK, Overflow, merge
 from .variants import MAX_K, ShiftAdd, bits_needed
 

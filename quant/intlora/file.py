@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ..container import FileRefused, Header, checksum, read_header, read_tensor
-from ..writer import TensorSpec, Writer, check_target, metadata_room
+from ..files.checkpoint import FileRefused, Header, checksum, read_header, read_tensor
+from ..files.writer import TensorSpec, Writer, check_target, metadata_room
+from ..merge.integer_grid import IntBase
 from .adapter import Adapter, LayerAdapter, key_of, module_of
-from .base import IntBase
+from .auxiliary import Noise
 from .factors import Factors
-from .noise import Noise
 from .variants import MAX_K, Mul, Rule, Shift, ShiftAdd
 
 VERSION = 1

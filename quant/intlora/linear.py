@@ -18,10 +18,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..merge.integer_grid import IntBase, rotate
 from . import factors as integer_factors
 from .adapter import LayerAdapter
-from .base import IntBase, rotate
-from .noise import Noise, scales
+from .auxiliary import Noise, scales
 from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, finished
 
 # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..merge.integer_grid import IntBase
 from .adapter import LayerAdapter
-from .base import IntBase
 from .variants import ShiftAdd, bits_needed
 
 BLOCK = 2**22  # weights at once

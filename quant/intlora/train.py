@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from .. import linears, training
-from ..training import Options
+from ..calibration import recorder
+from ..merge.integer_grid import IntBase
+from ..training import loop
+from ..training.loop import Options
 from .adapter import Adapter
-from .base import IntBase
 from .factors import LARGEST
 from .linear import IntLoRALinear, rule_for, separated
 
@@ -73,7 +74,7 @@ def attach(
             layer = IntLoRALinear(base, rule, rank, bias, generator=generator, width=width)
         # not a child: its weights stay out of the model while it is away
         object.__setattr__(layer, "replaced", old)
-        linears.replace(model, name, layer)
+        recorder.replace(model, name, layer)
         layers[name] = layer
     return layers
 
@@ -81,7 +82,7 @@ def attach(
 def detach(model: nn.Module, layers: Mapping[str, IntLoRALinear]) -> None:
     """Puts the linears back that `attach` replaced."""
     for name, layer in layers.items():
-        linears.replace(model, name, layer.replaced)
+        recorder.replace(model, name, layer.replaced)
 
 
 def adapter(layers: Mapping[str, IntLoRALinear], **facts) -> Adapter:
@@ -132,7 +133,7 @@ def steps(
         for name, layer in layers.items()
         for which in ("lora_up", "lora_down")
     }
-    return training.steps(
+    return loop.steps(
         parameters, loss, options, _identity(layers, data), state, checkpointed, losses
     )
 

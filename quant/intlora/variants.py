@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import IntBase
-from .noise import Noise
+from ..merge.integer_grid import IntBase
+from .auxiliary import Noise
 
 MAX_K = 12
 ROOT_HALF = 0.5**0.5

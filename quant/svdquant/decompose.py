@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import SHIFT
-from ..hessian import DAMPING, covariance, diagonal_blocks
-from ..packing import dequantize_groups, pack_int4
-from ..statistics import InputStats
+from ..calibration.hessian import DAMPING, covariance, diagonal_blocks
+from ..calibration.statistics import InputStats
+from ..weights.packing import dequantize_groups, pack_int4
+from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from .gptq import gptq, round_to_nearest
-from .lowrank import Metric, parallel_sum, solve_blocks, svd_lowrank, times_blocks
+from .lowrank_metric import Metric, parallel_sum, solve_blocks, svd_lowrank, times_blocks
 from .recipe import Recipe
 from .smooth import InputSpace, smoothings, with_signs
-from .weight import SVDQuantWeight, W4A16Weight
 
 log = logging.getLogger("nibble")
 

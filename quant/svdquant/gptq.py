@@ -11,7 +11,7 @@ Working layout: (groups or blocks, columns, N), so that a column of the weight i
 import torch
 from torch import Tensor
 
-from ..hessian import inverse_factor
+from ..calibration.hessian import inverse_factor
 
 SHRINK = (1.0, 0.93, 0.86, 0.79)  # searched range of a group, as a share of its absmax
 

@@ -5,7 +5,7 @@ makes.
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..recipes import FromPreset
+from ..recipe import FromPreset
 
 PRESETS = {
     "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),

@@ -39,9 +39,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .. import linears
-from ..statistics import InputStats
-from . import replay
+from ..calibration import recorder as linears
+from ..calibration.statistics import InputStats
+from . import trajectory
 from .recipe import Recipe
 from .student import Hard, Part, Soft
 
@@ -78,7 +78,7 @@ class Lesson:
     same calls.
     """
 
-    inputs: list[replay.Call]
+    inputs: list[trajectory.Call]
     targets: list[list[Tensor]]
     device: torch.device | str
     powers: list[float] = field(init=False)
@@ -97,7 +97,7 @@ class Lesson:
     def misses(self, block: nn.Module, index: int) -> list[Tensor]:
         """Mean squared error of each of the block's outputs, in one call."""
         call = self.inputs[index].to(self.device)
-        outputs = replay.tensors_of(block(*call.args, **call.kwargs))
+        outputs = trajectory.tensors_of(block(*call.args, **call.kwargs))
         return [
             nn.functional.mse_loss(y.float(), target.to(y.device).float())
             for y, target in zip(outputs, self.targets[index], strict=True)
@@ -133,16 +133,16 @@ class Classroom:
         unknown = [part for layer in layers for part in teacher.parts(layer) if part not in known]
         if unknown:
             raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
-        self.calls = replay.record(teacher.model, teacher.run)
+        self.calls = trajectory.record(teacher.model, teacher.run)
         if not self.calls:
             raise ValueError("the trajectory never called the model; run() has to sample with it")
-        self.student = replay.beside(
+        self.student = trajectory.beside(
             teacher.model, [part for layer in layers for part in teacher.parts(layer)]
         )
         found: dict[str, list[str]] = {}
         for layer in layers:
             found.setdefault(block_of(teacher.parts(layer)[0]), []).append(layer)
-        self.times = replay.order(teacher.model, found, self.calls[0], teacher.device)
+        self.times = trajectory.order(teacher.model, found, self.calls[0], teacher.device)
         reached = [block for block in self.times if block in found]
         self.blocks = {
             block: found[block]
@@ -151,7 +151,7 @@ class Classroom:
 
     def inputs(
         self, block: str, samples: int = 256, seed: int = 0
-    ) -> tuple[list[replay.Call], dict[str, InputStats]]:
+    ) -> tuple[list[trajectory.Call], dict[str, InputStats]]:
         """What the student's block is given, and statistics of its 16-bit layers' inputs by the
         file's names. Empty for a block never reached.
         """
@@ -161,14 +161,14 @@ class Classroom:
         with linears.Recorder(
             self.student, readers.values(), samples=samples, seed=seed
         ) as recorder:
-            given, _ = replay.visit(
+            given, _ = trajectory.visit(
                 self.student, block, self.times[block], self.calls, self.teacher.device, inputs=True
             )
         return given, {layer: recorder.stats[reader].to("cpu") for layer, reader in readers.items()}
 
-    def lesson(self, block: str, inputs: list[replay.Call]) -> Lesson:
+    def lesson(self, block: str, inputs: list[trajectory.Call]) -> Lesson:
         """The same with the teacher's outputs; thinned out evenly where the cap demands it."""
-        _, outputs = replay.visit(
+        _, outputs = trajectory.visit(
             self.teacher.model,
             block,
             self.times[block],

@@ -5,10 +5,10 @@ makes.
 import math
 from dataclasses import dataclass
 
-from ..container import CODEWORDS
-from ..recipes import FromPreset
+from ..files.checkpoint import CODEWORDS
+from ..recipe import FromPreset
 from . import codebook as codebooks
-from .layer import How
+from .fit import How
 
 LAYOUTS = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits a weight → codewords, weights each
 PRESETS = {

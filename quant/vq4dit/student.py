@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels.reference import hadamard64
 from . import codebook as codebooks
-from .layer import Fitted
+from .fit import Fitted
 
 FROZEN = 0.99  # a ratio above it is decided
 _DECIDED = 1e4  # z of a decided candidate; the others have 0: softmax gives 1 and 0 exactly

@@ -36,7 +36,7 @@ import mixture  # noqa: E402
 from nibble.accel.caf import adams, flow, objectives  # noqa: E402
 from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant import training  # noqa: E402
+from nibble.quant.training import loop  # noqa: E402
 
 RESULTS = HERE / "results"
 PARTS = ["mixture", "training-free"]
@@ -46,10 +46,8 @@ TEACHER_STEPS = 28
 
 def fit(net: torch.nn.Module, loss, steps: int) -> torch.nn.Module:
     """Trains all of a net."""
-    for _ in training.steps(
-        dict(net.named_parameters()),
-        loss,
-        training.Options(steps=steps, lr=1e-3, warmup=100, seed=1),
+    for _ in loop.steps(
+        dict(net.named_parameters()), loss, loop.Options(steps=steps, lr=1e-3, warmup=100, seed=1)
     ):
         pass
     return net

@@ -39,7 +39,7 @@ from nibble.accel.caf import adapter as caf_adapter  # noqa: E402
 from nibble.accel.caf import adams, flow, heads, objectives  # noqa: E402
 from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant import training  # noqa: E402
+from nibble.quant.training import loop  # noqa: E402
 
 SHIFTS, GUIDANCE, BATCH = (0.0, 1.15, 3.0), 3.5, 32
 AHEADS = (0.0, 0.35, flow.AHEAD)
@@ -138,9 +138,9 @@ def fit(name: str, head: torch.nn.Module, loss, steps: int, lr: float) -> float:
     """Trains a head; seconds."""
     start, options = (
         time.perf_counter(),
-        training.Options(steps=steps, lr=lr, warmup=30, weight_decay=0.0, decay=1.0, seed=1),
+        loop.Options(steps=steps, lr=lr, warmup=30, weight_decay=0.0, decay=1.0, seed=1),
     )
-    for step, value in training.steps(
+    for step, value in loop.steps(
         {str(i): p for i, p in enumerate(head.parameters())}, loss, options
     ):
         if step % 100 == 0:

@@ -75,8 +75,8 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
     torch.set_num_threads(threads)
     baseline = memory("VmRSS")
     load_checkout()
-    from nibble.quant import sources, writer
-    from nibble.quant.svdquant import pipeline
+    from nibble.quant.files import source as sources, writer
+    from nibble.quant.svdquant import quantize as pipeline
     from nibble.quant.svdquant.recipe import Recipe
 
     stages = {"read": 0.0, "decompose": 0.0, "write": 0.0}

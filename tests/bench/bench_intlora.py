@@ -45,14 +45,14 @@ import concept  # noqa: E402
 from nibble.demo import pictures, prompts, run, scorer  # noqa: E402
 from nibble.demo.train import PatchEncoder  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant import linears  # noqa: E402
+from nibble.quant.calibration import recorder  # noqa: E402
 from nibble.quant.intlora import file as files  # noqa: E402
 from nibble.quant.intlora import train  # noqa: E402
-from nibble.quant.intlora.base import IntBase  # noqa: E402
+from nibble.quant.merge.integer_grid import IntBase  # noqa: E402
 from nibble.quant.intlora.convert import Change, convert  # noqa: E402
-from nibble.quant.intlora.fold import fold_into_branch  # noqa: E402
+from nibble.quant.merge.refit import fold_into_branch  # noqa: E402
 from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
-from nibble.quant.svdquant.linear import as_module  # noqa: E402
+from nibble.quant.weights.modules import as_module  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -90,7 +90,7 @@ class FloatLoRA(torch.nn.Module):
 
 def names_of(flux) -> list[str]:
     """The linears that are adapted: attention and feed-forward of every block."""
-    return [name for name in linears.find_linears(flux) if "blocks" in name and "norm" not in name]
+    return [name for name in recorder.find_linears(flux) if "blocks" in name and "norm" not in name]
 
 
 class Bench:
@@ -198,7 +198,7 @@ class Bench:
             layers[name] = FloatLoRA(
                 weight, old.bias.detach(), o.rank, torch.Generator().manual_seed(i)
             )
-            linears.replace(flux, name, layers[name])
+            recorder.replace(flux, name, layers[name])
         return layers
 
     def teach(self, arm: str | None) -> tuple[dict, torch.nn.Module, list[float]]:
@@ -224,7 +224,7 @@ def plain(flux, weights: dict) -> None:
             torch.nn.Parameter(weight, False),
             torch.nn.Parameter(bias, False),
         )
-        linears.replace(flux, name, layer)
+        recorder.replace(flux, name, layer)
 
 
 def teach_all(bench: Bench, save) -> list[dict]:
@@ -331,7 +331,7 @@ def on_svdquant(bench: Bench, save) -> None:
             folded, share = fold_into_branch(
                 weight, *branch(layer.base, [(adapter.layers[name], 1.0)]), rank
             )
-            linears.replace(flux, name, as_module(folded))
+            recorder.replace(flux, name, as_module(folded))
             shares.append(share)
         rows.append(
             {"arm": f"folded into the branch, {label}", "change kept": float(np.mean(shares))}

@@ -30,8 +30,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
     import conftest  # noqa: F401  loads the checkout as `nibble`
 
-from nibble.quant.linears import collect, find_linears  # noqa: E402
-from nibble.quant.statistics import InputStats  # noqa: E402
+from nibble.quant.calibration.recorder import collect, find_linears  # noqa: E402
+from nibble.quant.calibration.statistics import InputStats  # noqa: E402
 from nibble.quant.svdquant.decompose import quantize_linear  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 from nibble.quant.svdquant.smooth import InputSpace  # noqa: E402

@@ -418,7 +418,7 @@ def in_the_branch(path: Path, texts: list[str], with_lora) -> tuple:
     import comfy.utils
     from nibble.demo import pictures
     from nibble.nodes.bridge import layouts, loading
-    from nibble.quant.svdquant.pipeline import quantize_checkpoint
+    from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
     if not path.exists():

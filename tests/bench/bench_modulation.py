@@ -29,10 +29,10 @@ if "nibble" not in sys.modules:
 from bench import machine  # noqa: E402
 from nibble.kernels import ops, which  # noqa: E402
 from nibble.quant.architectures import known_shapes, plan, recognise  # noqa: E402
-from nibble.quant.svdquant.ahead import Bank  # noqa: E402
-from nibble.quant.svdquant.host import HostMatrix  # noqa: E402
+from nibble.quant.modulation.precompute import Bank  # noqa: E402
+from nibble.quant.modulation.cpu_int4 import HostMatrix  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-from nibble.quant.svdquant.weight import W4A16Weight  # noqa: E402
+from nibble.quant.weights.svdquant_w4a4 import W4A16Weight  # noqa: E402
 
 STEPS = 28
 

@@ -27,9 +27,9 @@ from baselines import BASELINES  # noqa: E402
 from nibble.demo import metrics, pictures, run  # noqa: E402
 from nibble.kernels import native, which  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant import linears  # noqa: E402
+from nibble.quant.calibration import recorder  # noqa: E402
 from nibble.quant.architectures import plan, recognise  # noqa: E402
-from nibble.quant.sources import Source  # noqa: E402
+from nibble.quant.files.source import Source  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 
 from plain import plain_torch  # noqa: E402
@@ -55,10 +55,10 @@ def baseline(name: str) -> torch.nn.Module:
         source.name,
     )
     flux = pictures.load_flux()
-    found = linears.find_linears(flux)
+    found = recorder.find_linears(flux)
     for layer in (layer for layer in layers if layer.action == "w4a4"):
         for part in models.diffusers_parts(layer.name):
-            linears.replace(
+            recorder.replace(
                 flux,
                 part,
                 Lambda(BASELINES[name](found[part].weight.detach(), found[part].bias.detach())),

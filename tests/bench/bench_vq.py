@@ -28,13 +28,13 @@ if "nibble" not in sys.modules:
 
 from nibble.demo import pictures, run  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant import linears  # noqa: E402
+from nibble.quant.calibration import recorder  # noqa: E402
 from nibble.quant.architectures import known_shapes  # noqa: E402
-from nibble.quant.packing import dequantize_groups, group_absmax, quantize_groups  # noqa: E402
-from nibble.quant.sources import Source  # noqa: E402
-from nibble.quant.statistics import InputStats  # noqa: E402
-from nibble.quant.vq4dit import layer as fitting  # noqa: E402
-from nibble.quant.vq4dit import pipeline  # noqa: E402
+from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups  # noqa: E402
+from nibble.quant.files.source import Source  # noqa: E402
+from nibble.quant.calibration.statistics import InputStats  # noqa: E402
+from nibble.quant.vq4dit import fit as fitting  # noqa: E402
+from nibble.quant.vq4dit import quantize as pipeline  # noqa: E402
 from nibble.quant.vq4dit.recipe import Recipe  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -72,7 +72,7 @@ def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, 
     scale a row, and the bytes they would take.
     """
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
-    modules, size = linears.find_linears(flux), source.bytes
+    modules, size = recorder.find_linears(flux), source.bytes
     with torch.no_grad():
         for layer in pipeline.plan(source.shapes, Recipe.from_preset("fast"), source.name):
             if layer.action == "keep":

@@ -6,7 +6,7 @@ import pytest
 
 from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
-from nibble.quant.container import open_quantized
+from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.svdquant.recipe import Recipe
 
 PROMPTS, SEEDS = 10, range(2)

@@ -9,7 +9,7 @@ import torch
 
 from nibble.kernels import native, reference, reference_vq
 from nibble.kernels.launch import DTYPES
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 NAMES = {code: dtype for dtype, code in DTYPES.items()}
 E4M3 = torch.float8_e4m3fn

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nibble.kernels import reference_vq
-from nibble.quant.packing import pack_indices
+from nibble.quant.weights.packing import pack_indices
 
 from cases import VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_sqnr, assert_twice_plain

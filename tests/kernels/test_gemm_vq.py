@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nibble.kernels import dispatch, hadamard64, launch, ops, reference_vq, which
-from nibble.quant.packing import pack_indices, unpack_indices
+from nibble.quant.weights.packing import pack_indices, unpack_indices
 
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_twice_plain, relative_error

@@ -23,7 +23,7 @@ from nibble.kernels import (
     reference,
     which,
 )
-from nibble.quant.packing import dequantize_groups, unpack_int4
+from nibble.quant.weights.packing import dequantize_groups, unpack_int4
 
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_twice_plain, relative_error

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nibble.kernels import SHIFT, launch, native, reference
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_same, assert_twice_plain, relative_error

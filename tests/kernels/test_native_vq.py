@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nibble.kernels import launch, native, reference_vq
-from nibble.quant.packing import pack_indices
+from nibble.quant.weights.packing import pack_indices
 
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_twice_plain

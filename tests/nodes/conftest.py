@@ -105,7 +105,7 @@ def flux_file(tmp_path_factory) -> Path:
 
 def quantize(source: Path, name: str, **options) -> Path:
     """A 4-bit file beside the source, made by the pipeline."""
-    from nibble.quant.svdquant.pipeline import quantize_checkpoint
+    from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
     quantize_checkpoint(

@@ -15,7 +15,7 @@ from nibble.accel.extrapolate import Reuse
 from nibble.nodes.bridge import cache_files
 from nibble.nodes.bridge.cache_calibration import calibrate
 from nibble.nodes.bridge.progress import Progress
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 
 
 def sigmas(model, steps: int = STEPS) -> torch.Tensor:

@@ -20,7 +20,7 @@ from nibble.nodes.bridge.caching import (
 )
 from nibble.nodes.bridge.caching_run import KEY
 from nibble.nodes.bridge.progress import Progress
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 
 
 @pytest.fixture

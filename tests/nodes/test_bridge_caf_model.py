@@ -22,7 +22,7 @@ from test_bridge_lora import lora_file, with_lora
 from nibble.accel.caf import adapter
 from nibble.nodes import caf as nodes
 from nibble.nodes.bridge import caf_model, loading, vq
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 
 SIGMA = 0.6
 MUSIC = "ace-step 1.5"
@@ -209,7 +209,7 @@ def run(model, cfg: float = 1.0, sampler: str = "euler", steps: int = 2):
 @pytest.fixture
 def codewords(flux_file):
     """The same FLUX as codewords of 3 bits."""
-    from nibble.quant.vq4dit.pipeline import quantize_checkpoint
+    from nibble.quant.vq4dit.quantize import quantize_checkpoint
 
     target = flux_file.with_name("codewords-caf.safetensors")
     if not target.exists():

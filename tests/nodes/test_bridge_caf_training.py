@@ -25,7 +25,7 @@ from nibble.nodes.bridge import (
 )
 from nibble.nodes.bridge.caf_training import RECIPE, Job, Options, Student
 from nibble.nodes.bridge.training import Settings
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 
 FP32 = Settings(dtype="fp32")
 SHAPE = (16, 4, 4)
@@ -292,7 +292,7 @@ def test_the_acceleration_head_sees_the_initial_velocity(dense_model, data):
 def test_every_kind_of_model_is_trained(kind, model, dense_model, data, folder, request):
     if kind == "codewords":
         from nibble.nodes.bridge import vq
-        from nibble.quant.vq4dit.pipeline import quantize_checkpoint
+        from nibble.quant.vq4dit.quantize import quantize_checkpoint
 
         source = request.getfixturevalue("flux_file")
         quantize_checkpoint(source, folder / "vq.safetensors", vq.recipe_of("fast", 3, turns=0))

@@ -26,12 +26,12 @@ from test_bridge_lora import (
 
 from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge import intlora, kept, loading, merging
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
-from nibble.quant.intlora.base import IntBase
 from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.variants import Mul, Shift
+from nibble.quant.merge.integer_grid import IntBase
 
 STYLE, OTHER = "style.safetensors", "other.safetensors"
 

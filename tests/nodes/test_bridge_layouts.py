@@ -7,14 +7,14 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from nibble.nodes.bridge import layouts
-from nibble.quant import container
-from nibble.quant.svdquant.weight import FORMATS
+from nibble.quant.files import checkpoint
+from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
 W4A4, W4A16 = "double_blocks.0.img_mlp.0", "double_blocks.0.img_mod.lin"
 
 
 def packed(path, name) -> QuantizedTensor:
-    file = container.open_quantized(path)
+    file = checkpoint.open_quantized(path)
     tensors = {key[len(name) + 1 :]: tensor for key, tensor in file.layer(name).items()}
     return layouts.pack(tensors, file.layers[name], torch.bfloat16)
 
@@ -31,7 +31,7 @@ def parts(weight) -> list[torch.Tensor]:
 
 def test_it_looks_like_the_16_bit_weight(weight, flux_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
-    header = container.read_header(flux_file)
+    header = checkpoint.read_header(flux_file)
     assert (
         tuple(weight.shape) == header.tensors[f"{name}.weight"].shape
         and weight.dtype == torch.bfloat16
@@ -72,7 +72,7 @@ def test_a_copy_that_is_asked_for_is_one(weight, wanted, inference):
 
 def test_its_effective_weight_is_the_file_s(weight, quantized_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
-    file = container.open_quantized(quantized_file)
+    file = checkpoint.open_quantized(quantized_file)
     expected = (
         FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name).dequantize()
     )
@@ -92,7 +92,7 @@ def test_an_unknown_format_is_refused_by_name():
 
 
 def test_the_model_s_state_dict_has_the_file_s_names_and_bits(model, quantized_file):
-    file = container.open_quantized(quantized_file)
+    file = checkpoint.open_quantized(quantized_file)
     state = model.model.diffusion_model.state_dict()
     for layer in file.layers:
         stored = file.layer(layer)
@@ -118,7 +118,7 @@ def test_a_state_dict_loads_back_bit_for_bit(model, quantized_file):
 
 def test_memory_is_counted_as_stored_not_as_shown(model, quantized_file):
     linear = model.model.diffusion_model.get_submodule(W4A4)
-    file = container.open_quantized(quantized_file)
+    file = checkpoint.open_quantized(quantized_file)
     stored = sum(
         tensor.nbytes
         for name, tensor in file.layer(W4A4).items()

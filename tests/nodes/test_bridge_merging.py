@@ -27,7 +27,7 @@ from test_bridge_lora import (
 
 from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge import intlora, kept, layouts, loading, merging
-from nibble.quant.container import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.intlora import file
 from nibble.quant.intlora.variants import Mul, Shift
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_bridge_ops import run, sampled
 
 from nibble.nodes.bridge import layouts, loading
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 
 from published_files import METADATA, RandomFlux
 
@@ -220,8 +220,8 @@ def test_the_demo_model_draws_the_same_in_every_form(tmp_path):
     """Quantized from its 16-bit weights, written for the other programs and read back."""
     from pathlib import Path
 
-    from nibble.quant.published.convert import convert
-    from nibble.quant.svdquant.pipeline import quantize_checkpoint
+    from nibble.quant.interop.convert import convert
+    from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
     source = Path(__file__).parents[2] / "demo" / "weights" / "flux-demo.safetensors"

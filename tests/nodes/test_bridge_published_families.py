@@ -14,8 +14,8 @@ from test_bridge_published import on
 
 from nibble.nodes.bridge import layouts, loading
 from nibble.nodes.bridge.ops import NibbleOperations
-from nibble.quant.container import open_quantized
-from nibble.quant.published.opening import open_4bit
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.interop.opening import open_4bit
 
 from published_files import (
     METADATA,
@@ -297,7 +297,7 @@ def test_an_sdxl_file_computes_what_our_own_file_of_the_same_weights_does(unet_f
 def test_an_sdxl_file_goes_to_nibble_and_back_bit_for_bit(unet_files, tmp_path):
     from safetensors.torch import load_file
 
-    from nibble.quant.published.convert import convert
+    from nibble.quant.interop.convert import convert
 
     convert(unet_files[0], tmp_path / "own.safetensors", "nibble")
     convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", "nunchaku")
@@ -330,7 +330,7 @@ def test_every_name_of_the_real_sdxl_is_the_one_that_comfyui_gives_it():
     unet = openai.UNetModel(
         **config, device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init
     )
-    from nibble.quant.published.names import families
+    from nibble.quant.interop.names import families
 
     family = next(family for family in families() if family.name == "SDXL")
     real = {name.rpartition(".")[0] for name in unet.state_dict()}

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from nibble.nodes.bridge import calibration, charts, loading, quantizing, sources
 from nibble.nodes.bridge.progress import Progress
-from nibble.quant import container
-from nibble.quant.sources import Source, StateDictSource
-from nibble.quant.statistics import InputStats
+from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.files import checkpoint
+from nibble.quant.files.source import Source, StateDictSource
 from nibble.quant.svdquant.recipe import Recipe
 
 QUICK = dict(rank=16, solver="svd", rotation="off")
@@ -155,7 +155,7 @@ def test_patches_are_read_in_float32_whether_or_not_they_are_merged_now(
 
 
 def test_a_connected_4_bit_model_is_refused(model):
-    with pytest.raises(container.FileRefused, match="quantized by Nibble already"):
+    with pytest.raises(checkpoint.FileRefused, match="quantized by Nibble already"):
         sources.PatchedWeights(model)
 
 
@@ -173,14 +173,15 @@ def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypa
     name, report = quantizing.run(job())
     assert report.notes == ["inputs were measured on noise and random conditioning"]
     assert (
-        container.open_quantized(folder / name).fact("calibration")["kind"] == "random conditioning"
+        checkpoint.open_quantized(folder / name).fact("calibration")["kind"]
+        == "random conditioning"
     )
 
 
 def test_a_model_too_large_to_run_is_quantized_from_its_weights_and_says_so(folder):
     name, report = quantizing.run(job())
     assert "weights alone" in report.notes[0]
-    assert container.open_quantized(folder / name).fact("calibration") == {"kind": "weights only"}
+    assert checkpoint.open_quantized(folder / name).fact("calibration") == {"kind": "weights only"}
 
 
 def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
@@ -213,7 +214,7 @@ def test_an_existing_file_of_other_options_needs_overwrite(folder):
     name, _ = quantizing.run(job(filename="mine"))
     old = (folder / name).read_bytes()
     other = Recipe.from_preset("fast", **QUICK, seed=1)
-    with pytest.raises(container.FileRefused, match="overwrite"):
+    with pytest.raises(checkpoint.FileRefused, match="overwrite"):
         quantizing.run(job(filename="mine", recipe=other))
     assert (folder / name).read_bytes() == old
     quantizing.run(job(filename="mine", recipe=other, overwrite=True))
@@ -222,7 +223,7 @@ def test_an_existing_file_of_other_options_needs_overwrite(folder):
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/escape", "sub/../../escape"])
 def test_a_target_outside_the_folder_is_refused(folder, name):
-    with pytest.raises(container.FileRefused, match="outside"):
+    with pytest.raises(checkpoint.FileRefused, match="outside"):
         quantizing.run(job(filename=name))
 
 
@@ -262,7 +263,7 @@ def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch
         )
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
     assert len(loading.quantized_files()) == 100
-    monkeypatch.setattr(container, "read_header", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(checkpoint, "read_header", lambda path: pytest.fail("read again"))
     began = time.monotonic()
     assert len(loading.quantized_files()) == 100 and time.monotonic() - began < 0.5
 
@@ -285,7 +286,7 @@ def test_the_charts_have_the_agreed_shape(folder):
     )
     model = loading.load(folder / name)
     facts = charts.model_chart(
-        container.open_quantized(folder / name), loading.vram_needed(model), model.load_device
+        checkpoint.open_quantized(folder / name), loading.vram_needed(model), model.load_device
     )
     assert facts["kind"] == "facts" and all(len(pair) == 2 for pair in facts["summary"])
     assert (

@@ -14,10 +14,10 @@ import torch
 from nibble.nodes.bridge import curve, intlora, intlora_training, training, training_watch
 from nibble.nodes.bridge.intlora_training import Job
 from nibble.nodes.bridge.training import Settings
-from nibble.quant import training as loop
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
-from nibble.quant.training import Options
+from nibble.quant.training import loop
+from nibble.quant.training.loop.loop import Options
 
 FP32 = Settings(dtype="fp32")
 

@@ -27,10 +27,10 @@ from nibble.nodes.bridge import (
     vq,
     vq_charts,
 )
-from nibble.quant import container, writer
-from nibble.quant.vq4dit.pipeline import BlockError
-from nibble.quant.vq4dit.usage import inspect, use_of
-from nibble.quant.vq4dit.weight import VQWeight
+from nibble.quant.files import checkpoint, writer
+from nibble.quant.vq4dit.codebook_usage import inspect, use_of
+from nibble.quant.vq4dit.quantize import BlockError
+from nibble.quant.weights.vq import VQWeight
 
 LAYER = "double_blocks.0.img_mlp.0"
 SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
@@ -80,7 +80,7 @@ def prompts(count: int) -> list:
 @pytest.fixture(scope="module")
 def codeword_file(flux_file):
     """The random FLUX at 3 bits, from its weights."""
-    from nibble.quant.vq4dit.pipeline import quantize_checkpoint
+    from nibble.quant.vq4dit.quantize import quantize_checkpoint
 
     target = flux_file.with_name("codewords.safetensors")
     quantize_checkpoint(flux_file, target, vq.recipe_of("fast", 3, turns=0))
@@ -204,7 +204,7 @@ def test_a_lora_joins_the_branch_and_leaves_codes_and_codebook_alone(weight):
 
 
 def test_the_loaded_model_is_comfyui_s_own_and_saves_the_file_s_tensors(codeword_file):
-    patcher, file = loading.load(codeword_file), container.open_quantized(codeword_file)
+    patcher, file = loading.load(codeword_file), checkpoint.open_quantized(codeword_file)
     saved = patcher.model.diffusion_model.state_dict()
     for name in file.layers:
         for key, tensor in file.layer(name).items():
@@ -214,12 +214,12 @@ def test_the_loaded_model_is_comfyui_s_own_and_saves_the_file_s_tensors(codeword
     assert (
         type(module) is ops.NibbleOperations.Linear
         and patcher.model_size()
-        < 0.5 * container.open_quantized(codeword_file).fact("source")["bytes"]
+        < 0.5 * checkpoint.open_quantized(codeword_file).fact("source")["bytes"]
     )
 
 
 def test_its_output_is_that_of_the_dequantized_weights(codeword_file, flux_file, tmp_path):
-    file, state = container.open_quantized(codeword_file), load_file(flux_file)
+    file, state = checkpoint.open_quantized(codeword_file), load_file(flux_file)
     for name in file.layers:
         state[f"{name}.weight"] = VQWeight.from_tensors(file.layer(name), name).dequantize()
     save_file(state, tmp_path / "dense.safetensors")
@@ -300,7 +300,8 @@ def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_s
     name, report = vq.run(job())
     assert name == "flux-vq3-fast.safetensors" and report.notes == [quantizing.MEASURED_ON_NOISE]
     assert (
-        container.open_quantized(folder / name).fact("calibration")["kind"] == "random conditioning"
+        checkpoint.open_quantized(folder / name).fact("calibration")["kind"]
+        == "random conditioning"
     )
     assert not comfy.model_management.current_loaded_models
     began = report.rows
@@ -328,7 +329,7 @@ def test_calibration_runs_under_comfyui_s_inference_mode_and_leaves_the_model_un
     )
     assert any("block" in row.why and "→" in row.why for row in report.rows)
     assert (
-        container.open_quantized(folder / name).fact("calibration")["kind"] == "prompts"
+        checkpoint.open_quantized(folder / name).fact("calibration")["kind"] == "prompts"
         and comfy.model_management.in_training is False
     )
 
@@ -367,7 +368,7 @@ def test_a_calibrated_preset_without_memory_for_the_model_says_what_to_do(folder
 
 def test_under_a_budget_layers_get_different_bits_and_the_file_fits(folder, unmeasured):
     name, _ = vq.run(job(changes=dict(budget_gb=0.00088)))
-    file = container.open_quantized(folder / name)
+    file = checkpoint.open_quantized(folder / name)
     assert (
         file.size <= 0.88e6
         and len({(layer["codewords"], layer["vector"]) for layer in file.layers.values()}) > 1
@@ -403,7 +404,7 @@ def test_nan_quantized_input_and_existing_files_are_refused_and_leave_nothing(
             vq.run(job(**options))
     with (
         torch.inference_mode(),
-        pytest.raises(container.FileRefused, match="quantized by Nibble already"),
+        pytest.raises(checkpoint.FileRefused, match="quantized by Nibble already"),
     ):
         vq.run(job(model=loading.load(codeword_file)))
     assert sorted(folder.iterdir()) == before
@@ -414,7 +415,7 @@ def test_a_full_disk_is_told_before_the_work_starts(folder, unmeasured, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer.os, "posix_fallocate", full)
-    with pytest.raises(container.FileRefused, match="full"):
+    with pytest.raises(checkpoint.FileRefused, match="full"):
         vq.run(job())
     assert not list(folder.glob("*vq3*"))
 
@@ -515,7 +516,7 @@ def test_codebook_use_counts_codewords_and_entropy():
 
 
 def test_charts_have_the_agreed_shape(codeword_file):
-    file, model = container.open_quantized(codeword_file), loading.load(codeword_file)
+    file, model = checkpoint.open_quantized(codeword_file), loading.load(codeword_file)
     facts = vq_charts.model_chart(file, loading.vram_needed(model), model.load_device)
     told = dict(facts["summary"])
     assert (

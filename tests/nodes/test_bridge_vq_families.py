@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nibble.nodes.bridge import calibration, loading, ops, vq
-from nibble.quant import container
+from nibble.quant.files import checkpoint
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_cod
             )
         )
     assert sum("→" in row.why for row in report.rows) >= 10 and min(report.decibels()) > 5
-    file = container.open_quantized(folder / name)
+    file = checkpoint.open_quantized(folder / name)
     ours = tiny(family, ops.NibbleOperations)
     state = {key: file.read(key) for key in file.header.tensors}
     ours.model.diffusion_model.load_state_dict(

@@ -21,8 +21,8 @@ from nibble.quant.architectures import (
     plan,
     recognise,
 )
-from nibble.quant.container import FileRefused
-from nibble.quant.svdquant.pipeline import layout, predict
+from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.svdquant.quantize import layout, predict
 from nibble.quant.svdquant.recipe import Recipe
 
 FAST = Recipe.from_preset("fast")
@@ -579,7 +579,7 @@ def test_comfyui_reads_the_written_file(comfy, tmp_path):
     import comfy.utils
     from safetensors.torch import save_file
 
-    from nibble.quant.svdquant.pipeline import quantize_checkpoint
+    from nibble.quant.svdquant.quantize import quantize_checkpoint
 
     shapes = flux1_shapes(1, 1, 128, 64, 768)
     save_file(

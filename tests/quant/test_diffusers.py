@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nibble.quant import diffusers as models
-from nibble.quant.container import FileRefused, open_quantized
-from nibble.quant.linears import find_linears
-from nibble.quant.svdquant.pipeline import quantize_checkpoint
+from nibble.quant.calibration.recorder import find_linears
+from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.svdquant.weight import FORMATS
+from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
 from published_files import METADATA, RandomFlux
 from published_others import LiteFlux

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nibble.quant.linears import Recorder, collect, find_linears, replace
-from nibble.quant.statistics import InputStats
+from nibble.quant.calibration.recorder import Recorder, collect, find_linears, replace
+from nibble.quant.calibration.statistics import InputStats
 
 
 def model() -> nn.Module:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.packing import (
+from nibble.quant.weights.packing import (
     dequantize_groups,
     group_absmax,
     pack_indices,

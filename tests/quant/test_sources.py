@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.quant.architectures import flux1_shapes
-from nibble.quant.container import FileRefused
-from nibble.quant.sources import Source, StateDictSource
+from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.source import Source, StateDictSource
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
 LAYER = "double_blocks.0.img_mlp.0"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nibble.quant.statistics import InputStats, block_size
+from nibble.quant.calibration.statistics import InputStats, block_size
 
 
 def tokens(count: int = 500, k: int = 128, seed: int = 0) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from nibble.quant import training
-from nibble.quant.container import FileRefused
-from nibble.quant.training import Options
+from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.training import loop
+from nibble.quant.training.loop.loop import Options
 
 
 class Block(nn.Module):
@@ -36,8 +36,8 @@ def gradients(in_place: bool, allowed: bool, twice: bool) -> list[torch.Tensor]:
     blocks, x = [Block(in_place), Block(in_place)], torch.linspace(-1, 1, 24).reshape(3, 8)
     start = nn.Parameter(torch.ones(8))
     with (
-        training.allowing_writes(blocks if allowed else ()),
-        training.checkpointing(blocks if twice else ()),
+        loop.allowing_writes(blocks if allowed else ()),
+        loop.checkpointing(blocks if twice else ()),
     ):
         y = x * start
         for block in blocks:
@@ -58,7 +58,7 @@ def test_blocks_that_write_to_their_inputs_get_the_gradients_of_those_that_do_no
 
 def test_inputs_of_a_block_that_is_computed_twice_are_left_alone():
     block, x = Block(True), torch.ones(2, 8)
-    with training.checkpointing([block]):
+    with loop.checkpointing([block]):
         block(x, extra={"more": 0})
     assert torch.equal(x, torch.ones(2, 8))
 
@@ -68,11 +68,11 @@ def test_a_gradient_that_is_no_number_changes_nothing():
     with pytest.raises(
         ValueError, match="the gradient is not finite at step 1; lower the learning rate"
     ):
-        list(training.steps({"w": weight}, lambda generator: weight.sqrt().sum(), Options(steps=2)))
+        list(loop.steps({"w": weight}, lambda generator: weight.sqrt().sum(), Options(steps=2)))
     assert torch.equal(weight, torch.zeros(3))
 
 
-@pytest.mark.parametrize("optimizer", list(training.OPTIMIZERS))
+@pytest.mark.parametrize("optimizer", list(loop.OPTIMIZERS))
 def test_every_optimizer_goes_on_from_its_state(optimizer, tmp_path):
     def run(steps: int, lr: float = 0.1, state=None):
         weight = nn.Parameter(torch.ones(4))
@@ -82,7 +82,7 @@ def test_every_optimizer_goes_on_from_its_state(optimizer, tmp_path):
 
         losses = [
             value
-            for _, value in training.steps(
+            for _, value in loop.steps(
                 {"w": weight}, loss, Options(steps=steps, lr=lr, optimizer=optimizer), state=state
             )
         ]
@@ -103,13 +103,11 @@ def test_the_rate_falls_to_nothing_over_the_last_share_of_the_steps(tmp_path):
     assert [options.rate(done) for done in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     weight = nn.Parameter(torch.ones(4))
     list(
-        training.steps(
-            {"w": weight}, lambda generator: weight.sum(), options, state=tmp_path / "state"
-        )
+        loop.steps({"w": weight}, lambda generator: weight.sum(), options, state=tmp_path / "state")
     )
     with pytest.raises(FileRefused, match="other options"):
         list(
-            training.steps(
+            loop.steps(
                 {"w": weight},
                 lambda generator: weight.sum(),
                 Options(steps=9, lr=1.0, warmup=2, decay=0.5),

@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import mixture  # noqa: E402
 
 from nibble.accel.caf import flow, objectives  # noqa: E402
-from nibble.quant import training  # noqa: E402
+from nibble.quant.training import loop  # noqa: E402
 
-OPTIONS = training.Options(steps=350, lr=2e-3, warmup=50, seed=1)
+OPTIONS = loop.Options(steps=350, lr=2e-3, warmup=50, seed=1)
 
 
 def fit(net, loss, options=OPTIONS, state=None):
-    for _ in training.steps(dict(net.named_parameters()), loss, options, state=state):
+    for _ in loop.steps(dict(net.named_parameters()), loss, options, state=state):
         pass
     return net
 
@@ -91,7 +91,7 @@ def test_training_resumes_bit_for_bit(batches, tmp_path):
         fit(
             net,
             objectives.velocity_objective(of(net), batches, 1.5),
-            training.Options(steps=steps, lr=1e-3),
+            loop.Options(steps=steps, lr=1e-3),
             state,
         )
         return net.state_dict()

@@ -3,11 +3,11 @@
 import torch
 
 from nibble.quant.intlora.adapter import LayerAdapter
-from nibble.quant.intlora.base import IntBase
 from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.linear import rule_for, separated
-from nibble.quant.packing import pack_int4
-from nibble.quant.svdquant.weight import SVDQuantWeight, W4A16Weight
+from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.weights.packing import pack_int4
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 
 N, K = 48, 128
 

@@ -8,10 +8,10 @@ from bases import K, N, bases, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.container import FileRefused
-from nibble.quant.intlora.base import IntBase
+from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora.convert import Change, convert
 from nibble.quant.intlora.merge import merge
+from nibble.quant.merge.integer_grid import IntBase
 
 
 def heavy_tailed(n: int = 384, k: int = 768) -> torch.Tensor:

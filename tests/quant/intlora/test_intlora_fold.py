@@ -8,9 +8,9 @@ import pytest
 import torch
 from bases import K, N, factors, normal, svdquant, w4a16
 
-from nibble.quant.intlora.base import IntBase
-from nibble.quant.intlora.fold import EXTRA, fold_into_branch, multiple, refit
-from nibble.quant.svdquant.weight import SVDQuantWeight, W4A16Weight
+from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.merge.refit import EXTRA, fold_into_branch, multiple, refit
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 
 KINDS = {
     "plain": {},

@@ -9,10 +9,10 @@ import torch
 from bases import K, N, adapters, bases, factors, normal, paper, svdquant, w4a16
 
 from nibble.quant.intlora.adapter import LayerAdapter
-from nibble.quant.intlora.base import IntBase
-from nibble.quant.intlora.fold import fold_into_branch, fold_into_codes, rounded_to_base
 from nibble.quant.intlora.merge import Overflow, branch, change, merge, unmerged
 from nibble.quant.intlora.variants import ShiftAdd
+from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.merge.refit import fold_into_branch, fold_into_codes, rounded_to_base
 
 every_base = pytest.mark.parametrize("kind", list(bases()))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.quant.intlora import noise
+from nibble.quant.intlora import auxiliary
 
 MASK = 0xFFFFFFFF
 KNOWN = [[0, 16, 69, -5, 0, 6, -24, -7, -35, 2], [-18, 21, 0, 14, 7, -7, 26, 3, 7, -36]]
@@ -25,18 +25,20 @@ def mix(x: int) -> int:
 
 
 def entry(n: int, j: int, k: int, seed: int, name: str) -> int:
-    first, second = noise.key_of(seed, name)
+    first, second = auxiliary.key_of(seed, name)
     word = mix((mix((n * -(-k // 4) + j // 4) ^ first) + second) & MASK)
-    return noise.TABLE[word >> 8 * (j % 4) & 255]
+    return auxiliary.TABLE[word >> 8 * (j % 4) & 255]
 
 
 def test_known_values():
     """Written down once: a change of torch, device or this code that moved them would change every
     adapter with an R.
     """
-    assert noise.laplace(range(2), 10, 7, "a.b").tolist() == KNOWN
+    assert auxiliary.laplace(range(2), 10, 7, "a.b").tolist() == KNOWN
     assert (
-        hashlib.sha256(noise.laplace(range(64), 256, 7, "a.b").numpy().tobytes()).hexdigest()[:16]
+        hashlib.sha256(auxiliary.laplace(range(64), 256, 7, "a.b").numpy().tobytes()).hexdigest()[
+            :16
+        ]
         == SHA
     )
 
@@ -50,26 +52,32 @@ def test_known_values():
     st.text(max_size=8),
 )
 def test_it_is_the_hash_of_the_place(seed, n, k, start, name):
-    drawn = noise.laplace(range(start, start + n), k, seed, name)
+    drawn = auxiliary.laplace(range(start, start + n), k, seed, name)
     assert drawn.dtype == torch.int8 and drawn.tolist() == [
         [entry(start + i, j, k, seed, name) for j in range(k)] for i in range(n)
     ]
 
 
 def test_rows_come_in_parts(device):
-    whole = noise.laplace(range(96), 100, 3, "x", device)
-    assert torch.equal(whole.cpu(), noise.laplace(range(96), 100, 3, "x"))
+    whole = auxiliary.laplace(range(96), 100, 3, "x", device)
+    assert torch.equal(whole.cpu(), auxiliary.laplace(range(96), 100, 3, "x"))
     assert torch.equal(
         torch.cat(
-            [noise.laplace(range(40), 100, 3, "x"), noise.laplace(range(40, 96), 100, 3, "x")]
+            [
+                auxiliary.laplace(range(40), 100, 3, "x"),
+                auxiliary.laplace(range(40, 96), 100, 3, "x"),
+            ]
         ),
         whole.cpu(),
     )
 
 
 def test_it_looks_like_a_laplace_distribution():
-    drawn = noise.laplace(range(512), 512, 0, "layer").double()
-    assert abs(drawn.mean().item()) < 0.2 and abs(drawn.std().item() / noise.TABLE_SIGMA - 1) < 0.02
+    drawn = auxiliary.laplace(range(512), 512, 0, "layer").double()
+    assert (
+        abs(drawn.mean().item()) < 0.2
+        and abs(drawn.std().item() / auxiliary.TABLE_SIGMA - 1) < 0.02
+    )
     # E|x| of a Laplace distribution is its scale
     assert abs(drawn.abs().mean().item() / 22 - 1) < 0.03
     lagged = (drawn[:, 1:] * drawn[:, :-1]).mean() / drawn.square().mean()
@@ -81,7 +89,7 @@ def test_it_looks_like_a_laplace_distribution():
 
 def test_layers_and_seeds_differ():
     draws = [
-        noise.laplace(range(8), 64, seed, name) for seed, name in ((0, "a"), (1, "a"), (0, "b"))
+        auxiliary.laplace(range(8), 64, seed, name) for seed, name in ((0, "a"), (1, "a"), (0, "b"))
     ]
     assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -89,15 +97,15 @@ def test_layers_and_seeds_differ():
 @pytest.mark.parametrize("size", [1e-3, 1.0, 40.0])
 def test_variance_is_matched(size):
     weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(0)) * size
-    matrix = noise.Noise(5, "a", noise.scales(weight, rho=0.25)).matrix(512, torch.float64)
+    matrix = auxiliary.Noise(5, "a", auxiliary.scales(weight, rho=0.25)).matrix(512, torch.float64)
     assert abs((matrix.std() / weight.std()).item() - 0.25) < 0.0125
-    paper = noise.Noise(5, "a", noise.scales(weight, alpha=1.5)).matrix(512, torch.float64)
+    paper = auxiliary.Noise(5, "a", auxiliary.scales(weight, alpha=1.5)).matrix(512, torch.float64)
     r = weight.std().item() / 0.5**0.5
     assert abs(paper.std().item() / (r**1.5 * 0.5**0.5) - 1) < 0.05
 
 
 def test_parts_and_held_tables_are_the_same_matrix():
-    whole = noise.Noise(1, "a", torch.rand(20))
+    whole = auxiliary.Noise(1, "a", torch.rand(20))
     assert torch.equal(whole.hold(48).matrix(48, torch.float64), whole.matrix(48, torch.float64))
     assert torch.equal(
         whole.rows(3, 9).matrix(48, torch.float64), whole.matrix(48, torch.float64)[3:9]

@@ -7,13 +7,13 @@ import torch
 from bases import K, N, bases, factors, normal, svdquant, w4a16
 from torch import nn
 
-from nibble.quant.container import FileRefused
+from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import train
-from nibble.quant.intlora.base import IntBase
 from nibble.quant.intlora.linear import IntLoRALinear, rebuilt, rule_for, separated
 from nibble.quant.intlora.merge import change, merge
 from nibble.quant.intlora.variants import multiplier
-from nibble.quant.svdquant.linear import as_module
+from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.weights.modules import as_module
 
 every_variant = pytest.mark.parametrize("variant", ["shift_add", "mul", "shift"])
 

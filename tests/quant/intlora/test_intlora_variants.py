@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.quant.intlora.adapter import LayerAdapter
-from nibble.quant.intlora.base import IntBase
+from nibble.quant.intlora.auxiliary import Noise
 from nibble.quant.intlora.factors import Factors, balanced, fake_quantize, quantize
 from nibble.quant.intlora.merge import merge, unmerged
-from nibble.quant.intlora.noise import Noise
 from nibble.quant.intlora.variants import Mul, Shift, ShiftAdd, finished, multiplier
+from nibble.quant.merge.integer_grid import IntBase
 
 every_base = pytest.mark.parametrize("kind", list(bases()))
 every_variant = pytest.mark.parametrize("variant", ["shift_add", "mul", "shift"])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from bases import K, adapters, normal, svdquant, w4a16
 
-from nibble.quant.intlora.base import IntBase
 from nibble.quant.intlora.merge import change
+from nibble.quant.intlora.merged_weight import MergedWeight
 from nibble.quant.intlora.variants import ShiftAdd
-from nibble.quant.intlora.weight import MergedWeight
+from nibble.quant.merge.integer_grid import IntBase
 
 WEIGHTS = {
     "svdquant": svdquant,

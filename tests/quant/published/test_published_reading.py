@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.container import FileRefused, open_quantized
-from nibble.quant.published import tiles
-from nibble.quant.published.opening import is_4bit, open_4bit
-from nibble.quant.stored import json_tensor, tensor_json
-from nibble.quant.svdquant.weight import FORMATS
+from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.interop import swizzle
+from nibble.quant.interop.opening import is_4bit, open_4bit
+from nibble.quant.weights.base import json_tensor, tensor_json
+from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
 from compare import assert_same
 from published_files import RandomFlux, awq, random_linear, random_w4a16, svdquant
@@ -174,7 +174,7 @@ def kitchen_file(tensors, path, short=False, tiled=False, extra=()):
         if name.endswith("comfy_quant"):
             facts = tensor_json(tensor) | dict(extra)
             facts |= (
-                {"layout": tiles.KITCHEN_LAYOUT}
+                {"layout": swizzle.KITCHEN_LAYOUT}
                 if tiled and facts["format"] == "svdquant_w4a4"
                 else {}
             )
@@ -184,9 +184,9 @@ def kitchen_file(tensors, path, short=False, tiled=False, extra=()):
     for name in [key for key in out if key.endswith("weight_proj_down")]:
         layer = name.removesuffix(".weight_proj_down")
         if tiled:
-            out[f"{layer}.weight"] = tiles.weight_to_kitchen(out[f"{layer}.weight"])
-            out[f"{layer}.weight_scale"] = tiles.scale_to_kitchen(out[f"{layer}.weight_scale"])
-            out[f"{layer}.weight_proj_up"] = tiles.scale_to_kitchen(
+            out[f"{layer}.weight"] = swizzle.weight_to_kitchen(out[f"{layer}.weight"])
+            out[f"{layer}.weight_scale"] = swizzle.scale_to_kitchen(out[f"{layer}.weight_scale"])
+            out[f"{layer}.weight_proj_up"] = swizzle.scale_to_kitchen(
                 out[f"{layer}.weight_proj_up"].t().contiguous()
             )
         for suffix in ("proj_down", "proj_up", "smooth_factor") if short else ():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nibble.quant.svdquant.host import HostMatrix
-from nibble.quant.svdquant.weight import W4A16Weight
+from nibble.quant.modulation.cpu_int4 import HostMatrix
+from nibble.quant.weights.svdquant_w4a4 import W4A16Weight
 
 
 def weight(n, k, zeros, seed=0):

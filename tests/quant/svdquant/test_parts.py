@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nibble.kernels import reference
-from nibble.quant.packing import dequantize_groups
 from nibble.quant.svdquant.gptq import (
     gptq,
     group_scales,
@@ -18,8 +17,9 @@ from nibble.quant.svdquant.gptq import (
     round_to_nearest,
     rounding_order,
 )
-from nibble.quant.svdquant.lowrank import Metric, parallel_sum, svd_lowrank, times_blocks
+from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, svd_lowrank, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
+from nibble.quant.weights.packing import dequantize_groups
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -132,7 +132,7 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
 package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
 import torch
-from nibble.quant.svdquant.lowrank import solve_blocks
+from nibble.quant.svdquant.lowrank_metric import solve_blocks
 torch.set_num_threads(2)
 a = torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(0))
 a = a @ a.mT / 256 + 0.1 * torch.eye(256)

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nibble.quant.architectures import flux1_shapes
-from nibble.quant.container import FileRefused, open_quantized, read_header
+from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
+from nibble.quant.files.source import StateDictSource
 from nibble.quant.report import Report
-from nibble.quant.sources import StateDictSource
-from nibble.quant.statistics import InputStats
-from nibble.quant.svdquant import pipeline
-from nibble.quant.svdquant.pipeline import layout, predict, quantize_checkpoint
+from nibble.quant.svdquant import quantize as pipeline
+from nibble.quant.svdquant.quantize import layout, predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.svdquant.weight import FORMATS
+from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
 FAST = Recipe.from_preset("fast", rank=16, smoothing_grid=1, iterations=1)

@@ -9,9 +9,9 @@ import torch
 import toy
 from torch import nn
 
-from nibble.quant.vq4dit import calibrate, replay
+from nibble.quant.vq4dit import calibrate, trajectory
 from nibble.quant.vq4dit.calibrate import Classroom, Lesson, Teacher, block_of, learn
-from nibble.quant.vq4dit.layer import How, fit
+from nibble.quant.vq4dit.fit import How, fit
 from nibble.quant.vq4dit.recipe import Recipe
 from nibble.quant.vq4dit.student import Hard, Part, Soft
 
@@ -163,17 +163,19 @@ def test_calls_are_replayed_with_tensors_of_their_own():
             return self.after(x, options=options)
 
     model, x = Model(), torch.ones(2)
-    calls = replay.record(
+    calls = trajectory.record(
         model, lambda: model(x.clone(), options={"more": (torch.ones(2),), "name": "a"})
     )
     for _ in range(2):
-        given, results = replay.visit(model, "block", 1, calls, "cpu", inputs=True, outputs=True)
+        given, results = trajectory.visit(
+            model, "block", 1, calls, "cpu", inputs=True, outputs=True
+        )
         assert (
             given[0].args[0].tolist() == [1, 1]
             and results[0][0].tolist() == [2, 2]
             and given[0].kwargs["options"]["name"] == "a"
         )
-    assert replay.order(model, ["after", "block"], calls[0], "cpu") == {"block": 1, "after": 1}
+    assert trajectory.order(model, ["after", "block"], calls[0], "cpu") == {"block": 1, "after": 1}
 
 
 def test_it_works_where_gradients_are_off():
@@ -268,7 +270,9 @@ def test_parts_compute_their_rows(rotation):
 
 def lesson_of(module, count=4):
     generator = torch.Generator().manual_seed(3)
-    inputs = [replay.Call((torch.randn(16, 64, generator=generator),), {}) for _ in range(count)]
+    inputs = [
+        trajectory.Call((torch.randn(16, 64, generator=generator),), {}) for _ in range(count)
+    ]
     return Lesson(inputs, [[module(call.args[0])] for call in inputs], "cpu")
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.cluster.vq import kmeans2, vq
 
-from nibble.quant.packing import dequantize_groups, quantize_groups
 from nibble.quant.vq4dit.codebook import (
     bits_per_weight,
     fitting_codewords,
@@ -19,7 +18,8 @@ from nibble.quant.vq4dit.codebook import (
     sub_vectors,
     update,
 )
-from nibble.quant.vq4dit.layer import How, fit
+from nibble.quant.vq4dit.fit import How, fit
+from nibble.quant.weights.packing import dequantize_groups, quantize_groups
 
 
 def seeded(seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from nibble.kernels.reference import hadamard64
-from nibble.quant.statistics import InputStats
-from nibble.quant.vq4dit import feedback
+from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.vq4dit import gptq as feedback
 from nibble.quant.vq4dit.codebook import kmeans, nearest, sub_vectors
-from nibble.quant.vq4dit.layer import Fitted, How, fit, moments, sample_rows, sqnr
+from nibble.quant.vq4dit.fit import Fitted, How, fit, moments, sample_rows, sqnr
 
 N, K = 96, 128
 

@@ -12,17 +12,17 @@ import torch
 import toy
 from safetensors.torch import load_file, save_file
 
-from nibble.quant import writer
 from nibble.quant.architectures import flux1_shapes, known_shapes
-from nibble.quant.container import FileRefused, open_quantized, read_header
+from nibble.quant.files import writer
+from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
+from nibble.quant.files.source import Source, StateDictSource
 from nibble.quant.report import Report
-from nibble.quant.sources import Source, StateDictSource
-from nibble.quant.stored import json_tensor
-from nibble.quant.vq4dit import pipeline
-from nibble.quant.vq4dit.budget import allocate
-from nibble.quant.vq4dit.pipeline import Teacher, plan, predict, quantize_checkpoint
+from nibble.quant.vq4dit import quantize as pipeline
+from nibble.quant.vq4dit.bit_allocation import allocate
+from nibble.quant.vq4dit.quantize import Teacher, plan, predict, quantize_checkpoint
 from nibble.quant.vq4dit.recipe import LAYOUTS, Recipe
-from nibble.quant.vq4dit.weight import VQWeight
+from nibble.quant.weights.base import json_tensor
+from nibble.quant.weights.vq import VQWeight
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
 FAST = Recipe.from_preset("fast", codewords=16, vector=4)  # one bit a weight: quick to fit

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from nibble.quant.architectures import LayerPlan
 from nibble.quant.vq4dit.calibrate import Classroom, Teacher, learn
-from nibble.quant.vq4dit.layer import fit
+from nibble.quant.vq4dit.fit import fit
 from nibble.quant.vq4dit.recipe import Recipe
-from nibble.quant.vq4dit.replay import record
 from nibble.quant.vq4dit.student import Hard, Soft
+from nibble.quant.vq4dit.trajectory import record
 
 WIDTH, TOKENS, CHANNELS, CLASSES = 64, 8, 16, 4
 

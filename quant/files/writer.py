@@ -1,0 +1,378 @@
+"""Writing a quantized model layer by layer, so that nothing is ever half done: atomic, resumable,
+exclusive.
+
+Shapes are known before the work starts, so the whole file is laid out first: `<target>.partial`
+gets its final size at once (a full disk is found now, not in an hour) and each layer's tensors go
+to their final places. `<target>.partial.journal` has one line per finished layer, with the
+checksums of its tensors and its report; after a crash the finished layers are checked against it
+and only the others are done again. At the end the header is written, the file synced and renamed
+over the target. Bytes depend on contents alone, never on time or order of the work, so an
+interrupted run ends in the same file as an uninterrupted one.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import DTYPE_NAMES, FileRefused, checksum, read_header, tensor_bytes
+
+log = logging.getLogger("nibble")
+# msvcrt locks a range of bytes against every reader and writer: take one behind any real file
+_LOCK_BYTE = 2**40
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that will be written: its name, torch dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def check_target(
+    source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble"
+) -> None:
+    """Refuses a target that is the source (by whatever name), a file of another kind ('format' in
+    its metadata), or in a place that cannot be written.
+    """
+    target = Path(target)
+    if target.suffix != ".safetensors":
+        raise FileRefused(
+            f"{target.name} does not end in .safetensors, so ComfyUI would not list it; add the"
+            " ending."
+        )
+    if target.is_dir():
+        raise FileRefused(f"{target.name} is a folder; choose another name.")
+    if not target.parent.is_dir():
+        raise FileRefused(
+            f"The folder {target.parent} does not exist; create it or choose another one."
+        )
+    same = source is not None and os.path.realpath(source) == os.path.realpath(target)
+    if same or (source is not None and target.exists() and os.path.samefile(source, target)):
+        raise FileRefused(
+            f"{target.name} is the file that would be read; choose another name for the"
+            f" {'4-bit file' if kind == 'nibble' else 'new file'}."
+        )
+    if target.exists():
+        try:
+            ours = read_header(target).metadata.get("format") == kind
+        except FileRefused:
+            ours = False
+        if not ours:
+            raise FileRefused(
+                f"{target.name} exists and"
+                f" {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'};"
+                " choose another name."
+            )
+
+
+def metadata_room(metadata: Mapping[str, str]) -> int:
+    """Bytes that metadata take in the header (JSON within JSON: every quote is escaped); the writer
+    adds the checksums itself.
+    """
+    return len(json.dumps(dict(metadata)).encode())
+
+
+def order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """Their order in the file: those of whole 8 bytes first, so that they stay aligned to 8, and of
+    these the layers' JSON before all others (one read finds it all); at the end the odd ones by
+    falling size of an element, so that each stays aligned to its own.
+    """
+
+    def place(spec: TensorSpec) -> tuple[int, int]:
+        if spec.nbytes % 8:
+            return 2, -spec.dtype.itemsize
+        return (0 if spec.name.endswith(".comfy_quant") else 1), 0
+
+    return sorted(specs, key=place)
+
+
+class Writer:
+    """Writes one file; a context manager that holds the lock. Leaving it without `finish` keeps
+    what is done for the next run.
+
+    target    final path; check it with `check_target` first
+    specs     every tensor of the file
+    identity  text that tells whether an unfinished file is of this very run (source, recipe,
+      calibration)
+    room      bytes to reserve for metadata, besides the checksums: see `metadata_room`
+    Raises FileRefused when the disk is full, the folder read-only, or another run writes the same
+    target.
+    """
+
+    def __init__(
+        self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int
+    ):
+        self.target = Path(target)
+        self.partial = self.target.with_name(self.target.name + ".partial")
+        self.journal = self.target.with_name(self.target.name + ".partial.journal")
+        self._specs, self._places, end = {}, {}, 0
+        for spec in order(specs):
+            self._specs[spec.name], self._places[spec.name], end = spec, end, end + spec.nbytes
+        sums = json.dumps({name: "0" * 8 for name in self._specs})
+        self._data = -(-(len(self._header({"checksums": sums})) + room) // 8) * 8 + 8
+        self.size = self._data + end
+        self._identity = json.dumps([identity, self.size, list(map(str, self._specs.values()))])
+        self.finished: dict[str, dict] = {}
+        self._sums: dict[str, str] = {}
+
+    def __enter__(self) -> "Writer":
+        self._file = self._open()
+        try:
+            self._resume()
+            self._log = open(self.journal, "a", encoding="utf-8")
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._log.close()
+        self._file.close()
+
+    def write(self, unit: str, tensors: Mapping[str, Tensor], row: dict) -> None:
+        """Writes a layer's tensors and notes it as finished, with its report row (anything
+        JSON).
+        """
+        sums = {}
+        for name, tensor in tensors.items():
+            spec = self._specs[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, tuple(spec.shape)):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {spec.dtype}"
+                    f" {tuple(spec.shape)} was planned"
+                )
+            self._put(self._data + self._places[name], memoryview(tensor_bytes(tensor)))
+            sums[name] = checksum(tensor)
+        with self._disk_errors():
+            self._log.write(json.dumps({"unit": unit, "row": row, "sums": sums}) + "\n")
+            self._log.flush()
+        self.finished[unit], self._sums = row, self._sums | sums
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is written already, in this run or an earlier one."""
+        spec = self._specs[name]
+        return self._stored(name).view(spec.dtype).reshape(spec.shape)
+
+    def names(self, unit: str) -> list[str]:
+        """The tensors of the linear called unit, by the layout."""
+        return [name for name in self._specs if name.rpartition(".")[0] == unit]
+
+    def finish(self, choices: Iterable[Mapping[str, str]]) -> None:
+        """Writes the header with the first of the metadata choices that fits, and puts the file in
+        its place.
+        """
+        missing = self._specs.keys() - self._sums.keys()
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were never written, {min(missing)} first")
+        sums = json.dumps({name: self._sums[name] for name in self._specs})
+        headers = (self._header({**metadata, "checksums": sums}) for metadata in choices)
+        header = next((h for h in headers if len(h) <= self._data - 8), None)
+        if header is None:
+            raise ValueError("the metadata does not fit into the room that was reserved for it")
+        self._put(
+            0, memoryview((self._data - 8).to_bytes(8, "little") + header.ljust(self._data - 8))
+        )
+        with self._disk_errors():
+            os.fsync(self._file.fileno())
+            self._log.close()
+            # Windows renames no open file; elsewhere the lock is held to the end
+            if os.name == "nt":
+                self._file.close()
+            os.replace(self.partial, self.target)
+        self._sync_folder()
+        self.journal.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Removes the unfinished file: for a run that can never finish. Call inside the context."""
+        self._log.close()
+        self.journal.unlink(missing_ok=True)
+        if os.name == "nt":
+            self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def _header(self, metadata: Mapping[str, str]) -> bytes:
+        table = {"__metadata__": dict(sorted(metadata.items()))}
+        for name, spec in self._specs.items():
+            start = self._places[name]
+            table[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, start + spec.nbytes],
+            }
+        return json.dumps(table, separators=(",", ":")).encode()
+
+    def _open(self):
+        """The partial file, locked. The lock dies with the process; a file that was renamed while
+        we waited is no longer ours.
+        """
+        while True:
+            with self._disk_errors():
+                file = os.fdopen(
+                    os.open(
+                        self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666
+                    ),
+                    "r+b",
+                    buffering=0,
+                )
+            try:
+                _lock(file)
+                if os.path.exists(self.partial) and os.path.samestat(
+                    os.fstat(file.fileno()), os.stat(self.partial)
+                ):
+                    return file
+            except BlockingIOError:
+                file.close()
+                raise FileRefused(
+                    f"{self.target.name} is being written by another run; wait for it or choose"
+                    " another name."
+                ) from None
+            file.close()
+
+    def _resume(self) -> None:
+        lines = self._journal_lines()
+        if (
+            lines
+            and lines[0] == {"identity": self._identity}
+            and os.fstat(self._file.fileno()).st_size == self.size
+        ):
+            for line in lines[1:]:
+                if all(self._stored_sum(name) == value for name, value in line["sums"].items()):
+                    self.finished[line["unit"]], self._sums = line["row"], self._sums | line["sums"]
+            log.info("%s: resuming, %d parts are finished", self.target.name, len(self.finished))
+        else:
+            lines = []
+            self._reserve()
+        with self._disk_errors():  # rewritten whole: what a crash left of the last line is gone
+            fresh = self.journal.with_name(self.journal.name + ".new")
+            kept = [line for line in lines[1:] if line["unit"] in self.finished]
+            fresh.write_text(
+                "".join(json.dumps(line) + "\n" for line in [{"identity": self._identity}, *kept]),
+                encoding="utf-8",
+            )
+            os.replace(fresh, self.journal)
+
+    def _journal_lines(self) -> list[dict]:
+        lines = []
+        if self.journal.exists():
+            for text in self.journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    break
+        return lines
+
+    def _stored_sum(self, name: str) -> str | None:
+        stored = self._stored(name) if name in self._specs else None
+        return None if stored is None else checksum(stored)
+
+    def _stored(self, name: str) -> Tensor | None:
+        """The bytes of a tensor in the unfinished file; None where it is cut off."""
+        buffer = torch.empty(self._specs[name].nbytes, dtype=torch.uint8)
+        self._file.seek(self._data + self._places[name])
+        view, done = memoryview(buffer.numpy()), 0
+        while done < len(view) and (count := self._file.readinto(view[done:])):
+            done += count
+        return buffer if done == len(view) else None
+
+    def _reserve(self) -> None:
+        """Gives the file its final size, on disk and not only in name where the system can."""
+        try:
+            self._file.truncate(0)
+            free = shutil.disk_usage(self.target.parent).free
+            if free < self.size:
+                raise OSError(errno.ENOSPC, "full")
+            with self._disk_errors():
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._file.fileno(), 0, self.size)
+                self._file.truncate(self.size)
+        except (OSError, FileRefused) as error:
+            self.partial.unlink(missing_ok=True)
+            self.journal.unlink(missing_ok=True)
+            raise self._refusal(error) if isinstance(error, OSError) else error from None
+
+    def _put(self, offset: int, view: memoryview) -> None:
+        with self._disk_errors():
+            self._file.seek(offset)
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done:])
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> FileRefused:
+        folder = self.target.parent
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(folder).free
+            return FileRefused(
+                f"The disk of {folder} is full: {self.target.name} needs {self.size / 1e9:.2f} GB"
+                f" and {free / 1e9:.2f} GB are free; free some space or choose another folder."
+            )
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return FileRefused(
+                f"The folder {folder} is read-only; choose another one or change its permissions."
+            )
+        return FileRefused(
+            f"{self.target.name} could not be written ({error.strerror}); check the disk or choose"
+            " another folder."
+        )
+
+    def _sync_folder(self) -> None:
+        if hasattr(os, "O_DIRECTORY"):
+            handle = os.open(self.target.parent, os.O_DIRECTORY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _lock(file) -> None:
+    """Locks a file for this process alone. Raises BlockingIOError when it is taken."""
+    try:
+        import fcntl
+    except ImportError:
+        _lock_windows(file)
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # some network drives have no locks
+        log.warning(
+            "this drive cannot lock files (%s): do not write one target from two programs",
+            error.strerror,
+        )
+
+
+def _lock_windows(file) -> None:
+    import msvcrt
+
+    file.seek(_LOCK_BYTE)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(error.errno, "locked") from error
+    finally:
+        file.seek(0)

@@ -1,0 +1,134 @@
+"""One 4-bit file from another: Nibble's, comfy-kitchen's and Nunchaku's forms of the same numbers,
+a layer in memory at a time.
+"""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..files.checkpoint import FileRefused, QuantizedFile, read_header
+from ..files.writer import Writer, check_target, metadata_room
+from .export import ToKitchen, ToNibble
+from .model import PublishedFile
+from .nunchaku_write import ToNunchaku
+from .opening import open_4bit
+from .own import OwnFile
+
+TARGETS = {"nibble": ToNibble, "kitchen": ToKitchen, "nunchaku": ToNunchaku}
+_KINDS = {"nibble": "Nibble", "kitchen": "comfy-kitchen SVDQuant", "nunchaku": "Nunchaku INT4"}
+_LARGEST = 10**15  # stands in for a file's size while it is not known
+
+
+def open_source(path: str | Path) -> PublishedFile:
+    """A 4-bit file to convert. Raises FileRefused with the reason."""
+    file = open_4bit(path)
+    return OwnFile(file) if isinstance(file, QuantizedFile) else file
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    progress: Callable[[int, int, str], None] | None = None,
+    verify: bool = True,
+) -> list[tuple[str, str]]:
+    """Writes `target` with the numbers of `source` in the format `to` ('nibble', 'kitchen' or
+    'nunchaku'); returns a summary in lines.
+
+    verify: compare a source of Nibble's with its checksums first. An interrupted run goes on where
+        it stopped, and leaves no half-written
+    target. Raises FileRefused for a source that cannot be read, and for what the target's format
+    cannot say.
+    """
+    progress = progress or (lambda *_: None)
+    file = open_source(source)
+    check_target(file.path, target)
+    if file.kind == _KINDS[to]:
+        raise FileRefused(f"{file.path.name} is in this format already ({file.kind}); copy it.")
+    if verify and file.metadata.get("checksums"):
+        file.verify(progress)
+    export = TARGETS[to](file)
+    units = list(export.units)
+    plans = {}
+    for done, unit in enumerate(units):
+        progress(done, 2 * len(units), f"measuring {unit}")
+        plans[unit] = export.specs(unit)
+    specs = [spec for plan in plans.values() for spec in plan]
+    with Writer(
+        target, specs, _identity(file, to), metadata_room(export.metadata(_LARGEST)) + 64
+    ) as writer:
+        for done, unit in enumerate(units):
+            progress(len(units) + done, 2 * len(units), unit)
+            if unit not in writer.finished:
+                writer.write(unit, _made(export, unit, writer), {})
+        writer.finish([export.metadata(writer.size)])
+    progress(2 * len(units), 2 * len(units), "")
+    return summary(target, to, export)
+
+
+def _made(export, unit: str, writer: Writer) -> dict:
+    """A unit's tensors; when they cannot be made, no later run could finish either, and the
+    unfinished file goes.
+    """
+    try:
+        return export.make(unit)
+    except ValueError:
+        writer.discard()
+        raise
+
+
+def _identity(file: PublishedFile, to: str) -> str:
+    """Tells whether an unfinished file is of this very conversion."""
+    stat = file.path.stat()
+    return json.dumps(
+        [
+            to,
+            str(file.path.resolve()),
+            stat.st_size,
+            stat.st_mtime_ns,
+            zlib.crc32(read_header(file.path).text),
+        ]
+    )
+
+
+def summary(target: str | Path, to: str, export) -> list[tuple[str, str]]:
+    """(label, value) lines about a conversion."""
+    layers = export.source.layers.values()
+    counts = {
+        kind: sum(facts["format"] == kind for facts in layers)
+        for kind in ("svdquant_w4a4", "awq_w4a16")
+    }
+    size = Path(target).stat().st_size
+    return [
+        ("model", export.source.family),
+        ("format", f"{export.source.kind} → {_KINDS[to]}"),
+        ("layers", f"{counts['svdquant_w4a4']} W4A4, {counts['awq_w4a16']} 4-bit weights only"),
+        ("size", f"{export.source.size / 1e6:,.1f} MB → {size / 1e6:,.1f} MB"),
+        *(("note", note) for note in export.notes),
+    ]
+
+
+def facts_of(path: str | Path) -> dict | None:
+    """What a published file holds, for `inspect`; None for Nibble's own and for what is not in 4
+    bits.
+    """
+    file = open_4bit(path)
+    if isinstance(file, QuantizedFile):
+        return None
+    kinds = [facts["format"] for facts in file.layers.values()]
+    ranks = sorted({facts["rank"] for facts in file.layers.values() if "rank" in facts})
+    return {
+        "file": file.path.name,
+        "quantized": True,
+        "format": file.kind,
+        "architecture": file.family,
+        "bytes": file.size,
+        "W4A4 layers": kinds.count("svdquant_w4a4"),
+        "4-bit weights only": kinds.count("awq_w4a16"),
+        "ranks": ranks,
+        "hint": (
+            "loads as it is; `python -m nibble convert` makes a Nibble file of it, which loads"
+            " faster and has checksums"
+        ),
+    }

@@ -1,0 +1,187 @@
+"""What a converted file will hold: for each target format, its units, their sizes, and how to make
+them from an opened file.
+
+Codes, scales, smoothing and low-rank factors are moved, never computed again. What a format cannot
+say is refused; what it says otherwise (zero points, the bias of unsigned inputs, padding of ranks)
+is told in `notes`.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import FORMAT_VERSION, FileRefused
+from ..files.writer import TensorSpec
+from ..report import LayerRow, Report
+from ..weights.base import json_tensor
+from ..weights.svdquant_w4a4 import FORMATS
+from .model import PublishedFile
+from .nunchaku_read import FACTS
+
+
+class Export(ABC):
+    """A conversion: `units` names what is written at once, `specs` and `make` give a unit's sizes
+    and tensors.
+    """
+
+    def __init__(self, source: PublishedFile):
+        self.source = source
+        self.notes: list[str] = []
+
+    @property
+    def units(self) -> Iterable[str]:
+        """Names, in order."""
+        return self.source.units
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        """Names, dtypes and shapes of what `make` will give."""
+        return self.source.specs(name)
+
+    def make(self, name: str) -> dict[str, Tensor]:
+        """A unit's tensors."""
+        return self.source.unit(name)
+
+    @abstractmethod
+    def metadata(self, bytes_after: int) -> dict[str, str]:
+        """The header's metadata, for a file of that size."""
+
+    def refused(self, name: str, what: str, fix: str) -> FileRefused:
+        """A refusal of one layer."""
+        return FileRefused(
+            f"{self.source.path.name} {what} in {name}, which this format cannot say; {fix}."
+        )
+
+
+class ToNibble(Export):
+    """Nibble's own format. What Nunchaku's programs read from the metadata is kept, so that the way
+    back is open.
+    """
+
+    def metadata(self, bytes_after: int) -> dict[str, str]:
+        kept = {key: self.source.metadata[key] for key in FACTS if key in self.source.metadata}
+        origin = {
+            "name": self.source.path.name,
+            "bytes": self.source.size,
+            "format": self.source.kind,
+        }
+        return {
+            "format": "nibble",
+            "nibble_version": str(FORMAT_VERSION),
+            "method": "svdquant",
+            "source": json.dumps(origin),
+            "recipe": "{}",
+            "calibration": "{}",
+            "report": self._report(bytes_after),
+        } | ({"nunchaku": json.dumps(kept)} if kept else {})
+
+    def _report(self, bytes_after: int) -> str:
+        rows = []
+        for name in self.source.units:
+            specs = {spec.name.rpartition(".")[2]: spec for spec in self.source.specs(name)}
+            size, weight = sum(spec.nbytes for spec in specs.values()), specs.get("weight")
+            if name in self.source.layers:
+                kind = "w4a16" if self.source.layers[name]["format"] == "awq_w4a16" else "w4a4"
+                before = 2 * weight.shape[0] * (2 * weight.shape[1] + ("bias" in specs))
+                rows.append(LayerRow(name, kind, f"from {self.source.kind}", None, before, size))
+            elif weight is not None and len(weight.shape) == 2:
+                rows.append(
+                    LayerRow(
+                        name.removesuffix(".weight"),
+                        "keep",
+                        f"16 bit in {self.source.kind}",
+                        None,
+                        size,
+                        size,
+                    )
+                )
+        report = Report(
+            self.source.family,
+            rows,
+            sum(row.bytes_before for row in rows),
+            bytes_after,
+            notes=self.notes,
+        )
+        return report.to_json(seconds=False)
+
+
+class ToKitchen(Export):
+    """comfy-kitchen's names in natural order: Nibble's, with its JSON, and with zero points written
+    out.
+    """
+
+    def __init__(self, source: PublishedFile):
+        super().__init__(source)
+        for name, facts in source.layers.items():
+            if facts.get("rotation"):
+                raise self.refused(
+                    name, "has a rotation", "quantize the 16-bit file again with --rotation off"
+                )
+            if facts.get("unsigned_from"):
+                raise self.refused(
+                    name, "has inputs of two kinds side by side", "convert it to nibble, which can"
+                )
+            if facts.get("smooth_rows"):
+                raise self.refused(
+                    name, "joins parts of unequal smoothing", "convert it to nibble, which can"
+                )
+            if facts["format"] == "awq_w4a16" and facts.get("rank"):
+                raise self.refused(
+                    name,
+                    "has a low-rank branch beside 4-bit weights",
+                    "merge the LoRA again without its modulation part",
+                )
+
+    def make(self, name: str) -> dict[str, Tensor]:
+        tensors = dict(self.source.unit(name))
+        if name not in self.source.layers:
+            return tensors
+        tensors[f"{name}.comfy_quant"] = json_tensor(self._json(name))
+        if (
+            f"{name}.weight_zeros" not in tensors
+            and self.source.layers[name]["format"] == "awq_w4a16"
+        ):
+            tensors[f"{name}.weight_zeros"] = torch.zeros_like(tensors[f"{name}.weight_scale"])
+        return tensors
+
+    def _json(self, name: str) -> dict:
+        facts = self.source.layers[name]
+        sign = (
+            {"act_unsigned": bool(facts.get("act_unsigned"))}
+            if facts["format"] == "svdquant_w4a4"
+            else {}
+        )
+        # written also where false: ComfyUI guesses otherwise
+        return {"format": facts["format"], "group_size": 64} | sign
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        specs = {spec.name: spec for spec in self.source.specs(name)}
+        if name in self.source.layers:
+            key, scale = f"{name}.comfy_quant", specs[f"{name}.weight_scale"]
+            specs[key] = TensorSpec(key, torch.uint8, tuple(json_tensor(self._json(name)).shape))
+            if self.source.layers[name]["format"] == "awq_w4a16":
+                zeros = f"{name}.weight_zeros"
+                specs.setdefault(zeros, TensorSpec(zeros, scale.dtype, scale.shape))
+        return list(specs.values())
+
+    def metadata(self, bytes_after: int) -> dict[str, str]:
+        return {
+            "converted_from": json.dumps(
+                {"name": self.source.path.name, "format": self.source.kind}
+            ),
+            "converter": "nibble",
+        }
+
+
+def weight_of(source: PublishedFile, name: str):
+    """A quantized layer as its dataclass."""
+    return FORMATS[source.layers[name]["format"]].from_tensors(source.layer(name), name)
+
+
+def kept_facts(source: PublishedFile) -> Mapping[str, str]:
+    """What a converted file remembers of Nunchaku's metadata."""
+    return source.fact("nunchaku") or {
+        key: source.metadata[key] for key in FACTS if key in source.metadata
+    }

@@ -1,0 +1,253 @@
+"""SVDQuant files under comfy-kitchen's names: each layer says in its `comfy_quant` what it is, as
+in Nibble's own files.
+
+Writers differ in small things, all read here: the low-rank factors and the smoothing are named
+`X.weight_proj_down` or `X.proj_down`, zero points `weight_zeros` or `weight_zero`; weights lie in
+natural order, or in tiles where the layer's JSON says "kitchen_tile_packed_w4a4". Where the JSON
+does not say so, the layers behind Qwen-Image's GELUs have unsigned inputs, as ComfyUI takes them.
+"""
+
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..files.checkpoint import FORMATS, OPTIONAL, FileRefused, Header, read_tensor, tensor_bytes
+from ..files.source import PREFIXES
+from ..files.writer import TensorSpec
+from ..weights.base import json_tensor
+from ..weights.svdquant_w4a4 import FORMATS as WEIGHTS
+from . import swizzle
+from .model import PublishedFile
+from .names import family_name
+
+_ALIASES = {
+    "weight_proj_down": "proj_down",
+    "weight_proj_up": "proj_up",
+    "weight_smooth_factor": "smooth_factor",
+    "weight_zeros": "weight_zero",
+    "weight_scale": "wscales",
+}
+# the only values that are understood
+_FIXED = {"group_size": 64, "lowrank_branch_input_basis": "raw", "proj_down_smooth_folded": True}
+_UNSIGNED = "transformer_blocks.*_mlp.net.2"
+
+
+def is_kitchen(header: Header) -> bool:
+    """Whether a file holds SVDQuant linears under comfy-kitchen's names, from its header."""
+    return any(name.endswith(".comfy_quant") for name in header.tensors) and any(
+        name.endswith("proj_down") for name in header.tensors
+    )
+
+
+class KitchenFile(PublishedFile):
+    """An opened file; see PublishedFile."""
+
+    kind = "comfy-kitchen SVDQuant"
+
+    def __init__(self, header: Header):
+        self._header, self.path, self.size, self.metadata = (
+            header,
+            header.path,
+            header.size,
+            header.metadata,
+        )
+        self._prefix = next(
+            (
+                p
+                for p in PREFIXES
+                if sum(name.startswith(p) for name in header.tensors) > len(header.tensors) // 2
+            ),
+            "",
+        )
+        self._names = {
+            name.removeprefix(self._prefix): name
+            for name in header.tensors
+            if name.startswith(self._prefix)
+        }
+        self._json = {
+            name.removesuffix(".comfy_quant"): self._read_json(name)
+            for name in self._names
+            if name.endswith(".comfy_quant")
+        }
+        self._places = {name: self._find(name) for name in self._json}
+        self.layers = {name: self._facts(name) for name in self._json}
+        for name in self.layers:
+            self._check_shapes(name)
+        owned = {key for places in self._places.values() for key in places.values()}
+        self._plain = [name for name in self._names if name not in owned]
+        shapes = {name: header.tensors[self._names[name]].shape for name in self._plain}
+        shapes |= {f"{name}.weight": (0, 0) for name in self.layers}
+        self.family = family_name(shapes, self.path.name)
+
+    def _read(self, name: str) -> Tensor:
+        return read_tensor(self._header, self._names[name])
+
+    def _read_json(self, name: str) -> dict:
+        try:
+            facts = json.loads(bytes(tensor_bytes(self._read(name))))
+            kind = facts["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.refusal(
+                f"has a layer whose JSON cannot be read, {name}; download it again"
+            ) from error
+        if kind not in WEIGHTS:
+            raise self.refusal(
+                f"stores {name.removesuffix('.comfy_quant')} as {kind} beside SVDQuant layers, and"
+                " Nibble reads files of SVDQuant alone; choose such a file, or quantize the"
+                " 16-bit one"
+            )
+        return facts
+
+    def _find(self, name: str) -> dict[str, str]:
+        """Nibble's suffix → the tensor's name in the file."""
+        kind = self._json[name]["format"]
+        places = {"comfy_quant": f"{name}.comfy_quant"}
+        for suffix in [*FORMATS[kind][0], *OPTIONAL.get(kind, ()), "bias"]:
+            known = [
+                f"{name}.{spelling}"
+                for spelling in (suffix, _ALIASES.get(suffix))
+                if spelling and f"{name}.{spelling}" in self._names
+            ]
+            if known:
+                places[suffix] = known[0]
+            elif suffix in FORMATS[kind][0]:
+                rank = " (rank 0: it is no SVDQuant layer)" if "proj" in suffix else ""
+                raise self.refusal(
+                    f"lacks {name}.{suffix}{rank}; download it again or choose another"
+                )
+        return places
+
+    def _facts(self, name: str) -> dict:
+        """The layer's JSON as Nibble writes it."""
+        given = dict(self._json[name])
+        kind = given.pop("format")
+        for key, value in _FIXED.items():
+            if given.pop(key, value) != value:
+                raise self.refusal(
+                    f"has {key}={self._json[name][key]!r} in {name}, and only {value!r} is"
+                    " supported; choose another file"
+                )
+        if given.pop("layout", swizzle.KITCHEN_LAYOUT) != swizzle.KITCHEN_LAYOUT:
+            raise self.refusal(
+                f"stores {name} in the unknown layout {self._json[name]['layout']!r}; choose"
+                " another file"
+            )
+        if given.keys() - FORMATS[kind][1]:
+            unknown = ", ".join(sorted(given.keys() - FORMATS[kind][1]))
+            raise self.refusal(
+                f"uses {unknown} in {name}, which this Nibble does not know; update Nibble"
+            )
+        if kind == "awq_w4a16":
+            return {"format": kind}
+        rank = self._shape(name, "weight_proj_down")[-1]
+        if not rank or given.pop("rank", rank) != rank:
+            raise self.refusal(
+                f"has a low-rank branch of rank {rank} in {name}, which its JSON or the format"
+                " forbids; choose another file"
+            )
+        unsigned = given.pop("act_unsigned", fnmatchcase(name, _UNSIGNED))
+        return (
+            {"format": kind, "rank": rank}
+            | ({"act_unsigned": True} if unsigned else {})
+            | {key: value for key, value in given.items() if value}
+        )
+
+    def _shape(self, name: str, suffix: str) -> tuple[int, ...]:
+        return self._header.tensors[self._names[self._places[name][suffix]]].shape
+
+    def _tiled(self, name: str) -> bool:
+        return self._json[name].get("layout") == swizzle.KITCHEN_LAYOUT
+
+    def _natural_shape(self, name: str, suffix: str) -> tuple[int, ...]:
+        shape = self._shape(name, suffix)
+        if not self._tiled(name) or len(shape) < 3:
+            return shape
+        if suffix == "weight":
+            return (shape[0] * 128, shape[1] * 32)
+        return (
+            (shape[0] * 128, shape[1]) if suffix == "weight_proj_up" else (shape[1], shape[0] * 128)
+        )
+
+    def _check_shapes(self, name: str) -> None:
+        n, half = (*self._natural_shape(name, "weight"), 0, 0)[:2]
+        facts = self.layers[name]
+        sizes = {"N": n, "K/2": half, "K": 2 * half, "G": half // 32, "R": facts.get("rank", 0)}
+        rules = FORMATS[facts["format"]][0] | OPTIONAL.get(facts["format"], {}) | {"bias": "N"}
+        for suffix in self._places[name].keys() & rules.keys():
+            wanted, shape = (
+                tuple(sizes[letter] for letter in rules[suffix].split(",")),
+                self._natural_shape(name, suffix),
+            )
+            if shape != wanted or half % 32:
+                raise self.refusal(
+                    f"has a damaged layer: {name}.{suffix} has the shape {shape} and needs"
+                    f" {wanted}; download it again"
+                )
+        if self._header.tensors[self._names[self._places[name]["weight"]]].dtype not in (
+            torch.int8,
+            torch.uint8,
+        ):
+            raise self.refusal(f"has a damaged layer: {name}.weight is not int8; download it again")
+
+    @property
+    def units(self) -> Iterable[str]:
+        return [*self._plain, *self.layers]
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        if name not in self.layers:
+            info = self._header.tensors[self._names[name]]
+            return [TensorSpec(name, info.dtype, info.shape)]
+        if "weight_zeros" in self._places[name]:  # whether they stay depends on their values
+            return [
+                TensorSpec(key, tensor.dtype, tuple(tensor.shape))
+                for key, tensor in self.unit(name).items()
+            ]
+        infos = {
+            suffix: self._header.tensors[self._names[place]]
+            for suffix, place in self._places[name].items()
+            if suffix != "comfy_quant"
+        }
+        specs = [
+            TensorSpec(
+                f"{name}.{suffix}",
+                torch.int8 if suffix == "weight" else info.dtype,
+                self._natural_shape(name, suffix),
+            )
+            for suffix, info in infos.items()
+        ]
+        return [
+            *specs,
+            TensorSpec(
+                f"{name}.comfy_quant", torch.uint8, tuple(json_tensor(self.layers[name]).shape)
+            ),
+        ]
+
+    def unit(self, name: str) -> dict[str, Tensor]:
+        if name not in self.layers:
+            return {name: self._read(name)}
+        out = {
+            f"{name}.{suffix}": self._natural(name, suffix, self._read(place))
+            for suffix, place in self._places[name].items()
+        }
+        out[f"{name}.comfy_quant"] = json_tensor(self.layers[name])
+        if not out.get(f"{name}.weight_zeros", torch.ones(1)).any():
+            del out[f"{name}.weight_zeros"]  # symmetric: Nibble says it by leaving them out
+        try:
+            return WEIGHTS[self.layers[name]["format"]].from_tensors(out, name).tensors(name)
+        except ValueError as error:
+            raise FileRefused(
+                f"{self.path.name} has a layer that cannot be used ({error}); download it again."
+            ) from error
+
+    def _natural(self, name: str, suffix: str, tensor: Tensor) -> Tensor:
+        if suffix == "weight":
+            tensor = tensor.view(torch.int8)
+        if not self._tiled(name) or tensor.dim() < 3:
+            return tensor
+        if suffix == "weight":
+            return swizzle.weight_from_kitchen(tensor)
+        rows = swizzle.scale_from_kitchen(tensor)
+        return rows.t().contiguous() if suffix == "weight_proj_up" else rows

@@ -1,0 +1,4 @@
+"""The loop that every trainer uses: optimizer, checkpoints, resuming.
+
+loop.py
+"""

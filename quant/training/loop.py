@@ -1,0 +1,337 @@
+"""The loop that trains anything small beside a frozen model: warm-up, one loss at a time,
+interruptible and resumable.
+
+The loss is the caller's; it gets a random generator that depends on the seed and the step alone, so
+that a run that was interrupted and resumed ends, bit for bit, as one that was not.
+"""
+
+import contextlib
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from ..files.checkpoint import FileRefused, read_header, read_tensor
+
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+    "RMSprop": torch.optim.RMSprop,
+}
+# what these remember of a parameter, besides the number of steps
+_MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg")
+# options that may change when a run is resumed; steps only where lr does not depend on them
+_FREE = ("steps", "save_every", "lr")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a training run. lr: constant after `warmup` steps, and falling to 0 over the last share
+    `decay` of all steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate: losses a
+    step.
+    """
+
+    steps: int = 500
+    lr: float = 1e-3
+    optimizer: str = "AdamW"
+    weight_decay: float = 1e-2
+    warmup: int = 10
+    clip: float = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    save_every: int = 50
+    decay: float = 0.0
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        for name, value in asdict(self).items():
+            if name == "optimizer":
+                continue
+            low = 0 if name in ("weight_decay", "warmup", "seed", "decay") else 1e-12
+            if not low <= value < 2**63:
+                raise ValueError(f"{name}={value} is not {'positive' if low else 'zero or more'}")
+        if self.decay > 1:
+            raise ValueError(f"decay={self.decay} is not a share between 0 and 1")
+
+    def rate(self, done: int) -> float:
+        """The learning rate of the step after `done` steps."""
+        left = (self.steps - done) / (self.steps * self.decay) if self.decay else 1.0
+        return self.lr * min(1.0, (done + 1) / max(1, self.warmup), left)
+
+
+def steps(
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[torch.Generator], Tensor],
+    options: Options,
+    identity: str = "",
+    state: str | os.PathLike | None = None,
+    checkpointed: Iterable[nn.Module] = (),
+    losses: list[float] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Trains, yielding (steps done, loss) after each step. Closing the generator early, or an
+    exception, writes the state first.
+
+    parameters    name → what is trained; the names are those in the state file
+    loss          generator → a scalar; everything random in it must come from the generator
+    identity      what must agree for a state to be resumed, besides the options (steps and lr may
+      change, with a decay lr alone)
+    state         a file to resume from and to save to, atomically, every `save_every` steps and at
+      the end; None: nothing is kept
+    checkpointed  blocks whose activations are computed again in the backward pass instead of kept
+    losses        a list that is filled with the loss of every step, the resumed ones first
+    Raises FileRefused for a state file of another run, ValueError where loss or gradient stop being
+    finite: the parameters and the state are then those of the last good step.
+    """
+    losses = [] if losses is None else losses
+    names = {parameter: name for name, parameter in parameters.items()}
+    fixed = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    fixed = (
+        fixed | {"steps": options.steps}
+        if options.decay
+        else {name: value for name, value in fixed.items() if name != "decay"}
+    )
+    identity = json.dumps([identity, fixed])
+    decay = {"weight_decay": options.weight_decay} if options.optimizer == "AdamW" else {}
+    optimizer = OPTIMIZERS[options.optimizer](names, lr=options.lr, **decay)
+    if state is not None:
+        _resume(Path(state), names, optimizer, identity, losses)
+    try:
+        with checkpointing(checkpointed):
+            while len(losses) < options.steps:
+                losses.append(_step(loss, options, optimizer, len(losses)))
+                if state is not None and len(losses) % options.save_every == 0:
+                    _save(Path(state), names, optimizer, identity, losses)
+                yield len(losses), losses[-1]
+    finally:
+        if state is not None and losses:
+            _save(Path(state), names, optimizer, identity, losses)
+
+
+def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, done: int) -> float:
+    """One step of the optimizer; the mean loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = options.rate(done)
+    total = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for i in range(options.accumulate):
+        generator = torch.Generator().manual_seed(
+            options.seed + 1_000_003 * (done * options.accumulate + i + 1)
+        )
+        value = loss(generator) / options.accumulate
+        if not value.isfinite():
+            raise ValueError(
+                f"the loss is {value.item()} at step {done + 1}; lower the learning rate, or check"
+                " the training pictures"
+            )
+        value.backward()
+        total += value.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not torch.nn.utils.clip_grad_norm_(parameters, options.clip).isfinite():
+        raise ValueError(
+            f"the gradient is not finite at step {done + 1}; lower the learning rate, or train in"
+            " fp32"
+        )
+    optimizer.step()
+    return total
+
+
+# ---- the forward passes of blocks that were not written for training
+
+
+class _Kept:
+    """A tensor that the backward pass needs."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+class _Keeper:
+    """Knows what is kept for the backward pass, by storage, and copies it before it is
+    written to.
+    """
+
+    def __init__(self):
+        self.kept: dict[int, weakref.WeakSet[_Kept]] = {}
+
+    def keep(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor.detach())
+        if type(tensor) is Tensor and tensor.is_floating_point():
+            if len(self.kept) > 4096:
+                self.kept = {place: still for place, still in self.kept.items() if still}
+            self.kept.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(kept)
+        return kept
+
+    def written(self, tensor: Tensor) -> None:
+        for kept in self.kept.pop(tensor.untyped_storage().data_ptr(), ()):
+            kept.tensor = kept.tensor.clone()
+
+
+class _Watched(TorchFunctionMode):
+    """Tells a keeper of every write: x += y, x.mul_(y), x[i] = y, out=x."""
+
+    def __init__(self, keeper: _Keeper):
+        super().__init__()
+        self.keeper = keeper
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        target = args[0] if writes and args else kwargs.get("out")
+        if type(target) is Tensor:
+            self.keeper.written(target)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _wrapped(blocks: Iterable[nn.Module], wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """While entered, each block's forward is wrap(forward)."""
+    blocks = list(blocks)
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = wrap(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def allowing_writes(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Lets blocks be trained through that write to tensors which the backward pass needs, as
+    ComfyUI's FLUX does with `img += ...`.
+
+    Autograd refuses that, and torch's recomputation does not even see it; here such a tensor is
+    copied before it is written to.
+    """
+    keeper = _Keeper()
+
+    def wrap(plain):
+        def forward(*args, **kwargs):
+            # in here and not around everything: both belong to a thread, and a CUDA backward pass,
+            # which computes blocks again, has its own
+            with (
+                _Watched(keeper),
+                torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda kept: kept.tensor),
+            ):
+                return plain(*args, **kwargs)
+
+        return forward
+
+    return _wrapped(blocks, wrap)
+
+
+def checkpointing(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
+    """Recomputes the blocks' activations in the backward pass while entered.
+
+    In torch's reentrant form, whose second pass is ordinary autograd: a tensor that was written to
+    after it was saved is an error there (and with `allowing_writes` none). The other form silently
+    uses what was written.
+    """
+
+    def wrap(plain):
+        def forward(*args, **kwargs):
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            leaves, form = tree_flatten((args, kwargs))
+
+            def again(_, *leaves):
+                inputs, named = tree_unflatten([_copied(leaf) for leaf in leaves], form)
+                return plain(*inputs, **named)
+
+            # some input must ask for gradients: the first block's own do not
+            wanted = torch.zeros((), requires_grad=True)
+            return checkpoint(again, wanted, *leaves, use_reentrant=True)
+
+        return forward
+
+    return _wrapped(blocks, wrap)
+
+
+def _copied(value):
+    """What a block adds to in place must be as it was when the block is computed again."""
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _save(
+    path: Path,
+    names: Mapping[nn.Parameter, str],
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+    losses: list[float],
+) -> None:
+    tensors = {}
+    for parameter, name in names.items():
+        tensors[name] = parameter.detach().cpu().contiguous()
+        for moment in _MOMENTS:
+            if moment in optimizer.state.get(parameter, ()):
+                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().contiguous()
+    data = save(
+        tensors, {"format": "nibble_training", "identity": identity, "losses": json.dumps(losses)}
+    )
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FileRefused(
+            f"{path.name} could not be written ({error.strerror}); check the disk or choose another"
+            " folder."
+        ) from error
+
+
+def _resume(
+    path: Path,
+    names: Mapping[nn.Parameter, str],
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+    losses: list[float],
+) -> None:
+    if not path.exists():
+        return
+    header = read_header(path)
+    try:
+        same = (
+            header.metadata["format"] == "nibble_training"
+            and header.metadata["identity"] == identity
+        )
+        done = json.loads(header.metadata["losses"])
+    except (KeyError, ValueError) as error:
+        raise FileRefused(
+            f"{path.name} is no state of a training run; delete it or choose another name."
+        ) from error
+    if not same:
+        raise FileRefused(
+            f"{path.name} belongs to a training run with other options, layers or another model;"
+            " delete it or choose another name."
+        )
+    for parameter, name in names.items():
+        with torch.no_grad():
+            parameter.copy_(read_tensor(header, name))
+        moments = {
+            moment: read_tensor(header, f"{name}.{moment}").to(parameter.device)
+            for moment in _MOMENTS
+            if f"{name}.{moment}" in header.tensors
+        }
+        if moments:  # SGD has none
+            optimizer.state[parameter] = {"step": torch.tensor(float(len(done))), **moments}
+    losses.extend(done)

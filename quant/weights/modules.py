@@ -1,0 +1,33 @@
+"""The two formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank
+branch that can be trained.
+"""
+
+from torch import nn
+
+from .base import StoredLinear
+from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+
+
+class SVDQuantLinear(StoredLinear):
+    """svdquant_w4a4. train: proj_down, proj_up and the bias become parameters; codes, scales and
+    smoothing never do.
+    """
+
+    weight_class = SVDQuantWeight
+
+    def __init__(self, weight: SVDQuantWeight, train: bool = False):
+        super().__init__(weight, ("proj_down", "proj_up", "bias") if train else ())
+
+
+class W4A16Linear(StoredLinear):
+    """awq_w4a16. train: the bias becomes a parameter."""
+
+    weight_class = W4A16Weight
+
+    def __init__(self, weight: W4A16Weight, train: bool = False):
+        super().__init__(weight, ("bias",) if train else ())
+
+
+def as_module(weight: SVDQuantWeight | W4A16Weight, train: bool = False) -> nn.Module:
+    """The module for either dataclass."""
+    return (SVDQuantLinear if isinstance(weight, SVDQuantWeight) else W4A16Linear)(weight, train)

@@ -1,0 +1,536 @@
+"""What a 4-bit linear is on disk and in memory: its tensors, their names, and the matrix that they
+stand for.
+
+    svdquant_w4a4   y = Q(x / smooth) . (codes * scale)^T + (x . proj_down) . proj_up^T + bias
+    awq_w4a16       y = x . ((codes - 8) * scale + zeros)^T + bias             [+ (x . proj_down) .
+      proj_up^T, where a LoRA was merged]
+
+The first is SVDQuant (Li et al., 2024, arXiv:2411.05007, eq. 7), optionally with unsigned
+activations (a shift is folded into the bias), all of them or those from one column on, or a
+64-point Hadamard rotation after smoothing. Layouts are natural: row major, low nibble = even
+column.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...kernels import ops, reference
+from .base import StoredWeight
+from .packing import dequantize_groups, unpack_int4
+
+
+@dataclass
+class SVDQuantWeight(StoredWeight):
+    """A linear at 4-bit weights and activations with a 16-bit low-rank branch. N outputs, K inputs,
+    R rank, group 64.
+
+    Shapes:
+        qweight        int8 (N, K/2)     two codes -8..7 a byte, low nibble = even column
+        scale          bf16 (K/64, N)    may be negative: the code -8 then serves a group's largest
+          positive weight
+        proj_down      bf16 (K, R)       acts on raw x: already divided by smooth_factor
+        proj_up        bf16 (N, R)
+        smooth_factor  bf16 (K,)         nonzero; with a rotation it may be negative: its signs
+          randomize the Hadamard
+        bias           bf16 (N,) | None  with act_unsigned, SHIFT times the row sums of the 4-bit
+          part is already subtracted
+    unsigned_from: a column; the inputs before it are signed, those from it on unsigned, as where a
+        linear reads attention and a GELU
+    side by side (FLUX's linear2). 0: act_unsigned says it for all.
+    smooth_rows: heights of the P runs of outputs that smooth the input each in its own way,
+        smooth_factor then being (P, K); (): one for all.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+    smooth_factor: Tensor
+    bias: Tensor | None = None
+    act_unsigned: bool = False
+    rotation: int = 0
+    unsigned_from: int = 0
+    smooth_rows: tuple[int, ...] = ()
+
+    FORMAT = "svdquant_w4a4"
+    SUFFIXES = {
+        "qweight": "weight",
+        "scale": "weight_scale",
+        "proj_down": "weight_proj_down",
+        "proj_up": "weight_proj_up",
+        "smooth_factor": "weight_smooth_factor",
+        "bias": "bias",
+    }
+
+    def __post_init__(self):
+        n, k = self.shape
+        r, self.smooth_rows = self.proj_down.shape[-1], tuple(self.smooth_rows)
+        smooth = (len(self.smooth_rows), k) if self.smooth_rows else (k,)
+        expected = {
+            "scale": (k // 64, n),
+            "proj_down": (k, r),
+            "proj_up": (n, r),
+            "smooth_factor": smooth,
+            "bias": (n,),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(tensor.shape)}; a {n} x {k} linear of rank {r}"
+                    f" needs {shape}"
+                )
+        if k % 64:
+            raise ValueError(f"K={k} is not a multiple of the group size 64")
+        if self.rotation not in (0, 64) or (self.rotation and self.act_unsigned):
+            raise ValueError(
+                f"rotation={self.rotation}, act_unsigned={self.act_unsigned}: rotation is 0 or 64,"
+                " and excludes act_unsigned"
+            )
+        if self.unsigned_from and (
+            self.rotation
+            or self.act_unsigned
+            or self.unsigned_from % 64
+            or not 0 < self.unsigned_from < k
+        ):
+            raise ValueError(
+                f"unsigned_from={self.unsigned_from} must be a multiple of 64 within K={k}, beside"
+                " neither rotation nor act_unsigned"
+            )
+        if self.smooth_rows and (
+            self.unsigned_from or sum(self.smooth_rows) != n or min(self.smooth_rows) < 1
+        ):
+            raise ValueError(
+                f"smooth_rows={self.smooth_rows} must be heights that add up to N={n}, beside no"
+                " unsigned_from"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the linear."""
+        return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def rank(self) -> int:
+        """R of the low-rank branch."""
+        return self.proj_down.shape[1]
+
+    def facts(self) -> dict:
+        """The layer's JSON: format, rank, and the options that differ from plain SVDQuant."""
+        options = {
+            "act_unsigned": self.act_unsigned,
+            "rotation": self.rotation,
+            "unsigned_from": self.unsigned_from,
+            "smooth_rows": list(self.smooth_rows),
+        }
+        return {"format": self.FORMAT, "rank": self.rank} | {
+            name: value for name, value in options.items() if value
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "SVDQuantWeight":
+        """The inverse of `tensors`. Raises ValueError for a missing tensor, another format, or an
+        option that it does not know.
+        """
+        parts, facts = cls._read(tensors, prefix)
+        unknown = facts.keys() - {
+            "format",
+            "rank",
+            "act_unsigned",
+            "rotation",
+            "unsigned_from",
+            "smooth_rows",
+        }
+        if unknown:
+            raise ValueError(
+                f"{prefix} uses {', '.join(sorted(unknown))}, which this version does not know;"
+                " please update"
+            )
+        weight = cls(
+            **parts,
+            act_unsigned=bool(facts.get("act_unsigned", False)),
+            rotation=int(facts.get("rotation", 0)),
+            unsigned_from=int(facts.get("unsigned_from", 0)),
+            smooth_rows=tuple(facts.get("smooth_rows", ())),
+        )
+        if facts.get("rank", weight.rank) != weight.rank:
+            raise ValueError(f"{prefix} says rank {facts['rank']}, its factors have {weight.rank}")
+        return weight
+
+    def residual(self) -> Tensor:
+        """The 4-bit part as a matrix on raw x: un-rotated, un-smoothed. float32 (N, K)."""
+        rotated = dequantize_groups(unpack_int4(self.qweight), self.scale.float())
+        plain = reference.hadamard64(rotated) if self.rotation else rotated
+        smooth = self.smooth_factor.float()
+        heights = torch.tensor(self.smooth_rows, device=smooth.device)
+        return plain / (smooth.repeat_interleave(heights, 0) if self.smooth_rows else smooth)
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix on raw x, W4 + proj_up . proj_down^T, float32 (N, K)."""
+        return self.residual() + self.proj_up.float() @ self.proj_down.float().T
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias that goes with `dequantize`: without the fold of unsigned activations. float32
+        (N,) | None.
+        """
+        if not self.act_unsigned and not self.unsigned_from:
+            return None if self.bias is None else self.bias.float()
+        fold = self.residual()[:, self.unsigned_from :].sum(1) * reference.SHIFT
+        return fold if self.bias is None else self.bias.float() + fold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) → (..., N) in x's dtype, with 4-bit activations."""
+        if self.unsigned_from:
+            halves = split_columns(self.qweight, self.unsigned_from)
+            return linear_in_two(
+                x, *halves, self.scale, self.smooth_factor, self.proj_down, self.proj_up, self.bias
+            )
+        if self.smooth_rows:
+            return linear_in_runs(
+                x,
+                self.qweight,
+                self.scale,
+                self.smooth_factor,
+                self.proj_down,
+                self.proj_up,
+                self.bias,
+                self.smooth_rows,
+                self.act_unsigned,
+                self.rotation,
+            )
+        return ops.linear_w4a4(
+            x,
+            self.qweight,
+            self.scale,
+            self.smooth_factor,
+            self.proj_down,
+            self.proj_up,
+            self.bias,
+            self.act_unsigned,
+            self.rotation,
+        )
+
+    def rows(self, start: int, stop: int) -> "SVDQuantWeight":
+        """The linear that computes outputs start..stop; shares proj_down and smooth_factor with the
+        whole.
+        """
+        runs = {
+            i: min(b, stop) - max(a, start)
+            for i, (a, b) in enumerate(spans(self.smooth_rows))
+            if min(b, stop) > max(a, start)
+        }
+        smooth = (
+            self.smooth_factor[list(runs)]
+            if len(runs) > 1
+            else self.smooth_factor[next(iter(runs))]
+            if runs
+            else self.smooth_factor
+        )
+        return replace(
+            self,
+            qweight=self.qweight[start:stop],
+            scale=self.scale[:, start:stop],
+            proj_up=self.proj_up[start:stop],
+            bias=None if self.bias is None else self.bias[start:stop],
+            smooth_factor=smooth,
+            smooth_rows=tuple(runs.values()) if len(runs) > 1 else (),
+        )
+
+    @staticmethod
+    def cat(pieces: list["SVDQuantWeight"]) -> "SVDQuantWeight":
+        """The inverse of `rows`. Raises ValueError unless all pieces share proj_down, smooth_factor
+        and options.
+        """
+        first = pieces[0]
+        for piece in pieces[1:]:
+            same = torch.equal(piece.proj_down, first.proj_down) and torch.equal(
+                piece.smooth_factor, first.smooth_factor
+            )
+            if (
+                not same
+                or first.smooth_rows
+                or piece.facts() != first.facts()
+                or (piece.bias is None) != (first.bias is None)
+            ):
+                raise ValueError(
+                    "only pieces with one proj_down, smooth_factor and set of options can be joined"
+                    " along N"
+                )
+        bias = None if first.bias is None else torch.cat([p.bias for p in pieces])
+        return replace(
+            first,
+            qweight=torch.cat([p.qweight for p in pieces]),
+            scale=torch.cat([p.scale for p in pieces], 1),
+            proj_up=torch.cat([p.proj_up for p in pieces]),
+            bias=bias,
+        )
+
+
+@dataclass
+class W4A16Weight(StoredWeight):
+    """A linear at 4-bit weights and 16-bit activations, for few tokens (modulation):
+    comfy-kitchen's awq_w4a16.
+
+    Shapes:
+        qweight  int8 (N, K/2)     two codes 0..15 a byte, low nibble = even column; W = (code - 8)
+          * scale + zeros
+        scale    bf16 (K/64, N)
+        zeros    bf16 (K/64, N) | None: symmetric, as Nibble's own files are
+        bias     bf16 (N,) | None
+        proj_down, proj_up  bf16 (K, R), (N, R) | None: what was merged beside the 4-bit weights;
+          comfy-kitchen's form has none
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zeros: Tensor | None = None
+    bias: Tensor | None = None
+    proj_down: Tensor | None = None
+    proj_up: Tensor | None = None
+
+    FORMAT = "awq_w4a16"
+    SUFFIXES = {
+        "qweight": "weight",
+        "scale": "weight_scale",
+        "zeros": "weight_zeros",
+        "bias": "bias",
+        "proj_down": "weight_proj_down",
+        "proj_up": "weight_proj_up",
+    }
+    OPTIONAL = ("bias", "weight_zeros", "weight_proj_down", "weight_proj_up")
+
+    def __post_init__(self):
+        n, k = self.shape
+        if (self.proj_down is None) != (self.proj_up is None):
+            raise ValueError("proj_down and proj_up go together; one of them is missing")
+        expected = {
+            "scale": (k // 64, n),
+            "zeros": (k // 64, n),
+            "bias": (n,),
+            "proj_down": (k, self.rank),
+            "proj_up": (n, self.rank),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(tensor.shape)}; a {n} x {k} linear needs {shape}"
+                )
+        if k % 64:
+            raise ValueError(f"K={k} is not a multiple of the group size 64")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the linear."""
+        return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def rank(self) -> int:
+        """R of what was merged beside the 4-bit weights; 0: nothing."""
+        return 0 if self.proj_down is None else self.proj_down.shape[1]
+
+    def facts(self) -> dict:
+        """The layer's JSON: the format, and the rank where there is one."""
+        return {"format": self.FORMAT} | ({"rank": self.rank} if self.proj_down is not None else {})
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "W4A16Weight":
+        """The inverse of `tensors`. Raises ValueError for a missing tensor, another format, or an
+        option that it does not know.
+        """
+        parts, facts = cls._read(tensors, prefix)
+        if facts.keys() - {"format", "rank"}:
+            unknown = ", ".join(sorted(facts.keys() - {"format", "rank"}))
+            raise ValueError(
+                f"{prefix} uses {unknown}, which this version does not know; please update"
+            )
+        weight = cls(**parts)
+        if facts.get("rank", 0) != weight.rank:
+            raise ValueError(
+                f"{prefix} says rank {facts.get('rank', 0)}, its factors have {weight.rank}"
+            )
+        return weight
+
+    def residual(self) -> Tensor:
+        """The 4-bit part on x, float32 (N, K)."""
+        codes = unpack_int4(self.qweight, signed=False)
+        n, k = self.shape
+        grouped = (codes.reshape(n, k // 64, 64).float() - 8) * self.scale.float().T[..., None]
+        return (
+            grouped if self.zeros is None else grouped + self.zeros.float().T[..., None]
+        ).reshape(n, k)
+
+    def dequantize(self) -> Tensor:
+        """The whole matrix on x, float32 (N, K)."""
+        dense = self.residual()
+        return (
+            dense
+            if self.proj_up is None
+            else dense + self.proj_up.float() @ self.proj_down.float().T
+        )
+
+    def effective_bias(self) -> Tensor | None:
+        """The bias in float32 (N,), or None."""
+        return None if self.bias is None else self.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) → (..., N) in x's dtype."""
+        y = ops.linear_w4a16(x, self.qweight, self.scale, self.zeros, self.bias)
+        return (
+            y
+            if self.proj_up is None
+            else y + (x @ self.proj_down.to(x.dtype)) @ self.proj_up.to(x.dtype).T
+        )
+
+    def rows(self, start: int, stop: int) -> "W4A16Weight":
+        """The linear that computes outputs start..stop; shares proj_down with the whole."""
+        return W4A16Weight(
+            self.qweight[start:stop],
+            self.scale[:, start:stop],
+            None if self.zeros is None else self.zeros[:, start:stop],
+            None if self.bias is None else self.bias[start:stop],
+            self.proj_down,
+            None if self.proj_up is None else self.proj_up[start:stop],
+        )
+
+    @staticmethod
+    def cat(pieces: list["W4A16Weight"]) -> "W4A16Weight":
+        """The inverse of `rows`. Raises ValueError when only some pieces have a bias or zero
+        points, or their proj_down differ.
+        """
+        if len({(p.bias is None, p.zeros is None) for p in pieces}) > 1:
+            raise ValueError(
+                "only pieces that all have, or all lack, a bias and zero points can be joined"
+                " along N"
+            )
+        down = pieces[0].proj_down
+        if any(
+            (p.proj_down is None) != (down is None)
+            or (down is not None and not torch.equal(p.proj_down, down))
+            for p in pieces
+        ):
+            raise ValueError("only pieces with one proj_down can be joined along N")
+        zeros = None if pieces[0].zeros is None else torch.cat([p.zeros for p in pieces], 1)
+        bias = None if pieces[0].bias is None else torch.cat([p.bias for p in pieces])
+        return W4A16Weight(
+            torch.cat([p.qweight for p in pieces]),
+            torch.cat([p.scale for p in pieces], 1),
+            zeros,
+            bias,
+            down,
+            None if down is None else torch.cat([p.proj_up for p in pieces]),
+        )
+
+
+def spans(heights: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(start, stop) of runs of these heights, one behind the other."""
+    return [(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
+
+
+def split_columns(qweight: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """Packed codes (N, K/2) before a column and from it on, each contiguous: (N, column/2), (N, (K
+    - column)/2).
+    """
+    return qweight[:, : column // 2].contiguous(), qweight[:, column // 2 :].contiguous()
+
+
+def halves_first(qweight: Tensor, column: int) -> Tensor:
+    """Packed codes (N, K/2) with what `split_columns` gives lying one behind the other in memory;
+    the shape, for the books, stays (N, K/2).
+    """
+    return torch.cat([half.reshape(-1) for half in split_columns(qweight, column)]).reshape(
+        qweight.shape
+    )
+
+
+def halves_of(stored: Tensor, column: int) -> tuple[Tensor, Tensor]:
+    """`split_columns` of codes that went through `halves_first`: views, nothing is copied."""
+    n, flat = stored.shape[0], stored.reshape(-1)
+    return flat[: n * column // 2].view(n, -1), flat[n * column // 2 :].view(n, -1)
+
+
+def natural_columns(stored: Tensor, column: int) -> Tensor:
+    """The inverse of `halves_first`."""
+    return torch.cat(halves_of(stored, column), 1)
+
+
+def linear_in_two(
+    x: Tensor,
+    signed: Tensor,
+    unsigned: Tensor,
+    scale: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A linear whose first columns read signed inputs and whose others unsigned ones: the sum of
+    two products, in x's dtype.
+
+    signed, unsigned: packed codes of the two, as `split_columns` gives them; the rest as in
+        `SVDQuantWeight`, for all K columns.
+    """
+    k = signed.shape[1] * 2
+    g = k // 64
+    y = ops.linear_w4a4(
+        x[..., k:].contiguous(),
+        unsigned,
+        scale[g:],
+        smooth_factor[k:],
+        proj_down[k:],
+        proj_up,
+        bias,
+        True,
+        0,
+    )
+    return y + ops.linear_w4a4(
+        x[..., :k].contiguous(),
+        signed,
+        scale[:g],
+        smooth_factor[:k],
+        proj_down[:k],
+        proj_up,
+        None,
+        False,
+        0,
+    )
+
+
+def linear_in_runs(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    smooth_factor: Tensor,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+    heights: tuple[int, ...],
+    act_unsigned: bool = False,
+    rotation: int = 0,
+) -> Tensor:
+    """A linear whose outputs come in runs of `heights`, each with its own smoothing of the input,
+    smooth_factor (P, K): one product a run, side by side. The low-rank branch is that of all runs;
+    each product computes it for its own outputs.
+    """
+    return torch.cat(
+        [
+            ops.linear_w4a4(
+                x,
+                qweight[a:b],
+                scale[:, a:b].contiguous(),
+                smooth,
+                proj_down,
+                proj_up[a:b],
+                None if bias is None else bias[a:b],
+                act_unsigned,
+                rotation,
+            )
+            for (a, b), smooth in zip(spans(heights), smooth_factor, strict=True)
+        ],
+        -1,
+    )
+
+
+FORMATS = {cls.FORMAT: cls for cls in (SVDQuantWeight, W4A16Weight)}
