@@ -32,7 +32,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ...quant.files.checkpoint import FileRefused, checksum, read_header
-from . import trees
+from . import conditioning_tree
 
 FORMAT, VERSION = "nibble_caf_couplings", 1
 INDEX = "couplings.json"
@@ -64,7 +64,7 @@ class Captions(Sequence):
             return [self[k] for k in range(*i.indices(len(self)))]
         try:
             with safe_open(self.path, "pt") as file:
-                return trees.decode(
+                return conditioning_tree.decode(
                     self._nodes[i], lambda place: file.get_tensor(str(place)).clone()
                 )
         except (OSError, SafetensorError, ValueError, TypeError) as error:
@@ -209,10 +209,13 @@ def create(
         else.
     """
     folder, identity, tensors = Path(folder), json.loads(json.dumps(identity)), []
-    nodes = [trees.encode(tree, tensors, f"prompt {i + 1}") for i, tree in enumerate(captions)]
+    nodes = [
+        conditioning_tree.encode(tree, tensors, f"prompt {i + 1}")
+        for i, tree in enumerate(captions)
+    ]
     if not nodes:
         raise ValueError("There are no prompts; connect at least one.")
-    prompts = trees.digest(nodes, tensors)
+    prompts = conditioning_tree.digest(nodes, tensors)
     index = {
         "format": FORMAT,
         "version": VERSION,

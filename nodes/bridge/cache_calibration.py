@@ -6,7 +6,7 @@ everything the caching rules can use:
 - the change of the model's modulated input against the change of what its blocks add (TeaCache's
   polynomial);
 - the inner products of the velocities that were integrated, from which masks of any budget are
-  found without the model (accel/schedule.py).
+  found without the model (accel/caching/mask_search.py).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...accel.extrapolate import Reuse
-from ...accel.smoothcache import FARTHEST, Recorder
-from ...accel.steps import Record, Step
-from ...accel.teacache import distance, fit
+from ...accel.caching.extrapolate import Reuse
+from ...accel.caching.smoothcache import FARTHEST, Recorder
+from ...accel.caching.steps import Record, Step
+from ...accel.caching.teacache import distance, fit
 from . import caching_models
 from .cache_files import Calibration, fingerprint, weights_of
 from .caching import shipped

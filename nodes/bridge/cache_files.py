@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...accel import schedule
-from ...accel.extrapolate import Reuse
-from ...accel.smoothcache import Curve
-from ...accel.teacache import Polynomial
+from ...accel.caching import mask_search
+from ...accel.caching.extrapolate import Reuse
+from ...accel.caching.smoothcache import Curve
+from ...accel.caching.teacache import Polynomial
 from ...quant.files.checkpoint import FileRefused
 
 FOLDER, FORMAT, VERSION = "nibble_cache", "nibble-cache", 1
@@ -95,7 +95,7 @@ class Calibration:
         """
         steps = len(self.sigmas) - 1
         here = min(max(round(budget * steps / (len(sigmas) - 1)), 2), steps)
-        return schedule.spread(_searched(self, here, reuse), self.sigmas, sigmas)
+        return mask_search.spread(_searched(self, here, reuse), self.sigmas, sigmas)
 
     def check(self, model: ModelPatcher) -> None:
         """Raises FileRefused for another model than the one that was measured."""
@@ -166,7 +166,7 @@ def _searched(calibration: Calibration, budget: int, reuse: Reuse) -> list[bool]
     """A search takes a second or so; the same file, budget and guess are searched once."""
     key = (calibration.model["fingerprint"], calibration.created, budget, reuse)
     if key not in _masks:
-        _masks[key] = schedule.search(budget, calibration.sigmas, calibration.grams, reuse)
+        _masks[key] = mask_search.search(budget, calibration.sigmas, calibration.grams, reuse)
     return _masks[key]
 
 

@@ -17,7 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...accel.steps import Record
+from ...accel.caching.steps import Record
 from . import caching, caching_charts, caching_run
 from .caching_choices import Choice
 from .progress import Progress

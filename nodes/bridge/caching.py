@@ -16,12 +16,12 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ...accel import coefficients, schedule
-from ...accel.errorcontrol import ErrorControl
-from ...accel.extrapolate import Reuse
-from ...accel.smoothcache import schedule as by_alpha
-from ...accel.steps import Record, Window
-from ...accel.teacache import IDENTITY, Polynomial, TeaCache
+from ...accel.caching import coefficients, mask_search
+from ...accel.caching.error_control import ErrorControl
+from ...accel.caching.extrapolate import Reuse
+from ...accel.caching.smoothcache import schedule as by_alpha
+from ...accel.caching.steps import Record, Window
+from ...accel.caching.teacache import IDENTITY, Polynomial, TeaCache
 from . import caching_models, caching_parts
 from .cache_files import PLAIN, Calibration, weights_of
 from .caching_blocks import around_blocks
@@ -267,7 +267,7 @@ def apply_smoothcache(
         levels = [float(s) for s in sigmas]
         masks = masks_for(settings, calibration, levels, kinds)
         rule = (
-            schedule.Fixed(tuple(masks["step"]), settings.window)
+            mask_search.Fixed(tuple(masks["step"]), settings.window)
             if depth == "step"
             else PartSchedule(masks, settings.window)
         )
@@ -298,7 +298,7 @@ def masks_for(
     if settings.budget is not None:
         budget = min(max(settings.budget, 2), steps)
         if calibration is None or steps < 2:
-            return {"step": schedule.uniform(steps, budget) if steps >= 2 else [True] * steps}
+            return {"step": mask_search.uniform(steps, budget) if steps >= 2 else [True] * steps}
         return {"step": calibration.mask(budget, sigmas, settings.reuse)}
     if steps < 2:
         return {kind: [True] * steps for kind in kinds}

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from ...accel.steps import Step
-from ...accel.teacache import TeaCacheStream, distance
+from ...accel.caching.steps import Step
+from ...accel.caching.teacache import TeaCacheStream, distance
 from .caching_hooks import Place, visiting
 from .caching_models import FEATURES, Adapter
 from .caching_run import KEY, Run, Stream, deferred_control, options_of, substitute

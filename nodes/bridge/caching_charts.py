@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 
-from ...accel.steps import Cell, Record
+from ...accel.caching.steps import Cell, Record
 from .cache_files import Calibration
 
 # how deep a model lets caching go

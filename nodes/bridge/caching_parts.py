@@ -14,8 +14,8 @@ from contextlib import ExitStack
 
 import torch
 
-from ...accel.extrapolate import History
-from ...accel.steps import Step, Window
+from ...accel.caching.extrapolate import History
+from ...accel.caching.steps import Step, Window
 from .caching_hooks import Place, places, shadow, visiting
 from .caching_models import Adapter
 from .caching_run import KEY, Run, Stream, options_of, substitute

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from comfy.model_patcher import create_model_options_clone
 
-from ...accel.extrapolate import History, Reuse
-from ...accel.steps import Decision, Record, Step
+from ...accel.caching.extrapolate import History, Reuse
+from ...accel.caching.steps import Decision, Record, Step
 from .caching_control import Deferred
 
 KEY = "nibble_cache"

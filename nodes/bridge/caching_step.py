@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from ...accel.errorcontrol import ErrorStream
-from ...accel.steps import Step
+from ...accel.caching.error_control import ErrorStream
+from ...accel.caching.steps import Step
 from .caching_run import KEY, Run, Stream, deferred_control, options_of, substitute
 
 

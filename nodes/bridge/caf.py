@@ -1,4 +1,4 @@
-"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS: `accel/caf/adams.py` on
+"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS: `accel/caf/adams_bashforth.py` on
 any rectified-flow model.
 
 For such a model x = (1 - sigma) data + sigma noise, so dx/dsigma = (x - denoised) / sigma, whatever
@@ -12,7 +12,7 @@ import comfy.samplers
 import torch
 from tqdm.auto import tqdm
 
-from ...accel.caf import adams
+from ...accel.caf import adams_bashforth
 from .progress import Progress
 
 LIMIT = 0.05  # the default: see tests/bench/results/caf.json
@@ -59,7 +59,7 @@ def constant_acceleration(
         return (x - denoised) / times[i]
 
     with bar:
-        return adams.integrate(velocity, x, times, limit)
+        return adams_bashforth.integrate(velocity, x, times, limit)
 
 
 def check_model(
@@ -99,7 +99,9 @@ def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
             " or repeats them."
         )
     first, last = sigmas[0].double(), sigmas[-1].double()
-    moved = last + (first - last) * adams.retime((sigmas.double() - last) / (first - last), h)
+    moved = last + (first - last) * adams_bashforth.retime(
+        (sigmas.double() - last) / (first - last), h
+    )
     moved[0], moved[-1] = first, last  # to the bit
     return moved.to(sigmas)
 

@@ -27,7 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...accel.caf import couplings, trees
+from ...accel.caf import conditioning_tree, couplings
 from ...accel.caf.couplings import Couplings
 from ...quant.files.checkpoint import FileRefused
 from . import caf
@@ -320,7 +320,10 @@ def _identity(job: Job, empty: Tensor, negative: list | None) -> dict:
     """
     nodes, tensors = [], []
     if negative is not None:
-        nodes = [trees.encode(list(entry), tensors, "the negative prompt") for entry in negative]
+        nodes = [
+            conditioning_tree.encode(list(entry), tensors, "the negative prompt")
+            for entry in negative
+        ]
     options = {
         name: value if isinstance(value, (bool, int, float, str)) else type(value).__name__
         for name, value in getattr(job.sampler, "extra_options", {}).items()
@@ -336,7 +339,9 @@ def _identity(job: Job, empty: Tensor, negative: list | None) -> dict:
         "model": type(job.model.model).__name__,
         "weights": fingerprint(job.model),
         "LoRAs": patches_fingerprint(job.model),
-        "negative prompt": trees.digest(nodes, tensors) if negative is not None else None,
+        "negative prompt": conditioning_tree.digest(nodes, tensors)
+        if negative is not None
+        else None,
     }
 
 

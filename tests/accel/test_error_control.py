@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from nibble.accel.errorcontrol import ErrorControl
-from nibble.accel.extrapolate import Reuse, weights
-from nibble.accel.steps import Step, Window
+from nibble.accel.caching.error_control import ErrorControl
+from nibble.accel.caching.extrapolate import Reuse, weights
+from nibble.accel.caching.steps import Step, Window
 
 STEPS = 28
 SIGMAS = tuple(1 - i / STEPS for i in range(STEPS + 1))

@@ -5,7 +5,7 @@ and what a history keeps.
 import pytest
 import torch
 
-from nibble.accel.extrapolate import History, Reuse, spread, weights
+from nibble.accel.caching.extrapolate import History, Reuse, spread, weights
 
 NODES = [1.0, 0.93, 0.81, 0.6]
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nibble.accel.smoothcache import Curve, Recorder, schedule
+from nibble.accel.caching.smoothcache import Curve, Recorder, schedule
 
 
 def published(rows: list[list[float]], alpha: float, steps: int) -> list[int]:

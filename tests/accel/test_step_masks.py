@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from nibble.accel.extrapolate import Reuse
-from nibble.accel.schedule import Fixed, contributions, error, search, spread, uniform
-from nibble.accel.steps import Step, Window
+from nibble.accel.caching.extrapolate import Reuse
+from nibble.accel.caching.mask_search import Fixed, contributions, error, search, spread, uniform
+from nibble.accel.caching.steps import Step, Window
 
 
 def path(steps: int, seed: int = 0, prompts: int = 2) -> tuple[np.ndarray, list[float]]:
@@ -44,7 +44,7 @@ def test_the_foretold_error_is_the_integral_of_the_guesses_errors(order):
     mask = [True, False, False, True, True, False, True, False, False, False, True, True]
     x = exact = np.zeros(8)
     computed = []
-    from nibble.accel.extrapolate import weights
+    from nibble.accel.caching.extrapolate import weights
 
     for i, wanted in enumerate(mask):
         v = velocities[0, i]

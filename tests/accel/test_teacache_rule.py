@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nibble.accel import coefficients
-from nibble.accel.steps import Step, Window
-from nibble.accel.teacache import IDENTITY, Polynomial, TeaCache, distance, fit
+from nibble.accel.caching import coefficients
+from nibble.accel.caching.steps import Step, Window
+from nibble.accel.caching.teacache import IDENTITY, Polynomial, TeaCache, distance, fit
 
 STEPS = 40
 

@@ -229,7 +229,7 @@ def fixed_schedules(bench: Bench, calibration, few: slice):
 def adaptive_rules(bench: Bench, calibration, few: slice):
     """The same for what decides while it draws, one prompt at a time."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-    from nibble.accel.teacache import IDENTITY, Polynomial
+    from nibble.accel.caching.teacache import IDENTITY, Polynomial
     from nibble.nodes.bridge.caching import TeaCacheSettings, apply_teacache
 
     def ours(name, thresholds, given=None, **settings):
@@ -295,7 +295,7 @@ def overhead(bench: Bench, side: int) -> dict:
     import statistics
 
     import comfy.samplers
-    from nibble.accel.teacache import IDENTITY
+    from nibble.accel.caching.teacache import IDENTITY
     from nibble.nodes.bridge.caching import (
         SmoothCacheSettings,
         TeaCacheSettings,

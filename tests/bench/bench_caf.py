@@ -33,7 +33,7 @@ if "nibble" not in sys.modules:
 
 import mixture  # noqa: E402
 
-from nibble.accel.caf import adams, flow, objectives  # noqa: E402
+from nibble.accel.caf import adams_bashforth, flow, objectives  # noqa: E402
 from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant.training import loop  # noqa: E402
@@ -170,12 +170,12 @@ def dpmpp_2m(velocity, x: torch.Tensor, times: list[float]) -> torch.Tensor:
 
 def euler(velocity, x: torch.Tensor, times: list[float]) -> torch.Tensor:
     """Euler's method."""
-    return adams.integrate(velocity, x, times, limit=0.0)
+    return adams_bashforth.integrate(velocity, x, times, limit=0.0)
 
 
 def second_order_but_last(velocity, x: torch.Tensor, times: list[float]) -> torch.Tensor:
     """Adams-Bashforth with Euler's step at the end: ComfyUI's lms of order 2."""
-    x = adams.integrate(velocity, x, times[:-1])
+    x = adams_bashforth.integrate(velocity, x, times[:-1])
     return x + (times[-1] - times[-2]) * velocity(x, len(times) - 2)
 
 
@@ -224,7 +224,10 @@ def samplers(pace: float) -> dict:
     limit.
     """
     second = {
-        f"constant acceleration, limit {limit}": (partial(adams.integrate, limit=limit), 1.0)
+        f"constant acceleration, limit {limit}": (
+            partial(adams_bashforth.integrate, limit=limit),
+            1.0,
+        )
         for limit in LIMITS
     }
     return {
@@ -234,7 +237,7 @@ def samplers(pace: float) -> dict:
         **second,
         f"euler, h = {pace}": (euler, pace),
         f"constant acceleration, limit 0.1, h = {pace}": (
-            partial(adams.integrate, limit=0.1),
+            partial(adams_bashforth.integrate, limit=0.1),
             pace,
         ),
     }
@@ -253,7 +256,8 @@ def measure_training_free(options: argparse.Namespace) -> dict:
         for calls in options.calls:
             for name, (sample, h) in samplers(options.pace).items():
                 drawn = demo.draw(
-                    sample, [*adams.retime(models.schedule(calls, shift), h).tolist()[:-1], 0.0]
+                    sample,
+                    [*adams_bashforth.retime(models.schedule(calls, shift), h).tolist()[:-1], 0.0],
                 )
                 each = metrics.psnr(drawn, teacher)
                 rows.append(

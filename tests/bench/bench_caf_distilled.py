@@ -36,7 +36,7 @@ import bench_caf  # noqa: E402
 import numpy as np  # noqa: E402
 
 from nibble.accel.caf import adapter as caf_adapter  # noqa: E402
-from nibble.accel.caf import adams, flow, heads, objectives  # noqa: E402
+from nibble.accel.caf import adams_bashforth, flow, heads, objectives  # noqa: E402
 from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant.training import loop  # noqa: E402
@@ -228,7 +228,7 @@ class Judge(bench_caf.Demo):
 
     def untrained(self) -> None:
         """The model as it is, by several samplers."""
-        second = partial(adams.integrate, limit=0.05)
+        second = partial(adams_bashforth.integrate, limit=0.05)
         for name, sample in {
             "euler": bench_caf.euler,
             "dpmpp_2m": bench_caf.dpmpp_2m,
@@ -258,7 +258,7 @@ class Judge(bench_caf.Demo):
     @staticmethod
     def _eulers(speed, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         """Euler's method for dx/dsigma = speed(x, sigma (batch,))."""
-        return adams.integrate(
+        return adams_bashforth.integrate(
             lambda x, i: speed(x, sigmas[i].expand(len(x))), x, sigmas.tolist(), 0.0
         )
 

@@ -13,8 +13,8 @@ import tiny_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from nibble.accel.smoothcache import Curve
-from nibble.accel.teacache import Polynomial
+from nibble.accel.caching.smoothcache import Curve
+from nibble.accel.caching.teacache import Polynomial
 from nibble.nodes.bridge import caching, caching_models, caching_parts
 from nibble.nodes.bridge.cache_files import Calibration, fingerprint
 

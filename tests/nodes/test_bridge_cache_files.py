@@ -11,7 +11,7 @@ import pytest
 import torch
 from caching_runs import STEPS, conditioning
 
-from nibble.accel.extrapolate import Reuse
+from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge import cache_files
 from nibble.nodes.bridge.cache_calibration import calibrate
 from nibble.nodes.bridge.progress import Progress

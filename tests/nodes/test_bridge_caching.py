@@ -9,7 +9,7 @@ import torch
 from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from comfy.patcher_extension import WrappersMP
 
-from nibble.accel.teacache import IDENTITY
+from nibble.accel.caching.teacache import IDENTITY
 from nibble.nodes.bridge import cache_files, caching
 from nibble.nodes.bridge.cache_calibration import calibrate
 from nibble.nodes.bridge.caching import (

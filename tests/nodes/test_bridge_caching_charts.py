@@ -3,7 +3,7 @@
 import json
 import math
 
-from nibble.accel.steps import Decision, Record, Step
+from nibble.accel.caching.steps import Decision, Record, Step
 from nibble.nodes.bridge import caching_charts
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from caching_runs import STEPS, conditioning, draw
 
-from nibble.accel.extrapolate import Reuse
-from nibble.accel.schedule import Fixed
-from nibble.accel.steps import Record, Step
-from nibble.accel.teacache import IDENTITY
+from nibble.accel.caching.extrapolate import Reuse
+from nibble.accel.caching.mask_search import Fixed
+from nibble.accel.caching.steps import Record, Step
+from nibble.accel.caching.teacache import IDENTITY
 from nibble.nodes.bridge.caching import (
     SmoothCacheSettings,
     TeaCacheSettings,

@@ -17,7 +17,7 @@ from nibble.nodes.bridge.training import Settings
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.training import loop
-from nibble.quant.training.loop.loop import Options
+from nibble.quant.training.loop import Options
 
 FP32 = Settings(dtype="fp32")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.training import loop
-from nibble.quant.training.loop.loop import Options
+from nibble.quant.training.loop import Options
 
 
 class Block(nn.Module):

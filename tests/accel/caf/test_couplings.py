@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.accel.caf import couplings, trees
+from nibble.accel.caf import conditioning_tree, couplings
 from nibble.quant.files.checkpoint import FileRefused
 
 SHAPE = (2, 3, 4)
@@ -354,8 +354,8 @@ def same(a, b) -> bool:
 @given(TREES)
 def test_any_tree_comes_back_through_json(tree):
     tensors = []
-    node = json.loads(json.dumps(trees.encode(tree, tensors)))
-    assert same(trees.decode(node, lambda place: tensors[place]), tree)
+    node = json.loads(json.dumps(conditioning_tree.encode(tree, tensors)))
+    assert same(conditioning_tree.decode(node, lambda place: tensors[place]), tree)
 
 
 class ControlNet:
