@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import caching, caf, caf_training, demo, feather, intlora, lora, svdquant, training, vq
+from . import caching, caf, caf_training, demo, feather, intlora, lora, svdquant, training
+from . import vq4dit as vq
 
 NODES = [
     *svdquant.NODES,

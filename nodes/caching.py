@@ -5,9 +5,12 @@ for both.
 from comfy_api.latest import io
 
 from ..quant.files.checkpoint import FileRefused
-from .bridge import cache_files, cached_calibration, cached_sampling, charts
-from .bridge import caching_choices as choices
-from .bridge.caching import PRESETS
+from .bridge.caching import calibrate as cached_calibration
+from .bridge.caching import calibration_file
+from .bridge.caching import sample as cached_sampling
+from .bridge.caching import settings as choices
+from .bridge.caching.apply import PRESETS
+from .bridge.host import charts
 
 _DEPTHS = ["step", "block", "sublayer"]
 
@@ -25,7 +28,7 @@ class _Cached(io.ComfyNode):
             )
         try:
             if calibration is not None and calibration not in (choices.AUTO, choices.NONE):
-                cache_files.open_calibration(calibration)
+                calibration_file.open_calibration(calibration)
         except FileRefused as refusal:
             return str(refusal)
         return True

@@ -5,7 +5,10 @@ what needs no training, a SAMPLER and SIGMAS.
 from comfy_api.latest import io
 
 from ..quant.files.checkpoint import FileRefused
-from .bridge import caf, caf_model, caf_sampling, charts
+from .bridge.caf import load as caf_model
+from .bridge.caf import sample as caf_sampling
+from .bridge.caf import training_free as caf
+from .bridge.host import charts
 
 NO_FILES = "(no CAF files yet)"
 

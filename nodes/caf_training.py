@@ -4,10 +4,13 @@ learn from them.
 
 from comfy_api.latest import io
 
-from .bridge import caf_couplings, caf_model, caf_training, charts
-from .bridge.caf_training import OPTIMIZERS, RECIPE, Job, Options
-from .bridge.patterns import patterns
-from .bridge.training import DTYPES, Settings
+from .bridge.caf import couplings as caf_couplings
+from .bridge.caf import load as caf_model
+from .bridge.caf import train as caf_training
+from .bridge.caf.train import OPTIMIZERS, RECIPE, Job, Options
+from .bridge.host import charts
+from .bridge.host.patterns import patterns
+from .bridge.training.session import DTYPES, Settings
 
 
 class NibbleMakeCAFCouplings(io.ComfyNode):

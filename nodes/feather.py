@@ -3,8 +3,9 @@
 from comfy_api.latest import io
 
 from ..accel.feather import CRITERIA
-from .bridge import charts, image_patches
-from .bridge.feather import MODES
+from .bridge.feather import report as image_patches
+from .bridge.feather.prune import MODES
+from .bridge.host import charts
 
 
 class NibbleFeatherPrune(io.ComfyNode):

@@ -5,7 +5,10 @@ merge and save what is on a model.
 from comfy_api.latest import io
 
 from ..quant.files.checkpoint import FileRefused
-from .bridge import charts, intlora, kept, merging
+from .bridge.host import charts
+from .bridge.intlora import charts as kept
+from .bridge.intlora import files as intlora
+from .bridge.intlora import merge as merging
 
 NO_LORAS = "(no LoRAs in models/loras)"
 NO_FILES = "(no IntLoRA files yet)"

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from .bridge import charts, lora_report
+from .bridge.host import charts
+from .bridge.quantized import lora_report
 
 
 class NibbleLoRAReport(io.ComfyNode):

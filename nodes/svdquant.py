@@ -4,8 +4,10 @@ from comfy_api.latest import io
 
 from ..quant.files.checkpoint import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
-from .bridge import charts, loading, quantizing
-from .bridge.patterns import patterns
+from .bridge.host import charts
+from .bridge.host.patterns import patterns
+from .bridge.quantize import job as quantizing
+from .bridge.quantized import loading
 
 NO_SOURCES = "(no models in models/diffusion_models)"
 NO_FILES = "(no quantized models yet)"

@@ -2,10 +2,12 @@
 
 from comfy_api.latest import io
 
-from .bridge import charts, intlora, intlora_training
-from .bridge.intlora_training import NONE, OPTIMIZERS, Job, Options
-from .bridge.patterns import patterns
-from .bridge.training import DTYPES, LOSSES, Settings
+from .bridge.host import charts
+from .bridge.host.patterns import patterns
+from .bridge.intlora import files as intlora
+from .bridge.intlora import train as intlora_training
+from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options
+from .bridge.training.session import DTYPES, LOSSES, Settings
 
 VARIANTS = ["shift_add", "mul", "shift"]
 

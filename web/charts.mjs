@@ -1,5 +1,5 @@
 /**
- * Draws the charts that Nibble's nodes report: chart JSON in (its schema is nodes/bridge/charts.py), one HTML element out.
+ * Draws the charts that Nibble's nodes report: chart JSON in (its schema is nodes/bridge/host/charts.py), one HTML element out.
  * Pure drawing: knows nothing of ComfyUI but the names of its palette variables.
  */
 import { calibrationPlots } from "./calibration.mjs";

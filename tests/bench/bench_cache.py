@@ -166,8 +166,8 @@ def calibrate(bench: Bench, asked: list[str]):
     """Calibration on other prompts than the measured ones."""
     import comfy.samplers
     from nibble.demo import prompts
-    from nibble.nodes.bridge import cache_calibration
-    from nibble.nodes.bridge.progress import Progress
+    from nibble.nodes.bridge.caching import measure as cache_calibration
+    from nibble.nodes.bridge.host.progress import Progress
 
     tokens, pooled = prompts.embed(prompts.word_indices(asked))
     entries = [
@@ -189,7 +189,7 @@ def calibrate(bench: Bench, asked: list[str]):
 
 def fixed_schedules(bench: Bench, calibration, few: slice):
     """(method, [(setting, measure)]): what is decided before the picture is drawn."""
-    from nibble.nodes.bridge.caching import SmoothCacheSettings, apply_smoothcache
+    from nibble.nodes.bridge.caching.apply import SmoothCacheSettings, apply_smoothcache
 
     def by_budget(name, order, given):
         def measure(budget):
@@ -230,7 +230,7 @@ def adaptive_rules(bench: Bench, calibration, few: slice):
     """The same for what decides while it draws, one prompt at a time."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
     from nibble.accel.caching.teacache import IDENTITY, Polynomial
-    from nibble.nodes.bridge.caching import TeaCacheSettings, apply_teacache
+    from nibble.nodes.bridge.caching.apply import TeaCacheSettings, apply_teacache
 
     def ours(name, thresholds, given=None, **settings):
         return (
@@ -296,7 +296,7 @@ def overhead(bench: Bench, side: int) -> dict:
 
     import comfy.samplers
     from nibble.accel.caching.teacache import IDENTITY
-    from nibble.nodes.bridge.caching import (
+    from nibble.nodes.bridge.caching.apply import (
         SmoothCacheSettings,
         TeaCacheSettings,
         apply_smoothcache,
@@ -406,7 +406,7 @@ def load(name: str, folder: Path):
     import comfy.sd
     import torch
     from nibble.demo import pictures, run
-    from nibble.nodes.bridge import loading
+    from nibble.nodes.bridge.quantized import loading
     from nibble.quant.svdquant.recipe import Recipe
 
     if name == "16-bit":

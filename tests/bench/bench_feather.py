@@ -96,7 +96,7 @@ def _settings(arm: str, keep: float, counts: list[int] | None, whole: int):
     from bench import seeker
 
     from nibble.accel.feather import Stage
-    from nibble.nodes.bridge.feather import Settings
+    from nibble.nodes.bridge.feather.prune import Settings
 
     first, second = seeker.STAGES
     if counts is None:
@@ -110,7 +110,7 @@ def _look(clip, settings, pixels, corner, side: int) -> dict:
     from bench import seeker
 
     from nibble.accel import feather as accel
-    from nibble.nodes.bridge import feather
+    from nibble.nodes.bridge.feather import prune as feather
 
     clip = clip if settings is None else feather.prune(clip, settings)
     found = clip.encode_from_tokens(seeker.prompt(pixels), return_dict=True)
@@ -210,7 +210,7 @@ def _measure(clip, side: int, keep: float, rounds: int) -> dict:
     import torch
 
     from nibble.accel import feather as accel
-    from nibble.nodes.bridge import feather
+    from nibble.nodes.bridge.feather import prune as feather
 
     layers, text = SHAPE["num_hidden_layers"], 32
     pruned = feather.prune(clip, feather.Settings(accel.stages(layers, keep), mode="drop"))

@@ -178,8 +178,8 @@ def big_model(shapes_of, hidden: int):
     Model makes a model.
     """
     import comfy.sd
-    from nibble.nodes.bridge import loading
-    from nibble.nodes.bridge.ops import NibbleOperations
+    from nibble.nodes.bridge.quantized import loading
+    from nibble.nodes.bridge.quantized.linear import NibbleOperations
 
     generator, state, layers = torch.Generator().manual_seed(0), {}, {}
     for name, shape in shapes_of(hidden=hidden, double=1, single=1).items():
@@ -218,7 +218,7 @@ def switch(module, options) -> dict:
     import comfy.lora
     import comfy.model_management
     import comfy.sd
-    from nibble.nodes.bridge import layouts, lora
+    from nibble.nodes.bridge.quantized import layouts, lora
 
     model, names = big_model(module.flux_shapes, options.hidden)
     linears = {name: model.model.diffusion_model.get_submodule(name) for name in names}
@@ -417,7 +417,7 @@ def in_the_branch(path: Path, texts: list[str], with_lora) -> tuple:
     import comfy.lora
     import comfy.utils
     from nibble.demo import pictures
-    from nibble.nodes.bridge import layouts, loading
+    from nibble.nodes.bridge.quantized import layouts, loading
     from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 

@@ -5,7 +5,7 @@ great deal.
 import torch
 
 from nibble.accel.caf import adapter
-from nibble.nodes.bridge import caf_model
+from nibble.nodes.bridge.caf import load as caf_model
 
 
 def linears(network: torch.nn.Module) -> list[str]:

@@ -129,7 +129,7 @@ def rotated_file(flux_file) -> Path:
 @pytest.fixture
 def model(quantized_file):
     """The quantized FLUX as ComfyUI's model patcher, fresh for each test."""
-    from nibble.nodes.bridge import loading
+    from nibble.nodes.bridge.quantized import loading
 
     return loading.load(quantized_file)
 

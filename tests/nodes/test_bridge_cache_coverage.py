@@ -15,8 +15,10 @@ from comfy.patcher_extension import WrappersMP
 
 from nibble.accel.caching.smoothcache import Curve
 from nibble.accel.caching.teacache import Polynomial
-from nibble.nodes.bridge import caching, caching_models, caching_parts
-from nibble.nodes.bridge.cache_files import Calibration, fingerprint
+from nibble.nodes.bridge.caching import apply as caching
+from nibble.nodes.bridge.caching import models as caching_models
+from nibble.nodes.bridge.caching import wrap_sublayers as caching_parts
+from nibble.nodes.bridge.caching.calibration_file import Calibration, fingerprint
 
 HELP = Path(__file__).parent.parent.parent / "web" / "docs" / "NibbleApplyTeaCache.md"
 STEPS = 6

@@ -12,9 +12,9 @@ import torch
 from caching_runs import STEPS, conditioning
 
 from nibble.accel.caching.extrapolate import Reuse
-from nibble.nodes.bridge import cache_files
-from nibble.nodes.bridge.cache_calibration import calibrate
-from nibble.nodes.bridge.progress import Progress
+from nibble.nodes.bridge.caching import calibration_file
+from nibble.nodes.bridge.caching.measure import calibrate
+from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.checkpoint import FileRefused
 
 
@@ -43,7 +43,7 @@ def calibration(dense_model):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, cache_files.FOLDER, ([str(tmp_path)], {".json"})
+        folder_paths.folder_names_and_paths, calibration_file.FOLDER, ([str(tmp_path)], {".json"})
     )
     return tmp_path
 
@@ -82,24 +82,24 @@ def test_the_step_curve_is_the_velocitys_relative_change(calibration):
 
 
 def test_saved_found_and_read_back(calibration, dense_model, model, folder):
-    path = cache_files.save_calibration(calibration, "flux")
+    path = calibration_file.save_calibration(calibration, "flux")
     assert (
         path.name == "flux_00001.json"
-        and cache_files.save_calibration(calibration, "flux").name == "flux_00002.json"
+        and calibration_file.save_calibration(calibration, "flux").name == "flux_00002.json"
     )
-    assert cache_files.calibration_files()[0] == "flux_00002.json"
-    found = cache_files.find(dense_model)
+    assert calibration_file.calibration_files()[0] == "flux_00002.json"
+    found = calibration_file.find(dense_model)
     assert (
         found.curves == calibration.curves
         and np.allclose(found.grams, calibration.grams, atol=1e-7)
         and found.polynomial == calibration.polynomial
     )
-    assert cache_files.open_calibration("flux_00001.json").run == calibration.run
-    assert cache_files.find(model) is None  # the 4-bit form of the same model is another model
+    assert calibration_file.open_calibration("flux_00001.json").run == calibration.run
+    assert calibration_file.find(model) is None  # the 4-bit form of the same model is another model
     with pytest.raises(FileRefused, match="not in ComfyUI's"):
-        cache_files.open_calibration("gone.json")
+        calibration_file.open_calibration("gone.json")
     with pytest.raises(ValueError, match="name of a file"):
-        cache_files.save_calibration(calibration, "../flux")
+        calibration_file.save_calibration(calibration, "../flux")
 
 
 def broken(change, facts):
@@ -123,32 +123,32 @@ def test_what_cannot_be_used_is_refused_with_the_reason(calibration, tmp_path, c
     path = tmp_path / "broken.json"
     path.write_text(json.dumps(broken(change, json.loads(calibration.to_json()))))
     with pytest.raises(FileRefused, match=reason):
-        cache_files.load(path)
+        calibration_file.load(path)
 
 
 def test_text_that_is_not_json_is_refused_and_passed_over(dense_model, folder):
     (folder / "notes.json").write_text("not json")
     with pytest.raises(FileRefused, match="notes.json is not a calibration"):
-        cache_files.load(folder / "notes.json")
-    assert cache_files.find(dense_model) is None
+        calibration_file.load(folder / "notes.json")
+    assert calibration_file.find(dense_model) is None
 
 
 def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model, flux_file):
     import comfy.sd
 
     again = comfy.sd.load_diffusion_model(str(flux_file))
-    print_ = cache_files.fingerprint(dense_model)
+    print_ = calibration_file.fingerprint(dense_model)
     assert (
-        cache_files.fingerprint(again) == print_
-        and cache_files.fingerprint(dense_model.clone()) == print_
+        calibration_file.fingerprint(again) == print_
+        and calibration_file.fingerprint(dense_model.clone()) == print_
     )
     with torch.no_grad():
         # as an applied LoRA would
         again.model.diffusion_model.double_blocks[0].img_mlp[0].weight.add_(1.0)
-    assert cache_files.fingerprint(again) == print_
-    assert cache_files.fingerprint(model) != print_ and cache_files.weights_of(
+    assert calibration_file.fingerprint(again) == print_
+    assert calibration_file.fingerprint(model) != print_ and calibration_file.weights_of(
         dense_model
-    ) == cache_files.PLAIN != cache_files.weights_of(model)
+    ) == calibration_file.PLAIN != calibration_file.weights_of(model)
 
 
 def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):

@@ -10,16 +10,17 @@ from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from comfy.patcher_extension import WrappersMP
 
 from nibble.accel.caching.teacache import IDENTITY
-from nibble.nodes.bridge import cache_files, caching
-from nibble.nodes.bridge.cache_calibration import calibrate
-from nibble.nodes.bridge.caching import (
+from nibble.nodes.bridge.caching import apply as caching
+from nibble.nodes.bridge.caching import calibration_file
+from nibble.nodes.bridge.caching.apply import (
     SmoothCacheSettings,
     TeaCacheSettings,
     apply_smoothcache,
     apply_teacache,
 )
-from nibble.nodes.bridge.caching_run import KEY
-from nibble.nodes.bridge.progress import Progress
+from nibble.nodes.bridge.caching.measure import calibrate
+from nibble.nodes.bridge.caching.run import KEY
+from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.checkpoint import FileRefused
 
 
@@ -245,9 +246,9 @@ def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense
         5,
         Progress("calibrating"),
     )
-    assert found.model["weights"] != cache_files.PLAIN and found.model[
+    assert found.model["weights"] != calibration_file.PLAIN and found.model[
         "fingerprint"
-    ] != cache_files.fingerprint(dense_model)
+    ] != calibration_file.fingerprint(dense_model)
     seen, plain = [], draw(model)
     assert torch.equal(draw(apply_teacache(model, TeaCacheSettings(0.0))), plain)
     drawn = draw(apply_smoothcache(model, SmoothCacheSettings(budget=6), found, seen.append))

@@ -4,7 +4,7 @@ import json
 import math
 
 from nibble.accel.caching.steps import Decision, Record, Step
-from nibble.nodes.bridge import caching_charts
+from nibble.nodes.bridge.caching import charts as caching_charts
 
 
 def record(*decisions: Decision, total: int = 5, **facts) -> Record:

@@ -14,14 +14,14 @@ from nibble.accel.caching.extrapolate import Reuse
 from nibble.accel.caching.mask_search import Fixed
 from nibble.accel.caching.steps import Record, Step
 from nibble.accel.caching.teacache import IDENTITY
-from nibble.nodes.bridge.caching import (
+from nibble.nodes.bridge.caching.apply import (
     SmoothCacheSettings,
     TeaCacheSettings,
     apply_smoothcache,
     apply_teacache,
 )
-from nibble.nodes.bridge.caching_control import Deferred
-from nibble.nodes.bridge.caching_run import Run
+from nibble.nodes.bridge.caching.controlnet import Deferred
+from nibble.nodes.bridge.caching.run import Run
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nibble.nodes import caf as nodes
-from nibble.nodes.bridge import caf
+from nibble.nodes.bridge.caf import training_free as caf
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.625, 0.0])
 

@@ -14,8 +14,8 @@ import torch
 
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
-from nibble.nodes.bridge import caf_couplings
-from nibble.nodes.bridge.caf_couplings import Job
+from nibble.nodes.bridge.caf import couplings as caf_couplings
+from nibble.nodes.bridge.caf.couplings import Job
 from nibble.quant.files.checkpoint import FileRefused
 
 SIGMAS = torch.tensor([1.0, 0.7, 0.3, 0.0])
@@ -244,7 +244,7 @@ def test_models_of_every_kind_make_couplings(name):
 
 
 def test_a_4_bit_model_is_a_teacher_too(quantized_file):
-    from nibble.nodes.bridge import loading
+    from nibble.nodes.bridge.quantized import loading
 
     entry = [torch.randn(1, 5, 64), {"pooled_output": torch.randn(1, 64), "guidance": 3.5}]
     found = made(loading.load(quantized_file), positive=[[entry]], count=1)

@@ -21,7 +21,9 @@ from test_bridge_lora import lora_file, with_lora
 
 from nibble.accel.caf import adapter
 from nibble.nodes import caf as nodes
-from nibble.nodes.bridge import caf_model, loading, vq
+from nibble.nodes.bridge.caf import load as caf_model
+from nibble.nodes.bridge.quantize import vq4dit as vq
+from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.checkpoint import FileRefused
 
 SIGMA = 0.6

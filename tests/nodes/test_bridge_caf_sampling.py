@@ -17,7 +17,9 @@ from comfy.patcher_extension import WrappersMP
 from nibble.accel.caf import flow
 from nibble.accel.caf import heads as nets
 from nibble.nodes import caf as nodes
-from nibble.nodes.bridge import caching, caf_model, caf_sampling
+from nibble.nodes.bridge.caching import apply as caching
+from nibble.nodes.bridge.caf import load as caf_model
+from nibble.nodes.bridge.caf import sample as caf_sampling
 
 DATA, FILE = -3.0, "test.caf.safetensors"
 

@@ -15,16 +15,14 @@ from test_bridge_training import Stop, caption
 
 from nibble.accel.caf import adapter as caf_adapter
 from nibble.accel.caf import couplings, flow
-from nibble.nodes.bridge import (
-    caf_model,
-    caf_sampling,
-    caf_training,
-    loading,
-    training,
-    training_watch,
-)
-from nibble.nodes.bridge.caf_training import RECIPE, Job, Options, Student
-from nibble.nodes.bridge.training import Settings
+from nibble.nodes.bridge.caf import load as caf_model
+from nibble.nodes.bridge.caf import sample as caf_sampling
+from nibble.nodes.bridge.caf import train as caf_training
+from nibble.nodes.bridge.caf.train import RECIPE, Job, Options, Student
+from nibble.nodes.bridge.quantized import loading
+from nibble.nodes.bridge.training import session as training
+from nibble.nodes.bridge.training import watch as training_watch
+from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.checkpoint import FileRefused
 
 FP32 = Settings(dtype="fp32")
@@ -291,7 +289,7 @@ def test_the_acceleration_head_sees_the_initial_velocity(dense_model, data):
 @pytest.mark.parametrize("kind", ["4-bit", "codewords", "no checkpointing", "bf16"])
 def test_every_kind_of_model_is_trained(kind, model, dense_model, data, folder, request):
     if kind == "codewords":
-        from nibble.nodes.bridge import vq
+        from nibble.nodes.bridge.quantize import vq4dit as vq
         from nibble.quant.vq4dit.quantize import quantize_checkpoint
 
         source = request.getfixturevalue("flux_file")

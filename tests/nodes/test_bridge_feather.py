@@ -11,7 +11,7 @@ import vision_language as vl
 
 from nibble.accel import feather as accel
 from nibble.accel.feather import Stage
-from nibble.nodes.bridge import feather
+from nibble.nodes.bridge.feather import prune as feather
 
 STAGES = (Stage(3, 0.4, 3), Stage(5, 0.5))
 SECOND = (

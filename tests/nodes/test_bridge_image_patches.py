@@ -15,7 +15,9 @@ from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit
 from PIL import Image
 
 from nibble.nodes import feather as nodes
-from nibble.nodes.bridge import feather, image_patches, progress
+from nibble.nodes.bridge.feather import prune as feather
+from nibble.nodes.bridge.feather import report as image_patches
+from nibble.nodes.bridge.host import progress
 
 DEFAULTS = dict(
     keep=0.3, mode="scatter", criterion="feather", stride=3, first_layer=0, second_layer=0

@@ -25,7 +25,10 @@ from test_bridge_lora import (
 )
 
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge import intlora, kept, loading, merging
+from nibble.nodes.bridge.intlora import charts as kept
+from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import merge as merging
+from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter

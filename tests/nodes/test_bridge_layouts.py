@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from nibble.nodes.bridge import layouts
+from nibble.nodes.bridge.quantized import layouts
 from nibble.quant.files import checkpoint
 from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
@@ -105,7 +105,7 @@ def test_the_model_s_state_dict_has_the_file_s_names_and_bits(model, quantized_f
 
 
 def test_a_state_dict_loads_back_bit_for_bit(model, quantized_file):
-    from nibble.nodes.bridge import loading
+    from nibble.nodes.bridge.quantized import loading
 
     other = loading.load(quantized_file, verify=False).model.diffusion_model
     state = {

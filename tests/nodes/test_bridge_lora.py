@@ -15,7 +15,7 @@ import torch
 from comfy.model_patcher import LowVramPatch
 
 from nibble.kernels.reference import SHIFT
-from nibble.nodes.bridge import layouts, loading, lora
+from nibble.nodes.bridge.quantized import layouts, loading, lora
 
 QKV, MLP, POST_GELU, MODULATION = (
     "double_blocks.0.img_attn.qkv",

@@ -8,8 +8,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from test_bridge_patches import effective, normal, whole_load, with_file
 
-from nibble.nodes.bridge import layouts
-from nibble.nodes.bridge.ops import NibbleOperations
+from nibble.nodes.bridge.quantized import layouts
+from nibble.nodes.bridge.quantized.linear import NibbleOperations
 
 from published_files import random_linear
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_bridge_patches import NAME, STEM, layer, normal, tensors_of, whole_load, with_file
 
-from nibble.nodes.bridge import lora, lora_report
+from nibble.nodes.bridge.quantized import lora, lora_report
 
 
 def rows_of(model) -> dict[str, dict]:

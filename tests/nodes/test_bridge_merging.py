@@ -26,7 +26,10 @@ from test_bridge_lora import (
 )
 
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge import intlora, kept, layouts, loading, merging
+from nibble.nodes.bridge.intlora import charts as kept
+from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import merge as merging
+from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.intlora import file
 from nibble.quant.intlora.variants import Mul, Shift

@@ -9,7 +9,7 @@ import torch
 from test_bridge_ops import little_for_weights, run, sampled
 
 from nibble import kernels
-from nibble.nodes.bridge import layouts, loading, modulation
+from nibble.nodes.bridge.quantized import layouts, loading, modulation
 from nibble.quant.modulation.precompute import Bank, Vector
 
 LIN = "double_blocks.0.img_mod.lin"

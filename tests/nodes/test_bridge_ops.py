@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nibble import kernels
-from nibble.nodes.bridge import layouts, loading
+from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.files import checkpoint
 
 W4A4, W4A16 = "single_blocks.0.linear1", "single_blocks.0.modulation.lin"

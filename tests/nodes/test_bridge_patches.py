@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from nibble.nodes.bridge import layouts, loading, lora, patches
+from nibble.nodes.bridge.quantized import layouts, loading, lora, patches
 
 N, K = 192, 128
 NAME = "double_blocks.0.img_mlp.0"

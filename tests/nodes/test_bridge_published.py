@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_bridge_ops import run, sampled
 
-from nibble.nodes.bridge import layouts, loading
+from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.files.checkpoint import FileRefused
 
 from published_files import METADATA, RandomFlux

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from test_bridge_ops import run, sampled
 from test_bridge_published import on
 
-from nibble.nodes.bridge import layouts, loading
-from nibble.nodes.bridge.ops import NibbleOperations
+from nibble.nodes.bridge.quantized import layouts, loading
+from nibble.nodes.bridge.quantized.linear import NibbleOperations
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.interop.opening import open_4bit
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nibble.nodes.bridge import calibration, charts, loading, quantizing, sources
-from nibble.nodes.bridge.progress import Progress
+from nibble.nodes.bridge.host import charts
+from nibble.nodes.bridge.host.progress import Progress
+from nibble.nodes.bridge.quantize import job as quantizing
+from nibble.nodes.bridge.quantize import patched_weights, record_inputs
+from nibble.nodes.bridge.quantized import loading
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.files import checkpoint
 from nibble.quant.files.source import Source, StateDictSource
@@ -33,7 +36,7 @@ def folder(tmp_path, monkeypatch, flux_file):
     """ComfyUI's diffusion_models folder, with the 16-bit model in it; quick: without random
     conditioning, models are not measured.
     """
-    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: False)
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
     monkeypatch.setitem(
         folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"})
     )
@@ -64,8 +67,8 @@ def prompts(count: int) -> list:
     return [entry() for _ in range(count)]
 
 
-def drawn(patcher, count: int = 2) -> calibration.Pictures:
-    return calibration.pictures_of(
+def drawn(patcher, count: int = 2) -> record_inputs.Pictures:
+    return record_inputs.pictures_of(
         patcher, prompts(count), {"samples": torch.zeros(1, 16, 8, 8)}, 2, 0
     )
 
@@ -74,7 +77,7 @@ def drawn(patcher, count: int = 2) -> calibration.Pictures:
 
 
 def test_every_named_layer_is_measured_on_every_prompt(dense_model):
-    stats = calibration.record(
+    stats = record_inputs.record(
         dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
     )
     assert {name: found.count for name, found in stats.items()} == {
@@ -86,10 +89,10 @@ def test_every_named_layer_is_measured_on_every_prompt(dense_model):
 
 
 def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
-    whole = calibration.record(
+    whole = record_inputs.record(
         dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
     )
-    parts = calibration.record(
+    parts = record_inputs.record(
         dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring")
     )
     for name in LAYERS:
@@ -99,7 +102,7 @@ def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
 
 
 def test_random_conditioning_has_the_model_s_own_widths(dense_model):
-    pictures = calibration.random_pictures(dense_model, seed=0)
+    pictures = record_inputs.random_pictures(dense_model, seed=0)
     tokens, extras = pictures.prompts[0][0]
     assert (
         tokens.shape[-1] == 64
@@ -107,19 +110,23 @@ def test_random_conditioning_has_the_model_s_own_widths(dense_model):
         and pictures.latent.shape == (1, 16, 32, 32)
     )
     assert not torch.equal(tokens, pictures.prompts[1][0][0])
-    again, other = (calibration.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1))
+    again, other = (
+        record_inputs.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1)
+    )
     assert pictures.facts() == again != other
 
 
 def test_a_model_whose_text_input_is_unknown_gets_a_reason(dense_model):
     del dense_model.model.diffusion_model.txt_in
-    assert "does not know how" in calibration.random_pictures(dense_model, seed=0)
+    assert "does not know how" in record_inputs.random_pictures(dense_model, seed=0)
 
 
 def test_measuring_stops_when_the_user_presses_stop(dense_model):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        calibration.record(dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring"))
+        record_inputs.record(
+            dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
+        )
     assert not any(module._forward_pre_hooks for module in dense_model.model.modules()), (
         "no hook is left behind"
     )
@@ -129,7 +136,7 @@ def test_measuring_stops_when_the_user_presses_stop(dense_model):
 
 
 def test_a_connected_model_s_weights_are_the_file_s(dense_model, flux_file):
-    live, file = StateDictSource(sources.PatchedWeights(dense_model)), Source(flux_file)
+    live, file = StateDictSource(patched_weights.PatchedWeights(dense_model)), Source(flux_file)
     assert (
         live.shapes.items()
         >= {name: shape for name, shape in file.shapes.items() if "norm" not in name}.items()
@@ -148,15 +155,17 @@ def test_patches_are_read_in_float32_whether_or_not_they_are_merged_now(
     patched.add_patches({f"diffusion_model.{LAYERS[0]}.weight": ("diff", (delta,))}, 0.5)
     if loaded:
         comfy.model_management.load_models_gpu([patched])
-    live = StateDictSource(sources.PatchedWeights(patched))
+    live = StateDictSource(patched_weights.PatchedWeights(patched))
     expected = load_file(flux_file)[f"{LAYERS[0]}.weight"].float() + 0.5 * delta
     assert torch.allclose(live.weight(LAYERS[0]), expected, atol=1e-8)
-    assert live.fingerprint != StateDictSource(sources.PatchedWeights(dense_model)).fingerprint
+    assert (
+        live.fingerprint != StateDictSource(patched_weights.PatchedWeights(dense_model)).fingerprint
+    )
 
 
 def test_a_connected_4_bit_model_is_refused(model):
     with pytest.raises(checkpoint.FileRefused, match="quantized by Nibble already"):
-        sources.PatchedWeights(model)
+        patched_weights.PatchedWeights(model)
 
 
 # ---- the whole job
@@ -169,7 +178,7 @@ def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
 
 
 def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypatch):
-    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: True)
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: True)
     name, report = quantizing.run(job())
     assert report.notes == ["inputs were measured on noise and random conditioning"]
     assert (
@@ -187,7 +196,7 @@ def test_a_model_too_large_to_run_is_quantized_from_its_weights_and_says_so(fold
 def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
     _, first = quantizing.run(job())
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: True)
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: True)
     _, second = quantizing.run(job())
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
 
@@ -200,7 +209,7 @@ def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, mon
     task = job(recipe=best, positive=prompts(2), latent=latent, steps=2)
     _, first = quantizing.run(task)
     assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
-    monkeypatch.setattr(calibration, "record", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(record_inputs, "record", lambda *_: pytest.fail("measured again"))
     _, second = quantizing.run(task)
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
 

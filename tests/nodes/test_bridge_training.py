@@ -11,9 +11,13 @@ import folder_paths
 import pytest
 import torch
 
-from nibble.nodes.bridge import curve, intlora, intlora_training, training, training_watch
-from nibble.nodes.bridge.intlora_training import Job
-from nibble.nodes.bridge.training import Settings
+from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import train as intlora_training
+from nibble.nodes.bridge.intlora.train import Job
+from nibble.nodes.bridge.training import curve
+from nibble.nodes.bridge.training import session as training
+from nibble.nodes.bridge.training import watch as training_watch
+from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.training import loop

@@ -16,17 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.nodes.bridge import (
-    calibration,
-    charts,
-    layouts,
-    loading,
-    lora,
-    ops,
-    quantizing,
-    vq,
-    vq_charts,
-)
+from nibble.nodes.bridge.host import charts
+from nibble.nodes.bridge.quantize import charts as vq_charts
+from nibble.nodes.bridge.quantize import job as quantizing
+from nibble.nodes.bridge.quantize import record_inputs
+from nibble.nodes.bridge.quantize import vq4dit as vq
+from nibble.nodes.bridge.quantized import layouts, loading, lora
+from nibble.nodes.bridge.quantized import linear as ops
 from nibble.quant.files import checkpoint, writer
 from nibble.quant.vq4dit.codebook_usage import inspect, use_of
 from nibble.quant.vq4dit.quantize import BlockError
@@ -51,7 +47,7 @@ def folder(tmp_path, monkeypatch, flux_file):
 @pytest.fixture
 def unmeasured(monkeypatch):
     """No memory to run the 16-bit model: weights alone, which is quick."""
-    monkeypatch.setattr(calibration, "fits_in_memory", lambda nbytes: False)
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
 
 
 def job(preset: str = "fast", bits: int = 3, changes: dict | None = None, **options) -> vq.Job:
@@ -265,7 +261,7 @@ def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_
     folder, codeword_file, quantized_file
 ):
     from nibble.nodes import svdquant
-    from nibble.nodes import vq as nodes
+    from nibble.nodes import vq4dit as nodes
 
     shutil.copy(codeword_file, folder / "codes.safetensors")
     shutil.copy(quantized_file, folder / "four.safetensors")
@@ -296,7 +292,7 @@ def digest(path) -> str:
 def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_source(
     folder, monkeypatch
 ):
-    monkeypatch.setattr(calibration, "RANDOM_PIXELS", 64)
+    monkeypatch.setattr(record_inputs, "RANDOM_PIXELS", 64)
     name, report = vq.run(job())
     assert name == "flux-vq3-fast.safetensors" and report.notes == [quantizing.MEASURED_ON_NOISE]
     assert (
@@ -469,7 +465,7 @@ def rewritten(path, target, change) -> None:
     ids=["codewords", "vector", "scale", "dtype", "codes out of range"],
 )
 def test_a_damaged_file_of_codewords_is_refused_by_name(folder, codeword_file, said, change):
-    from nibble.nodes import vq as nodes
+    from nibble.nodes import vq4dit as nodes
 
     rewritten(codeword_file, folder / "bad.safetensors", change)
     told = nodes.NibbleLoadVQ.validate_inputs("bad.safetensors")
@@ -485,7 +481,7 @@ def test_a_damaged_file_of_codewords_is_refused_by_name(folder, codeword_file, s
     ],
 )
 def test_the_node_refuses_options_that_do_not_go_together(inputs, said):
-    from nibble.nodes import vq as nodes
+    from nibble.nodes import vq4dit as nodes
 
     asked = dict(
         preset="fast",

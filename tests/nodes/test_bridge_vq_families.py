@@ -8,7 +8,10 @@ import folder_paths
 import pytest
 import torch
 
-from nibble.nodes.bridge import calibration, loading, ops, vq
+from nibble.nodes.bridge.quantize import record_inputs
+from nibble.nodes.bridge.quantize import vq4dit as vq
+from nibble.nodes.bridge.quantized import linear as ops
+from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import checkpoint
 
 
@@ -100,7 +103,7 @@ def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_cod
     folder, monkeypatch, family
 ):
     monkeypatch.setattr(vq, "PROMPTS", 1)
-    monkeypatch.setattr(calibration, "TOKENS", 8)
+    monkeypatch.setattr(record_inputs, "TOKENS", 8)
     patcher, latent = tiny(family), {"samples": torch.zeros(1, *FAMILIES[family][2])}
     with torch.inference_mode():
         name, report = vq.run(
@@ -127,10 +130,10 @@ def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_cod
 def drawing(patcher, latent: torch.Tensor) -> torch.Tensor:
     """The end of two Euler steps from noise under random conditioning."""
     found = []
-    pictures = calibration.random_pictures(
+    pictures = record_inputs.random_pictures(
         patcher, 3, prompts=1, steps=2, latent={"samples": latent}
     )
-    calibration.draw(
+    record_inputs.draw(
         patcher, pictures, lambda step, denoised, x, total: found.append(denoised.clone())
     )
     return found[-1]

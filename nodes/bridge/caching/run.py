@@ -1,0 +1,265 @@
+"""One sampling run that is being cached: its schedule, its streams of conditioning, its record.
+Made when sampling starts, dropped when it ends.
+
+It lives in the transformer_options of that run's guider alone; nothing stays on a model. Streams
+are told apart by ComfyUI's uuid of the conditioning, the context window, what other nodes replace
+in this call (the second pass of SLG, PAG), the LoRA hooks in force, and how often the model was
+already asked at this noise level (tiles, samplers with two stages): each has a history and a rule's
+state of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from comfy.model_patcher import create_model_options_clone
+
+from ....accel.caching.extrapolate import History, Reuse
+from ....accel.caching.steps import Decision, Record, Step
+from .controlnet import Deferred
+
+KEY = "nibble_cache"
+
+# Samplers that ask the model once a step: the step is known by counting, without reading a noise
+# level back from the GPU.
+ONE_CALL_A_STEP = {
+    "euler",
+    "euler_ancestral",
+    "lms",
+    "ddpm",
+    "lcm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "ipndm",
+    "deis",
+    "res_multistep",
+    "gradient_estimation",
+}
+
+# Samplers that add fresh noise: the velocity jumps with it from step to step, the picture that it
+# points to does not.
+NOISY = ("ancestral", "sde", "lcm", "ddpm")
+
+
+@dataclass
+class Stream:
+    """One stream of conditioning. rule: its decider. history: what whole steps computed. parts: the
+    same for each part of the model.
+    feature: TeaCache's F of the last step. shape: of the latent, without the batch of other
+        streams.
+    """
+
+    rule: object
+    history: History
+    first: bool = False
+    feature: torch.Tensor | None = None
+    shape: tuple[int, ...] = ()
+    parts: dict[tuple, History] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Nothing that was kept can be used any more: the resolution has changed in mid-run."""
+        self.history.clear()
+        self.parts.clear()
+        self.feature = None
+        self.rule.computed()
+
+
+class Run:
+    """sigmas: steps + 1. rule: what has .stream(). store: where kept tensors live (None: where they
+    are made). feature: TeaCache's F.
+    """
+
+    def __init__(
+        self,
+        sigmas: list[float],
+        sampler: object,
+        patcher: object,
+        rule: object,
+        reuse: Reuse,
+        store: str | None,
+        record: Record,
+        watch: Callable[[Record], None] | None = None,
+        feature: str = "",
+    ):
+        self.sigmas, self.rule, self.feature = sigmas, rule, feature
+        self.reuse, self.store, self.record, self.watch, self.patcher = (
+            reuse,
+            store,
+            record,
+            watch,
+            patcher,
+        )
+        self.streams: dict[tuple, Stream] = {}
+        self.asked: dict[tuple, tuple[float, int]] = {}
+        self.finished = 0
+        self.noisy = any(word in sampler_name(sampler) for word in NOISY)
+        self.counted = sampler_name(sampler) in ONE_CALL_A_STEP and not getattr(
+            sampler, "extra_options", {}
+        ).get("s_churn")
+
+    @property
+    def total(self) -> int:
+        return len(self.sigmas) - 1
+
+    def step(self, sigma: torch.Tensor) -> Step:
+        """The step of this call. Samplers of several stages are placed by their noise level, which
+        waits for the GPU.
+        """
+        if self.counted:
+            index = min(self.finished, self.total - 1)
+            return Step(index, self.total, self.sigmas[index])
+        level = float(sigma.max())
+        index = min(range(self.total), key=lambda i: abs(self.sigmas[i] - level))
+        return Step(index, self.total, level)
+
+    def streams_of(self, options: dict, step: Step, x: torch.Tensor) -> list[Stream]:
+        """The streams that this call's batch x (latents) is made of, in order."""
+        uuids = options.get("uuids") or [None]
+        shape = (x.shape[0] // len(uuids), *x.shape[1:])
+        call = (_window(options), _replaced(options), _hooks(self.patcher), str(x.device))
+        times = self._times((tuple(uuids), *call), step.sigma)
+        found = []
+        for position, uuid in enumerate(uuids):
+            key = (uuid, uuids[:position].count(uuid), times, *call)
+            if key not in self.streams:
+                self.streams[key] = Stream(
+                    self.rule.stream(), History(self.reuse, self.store), first=not self.streams
+                )
+            stream = self.streams[key]
+            if stream.shape != shape:
+                if stream.shape:
+                    stream.forget()
+                stream.shape = shape
+            found.append(stream)
+        return found
+
+    def _times(self, call: tuple, sigma: float) -> int:
+        last, times = self.asked.get(call, (None, 0))
+        times = times + 1 if last == sigma else 0
+        self.asked[call] = (sigma, times)
+        return times
+
+    def settle(self, step: Step, streams: list[Stream], decisions: list[Decision]) -> bool:
+        """One batch is computed or reused as a whole: computed if any of its streams asks for it.
+        Records, and returns whether to compute.
+        """
+        compute = any(decision.compute for decision in decisions)
+        for stream, decision in zip(streams, decisions, strict=True):
+            if compute and not decision.compute:
+                stream.rule.computed()
+                decision = Decision(True, "batch", decision.change)
+            self.record.add(step, decision, stream.first)
+        return compute
+
+    def stepped(self) -> None:
+        """The sampler has finished a step."""
+        self.finished += 1
+        self.record.done = min(self.finished, self.total)
+        if self.watch:
+            self.watch(self.record)
+
+
+def sampler_name(sampler: object) -> str:
+    """ComfyUI's name of a SAMPLER, "euler"; empty for one that has none."""
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix(
+        "sample_"
+    )
+
+
+def sampling(make: Callable[..., Run]) -> Callable:
+    """An OUTER_SAMPLE wrapper that gives each sampling run a Run of its own: make(guider, sampler,
+    sigmas, latent).
+    """
+
+    def wrapper(executor, *args, **kwargs):
+        guider, sampler, sigmas = executor.class_obj, args[2], args[3]
+        run, before = make(guider, sampler, sigmas, args[1]), guider.model_options
+        args = list(args)
+        if len(args) > 5:
+            args[5] = _counting(args[5], run)
+        else:
+            kwargs["callback"] = _counting(kwargs.get("callback"), run)
+        guider.model_options = create_model_options_clone(before)
+        guider.model_options.setdefault("transformer_options", {})[KEY] = run
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = before
+            run.streams.clear()
+
+    return wrapper
+
+
+def _counting(callback: Callable | None, run: Run) -> Callable:
+    def counted(*args, **kwargs):
+        if callback is not None:
+            callback(*args, **kwargs)
+        run.stepped()
+
+    return counted
+
+
+def options_of(args: list, kwargs: dict) -> dict | None:
+    """The transformer_options of a call that belongs to a cached run: models differ in where they
+    pass them.
+    """
+    dicts = (
+        value
+        for value in (*args, *kwargs.values())
+        if isinstance(value, dict) and not isinstance(value, Deferred)
+    )
+    return next((value for value in dicts if isinstance(value.get(KEY), Run)), None)
+
+
+def substitute(args: list, kwargs: dict, old: object, new: object) -> tuple[list, dict]:
+    """A call's arguments with one object, found by identity, in another's place."""
+    return [new if value is old else value for value in args], {
+        name: new if value is old else value for name, value in kwargs.items()
+    }
+
+
+def deferred_control(args: list, kwargs: dict) -> Deferred | None:
+    """The ControlNet result of a call, not computed yet; None without a ControlNet."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Deferred)), None)
+
+
+def _window(options: dict) -> tuple | None:
+    window = options.get("context_window")
+    return tuple(window.index_list) if hasattr(window, "index_list") else None
+
+
+def _name(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _replaced(options: dict) -> frozenset:
+    """What other nodes replace in this call: names, not identities, since some make new closures
+    each step.
+    """
+    found = {
+        (place, str(key), _name(function))
+        for place, entries in options.get("patches_replace", {}).items()
+        for key, function in entries.items()
+    }
+    found |= {
+        (place, _name(function))
+        for place, functions in options.get("patches", {}).items()
+        for function in functions
+    }
+    override = options.get("optimized_attention_override")
+    return frozenset(found | ({("attention", _name(override))} if override else set()))
+
+
+def _hooks(patcher: object) -> tuple:
+    """The LoRA hooks in force with their strengths: a keyframe that changes one begins a new
+    stream.
+    """
+    group = getattr(patcher, "current_hooks", None)
+    return (
+        tuple((id(hook.hook_ref), hook.strength) for hook in group.hooks)
+        if group is not None
+        else ()
+    )

@@ -1,0 +1,185 @@
+"""TeaCache Sampler's work: SamplerCustomAdvanced's run on a model with caching, drawn while it
+goes, compared with an uncached run on request.
+
+The run itself is ComfyUI's own node, so noise, guiders, masks, previews, progress and the Stop
+button are exactly its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+
+import comfy.model_patcher
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+
+from ....accel.caching.steps import Record
+from ..host.progress import Progress
+from . import apply as caching
+from . import charts as caching_charts
+from . import run as caching_run
+from .settings import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run: SamplerCustomAdvanced's inputs, how to cache, and what to compare."""
+
+    noise: object
+    guider: object
+    sampler: object
+    sigmas: torch.Tensor
+    latent: dict
+    choice: Choice
+    compare: bool = False
+    vae: object | None = None  # compare pictures and not latents
+    node_id: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What the node returns: two LATENTs as SamplerCustomAdvanced gives them, and the strip."""
+
+    output: dict
+    denoised: dict
+    chart: dict
+
+
+def run(job: Job) -> Sampled:
+    """Samples with caching. Raises ValueError and FileRefused of `Choice.on` before work starts."""
+    choice, progress, seen = job.choice, Progress(job.choice.title, job.node_id), []
+    model = patcher_of(job.guider)
+    notes = [
+        ["note", note]
+        for note in caching.notes(
+            model,
+            choice.settings,
+            choice.calibration,
+            job.sigmas,
+            caching_run.sampler_name(job.sampler),
+        )
+    ]
+
+    def draw(summary: list) -> dict:
+        return caching_charts.strip_chart(seen[-1], choice.title, choice.subtitle, summary)
+
+    def watch(record: Record) -> None:
+        seen[:] = [record]
+        progress.show(draw(notes))
+
+    output, denoised, seconds = _timed(job, choice.on(model, watch))
+    summary = [["time", duration(seconds)]]
+    if job.compare and seen:
+        progress.show(
+            draw([*summary, ["against uncached", "sampling once more, to compare"], *notes])
+        )
+        plain, _, plain_seconds = _timed(job, uncached(model))
+        summary = [
+            [
+                "time",
+                (
+                    f"{duration(seconds)}; uncached {duration(plain_seconds)},"
+                    f" {plain_seconds / max(seconds, 1e-9):.2f}×"
+                ),
+            ],
+            ["against uncached", difference(output["samples"], plain["samples"], job.vae)],
+        ]
+    chart = (
+        draw(summary + notes)
+        if seen
+        else {
+            "kind": "facts",
+            "title": choice.title,
+            "summary": [["note", "there were no steps to sample"]],
+        }
+    )
+    return Sampled(output, denoised, chart)
+
+
+def patcher_of(guider) -> ModelPatcher:
+    """A clone of the guider's model with the guider's own options, which other nodes may have
+    changed.
+    """
+    model = guider.model_patcher.clone()
+    model.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
+    return model
+
+
+def uncached(model: ModelPatcher) -> ModelPatcher:
+    """A clone without the caching that a node before this one may have put on it."""
+    model = model.clone()
+    for kind in (
+        WrappersMP.OUTER_SAMPLE,
+        WrappersMP.CALC_COND_BATCH,
+        WrappersMP.APPLY_MODEL,
+        WrappersMP.DIFFUSION_MODEL,
+    ):
+        model.remove_wrappers_with_key(kind, caching_run.KEY)
+    return model
+
+
+def _on(guider, model: ModelPatcher):
+    """The guider on another model; the original, which other nodes hold, stays as it is."""
+    guider = copy.copy(guider)
+    guider.model_patcher, guider.model_options = model, model.model_options
+    return guider
+
+
+def _timed(job: Job, model: ModelPatcher) -> tuple[dict, dict, float]:
+    """SamplerCustomAdvanced's two outputs with the guider on this model, and the seconds of the
+    sampling loop alone, without loading the model.
+    """
+    # here: a change there must not keep the pack from loading
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    model, seconds = model.clone(), []
+
+    def clock(executor, *args, **kwargs):
+        began = time.perf_counter()
+        samples = executor(*args, **kwargs)
+        samples.flatten()[:1].tolist()  # waits for the GPU
+        seconds.append(time.perf_counter() - began)
+        return samples
+
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "nibble_clock", clock)
+    output, denoised = SamplerCustomAdvanced.execute(
+        job.noise, _on(job.guider, model), job.sampler, job.sigmas, job.latent
+    ).result
+    return output, denoised, sum(seconds)
+
+
+def difference(ours: torch.Tensor, reference: torch.Tensor, vae=None) -> str:
+    """PSNR in dB in words: of decoded pictures (peak 1) where there is a VAE, else of latents
+    (peak: the reference's range).
+    """
+    if vae is not None:
+        return _decibels(vae.decode(ours), vae.decode(reference), 1.0, "the picture")
+    pairs = list(zip(_streams(ours), _streams(reference), strict=True))
+    peak = max(float(old.max() - old.min()) for _, old in pairs)
+    return _decibels(
+        *(torch.cat([pair[side].flatten() for pair in pairs]) for side in (0, 1)),
+        peak,
+        "the latent",
+    )
+
+
+def _streams(samples) -> list[torch.Tensor]:
+    return list(samples.unbind()) if getattr(samples, "is_nested", False) else [samples]
+
+
+def _decibels(ours: torch.Tensor, reference: torch.Tensor, peak: float, of: str) -> str:
+    error = (ours.double() - reference.double()).square().mean().item()
+    if error == 0:
+        return f"{of} is the same bit for bit"
+    return f"{10 * math.log10(max(peak, 1e-12) ** 2 / error):.1f} dB PSNR of {of}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3.2 s, 41 s, 2 min 5 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -1,0 +1,223 @@
+"""A CAF file on a MODEL: two heads beside its weights, put on for the length of each call of the
+model and taken off again.
+
+Which head it is, and the initial velocity that it sees, come with the call (`Request`, under KEY in
+its transformer_options). A call without one, as ComfyUI's own samplers make it, gets the velocity
+head.
+
+The heads are an additional model of the clone, as ControlNets are of a prompt: ComfyUI loads,
+counts, offloads and frees them. Where they do not fit beside the model they stay in RAM and are
+streamed. Everything happens around `apply_model`, the same for all families, so LoRAs, ControlNet,
+4-bit layers and caches put on later work inside of it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_patcher
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ....accel.caf import adapter as caf_adapter
+from ....accel.caf import flow, heads
+from ..caching import run as caching_run
+from ..host import charts
+from ..host.progress import Progress
+from ..quantized import loading
+from . import training_free as caf
+
+FOLDER, ENDING = "caf", caf_adapter.ENDING
+# of the heads on a MODEL (attachment, additional model, wrapper) and of the request in a call's
+# transformer_options
+KEY = "nibble_caf"
+# what models are asked at where there is no noise left: they know nothing of sigma = 0
+LEAST_SIGMA = 1e-3
+# what is not run again where only the input layer's input is wanted
+_OUTER = ("wrappers", "callbacks")
+
+folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a MODEL wears: an adapter and the name of its file."""
+
+    name: str
+    adapter: caf_adapter.Adapter
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which head a call of the model is for: acceleration where an initial velocity (batch, …) is
+    given, in x's units; else velocity.
+    """
+
+    start: Tensor | None = None
+
+    @property
+    def head(self) -> str:
+        return "velocity" if self.start is None else "acceleration"
+
+
+# ---- files
+
+
+def files() -> list[str]:
+    """Names of the CAF files in ComfyUI's folders."""
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(ENDING)]
+
+
+def path_of(name: str) -> Path:
+    """The path of a CAF file. Raises FileRefused for a name that is not there."""
+    return loading.model_path(name, FOLDER)
+
+
+def stamp(name: str) -> str:
+    """Changes when the file does."""
+    return loading.stamp(name, FOLDER)
+
+
+# ---- a MODEL with heads
+
+
+def load(model: ModelPatcher, name: str) -> ModelPatcher:
+    """A clone of the model with the heads of a CAF file; the model itself stays as it is.
+
+    Raises FileRefused for a file that is none, or was made for another model, ValueError for a
+    model that is no rectified flow or has heads already.
+    """
+    caf.check_model(model.get_model_object("model_sampling"), "Load CAF Model")
+    if (worn := model.get_attachment(KEY)) is not None:
+        raise ValueError(
+            f"The connected model has the heads of {worn.name} already, and only one pair fits;"
+            f" connect {name} to the model before that node."
+        )
+    adapter = caf_adapter.read_file(path_of(name))
+    caf_adapter.check(adapter, model.model.diffusion_model, name)
+    return wearing(model, adapter.to(model.model.get_dtype_inference()), name)
+
+
+def wearing(model: ModelPatcher, adapter: caf_adapter.Adapter, name: str) -> ModelPatcher:
+    """A clone of the model with an adapter that fits it."""
+    worn = model.clone()
+    adapter = adapter.requires_grad_(False)
+    worn.set_additional_models(
+        KEY, [comfy.model_patcher.ModelPatcher(adapter, model.load_device, model.offload_device)]
+    )
+    worn.set_attachments(KEY, Heads(name, adapter))
+    worn.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Dressing(adapter))
+    return worn
+
+
+def heads_of(model: ModelPatcher) -> Heads:
+    """The heads on a MODEL. Raises ValueError for one without."""
+    worn = model.get_attachment(KEY)
+    if worn is None:
+        raise ValueError(
+            "The connected model has no CAF heads, which this node needs; put Load CAF Model"
+            " between, or use Constant-Acceleration Sampler, which needs none."
+        )
+    return worn
+
+
+class Dressing:
+    """An APPLY_MODEL wrapper that puts the head on which the call asks for."""
+
+    def __init__(self, adapter: caf_adapter.Adapter):
+        self.adapter = adapter
+
+    def __call__(
+        self,
+        executor,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options={},  # noqa: B006 (comfy's own)
+        **conds,
+    ) -> Tensor:
+        request, options = transformer_options.get(KEY, Request()), _told_apart(transformer_options)
+        network, place, presented = (
+            executor.class_obj.diffusion_model,
+            self.adapter.input_layer,
+            None,
+        )
+        if request.start is not None:
+            start = _repeated(request.start, x, len(options.get("cond_or_uncond", [0])))
+            inner = {name: value for name, value in options.items() if name not in _OUTER}
+            presented = caf_adapter.presented_by(
+                network,
+                place,
+                lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds),
+            )
+        strength = self.adapter.strength(t[:1])  # samplers ask for one noise level at a time
+        with caf_adapter.attached(
+            network, self.adapter.head(request.head), place, presented, strength
+        ):
+            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+
+def _told_apart(options: dict) -> dict:
+    """The one call for an initial velocity is none of a run's steps: by these names of the prompts
+    caches know what they may reuse.
+    """
+    if KEY not in options or options[KEY].start is not None or "uuids" not in options:
+        return options
+    return options | {"uuids": [(uuid, "velocity") for uuid in options["uuids"]]}
+
+
+def _repeated(start: Tensor, x: Tensor, prompts: int) -> Tensor:
+    """The initial velocity for every prompt of a batch. Raises ValueError where a prompt is for a
+    part of the picture only.
+    """
+    if start.shape[1:] != x.shape[1:] or len(x) != prompts * len(start):
+        raise ValueError(
+            "CAF Sampler cannot draw the picture in parts: the model was asked for"
+            f" {' x '.join(map(str, x.shape[1:]))} of {' x '.join(map(str, start.shape[1:]))}. Take"
+            " areas off the prompts, and context windows off the model."
+        )
+    return start.to(x).repeat(prompts, *[1] * (x.dim() - 1))
+
+
+def asking(model, extra_args: dict) -> heads.Model:
+    """A guider's model as `accel/caf/heads.py` wants it: guidance, masks and prompts included.
+
+    model: called as model(x, sigma (batch,), **extra_args) → the denoised latent, as samplers do;
+        extra_args with `model_options`
+    """
+
+    def ask(x: Tensor, sigma: Tensor, start: Tensor | None) -> Tensor:
+        Progress.check()
+        sigma = sigma.clamp_min(LEAST_SIGMA)
+        options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
+        told = options.setdefault("transformer_options", {})
+        told[KEY] = Request(start)
+        if start is None:
+            # it has no steps before it from which to guess, and is not to be guessed from
+            told.pop(caching_run.KEY, None)
+        return (model(x, sigma, **extra_args | {"model_options": options}) - x) / flow.at(sigma, x)
+
+    return ask
+
+
+def chart(worn: Heads) -> dict:
+    """A chart of kind "facts" (`charts.py`): what a file holds."""
+    adapter, facts = worn.adapter, worn.adapter.facts
+    layers = (
+        f"{f'rank {adapter.rank}' if adapter.rank else 'whole layers'},"
+        f" {len(adapter.velocity.names)} layers"
+    )
+    summary = [
+        ["heads", f"velocity and acceleration, {layers} each"],
+        ["pace", f"h = {adapter.h:g}"],
+        ["size", charts.size(sum(tensor.nbytes for tensor in adapter.parameters()))],
+    ]
+    if {"steps", "pairs"} <= facts.keys():
+        summary.insert(1, ["trained", f"{facts['steps']} steps each on {facts['pairs']} pairs"])
+    return {"kind": "facts", "title": worn.name, "summary": summary}

@@ -1,0 +1,159 @@
+"""What FEATHER kept, for the eye: the picture with its kept patches as an IMAGE and as a chart,
+tokens and operations before and after.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import torch
+from PIL import Image
+
+from ....accel import feather
+from ..host.progress import Progress
+from .prune import KEY, Picture, Prompt, Settings, encoder_of, first_layer, prune
+
+SIDE = 512  # pixels of the longer side of a picture in a chart
+DIM = 0.22  # what is left of the light of a pruned patch
+
+
+def attach(
+    clip,
+    keep: float,
+    mode: str,
+    criterion: str,
+    stride: int,
+    first: int,
+    second: int,
+    node_id: str | None,
+):
+    """(CLIP that prunes, chart of what it will do). Layers of 0 are a quarter and a half of the
+    depth; draws live in the node while it encodes.
+    """
+    _, transformer = encoder_of(clip)
+    layers = len(transformer.model.layers)
+    stages = feather.stages(
+        layers,
+        keep,
+        stride if criterion == "feather" else 0,
+        first,
+        second,
+        first_layer(transformer),
+    )
+    progress = Progress("FEATHER", node_id)
+    pruned = prune(
+        clip, Settings(stages, criterion, mode), lambda prompt: progress.show(chart(prompt))
+    )
+    config = transformer.model.config
+    plan = [
+        ["layers", f"prunes before {stages[0].layer} and {stages[1].layer} of {layers}"],
+        [
+            "keeps",
+            (
+                "every token: the encoder stays as it is"
+                if keep == 1
+                else f"{stages[0].keep:.0%}"
+                + (f" and every {stride}. patch of a grid" if stages[0].stride else "")
+                + f", then {stages[1].keep:.1%} of those"
+            ),
+        ],
+        ["encoder", f"{layers} layers of width {config.hidden_size}"],
+    ]
+    return pruned, {
+        "kind": "facts",
+        "title": "FEATHER",
+        "subtitle": "The picture is drawn here when a prompt with an image is encoded.",
+        "summary": plan,
+    }
+
+
+def prompts_of(conditioning: list) -> list[Prompt]:
+    """The runs that a CONDITIONING tells of. Raises ValueError where there are none."""
+    found = [facts[KEY] for _, facts in conditioning if KEY in facts]
+    if not found:
+        raise ValueError(
+            "this conditioning does not come from an encoder that FEATHER pruned: connect FEATHER"
+            " Prune Vision Tokens between the CLIP loader and the text encoding, with keep below 1,"
+            " and give the prompt an image."
+        )
+    return [
+        Prompt(**{**fields, "pictures": [Picture(**picture) for picture in fields["pictures"]]})
+        for fields in found
+    ]
+
+
+def report(conditioning: list) -> tuple[torch.Tensor, dict]:
+    """(pictures (n, H, W, 3) with pruned patches dark, at the size of the first; chart)."""
+    prompts = prompts_of(conditioning)
+    drawn = [overlay(picture) for prompt in prompts for picture in prompt.pictures]
+    size = drawn[0].shape[:2]
+    return torch.stack(
+        [
+            torch.nn.functional.interpolate(one.movedim(-1, 0)[None], size, mode="bilinear")[
+                0
+            ].movedim(0, -1)
+            for one in drawn
+        ]
+    ), chart(prompts[0])
+
+
+def overlay(picture: Picture) -> torch.Tensor:
+    """The picture (H, W, 3) float32 on the CPU: patches pruned at the last stage dark, those of the
+    first stage half dark.
+    """
+    pixels = picture.pixels[0].float().cpu()
+    light = torch.ones(picture.count)
+    for mask in picture.masks:
+        light *= torch.where(mask, 1.0, DIM ** (1 / len(picture.masks)))
+    light[picture.kept()] = 1
+    raster = light.reshape(1, 1, picture.height, picture.width)
+    return (
+        pixels
+        * torch.nn.functional.interpolate(raster, pixels.shape[:2], mode="nearest")[0, 0, ..., None]
+    )
+
+
+def chart(prompt: Prompt) -> dict:
+    """A chart of kind "patches" (`charts.py`)."""
+    tokens, plain = prompt.tokens(), [prompt.length] * prompt.layers
+    after, before = (
+        feather.flops(counts, prompt.width, prompt.hidden) for counts in (tokens, plain)
+    )
+    kept, whole = (
+        sum(each)
+        for each in zip(*((int(p.kept().sum()), p.count) for p in prompt.pictures), strict=True)
+    )
+    rows = [feather.mean_row(p.kept(), p.height, p.width) for p in prompt.pictures]
+    return {
+        "kind": "patches",
+        "title": f"{kept} of {whole} patches kept",
+        "subtitle": f"{prompt.length - whole} tokens of text are never pruned",
+        "tokens": tokens,
+        "flops": [before, after],
+        "stages": len(prompt.begins),
+        "summary": [
+            ["mean height", ", ".join(f"{row:.2f}" for row in rows) + " (0 top, 1 bottom)"]
+        ],
+        "pictures": [
+            {"rows": p.height, "columns": p.width, "url": jpeg(p.pixels[0]), "stage": levels(p)}
+            for p in prompt.pictures
+        ],
+    }
+
+
+def levels(picture: Picture) -> list[int]:
+    """Of each patch in raster order, how many stages it lasted."""
+    return (
+        torch.stack(picture.masks).int().cumprod(0).sum(0).tolist()
+        if picture.masks
+        else [0] * picture.count
+    )
+
+
+def jpeg(pixels: torch.Tensor) -> str:
+    """A picture (H, W, 3) in [0, 1] as a data URL, at most SIDE pixels long."""
+    image = Image.fromarray((pixels.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+    image.thumbnail((SIDE, SIDE))
+    image.save(buffer := io.BytesIO(), "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

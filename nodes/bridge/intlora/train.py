@@ -1,0 +1,316 @@
+"""Train IntLoRA: an adapter of a 4-bit model's integers, learned beside its kernels, saved, and
+resumed where it was stopped.
+
+While it runs, `NAME.intlora.state` lies beside the file to be: factors, the optimizer's memory and
+every loss so far. It is written at Stop, on errors and now and then, and removed when the adapter
+is saved; the next run with the same inputs goes on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ....quant.files.checkpoint import FileRefused
+from ....quant.intlora import file, train
+from ....quant.intlora.adapter import Adapter
+from ....quant.intlora.linear import IntLoRALinear
+from ....quant.merge.integer_grid import IntBase
+from ....quant.training.loop import OPTIMIZERS, Options
+from ..quantized import layouts
+from ..training import session as training
+from ..training.curve import curve_chart
+from ..training.watch import Watch, kept, resumable
+from . import files as intlora
+
+NONE = "[None]"  # existing_lora: start anew
+STATE = ".intlora.state"
+__all__ = ["NONE", "OPTIMIZERS", "Job", "Trained", "run"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for. layers: patterns of layer names, none for all W4A4 layers;
+    preview_every: steps, 0 for none.
+    """
+
+    model: ModelPatcher
+    latents: list[dict]
+    positive: list[list]
+    filename: str
+    options: Options = field(default_factory=Options)
+    settings: training.Settings = field(default_factory=training.Settings)
+    variant: str = "shift_add"
+    rank: int = 8
+    overwrite: bool = False
+    existing: str = NONE
+    layers: tuple[str, ...] = ()
+    preview_every: int = 50
+    node_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """name: in ComfyUI's lists; lora: the factors as an ordinary LoRA (LORA_MODEL); steps: those of
+    the adapter that it began with included.
+    """
+
+    name: str
+    lora: dict[str, torch.Tensor]
+    losses: list[float]
+    steps: int
+    chart: dict
+
+
+def run(job: Job) -> Trained:
+    """Trains and saves. Raises FileRefused and ValueError in plain words before anything is loaded,
+    and ComfyUI's interrupt.
+    """
+    bases, pictures = (
+        intlora.Bases(job.model),
+        training.pictures_of(job.model, job.latents, job.positive),
+    )
+    names = _layers(bases, job)
+    existing = _existing(job, bases, names)
+    data = _data(job, pictures, names, bases)
+    done = _finished(job, data)
+    if done is not None:
+        return done
+    target, name = intlora.new_file(intlora.file_name("", job.filename or "trained"), job.overwrite)
+    state = target.with_name(target.name.removesuffix(intlora.ENDING) + STATE)
+    if job.overwrite and not resumable(state, data):
+        state.unlink(missing_ok=True)
+    losses: list[float] = []
+    watch = Watch(
+        job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every
+    )
+    try:
+        adapter = training.run(
+            job.model,
+            pictures.captions,
+            pictures.latents[0].shape,
+            job.settings,
+            lambda session: _work(
+                session, job, pictures, names, existing, state, data, watch, losses
+            ),
+        )
+    except FileRefused:
+        raise
+    except ValueError as error:  # a loss or a gradient that is no number
+        raise ValueError(kept(str(error), losses, state)) from error
+    steps = len(losses) + int(existing.facts.get("steps", 0) if existing else 0)
+    facts = {
+        "steps": steps,
+        "run": data,
+        "losses": [float(f"{loss:.6g}") for loss in losses],
+        "pictures": len(pictures.latents),
+    }
+    adapter = Adapter(adapter.layers, facts)
+    file.save(adapter, target)
+    state.unlink(missing_ok=True)
+    intlora.refresh()
+    return Trained(
+        name, _as_lora(adapter), losses, steps, _chart(job, name, losses, _summary(adapter, target))
+    )
+
+
+def _work(
+    session: training.Session,
+    job: Job,
+    pictures: training.Pictures,
+    names: list[str],
+    existing: Adapter | None,
+    state: Path,
+    data: str,
+    watch: Watch,
+    losses: list[float],
+) -> Adapter:
+    """The training itself, while the model is loaded."""
+    bases = {
+        name: _near(base, session.device, job.variant)
+        for name, base in intlora.Bases(session.guider.model_patcher).items()
+        if name in names
+    }
+    layers = train.attach(
+        session.model, names, job.variant, job.rank, job.options.seed % 2**32, bases=bases
+    )
+
+    def watched(step: int, steps: int, loss: float) -> None:
+        watch(
+            step,
+            steps,
+            f"step {step} of {steps}, loss {loss:.4f}",
+            lambda: session.preview(lambda: pictures.draw(session)),
+        )
+
+    try:
+        if existing is not None:
+            _fill(layers, existing)
+        train.train(
+            layers,
+            lambda generator: pictures.loss(session, generator),
+            job.options,
+            state,
+            session.checkpointed(),
+            watched,
+            data,
+            losses,
+        )
+        adapter = train.adapter(layers)
+        return Adapter({name: layer.to("cpu") for name, layer in adapter.layers.items()})
+    finally:
+        train.detach(session.model, layers)
+
+
+def _near(base: IntBase, device: torch.device, variant: str) -> IntBase:
+    """The base where training needs it: SHIFT-ADD never reads the codes, so those of a streamed
+    layer may stay in RAM.
+    """
+    return (
+        base.to(device)
+        if variant != "shift_add"
+        else dataclasses.replace(base.to(device), codes=base.codes)
+    )
+
+
+# ---- before anything is loaded
+
+
+def _layers(bases: intlora.Bases, job: Job) -> list[str]:
+    """Names of the layers to train."""
+    if job.layers:
+        names = [
+            name for name in bases if any(fnmatchcase(name, pattern) for pattern in job.layers)
+        ]
+        if not names:
+            raise ValueError(
+                f"No 4-bit layer of the model is called {' or '.join(job.layers)}; it has"
+                f" {', '.join(list(bases)[:3])} and so on."
+            )
+    else:
+        names = [
+            name
+            for name, weight in bases.weights.items()
+            if weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__
+        ] or list(bases)
+    small = min(names, key=lambda name: min(bases.weights[name].shape))
+    if not 1 <= job.rank <= min(bases.weights[small].shape):
+        raise ValueError(
+            f"rank {job.rank} is not between 1 and {min(bases.weights[small].shape)}, the smaller"
+            f" side of {small}; choose another rank."
+        )
+    return names
+
+
+def _existing(job: Job, bases: intlora.Bases, names: list[str]) -> Adapter | None:
+    """The adapter to go on with. Raises FileRefused where it does not fit the model or what is
+    asked for.
+    """
+    if job.existing == NONE:
+        return None
+    adapter = file.read(intlora.path_of(job.existing))
+    file.check_bases(adapter, bases, job.existing, "the connected model")
+    for name in names:
+        layer = adapter.layers.get(name)
+        if (
+            layer is None
+            or layer.factors is None
+            or layer.rule.NAME != job.variant
+            or layer.rank != job.rank
+        ):
+            has = (
+                "does not train"
+                if layer is None or layer.factors is None
+                else f"has rank {layer.rank} and variant {layer.rule.NAME} for"
+            )
+            raise FileRefused(
+                f"{job.existing} {has} {name}; set rank, variant and layers as they were, or start"
+                f" anew with existing_lora {NONE}."
+            )
+    return adapter
+
+
+def _fill(layers: dict[str, IntLoRALinear], adapter: Adapter) -> None:
+    for name, layer in layers.items():
+        down, up = adapter.layers[name].factors.floats()
+        with torch.no_grad():
+            layer.lora_down.copy_(down.T)
+            layer.lora_up.copy_(up)
+
+
+def _data(job: Job, pictures: training.Pictures, names: list[str], bases: intlora.Bases) -> str:
+    """All that the result depends on besides the options that may change."""
+    # these change memory, not numbers
+    settings = dataclasses.asdict(job.settings) | {"checkpointing": None, "offloading": None}
+    return json.dumps(
+        [
+            pictures.digest(),
+            settings,
+            job.variant,
+            job.rank,
+            job.existing,
+            names,
+            bases[names[0]].digest(),
+        ]
+    )
+
+
+def _finished(job: Job, data: str) -> Trained | None:
+    """The result of a run with the same inputs that has been saved already."""
+    name = intlora.file_name("", job.filename or "trained")
+    if job.overwrite or folder_paths.get_full_path(intlora.FOLDER, name) is None:
+        return None
+    path = intlora.path_of(name)
+    adapter = file.read(path)
+    facts = adapter.facts
+    if facts.get("run") != data or len(facts.get("losses", ())) != job.options.steps:
+        return None
+    chart = curve_chart(
+        facts["losses"],
+        job.options.steps,
+        name,
+        "trained already, with the same inputs",
+        _summary(adapter, path),
+    )
+    return Trained(name, _as_lora(adapter), facts["losses"], facts["steps"], chart)
+
+
+# ---- what it leaves behind
+
+
+def _chart(job: Job, name: str, losses: list[float], summary: list[tuple[str, str]]) -> dict:
+    """The curve so far."""
+    facts = (
+        f"{job.variant.replace('_', '-').upper()}, rank {job.rank}, {job.options.optimizer},"
+        f" {job.options.lr:g}"
+    )
+    return curve_chart(losses, job.options.steps, name, facts, summary)
+
+
+def _summary(adapter: Adapter, target: Path) -> list[tuple[str, str]]:
+    from ..host.charts import size
+
+    return [("layers", str(len(adapter.layers))), ("file", size(target.stat().st_size))]
+
+
+def _as_lora(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The factors under the names of ComfyUI's own training, for Load LoRA Model and Save LoRA
+    Weights.
+    """
+    found = {}
+    for name, layer in adapter.layers.items():
+        down, up = layer.factors.floats()
+        key = f"diffusion_model.{name}"
+        found |= {
+            f"{key}.lora_up.weight": up,
+            f"{key}.lora_down.weight": down.T.contiguous(),
+            f"{key}.alpha": torch.tensor(float(layer.rank)),
+        }
+    return found

@@ -1,0 +1,8 @@
+"""16 bit becomes a low-bit file.
+
+job.py              find, plan, measure or not, write
+vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
+record_inputs.py    what layers read while ComfyUI samples
+patched_weights.py  a MODEL's weights with its LoRAs
+charts.py           blocks and codebooks
+"""

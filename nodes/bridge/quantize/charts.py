@@ -1,0 +1,176 @@
+"""What the VQ nodes draw, as `charts` has it, and one kind of their own:
+
+{"kind": "blocks", "title": str, "subtitle": str, "summary": [[label, value], …], "blocks": int,
+ "rows": [{"name": str, "number": int, "points": [[share of its steps done 0…1, dB], …]}, …]}
+   error of each block while it is calibrated
+{"kind": "codebooks", …} is "layers" with "use": {"codewords", "used", "entropy", "bits"} in
+each row that has a codebook
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+
+import torch
+
+from .... import kernels
+from ....quant.files.checkpoint import QuantizedFile
+from ....quant.report import LayerRow, Report
+from ....quant.vq4dit.codebook_usage import LayerUse
+from ....quant.vq4dit.quantize import BlockError
+from ..host import charts
+from ..host.progress import Progress
+
+PAUSE = 0.5  # seconds between two pictures of a running calibration
+
+
+class LiveBlocks:
+    """Draws the error of the blocks while they are calibrated: called with each BlockError."""
+
+    def __init__(self, title: str, subtitle: str, progress: Progress):
+        self.title, self.subtitle, self.progress = title, subtitle, progress
+        self.rows: dict[int, dict] = {}
+        self._drawn = 0.0
+
+    def __call__(self, error: BlockError) -> None:
+        row = self.rows.setdefault(
+            error.number, {"name": error.name, "number": error.number, "points": []}
+        )
+        row["points"].append([round(error.step / error.steps, 4), round(error.db, 2)])
+        self.progress.say(
+            f"{self.progress.title}: {error.name}, step {error.step} of {error.steps},"
+            f" {error.db:.1f} dB"
+        )
+        if error.step == error.steps or time.monotonic() - self._drawn > PAUSE:
+            self._drawn = time.monotonic()
+            self.progress.show(self.chart(error))
+
+    def chart(self, error: BlockError) -> dict:
+        """The chart at this moment."""
+        gains = [
+            row["points"][-1][1] - row["points"][0][1]
+            for row in self.rows.values()
+            if row["points"][-1][0] == 1
+        ]
+        summary = [
+            ["block", f"{error.number + 1} of {error.blocks}: {error.name}"],
+            ["step", f"{error.step} of {error.steps}"],
+            ["error", f"{error.db:.1f} dB"],
+        ]
+        if gains:
+            summary.append(["gained a block", f"{statistics.mean(gains):+.1f} dB"])
+        return {
+            "kind": "blocks",
+            "title": self.title,
+            "subtitle": self.subtitle,
+            "summary": summary,
+            "blocks": error.blocks,
+            "rows": list(self.rows.values()),
+        }
+
+
+def _layouts(layers: dict[str, dict]) -> str:
+    found = Counter((layer["codewords"], layer["vector"]) for layer in layers.values())
+    return ", ".join(
+        f"{count} of {codewords} codewords of {vector}"
+        for (codewords, vector), count in found.most_common()
+    )
+
+
+def bits_per_weight(file: QuantizedFile) -> float:
+    """Bits a weight of the layers of codewords: indices, codebooks, scales and branches, without
+    biases.
+    """
+    total = weights = 0
+    for name, facts in file.layers.items():
+        sizes = {
+            key.removeprefix(f"{name}."): info
+            for key, info in file.header.tensors.items()
+            if key.startswith(f"{name}.weight")
+        }
+        n, width = sizes["weight"].shape
+        weights += n * (width * 8 // (facts["codewords"].bit_length() - 1)) * facts["vector"]
+        total += sum(info.nbytes for info in sizes.values())
+    return 8 * total / weights
+
+
+def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
+    """Facts about a loaded model: VRAM, size, bits a weight, layers, error and what computes it."""
+    backend, reason = kernels.which("linear_vq", device)
+    errors = _report(file).decibels()
+    whole = (
+        f" of {charts.size(torch.cuda.get_device_properties(device).total_memory)}"
+        if device.type == "cuda"
+        else ""
+    )
+    summary = [
+        [
+            "VRAM",
+            (
+                f"about {charts.size(sum(needed))}{whole}: {charts.size(needed[0])} of weights,"
+                f" {charts.size(needed[1])} that ComfyUI reckons for 1024 × 1024"
+            ),
+        ],
+        ["file", f"{charts.size(file.size)}, {file.kind}"],
+        ["bits per weight", f"{bits_per_weight(file):.2f}"],
+        ["layers", _layouts(file.layers)],
+    ]
+    if errors:
+        summary.append(
+            ["error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB"]
+        )
+    return {
+        "kind": "facts",
+        "title": file.path.name,
+        "summary": [*summary, ["computed by", f"{backend} ({reason})"]],
+    }
+
+
+def _report(file: QuantizedFile) -> Report:
+    text = file.metadata.get("report")
+    return Report.from_json(text) if text else Report("")
+
+
+def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
+    """What a file of codewords is made of: bits, use of the codebooks, error of each layer where
+    the file's report tells it.
+    """
+    report, by_name = _report(file), {use.name: use for use in uses}
+    known = {row.name: row for row in report.rows}
+    report.rows = list(known.values()) + [
+        LayerRow(use.name, "vq", "", None, 2 * use.weights, use.nbytes)
+        for use in uses
+        if use.name not in known
+    ]
+    chart = charts.layers_chart(report, file.path.name, _layouts(file.layers))
+    for row in chart["rows"]:
+        if use := by_name.get(row["name"]):
+            bits = use.codewords.bit_length() - 1
+            row["use"] = {
+                "codewords": use.codewords,
+                "used": use.used,
+                "entropy": round(use.entropy, 3),
+                "bits": bits,
+            }
+            row["why"] = (
+                f"{use.used} of {use.codewords} codewords used, {use.entropy:.2f} of {bits} bits,"
+                f" {use.bits_per_weight:.2f} bits a weight"
+            )
+    used, made = sum(use.used for use in uses), sum(use.codewords for use in uses)
+    weights = sum(use.weights for use in uses)
+    share = sum(use.share * use.weights for use in uses) / weights
+    lines = [
+        ["bits per weight", f"{bits_per_weight(file):.2f}"],
+        ["whole file", f"{charts.size(file.size)}"],
+        ["codewords used", f"{used / made:.1%}"],
+        ["entropy", f"{share:.1%} of the indices' bits"],
+    ]
+    errors = [pair for pair in chart["summary"] if pair[0] in ("architecture", "error", "note")]
+    return chart | {
+        "kind": "codebooks",
+        "summary": lines + errors,
+        "bytes_before": report.bytes_before or sum(2 * use.weights for use in uses),
+        "bytes_after": report.bytes_after or file.size,
+    }

@@ -1,0 +1,195 @@
+"""What the layers of a 16-bit model see while it draws: recorded inside ComfyUI, with its own
+sampler.
+
+Two ways: on the user's prompts (preset "best"), or on random conditioning of the right widths
+(preset "fast", when the model fits in memory). The sampler repeats its pictures exactly, so that
+layers can be recorded in as many passes as the memory cap demands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ....quant.calibration.recorder import collect
+from ....quant.calibration.statistics import InputStats
+from ..host.progress import Progress
+
+log = logging.getLogger("nibble")
+
+# Where ComfyUI's transformers take their text in, in order of trial; the width of the first that
+# exists is the conditioning's.
+_TOKEN_INPUTS = (
+    "txt_in",
+    "txt_in.input_embedder",
+    "context_embedder",
+    "text_embedding.0",
+    "cap_embedder.1",
+    "caption_projection.linear_1",
+)
+_POOLED_INPUTS = ("vector_in.in_layer", "y_embedder.mlp.0")
+# random conditioning: the length of a prompt, and the spread of T5's outputs
+TOKENS, TOKEN_STD = 128, 0.25
+RANDOM_PROMPTS, RANDOM_STEPS, RANDOM_PIXELS = 2, 4, 256
+PROMPT_PIXELS = 512
+HEADROOM = 2 << 30  # bytes of RAM left free beside a model that is loaded only to be measured
+
+
+@dataclass
+class Pictures:
+    """What to draw while recording: each prompt once, from its own noise."""
+
+    prompts: list[list]  # ComfyUI conditionings, one entry each
+    latent: torch.Tensor  # (1, C, …, h, w): zeros, or a picture's latent
+    steps: int
+    seed: int
+    kind: str  # "prompts" | "random conditioning"
+
+    def facts(self) -> dict:
+        """What the recording depends on, for the file's metadata."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            for tensor in [
+                prompt[0][0],
+                *(
+                    value
+                    for _, value in sorted(prompt[0][1].items())
+                    if isinstance(value, torch.Tensor)
+                ),
+            ]:
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return {
+            "kind": self.kind,
+            "prompts": len(self.prompts),
+            "fingerprint": digest.hexdigest()[:16],
+            "steps": self.steps,
+            "seed": self.seed,
+            "latent": list(self.latent.shape),
+        }
+
+
+def pictures_of(
+    patcher: ModelPatcher, positive: list, latent: dict | None, steps: int, seed: int
+) -> Pictures:
+    """The user's own: each entry of a CONDITIONING is a prompt; a LATENT gives the size."""
+    samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, PROMPT_PIXELS)
+    return Pictures(
+        [[entry] for entry in positive],
+        comfy.sample.fix_empty_latent_channels(patcher, samples),
+        steps,
+        seed,
+        "prompts",
+    )
+
+
+def random_pictures(
+    patcher: ModelPatcher,
+    seed: int,
+    prompts: int = RANDOM_PROMPTS,
+    steps: int = RANDOM_STEPS,
+    latent: dict | None = None,
+) -> Pictures | str:
+    """Random conditioning for a model, or the reason why there is none. A LATENT gives the size."""
+    modules = dict(patcher.model.diffusion_model.named_modules())
+
+    def width(names):
+        return next(
+            (
+                modules[name].in_features
+                for name in names
+                if hasattr(modules.get(name), "in_features")
+            ),
+            None,
+        )
+
+    tokens, pooled = width(_TOKEN_INPUTS), width(_POOLED_INPUTS)
+    if tokens is None:
+        return f"Nibble does not know how {type(patcher.model).__name__} takes its prompt"
+    generator = torch.Generator().manual_seed(seed)
+
+    def prompt():
+        extras = (
+            {} if pooled is None else {"pooled_output": torch.randn(1, pooled, generator=generator)}
+        )
+        return [[torch.randn(1, TOKENS, tokens, generator=generator) * TOKEN_STD, extras]]
+
+    samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, RANDOM_PIXELS)
+    return Pictures(
+        [prompt() for _ in range(prompts)],
+        comfy.sample.fix_empty_latent_channels(patcher, samples),
+        steps,
+        seed,
+        "random conditioning",
+    )
+
+
+def empty_latent(patcher: ModelPatcher, pixels: int) -> torch.Tensor:
+    """Zeros (1, C, [1,] h, w) for a square picture in the model's own latent space."""
+    form = patcher.get_model_object("latent_format")
+    side = pixels // (getattr(form, "spacial_downscale_ratio", None) or 8)
+    return torch.zeros(1, form.latent_channels, *[1] * (form.latent_dimensions - 2), side, side)
+
+
+def fits_in_memory(nbytes: int) -> bool:
+    """Whether a 16-bit model of so many bytes can be run here without pushing the system
+    into swap.
+    """
+    cpu = torch.device("cpu")
+    # the CPU computes in float32
+    doubled = comfy.model_management.is_device_cpu(comfy.model_management.get_torch_device())
+    return nbytes * (2 if doubled else 1) + HEADROOM < comfy.model_management.get_free_memory(cpu)
+
+
+def record(
+    patcher: ModelPatcher, names: list[str], pictures: Pictures, cap: int, progress: Progress
+) -> dict[str, InputStats]:
+    """Statistics of the named layers' inputs over all pictures, at most `cap` bytes of them in work
+    at a time.
+    """
+    total = len(pictures.prompts) * pictures.steps
+    state = {"pass": 0, "step": 0}
+
+    def stepped(*_):
+        state["step"] += 1
+        progress(min(state["step"], total), total, f"pass {state['pass'] + 1}")
+
+    def passed(done: int, passes: int):
+        state.update({"pass": done, "step": 0})
+        progress.say(f"{progress.title}: pass {done} of {passes} done")
+
+    return collect(
+        patcher.model.diffusion_model,
+        names,
+        lambda: draw(patcher, pictures, stepped),
+        cap,
+        passed,
+        seed=pictures.seed,
+    )
+
+
+def draw(patcher: ModelPatcher, pictures: Pictures, stepped: Callable) -> None:
+    """Every picture once, the same each time: Euler, the model's own time schedule, no CFG."""
+    for index, prompt in enumerate(pictures.prompts):
+        noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)
+        sigmas = comfy.samplers.calculate_sigmas(
+            patcher.get_model_object("model_sampling"), "simple", pictures.steps
+        )
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.inner_set_conds({"positive": prompt})
+        guider.sample(
+            noise,
+            pictures.latent,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            callback=stepped,
+            disable_pbar=True,
+            seed=pictures.seed + index,
+        )

@@ -1,0 +1,74 @@
+"""What a training shows while it runs, and what is left of it when it stops: a state file beside
+the file to be.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ....quant.files.checkpoint import FileRefused, read_header
+from ..host.progress import Progress
+
+EVERY = 1.0  # seconds between two drawings of the curve
+
+
+class Watch:
+    """Sees every step: bar and text, the curve now and then, a preview every so often, Stop.
+
+    chart: summary lines → the curve so far; preview_every: steps, 0 for none
+    """
+
+    def __init__(self, node_id: str | None, chart: Callable[[list], dict], preview_every: int):
+        self.report, self.chart, self.preview_every = (
+            Progress("training", node_id),
+            chart,
+            preview_every,
+        )
+        self.drawn, self.began = 0.0, None
+
+    def __call__(
+        self, step: int, steps: int, text: str, preview: Callable[[], tuple | None]
+    ) -> None:
+        """After each step, of `steps` in all. Raises ComfyUI's interrupt."""
+        self.began = (time.monotonic(), step) if self.began is None else self.began
+        self.report(step, steps, text)
+        if time.monotonic() - self.drawn > EVERY or step == steps:
+            self.report.show(self.chart([("speed", self.speed(step))]))
+            self.drawn = time.monotonic()
+        if self.preview_every and (step % self.preview_every == 0 or step == steps):
+            picture = preview()
+            if picture is not None:
+                self.report.picture(step, steps, picture)
+
+    def speed(self, step: int) -> str:
+        """Seconds a step, since the first one of this run."""
+        seconds, first = self.began
+        return (
+            f"{(time.monotonic() - seconds) / (step - first):.3g} s a step"
+            if step > first
+            else "measuring"
+        )
+
+
+def resumable(state: Path, data: str) -> bool:
+    """Whether a state is one of a run on `data`, the last entry of its identity; anything else
+    makes room for a new one where overwriting is allowed.
+    """
+    try:
+        identity = json.loads(read_header(state).metadata["identity"]) if state.exists() else [""]
+        return json.loads(identity[0])[-1] == data
+    except (FileRefused, KeyError, ValueError, TypeError):
+        return False
+
+
+def kept(message: str, losses: Sequence[float], state: Path) -> str:
+    """An error's sentence, and what is left of the run."""
+    if not losses or not state.exists():
+        return message
+    return (
+        f"{message.rstrip('.')}. The {len(losses)} steps before are kept: run again with a lower"
+        " learning rate to go on from them."
+    )
