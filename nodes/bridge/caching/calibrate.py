@@ -73,7 +73,7 @@ def file_name(wanted: str, model: ModelPatcher, sigmas: torch.Tensor) -> str:
     name = wanted.strip() or f"{type(model.model).__name__}-{max(len(sigmas) - 1, 0)}-steps"
     if not re.fullmatch(r"[\w .,()+-]+", name) or name.startswith("."):
         raise ValueError(
-            f"{wanted!r} cannot be a file's name in models/{cache_files.FOLDER}; use letters,"
+            f"{wanted!r} cannot be a file's name in models/{calibration_file.FOLDER}; use letters,"
             " digits, spaces, - and _."
         )
     return name if name.endswith(".json") else f"{name}.json"
