@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 PROMPTS = HERE / "prompts"
 COMMANDS = [
-    "quantize flux-demo.safetensors cli.safetensors --rank 16",
+    "quantize flux-demo.safetensors cli.safetensors --rank 16 --rotation off",
     "quantize flux-demo.safetensors cli-vq.safetensors --method vq --bits 3",
     "convert four.safetensors four-kitchen.safetensors --to kitchen",
     "convert cli.safetensors svdq-int4_r16-cli.safetensors --to nunchaku",
