@@ -1,12 +1,12 @@
 """FEATHER's nodes in a running ComfyUI: over HTTP, and drawn in the browser."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from server import Refused, Server
+import browser
+from comfyui_server import Refused, Server
 
 LOOKS = ("classic-dark", "nodes2-light")
 MAKE_GRAPH = """([height, keep]) => {
@@ -108,23 +108,10 @@ def test_bad_settings_are_refused_in_words_and_the_server_lives(seeker, changes,
 
 @pytest.fixture(scope="module")
 def page(seeker):
-    browser_tests = pytest.importorskip(
-        "test_browser", reason="no browser: FEATHER's charts were NOT looked at"
-    )
-    with browser_tests.sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_tests.CHROMIUM, args=browser_tests.FLAGS
-        )
-        yield browser_tests.Screen(browser, seeker.url)
-        browser.close()
+    with browser.opened(seeker.url) as screen:
+        yield screen
 
 
-@pytest.mark.skipif(
-    not shutil.which("chromium")
-    and not shutil.which("chromium-browser")
-    and not shutil.which("google-chrome"),
-    reason="no chromium found",
-)
 @pytest.mark.parametrize("look", LOOKS)
 def test_both_nodes_draw_the_picture_and_its_patches(page, look):
     page.wear(look)

@@ -76,3 +76,18 @@ def left_behind(model) -> list[str]:
     return found + [
         key for key in model.model_options.get("transformer_options", {}) if key == "nibble_cache"
     ]
+
+
+def traces(model) -> dict:
+    """Everything that caching could leave behind: what each module's instance holds, its hooks, and
+    the options.
+    """
+    found = {
+        name: (sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.model.named_modules()
+        if name != "model_sampling"
+    }
+    return found | {
+        "options": repr(sorted(model.model_options["transformer_options"])),
+        "wrappers": repr(model.wrappers),
+    }

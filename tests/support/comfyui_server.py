@@ -57,7 +57,7 @@ class Server:
             pack.symlink_to(ROOT, target_is_directory=True)
         command = [
             PYTHON,
-            str(Path(__file__).with_name("launch.py")),
+            str(Path(__file__).with_name("comfyui_launch.py")),
             str(Path(COMFYUI) / "main.py"),
             "--listen",
             "127.0.0.1",

@@ -3,15 +3,11 @@ number of calls, as in the paper's ablation.
 """
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import mixture  # noqa: E402
-
+from bench import mixture
 from nibble.accel.caf import flow, objectives  # noqa: E402
 from nibble.quant.training import loop  # noqa: E402
 

@@ -6,9 +6,9 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from comfy.patcher_extension import WrappersMP
 
+from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from nibble.accel.caching.teacache import IDENTITY
 from nibble.nodes.bridge.caching import apply as caching
 from nibble.nodes.bridge.caching import calibration_file

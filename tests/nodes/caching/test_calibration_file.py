@@ -9,8 +9,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from caching_runs import STEPS, conditioning
 
+from caching_runs import STEPS, conditioning
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge.caching import calibration_file
 from nibble.nodes.bridge.caching.measure import calibrate

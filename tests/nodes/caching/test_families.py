@@ -3,16 +3,17 @@ gone when it is done.
 """
 
 import re
-from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from comfy.patcher_extension import WrappersMP
 
+import tiny_models
+from caching_runs import traces
+from checkout import ROOT
 from nibble.accel.caching.smoothcache import Curve
 from nibble.accel.caching.teacache import Polynomial
 from nibble.nodes.bridge.caching import apply as caching
@@ -20,7 +21,7 @@ from nibble.nodes.bridge.caching import models as caching_models
 from nibble.nodes.bridge.caching import wrap_sublayers as caching_parts
 from nibble.nodes.bridge.caching.calibration_file import Calibration, fingerprint
 
-HELP = Path(__file__).parent.parent.parent / "web" / "docs" / "NibbleApplyTeaCache.md"
+HELP = ROOT / "web" / "docs" / "NibbleApplyTeaCache.md"
 STEPS = 6
 # reuses wherever it may
 ALWAYS = caching.TeaCacheSettings(
@@ -79,21 +80,6 @@ class Spy:
             return self.model.model.apply_model(
                 x, t, c_concat, c_crossattn, control, options, **kwargs
             )
-
-
-def traces(model) -> dict:
-    """Everything that caching could leave behind: what each module's instance holds, its hooks, and
-    the options.
-    """
-    found = {
-        name: (sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
-        for name, module in model.model.named_modules()
-        if name != "model_sampling"
-    }
-    return found | {
-        "options": repr(sorted(model.model_options["transformer_options"])),
-        "wrappers": repr(model.wrappers),
-    }
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)

@@ -8,8 +8,8 @@ import comfy.controlnet
 import comfy.samplers
 import pytest
 import torch
-from caching_runs import STEPS, conditioning, draw
 
+from caching_runs import STEPS, conditioning, draw
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.accel.caching.mask_search import Fixed
 from nibble.accel.caching.steps import Record, Step

@@ -9,9 +9,9 @@ import comfy.model_sampling
 import comfy.samplers
 import folder_paths
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings

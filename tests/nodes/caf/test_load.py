@@ -11,14 +11,14 @@ import comfy.model_sampling
 import comfy.samplers
 import folder_paths
 import pytest
-import tiny_models
 import torch
-from caf_files import heads, linears, worn
 from comfy.patcher_extension import WrappersMP
 from safetensors.torch import save_file
-from test_bridge_cache_coverage import traces
-from test_bridge_lora import lora_file, with_lora
 
+import tiny_models
+from caching_runs import traces
+from caf_files import heads, linears, worn
+from flux_loras import lora_file, with_lora
 from nibble.accel.caf import adapter
 from nibble.nodes import caf as nodes
 from nibble.nodes.bridge.caf import load as caf_model

@@ -8,12 +8,12 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import pytest
-import tiny_models
 import torch
-from caching_runs import conditioning
-from caf_files import heads, worn
 from comfy.patcher_extension import WrappersMP
 
+import tiny_models
+from caching_runs import conditioning
+from caf_files import heads, worn
 from nibble.accel.caf import flow
 from nibble.accel.caf import heads as nets
 from nibble.nodes import caf as nodes

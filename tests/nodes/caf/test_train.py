@@ -9,10 +9,9 @@ import comfy.model_management
 import comfy.samplers
 import folder_paths
 import pytest
-import tiny_models
 import torch
-from test_bridge_training import Stop, caption
 
+import tiny_models
 from nibble.accel.caf import adapter as caf_adapter
 from nibble.accel.caf import couplings, flow
 from nibble.nodes.bridge.caf import load as caf_model
@@ -24,6 +23,7 @@ from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.checkpoint import FileRefused
+from training_runs import Stop, caption
 
 FP32 = Settings(dtype="fp32")
 SHAPE = (16, 4, 4)

@@ -7,8 +7,8 @@ import gc
 import comfy.model_management
 import pytest
 import torch
-import vision_language as vl
 
+import tiny_encoders as vl
 from nibble.accel import feather as accel
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather

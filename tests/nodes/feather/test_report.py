@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import vision_language as vl
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit
 from PIL import Image
 
+import tiny_encoders as vl
 from nibble.nodes import feather as nodes
 from nibble.nodes.bridge.feather import prune as feather
 from nibble.nodes.bridge.feather import report as image_patches

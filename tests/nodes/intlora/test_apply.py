@@ -9,7 +9,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_bridge_lora import (
+
+from flux_loras import (
     MLP,
     MODULATION,
     POST_GELU,
@@ -23,68 +24,15 @@ from test_bridge_lora import (
     pair,
     with_lora,
 )
-
+from intlora_runs import OTHER, STYLE, adapter_path, apply, converted, handmade, on, refused
 from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge.intlora import charts as kept
 from nibble.nodes.bridge.intlora import files as intlora
-from nibble.nodes.bridge.intlora import merge as merging
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
-from nibble.quant.intlora.adapter import Adapter, LayerAdapter
-from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.variants import Mul, Shift
 from nibble.quant.merge.integer_grid import IntBase
-
-STYLE, OTHER = "style.safetensors", "other.safetensors"
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch, model):
-    """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is
-    empty.
-    """
-    for kind in (intlora.LORAS, intlora.FOLDER):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setitem(
-            folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"})
-        )
-        folder_paths.filename_list_cache.pop(kind, None)
-    save_file(lora_file(model), tmp_path / intlora.LORAS / STYLE)
-    save_file(lora_file(model, seed=40), tmp_path / intlora.LORAS / OTHER)
-    yield tmp_path / intlora.LORAS
-    for kind in (intlora.LORAS, intlora.FOLDER):
-        folder_paths.filename_list_cache.pop(kind, None)
-
-
-def converted(model, name: str = STYLE, **options) -> str:
-    return intlora.run(intlora.Job(model, name, **options)).name
-
-
-def apply(model, *args):
-    return merging.apply(model, *args)[0]
-
-
-def adapter_path(loras, name: str):
-    return loras.parent / intlora.FOLDER / name
-
-
-def on(*patchers) -> dict:
-    """Outputs of the layers with the last of these loaded."""
-    for patcher in patchers:
-        comfy.model_management.load_models_gpu([patcher])
-    return outputs(patchers[-1])
-
-
-def handmade(model, folder, rule, name: str) -> str:
-    """An adapter of one layer with another variant than SHIFT-ADD."""
-    base = intlora.Bases(model)[MLP]
-    up, down = pair(*base.shape)
-    layer = LayerAdapter(rule(base), base.digest(), quantize(up * 0.3, down))
-    file.save(Adapter({MLP: layer}), adapter_path(folder, name))
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
-    return name
-
 
 # ---- convert
 
@@ -245,15 +193,6 @@ def test_it_fits_a_patched_model_too(model, loras):
 
 
 # ---- refused
-
-
-def refused(model, words: str, work) -> None:
-    before = bits(model)
-    with pytest.raises(FileRefused, match=words) as refusal:
-        work()
-    assert str(refusal.value).count("\n") == 0
-    assert_untouched(model, before)
-    assert not model.patches
 
 
 def test_another_4_bit_file_is_refused(model, rotated_file, loras):

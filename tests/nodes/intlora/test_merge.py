@@ -10,8 +10,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_bridge_intlora import OTHER, adapter_path, apply, converted, handmade, loras, on, refused  # noqa: F401  (loras: the fixture)
-from test_bridge_lora import (
+
+from flux_loras import (
     MLP,
     MODULATION,
     QKV,
@@ -24,7 +24,7 @@ from test_bridge_lora import (
     pair,
     with_lora,
 )
-
+from intlora_runs import OTHER, adapter_path, apply, converted, handmade, on, refused
 from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge.intlora import charts as kept
 from nibble.nodes.bridge.intlora import files as intlora
@@ -36,7 +36,7 @@ from nibble.quant.intlora.variants import Mul, Shift
 
 
 @pytest.fixture
-def home(model, loras, tmp_path, monkeypatch):  # noqa: F811
+def home(model, loras, tmp_path, monkeypatch):
     """ComfyUI's model folder, with the base file in it; the model is loaded from there."""
     folder = tmp_path / loading.FOLDER
     folder.mkdir()
@@ -70,7 +70,7 @@ def weights(patcher) -> dict[str, torch.Tensor]:
     }
 
 
-def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, loras):  # noqa: F811
+def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, loras):
     before = bits(model)
     patched, done = merging.apply(model, converted(model), 1.0, "merge")
     assert_untouched(model, before)
@@ -91,7 +91,7 @@ def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, l
     assert chart["kind"] == "kept" and chart["summary"][0][1].count("%") == 2
 
 
-def test_it_does_what_the_branch_does_as_far_as_it_says(model, loras):  # noqa: F811
+def test_it_does_what_the_branch_does_as_far_as_it_says(model, loras):
     name = converted(model)
     patched, done = merging.apply(model, name, 0.8, "merge")
     before, beside = weights(model), changes(lora_file(model), 0.8)
@@ -102,7 +102,7 @@ def test_it_does_what_the_branch_does_as_far_as_it_says(model, loras):  # noqa: 
         ) * delta.norm(), row
 
 
-def test_its_outputs_are_those_of_its_weights(model, loras):  # noqa: F811
+def test_its_outputs_are_those_of_its_weights(model, loras):
     """Unsigned inputs fold a part of the codes into the bias: new codes need a new one."""
     comfy.model_management.load_models_gpu([model])
     # inputs that 4 bits hold, so that nothing hides a wrong bias
@@ -116,7 +116,7 @@ def test_its_outputs_are_those_of_its_weights(model, loras):  # noqa: F811
         assert (y - was - change).norm() < 0.01 * change.norm(), name
 
 
-def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, loras):  # noqa: F811
+def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, loras):
     before = on(model)
     patched, done = merging.apply(model, converted(model), 0.0, "merge")
     assert done is None and all(
@@ -124,7 +124,7 @@ def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, lor
     )
 
 
-def test_switching_between_them_leaves_both_as_they_are(model, loras):  # noqa: F811
+def test_switching_between_them_leaves_both_as_they_are(model, loras):
     patched = apply(model, converted(model), 1.0, "merge")
     one, two = bits(model), bits(patched)
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_switching_between_them_leaves_both_as_they_are(model, loras):  # noqa: 
         assert_untouched(patched, two)
 
 
-def test_a_stack_is_merged_as_a_sum_whatever_the_order(model, loras):  # noqa: F811
+def test_a_stack_is_merged_as_a_sum_whatever_the_order(model, loras):
     first, second = converted(model), converted(model, OTHER)
     stacks = [
         apply(apply(model, a, s, "merge"), b, t, "merge")
@@ -149,7 +149,7 @@ def test_a_stack_is_merged_as_a_sum_whatever_the_order(model, loras):  # noqa: F
     torch.testing.assert_close(back, weights(model), rtol=0, atol=1e-6)
 
 
-def test_patches_and_options_stay_on_a_merged_model(model, loras):  # noqa: F811
+def test_patches_and_options_stay_on_a_merged_model(model, loras):
     styled = with_lora(model, lora_file(model, seed=40), 0.5)
     styled.model_options["transformer_options"]["kept"] = True
     patched = apply(styled, converted(model), 0.5, "merge")
@@ -164,7 +164,7 @@ def test_patches_and_options_stay_on_a_merged_model(model, loras):  # noqa: F811
     on(apply(patched, converted(model, filename="third"), 0.2))  # beside a merged one
 
 
-def test_comfyui_s_own_copies_are_merged_too(model, loras):  # noqa: F811
+def test_comfyui_s_own_copies_are_merged_too(model, loras):
     patched = apply(model, converted(model), 1.0, "merge")
     factory, arguments = patched.cached_patcher_init[:2]
     again = factory(*arguments, disable_dynamic=True)
@@ -172,7 +172,7 @@ def test_comfyui_s_own_copies_are_merged_too(model, loras):  # noqa: F811
 
 
 @pytest.mark.parametrize("rule", [Mul.anchored, Shift.fitting])
-def test_mul_and_shift_are_merged_as_near_as_the_layer_allows(model, loras, rule):  # noqa: F811
+def test_mul_and_shift_are_merged_as_near_as_the_layer_allows(model, loras, rule):
     name = handmade(model, loras, rule, "trained.intlora.safetensors")
     patched, done = merging.apply(model, name, 1.0, "merge")
     wanted = intlora.merge.change(
@@ -358,7 +358,7 @@ def test_16_bit_tensors_are_written_with_their_patches_and_unknown_ones_are_told
 # ---- refused
 
 
-def test_what_cannot_be_merged_is_refused(based, dense_model, home, loras):  # noqa: F811
+def test_what_cannot_be_merged_is_refused(based, dense_model, home, loras):
     refused(based, "has no LoRA on it, so there is nothing to merge", lambda: saved(based))
     name = converted(based)
     with pytest.raises(FileRefused, match="does not come from Load SVDQuant Model"):

@@ -22,6 +22,7 @@ from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.training import loop
 from nibble.quant.training.loop import Options
+from training_runs import Stop, caption, latents
 
 FP32 = Settings(dtype="fp32")
 
@@ -35,20 +36,6 @@ def loras(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
     yield tmp_path
     folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
-
-
-def caption(seed: int = 1) -> list:
-    draw = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(1, 5, 64, generator=draw),
-        {"pooled_output": torch.randn(1, 64, generator=draw), "guidance": 3.5},
-    ]
-
-
-def latents(count: int = 2, side: int = 4, seed: int = 3) -> dict:
-    return {
-        "samples": torch.randn(count, 16, side, side, generator=torch.Generator().manual_seed(seed))
-    }
 
 
 def job(model, **changes) -> Job:
@@ -89,10 +76,6 @@ def session_of(model, work, settings=FP32, **data):
         settings,
         lambda session: work(session, pictures),
     )
-
-
-class Stop(Exception):
-    """Stands for ComfyUI's interrupt."""
 
 
 def stopping_at(monkeypatch, step: int) -> None:

@@ -6,11 +6,10 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from test_bridge_patches import effective, normal, whole_load, with_file
 
+from adapter_tensors import effective, normal, whole_load, with_file
 from nibble.nodes.bridge.quantized import layouts
 from nibble.nodes.bridge.quantized.linear import NibbleOperations
-
 from published_files import random_linear
 
 QWEN = {

@@ -4,8 +4,8 @@ runs.
 
 import pytest
 import torch
-from test_bridge_patches import NAME, STEM, layer, normal, tensors_of, whole_load, with_file
 
+from adapter_tensors import NAME, STEM, layer, normal, tensors_of, whole_load, with_file
 from nibble.nodes.bridge.quantized import lora, lora_report
 
 

@@ -6,8 +6,8 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from test_bridge_ops import little_for_weights, run, sampled
 
+from flux_runs import little_for_weights, run, sampled
 from nibble import kernels
 from nibble.nodes.bridge.quantized import layouts, loading, modulation
 from nibble.quant.modulation.precompute import Bank, Vector

@@ -7,11 +7,11 @@ import comfy.sd
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_bridge_ops import run, sampled
 
+from checkout import ROOT
+from flux_runs import loaded, run, sampled
 from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.files.checkpoint import FileRefused
-
 from published_files import METADATA, RandomFlux
 
 LINEAR1, LINEAR2, MODULATION = (
@@ -47,16 +47,11 @@ def load(path):
     return loading.load(path, verify=False)
 
 
-def on(patcher):
-    comfy.model_management.load_models_gpu([patcher])
-    return patcher
-
-
 @pytest.fixture(scope="module")
 def own(paths):
     """Output and sampled latent of Nibble's own file."""
     patcher = load(paths["own"])
-    return run(on(patcher)), sampled(patcher)
+    return run(loaded(patcher)), sampled(patcher)
 
 
 @pytest.mark.parametrize("form", ["folder", "first", "modern", "kitchen"])
@@ -65,7 +60,7 @@ def test_every_form_draws_the_same_picture(paths, own, form):
     assert (
         type(patcher.model).__name__ == "Flux" and own[0].isfinite().all() and own[0].std() > 1e-3
     )
-    assert torch.equal(run(on(patcher)), own[0])
+    assert torch.equal(run(loaded(patcher)), own[0])
     assert torch.equal(sampled(patcher), own[1])
 
 
@@ -86,7 +81,7 @@ def test_it_is_close_to_its_own_weights_in_16_bit(paths, own, tmp_path):
     patcher = comfy.sd.load_diffusion_model_state_dict(
         {name: tensor.float().contiguous() for name, tensor in state.items()}
     )
-    exact = run(on(patcher))
+    exact = run(loaded(patcher))
     assert 10 * torch.log10(exact.square().mean() / (exact - own[0]).square().mean()) > 12
 
 
@@ -140,17 +135,17 @@ def test_a_stock_lora_changes_the_output_by_just_its_product(paths, name):
         f"{stem}.alpha": torch.tensor(4.0),
     }
     x = torch.rand(3, k, generator=draw)
-    on(patcher)
+    loaded(patcher)
     linear = patcher.model.diffusion_model.get_submodule(name)
     before, codes = linear(x), linear.weight._qdata.clone()
     patched = comfy.sd.load_lora_for_models(patcher, None, lora, 0.8, 0)[0]
-    on(patched)
+    loaded(patched)
     change, expected = linear(x) - before, 0.8 * x @ down.t() @ up.t()
     assert (
         torch.equal(linear.weight._qdata, codes)
         and (change - expected).norm() < 0.02 * expected.norm()
     )
-    on(patcher)
+    loaded(patcher)
     assert torch.equal(linear(x), before)
 
 
@@ -163,7 +158,7 @@ def test_partly_loaded_it_gives_the_same_bits(paths, own):
 
 def test_a_deep_clone_is_loaded_from_the_published_file_again(paths, own):
     clone = load(paths["folder"]).clone(force_deepcopy=True)
-    assert torch.equal(run(on(clone)), own[0])
+    assert torch.equal(run(loaded(clone)), own[0])
 
 
 def test_the_model_s_state_dict_has_the_options_of_its_layers(paths):
@@ -218,13 +213,12 @@ def test_the_list_of_the_load_node_shows_published_files(paths, monkeypatch):
 
 def test_the_demo_model_draws_the_same_in_every_form(tmp_path):
     """Quantized from its 16-bit weights, written for the other programs and read back."""
-    from pathlib import Path
 
     from nibble.quant.interop.convert import convert
     from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
-    source = Path(__file__).parents[2] / "demo" / "weights" / "flux-demo.safetensors"
+    source = ROOT / "demo" / "weights" / "flux-demo.safetensors"
     keep = ("final_layer.*", "guidance_in.*", "vector_in.*")
     quantize_checkpoint(
         source,

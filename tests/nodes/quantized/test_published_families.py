@@ -9,14 +9,12 @@ import comfy.utils
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_bridge_ops import run, sampled
-from test_bridge_published import on
 
+from flux_runs import loaded, run, sampled
 from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.nodes.bridge.quantized.linear import NibbleOperations
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.interop.opening import open_4bit
-
 from published_files import (
     METADATA,
     RandomFlux,
@@ -71,14 +69,14 @@ def lite_paths(tmp_path_factory):
 
 def test_diffusers_dialect_draws_what_our_own_file_draws(lite_paths):
     published, own = map(load, lite_paths)
-    assert torch.equal(run(on(published)), run(on(own))) and torch.equal(
+    assert torch.equal(run(loaded(published)), run(loaded(own))) and torch.equal(
         sampled(published), sampled(own)
     )
 
 
 def test_linears_of_several_smoothings_are_their_pieces_take_loras_and_go_back_to_files(lite_paths):
     patcher, name = load(lite_paths[0]), "single_blocks.0.linear1"
-    linear = on(patcher).model.diffusion_model.get_submodule(name)
+    linear = loaded(patcher).model.diffusion_model.get_submodule(name)
     x, base = torch.randn(2, 5, 128), layouts.unpack(linear.weight, linear.bias)
     assert linear.weight._params.smooth_rows == (128, 128, 128, 512) and torch.equal(
         linear(x), base.forward(x)
@@ -92,7 +90,7 @@ def test_linears_of_several_smoothings_are_their_pieces_take_loras_and_go_back_t
         "lora_unet_" + name.replace(".", "_"),
     )
     before = linear(x)
-    on(
+    loaded(
         comfy.sd.load_lora_for_models(
             patcher, None, {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}, 1.0, 0
         )[0]
@@ -102,7 +100,7 @@ def test_linears_of_several_smoothings_are_their_pieces_take_loras_and_go_back_t
         x @ down.t() @ up.t(),
     )
     assert (change - expected).norm() < 0.02 * expected.norm()
-    on(patcher)
+    loaded(patcher)
     state = patcher.model.diffusion_model.state_dict()
     assert b'"smooth_rows": [128, 128, 128, 512]' in bytes(state[f"{name}.comfy_quant"].tolist())
     assert torch.equal(
@@ -119,7 +117,7 @@ def test_fused_smoothing_draws_the_same_and_a_lora_on_its_layers_fits(tmp_path):
         if part.rpartition(".")[2].startswith("out_proj"):
             flux.parts[part]["weight_smooth_factor"] = s.bfloat16()
     plain = load(saved(flux.nibble(), tmp_path / "own.safetensors", METADATA))
-    assert torch.equal(run(on(fused)), run(on(plain)))
+    assert torch.equal(run(loaded(fused)), run(loaded(plain)))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from compare import assert_same
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.interop import convert as converting
@@ -16,8 +17,6 @@ from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.weights.base import tensor_json
-
-from compare import assert_same
 from published_files import METADATA, awq, random_linear, random_w4a16, svdquant
 
 NUMBERS = (

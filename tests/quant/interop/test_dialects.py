@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compare import assert_same
 from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.interop.names import families
@@ -13,8 +14,6 @@ from nibble.quant.interop.opening import is_4bit, open_4bit
 from nibble.quant.weights.base import tensor_json
 from nibble.quant.weights.fuse import join_rows, split_rows
 from nibble.quant.weights.svdquant_w4a4 import FORMATS
-
-from compare import assert_same
 from published_files import METADATA, RandomFlux, random_linear, svdquant
 from published_others import LITE_CONFIG, LiteFlux, fused_flux, sdxl_modules
 

@@ -4,10 +4,10 @@ refused.
 
 import pytest
 import torch
-from bases import K, N, bases, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intlora_bases import K, N, bases, normal
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora.convert import Change, convert
 from nibble.quant.intlora.merge import merge

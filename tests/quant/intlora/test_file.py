@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import K, N, adapters, bases, factors, paper
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from intlora_bases import K, N, adapters, bases, factors, paper
 from nibble.quant.files.checkpoint import FileRefused, read_header
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter

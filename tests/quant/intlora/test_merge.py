@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import K, N, adapters, bases, factors, normal, paper, svdquant, w4a16
 
+from intlora_bases import K, N, adapters, bases, factors, normal, paper, svdquant, w4a16
 from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.merge import Overflow, branch, change, merge, unmerged
 from nibble.quant.intlora.variants import ShiftAdd

@@ -4,8 +4,8 @@ tensors come back.
 
 import pytest
 import torch
-from bases import K, adapters, normal, svdquant, w4a16
 
+from intlora_bases import K, adapters, normal, svdquant, w4a16
 from nibble.quant.intlora.merge import change
 from nibble.quant.intlora.merged_weight import MergedWeight
 from nibble.quant.intlora.variants import ShiftAdd

@@ -4,9 +4,9 @@ every kind of base.
 
 import pytest
 import torch
-from bases import K, N, bases, factors, normal, svdquant, w4a16
 from torch import nn
 
+from intlora_bases import K, N, bases, factors, normal, svdquant, w4a16
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import train
 from nibble.quant.intlora.linear import IntLoRALinear, rebuilt, rule_for, separated

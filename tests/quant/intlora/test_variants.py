@@ -5,10 +5,10 @@ the bit.
 import numpy as np
 import pytest
 import torch
-from bases import K, N, adapters, bases, factors, normal, paper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intlora_bases import K, N, adapters, bases, factors, normal, paper
 from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.auxiliary import Noise
 from nibble.quant.intlora.factors import Factors, balanced, fake_quantize, quantize

@@ -5,8 +5,8 @@ out of their space.
 import numpy as np
 import pytest
 import torch
-from bases import K, N, bases, normal, svdquant, w4a16
 
+from intlora_bases import K, N, bases, normal, svdquant, w4a16
 from nibble.kernels.reference import hadamard64
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.merge.integer_grid import IntBase, refuse_format, rotate

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import K, N, factors, normal, svdquant, w4a16
 
+from intlora_bases import K, N, factors, normal, svdquant, w4a16
 from nibble.quant.merge.integer_grid import IntBase
 from nibble.quant.merge.refit import EXTRA, fold_into_branch, multiple, refit
 from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight

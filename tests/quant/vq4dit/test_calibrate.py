@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-import toy
 from torch import nn
 
+import toy_dit as toy
 from nibble.quant.vq4dit import calibrate, trajectory
 from nibble.quant.vq4dit.calibrate import Classroom, Lesson, Teacher, block_of, learn
 from nibble.quant.vq4dit.fit import How, fit

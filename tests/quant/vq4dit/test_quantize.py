@@ -9,9 +9,9 @@ import os
 
 import pytest
 import torch
-import toy
 from safetensors.torch import load_file, save_file
 
+import toy_dit as toy
 from nibble.quant.architectures import flux1_shapes, known_shapes
 from nibble.quant.files import writer
 from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header

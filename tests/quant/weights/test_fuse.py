@@ -5,10 +5,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from compare import assert_same
 from nibble.quant.weights.fuse import join_columns, join_rows, split_columns, split_rows
 from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
-
-from compare import assert_same
 from published_files import random_linear
 
 

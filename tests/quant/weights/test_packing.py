@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compare import assert_same
 from nibble.quant.weights.packing import (
     dequantize_groups,
     group_absmax,
@@ -14,8 +15,6 @@ from nibble.quant.weights.packing import (
     unpack_indices,
     unpack_int4,
 )
-
-from compare import assert_same
 
 settings.register_profile("small", max_examples=40, deadline=None)
 settings.load_profile("small")
