@@ -1,29 +1,10 @@
-"""Loads this checkout as the package `nibble`, installed or not, and says which device the tests
-run on.
-"""
+"""Which device the tests run on, and whether with the compiled module."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def _load_checkout() -> None:
-    """Imports the repository's root folder under the name `nibble` (its folder may be called
-    anything).
-    """
-    spec = importlib.util.spec_from_file_location(
-        "nibble", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["nibble"] = package
-    spec.loader.exec_module(package)
-
-
-_load_checkout()
+import checkout  # noqa: F401  (loads this checkout as `nibble`)
 
 
 def pytest_addoption(parser):

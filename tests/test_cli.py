@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
-
 from published_files import RandomFlux
 
 cli = importlib.import_module("nibble.__main__")

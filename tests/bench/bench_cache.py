@@ -15,7 +15,6 @@ a forward is a run through the model's blocks, counted by a hook.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -23,8 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+import comfyui_in_process
+
 STEPS, CALIBRATION_SEED, PROMPT_SEED, SEED = 28, 5000, 7000, 20000
 FLUX = (4.98651651e2, -2.83781631e2, 5.58554382e1, -3.82021401, 2.64230861e-1)
 BUDGETS = (8, 11, 14, 17, 20)
@@ -32,29 +33,12 @@ ERRORS = (0.01, 0.02, 0.03, 0.05, 0.1)  # the presets of plain and of low-bit we
 AT = 14  # forwards at which methods are compared: half
 
 
-def start_comfyui(path: str) -> None:
-    """ComfyUI's library and this checkout, on the CPU."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_launch", HERE.parent / "comfyui" / "launch.py"
-    )
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
-    launch.make_torchvision_importable()
-    sys.path.insert(0, path)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    import comfy.sd  # noqa: F401
-
-    if "nibble" not in sys.modules:
-        import conftest  # noqa: F401  loads the checkout as `nibble`
-
-
 def scenes(seed: int, count: int, taken=()) -> list[str]:
     """`count` different random prompts of the demo's world that are neither among the scored ones
     nor `taken`.
     """
     import numpy as np
+
     from nibble.demo import prompts, world
 
     rng, found = np.random.default_rng(seed), []
@@ -70,6 +54,7 @@ class Bench:
 
     def __init__(self, model, name: str, asked: list[str]):
         import torch
+
         from nibble.demo import pictures, prompts
 
         self.torch, self.model, self.name, self.count = torch, model, name, len(asked)
@@ -165,6 +150,7 @@ class Bench:
 def calibrate(bench: Bench, asked: list[str]):
     """Calibration on other prompts than the measured ones."""
     import comfy.samplers
+
     from nibble.demo import prompts
     from nibble.nodes.bridge.caching import measure as cache_calibration
     from nibble.nodes.bridge.host.progress import Progress
@@ -229,6 +215,7 @@ def fixed_schedules(bench: Bench, calibration, few: slice):
 def adaptive_rules(bench: Bench, calibration, few: slice):
     """The same for what decides while it draws, one prompt at a time."""
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+
     from nibble.accel.caching.teacache import IDENTITY, Polynomial
     from nibble.nodes.bridge.caching.apply import TeaCacheSettings, apply_teacache
 
@@ -295,6 +282,7 @@ def overhead(bench: Bench, side: int) -> dict:
     import statistics
 
     import comfy.samplers
+
     from nibble.accel.caching.teacache import IDENTITY
     from nibble.nodes.bridge.caching.apply import (
         SmoothCacheSettings,
@@ -405,6 +393,7 @@ def load(name: str, folder: Path):
     """The demo model, "16-bit" or "4-bit"; both compute in float32."""
     import comfy.sd
     import torch
+
     from nibble.demo import pictures, run
     from nibble.nodes.bridge.quantized import loading
     from nibble.quant.svdquant.recipe import Recipe
@@ -436,9 +425,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.comfyui:
         sys.exit("Set COMFYUI_PATH to a ComfyUI folder: the bench draws with its samplers.")
-    out = options.out or HERE / "results" / f"cache-{options.model}.json"
+    out = options.out or Path(__file__).resolve().parent / "results" / f"cache-{options.model}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    start_comfyui(options.comfyui)
+    comfyui_in_process.start(options.comfyui)
     import torch
 
     torch.set_num_threads(1)

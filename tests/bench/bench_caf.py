@@ -26,19 +26,15 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import mixture
+from nibble.accel.caf import adams_bashforth, flow, objectives
+from nibble.demo import metrics, pictures, prompts, scorer, world
+from nibble.quant import diffusers as models
+from nibble.quant.training import loop
 
-import mixture  # noqa: E402
-
-from nibble.accel.caf import adams_bashforth, flow, objectives  # noqa: E402
-from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
-from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.training import loop  # noqa: E402
-
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ["mixture", "training-free"]
 CALLS = (2, 3, 5)
 TEACHER_STEPS = 28

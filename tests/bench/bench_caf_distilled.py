@@ -27,19 +27,16 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import numpy as np
 
-import bench_caf  # noqa: E402
-import numpy as np  # noqa: E402
-
-from nibble.accel.caf import adapter as caf_adapter  # noqa: E402
-from nibble.accel.caf import adams_bashforth, flow, heads, objectives  # noqa: E402
-from nibble.demo import metrics, pictures, prompts, scorer, world  # noqa: E402
-from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.training import loop  # noqa: E402
+import checkout  # noqa: F401
+from bench import bench_caf
+from nibble.accel.caf import adams_bashforth, flow, heads, objectives
+from nibble.accel.caf import adapter as caf_adapter
+from nibble.demo import metrics, pictures, prompts, scorer, world
+from nibble.quant import diffusers as models
+from nibble.quant.training import loop
 
 SHIFTS, GUIDANCE, BATCH = (0.0, 1.15, 3.0), 3.5, 32
 AHEADS = (0.0, 0.35, flow.AHEAD)

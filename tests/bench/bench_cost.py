@@ -11,7 +11,6 @@ so the whole is the sum over its layers of the mean time of a layer of that shap
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -21,18 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-def load_checkout() -> None:
-    """This checkout as the package `nibble`, unless it is loaded already."""
-    if "nibble" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "nibble", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
 
 
 def memory(field: str) -> float:
@@ -74,8 +65,8 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
 
     torch.set_num_threads(threads)
     baseline = memory("VmRSS")
-    load_checkout()
-    from nibble.quant.files import source as sources, writer
+    from nibble.quant.files import source as sources
+    from nibble.quant.files import writer
     from nibble.quant.svdquant import quantize as pipeline
     from nibble.quant.svdquant.recipe import Recipe
 
@@ -168,7 +159,6 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure, options.preset, options.rank, options.threads)))
         return
-    load_checkout()
     from nibble.quant.architectures import flux1_shapes
 
     small, large = flux1_shapes(options.double, options.single), flux1_shapes()

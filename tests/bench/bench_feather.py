@@ -17,7 +17,6 @@ cost   Time and memory of a language model of ComfyUI's Qwen2.5-VL class with ra
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import os
 import statistics
@@ -25,8 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+
+RESULTS = Path(__file__).resolve().parent / "results"
 KEEPS = (0.5, 0.3, 0.15, 0.08)
 SIDES = (14, 37, 64)
 SHAPE = dict(
@@ -44,19 +45,9 @@ def start() -> None:
         raise SystemExit(
             "set COMFYUI_PATH to a ComfyUI folder: this bench measures on its encoders"
         )
-    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "nodes")]
-    if "nibble" not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            "nibble",
-            HERE.parents[1] / "__init__.py",
-            submodule_search_locations=[str(HERE.parents[1])],
-        )
-        sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
-    spec = importlib.util.spec_from_file_location(
-        "nodes_conftest", HERE.parent / "nodes" / "conftest.py"
-    )
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    import comfyui_in_process
+
+    comfyui_in_process.start()
 
 
 def find(pictures: int, side: int) -> dict:
@@ -94,7 +85,6 @@ def find(pictures: int, side: int) -> dict:
 def _settings(arm: str, keep: float, counts: list[int] | None, whole: int):
     """FEATHER's own stages, or an arm that keeps as many."""
     from bench import seeker
-
     from nibble.accel.feather import Stage
     from nibble.nodes.bridge.feather.prune import Settings
 
@@ -108,7 +98,6 @@ def _settings(arm: str, keep: float, counts: list[int] | None, whole: int):
 
 def _look(clip, settings, pixels, corner, side: int) -> dict:
     from bench import seeker
-
     from nibble.accel import feather as accel
     from nibble.nodes.bridge.feather import prune as feather
 
@@ -176,6 +165,7 @@ def _language_model():
     import comfy.sd
     import comfy.text_encoders.qwen_vl
     import torch
+
     from bench import seeker
 
     class Tower(torch.nn.Module):

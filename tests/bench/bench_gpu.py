@@ -20,11 +20,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
-
-from bench import machine  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import machine
 from bench.gpu import (
     ceilings,
     correctness,
@@ -34,9 +32,9 @@ from bench.gpu import (
     routes,
     sanitize,
     transformer,
-)  # noqa: E402
-from bench.gpu.report import Report, read, write  # noqa: E402
-from nibble.kernels import native, which  # noqa: E402
+)
+from bench.gpu.report import Report, read, write
+from nibble.kernels import native, which
 
 SECTIONS = {
     "ceilings": 25,

@@ -35,27 +35,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import concept
+from nibble.demo import pictures, prompts, run, scorer
+from nibble.demo.train import PatchEncoder
+from nibble.quant import diffusers as models
+from nibble.quant.calibration import recorder
+from nibble.quant.intlora import file as files
+from nibble.quant.intlora import train
+from nibble.quant.intlora.convert import Change, convert
+from nibble.quant.intlora.merge import branch, merge, unmerged
+from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.merge.refit import fold_into_branch
+from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.weights.modules import as_module
 
-import concept  # noqa: E402
-
-from nibble.demo import pictures, prompts, run, scorer  # noqa: E402
-from nibble.demo.train import PatchEncoder  # noqa: E402
-from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.calibration import recorder  # noqa: E402
-from nibble.quant.intlora import file as files  # noqa: E402
-from nibble.quant.intlora import train  # noqa: E402
-from nibble.quant.merge.integer_grid import IntBase  # noqa: E402
-from nibble.quant.intlora.convert import Change, convert  # noqa: E402
-from nibble.quant.merge.refit import fold_into_branch  # noqa: E402
-from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
-from nibble.quant.weights.modules import as_module  # noqa: E402
-from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ["teach", "svdquant", "convert", "cost"]
 ARMS = {
     "float LoRA": None,

@@ -25,18 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
-    import conftest  # noqa: F401  loads the checkout as `nibble`
-
-from nibble.quant.calibration.recorder import collect, find_linears  # noqa: E402
-from nibble.quant.calibration.statistics import InputStats  # noqa: E402
-from nibble.quant.svdquant.decompose import quantize_linear  # noqa: E402
-from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-from nibble.quant.svdquant.smooth import InputSpace  # noqa: E402
-
-from baselines import BASELINES, svdquant  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+from bench.baselines import BASELINES, svdquant
+from checkout import ROOT
+from nibble.quant.calibration.recorder import collect, find_linears
+from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.svdquant.decompose import quantize_linear
+from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.svdquant.smooth import InputSpace
 
 CAP = 2**31
 HELD_OUT_ROWS = 512

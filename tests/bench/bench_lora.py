@@ -25,10 +25,8 @@ picture   a LoRA trained here on the demo model, in 16 bit, to draw a shape and 
 """
 
 import argparse
-import importlib.util
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -36,16 +34,14 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+import comfyui_in_process
+from bench import machine, timer
+from nibble.kernels import ops, which
+from random_flux import flux_shapes
 
-from bench import machine, timer  # noqa: E402
-
-from nibble.kernels import ops, which  # noqa: E402
-
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PARTS = ["rank", "switch", "picture"]
 SHAPES = {
     "qkv": (9216, 3072),
@@ -154,17 +150,13 @@ def ranks(options) -> dict:
 # ---- ComfyUI in this process
 
 
-def comfy_or_none():
-    """ComfyUI's library, on the CPU; None with the reason printed."""
-    if not os.environ.get("COMFYUI_PATH"):
+def has_comfyui() -> bool:
+    """Starts ComfyUI's library, on the CPU; says aloud where there is none."""
+    if not comfyui_in_process.COMFYUI:
         print("COMFYUI_PATH is not set: the parts that need ComfyUI did NOT run")
-        return None
-    spec = importlib.util.spec_from_file_location(
-        "nodes_conftest", HERE.parent / "nodes" / "conftest.py"
-    )
-    # it starts ComfyUI's library
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+        return False
+    comfyui_in_process.start()
+    return True
 
 
 def seconds(run) -> float:
@@ -173,16 +165,17 @@ def seconds(run) -> float:
     return time.perf_counter() - began
 
 
-def big_model(shapes_of, hidden: int):
+def big_model(hidden: int):
     """One double and one single block of FLUX's shapes with random 4-bit weights, as Load SVDQuant
     Model makes a model.
     """
     import comfy.sd
+
     from nibble.nodes.bridge.quantized import loading
     from nibble.nodes.bridge.quantized.linear import NibbleOperations
 
     generator, state, layers = torch.Generator().manual_seed(0), {}, {}
-    for name, shape in shapes_of(hidden=hidden, double=1, single=1).items():
+    for name, shape in flux_shapes(hidden=hidden, double=1, single=1).items():
         stem = name.removesuffix(".weight")
         if (
             name.endswith(".weight")
@@ -211,16 +204,17 @@ def big_model(shapes_of, hidden: int):
     ), list(layers)
 
 
-def switch(module, options) -> dict:
+def switch(options) -> dict:
     """Seconds of putting on, changing and taking off; with what ComfyUI itself needs to compute the
     patched weights.
     """
     import comfy.lora
     import comfy.model_management
     import comfy.sd
+
     from nibble.nodes.bridge.quantized import layouts, lora
 
-    model, names = big_model(module.flux_shapes, options.hidden)
+    model, names = big_model(options.hidden)
     linears = {name: model.model.diffusion_model.get_submodule(name) for name in names}
     generator, tensors = torch.Generator().manual_seed(1), {}
     for name, linear in linears.items():
@@ -306,7 +300,8 @@ def trained(options) -> tuple[dict[str, torch.Tensor], list]:
     for what it was taught.
     """
     import bench_intlora
-    import concept
+
+    from bench import concept
 
     chosen = argparse.Namespace(rank=8, batch=8, steps=options.steps, lr=2e-3, batches=1, prompts=8)
     bench = bench_intlora.Bench(chosen)
@@ -339,6 +334,7 @@ def drawn(patcher, texts: list[str]) -> torch.Tensor:
     """Latents of one picture a prompt by ComfyUI's sampler, 8 steps."""
     import comfy.sample
     import comfy.samplers
+
     from nibble.demo import prompts
 
     out = []
@@ -416,6 +412,7 @@ def in_the_branch(path: Path, texts: list[str], with_lora) -> tuple:
     """
     import comfy.lora
     import comfy.utils
+
     from nibble.demo import pictures
     from nibble.nodes.bridge.quantized import layouts, loading
     from nibble.quant.svdquant.quantize import quantize_checkpoint
@@ -443,8 +440,9 @@ def in_the_branch(path: Path, texts: list[str], with_lora) -> tuple:
     return latents, without, errors, kept
 
 
-def picture(_module, options) -> dict:
+def picture(options) -> dict:
     import comfy.sd
+
     from nibble.demo import pictures
 
     tensors, texts = trained(options)
@@ -534,12 +532,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     facts = json.loads(options.out.read_text()) if options.out.exists() else {}
-    module = comfy_or_none() if set(options.parts) - {"rank"} else None
+    with_comfyui = bool(set(options.parts) - {"rank"}) and has_comfyui()
     for part in options.parts:
         if part == "rank":
             found = ranks(options)
-        elif module is not None:
-            found = {"switch": switch, "picture": picture}[part](module, options)
+        elif with_comfyui:
+            found = {"switch": switch, "picture": picture}[part](options)
         else:
             continue
         facts[part] = {"environment": machine.describe_cpu()} | found

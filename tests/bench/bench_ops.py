@@ -16,15 +16,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
-
-from bench import machine, peers, timer  # noqa: E402
-from nibble.kernels import ops, reference, which  # noqa: E402
-
-from cases import FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options  # noqa: E402
-from compare import relative_error  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import machine, peers, timer
+from cases import FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options
+from compare import relative_error
+from nibble.kernels import ops, reference, which
 
 SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 """(K, N) of FLUX.1's linears: attention output, q/k/v, the MLP's two layers, a single block's first

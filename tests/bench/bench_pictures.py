@@ -17,24 +17,19 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench.baselines import BASELINES
+from nibble.demo import metrics, pictures, run
+from nibble.kernels import native, which
+from nibble.quant import diffusers as models
+from nibble.quant.architectures import plan, recognise
+from nibble.quant.calibration import recorder
+from nibble.quant.files.source import Source
+from nibble.quant.svdquant.recipe import Recipe
+from plain import plain_torch
 
-from baselines import BASELINES  # noqa: E402
-
-from nibble.demo import metrics, pictures, run  # noqa: E402
-from nibble.kernels import native, which  # noqa: E402
-from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.calibration import recorder  # noqa: E402
-from nibble.quant.architectures import plan, recognise  # noqa: E402
-from nibble.quant.files.source import Source  # noqa: E402
-from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-
-from plain import plain_torch  # noqa: E402
-
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Lambda(torch.nn.Module):

@@ -21,23 +21,20 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from nibble.demo import pictures, run
+from nibble.quant import diffusers as models
+from nibble.quant.architectures import known_shapes
+from nibble.quant.calibration import recorder
+from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.files.source import Source
+from nibble.quant.vq4dit import fit as fitting
+from nibble.quant.vq4dit import quantize as pipeline
+from nibble.quant.vq4dit.recipe import Recipe
+from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
-from nibble.demo import pictures, run  # noqa: E402
-from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.calibration import recorder  # noqa: E402
-from nibble.quant.architectures import known_shapes  # noqa: E402
-from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups  # noqa: E402
-from nibble.quant.files.source import Source  # noqa: E402
-from nibble.quant.calibration.statistics import InputStats  # noqa: E402
-from nibble.quant.vq4dit import fit as fitting  # noqa: E402
-from nibble.quant.vq4dit import quantize as pipeline  # noqa: E402
-from nibble.quant.vq4dit.recipe import Recipe  # noqa: E402
-
-RESULTS = HERE / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 ARMS = [
     "16-bit",
     "best 3",

@@ -22,15 +22,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
-
-from bench import machine, timer  # noqa: E402
-from nibble.kernels import ops, reference_vq, which  # noqa: E402
-
-from cases import VQ_LAYOUTS, Case, make_input, make_vq  # noqa: E402
-from compare import relative_error  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import machine, timer
+from cases import VQ_LAYOUTS, Case, make_input, make_vq
+from compare import relative_error
+from nibble.kernels import ops, reference_vq, which
 
 SHAPES = [(3072, 3072), (3072, 12288), (12288, 3072)]
 """(K, N) of FLUX.1's linears: attention output, the MLP's two layers."""

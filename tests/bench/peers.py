@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nibble.kernels.reference import SHIFT
-
 from cases import Case
+from nibble.kernels.reference import SHIFT
 
 Call = Callable[[], Tensor]
 Peer = Callable[[Case, Tensor, dict[str, Tensor | None]], Call]

@@ -2,14 +2,10 @@
 with the same weights.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import flux  # noqa: E402
+from bench import flux
 
 CONFIG = flux.Config(double=2, single=2, hidden=256, heads=2, channels=16, context=48, vector=24)
 

@@ -1,44 +1,39 @@
-"""A running ComfyUI with the demo model in its folders, one for the whole session, and the graphs
-that the tests send to it.
+"""A running ComfyUI with the demo model in its folders, one for the whole session; the front end in
+a browser; and LoRAs of the demo model.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from server import COMFYUI, ROOT, Server
+import browser
+from comfyui_server import COMFYUI, Server
+from demo_graphs import FLUX, QUANTIZED, WEIGHTS, Graph, furnish
+from demo_loras import lora_file
 
-WEIGHTS = Path(os.environ.get("NIBBLE_DEMO_WEIGHTS", ROOT / "demo" / "weights"))
-FLUX, VAE = "flux-demo.safetensors", "vae-demo.safetensors"
-QUANTIZED = "flux-demo-4bit.safetensors"
+HERE = Path(__file__).parent
+
+
+def _why_no_server() -> str | None:
+    """Why no test here can run."""
+    if not COMFYUI:
+        return "COMFYUI_PATH is not set: the tests against a real ComfyUI server did NOT run"
+    if not (WEIGHTS / FLUX).exists():
+        return f"no demo weights in {WEIGHTS}: the tests against a real ComfyUI server did NOT run"
+    return None
 
 
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    why = (
-        "COMFYUI_PATH is not set: the tests against a real ComfyUI server did NOT run"
-        if not COMFYUI
-        else (
-            None
-            if (WEIGHTS / FLUX).exists()
-            else (
-                f"no demo weights in {WEIGHTS}: the tests against a real ComfyUI server did NOT run"
-            )
-        )
-    )
+    no_server, no_browser = _why_no_server(), browser.missing()
     for item in items:
-        if why and here in Path(item.fspath).parents:
-            item.add_marker(pytest.mark.skip(reason=why))
-
-
-def furnish(server: Server) -> Server:
-    """Puts the demo's files into a server's model folders."""
-    shutil.copy(WEIGHTS / FLUX, server.folder("diffusion_models"))
-    shutil.copy(WEIGHTS / VAE, server.folder("vae"))
-    server.folder("loras")
-    return server
+        if HERE not in item.path.parents:
+            continue
+        if no_server:
+            item.add_marker(pytest.mark.skip(reason=no_server))
+        elif no_browser and "page" in item.fixturenames:
+            item.add_marker(pytest.mark.skip(reason=no_browser))
 
 
 @pytest.fixture(scope="session")
@@ -54,73 +49,50 @@ def quantized(server) -> str:
     return QUANTIZED
 
 
-class Graph:
-    """Builds graphs in API format. Each method adds nodes and remembers what the next one needs."""
-
-    def __init__(self):
-        self.nodes: dict[str, dict] = {}
-
-    def add(self, kind: str, **inputs) -> str:
-        """One node; returns its id."""
-        self.nodes[name := str(len(self.nodes) + 1)] = {"class_type": kind, "inputs": inputs}
-        return name
-
-    def quantize(self, **changes) -> "Graph":
-        """SVDQuant Quantize Checkpoint at its defaults, with changes."""
-        defaults = dict(
-            model_name=FLUX,
-            preset="fast",
-            filename="",
-            overwrite=False,
-            rank=32,
-            solver="svd",
-            rotation="off",
-            gptq="auto",
-            modulation="w4a16",
-            keep_layers="",
-            w4a16_layers="",
-            steps=2,
-            memory_gb=4.0,
-            seed=0,
-        )
-        self.quantizer = self.add("NibbleQuantizeSVDQuant", **(defaults | changes))
-        return self
-
-    def load(self, name: str) -> str:
-        """The MODEL of a quantized or an ordinary file."""
-        if name == FLUX:
-            return self.add("UNETLoader", unet_name=name, weight_dtype="default")
-        return self.add("NibbleLoadSVDQuant", model_name=name, verify=True, compute_dtype="default")
-
-    def prompt(self, text: str = "a red circle top left on black") -> str:
-        return self.add("NibbleDemoPrompt", text=text)
-
-    def latent(self) -> str:
-        return self.add("EmptySD3LatentImage", width=64, height=64, batch_size=1)
-
-    def sample(self, model: str, positive: str, seed: int = 1, steps: int = 8) -> str:
-        """KSampler without CFG; returns the LATENT's node."""
-        return self.add(
-            "KSampler",
-            model=[model, 0],
-            positive=[positive, 0],
-            negative=[positive, 0],
-            latent_image=[self.latent(), 0],
-            seed=seed,
-            steps=steps,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        )
-
-    def save(self, latent: str) -> str:
-        """VAE decode and SaveImage; returns the id whose output has the picture."""
-        vae = self.add("VAELoader", vae_name=VAE)
-        pixels = self.add("VAEDecode", samples=[latent, 0], vae=[vae, 0])
-        return self.add("SaveImage", images=[pixels, 0], filename_prefix="test")
-
-
 @pytest.fixture
 def graph() -> Graph:
     return Graph()
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with browser.opened(server.url) as screen:
+        yield screen
+
+
+@pytest.fixture
+def screen(page, request):
+    """The page in the look that the test asks for (classic-dark by default); errors of ours fail
+    the test that caused them.
+    """
+    page.wear(getattr(request, "param", "classic-dark"))
+    page.problems.clear()
+    yield page
+    assert page.problems == []
+
+
+@pytest.fixture(scope="module")
+def lora_files(server) -> dict[str, str]:
+    """Name → file in models/loras: two LoRAs, one with a scale for each row, one of another
+    family, and one that is not a number.
+    """
+    other = load_file(WEIGHTS / FLUX)["double_blocks.0.img_mlp.0.weight"]
+    stem = "lora_unet_double_blocks_0_img_mlp_0"
+    save_file(
+        {
+            "lora_unet_down_blocks_1_attentions_0_proj_in.lora_up.weight": torch.ones(640, 4),
+            "lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": torch.ones(4, 640),
+        },
+        server.folder("loras") / "sdxl.safetensors",
+    )
+    save_file(
+        {
+            f"{stem}.lora_up.weight": torch.full((other.shape[0], 4), float("nan")),
+            f"{stem}.lora_down.weight": torch.ones(4, other.shape[1]),
+        },
+        server.folder("loras") / "nan.safetensors",
+    )
+    return {
+        name: lora_file(server, name, seed, kind)
+        for name, seed, kind in (("first", 1, "lora"), ("second", 2, "lora"), ("scaled", 3, "dora"))
+    } | {"sdxl": "sdxl.safetensors", "nan": "nan.safetensors"}

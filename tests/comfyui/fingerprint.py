@@ -18,9 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+import comfyui_server
+from comfyui_launch import make_torchvision_importable
+from comfyui_server import ROOT, Server
 
+HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "prompts"
 COMMANDS = [
     "quantize flux-demo.safetensors cli.safetensors --rank 16 --rotation off",
@@ -44,8 +48,6 @@ def furnish(server) -> None:
 
     import torch
     from safetensors.torch import load_file, save_file
-
-    from server import ROOT
 
     weights = ROOT / "demo" / "weights"
     shutil.copy(weights / "flux-demo.safetensors", server.folder("diffusion_models"))
@@ -80,12 +82,11 @@ def digest(path: Path) -> str:
 
 def commands(folder: Path) -> None:
     """Runs COMMANDS in the folder of the models."""
-    import importlib
     import os
 
-    importlib.import_module("launch").make_torchvision_importable()
-    importlib.import_module("conftest")
-    main = importlib.import_module("nibble.__main__").main
+    make_torchvision_importable()
+    from nibble.__main__ import main
+
     os.chdir(folder)
     for command in COMMANDS:
         print(command, flush=True)
@@ -95,10 +96,7 @@ def commands(folder: Path) -> None:
 
 def run(out: Path) -> dict[str, str]:
     """Runs every prompt; returns {"prompt: output" or "file": hash}."""
-    import server as hosts
-    from server import Server
-
-    hosts.RUN_SECONDS = 3600  # a busy machine is no failure
+    comfyui_server.RUN_SECONDS = 3600  # a busy machine is no failure
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:

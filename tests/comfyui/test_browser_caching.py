@@ -3,10 +3,10 @@ renderers, both palettes.
 """
 
 import pytest
-from test_browser import LOOKS, page, screen  # noqa: F401  (fixtures)
-from test_server_caching import CacheGraph, computed
 
-from conftest import FLUX
+from browser import LOOKS
+from caching_graphs import CacheGraph, computed
+from demo_graphs import FLUX
 
 STEPS = 24
 BUILD = """async ([prompt, places]) => {
@@ -38,11 +38,11 @@ def sampled(size: int = 128, **changes) -> tuple[CacheGraph, str]:
 
 
 def run(
-    screen,  # noqa: F811
+    screen,
     graph: CacheGraph,
     node: str,
     done: str = "() => app.lastExecutionError?.exception_message ?? (window.finished && 'done')",
-) -> None:  # noqa: F811
+) -> None:
     """Puts a graph on the canvas, the node of interest in view, and presses Run."""
     screen.page.keyboard.press("Escape")  # the template browser opens late on a slow machine
     others = [name for name in graph.nodes if name != node]
@@ -60,7 +60,7 @@ def run(
 
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
-def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):  # noqa: F811
+def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):
     graph, node = sampled(compare=True)
     half = (
         "() => app.lastExecutionError?.exception_message ?? (window.strips.at(-1)?.[2] > 6 &&"
@@ -99,7 +99,7 @@ def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):  # noq
     assert needed <= seen + 1 and needed > 100
 
 
-def test_the_strip_is_back_after_a_reload(screen):  # noqa: F811
+def test_the_strip_is_back_after_a_reload(screen):
     graph, node = sampled(64)
     run(screen, graph, node)
     lane = screen.page.evaluate(LANE)
@@ -113,7 +113,7 @@ def test_the_strip_is_back_after_a_reload(screen):  # noqa: F811
 
 
 @pytest.mark.parametrize("screen", ["classic-dark", "nodes2-light"], indirect=True)
-def test_apply_and_calibrate_draw_in_their_nodes(screen):  # noqa: F811
+def test_apply_and_calibrate_draw_in_their_nodes(screen):
     graph = CacheGraph()
     model = graph.load(FLUX)
     calibration = graph.calibrate(model, filename="browser", steps=12)
@@ -134,7 +134,7 @@ def test_apply_and_calibrate_draw_in_their_nodes(screen):  # noqa: F811
     screen.picture(f"smoothcache-{screen.look}")
 
 
-def test_cells_and_line_lie_where_their_numbers_say(screen):  # noqa: F811
+def test_cells_and_line_lie_where_their_numbers_say(screen):
     """Two steps, the second with half a threshold's change on a plot that goes up to 1.3
     thresholds.
     """
@@ -153,7 +153,7 @@ def test_cells_and_line_lie_where_their_numbers_say(screen):  # noqa: F811
     )
 
 
-def test_a_long_strip_and_hostile_names_are_drawn(screen):  # noqa: F811
+def test_a_long_strip_and_hostile_names_are_drawn(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const cells = Array.from({ length: 1000 }, (_, step) => ({ step, sigma: 1, computed: step % 3 === 0, why: "new thing", change: step % 7 ? 0.1 : null }));

@@ -1,9 +1,7 @@
 """The curve of a training with two phases, drawn in a real browser."""
 
-from test_browser import page, screen  # noqa: F401  (fixtures)
 
-
-def test_a_second_phase_is_marked_and_has_a_line_of_its_own(screen):  # noqa: F811
+def test_a_second_phase_is_marked_and_has_a_line_of_its_own(screen):
     """Ten steps of the first phase and five of the second, of twenty in all: the mark is at half of
     the width, and no line crosses it.
     """

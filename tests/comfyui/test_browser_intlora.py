@@ -6,10 +6,10 @@ import json
 
 import pytest
 from safetensors.torch import save_file
-from test_browser import LOOKS, fetch, page, screen  # noqa: F401  (page and screen: fixtures)
-from test_server_intlora import STYLE, style
 
-from server import ROOT
+from browser import LOOKS, fetch
+from comfyui_server import ROOT
+from demo_loras import STYLE, style
 
 NODES = ("NibbleConvertIntLoRA", "NibbleApplyIntLoRA", "NibbleMergeIntLoRA")
 GRAPH = """([model, lora]) => {
@@ -26,7 +26,7 @@ GRAPH = """([model, lora]) => {
 
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
-def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, request):  # noqa: F811
+def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, request):
     save_file(style(5), server.folder("loras") / STYLE)
     screen.page.evaluate(GRAPH, [quantized, STYLE])
     screen.page.evaluate("() => app.queuePrompt(0, 1)")
@@ -44,7 +44,7 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
     assert all("Kept of the LoRA" in text and "Layers" in text for _, _, text in drawn[1:])
 
 
-def test_the_chart_holds_hundreds_of_layers_and_hostile_names(screen):  # noqa: F811
+def test_the_chart_holds_hundreds_of_layers_and_hostile_names(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const row = (i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`, action: i % 9 ? "w4a4" : "keep", kept: i % 3 / 2, nearest: null,

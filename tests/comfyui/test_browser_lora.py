@@ -2,12 +2,8 @@
 
 import pytest
 
-pytest.importorskip(
-    "playwright.sync_api", reason="playwright is not installed: the browser tests did NOT run"
-)
-
-from test_browser import LOOKS, page, screen  # noqa: E402, F401  (page and screen are fixtures)
-from test_server_lora import LAYERS, files  # noqa: E402, F401
+from browser import LOOKS
+from demo_loras import LAYERS
 
 MAKE = """([model, loras]) => {
   app.graph.clear();
@@ -27,10 +23,10 @@ TEXT = (
 
 
 @pytest.mark.parametrize("screen", LOOKS, indirect=True)
-def test_the_report_is_drawn(screen, quantized, files):  # noqa: F811
-    # as pressing R: the page may be older than the files
+def test_the_report_is_drawn(screen, quantized, lora_files):
+    # as pressing R: the page may be older than the lora_files
     screen.page.evaluate("() => app.refreshComboInNodes()")
-    screen.page.evaluate(MAKE, [quantized, [files["first"], files["scaled"]]])
+    screen.page.evaluate(MAKE, [quantized, [lora_files["first"], lora_files["scaled"]]])
     screen.page.wait_for_function(
         f"() => ({TEXT})().includes('LoRAs on this model')", timeout=120_000
     )

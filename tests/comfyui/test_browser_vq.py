@@ -7,10 +7,8 @@ import urllib.request
 
 import pytest
 
-from server import ROOT
-
-browser = pytest.importorskip("test_browser", reason="the browser tests did NOT run")
-page, screen = browser.page, browser.screen
+from comfyui_server import ROOT
+from demo_graphs import FLUX
 
 NODES = ("NibbleQuantizeVQ", "NibbleLoadVQ", "NibbleInspectVQ")
 MAKE_GRAPH = """(source) => {
@@ -28,7 +26,7 @@ DRAWN = """() => app.lastExecutionError?.exception_message ?? (document.querySel
 
 @pytest.mark.parametrize("screen", ["classic-dark", "nodes2-light"], indirect=True)
 def test_charts_of_codewords_are_drawn_in_the_nodes(screen):
-    screen.page.evaluate(MAKE_GRAPH, browser.FLUX)
+    screen.page.evaluate(MAKE_GRAPH, FLUX)
     assert screen.page.wait_for_function(DRAWN, timeout=240_000).json_value() == "drawn"
     screen.page.wait_for_timeout(500)
     screen.page.get_by_text("Least used codebooks").click()

@@ -10,15 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import FLUX, VAE, WEIGHTS, Graph, furnish
-from server import Refused, Server
+from comfyui_server import Refused, Server
+from demo_graphs import FLUX, VAE, WEIGHTS, Graph, furnish, psnr
 
 # dB, of a 64 x 64 picture in 8 steps: data-free, without rotation and with one fit of the branch
 PSNR_FLOOR = 24.0
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a - b) ** 2) + 1e-12))
 
 
 def picture(server, name: str, lora: str | None = None, **how) -> np.ndarray:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from comfyui_server import Refused
+from demo_graphs import FLUX, WEIGHTS, Graph
 from nibble.accel.caf.adapter import Adapter, Head, save_file
-
-from conftest import FLUX, WEIGHTS, Graph
-from server import Refused
 
 
 def drawn(

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from conftest import FLUX, Graph
-from server import Refused
+from comfyui_server import Refused
+from demo_graphs import FLUX, Graph
 
 PROMPTS = ("a red circle top left on black", "an orange square left on navy")
 STEPS = 4

@@ -8,42 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_server import psnr
 
-from conftest import FLUX, WEIGHTS, Graph
-from server import Refused
-
-STYLE, OTHER, SEED = "intlora-style.safetensors", "intlora-other.safetensors", 1
-
-
-def style(seed: int, size: float = 4.0, rank: int = 8) -> dict[str, torch.Tensor]:
-    """A LoRA on attention, feed-forward and modulation, with kohya's and with diffusers' names (a
-    part of a fused layer).
-    """
-    draw, weights, tensors = torch.Generator().manual_seed(seed), load_file(WEIGHTS / FLUX), {}
-
-    def pair(n, k):
-        return (
-            torch.randn(n, rank, generator=draw) * size / rank**0.5,
-            torch.randn(rank, k, generator=draw) / k**0.5,
-        )
-
-    for layer in (
-        "double_blocks.0.img_attn.qkv",
-        "double_blocks.0.img_mlp.0",
-        "double_blocks.1.img_mlp.2",
-        "double_blocks.0.img_mod.lin",
-    ):
-        up, down = pair(*weights[f"{layer}.weight"].shape)
-        name = f"lora_unet_{layer.replace('.', '_')}"
-        tensors |= {
-            f"{name}.lora_up.weight": up * (0.1 if "mod" in layer else 1.0),
-            f"{name}.lora_down.weight": down,
-        }
-    hidden = weights["img_in.weight"].shape[0]
-    up, down = pair(hidden, hidden)
-    name = "transformer.single_transformer_blocks.1.attn.to_v"
-    return tensors | {f"{name}.lora_B.weight": up, f"{name}.lora_A.weight": down}
+from comfyui_server import Refused
+from demo_graphs import FLUX, WEIGHTS, Graph, psnr
+from demo_loras import OTHER, SEED, STYLE, style
 
 
 @pytest.fixture(scope="module")

@@ -4,64 +4,12 @@ schedule, taken off; and nothing left behind.
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from conftest import FLUX, WEIGHTS, Graph
-from server import Refused
+from comfyui_server import Refused
+from demo_graphs import FLUX, Graph, psnr
+from demo_loras import LAYERS
 
-LAYERS = tuple(
-    f"double_blocks.{i}.{layer}"
-    for i in range(2)
-    for layer in ("img_attn.qkv", "txt_attn.qkv", "img_mlp.0", "img_mlp.2")
-) + tuple(f"single_blocks.{i}.{layer}" for i in range(4) for layer in ("linear1", "linear2"))
-SIZE = 4.0  # of what a LoRA adds, beside the weight's own norm: enough for another picture
 WARM_UP, SWITCHES, GROWTH = 15, 50, 48 << 20
-
-
-def make(server, name: str, seed: int, kind: str = "lora", size: float = SIZE) -> str:
-    """A file in models/loras that changes the picture visibly."""
-    draw, weights, tensors = torch.Generator().manual_seed(seed), load_file(WEIGHTS / FLUX), {}
-    for layer in LAYERS:
-        n, k = weights[f"{layer}.weight"].shape
-        stem = f"lora_unet_{layer.replace('.', '_')}"
-        scale = size * weights[f"{layer}.weight"].float().norm() / (n * k * 8) ** 0.5
-        up, down = torch.randn(n, 8, generator=draw) * scale, torch.randn(8, k, generator=draw)
-        tensors |= {
-            f"{stem}.lora_up.weight": up,
-            f"{stem}.lora_down.weight": down,
-            f"{stem}.alpha": torch.tensor(8.0),
-        }
-        if kind == "dora":
-            tensors[f"{stem}.dora_scale"] = (
-                weights[f"{layer}.weight"].float().norm(dim=1, keepdim=True) * 1.1
-            )
-    save_file(tensors, server.folder("loras") / f"{name}.safetensors")
-    return f"{name}.safetensors"
-
-
-@pytest.fixture(scope="module")
-def files(server) -> dict[str, str]:
-    other = load_file(WEIGHTS / FLUX)["double_blocks.0.img_mlp.0.weight"]
-    stem = "lora_unet_double_blocks_0_img_mlp_0"
-    save_file(
-        {
-            "lora_unet_down_blocks_1_attentions_0_proj_in.lora_up.weight": torch.ones(640, 4),
-            "lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": torch.ones(4, 640),
-        },
-        server.folder("loras") / "sdxl.safetensors",
-    )
-    save_file(
-        {
-            f"{stem}.lora_up.weight": torch.full((other.shape[0], 4), float("nan")),
-            f"{stem}.lora_down.weight": torch.ones(4, other.shape[1]),
-        },
-        server.folder("loras") / "nan.safetensors",
-    )
-    return {
-        name: make(server, name, seed, kind)
-        for name, seed, kind in (("first", 1, "lora"), ("second", 2, "lora"), ("scaled", 3, "dora"))
-    } | {"sdxl": "sdxl.safetensors", "nan": "nan.safetensors"}
 
 
 def graph_of(
@@ -84,12 +32,8 @@ def picture(server, model_name: str, *loras: tuple[str, float], **how) -> np.nda
     return server.picture(server.run(graph.nodes)[saved])
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a - b) ** 2) + 1e-12))
-
-
-def test_one_two_another_strength_and_back_to_the_base_bit_for_bit(server, quantized, files):
-    first, second = files["first"], files["second"]
+def test_one_two_another_strength_and_back_to_the_base_bit_for_bit(server, quantized, lora_files):
+    first, second = lora_files["first"], lora_files["second"]
     base = picture(server, quantized)
     one, two = (
         picture(server, quantized, (first, 1.0)),
@@ -113,19 +57,19 @@ def test_one_two_another_strength_and_back_to_the_base_bit_for_bit(server, quant
     assert np.array_equal(picture(server, quantized), base)
 
 
-def test_the_loader_with_clip_and_a_dora(server, quantized, files):
-    dense = picture(server, FLUX, (files["scaled"], 0.8))
+def test_the_loader_with_clip_and_a_dora(server, quantized, lora_files):
+    dense = picture(server, FLUX, (lora_files["scaled"], 0.8))
     assert (
-        psnr(picture(server, quantized, (files["scaled"], 0.8)), dense)
+        psnr(picture(server, quantized, (lora_files["scaled"], 0.8)), dense)
         > psnr(picture(server, quantized), dense) + 3
     )
 
 
-def test_a_hook_with_keyframes(server, quantized, files):
+def test_a_hook_with_keyframes(server, quantized, lora_files):
     """Create Hook LoRA, scheduled: off in the first half of the steps."""
     graph = Graph()
     model, positive = graph.load(quantized), graph.prompt()
-    hook = graph.add("CreateHookLoraModelOnly", lora_name=files["first"], strength_model=1.0)
+    hook = graph.add("CreateHookLoraModelOnly", lora_name=lora_files["first"], strength_model=1.0)
     frame = graph.add("CreateHookKeyframe", strength_mult=0.0, start_percent=0.0)
     frame = graph.add(
         "CreateHookKeyframe", strength_mult=1.0, start_percent=0.5, prev_hook_kf=[frame, 0]
@@ -140,13 +84,15 @@ def test_a_hook_with_keyframes(server, quantized, files):
     )
     saved = graph.save(graph.sample(model, hooked, steps=6))
     scheduled = server.picture(server.run(graph.nodes)[saved])
-    base, full = picture(server, quantized), picture(server, quantized, (files["first"], 1.0))
+    base, full = picture(server, quantized), picture(server, quantized, (lora_files["first"], 1.0))
     assert not np.array_equal(scheduled, base) and psnr(scheduled, base) > psnr(full, base)
     assert np.array_equal(picture(server, quantized), base)
 
 
-def test_the_report_names_what_each_layer_does_and_changes_no_bit(server, quantized, files):
-    graph, saved = graph_of(quantized, (files["first"], 1.0), (files["scaled"], 0.5), report=True)
+def test_the_report_names_what_each_layer_does_and_changes_no_bit(server, quantized, lora_files):
+    graph, saved = graph_of(
+        quantized, (lora_files["first"], 1.0), (lora_files["scaled"], 0.5), report=True
+    )
     outputs = server.run(graph.nodes)
     chart = outputs[graph.report]["nibble_chart"][0]
     assert {row["name"] for row in chart["rows"]} == set(LAYERS) and {
@@ -155,13 +101,13 @@ def test_the_report_names_what_each_layer_does_and_changes_no_bit(server, quanti
     assert all(row["rank"] == 16 and row["bytes"] for row in chart["rows"])
     assert np.array_equal(
         server.picture(outputs[saved]),
-        picture(server, quantized, (files["first"], 1.0), (files["scaled"], 0.5)),
+        picture(server, quantized, (lora_files["first"], 1.0), (lora_files["scaled"], 0.5)),
     )
 
 
-def test_wrong_files_are_named_and_the_model_stays_as_it_was(server, quantized, files):
+def test_wrong_files_are_named_and_the_model_stays_as_it_was(server, quantized, lora_files):
     base = picture(server, quantized)
-    graph, saved = graph_of(quantized, (files["sdxl"], 1.0), report=True)
+    graph, saved = graph_of(quantized, (lora_files["sdxl"], 1.0), report=True)
     outputs = server.run(graph.nodes)
     assert (
         "none of its keys fit"
@@ -171,21 +117,21 @@ def test_wrong_files_are_named_and_the_model_stays_as_it_was(server, quantized, 
     with pytest.raises(
         Refused, match="double_blocks.0.img_mlp.0 holds numbers that are not finite"
     ):
-        picture(server, quantized, (files["nan"], 1.0))
+        picture(server, quantized, (lora_files["nan"], 1.0))
     assert np.array_equal(picture(server, quantized), base)
 
 
-def test_fifty_switches_of_lora_and_model_leave_nothing_behind(server, quantized, files):
+def test_fifty_switches_of_lora_and_model_leave_nothing_behind(server, quantized, lora_files):
     """Memory of the server's process: after a warm-up it does not grow with what was switched."""
     psutil = pytest.importorskip(
         "psutil", reason="psutil is not installed: the leak test did NOT run"
     )
     process, sizes = psutil.Process(server.process.pid), []
     choices = [
-        ((files["first"], 1.0),),
+        ((lora_files["first"], 1.0),),
         (),
-        ((files["second"], 0.5), (files["first"], 0.2)),
-        ((files["scaled"], 1.0),),
+        ((lora_files["second"], 0.5), (lora_files["first"], 0.2)),
+        ((lora_files["scaled"], 1.0),),
     ]
     for turn in range(WARM_UP + SWITCHES):
         model_name = FLUX if turn % 10 == 9 else quantized

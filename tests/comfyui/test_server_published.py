@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from comfyui_server import Refused
+from demo_graphs import FLUX, WEIGHTS, Graph
 from nibble import __main__ as cli
-
-from conftest import FLUX, WEIGHTS, Graph
-from server import Refused
 
 KEPT = "final_layer.*\nguidance_in.*\nvector_in.*"  # as Nunchaku keeps them
 

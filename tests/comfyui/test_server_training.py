@@ -5,8 +5,8 @@ stopped, it goes on.
 import numpy as np
 import pytest
 
-from conftest import FLUX, VAE, Graph
-from server import Refused
+from comfyui_server import Refused
+from demo_graphs import FLUX, VAE, Graph
 
 STEPS = 6
 PLACES = {"left": 8, "right": 40}

@@ -7,16 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import FLUX, WEIGHTS, Graph
-from server import Refused
+from comfyui_server import Refused
+from demo_graphs import FLUX, WEIGHTS, Graph, psnr
 
 NODES = ("NibbleQuantizeVQ", "NibbleLoadVQ", "NibbleInspectVQ")
 FILE = "flux-demo-3bit.safetensors"
 PSNR_FLOOR = 18.0  # dB, of a 64 x 64 picture in 8 steps: 3 bits in closed form
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(-10 * np.log10(np.mean((a - b) ** 2) + 1e-12))
 
 
 def quantizer(graph: Graph, **changes) -> str:

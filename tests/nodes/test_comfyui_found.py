@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).parent
+
 
 def test_comfyui_was_found():
     if not os.environ.get("COMFYUI_PATH"):
-        files = sorted(path.name for path in Path(__file__).parent.glob("test_bridge*.py"))
+        files = sorted(str(path.relative_to(HERE)) for path in HERE.glob("*/test_*.py"))
         pytest.skip(
             f"COMFYUI_PATH is not set: the tests inside ComfyUI did NOT run ({', '.join(files)})"
         )

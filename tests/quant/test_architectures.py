@@ -6,12 +6,11 @@ meta device).
 """
 
 import math
-import os
-import sys
 
 import pytest
 import torch
 
+import comfyui_in_process
 from nibble.quant.architectures import (
     GROUP,
     families,
@@ -214,30 +213,16 @@ def test_the_size_of_flux1_dev_is_predicted_to_the_byte_from_shapes():
 
 # ---- against ComfyUI ----
 
-COMFYUI = os.environ.get("COMFYUI_PATH")
-
 
 @pytest.fixture(scope="module")
 def comfy():
     """ComfyUI's modules, on the CPU."""
-    if not COMFYUI:
+    if not comfyui_in_process.COMFYUI:
         pytest.skip("COMFYUI_PATH is not set: ComfyUI's model detection is not at hand")
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths, arguments = [COMFYUI, os.path.join(tests, "comfyui")], sys.argv
-    sys.path[:0], sys.argv = paths, sys.argv[:1]
-    try:
-        import launch
+    comfyui_in_process.start()
+    import comfy.model_detection
+    import comfy.ops
 
-        launch.make_torchvision_importable()
-        import comfy.cli_args
-
-        comfy.cli_args.args.cpu = True
-        import comfy.model_detection
-        import comfy.ops
-    finally:
-        sys.argv = arguments
-        for path in paths:
-            sys.path.remove(path)
     return comfy
 
 

@@ -10,7 +10,6 @@ from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.weights.svdquant_w4a4 import FORMATS
-
 from published_files import METADATA, RandomFlux
 from published_others import LiteFlux
 

@@ -22,9 +22,6 @@ from torch import Tensor
 
 from bench.gpu.layer import Layer, Steps, compiled_for, in_order
 from bench.gpu.report import Report
-from nibble.kernels import ops, reference, reference_vq
-from nibble.quant.weights.packing import unpack_int4
-
 from cases import (
     FLUX,
     FLUX_MODULATION,
@@ -39,6 +36,8 @@ from cases import (
     plain_w4a4,
 )
 from compare import relative_error, sqnr_db
+from nibble.kernels import ops, reference, reference_vq
+from nibble.quant.weights.packing import unpack_int4
 
 SMALL_SQNR, LARGE_SQNR, W4A16_SQNR = 35.0, 35.0, 45.0
 PRODUCT = ("weight", "weight_scale", "proj_up", "bias")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cases import Case, options
 from nibble.kernels import launch, native, ops
 from nibble.kernels.launch import DTYPES
-
-from cases import Case, options
 
 PARAMETERS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 

@@ -10,9 +10,8 @@ import torch
 
 from bench.gpu.layer import Layer
 from bench.gpu.report import Report
-from nibble.kernels import ops
-
 from cases import Case, make_w4a16, options
+from nibble.kernels import ops
 
 SHAPES = [
     Case("one_token", 1, 3072, 3072, R=32),

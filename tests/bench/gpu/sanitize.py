@@ -21,9 +21,8 @@ def exercise(device: str) -> None:
     import torch
 
     from bench.gpu.layer import Layer, Steps, compiled_for, in_order
-    from nibble.kernels import ops
-
     from cases import SMALL, Case, make_w4a16, options
+    from nibble.kernels import ops
 
     extra = [
         Case("tile", 129, 256, 136, R=32),
@@ -118,7 +117,7 @@ def run(report, device: str, dry: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import conftest  # noqa: F401  loads the checkout as `nibble`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
+    import checkout  # noqa: F401
 
     exercise(sys.argv[1] if len(sys.argv) > 1 else "cuda")

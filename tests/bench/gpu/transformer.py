@@ -13,9 +13,8 @@ from bench import flux, peers
 from bench.gpu.layer import PARAMETERS, random_parameters
 from bench.gpu.report import Report
 from bench.gpu.timing import Timed
-from nibble.kernels import ops
-
 from cases import Case
+from nibble.kernels import ops
 
 # for a dry run
 SMALL = flux.Config(double=1, single=1, hidden=128, heads=1, channels=16, context=32, vector=16)

@@ -5,9 +5,9 @@ pictures.
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # behind ComfyUI's own modules
 
-from bench import seeker  # noqa: E402
+from bench import seeker
 
 SIDE = 27  # patches
 

@@ -1,0 +1,548 @@
+"""Make CAF Couplings inside ComfyUI: pairs in the model's own units, the same in any batch and
+after any stop; what it refuses, in words.
+"""
+
+import dataclasses
+
+import comfy.latent_formats
+import comfy.model_sampling
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+
+import tiny_models
+from nibble.accel.caf import couplings
+from nibble.nodes import caf_training as nodes
+from nibble.nodes.bridge.caf import couplings as caf_couplings
+from nibble.nodes.bridge.caf.couplings import Job
+from nibble.quant.files.checkpoint import FileRefused
+
+SIGMAS = torch.tensor([1.0, 0.7, 0.3, 0.0])
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    """ComfyUI's output folder, empty."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path / "output" / "caf_couplings"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_models.build("flux")
+
+
+def prompts(*seeds: int, name: str = "flux") -> list:
+    return [entry for seed in seeds for entry in tiny_models.prompt(name, seed)]
+
+
+def euler(**options):
+    return comfy.samplers.ksampler("euler", options)
+
+
+def job(model, **changes) -> Job:
+    defaults = {
+        "positive": [prompts(2, 3)],
+        "latents": [{"samples": torch.zeros(1, 16, 4, 4)}],
+        "sampler": euler(),
+        "sigmas": SIGMAS,
+        "count": 5,
+        "seed": 7,
+        "filename": "mine",
+    }
+    return Job(model, **defaults | changes)
+
+
+def made(model, **changes) -> couplings.Couplings:
+    return caf_couplings.run(job(model, **changes))[0]
+
+
+def everything(found) -> list:
+    return [
+        (noise.tolist(), data.tolist(), caption)
+        for noise, data, caption in map(found.pair, range(len(found)))
+    ]
+
+
+def calls_of(model, monkeypatch) -> list[int]:
+    """Batch sizes of the calls of the diffusion model, as they come."""
+    calls, plain = [], model.model.diffusion_model.forward
+    monkeypatch.setattr(
+        model.model.diffusion_model,
+        "forward",
+        lambda x, *args, **options: (calls.append(len(x)), plain(x, *args, **options))[1],
+    )
+    return calls
+
+
+class Stop(Exception):
+    """Stands for ComfyUI's interrupt."""
+
+
+# ---- what it makes
+
+
+def test_a_pair_is_euler_by_hand_in_the_models_own_units(model):
+    """x -= step * velocity of the network, without ComfyUI's samplers; and that is what ComfyUI's
+    own result is, brought into those units.
+    """
+    found = made(model, positive=[prompts(2)], count=2)
+    noise, data, caption = found.pair(1)
+    assert (
+        torch.equal(noise, torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(8)))
+        and caption == 0
+    )
+    tokens, extras = prompts(2)[0]
+    x = noise
+    for sigma, after in zip(SIGMAS, SIGMAS[1:], strict=False):
+        x = x + (after - sigma) * model.model.diffusion_model(
+            x, sigma.reshape(1), tokens, extras["pooled_output"], torch.tensor([3.5])
+        )
+    torch.testing.assert_close(data, x, rtol=1e-4, atol=1e-4)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompts(2), prompts(2))
+    latent = guider.sample(
+        noise, torch.zeros_like(noise), euler(), SIGMAS, disable_pbar=True, seed=1
+    )
+    torch.testing.assert_close(data, model.model.process_latent_in(latent), rtol=1e-5, atol=1e-5)
+    assert (latent - data).abs().max() > 0.05, "the VAE's units are others"
+
+
+def test_prompts_take_turns_and_those_of_one_go_together(model, monkeypatch):
+    one_by_one = made(model, filename="single")
+    assert [one_by_one.pair(i)[2] for i in range(5)] == [0, 1, 0, 1, 0] and len(
+        one_by_one.captions
+    ) == 2
+    calls = calls_of(model, monkeypatch)
+    together = made(model, batch=2)
+    assert calls == [2] * 6 + [1] * 3, "pairs 0 and 2, 1 and 3, 4; three steps each"
+    for i in range(5):
+        (noise, data, caption), (other_noise, other_data, other_caption) = (
+            one_by_one.pair(i),
+            together.pair(i),
+        )
+        assert torch.equal(noise, other_noise) and caption == other_caption
+        torch.testing.assert_close(data, other_data, rtol=1e-4, atol=1e-4)
+    assert (
+        one_by_one.pair(0)[1] - made(model, positive=[prompts(3, 2)], filename="other").pair(0)[1]
+    ).abs().max() > 1e-3, "the prompt matters"
+
+
+def test_prompts_come_back_as_comfyui_s_conditioning(model):
+    found = made(model, count=1)
+    for (tokens, extras), (wanted, more) in zip(found.captions, prompts(2, 3), strict=True):
+        assert (
+            torch.equal(tokens, wanted)
+            and torch.equal(extras["pooled_output"], more["pooled_output"])
+            and extras.keys() == more.keys()
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_stopped_anywhere_it_goes_on_and_ends_as_if_it_had_not_been(model, monkeypatch, batch):
+    whole = made(model, filename="whole", batch=batch)
+    plain, steps = caf_couplings.Progress.__call__, 0
+
+    def report(self, done, total, name=""):
+        nonlocal steps
+        steps += 1
+        if steps % 4 == 0:  # in the middle of a batch of three steps, and now and then at its end
+            raise Stop
+        plain(self, done, total, name)
+
+    kept, stops = [], 0
+    with monkeypatch.context() as patch:
+        patch.setattr(caf_couplings.Progress, "__call__", report)
+        while True:
+            try:
+                found = made(model, batch=batch)
+                break
+            except Stop:
+                stops += 1
+                kept.append(len(list((caf_couplings.folder_of("mine")).glob("pairs-*"))))
+    assert stops >= 2 and kept == sorted(kept) and kept[0] == 1
+    assert found.digest() == whole.digest() and everything(found) == everything(whole)
+
+
+def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
+    first = everything(made(model, count=2))
+    calls = calls_of(model, monkeypatch)
+    again, chart = caf_couplings.run(job(model, count=2))
+    assert (
+        not calls
+        and everything(again) == first
+        and ["time a pair", "made already, with the same inputs"] in chart["summary"]
+    )
+    more = made(model, count=4)
+    assert calls == [1] * 6 and everything(more)[:2] == first and len(more) == 4
+    few = made(model, count=1)
+    assert len(calls) == 6 and everything(few) == first[:1] and few.digest() != more.digest()
+    assert len(couplings.read(more.folder)) == 4
+
+
+def test_cfg_puts_the_guidance_into_the_picture(model):
+    plain, guided = (
+        made(model, filename="plain", count=1),
+        made(model, count=1, cfg=3.0, negative=[prompts(5)]),
+    )
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(prompts(2), prompts(5))
+    guider.set_cfg(3.0)
+    latent = guider.sample(
+        plain.pair(0)[0], torch.zeros(1, 16, 4, 4), euler(), SIGMAS, disable_pbar=True, seed=1
+    )
+    torch.testing.assert_close(
+        guided.pair(0)[1], model.model.process_latent_in(latent), rtol=1e-4, atol=1e-4
+    )
+    assert (guided.pair(0)[1] - plain.pair(0)[1]).abs().max() > 1e-3
+    for changes, said in (
+        ({"negative": [prompts(6)], "cfg": 3.0}, "negative prompt is"),
+        ({"cfg": 1.0, "negative": None}, "cfg is 3.0, and 1.0 is asked for"),
+    ):
+        with pytest.raises(FileRefused, match=f"^mine holds couplings of another run: its {said}"):
+            made(model, count=1, **changes)
+
+
+def patched(model, strength: float, seed: int = 0):
+    own, key = model.clone(), "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    shape = own.model.state_dict()[key].shape
+    own.add_patches(
+        {key: ("diff", (torch.randn(shape, generator=torch.Generator().manual_seed(seed)),))},
+        strength,
+    )
+    return own
+
+
+def test_loras_are_in_the_pictures_and_in_the_identity(model):
+    plain, taught = made(model, filename="plain", count=1), made(patched(model, 0.3), count=1)
+    assert (plain.pair(0)[1] - taught.pair(0)[1]).abs().max() > 1e-3
+    assert taught.digest() == made(patched(model, 0.3), count=1).digest(), (
+        "the same LoRA loaded again"
+    )
+    for other in (model, patched(model, 0.2), patched(model, 0.3, seed=1)):
+        with pytest.raises(FileRefused, match="its LoRAs is"):
+            made(other, count=1)
+    with pytest.raises(FileRefused, match="its weights is"):
+        made(patched(tiny_models.build("flux", seed=1), 0.3), count=1)
+    assert made(model, count=1, overwrite=True).digest() == plain.digest()
+
+
+@pytest.mark.parametrize(
+    "name", ["flux2", "chroma", "sd3", "wan 2.1", "lumina 2", "qwen-image", "ltxv", "z-image pixel"]
+)
+def test_models_of_every_kind_make_couplings(name):
+    own, shape = tiny_models.build(name), tiny_models.FAMILIES[name].latent
+    found = made(
+        own,
+        positive=[prompts(2, name=name)],
+        latents=[{"samples": torch.zeros(3, *shape)}],
+        count=1,
+    )
+    noise, data, _ = found.pair(0)
+    assert found.shape == shape and data.isfinite().all() and (data - noise).abs().mean() > 1e-3
+
+
+def test_a_4_bit_model_is_a_teacher_too(quantized_file):
+    from nibble.nodes.bridge.quantized import loading
+
+    entry = [torch.randn(1, 5, 64), {"pooled_output": torch.randn(1, 64), "guidance": 3.5}]
+    found = made(loading.load(quantized_file), positive=[[entry]], count=1)
+    assert (
+        found.pair(0)[1].isfinite().all()
+        and found.digest()
+        == made(loading.load(quantized_file), positive=[[entry]], count=1).digest()
+    )
+
+
+def test_an_empty_latent_of_another_model_is_brought_into_shape():
+    """As samplers do: four channels become sixteen, and a model of videos gets a picture of one
+    frame.
+    """
+    own = tiny_models.build("wan 2.1")
+    assert made(
+        own,
+        positive=[prompts(2, name="wan 2.1")],
+        latents=[{"samples": torch.zeros(1, 4, 4, 4)}],
+        count=1,
+    ).shape == (16, 1, 4, 4)
+
+
+def test_the_scale_of_the_noise_is_in_the_pair(model, monkeypatch):
+    """Some models begin at noise of another size; what they begin with is what is stored."""
+    own = model.clone()
+    sampling = type(
+        "Sampling",
+        (comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST),
+        {"noise_scale": 8.0},
+    )()
+    own.add_object_patch("model_sampling", sampling)
+    assert torch.equal(
+        made(own, count=1).pair(0)[0],
+        8 * torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(7)),
+    )
+
+
+# ---- what it shows
+
+
+def test_steps_pictures_and_facts_are_shown(model, monkeypatch):
+    bars, charts, pictures = [], [], []
+    monkeypatch.setattr(caf_couplings.Progress, "__call__", lambda self, *state: bars.append(state))
+    monkeypatch.setattr(caf_couplings.Progress, "show", lambda self, chart: charts.append(chart))
+    monkeypatch.setattr(
+        caf_couplings.Progress,
+        "picture",
+        lambda self, done, total, preview: pictures.append((done, total, preview[1].size)),
+    )
+    found, chart = caf_couplings.run(job(model, batch=2, count=3))
+    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)] and bars[
+        0
+    ][2] == "pairs 1 to 2 of 3, step 1 of 3"
+    assert bars[3][2] == "pair 3 of 3, step 1 of 3" and pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
+    facts = dict(chart["summary"])
+    assert (
+        chart["kind"] == "facts"
+        and chart["title"] == "mine"
+        and dict(charts[0]["summary"])["pairs"] == "2 of 3"
+    )
+    assert facts | {"time a pair": ""} == {
+        "pairs": "3 of 3",
+        "prompts": "2",
+        "latent": "16 x 4 x 4",
+        "teacher": "euler, 3 steps",
+        "time a pair": "",
+        "size": caf_couplings.size(found.nbytes),
+        "folder": "output/caf_couplings/mine",
+    }
+    assert float(facts["time a pair"].removesuffix(" s")) > 0
+
+
+@pytest.mark.parametrize(
+    "elapsed, said", [(10, "about 10 s left"), (1000, "about 17 min left"), (0.1, "")]
+)
+def test_it_says_how_long_it_will_take(model, monkeypatch, elapsed, said):
+    """Half is made, in so many seconds."""
+    watch = caf_couplings._Watch(job(model, count=8), None, 8)
+    assert watch.left(2) == "", "the first batch waits for the model"
+    watch.made, watch.began = 4, 0.0
+    monkeypatch.setattr(caf_couplings.time, "monotonic", lambda: elapsed)
+    assert watch.left(4).removeprefix(", ") == said
+
+
+def test_the_node_runs_again_while_its_folder_is_not_there(model, output):
+    assert caf_couplings.stamp("mine") != caf_couplings.stamp("mine")
+    made(model, count=1)
+    assert (
+        nodes.NibbleMakeCAFCouplings.fingerprint_inputs(filename=["mine"], seed=[0])
+        == (output / "mine").stat().st_mtime
+    )
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
+def test_samplers_that_add_noise_are_refused_and_all_others_are_not(model, name):
+    noisy = (
+        "ancestral" in name
+        or "sde" in name
+        or name in ("ddpm", "lcm", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece")
+    )
+    asked, before = (
+        job(
+            model,
+            sampler=comfy.samplers.sampler_object(name),
+            sigmas=tiny_models.schedule(model, 6),
+        ),
+        torch.random.get_rng_state(),
+    )
+    if not noisy:
+        caf_couplings._check_sampler(asked)
+    else:
+        with pytest.raises(ValueError, match="adds noise on its way.*euler"):
+            caf_couplings._check_sampler(asked)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_samplers_are_judged_by_what_they_do(model):
+    """Options count: Euler with churn adds noise, an ancestral one with eta 0 does not; a step size
+    for the whole batch couples neighbours.
+    """
+    caf_couplings._check_sampler(
+        job(model, sampler=comfy.samplers.ksampler("euler_ancestral", {"eta": 0.0}))
+    )
+    with pytest.raises(ValueError, match="The sampler euler adds noise"):
+        made(model, sampler=euler(s_churn=1.0))
+    adaptive = comfy.samplers.sampler_object("dpm_adaptive")
+    caf_couplings._check_sampler(job(model, sampler=adaptive))
+    with pytest.raises(ValueError, match="depends on its neighbours; set batch_size to 1"):
+        made(model, sampler=adaptive, batch=2)
+
+    class Strange(comfy.samplers.Sampler):
+        def sample(self, *_):
+            raise KeyError("its own things")
+
+    with pytest.raises(
+        ValueError,
+        match="Strange could not be tried out .KeyError: 'its own things'.; connect KSamplerSelect",
+    ):
+        made(model, sampler=Strange())
+
+
+class Video:
+    """A latent of pictures and sound."""
+
+    is_nested = True
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"sigmas": torch.tensor([])}, "no steps; connect a scheduler"),
+        ({"sigmas": torch.tensor([0.8, 0.4, 0.0])}, "begin at 0.8.*denoise 1, not split"),
+        ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, "begin at 14.6"),
+        ({"sigmas": torch.tensor([1.0, 0.4])}, "end at 0.4.*end at 0"),
+        ({"sigmas": torch.tensor([1.0, 0.4, 0.6, 0.0])}, "rise on their way"),
+        ({"positive": [[]]}, "no prompts"),
+        ({"cfg": 2.0}, "no negative prompt to guide away from; connect one, or set cfg to 1"),
+        (
+            {"positive": [[[torch.zeros(1, 7, 24), {"start_percent": 0.2}]]]},
+            "Prompt 1 is for a part .*start_percent",
+        ),
+        (
+            {"positive": [[[torch.zeros(1, 7, 24), {"control": object()}]]]},
+            "prompt 1: control is a object, which cannot be kept in a file",
+        ),
+        ({"latents": [{"samples": Video()}]}, "several streams"),
+        (
+            {"latents": [{"samples": torch.ones(1, 4, 4, 4)}]},
+            "1 x 4 x 4 x 4, and this model's have 16",
+        ),
+        (
+            {
+                "latents": [
+                    {"samples": torch.zeros(1, 16, 4, 4)},
+                    {"samples": torch.zeros(1, 16, 6, 4)},
+                ]
+            },
+            "several sizes .1 x 16 x 4 x 4, 1 x 16 x 6 x 4",
+        ),
+        (
+            {"latents": [{"samples": torch.zeros(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}]},
+            "has a mask",
+        ),
+        ({"filename": "../mine"}, "'../mine' cannot be the name of a folder"),
+        ({"filename": ".."}, "cannot be the name"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_asked(
+    model, monkeypatch, output, changes, said
+):
+    calls = calls_of(model, monkeypatch)
+    with pytest.raises(ValueError, match=said):
+        made(model, **changes)
+    assert not calls and not output.exists()
+
+
+@pytest.mark.parametrize(
+    "sampling, said",
+    [
+        ("EPS", "Make CAF Couplings needs a rectified-flow model.*There is no flow to learn"),
+        ("V_PREDICTION", "rectified-flow"),
+        ("IMG_TO_IMG_FLOW", "turns one picture into another"),
+    ],
+)
+def test_models_that_are_no_flow_from_noise_are_refused(model, sampling, said):
+    own = model.clone()
+    own.add_object_patch("model_sampling", getattr(comfy.model_sampling, sampling)())
+    with pytest.raises(ValueError, match=said):
+        made(own)
+
+
+def test_a_picture_that_is_no_number_ends_the_run_and_the_others_are_kept(model, monkeypatch):
+    plain, calls = model.model.diffusion_model.forward, []
+
+    def broken(x, *args, **options):
+        calls.append(1)
+        return plain(x, *args, **options) / (0.0 if len(calls) == 9 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.diffusion_model, "forward", broken)
+        with pytest.raises(
+            ValueError,
+            match=(
+                "pair 2 holds values that are no numbers; load the model in bf16 or fp32.*The 2"
+                " pairs before are kept"
+            ),
+        ):
+            made(model)
+    assert len(couplings.read(caf_couplings.folder_of("mine"))) == 2 and everything(
+        made(model)
+    ) == everything(made(model, filename="whole"))
+
+
+def test_nothing_is_left_on_the_model(model):
+    before = (
+        dict(model.model_options["transformer_options"]),
+        len(model.wrappers),
+        model.patches_uuid,
+    )
+    made(model, count=1)
+    assert before == (
+        model.model_options["transformer_options"],
+        len(model.wrappers),
+        model.patches_uuid,
+    )
+
+
+def test_the_node_hands_lists_on(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(caf_couplings, "run", lambda job: (seen.append(job), {"kind": "facts"}))
+    monkeypatch.setattr(
+        nodes.NibbleMakeCAFCouplings,
+        "hidden",
+        type("Hidden", (), {"unique_id": "5"}),
+        raising=False,
+    )
+    latent = {"samples": torch.zeros(1, 16, 4, 4)}
+    nodes.NibbleMakeCAFCouplings.execute(
+        model=[model],
+        positive=[prompts(2), prompts(3)],
+        latent_image=[latent],
+        sampler=[euler()],
+        sigmas=[SIGMAS],
+        count=[4],
+        seed=[9],
+        filename=["f"],
+        overwrite=[True],
+        cfg=[2.0],
+        batch_size=[3],
+        negative=[prompts(4)],
+    )
+    given = dataclasses.asdict(
+        dataclasses.replace(
+            seen[0],
+            model=None,
+            sampler=None,
+            sigmas=None,
+            positive=len(seen[0].positive),
+            negative=None,
+            latents=[],
+        )
+    )
+    assert given == {
+        "model": None,
+        "positive": 2,
+        "latents": [],
+        "sampler": None,
+        "sigmas": None,
+        "count": 4,
+        "seed": 9,
+        "filename": "f",
+        "negative": None,
+        "cfg": 2.0,
+        "batch": 3,
+        "overwrite": True,
+        "node_id": "5",
+    }

@@ -1,0 +1,625 @@
+"""Train CAF on a MODEL: two heads learn from couplings, stop, go on bit for bit, and leave neither
+the model nor ComfyUI otherwise than they were.
+"""
+
+import copy
+import dataclasses
+
+import comfy.model_management
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+
+import tiny_models
+from nibble.accel.caf import adapter as caf_adapter
+from nibble.accel.caf import couplings, flow
+from nibble.nodes.bridge.caf import load as caf_model
+from nibble.nodes.bridge.caf import sample as caf_sampling
+from nibble.nodes.bridge.caf import train as caf_training
+from nibble.nodes.bridge.caf.train import RECIPE, Job, Options, Student
+from nibble.nodes.bridge.quantized import loading
+from nibble.nodes.bridge.training import session as training
+from nibble.nodes.bridge.training import watch as training_watch
+from nibble.nodes.bridge.training.session import Settings
+from nibble.quant.files.checkpoint import FileRefused
+from training_runs import Stop, caption
+
+FP32 = Settings(dtype="fp32")
+SHAPE = (16, 4, 4)
+
+
+def pairs(
+    where, count: int = 9, prompts: list | None = None, seed: int = 0, shape=SHAPE
+) -> couplings.Couplings:
+    """Couplings that can be learned: every picture is its prompt's, and a little of its noise."""
+    prompts = [[caption(1)]] if prompts is None else prompts
+    found = couplings.create(
+        where, {"seed": seed, "shape": list(shape)}, [prompt[0] for prompt in prompts]
+    )
+    for i in range(count):
+        noise = couplings.noise(seed, i, shape)
+        found.add(
+            i,
+            noise,
+            0.3 * noise + couplings.noise(seed + 1000, i % len(prompts), shape),
+            [i % len(prompts)],
+        )
+    return couplings.read(where)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """ComfyUI's folder of CAF files, empty."""
+    (tmp_path / caf_model.FOLDER).mkdir()
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths,
+        caf_model.FOLDER,
+        ([str(tmp_path / caf_model.FOLDER)], {".safetensors"}),
+    )
+    folder_paths.filename_list_cache.pop(caf_model.FOLDER, None)
+    yield tmp_path / caf_model.FOLDER
+    folder_paths.filename_list_cache.pop(caf_model.FOLDER, None)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return pairs(tmp_path / "pairs")
+
+
+def job(model, data, **changes) -> Job:
+    steps = changes.pop("steps", 3)
+    options = Options(
+        **RECIPE | {"steps": steps, "lr": 5e-3, "warmup": 0} | changes.pop("options", {})
+    )
+    defaults = {
+        "filename": "mine",
+        "options": options,
+        "settings": FP32,
+        "rank": 4,
+        "h": 1.5,
+        "preview_every": 0,
+    }
+    return Job(model, data, **defaults | changes)
+
+
+def trained(model, data, folder, **changes) -> tuple:
+    """(what `run` returns, the adapter in the file)."""
+    done = caf_training.run(job(model, data, **changes))
+    return done, caf_adapter.read_file(folder / done.name)
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(tensor, b.head(kind).tensors()[name])
+        for kind in caf_training.PHASES
+        for name, tensor in a.head(kind).tensors().items()
+    )
+
+
+def in_session(model, data, work, settings=FP32, **options):
+    """work(session, student of an untrained adapter) with the model loaded."""
+
+    def entered(session):
+        made = caf_adapter.Adapter.create(
+            session.model,
+            caf_training._layers(job(model, data)),
+            options.get("rank", 4),
+            options.get("h", 1.5),
+        )
+        for seed, head in enumerate((made.velocity, made.acceleration)):
+            draw = torch.Generator().manual_seed(seed)
+            for name, tensor in head.tensors().items():
+                if options.get("changed") and not name.endswith("down"):
+                    tensor.data = 0.1 * torch.randn(tensor.shape, generator=draw)
+        student = Student(session, made)
+        try:
+            return work(session, student)
+        finally:
+            student.close()
+
+    return training.run(
+        model, data.captions, (1, *data.shape), settings, entered, data.captions[:1]
+    )
+
+
+def stopping_at(monkeypatch, step: int) -> None:
+    """The user presses Stop after a step, counted over both nets; 0: never."""
+    calls = []
+
+    def watched(self, done, *rest):
+        calls.append(done)
+        if done == step:
+            raise Stop
+
+    monkeypatch.setattr(training_watch.Watch, "__call__", watched)
+
+
+class Spy(comfy.samplers.Sampler):
+    """A sampler that keeps its result, in the model's own units."""
+
+    def __init__(self, inner, kept: list):
+        self.inner, self.kept = inner, kept
+
+    def sample(self, *args, **options):
+        self.kept.append(self.inner.sample(*args, **options))
+        return self.kept[-1]
+
+
+# ---- what it does
+
+
+def test_both_nets_learn_and_the_file_holds_what_was_learned(dense_model, data, folder):
+    batch = dataclasses.replace(FP32, batch=4)
+    idle, untrained = trained(
+        dense_model, data, folder, filename="idle", steps=20, options={"lr": 1e-9}, settings=batch
+    )
+    done, adapter = trained(
+        dense_model, data, folder, steps=20, options={"lr": 1e-2}, settings=batch
+    )
+    for first, last in ((12, 20), (32, 40)):  # the same pairs and times
+        assert sum(done.losses[first:last]) < 0.9 * sum(idle.losses[first:last])
+    held, before = adapter.facts["held_out"], untrained.facts["held_out"]
+    assert (
+        held["pairs"] == 1
+        and held["euler"] == before["euler"]
+        and held["error"] < 0.95 * before["error"]
+    )
+    assert adapter.h == 1.5 and adapter.rank == 4 and len(adapter.velocity.names) == 16
+    assert (
+        done.steps == len(done.losses) == 40
+        and done.name in caf_model.files()
+        and not list(folder.glob("*.state*"))
+    )
+    assert adapter.acceleration.extra.abs().max() > 0 and not same(adapter, untrained)
+
+
+def test_the_sampler_draws_what_the_training_does(dense_model, data, folder):
+    """Load CAF Model and CAF Sampler, with heads that change a lot, against the nets that are
+    trained.
+    """
+    noise, drawn = data.pair(8)[0], []
+
+    def here(session, student):
+        caf_adapter.save_file(student.adapter, folder / "own.caf.safetensors")
+        return student.sample(noise, [0])
+
+    with torch.no_grad():
+        wanted = in_session(dense_model, data, here, changed=True)
+    worn = caf_model.load(dense_model, "own.caf.safetensors")
+    worn.set_model_compute_dtype(torch.float32)
+    guider = comfy.samplers.CFGGuider(worn)
+    guider.set_conds([caption(1)], [])
+    sigmas = caf_sampling.sigmas(worn, caf_training.STEPS)
+    guider.sample(
+        noise,
+        torch.zeros_like(noise),
+        Spy(caf_sampling.sampler(), drawn),
+        sigmas,
+        disable_pbar=True,
+        seed=1,
+    )
+    assert (drawn[0] - wanted).norm() < 1e-3 * wanted.norm()
+
+
+def test_the_velocity_net_is_h_times_what_the_model_says(model, data):
+    """Against one call of the model by hand, at the noise level where the path is at that time; and
+    at the very end.
+    """
+
+    def by_hand(session, student):
+        x, t = torch.cat([couplings.noise(7, i, SHAPE) for i in range(2)]), torch.tensor([0.4, 1.0])
+        sigma = torch.tensor([1 - (1.5 * 0.4 - 0.5 * 0.16), caf_model.LEAST_SIGMA])
+        tokens, extras = caption(1)
+        said = session.model(
+            x,
+            sigma,
+            tokens.repeat(2, 1, 1),
+            extras["pooled_output"].repeat(2, 1),
+            torch.full((2,), 3.5),
+        )
+        return student.velocity(x, t, [0, 0]), -1.5 * said
+
+    found, wanted = in_session(model, data, by_hand)
+    assert torch.allclose(found[0], wanted[0], rtol=1e-4, atol=1e-4) and torch.allclose(
+        found[1], wanted[1], rtol=1e-2, atol=1e-2
+    )
+
+
+def test_prompts_of_one_length_go_together_and_every_pair_weighs_alike(model, tmp_path):
+    short, long = [caption(1), caption(2)], caption(3)
+    long[0] = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(4))
+    data = pairs(tmp_path / "several", 6, [[prompt] for prompt in (*short, long)])
+
+    def compare(session, student):
+        calls, plain = [], session.model.forward
+        session.model.forward = lambda x, *args, **kwargs: (
+            calls.append(len(x)),
+            plain(x, *args, **kwargs),
+        )[1]
+        try:
+            noise, _, captions = data.batch(range(6))
+            t = torch.linspace(0, 0.9, 6)
+            start = student.velocity(noise, t, captions)
+            together = student.acceleration(noise, t, start, captions)
+            together, asked = (start, together), list(calls)
+            alone = [
+                student.velocity(noise[i : i + 1], t[i : i + 1], captions[i : i + 1])
+                for i in range(6)
+            ]
+            alone = [
+                torch.cat(alone),
+                torch.cat(
+                    [
+                        student.acceleration(
+                            noise[i : i + 1], t[i : i + 1], start[i : i + 1], captions[i : i + 1]
+                        )
+                        for i in range(6)
+                    ]
+                ),
+            ]
+        finally:
+            del session.model.forward
+        return together, alone, asked
+
+    with torch.no_grad():
+        together, alone, calls = in_session(model, data, compare, changed=True)
+    assert calls[:2] == [4, 2] and calls == [4, 2, 4, 4, 2, 2], (
+        "the velocity net; then v0 as far as the input layer, and the acceleration net"
+    )
+    for found, wanted in zip(together, alone, strict=True):
+        assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_the_acceleration_head_sees_the_initial_velocity(dense_model, data):
+    def two(session, student):
+        noise, t = couplings.noise(3, 0, SHAPE), torch.tensor([0.9])
+        return [
+            student.acceleration(noise, t, start, [0]) + 2 / 1.9 * start
+            for start in (noise * 0, noise)
+        ]
+
+    with torch.no_grad():
+        blind, same_again = in_session(dense_model, data, two)
+        assert torch.allclose(blind, same_again, atol=1e-4), "its layer for v0 begins at zero"
+        seen, other = in_session(dense_model, data, two, changed=True)
+    assert (seen - other).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "codewords", "no checkpointing", "bf16"])
+def test_every_kind_of_model_is_trained(kind, model, dense_model, data, folder, request):
+    if kind == "codewords":
+        from nibble.nodes.bridge.quantize import vq4dit as vq
+        from nibble.quant.vq4dit.quantize import quantize_checkpoint
+
+        source = request.getfixturevalue("flux_file")
+        quantize_checkpoint(source, folder / "vq.safetensors", vq.recipe_of("fast", 3, turns=0))
+        model = loading.load(folder / "vq.safetensors")
+    model = dense_model if kind in ("no checkpointing", "bf16") else model
+    settings = dataclasses.replace(
+        FP32, checkpointing=kind != "no checkpointing", dtype="bf16" if kind == "bf16" else "fp32"
+    )
+    done, adapter = trained(model, data, folder, settings=settings, steps=2)
+    assert all(
+        tensor.abs().max() > 0
+        for kind in caf_training.PHASES
+        for name, tensor in adapter.head(kind).tensors().items()
+    ), "each is learned"
+    assert adapter.velocity.tensors()["double_blocks.0.img_attn.qkv.down"].dtype == (
+        torch.bfloat16 if kind == "bf16" else torch.float32
+    )
+
+
+def test_modulation_in_ram_changes_no_number(quantized_file, data, folder):
+    plain, first = trained(loading.load(quantized_file), data, folder)
+    done, second = trained(
+        loading.load(quantized_file, modulation_in="ram"), data, folder, filename="ram"
+    )
+    assert (
+        done.losses == plain.losses
+        and same(first, second)
+        and "double_blocks.0.img_mod.lin" in second.velocity.names
+    )
+
+
+def of_family(family: str, where):
+    """(a tiny model that can be loaded again, two couplings for it)."""
+    model = tiny_models.build(family)
+    model.cached_patcher_init = (lambda disable_dynamic=False: tiny_models.build(family), ())
+    return model, pairs(
+        where, 2, [tiny_models.prompt(family)], shape=tuple(tiny_models.latent(family).shape[1:])
+    )
+
+
+@pytest.mark.parametrize("family", ["wan 2.1", "lumina 2"])
+def test_other_architectures_are_trained(family, tmp_path, folder):
+    """Videos by a 3-D convolution, and three lists of blocks."""
+    done, adapter = trained(*of_family(family, tmp_path / "pairs"), folder, steps=2, rank=2)
+    ends = [
+        tensor
+        for head in (adapter.velocity, adapter.acceleration)
+        for name, tensor in head.tensors().items()
+        if not name.endswith("down")
+    ]
+    assert len(ends) > 30 and all(tensor.abs().max() > 0 for tensor in ends), "each is learned"
+
+
+def test_a_model_without_gradients_is_refused_in_words(tmp_path, folder):
+    with pytest.raises(
+        ValueError,
+        match="ErnieImageModel computes with an operation of which ComfyUI knows no gradient",
+    ):
+        caf_training.run(job(*of_family("ernie-image", tmp_path / "pairs"), rank=2))
+
+
+def test_whole_differences_and_chosen_layers(dense_model, data, folder):
+    done, adapter = trained(
+        dense_model, data, folder, rank=0, layers=("double_blocks.*attn*", "final_layer.linear")
+    )
+    assert (
+        adapter.rank == 0
+        and adapter.velocity.names[-1] == "final_layer.linear"
+        and len(adapter.velocity.names) == 5
+    )
+    assert all(
+        set(tensors) == {"difference"} and tensors["difference"].abs().max() > 0
+        for tensors in adapter.velocity.branches().values()
+    )
+
+
+def test_the_last_pairs_are_held_out_where_there_are_enough():
+    assert [tuple(map(len, caf_training.split(pairs))) for pairs in (1, 7, 8, 32, 1000)] == [
+        (1, 0),
+        (7, 0),
+        (7, 1),
+        (30, 2),
+        (938, 62),
+    ]
+    train, held = caf_training.split(40)
+    assert [*train, *held] == list(range(40))
+
+
+def test_held_out_pairs_are_not_trained_on(dense_model, data, tmp_path, folder, monkeypatch):
+    seen, plain = set(), couplings.Couplings.batch
+    monkeypatch.setattr(
+        couplings.Couplings,
+        "batch",
+        lambda self, indices: (seen.update(indices), plain(self, indices))[1],
+    )
+    trained(dense_model, data, folder, steps=6, settings=dataclasses.replace(FP32, batch=4))
+    assert seen == set(range(8))
+
+
+# ---- memory, previews, checkpointing
+
+
+def test_checkpointing_and_previews_change_no_number(dense_model, data, folder):
+    plain, first = trained(
+        dense_model, data, folder, settings=dataclasses.replace(FP32, checkpointing=False)
+    )
+    twice, second = trained(dense_model, data, folder, filename="b", preview_every=1)
+    assert (
+        plain.losses == twice.losses
+        and same(first, second)
+        and first.facts["held_out"] == second.facts["held_out"]
+    )
+
+
+def test_a_preview_is_a_picture(dense_model, data, folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training_watch.Progress,
+        "picture",
+        lambda self, done, total, preview: seen.append((done, total, preview[1].size)),
+    )
+    trained(dense_model, data, folder, preview_every=4)
+    assert seen == [(4, 6, (4, 4)), (6, 6, (4, 4))]
+
+
+# ---- nothing is left behind
+
+
+@pytest.mark.parametrize("how", ["done", "stopped", "failed"])
+def test_the_model_and_comfyui_are_as_before(model, data, folder, monkeypatch, how):
+    comfy.model_management.load_models_gpu([model])
+    before = {
+        name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()
+    }
+    wrappers = copy.deepcopy(model.wrappers)
+    if how == "stopped":
+        stopping_at(monkeypatch, 4)
+    elif how == "failed":
+        monkeypatch.setattr(flow, "acceleration_loss", lambda *_: 1 / 0)
+    if how == "done":
+        caf_training.run(job(model, data))
+    else:
+        with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
+            caf_training.run(job(model, data))
+    after = model.model.diffusion_model.state_dict()
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in model.model.diffusion_model.modules()
+    )
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+    assert (
+        not model.patches
+        and model.wrappers == wrappers
+        and not model.additional_models
+        and not comfy.model_management.in_training
+    )
+    mine = [
+        loaded.model
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is not None
+    ]
+    assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), (
+        "the copy is unloaded"
+    )
+    assert torch.is_grad_enabled() and not list(folder.glob("*.partial"))
+
+
+def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(dense_model, data, folder):
+    with torch.inference_mode():
+        done, adapter = trained(dense_model, data, folder, preview_every=2)
+    again, plain = trained(dense_model, data, folder, filename="again")
+    assert done.losses == again.losses and same(adapter, plain)
+
+
+# ---- stop, go on
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(dense_model, data, folder, monkeypatch):
+    whole, wanted = trained(dense_model, data, folder)
+    states = ["stopped.caf.acceleration.state", "stopped.caf.velocity.state"]
+    for stop, left in ((2, states[1:]), (3, states[1:]), (4, states), (6, states)):
+        with monkeypatch.context() as patched:
+            stopping_at(patched, stop)
+            with pytest.raises(Stop):
+                caf_training.run(job(dense_model, data, filename="stopped"))
+        assert sorted(path.name for path in folder.glob("stopped*")) == left
+    done, found = trained(dense_model, data, folder, filename="stopped")
+    assert (
+        done.losses == whole.losses
+        and same(found, wanted)
+        and found.facts == wanted.facts
+        and not list(folder.glob("*.state"))
+    )
+
+
+def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
+    dense_model, data, tmp_path, folder, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        stopping_at(patched, 4)
+        with pytest.raises(Stop):
+            caf_training.run(job(dense_model, data))
+    others = pairs(tmp_path / "others", seed=5)
+    for changes in (
+        {"data": others},
+        {"steps": 4},
+        {"rank": 2},
+        {"h": 1.0},
+        {"options": {"seed": 1}},
+    ):
+        with pytest.raises(
+            FileRefused,
+            match="mine.caf.velocity.state belongs to a training run with other options",
+        ):
+            caf_training.run(job(dense_model, changes.pop("data", data), **changes))
+    done, _ = trained(dense_model, others, folder, overwrite=True)
+    assert len(done.losses) == 6 and not list(folder.glob("*.state"))
+
+
+def test_a_run_that_is_done_is_not_done_again(dense_model, data, folder, monkeypatch):
+    done, _ = trained(dense_model, data, folder)
+    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
+    again = caf_training.run(job(dense_model, data))
+    assert (
+        again.name == done.name
+        and again.steps == 6
+        and again.losses == pytest.approx(done.losses, rel=1e-5)
+    )
+    for changes in ({"rank": 2}, {"options": {"lr": 1e-4}}, {"steps": 2}):
+        with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
+            caf_training.run(job(dense_model, data, **changes))
+
+
+def test_loras_on_the_model_belong_to_the_inputs(dense_model, data):
+    def patched(value):
+        own = dense_model.clone()
+        own.add_patches(
+            {
+                "diffusion_model.double_blocks.0.img_attn.proj.weight": (
+                    "diff",
+                    (torch.full((128, 128), value),),
+                )
+            },
+            0.5,
+        )
+        return own
+
+    names = caf_training._layers(job(dense_model, data))
+    told = [
+        caf_training._data(job(which, data), names)
+        for which in (dense_model, dense_model, patched(1.0), patched(1.0), patched(2.0))
+    ]
+    assert told[0] == told[1] and told[2] == told[3] and len(set(told)) == 3
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
+    dense_model, data, folder, monkeypatch
+):
+    plain, calls = flow.acceleration_loss, []
+
+    def spoilt(*values):
+        calls.append(1)
+        return plain(*values) * (float("nan") if len(calls) == 3 else 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(flow, "acceleration_loss", spoilt)
+        with pytest.raises(
+            ValueError,
+            match=(
+                "the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept:"
+                " run again"
+            ),
+        ):
+            caf_training.run(job(dense_model, data))
+    done, _ = trained(dense_model, data, folder, options={"lr": 1e-3})
+    assert len(done.losses) == 6
+
+
+# ---- what is refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"rank": -1}, "rank -1 is not between 0"),
+        ({"rank": 4000}, "rank 4000 is not between 0 and 128"),
+        ({"h": 2.5}, "h = 2.5 is outside 0 to 2"),
+        ({"layers": ("nothing.*",)}, "No linear layer of the model is called nothing"),
+        ({"filename": "../mine"}, "outside"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_words(dense_model, data, folder, monkeypatch, changes, said):
+    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
+    with pytest.raises((ValueError, FileRefused), match=said):
+        caf_training.run(job(dense_model, data, **changes))
+    assert not list(folder.iterdir())
+
+
+def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_path, folder):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "couplings are of 4 x 4 x 4, and this model's latents have 16 channels in 2 dimensions"
+        ),
+    ):
+        caf_training.run(job(dense_model, pairs(tmp_path / "small", shape=(4, 4, 4))))
+    with pytest.raises(ValueError, match="couplings are of 16 x 1 x 4 x 4"):
+        caf_training.run(job(dense_model, pairs(tmp_path / "video", shape=(16, 1, 4, 4))))
+    done, _ = trained(dense_model, data, folder)
+    with pytest.raises(
+        ValueError,
+        match=(
+            "has the heads of mine.caf.safetensors on; connect it as it was before Load CAF Model"
+        ),
+    ):
+        caf_training.run(job(caf_model.load(dense_model, done.name), data, filename="more"))
+    epsilon = dense_model.clone()
+    epsilon.add_object_patch("model_sampling", torch.nn.Identity())
+    with pytest.raises(ValueError, match="Train CAF needs a rectified-flow model"):
+        caf_training.run(job(epsilon, data, filename="more"))
+    dense_model.cached_patcher_init = None
+    with pytest.raises(
+        FileRefused,
+        match=(
+            "cannot load it a second time; connect Load SVDQuant Model, Load VQ Model or Load"
+            " Diffusion Model"
+        ),
+    ):
+        caf_training.run(job(dense_model, data, filename="more"))

@@ -1,0 +1,483 @@
+"""Train IntLoRA on a MODEL: it learns, stops, goes on bit for bit, and leaves neither the model nor
+ComfyUI otherwise than they were.
+"""
+
+import copy
+import dataclasses
+import gc
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+
+from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import train as intlora_training
+from nibble.nodes.bridge.intlora.train import Job
+from nibble.nodes.bridge.training import curve
+from nibble.nodes.bridge.training import session as training
+from nibble.nodes.bridge.training import watch as training_watch
+from nibble.nodes.bridge.training.session import Settings
+from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.intlora import file
+from nibble.quant.training import loop
+from nibble.quant.training.loop import Options
+from training_runs import Stop, caption, latents
+
+FP32 = Settings(dtype="fp32")
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch):
+    """ComfyUI's IntLoRA folder, empty."""
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, intlora.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+
+
+def job(model, **changes) -> Job:
+    defaults = {
+        "latents": [latents()],
+        "positive": [[caption()]],
+        "filename": "mine",
+        "options": Options(steps=4, lr=5e-3, warmup=0),
+        "settings": FP32,
+        "rank": 4,
+        "preview_every": 0,
+    }
+    return Job(model, **defaults | changes)
+
+
+def trained(model, loras, **changes) -> tuple:
+    """(what `run` returns, the adapter in the file)."""
+    done = intlora_training.run(job(model, **changes))
+    return done, file.read(loras / done.name)
+
+
+def same(a, b) -> bool:
+    return a.layers.keys() == b.layers.keys() and all(
+        torch.equal(tensor, b.layers[key].tensors()[name])
+        for key, layer in a.layers.items()
+        for name, tensor in layer.tensors().items()
+    )
+
+
+def session_of(model, work, settings=FP32, **data):
+    pictures = training.pictures_of(
+        model, data.get("latents", [latents()]), data.get("positive", [[caption()]])
+    )
+    return training.run(
+        model,
+        pictures.captions,
+        pictures.latents[0].shape,
+        settings,
+        lambda session: work(session, pictures),
+    )
+
+
+def stopping_at(monkeypatch, step: int) -> None:
+    """The user presses Stop after a step."""
+
+    def check():
+        stopping_at.calls += 1
+        if stopping_at.calls == step:
+            raise Stop
+
+    stopping_at.calls = 0
+    monkeypatch.setattr(training_watch.Progress, "check", staticmethod(check))
+
+
+# ---- what it does
+
+
+def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
+    one, long = {"latents": [latents(1)]}, {"steps": 24, "warmup": 0}
+    idle, _ = trained(model, loras, filename="idle", options=Options(lr=1e-9, **long), **one)
+    done, adapter = trained(model, loras, options=Options(lr=2e-2, **long), **one)
+    assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:]), "the same pictures, times and noise"
+    bases = intlora.Bases(model)
+    assert adapter.layers.keys() == {
+        name for name, weight in bases.weights.items() if "SVDQuant" in weight._layout_cls
+    }
+    file.check_bases(adapter, bases, done.name)
+    assert (
+        done.steps == adapter.facts["steps"] == 24
+        and done.name in intlora.adapter_files()
+        and not list(loras.glob("*.state*"))
+    )
+    assert done.lora.keys() == {
+        f"diffusion_model.{name}.{part}"
+        for name in adapter.layers
+        for part in ("lora_up.weight", "lora_down.weight", "alpha")
+    }
+
+
+def test_the_loss_is_the_distance_of_the_denoised_picture(model):
+    """Against one call of the model by hand: flow matching's |v - v*| times sigma."""
+    data = latents(1)
+
+    def by_hand(session, pictures):
+        generator = torch.Generator().manual_seed(5)
+        found = pictures.loss(session, torch.Generator().manual_seed(5))
+        torch.randperm(1, generator=generator)
+        t, noise = torch.rand(1, generator=generator), torch.randn(1, 16, 4, 4, generator=generator)
+        sigma = torch.tensor([float(session.inner.model_sampling.percent_to_sigma(t.item()))])
+        clean = (
+            data["samples"] - session.inner.latent_format.shift_factor
+        ) * session.inner.latent_format.scale_factor
+        noisy = sigma * noise + (1 - sigma) * clean
+        tokens, extras = caption()
+        velocity = session.model(noisy, sigma, tokens, extras["pooled_output"], torch.tensor([3.5]))
+        return found.item(), (sigma * (velocity - (noise - clean))).square().mean().item()
+
+    found, wanted = session_of(model, by_hand, latents=[data])
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_pictures_of_one_prompt_go_together_and_every_other_keeps_its_own(model):
+    batch = dataclasses.replace(FP32, batch=3)
+    data = {"latents": [latents(2), latents(1, side=6)]}
+
+    def losses(session, pictures):
+        calls, plain = [], session.model.forward
+        session.model.forward = lambda x, *args, **kwargs: (
+            calls.append(tuple(x.shape)),
+            plain(x, *args, **kwargs),
+        )[1]
+        try:
+            return pictures.loss(session, torch.Generator().manual_seed(1)).item(), sorted(calls)
+        finally:
+            del session.model.forward
+
+    together, calls = session_of(model, losses, batch, **data)
+    assert calls == [(1, 16, 6, 6), (2, 16, 4, 4)]
+    apart, calls = session_of(
+        model, losses, batch, positive=[[caption(1)], [caption(1), caption(1)]], **data
+    )
+    assert len(calls) == 3 and apart == pytest.approx(together, rel=1e-4)
+    others, _ = session_of(
+        model, losses, batch, positive=[[caption(1), caption(2), caption(3)]], **data
+    )
+    assert abs(others - together) > 1e-4 * together
+
+
+@pytest.mark.parametrize("variant", ["mul", "shift"])
+def test_the_paper_s_variants_train_too(model, loras, variant):
+    done, adapter = trained(
+        model, loras, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0)
+    )
+    assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant} and len(
+        set(done.losses)
+    ) == 3
+    patched = intlora.beside(model, done.name, 1.0)
+    assert len(patched.patches) == len(adapter.layers)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD", "RMSprop"])
+def test_other_optimizers_stop_and_go_on_as_well(model, loras, monkeypatch, optimizer):
+    options = Options(steps=4, lr=1e-2, warmup=0, optimizer=optimizer)
+    _, whole = trained(model, loras, options=options)
+    stopping_at(monkeypatch, 2)
+    with pytest.raises(Stop):
+        intlora_training.run(job(model, filename="stopped", options=options))
+    assert same(trained(model, loras, filename="stopped", options=options)[1], whole)
+
+
+def test_modulation_is_trained_when_asked_for(model, loras):
+    _, adapter = trained(model, loras, layers=("*mod*",))
+    assert adapter.layers and all("mod" in name for name in adapter.layers)
+
+
+@pytest.mark.parametrize("loss", list(training.LOSSES))
+def test_every_loss_is_finite_and_different(model, loss):
+    draw = lambda session, pictures: pictures.loss(session, torch.Generator().manual_seed(1)).item()  # noqa: E731
+    found = session_of(model, draw, dataclasses.replace(FP32, loss=loss))
+    assert found > 0 and (loss == "MSE" or found != session_of(model, draw))
+
+
+# ---- memory, previews, checkpointing
+
+
+def test_checkpointing_and_previews_change_no_number(model, loras):
+    plain, first = trained(model, loras, settings=dataclasses.replace(FP32, checkpointing=False))
+    twice, second = trained(model, loras, filename="b", preview_every=2)
+    assert plain.losses == twice.losses and same(first, second)
+
+
+def test_checkpointing_keeps_no_activation_of_a_block(model):
+    def kept(session, pictures):
+        layers = intlora_training.train.attach(
+            session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model)
+        )
+        with loop.checkpointing(session.checkpointed()):
+            value = pictures.loss(session, torch.Generator().manual_seed(1))
+        found = sum(isinstance(thing, loop._Kept) for thing in gc.get_objects())
+        intlora_training.train.detach(session.model, layers)
+        return value.isfinite().item() and found
+
+    gc.collect()
+    assert (
+        session_of(model, kept)
+        == 0
+        < session_of(model, kept, dataclasses.replace(FP32, checkpointing=False))
+    )
+
+
+def test_a_preview_is_a_picture_and_the_same_each_time(model):
+    preview = lambda session, pictures: session.preview(lambda: pictures.draw(session))  # noqa: E731
+    kind, picture, _ = session_of(model, preview)
+    assert kind == "JPEG" and picture.size == (4, 4)
+    assert picture.tobytes() == session_of(model, preview)[1].tobytes()
+
+
+# ---- nothing is left behind
+
+
+def weights_of(model) -> dict:
+    return {
+        name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("how", ["done", "stopped", "failed"])
+def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
+    comfy.model_management.load_models_gpu([model])
+    before, modules = weights_of(model), dict(model.model.diffusion_model.named_modules())
+    wrappers = copy.deepcopy(model.wrappers)
+    if how == "stopped":
+        stopping_at(monkeypatch, 2)
+    elif how == "failed":
+        monkeypatch.setitem(training.LOSSES, "MSE", lambda *_: 1 / 0)
+    if how == "done":
+        intlora_training.run(job(model))
+    else:
+        with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
+            intlora_training.run(job(model))
+    after = weights_of(model)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    now = dict(model.model.diffusion_model.named_modules())
+    assert now == modules and not any(
+        "forward" in vars(module) or module._forward_hooks for module in now.values()
+    )
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None
+        for parameter in model.model.parameters()
+    )
+    assert (
+        not model.patches
+        and model.wrappers == wrappers
+        and not model.object_patches
+        and not comfy.model_management.in_training
+    )
+    mine = [
+        loaded.model
+        for loaded in comfy.model_management.current_loaded_models
+        if loaded.model is not None
+    ]
+    assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), (
+        "the copy is unloaded"
+    )
+    assert torch.is_grad_enabled() and not list(loras.glob("*.partial"))
+
+
+def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, loras):
+    with torch.inference_mode():
+        model = intlora_training.intlora.loading.load(quantized_file)
+        comfy.model_management.load_models_gpu([model])
+        data, words = latents(), caption()
+        done, adapter = trained(model, loras, latents=[data], positive=[[words]])
+        comfy.model_management.load_models_gpu([model])  # it was unloaded outside of inference mode
+        x = torch.randn(3, 128)
+        assert model.model.diffusion_model.double_blocks[0].img_attn.qkv(x).shape == (3, 384)
+    fresh, again = trained(model, loras, filename="again")
+    assert done.losses == fresh.losses and same(adapter, again)
+
+
+def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, loras):
+    done, _ = trained(model, loras)
+    patched = intlora.beside(model, done.name, 3.0)
+    more, adapter = trained(
+        patched, loras, filename="more", options=Options(steps=4, lr=1e-9, warmup=0)
+    )
+    plain, _ = trained(model, loras, filename="plain", options=Options(steps=4, lr=1e-9, warmup=0))
+    assert more.losses != plain.losses, "it trains beside the model as it was connected"
+    file.check_bases(adapter, intlora.Bases(model), more.name)
+
+
+# ---- stop, go on
+
+
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, loras, monkeypatch):
+    options = Options(steps=6, lr=5e-3)
+    whole, wanted = trained(model, loras, options=options)
+    for stop in (2, 3):
+        stopping_at(monkeypatch, stop)
+        with pytest.raises(Stop):
+            intlora_training.run(job(model, filename="stopped", options=options))
+        assert [path.name for path in loras.glob("stopped*")] == ["stopped.intlora.state"]
+    stopping_at(monkeypatch, 0)
+    done, found = trained(model, loras, filename="stopped", options=options)
+    assert done.losses == whole.losses and same(found, wanted) and not list(loras.glob("*.state"))
+
+
+def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, monkeypatch):
+    stopping_at(monkeypatch, 2)
+    with pytest.raises(Stop):
+        intlora_training.run(job(model))
+    stopping_at(monkeypatch, 0)
+    with pytest.raises(
+        FileRefused, match="mine.intlora.state belongs to a training run with other options"
+    ):
+        intlora_training.run(job(model, latents=[latents(seed=9)]))
+    done, _ = trained(model, loras, latents=[latents(seed=9)], overwrite=True)
+    assert len(done.losses) == 4
+
+
+def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
+    done, _ = trained(model, loras)
+    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
+    again = intlora_training.run(job(model))
+    assert (
+        again.name == done.name
+        and again.steps == 4
+        and again.losses == pytest.approx(done.losses, rel=1e-5)
+    )
+    assert all(torch.equal(tensor, again.lora[key]) for key, tensor in done.lora.items())
+    with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
+        intlora_training.run(job(model, rank=2))
+
+
+def test_an_adapter_is_trained_further(model, loras):
+    done, first = trained(model, loras)
+    more, second = trained(
+        model,
+        loras,
+        filename="more",
+        existing=done.name,
+        options=Options(steps=2, lr=1e-9, warmup=0),
+    )
+    assert more.steps == 6 and more.losses[0] != done.losses[0]
+    key = next(iter(first.layers))
+    before, after = first.layers[key].factors.delta(), second.layers[key].factors.delta()
+    assert (after - before).norm() < 0.02 * before.norm()
+    with pytest.raises(
+        FileRefused, match="has rank 4 and variant shift_add .* set rank, variant and layers"
+    ):
+        intlora_training.run(job(model, filename="other", existing=done.name, rank=2))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, loras, monkeypatch):
+    plain, calls = training.LOSSES["MSE"], []
+
+    def spoilt(*values):
+        calls.append(1)
+        return plain(*values) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setitem(training.LOSSES, "MSE", spoilt)
+    with pytest.raises(
+        ValueError,
+        match=(
+            "the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept: run"
+            " again"
+        ),
+    ):
+        intlora_training.run(job(model))
+    done, adapter = trained(model, loras, options=Options(steps=4, lr=1e-3, warmup=0))
+    assert (
+        len(done.losses) == 4
+        and len(calls) == 5
+        and all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
+    )
+
+
+# ---- what is refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"latents": []}, "no latents"),
+        ({"latents": [{"samples": torch.zeros(1, 16, 4, 4)}]}, "latents are empty"),
+        (
+            {"latents": [{"samples": torch.ones(1, 4, 4, 4)}]},
+            "1 x 4 x 4 x 4, and this model's have 16 channels",
+        ),
+        ({"latents": [{"samples": torch.full((1, 16, 4, 4), torch.nan)}]}, "not finite"),
+        ({"positive": [[caption(), caption(), caption()]]}, "2 latents and 3 prompts"),
+        ({"positive": [[]]}, "2 latents and 0 prompts"),
+        ({"rank": 0}, "rank 0 is not between"),
+        ({"rank": 4000}, "rank 4000 is not between"),
+        ({"layers": ("nothing.*",)}, "No 4-bit layer of the model is called nothing"),
+        ({"filename": "../mine"}, "outside"),
+        ({"existing": "gone.intlora.safetensors"}, "gone.intlora.safetensors is not in"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_words(model, loras, monkeypatch, changes, said):
+    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
+    with pytest.raises((ValueError, FileRefused), match=said):
+        intlora_training.run(job(model, **changes))
+    assert not list(loras.iterdir())
+
+
+def test_a_16_bit_model_is_refused_with_the_fix(dense_model, loras):
+    with pytest.raises(FileRefused, match="in 16 bit and has no integers .* Load SVDQuant Model"):
+        intlora_training.run(job(dense_model))
+
+
+def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
+    model.cached_patcher_init = None
+    with pytest.raises(
+        FileRefused, match="cannot load it a second time; connect Load SVDQuant Model"
+    ):
+        intlora_training.run(job(model))
+
+
+# ---- the chart
+
+
+def test_the_curve_is_thinned_and_its_lowest_point_is_of_all_steps():
+    losses = [1.0] * 700 + [0.0] * 100 + [1.0] * 200
+    chart = curve.curve_chart(losses, 2000, "t")
+    assert (
+        chart["kind"] == "curve"
+        and len(chart["points"]) == len(chart["smooth"]) == 250
+        and chart["points"][-1] == [1000, 1.0]
+    )
+    assert (
+        chart["lowest"][0] == 800
+        and chart["lowest"][1] < 0.2
+        and ["step", "1000 of 2000"] in chart["summary"]
+    )
+    assert curve.curve_chart([], 5, "t")["points"] == []
+    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0]) and curve.smoothed(
+        [3.0, 1.0], 1
+    ) == [3.0, 1.0]
+
+
+def test_each_phase_of_the_curve_is_smoothed_on_its_own():
+    losses = [1.0] * 500 + [5.0] * 499
+    chart = curve.curve_chart(losses, 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
+    assert chart["phases"] == [["velocity", 0], ["acceleration", 500]]
+    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0} and [500, 1.0] in chart[
+        "points"
+    ]
+    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx(
+        [5.0] * 125
+    ) and chart["lowest"][0] > 500
+    assert chart["summary"][1:3] == [["velocity loss", "1"], ["acceleration loss", "5"]]
+    begun = curve.curve_chart(
+        losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)]
+    )
+    assert [label for label, _ in begun["summary"]] == [
+        "step",
+        "velocity loss",
+        "lowest",
+    ] and "phases" not in curve.curve_chart([1.0], 5, "t")
+    assert (
+        curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
+    )
