@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..quant.files.checkpoint import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
-from .bridge.host import charts
+from .bridge.host import charts, folders
 from .bridge.host.patterns import patterns
 from .bridge.quantize import job as quantizing
 from .bridge.quantized import loading
@@ -53,7 +53,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
     def fingerprint_inputs(cls, model_name, filename, rank, **_):
         made = quantizing.file_name(model_name, filename, rank) in loading.quantized_files()
         # unequal to itself: the node runs until its file is there
-        return loading.stamp(model_name) if made else float("nan")
+        return folders.stamp(model_name) if made else float("nan")
 
     @classmethod
     def execute(
@@ -322,12 +322,12 @@ class NibbleLoadSVDQuant(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, **_):
-        return loading.stamp(model_name)
+        return folders.stamp(model_name)
 
     @classmethod
     def execute(cls, model_name, verify, compute_dtype, modulation_in="vram") -> io.NodeOutput:
         file = loading.opened(model_name, KIND)
-        model = loading.load(loading.model_path(model_name), verify, compute_dtype, modulation_in)
+        model = loading.load(folders.path_of(model_name), verify, compute_dtype, modulation_in)
         chart = charts.model_chart(
             file, loading.vram_needed(model), model.load_device, loading.ram_kept(model)
         )

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..quant.files.checkpoint import FileRefused
 from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
-from .bridge.host import charts
+from .bridge.host import charts, folders
 from .bridge.host.patterns import patterns
 from .bridge.host.progress import Progress
 from .bridge.quantize import charts as vq_charts
@@ -78,7 +78,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
             model_name, filename, vq.recipe_of(preset, int(bits), codewords, vector)
         )
         # unequal to itself: runs until its file is there
-        return loading.stamp(model_name) if name in loading.quantized_files(KIND) else float("nan")
+        return folders.stamp(model_name) if name in loading.quantized_files(KIND) else float("nan")
 
     @classmethod
     def execute(
@@ -312,7 +312,7 @@ class _PicksVQFile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, **_):
-        return loading.stamp(model_name)
+        return folders.stamp(model_name)
 
 
 def _file_input() -> io.Combo.Input:
@@ -365,7 +365,7 @@ class NibbleLoadVQ(_PicksVQFile):
     @classmethod
     def execute(cls, model_name, verify, compute_dtype) -> io.NodeOutput:
         file = loading.opened(model_name, KIND)
-        model = loading.load(loading.model_path(model_name), verify, compute_dtype)
+        model = loading.load(folders.path_of(model_name), verify, compute_dtype)
         return io.NodeOutput(
             model,
             ui=charts.ui(

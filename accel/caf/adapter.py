@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ...quant.files import atomic
 from ...quant.files.checkpoint import FileRefused, Header, read_header, read_tensor
 
 FORMAT, ENDING = "nibble-caf/1", ".caf.safetensors"
@@ -343,19 +344,7 @@ def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
         "middle": adapter.middle,
         "facts": adapter.facts,
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(save(tensors, {"format": FORMAT, "caf": json.dumps(about)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FileRefused(
-            f"{path.name} could not be written ({error.strerror}); check the disk or choose another"
-            " folder."
-        ) from error
+    atomic.write(path, save(tensors, {"format": FORMAT, "caf": json.dumps(about)}))
 
 
 def read_file(path: str | os.PathLike) -> Adapter:

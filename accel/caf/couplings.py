@@ -31,12 +31,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ...quant.files import atomic
 from ...quant.files.checkpoint import FileRefused, checksum, read_header
 from . import conditioning_tree
 
 FORMAT, VERSION = "nibble_caf_couplings", 1
 INDEX = "couplings.json"
-_TEMPORARY = ".part"
+_UNFINISHED = "*.part*"  # what a crash leaves: ".partial", and ".part" of earlier versions
 
 
 class Place(NamedTuple):
@@ -244,7 +245,7 @@ def create(
             path, to_bytes({str(i): tensor for i, tensor in enumerate(tensors)}, {"format": FORMAT})
         )
         _write(folder / INDEX, json.dumps(index).encode())
-    for left in [*folder.glob("captions-*.safetensors"), *folder.glob("*" + _TEMPORARY)]:
+    for left in [*folder.glob("captions-*.safetensors"), *folder.glob(_UNFINISHED)]:
         if left != path:
             left.unlink(missing_ok=True)
     return Couplings(
@@ -425,15 +426,9 @@ def _short(value: object) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """All of it or nothing: to another name, synced, renamed."""
-    temporary = path.with_name(path.name + _TEMPORARY)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        atomic.replace(path, content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         why = (
             "the disk is full; free some space"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)

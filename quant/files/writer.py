@@ -18,16 +18,15 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import atomic
 from .checkpoint import DTYPE_NAMES, FileRefused, checksum, read_header, tensor_bytes
 
 log = logging.getLogger("nibble")
-# msvcrt locks a range of bytes against every reader and writer: take one behind any real file
-_LOCK_BYTE = 2**40
 
 
 class TensorSpec(NamedTuple):
@@ -121,8 +120,8 @@ class Writer:
         self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int
     ):
         self.target = Path(target)
-        self.partial = self.target.with_name(self.target.name + ".partial")
-        self.journal = self.target.with_name(self.target.name + ".partial.journal")
+        self.partial = self.target.with_name(self.target.name + atomic.PARTIAL)
+        self.journal = self.partial.with_name(self.partial.name + ".journal")
         self._specs, self._places, end = {}, {}, 0
         for spec in order(specs):
             self._specs[spec.name], self._places[spec.name], end = spec, end, end + spec.nbytes
@@ -134,18 +133,17 @@ class Writer:
         self._sums: dict[str, str] = {}
 
     def __enter__(self) -> "Writer":
-        self._file = self._open()
-        try:
+        with contextlib.ExitStack() as opened:
+            with self._disk_errors():
+                opened.enter_context(atomic.exclusive(self.target))
+                self._file = opened.enter_context(self._open())
             self._resume()
-            self._log = open(self.journal, "a", encoding="utf-8")
-        except BaseException:
-            self._file.close()
-            raise
+            self._log = opened.enter_context(open(self.journal, "a", encoding="utf-8"))
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_) -> None:
-        self._log.close()
-        self._file.close()
+        self._opened.close()
 
     def write(self, unit: str, tensors: Mapping[str, Tensor], row: dict) -> None:
         """Writes a layer's tensors and notes it as finished, with its report row (anything
@@ -193,7 +191,7 @@ class Writer:
         with self._disk_errors():
             os.fsync(self._file.fileno())
             self._log.close()
-            # Windows renames no open file; elsewhere the lock is held to the end
+            # Windows renames no open file
             if os.name == "nt":
                 self._file.close()
             os.replace(self.partial, self.target)
@@ -219,32 +217,10 @@ class Writer:
             }
         return json.dumps(table, separators=(",", ":")).encode()
 
-    def _open(self):
-        """The partial file, locked. The lock dies with the process; a file that was renamed while
-        we waited is no longer ours.
-        """
-        while True:
-            with self._disk_errors():
-                file = os.fdopen(
-                    os.open(
-                        self.partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666
-                    ),
-                    "r+b",
-                    buffering=0,
-                )
-            try:
-                _lock(file)
-                if os.path.exists(self.partial) and os.path.samestat(
-                    os.fstat(file.fileno()), os.stat(self.partial)
-                ):
-                    return file
-            except BlockingIOError:
-                file.close()
-                raise FileRefused(
-                    f"{self.target.name} is being written by another run; wait for it or choose"
-                    " another name."
-                ) from None
-            file.close()
+    def _open(self) -> BinaryIO:
+        """The partial file, made where there is none, and not cut where there is one."""
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        return os.fdopen(os.open(self.partial, flags, 0o666), "r+b", buffering=0)
 
     def _resume(self) -> None:
         lines = self._journal_lines()
@@ -334,10 +310,7 @@ class Writer:
             return FileRefused(
                 f"The folder {folder} is read-only; choose another one or change its permissions."
             )
-        return FileRefused(
-            f"{self.target.name} could not be written ({error.strerror}); check the disk or choose"
-            " another folder."
-        )
+        return atomic.refusal(self.target, error)
 
     def _sync_folder(self) -> None:
         if hasattr(os, "O_DIRECTORY"):
@@ -346,33 +319,3 @@ class Writer:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-
-
-def _lock(file) -> None:
-    """Locks a file for this process alone. Raises BlockingIOError when it is taken."""
-    try:
-        import fcntl
-    except ImportError:
-        _lock_windows(file)
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:  # some network drives have no locks
-        log.warning(
-            "this drive cannot lock files (%s): do not write one target from two programs",
-            error.strerror,
-        )
-
-
-def _lock_windows(file) -> None:
-    import msvcrt
-
-    file.seek(_LOCK_BYTE)
-    try:
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        raise BlockingIOError(error.errno, "locked") from error
-    finally:
-        file.seek(0)

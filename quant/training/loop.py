@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ..files import atomic
 from ..files.checkpoint import FileRefused, read_header, read_tensor
 
 OPTIMIZERS = {
@@ -284,19 +285,7 @@ def _save(
     data = save(
         tensors, {"format": "nibble_training", "identity": identity, "losses": json.dumps(losses)}
     )
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise FileRefused(
-            f"{path.name} could not be written ({error.strerror}); check the disk or choose another"
-            " folder."
-        ) from error
+    atomic.write(path, data)
 
 
 def _resume(

@@ -22,9 +22,10 @@ from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import schedule as by_alpha
 from ....accel.caching.steps import Record, Window
 from ....accel.caching.teacache import IDENTITY, Polynomial, TeaCache
+from ..host.fingerprint import PLAIN, weights_of
 from . import models as caching_models
 from . import wrap_sublayers as caching_parts
-from .calibration_file import PLAIN, Calibration, weights_of
+from .calibration_file import Calibration
 from .controlnet import deferring
 from .run import KEY, Run, sampling
 from .wrap_blocks import around_blocks

@@ -5,13 +5,11 @@ is there already is shown and not measured again.
 from __future__ import annotations
 
 import dataclasses
-import re
-from pathlib import Path
 
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ..host import folders
 from ..host.progress import Progress
 from . import calibration_file
 from . import charts as caching_charts
@@ -62,7 +60,8 @@ def run(job: Job) -> tuple[str, dict]:
         k_max=job.k_max,
         order=job.order,
     )
-    found.save(Path(folder_paths.get_folder_paths(calibration_file.FOLDER)[0]) / name)
+    target, _ = folders.place(name, calibration_file.FOLDER)
+    found.save(target)
     return name, caching_charts.calibration_chart(found, name)
 
 
@@ -70,13 +69,8 @@ def file_name(wanted: str, model: ModelPatcher, sigmas: torch.Tensor) -> str:
     """What the user typed, or the model's class and the number of steps. Raises ValueError for what
     is no file's name.
     """
-    name = wanted.strip() or f"{type(model.model).__name__}-{max(len(sigmas) - 1, 0)}-steps"
-    if not re.fullmatch(r"[\w .,()+-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"{wanted!r} cannot be a file's name in models/{calibration_file.FOLDER}; use letters,"
-            " digits, spaces, - and _."
-        )
-    return name if name.endswith(".json") else f"{name}.json"
+    default = f"{type(model.model).__name__}-{max(len(sigmas) - 1, 0)}-steps"
+    return folders.plain_name(wanted, default, calibration_file.FOLDER, ".json")
 
 
 def stamp(name: str) -> str:
@@ -84,12 +78,9 @@ def stamp(name: str) -> str:
     if name == NONE:
         return ""
     known = {
-        path.name: f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
-        for folder in folder_paths.get_folder_paths(calibration_file.FOLDER)
-        for path in Path(folder).glob("*.json")
+        path.name: folders.stamp_of(path)
+        for path in folders.newest(calibration_file.FOLDER, "*.json")
     }
-    return (
-        repr(sorted(known.items()))
-        if name == AUTO
-        else known.get(name if name.endswith(".json") else f"{name}.json", "missing")
-    )
+    if name == AUTO:
+        return repr(sorted(known.items()))
+    return known.get(name if name.endswith(".json") else f"{name}.json", "missing")

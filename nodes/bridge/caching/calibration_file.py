@@ -13,7 +13,6 @@ elsewhere):
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -28,12 +27,12 @@ from ....accel.caching import mask_search
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import Curve
 from ....accel.caching.teacache import Polynomial
+from ....quant.files import atomic
 from ....quant.files.checkpoint import FileRefused
+from ..host import folders
+from ..host.fingerprint import fingerprint
 
 FOLDER, FORMAT, VERSION = "nibble_cache", "nibble-cache", 1
-PIECES = 24  # tensors of a model whose values the fingerprint reads
-SAMPLE = 256  # values of each tensor of a patch that tell LoRAs apart
-PLAIN = "16 bit or more"
 
 if FOLDER not in folder_paths.folder_names_and_paths:
     folder_paths.folder_names_and_paths[FOLDER] = (
@@ -152,11 +151,9 @@ class Calibration:
         )
 
     def save(self, path: Path) -> None:
-        """Written beside and renamed, so that a file is whole or not there."""
+        """Writes the file, whole or not at all. Raises FileRefused."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
+        atomic.write(path, self.to_json().encode())
 
 
 _masks: dict[tuple, list[bool]] = {}
@@ -221,32 +218,21 @@ def load(path: str | os.PathLike) -> Calibration:
 
 def calibration_files() -> list[str]:
     """Names of the calibrations in ComfyUI's folders, newest first."""
-    return [path.name for path in _paths()]
-
-
-def _paths() -> list[Path]:
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    return sorted(
-        (path for folder in folders if folder.is_dir() for path in folder.glob("*.json")),
-        key=lambda path: -path.stat().st_mtime_ns,
-    )
+    return [path.name for path in folders.newest(FOLDER, "*.json")]
 
 
 def open_calibration(name: str) -> Calibration:
     """Raises FileRefused for a name that is not there."""
-    found = next((path for path in _paths() if path.name == name), None)
+    found = next((path for path in folders.newest(FOLDER, "*.json") if path.name == name), None)
     if found is None:
-        raise FileRefused(
-            f"{name} is not in ComfyUI's {FOLDER} folder any more; press R to refresh the list and"
-            " choose again."
-        )
+        raise folders.missing(name, FOLDER)
     return load(found)
 
 
 def find(model: ModelPatcher) -> Calibration | None:
     """The newest calibration that was made for this model."""
     wanted = fingerprint(model)
-    for path in _paths():
+    for path in folders.newest(FOLDER, "*.json"):
         try:
             found = load(path)
         except FileRefused:
@@ -270,61 +256,3 @@ def save_calibration(calibration: Calibration, prefix: str) -> Path:
     calibration.save(path)
     calibration.name = path.name
     return path
-
-
-def fingerprint(model: ModelPatcher) -> str:
-    """Tells models apart by class, names, shapes and kinds of weights, and by the values of some
-    tensors that LoRAs leave alone: norms, biases, and the scales of quantized layers. A model and
-    its 4-bit form differ.
-    """
-    network = model.model.diffusion_model
-    digest = hashlib.sha256(type(network).__name__.encode())
-    vectors = []
-    for name, tensor in network.named_parameters():
-        digest.update(f"{name} {tuple(tensor.shape)} {kind_of(tensor)}".encode())
-        if tensor.ndim == 1 and kind_of(tensor) == PLAIN:
-            vectors.append(tensor)
-    for tensor in vectors[:: max(len(vectors) // PIECES, 1)][:PIECES]:
-        digest.update(tensor.detach()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def patches_fingerprint(model: ModelPatcher) -> str | None:
-    """16 hex digits of the patches of a model's weights (LoRAs): names, strengths and some values;
-    None where there are none.
-    """
-    sha = hashlib.sha256()
-    for key in sorted(model.patches, key=str):
-        _feed(sha, [str(key), model.patches[key]])
-    return sha.hexdigest()[:16] if model.patches else None
-
-
-def _feed(sha, value: object) -> None:
-    """Strengths, names and some values of a patch."""
-    if isinstance(value, torch.Tensor):
-        sha.update(
-            repr(tuple(value.shape)).encode()
-            + value.detach().flatten()[:SAMPLE].to("cpu", torch.float32).numpy().tobytes()
-        )
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _feed(sha, part)
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        sha.update(repr(value).encode())
-    else:  # a weight adapter, or a function
-        sha.update(type(value).__name__.encode())
-        _feed(sha, getattr(value, "weights", None))
-
-
-def kind_of(tensor: torch.Tensor) -> str:
-    """How a weight is held: the layout of a quantized one, PLAIN for any plain float."""
-    layout = getattr(tensor, "_layout_cls", None)
-    if layout is not None:
-        return str(layout)
-    return str(tensor.dtype) if tensor.element_size() == 1 else PLAIN
-
-
-def weights_of(model: ModelPatcher) -> str:
-    """In words: the kinds of weights of a model."""
-    kinds = {kind_of(tensor) for tensor in model.model.diffusion_model.parameters()}
-    return ", ".join(sorted(kinds - {PLAIN})) or PLAIN

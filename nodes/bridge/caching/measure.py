@@ -26,13 +26,15 @@ from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import FARTHEST, Recorder
 from ....accel.caching.steps import Record, Step
 from ....accel.caching.teacache import distance, fit
+from ..host.fingerprint import fingerprint, weights_of
 from ..host.progress import Progress
+from ..host.samplers import sampler_name
 from . import models as caching_models
 from .apply import shipped
-from .calibration_file import Calibration, fingerprint, weights_of
+from .calibration_file import Calibration
 from .hooks import Place, places, shadow, visiting
 from .models import FEATURES
-from .run import KEY, Run, Stream, options_of, sampler_name, sampling, substitute
+from .run import KEY, Run, Stream, options_of, sampling, substitute
 from .wrap_sublayers import ShadowedPart
 
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same

@@ -18,6 +18,7 @@ from comfy.model_patcher import create_model_options_clone
 
 from ....accel.caching.extrapolate import History, Reuse
 from ....accel.caching.steps import Decision, Record, Step
+from ..host.samplers import sampler_name
 from .controlnet import Deferred
 
 KEY = "nibble_cache"
@@ -160,13 +161,6 @@ class Run:
         self.record.done = min(self.finished, self.total)
         if self.watch:
             self.watch(self.record)
-
-
-def sampler_name(sampler: object) -> str:
-    """ComfyUI's name of a SAMPLER, "euler"; empty for one that has none."""
-    return getattr(getattr(sampler, "sampler_function", None), "__name__", "").removeprefix(
-        "sample_"
-    )
 
 
 def sampling(make: Callable[..., Run]) -> Callable:

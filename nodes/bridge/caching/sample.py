@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching.steps import Record
 from ..host.progress import Progress
+from ..host.samplers import sampler_name
 from . import apply as caching
 from . import charts as caching_charts
 from . import run as caching_run
@@ -56,11 +57,7 @@ def run(job: Job) -> Sampled:
     notes = [
         ["note", note]
         for note in caching.notes(
-            model,
-            choice.settings,
-            choice.calibration,
-            job.sigmas,
-            caching_run.sampler_name(job.sampler),
+            model, choice.settings, choice.calibration, job.sigmas, sampler_name(job.sampler)
         )
     ]
 

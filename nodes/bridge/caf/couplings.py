@@ -30,11 +30,10 @@ from torch import Tensor
 from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
 from ....quant.files.checkpoint import FileRefused
-from ..caching.calibration_file import fingerprint, patches_fingerprint
-from ..caching.run import sampler_name
 from ..host.charts import size
+from ..host.fingerprint import fingerprint, patches_fingerprint
 from ..host.progress import Progress
-from ..training.session import previewer
+from ..host.samplers import previewer, sampler_name
 from . import training_free as caf
 
 NODE = "Make CAF Couplings"

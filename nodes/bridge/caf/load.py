@@ -13,12 +13,10 @@ streamed. Everything happens around `apply_model`, the same for all families, so
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_patcher
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -26,9 +24,8 @@ from torch import Tensor
 from ....accel.caf import adapter as caf_adapter
 from ....accel.caf import flow, heads
 from ..caching import run as caching_run
-from ..host import charts
+from ..host import charts, folders
 from ..host.progress import Progress
-from ..quantized import loading
 from . import training_free as caf
 
 FOLDER, ENDING = "caf", caf_adapter.ENDING
@@ -40,7 +37,7 @@ LEAST_SIGMA = 1e-3
 # what is not run again where only the input layer's input is wanted
 _OUTER = ("wrappers", "callbacks")
 
-folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folders.register(FOLDER)
 
 
 @dataclass(frozen=True)
@@ -69,17 +66,17 @@ class Request:
 
 def files() -> list[str]:
     """Names of the CAF files in ComfyUI's folders."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(ENDING)]
+    return folders.names(FOLDER, ENDING)
 
 
 def path_of(name: str) -> Path:
     """The path of a CAF file. Raises FileRefused for a name that is not there."""
-    return loading.model_path(name, FOLDER)
+    return folders.path_of(name, FOLDER)
 
 
 def stamp(name: str) -> str:
     """Changes when the file does."""
-    return loading.stamp(name, FOLDER)
+    return folders.stamp(name, FOLDER)
 
 
 # ---- a MODEL with heads

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -35,10 +34,9 @@ from ....quant.calibration.recorder import find_linears
 from ....quant.files.checkpoint import FileRefused
 from ....quant.training import loop
 from ....quant.training.loop import OPTIMIZERS, Options
-from ..caching import calibration_file
-from ..host import charts
+from ..host import charts, folders
+from ..host.fingerprint import fingerprint, patches_fingerprint
 from ..host.progress import Progress
-from ..quantized import loading
 from ..training import session as training
 from ..training.curve import curve_chart
 from ..training.watch import Watch, kept, resumable
@@ -94,7 +92,7 @@ def run(job: Job) -> Trained:
     data = _data(job, names := _layers(job))
     if (done := _finished(job, data)) is not None:
         return done
-    target, name = loading.new_file(file_name(job.filename), caf_model.FOLDER, job.overwrite)
+    target, name = folders.new_file(file_name(job.filename), caf_model.FOLDER, job.overwrite)
     states = {
         phase: target.with_name(f"{target.name.removesuffix(caf_model.ENDING)}.caf.{phase}.state")
         for phase in PHASES
@@ -121,7 +119,7 @@ def run(job: Job) -> Trained:
     adapter.facts |= run.facts()
     caf_adapter.save_file(adapter, target)
     _forget(states)
-    loading.refresh(caf_model.FOLDER)
+    folders.refresh(caf_model.FOLDER)
     return Trained(
         name, run.all, len(run.all), _chart(job, name, run.losses, _summary(adapter, target))
     )
@@ -408,10 +406,7 @@ def _data(job: Job, names: list[str]) -> str:
         if name not in ("lr", "save_every")
     }
     settings = dataclasses.asdict(job.settings) | _MEMORY
-    model = [
-        calibration_file.fingerprint(job.model),
-        calibration_file.patches_fingerprint(job.model),
-    ]
+    model = [fingerprint(job.model), patches_fingerprint(job.model)]
     return json.dumps(
         [
             job.couplings.digest(),
@@ -437,7 +432,7 @@ def _digest(tensors) -> str:
 def _finished(job: Job, data: str) -> Trained | None:
     """The result of a run with the same inputs that has been saved already."""
     name = file_name(job.filename)
-    if job.overwrite or folder_paths.get_full_path(caf_model.FOLDER, name) is None:
+    if job.overwrite or folders.find(name, caf_model.FOLDER) is None:
         return None
     path = caf_model.path_of(name)
     adapter = caf_adapter.read_file(path)

@@ -15,7 +15,6 @@ ending in models/loras are read all the same.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
@@ -38,8 +36,9 @@ from ....quant.intlora import file, merge
 from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of
 from ....quant.intlora.convert import Change, Conversion, convert
 from ....quant.merge.integer_grid import IntBase, refuse_format
+from ..host import folders
 from ..host.progress import Progress
-from ..quantized import layouts, loading, lora
+from ..quantized import layouts, lora
 
 FOLDER, LORAS, ENDING = "intlora", "loras", ".intlora.safetensors"
 _PREFIX, MODEL = "diffusion_model.", "the connected model"
@@ -50,7 +49,7 @@ MERGED = "nibble_merged"
 # weight → rows of it → digest: a layer is hashed once for as long as its tensor lives
 _digests: dict = WeakIdKeyDictionary()
 
-folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
+folders.register(FOLDER)
 
 
 # ---- files
@@ -58,41 +57,33 @@ folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir,
 
 def ordinary_files() -> list[str]:
     """Names of the LoRAs in ComfyUI's folders that are no IntLoRA."""
-    return [name for name in folder_paths.get_filename_list(LORAS) if not name.endswith(ENDING)]
+    return [name for name in folders.names(LORAS, "") if not name.endswith(ENDING)]
 
 
 def adapter_files() -> list[str]:
     """Names of the IntLoRA files: all in their own folder, and those among the LoRAs that end as
     they do.
     """
-    own = [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(".safetensors")]
-    return own + [
-        name
-        for name in folder_paths.get_filename_list(LORAS)
-        if name.endswith(ENDING) and name not in own
-    ]
+    own = folders.names(FOLDER)
+    return own + [name for name in folders.names(LORAS, ENDING) if name not in own]
 
 
 def _home(name: str) -> str:
     """The folder in which a name is looked for: the IntLoRA folder, and the LoRA folder for what is
     only there.
     """
-    return (
-        LORAS
-        if folder_paths.get_full_path(FOLDER, name) is None
-        and folder_paths.get_full_path(LORAS, name) is not None
-        else FOLDER
-    )
+    only_there = folders.find(name, FOLDER) is None and folders.find(name, LORAS) is not None
+    return LORAS if only_there else FOLDER
 
 
 def path_of(name: str) -> Path:
     """The path of an IntLoRA file. Raises FileRefused for a name that is not there."""
-    return loading.model_path(name, _home(name))
+    return folders.path_of(name, _home(name))
 
 
 def stamp(name: str) -> str:
     """Changes when the file, an IntLoRA or a LoRA, does."""
-    return loading.stamp(name, _home(name))
+    return folders.stamp(name, _home(name))
 
 
 def file_name(lora_name: str, filename: str) -> str:
@@ -101,16 +92,6 @@ def file_name(lora_name: str, filename: str) -> str:
     """
     name = filename.strip() or str(Path(lora_name).with_suffix(""))
     return name.removesuffix(".safetensors").removesuffix(".intlora") + ENDING
-
-
-def new_file(name: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of a new adapter, its name in ComfyUI's lists). Raises FileRefused."""
-    return loading.new_file(name, FOLDER, overwrite)
-
-
-def refresh() -> None:
-    """Makes ComfyUI's lists show a new file, so that the apply node of this very graph finds it."""
-    loading.refresh(FOLDER)
 
 
 # ---- the model's integers
@@ -218,11 +199,11 @@ def run(job: Job) -> Converted:
     the reason; the model stays as it is.
     """
     bases = Bases(job.model, comfy.model_management.get_torch_device())
-    path = loading.model_path(job.lora_name, LORAS)
+    path = folders.path_of(job.lora_name, LORAS)
     facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "k": job.k}
     wanted = file_name(job.lora_name, job.filename)
     done = _made_of(wanted, facts | {"target": job.target})
-    target, name = new_file(wanted, job.overwrite or done)
+    target, name = folders.new_file(wanted, FOLDER, job.overwrite or done)
     changes, sizes, left_out = _changes(job.model, bases, path)
     found = convert(
         changes,
@@ -248,7 +229,7 @@ def run(job: Job) -> Converted:
         )
     if job.overwrite or not done:
         file.save(on_cpu, target)
-    refresh()
+    folders.refresh(FOLDER)
     actions = {
         row.layer: (
             layouts.unpack(bases.weights[row.layer.partition("@")[0]]).FORMAT.partition("_")[2]
@@ -262,7 +243,7 @@ def _made_of(name: str, facts: dict) -> bool:
     """Whether there is an adapter of that name that says these things of itself, such as which LoRA
     it was made of.
     """
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folders.find(name, FOLDER)
     try:
         return path is not None and facts.items() <= file.read(path).facts.items()
     except FileRefused:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -30,7 +29,6 @@ from pathlib import Path
 
 import comfy.lora
 import comfy.model_management
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
@@ -47,6 +45,7 @@ from ....quant.merge import refit
 from ....quant.merge.integer_grid import IntBase
 from ....quant.merge.write import Edit, bake, branch_specs, found
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..host import folders
 from ..host.progress import Progress
 from ..quantized import layouts, loading, lora, patches
 from . import files as intlora
@@ -314,7 +313,9 @@ def save(job: Job) -> Merged:
             "The connected model has no LoRA on it, so there is nothing to merge; put Apply IntLoRA"
             " or Load LoRA before this node."
         )
-    target, name = _target(file_name(source.path.name, job.filename), source.path)
+    target, name = folders.place(
+        file_name(source.path.name, job.filename), loading.FOLDER, beside=source.path
+    )
     facts = {
         "base": source.path.name,
         "branch": job.branch,
@@ -341,8 +342,7 @@ def save(job: Job) -> Merged:
             facts,
             Progress("merging", job.node_id),
         )
-        # so that the load node of this very graph finds the file
-        folder_paths.filename_list_cache.pop(loading.FOLDER, None)
+        folders.refresh(loading.FOLDER)
     known = {
         f"{_PREFIX}{unit}{suffix}" for unit in source.units for suffix in ("", ".weight", ".bias")
     }
@@ -364,26 +364,6 @@ def file_name(base: str, filename: str) -> str:
     """
     name = filename.strip() or f"{Path(base).stem}-merged"
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
-
-
-def _target(name: str, base: Path) -> tuple[Path, str]:
-    """(path of the new file, its name in ComfyUI's lists): beside the base, else in the first
-    folder that can be written to.
-    """
-    folders = [Path(folder).resolve() for folder in folder_paths.get_folder_paths(loading.FOLDER)]
-    for folder in sorted(folders, key=lambda folder: folder not in base.resolve().parents):
-        target = (folder / name).resolve()
-        if folder not in target.parents:
-            raise FileRefused(
-                f"{name} lies outside ComfyUI's {loading.FOLDER} folder; give a plain file name."
-            )
-        if os.access(folder, os.W_OK):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return target, os.path.relpath(target, folder)
-    raise FileRefused(
-        f"None of ComfyUI's {loading.FOLDER} folders can be written to"
-        f" ({', '.join(map(str, folders))}); change their permissions."
-    )
 
 
 def _sources(uses: tuple, patched: int) -> str:

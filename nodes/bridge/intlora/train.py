@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -24,6 +23,7 @@ from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear
 from ....quant.merge.integer_grid import IntBase
 from ....quant.training.loop import OPTIMIZERS, Options
+from ..host import folders
 from ..quantized import layouts
 from ..training import session as training
 from ..training.curve import curve_chart
@@ -83,7 +83,9 @@ def run(job: Job) -> Trained:
     done = _finished(job, data)
     if done is not None:
         return done
-    target, name = intlora.new_file(intlora.file_name("", job.filename or "trained"), job.overwrite)
+    target, name = folders.new_file(
+        intlora.file_name("", job.filename or "trained"), intlora.FOLDER, job.overwrite
+    )
     state = target.with_name(target.name.removesuffix(intlora.ENDING) + STATE)
     if job.overwrite and not resumable(state, data):
         state.unlink(missing_ok=True)
@@ -115,7 +117,7 @@ def run(job: Job) -> Trained:
     adapter = Adapter(adapter.layers, facts)
     file.save(adapter, target)
     state.unlink(missing_ok=True)
-    intlora.refresh()
+    folders.refresh(intlora.FOLDER)
     return Trained(
         name, _as_lora(adapter), losses, steps, _chart(job, name, losses, _summary(adapter, target))
     )
@@ -265,7 +267,7 @@ def _data(job: Job, pictures: training.Pictures, names: list[str], bases: intlor
 def _finished(job: Job, data: str) -> Trained | None:
     """The result of a run with the same inputs that has been saved already."""
     name = intlora.file_name("", job.filename or "trained")
-    if job.overwrite or folder_paths.get_full_path(intlora.FOLDER, name) is None:
+    if job.overwrite or folders.find(name, intlora.FOLDER) is None:
         return None
     path = intlora.path_of(name)
     adapter = file.read(path)

@@ -4,13 +4,11 @@ leave memory as it was.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ....quant.architectures import plan, recognise
@@ -19,8 +17,9 @@ from ....quant.files.source import Source, StateDictSource
 from ....quant.report import Report
 from ....quant.svdquant.quantize import calibrated_on, quantize_checkpoint
 from ....quant.svdquant.recipe import Recipe
+from ..host import folders
 from ..host.progress import Progress
-from ..quantized.loading import FOLDER, model_path, quantized_files
+from ..quantized.loading import FOLDER, quantized_files
 from . import record_inputs
 from .patched_weights import PatchedWeights
 
@@ -53,11 +52,7 @@ def sources() -> list[str]:
     Nibble yet.
     """
     done = set(quantized_files())
-    return [
-        name
-        for name in folder_paths.get_filename_list(FOLDER)
-        if name not in done and name.endswith((".safetensors", ".sft"))
-    ]
+    return [name for name in folders.names(FOLDER, (".safetensors", ".sft")) if name not in done]
 
 
 def run(job: Job) -> tuple[str, Report]:
@@ -67,7 +62,9 @@ def run(job: Job) -> tuple[str, Report]:
     if job.recipe.preset == "best" and not job.positive:
         raise ValueError(NO_PROMPTS)
     source = source_of(job)
-    target, name = place(file_name(origin_of(job), job.filename, job.recipe.rank), source)
+    target, name = folders.place(
+        file_name(origin_of(job), job.filename, job.recipe.rank), FOLDER, beside=source.path
+    )
     layers = plan(source.shapes, recognise(source.shapes, source.name), job.recipe, source.name)
     names = [layer.name for layer in layers if layer.action != "keep"]
     try:
@@ -89,8 +86,7 @@ def run(job: Job) -> tuple[str, Report]:
         )
     finally:
         comfy.model_management.soft_empty_cache()
-    # so that the load node of this very graph finds the file
-    folder_paths.filename_list_cache.pop(FOLDER, None)
+    folders.refresh(FOLDER)
     return name, report
 
 
@@ -172,7 +168,7 @@ def source_of(job) -> Source | StateDictSource:
     return (
         StateDictSource(PatchedWeights(job.model))
         if job.model is not None
-        else Source(model_path(job.model_name))
+        else Source(folders.path_of(job.model_name))
     )
 
 
@@ -180,28 +176,4 @@ def origin_of(job) -> str:
     """What the new file is named after."""
     return (
         job.model_name if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
-    )
-
-
-def place(name: str, source) -> tuple[Path, str]:
-    """(path of the new file, its name in ComfyUI's lists): beside the source, else in the first
-    folder that can be written to.
-    """
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)]
-    home = next(
-        (folder for folder in folders if source.path is not None and folder in source.path.parents),
-        None,
-    )
-    for folder in [home, *folders] if home else folders:
-        target = (folder / name).resolve()
-        if folder.resolve() not in target.parents:
-            raise FileRefused(
-                f"{name} lies outside ComfyUI's {FOLDER} folder; give a plain file name."
-            )
-        target.parent.mkdir(parents=True, exist_ok=True) if os.access(folder, os.W_OK) else None
-        if os.access(target.parent, os.W_OK):
-            return target, os.path.relpath(target, folder.resolve())
-    raise FileRefused(
-        f"None of ComfyUI's {FOLDER} folders can be written to ({', '.join(map(str, folders))});"
-        " change their permissions."
     )

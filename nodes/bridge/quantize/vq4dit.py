@@ -8,20 +8,20 @@ or the user's prompts, and every call of the diffusion model is recorded and rep
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ....quant.checkpoint_run import calibrated_on, facts_of, finished
 from ....quant.report import Report
 from ....quant.vq4dit.quantize import Teacher, plan, quantize_checkpoint
 from ....quant.vq4dit.recipe import Recipe
+from ..host import folders
 from ..host.progress import Progress
+from ..host.samplers import in_training
 from ..quantized.loading import FOLDER
 from . import job as quantizing
 from . import record_inputs
@@ -76,8 +76,8 @@ def run(job: Job) -> tuple[str, Report]:
     and ValueError in plain words.
     """
     source = quantizing.source_of(job)
-    target, name = quantizing.place(
-        file_name(quantizing.origin_of(job), job.filename, job.recipe), source
+    target, name = folders.place(
+        file_name(quantizing.origin_of(job), job.filename, job.recipe), FOLDER, beside=source.path
     )
     names = [
         layer.name
@@ -90,8 +90,7 @@ def run(job: Job) -> tuple[str, Report]:
         if job.recipe.calibrated:
             comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-    # so that the load node of this very graph finds the file
-    folder_paths.filename_list_cache.pop(FOLDER, None)
+    folders.refresh(FOLDER)
     return name, report
 
 
@@ -172,7 +171,7 @@ def _calibrated(
         cap=int(job.memory_gb * 1e9),
         device=patcher.load_device,
     )
-    with _in_training():
+    with in_training():
         return quantize_checkpoint(
             source,
             target,
@@ -191,13 +190,3 @@ def _counted(pictures: record_inputs.Pictures, progress: Progress) -> Callable:
     """A sampler's callback that moves the bar over all pictures' steps."""
     total, done = len(pictures.prompts) * pictures.steps, iter(range(1, 1 << 30))
     return lambda *_: progress(min(next(done), total), total, "with the 16-bit model")
-
-
-@contextlib.contextmanager
-def _in_training() -> Iterator[None]:
-    """ComfyUI's own switch: its models then compute with operators that have gradients."""
-    before, comfy.model_management.in_training = comfy.model_management.in_training, True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before

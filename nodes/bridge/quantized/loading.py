@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -16,11 +14,11 @@ from comfy.patcher_extension import WrappersMP
 from ....quant.files import checkpoint
 from ....quant.interop import opening
 from ....quant.interop.model import PublishedFile
-from ..host import progress
+from ..host import folders, progress
+from ..host.folders import DIFFUSION_MODELS as FOLDER
 from . import layouts, lora, modulation
 from .linear import NibbleOperations
 
-FOLDER = "diffusion_models"
 MODULATION = ("vram", "ram")
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,20 +35,16 @@ def quantized_files(kind: str | None = None) -> list[str]:
 
     Reads headers only, and each file's only once.
     """
-    found = {
-        name: _kind(name)
-        for name in folder_paths.get_filename_list(FOLDER)
-        if name.endswith(".safetensors")
-    }
-    return [name for name, is_kind in found.items() if is_kind and kind in (None, is_kind)]
+    kinds = {name: _kind(name) for name in folders.names(FOLDER)}
+    return [name for name, is_kind in kinds.items() if is_kind and kind in (None, is_kind)]
 
 
 def _kind(name: str) -> str | None:
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folders.find(name, FOLDER)
     if path is None:
         return None
-    stat = os.stat(path)
-    key = (path, stat.st_mtime_ns, stat.st_size)
+    stat = path.stat()
+    key = (str(path), stat.st_mtime_ns, stat.st_size)
     if key not in _known:
         _known[key] = (
             kind_of(checkpoint.read_header(path).metadata) if opening.is_4bit(path) else None
@@ -69,68 +63,13 @@ def opened(name: str, kind: str) -> checkpoint.QuantizedFile | PublishedFile:
     """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the
     reason, and the right node for another kind.
     """
-    file = opening.open_4bit(model_path(name))
+    file = opening.open_4bit(folders.path_of(name))
     found = kind_of(file.metadata)
     if found != kind:
         raise checkpoint.FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
         )
     return file
-
-
-def model_path(name: str, folder: str = FOLDER) -> Path:
-    """The path of a file in one of ComfyUI's model folders. Raises FileRefused for a name that is
-    not there.
-    """
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        raise checkpoint.FileRefused(
-            f"{name} is not in ComfyUI's {folder} folder any more; press R to refresh the list and"
-            " choose again."
-        )
-    return Path(path)
-
-
-def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of a new file, its name in ComfyUI's lists), in the first of a kind's folders that can
-    be written to. Raises FileRefused.
-    """
-    folders = [Path(path).resolve() for path in folder_paths.get_folder_paths(folder)]
-    for home in folders:
-        target = (home / name).resolve()
-        if home not in target.parents:
-            raise checkpoint.FileRefused(
-                f"{name} lies outside ComfyUI's {folder} folder; give a plain file name."
-            )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if not os.access(target.parent, os.W_OK):
-            continue
-        if target.exists() and not overwrite:
-            raise checkpoint.FileRefused(
-                f"{name} exists already; switch 'overwrite' on, or give another filename."
-            )
-        return target, os.path.relpath(target, home)
-    raise checkpoint.FileRefused(
-        f"None of ComfyUI's {folder} folders can be written to ({', '.join(map(str, folders))});"
-        " change their permissions."
-    )
-
-
-def refresh(folder: str) -> None:
-    """Makes ComfyUI's lists show a new file, so that the next node of this very graph finds it."""
-    folder_paths.filename_list_cache.pop(folder, None)
-
-
-def stamp(name: str, folder: str = FOLDER) -> str:
-    """Changes when the file does: modification time and size."""
-    path = folder_paths.get_full_path(folder, name)
-    if path is None:
-        return "missing"
-    stat = os.stat(path)
-    return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
 def load(

@@ -14,7 +14,6 @@ of memory), outside of inference mode, and that copy is trained beside and throw
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +24,14 @@ import comfy.model_management
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
-import latent_preview
 import torch
-from comfy.cli_args import LatentPreviewMethod, args
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....quant.files.checkpoint import FileRefused
 from ....quant.training.loop import allowing_writes
+from ..host.samplers import in_training, previewer
 
 LOSSES = {
     "MSE": torch.nn.functional.mse_loss,
@@ -241,22 +239,6 @@ def _form(entry: dict, caption: int) -> object:
     )
 
 
-def previewer(device: torch.device, form):
-    """ComfyUI's previewer by its own setting; where that is off, the quick one: a training preview
-    is asked for by a widget of its own.
-    """
-    found = latent_preview.get_previewer(device, form)
-    if (
-        found is None
-        and args.preview_method == LatentPreviewMethod.NoPreviews
-        and form.latent_rgb_factors is not None
-    ):
-        found = latent_preview.Latent2RGBPreviewer(
-            form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
-        )
-    return found
-
-
 class _Training(comfy.samplers.Sampler):
     """Calls `work` where ComfyUI would sample."""
 
@@ -295,7 +277,7 @@ def run(
     shape: (1, …) of a latent, for which ComfyUI makes room. prepared: the captions for which
         ComfyUI loads models (ControlNets) too; None: all.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _in_training():
+    with torch.inference_mode(False), torch.enable_grad(), in_training():
         own = _copy(model, settings)
         try:
             guider = comfy.samplers.CFGGuider(own)
@@ -346,16 +328,6 @@ def _copy(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
     own.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, _KEY, load)
     return own
-
-
-@contextlib.contextmanager
-def _in_training():
-    """ComfyUI's models avoid operations without a gradient while its flag is up."""
-    before, comfy.model_management.in_training = comfy.model_management.in_training, True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before
 
 
 def _thawed(value: T) -> T:

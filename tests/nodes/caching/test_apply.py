@@ -11,7 +11,6 @@ from comfy.patcher_extension import WrappersMP
 from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from nibble.accel.caching.teacache import IDENTITY
 from nibble.nodes.bridge.caching import apply as caching
-from nibble.nodes.bridge.caching import calibration_file
 from nibble.nodes.bridge.caching.apply import (
     SmoothCacheSettings,
     TeaCacheSettings,
@@ -20,6 +19,7 @@ from nibble.nodes.bridge.caching.apply import (
 )
 from nibble.nodes.bridge.caching.measure import calibrate
 from nibble.nodes.bridge.caching.run import KEY
+from nibble.nodes.bridge.host.fingerprint import PLAIN, fingerprint
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.checkpoint import FileRefused
 
@@ -246,9 +246,9 @@ def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense
         5,
         Progress("calibrating"),
     )
-    assert found.model["weights"] != calibration_file.PLAIN and found.model[
-        "fingerprint"
-    ] != calibration_file.fingerprint(dense_model)
+    assert found.model["weights"] != PLAIN and found.model["fingerprint"] != fingerprint(
+        dense_model
+    )
     seen, plain = [], draw(model)
     assert torch.equal(draw(apply_teacache(model, TeaCacheSettings(0.0))), plain)
     drawn = draw(apply_smoothcache(model, SmoothCacheSettings(budget=6), found, seen.append))

@@ -14,6 +14,7 @@ from caching_runs import STEPS, conditioning
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge.caching import calibration_file
 from nibble.nodes.bridge.caching.measure import calibrate
+from nibble.nodes.bridge.host import fingerprint
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.checkpoint import FileRefused
 
@@ -137,18 +138,18 @@ def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model
     import comfy.sd
 
     again = comfy.sd.load_diffusion_model(str(flux_file))
-    print_ = calibration_file.fingerprint(dense_model)
+    print_ = fingerprint.fingerprint(dense_model)
     assert (
-        calibration_file.fingerprint(again) == print_
-        and calibration_file.fingerprint(dense_model.clone()) == print_
+        fingerprint.fingerprint(again) == print_
+        and fingerprint.fingerprint(dense_model.clone()) == print_
     )
     with torch.no_grad():
         # as an applied LoRA would
         again.model.diffusion_model.double_blocks[0].img_mlp[0].weight.add_(1.0)
-    assert calibration_file.fingerprint(again) == print_
-    assert calibration_file.fingerprint(model) != print_ and calibration_file.weights_of(
+    assert fingerprint.fingerprint(again) == print_
+    assert fingerprint.fingerprint(model) != print_ and fingerprint.weights_of(
         dense_model
-    ) == calibration_file.PLAIN != calibration_file.weights_of(model)
+    ) == fingerprint.PLAIN != fingerprint.weights_of(model)
 
 
 def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):

@@ -19,7 +19,8 @@ from nibble.accel.caching.teacache import Polynomial
 from nibble.nodes.bridge.caching import apply as caching
 from nibble.nodes.bridge.caching import models as caching_models
 from nibble.nodes.bridge.caching import wrap_sublayers as caching_parts
-from nibble.nodes.bridge.caching.calibration_file import Calibration, fingerprint
+from nibble.nodes.bridge.caching.calibration_file import Calibration
+from nibble.nodes.bridge.host.fingerprint import fingerprint
 
 HELP = ROOT / "web" / "docs" / "NibbleApplyTeaCache.md"
 STEPS = 6

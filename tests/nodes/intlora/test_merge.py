@@ -3,6 +3,7 @@ says; base, model and files stay as they were.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -40,7 +41,7 @@ def home(model, loras, tmp_path, monkeypatch):
     """ComfyUI's model folder, with the base file in it; the model is loaded from there."""
     folder = tmp_path / loading.FOLDER
     folder.mkdir()
-    source = loading.Path(model.cached_patcher_init[1][0])
+    source = Path(model.cached_patcher_init[1][0])
     (folder / source.name).write_bytes(source.read_bytes())
     monkeypatch.setitem(
         folder_paths.folder_names_and_paths, loading.FOLDER, ([str(folder)], {".safetensors"})

@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import struct
+import subprocess
 import sys
 
+import filelock
 import pytest
 import safetensors
 import torch
@@ -412,24 +414,47 @@ def test_targets_that_would_surprise_are_refused(tmp_path):
     check_target(None, quantized(tmp_path / "q.safetensors"))
 
 
-def test_without_fcntl_the_lock_falls_back_to_msvcrt(tmp_path, monkeypatch):
-    """What Windows does, with a stand-in for its module."""
-    locked = []
-
-    class Msvcrt:
-        LK_NBLCK = 2
-
-        @staticmethod
-        def locking(handle, mode, count):
-            if locked:
-                raise OSError(errno.EACCES, "locked")
-            locked.append(handle)
-
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", Msvcrt)
-    with Writer(tmp_path / "t.safetensors", SPECS, "run", 100):
+def test_a_lock_of_another_process_is_told_and_ends_with_it(tmp_path):
+    target = tmp_path / "t.safetensors"
+    code = (
+        "import filelock, sys\n"
+        f"lock = filelock.FileLock({str(target) + '.partial.lock'!r})\n"
+        "lock.acquire()\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
         with (
-            pytest.raises(FileRefused, match="another run"),
-            Writer(tmp_path / "t.safetensors", SPECS, "run", 100),
+            pytest.raises(FileRefused, match="t.safetensors is being written by another run"),
+            Writer(target, SPECS, "run", 100),
         ):
             pass
+        other.kill()
+    with Writer(target, SPECS, "run", 100) as file:
+        file.discard()
+    assert not os.listdir(tmp_path)
+
+
+def test_nothing_of_the_lock_is_left_behind(tmp_path):
+    target = tmp_path / "t.safetensors"
+    with pytest.raises(RuntimeError), Writer(target, SPECS, "run", 100):
+        raise RuntimeError
+    assert not list(tmp_path.glob("*.lock*"))
+    with Writer(target, SPECS, "run", 100):
+        with pytest.raises(FileRefused), Writer(target, SPECS, "run", 100):
+            pass
+    assert not list(tmp_path.glob("*.lock*"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "no locks"), NotImplementedError("none")])
+def test_a_drive_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, caplog, error):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file:
+        file.discard()
+    assert "this drive cannot lock files" in caplog.text
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,130 @@
+"""Files in ComfyUI's folders: listed, found, placed, and stamped for ComfyUI's cache.
+
+A kind of folder ("loras", "diffusion_models") may have several places, of which an
+extra_model_paths.yaml can add more. A name is a path relative to one of them, as ComfyUI's lists
+show it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ....quant.files.checkpoint import FileRefused
+
+DIFFUSION_MODELS = "diffusion_models"
+
+
+def register(folder: str) -> None:
+    """Makes models/<folder> one of ComfyUI's kinds of folders."""
+    folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+
+
+def names(folder: str, endings: str | tuple[str, ...] = ".safetensors") -> list[str]:
+    """Names of the files of a kind that end so, in ComfyUI's order."""
+    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(endings)]
+
+
+def newest(folder: str, pattern: str) -> list[Path]:
+    """Files whose plain names match a glob, the newest first; read from disk, past ComfyUI's
+    cached lists.
+    """
+    homes = [home for home in _homes(folder) if home.is_dir()]
+    paths = (path for home in homes for path in home.glob(pattern))
+    return sorted(paths, key=lambda path: -path.stat().st_mtime_ns)
+
+
+def find(name: str, folder: str) -> Path | None:
+    """The path of a file; None for a name that is not there."""
+    path = folder_paths.get_full_path(folder, name)
+    return None if path is None else Path(path)
+
+
+def path_of(name: str, folder: str = DIFFUSION_MODELS) -> Path:
+    """The path of a file. Raises FileRefused for a name that is not there."""
+    path = find(name, folder)
+    if path is None:
+        raise missing(name, folder)
+    return path
+
+
+def missing(name: str, folder: str) -> FileRefused:
+    """The refusal of a name that is not in a folder."""
+    return FileRefused(
+        f"{name} is not in ComfyUI's {folder} folder any more; press R to refresh the list and"
+        " choose again."
+    )
+
+
+def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str]:
+    """(path for a file, its name in ComfyUI's lists), in the first place of a kind that can be
+    written to; the place that holds `beside` is tried before the others. Its folder is made.
+    Raises FileRefused.
+    """
+    homes = [home.resolve() for home in _homes(folder)]
+    if beside is not None:
+        around = beside.resolve().parents
+        homes.sort(key=lambda home: home not in around)
+    for home in homes:
+        target = (home / name).resolve()
+        if home not in target.parents:
+            raise FileRefused(
+                f"{name} lies outside ComfyUI's {folder} folder; give a plain file name."
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError:  # a read-only place: the next one is tried, and all are named if none works
+            continue
+        if os.access(target.parent, os.W_OK):
+            return target, os.path.relpath(target, home)
+    raise FileRefused(
+        f"None of ComfyUI's {folder} folders can be written to ({', '.join(map(str, homes))});"
+        " change their permissions."
+    )
+
+
+def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
+    """`place`, for a file that may only be there already where overwriting is allowed."""
+    target, listed = place(name, folder)
+    if target.exists() and not overwrite:
+        raise FileRefused(
+            f"{name} exists already; switch 'overwrite' on, or give another filename."
+        )
+    return target, listed
+
+
+def plain_name(wanted: str, default: str, folder: str, ending: str) -> str:
+    """What a user typed, or the default, with the ending. Raises ValueError for what is not the
+    name of a file.
+    """
+    name = wanted.strip() or default
+    if not re.fullmatch(r"[\w .,()+-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"{wanted!r} cannot be a file's name in models/{folder}; use letters,"
+            " digits, spaces, - and _."
+        )
+    return name if name.endswith(ending) else f"{name}{ending}"
+
+
+def refresh(folder: str) -> None:
+    """Makes ComfyUI's lists show a new file, so that the next node of this very graph finds it."""
+    folder_paths.filename_list_cache.pop(folder, None)
+
+
+def stamp(name: str, folder: str = DIFFUSION_MODELS) -> str:
+    """Changes when the file does."""
+    path = find(name, folder)
+    return "missing" if path is None else stamp_of(path)
+
+
+def stamp_of(path: Path) -> str:
+    """Modification time and size of a file."""
+    stat = path.stat()
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+def _homes(folder: str) -> list[Path]:
+    return [Path(home) for home in folder_paths.get_folder_paths(folder)]
