@@ -198,7 +198,10 @@ def main() -> None:
             f"  {method:18s} {value:6.2f} dB   {value - table['rtn']:+6.2f} over rtn  "
             f" {spent[method]:7.1f} s"
         )
-    out = args.out or checkout.ROOT / "tests" / "bench" / "results" / f"layers-{Path(args.model).stem}.json"
+    out = (
+        args.out
+        or checkout.ROOT / "tests" / "bench" / "results" / f"layers-{Path(args.model).stem}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "model": args.model,
