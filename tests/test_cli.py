@@ -38,7 +38,8 @@ def refused(capsys, *arguments):
     assert cli.main([str(argument) for argument in arguments]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     complaint = [line for line in lines if line.startswith("nibble: ")]
-    assert len(complaint) == 1 and not any("Traceback" in line for line in lines)
+    assert len(complaint) == 1
+    assert not any("Traceback" in line for line in lines)
     return complaint[0]
 
 
@@ -62,7 +63,9 @@ def test_quantize_and_inspect(source, tmp_path, capsys):
     )
     out, err = capsys.readouterr()
     # the bar names the layer
-    assert "FLUX.1" in out and "median" in out and "double_blocks.0." in err
+    assert "FLUX.1" in out
+    assert "median" in out
+    assert "double_blocks.0." in err
     recipe = open_quantized(target).fact("recipe")
     assert (recipe["rank"], recipe["keep"], recipe["seed"], recipe["gptq"]) == (
         16,
@@ -72,13 +75,13 @@ def test_quantize_and_inspect(source, tmp_path, capsys):
     )
     assert cli.main(["inspect", str(target), "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "all tensors match" in out and "double_blocks.0.img_attn.qkv" in out and "w4a4" in out
+    assert "all tensors match" in out
+    assert "double_blocks.0.img_attn.qkv" in out
+    assert "w4a4" in out
     assert cli.main(["inspect", str(target), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (
-        facts["format"] == "1"
-        and facts["layers"]["double_blocks.0.img_attn.qkv"]["format"] == "svdquant_w4a4"
-    )
+    assert facts["format"] == "1"
+    assert facts["layers"]["double_blocks.0.img_attn.qkv"]["format"] == "svdquant_w4a4"
     assert [row["db"] for row in facts["report"]["rows"] if row["action"] == "w4a4"][0] > 10
 
 
@@ -87,11 +90,8 @@ def test_inspect_of_a_16_bit_file(source, capsys):
     assert "FLUX.1" in capsys.readouterr().out
     assert cli.main(["inspect", str(source), "--plan", "--rank", "16", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["rank"] == 16 and {row["action"] for row in facts["report"]["rows"]} == {
-        "w4a4",
-        "w4a16",
-        "keep",
-    }
+    assert facts["rank"] == 16
+    assert {row["action"] for row in facts["report"]["rows"]} == {"w4a4", "w4a16", "keep"}
 
 
 def test_codewords_are_made_inspected_and_planned(source, tmp_path, capsys):
@@ -118,7 +118,9 @@ def test_codewords_are_made_inspected_and_planned(source, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["inspect", str(target), "--verify"]) == 0
     out = capsys.readouterr().out
-    assert "all tensors match" in out and "double_blocks.0.img_attn.qkv" in out and "vq" in out
+    assert "all tensors match" in out
+    assert "double_blocks.0.img_attn.qkv" in out
+    assert "vq" in out
     assert (
         cli.main(["inspect", str(source), "--plan", "--method", "vq", "--bits", "2", "--json"]) == 0
     )
@@ -151,7 +153,9 @@ def test_published_files_are_named_and_converted(tmp_path, capsys):
 def test_the_plan_of_flux1_dev_needs_no_file(capsys):
     assert cli.main(["inspect", "--plan", "flux1-dev"]) == 0
     out = capsys.readouterr().out
-    assert "predicted file" in out and "228 W4A4" in out and "23.80 GB" in out
+    assert "predicted file" in out
+    assert "228 W4A4" in out
+    assert "23.80 GB" in out
 
 
 def test_refusals_are_one_sentence_and_exit_code_1(source, tmp_path, capsys):
@@ -220,7 +224,8 @@ def test_the_best_preset_runs_the_model_first(source, tmp_path, capsys):
     )
     file = open_quantized(tmp_path / "q.safetensors")
     facts = file.fact("calibration")
-    assert (facts["kind"], facts["prompts"]) == ("prompts", 2) and len(facts["fingerprint"]) == 16
+    assert (facts["kind"], facts["prompts"]) == ("prompts", 2)
+    assert len(facts["fingerprint"]) == 16
     assert any(
         "held-out samples" in row["why"] and "GPTQ" in row["why"]
         for row in file.fact("report")["rows"]
@@ -271,18 +276,19 @@ def test_an_interrupt_is_exit_code_130_and_the_work_is_kept(source, tmp_path, ca
         patched.setattr(pipeline, "quantize_w4a16", interrupt)
         assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]) == 130
     assert "goes on from the finished layers" in capsys.readouterr().err
-    assert (tmp_path / "q.safetensors.partial").exists() and not (
-        tmp_path / "q.safetensors"
-    ).exists()
+    assert (tmp_path / "q.safetensors.partial").exists()
+    assert not (tmp_path / "q.safetensors").exists()
     assert cli.main(["quantize", str(source), str(tmp_path / "q.safetensors"), *QUICK]) == 0
 
 
 def test_benches_run_in_place_and_are_missed_politely(tmp_path, capsys, monkeypatch):
     (tmp_path / "bench_echo.py").write_text("import sys\nprint('echo', sys.argv[1:], __name__)")
     monkeypatch.setattr(cli, "BENCHES", tmp_path)
-    assert cli.main(["bench", "echo", "--fast"]) == 0 and cli.main(["bench", "all"]) == 0
+    assert cli.main(["bench", "echo", "--fast"]) == 0
+    assert cli.main(["bench", "all"]) == 0
     assert capsys.readouterr().out.splitlines() == ["echo ['--fast'] __main__", "echo [] __main__"]
-    assert cli.main(["bench"]) == 0 and cli.main(["bench", "nothing"]) == 2
+    assert cli.main(["bench"]) == 0
+    assert cli.main(["bench", "nothing"]) == 2
     monkeypatch.setattr(cli, "BENCHES", tmp_path / "none")
     assert "run this from a clone" in refused(capsys, "bench", "ops")
 
@@ -300,4 +306,6 @@ def test_the_module_runs_as_a_program(source):
     result = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert result.returncode == 0 and "FLUX.1" in result.stdout and result.stderr == ""
+    assert result.returncode == 0
+    assert "FLUX.1" in result.stdout
+    assert result.stderr == ""

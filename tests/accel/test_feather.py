@@ -46,7 +46,8 @@ def test_the_papers_first_stage():
     top[scores.topk(218).indices] = True
     assert torch.equal(mask, top | fixed)
     second = feather.keep_mask(scores, mask, Stage(16, 0.09))
-    assert second.sum() == int(0.09 * mask.sum()) and not (second & ~mask).any()
+    assert second.sum() == int(0.09 * mask.sum())
+    assert not (second & ~mask).any()
 
 
 def test_equal_scores_go_to_the_first_and_one_token_always_stays():
@@ -66,12 +67,14 @@ def test_equal_scores_go_to_the_first_and_one_token_always_stays():
 
 def test_uniform_keeps_even_distances():
     assert feather.spread(10, 5).nonzero().flatten().tolist() == [0, 2, 4, 6, 8]
-    assert feather.spread(7, 7).all() and not feather.spread(7, 0).any()
+    assert feather.spread(7, 7).all()
+    assert not feather.spread(7, 0).any()
 
 
 def test_default_stages_are_a_quarter_and_a_half_of_the_depth():
     assert feather.stages(32) == (Stage(8, 0.3, 3), Stage(16, 0.09))
-    assert feather.stages(28)[0].layer == 7 and feather.stages(28)[1].layer == 14
+    assert feather.stages(28)[0].layer == 7
+    assert feather.stages(28)[1].layer == 14
     assert [stage.layer for stage in feather.stages(8, least=3)] == [3, 4], (
         "DeepStack feeds the picture in until then"
     )

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout
 from bench.baselines import BASELINES, svdquant
-from checkout import ROOT
 from nibble.quant.calibration.recorder import collect, find_linears
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.svdquant.decompose import quantize_linear
@@ -36,7 +36,7 @@ from nibble.quant.svdquant.smooth import InputSpace
 
 CAP = 2**31
 HELD_OUT_ROWS = 512
-DEMO = ROOT / "demo" / "weights" / "flux-demo.safetensors"
+DEMO = checkout.ROOT / "demo" / "weights" / "flux-demo.safetensors"
 
 
 def minilm(
@@ -198,7 +198,10 @@ def main() -> None:
             f"  {method:18s} {value:6.2f} dB   {value - table['rtn']:+6.2f} over rtn  "
             f" {spent[method]:7.1f} s"
         )
-    out = args.out or ROOT / "tests" / "bench" / "results" / f"layers-{Path(args.model).stem}.json"
+    out = (
+        args.out
+        or checkout.ROOT / "tests" / "bench" / "results" / f"layers-{Path(args.model).stem}.json"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "model": args.model,

@@ -48,33 +48,33 @@ def test_the_gpu_bench_walks_through_all_its_sections_without_a_gpu(tmp_path):
         ),
         "finished",
     )
-    assert found["correctness"]["checks"] >= 16 and found["correctness"]["failed"] == 0, printed
-    assert found["robustness"]["failed"] == [] and found["sanitizer"]["rows"][0]["ok"], printed
-    assert "nibble" in found["transformer"]["summary"] and found["layers"]["summary"]
+    assert found["correctness"]["checks"] >= 16, printed
+    assert found["correctness"]["failed"] == 0, printed
+    assert found["robustness"]["failed"] == [], printed
+    assert found["sanitizer"]["rows"][0]["ok"], printed
+    assert "nibble" in found["transformer"]["summary"]
+    assert found["layers"]["summary"]
 
 
 def test_the_bench_of_ops_says_who_is_faster_and_why_a_peer_is_missing(tmp_path):
     out = tmp_path / "ops.json"
     printed = run("bench_ops.py", "--quick", "--out", out)
     found = json.loads(out.read_text())
-    assert "times as fast as the peer" in printed and found["environment"]["command"].startswith(
-        "python bench_ops.py"
-    )
+    assert "times as fast as the peer" in printed
+    assert found["environment"]["command"].startswith("python bench_ops.py")
     row = found["rows"][0]
-    assert {"nibble", "torch bfloat16", "torch float32"} <= row["timings"].keys() and all(
-        row["absent"].values()
-    )
-    assert (
-        row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"])
-        and row["difference"] < 0.05
-    )
+    assert {"nibble", "torch bfloat16", "torch float32"} <= row["timings"].keys()
+    assert all(row["absent"].values())
+    assert row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"])
+    assert row["difference"] < 0.05
 
 
 def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_path):
     out = tmp_path / "vq.json"
     printed = run("bench_vq_ops.py", "--quick", "--out", out)
     found = json.loads(out.read_text())
-    assert "times as fast as the peer" in printed and found["summary"].keys() == {"2 bit", "3 bit"}
+    assert "times as fast as the peer" in printed
+    assert found["summary"].keys() == {"2 bit", "3 bit"}
     for row in found["rows"]:
         assert {
             "nibble gemm_vq",
@@ -82,10 +82,8 @@ def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_p
             "torch float32",
             "decode, then torch bfloat16",
         } <= row["timings"].keys()
-        assert (
-            row["difference"] < 0.02
-            and row["index_bytes"] * 8 == row["N"] * row["K"] // row["vector"] * row["bits"]
-        )
+        assert row["difference"] < 0.02
+        assert row["index_bytes"] * 8 == row["N"] * row["K"] // row["vector"] * row["bits"]
 
 
 def test_the_estimate_on_paper_adds_up(tmp_path):
@@ -96,7 +94,8 @@ def test_the_estimate_on_paper_adds_up(tmp_path):
     run("bench_roofline.py", "--out", out)
     gpus = {entry["gpu"]: entry for entry in json.loads(out.read_text())["gpus"]}
     first = gpus["RTX 4090"]["layers"][0]
-    assert first["bounds_ms"]["mma"] == pytest.approx(0.0658, abs=1e-4) and first["binds"] == "mma"
+    assert first["bounds_ms"]["mma"] == pytest.approx(0.0658, abs=1e-4)
+    assert first["binds"] == "mma"
     assert gpus["A100"]["layers"][0]["binds"] == "rescale"
 
 
@@ -119,11 +118,10 @@ def test_the_bench_of_loras_counts_what_a_rank_costs(tmp_path):
         out,
     )
     row = json.loads(out.read_text())["rank"]["rows"][0]
-    assert (
-        row["operations"]["16"] == pytest.approx(2 * 16 / 3072, abs=1e-5)
-        and row["bytes"]["16"] == 2 * 16 * 6144
-    )
-    assert row["ratio"]["+0"] == 1 and {"+128", "beside 128"} <= row["ms"].keys()
+    assert row["operations"]["16"] == pytest.approx(2 * 16 / 3072, abs=1e-5)
+    assert row["bytes"]["16"] == 2 * 16 * 6144
+    assert row["ratio"]["+0"] == 1
+    assert {"+128", "beside 128"} <= row["ms"].keys()
 
 
 def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
@@ -151,9 +149,8 @@ def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
         "weights": outputs * 3072 * 17 // 32 + 2 * outputs,
         "a_step": 2 * outputs,
     }
-    assert [row["ready"] for row in found["run"]["runs"]] == [26, 28] and found["run"][
-        "products"
-    ] == 28
+    assert [row["ready"] for row in found["run"]["runs"]] == [26, 28]
+    assert found["run"]["products"] == 28
 
 
 def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
@@ -175,9 +172,8 @@ def test_the_bench_of_constant_acceleration_counts_calls_alike(tmp_path):
         2,
     )
     found = json.loads(out.read_text())
-    assert len(found["mixture"]["rows"]) == 12 and all(
-        row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"]
-    )
+    assert len(found["mixture"]["rows"]) == 12
+    assert all(row["errors"].keys() == {"2", "3", "5"} for row in found["mixture"]["rows"])
     psnr = {row["method"]: row["psnr"] for row in found["training-free"]["rows"]}
     assert (
         psnr["lms, order 2"]
@@ -210,7 +206,8 @@ def test_the_bench_of_the_distilled_demo_asks_as_often_as_it_says(tmp_path):
     )
     found = json.loads(out.read_text())
     psnr = {(row["method"], row["schedule"], row["calls"]): row["psnr"] for row in found["rows"]}
-    assert found["couplings"] == 3 and len(psnr) == len(found["rows"])
+    assert found["couplings"] == 3
+    assert len(psnr) == len(found["rows"])
     assert psnr["euler", "even", 2] == pytest.approx(psnr["dpmpp_2m", "even", 2], abs=1e-3), (
         "their first and last steps are alike"
     )

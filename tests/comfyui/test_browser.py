@@ -40,15 +40,15 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(screen):
     box = screen.page.locator(".nibble-plot svg").bounding_box()
     screen.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
     tip = screen.page.locator(".nibble-tip")
-    assert tip.is_visible() and tip.locator("b").inner_text() in {
-        row["name"] for row in report["rows"]
-    }
+    assert tip.is_visible()
+    assert tip.locator("b").inner_text() in {row["name"] for row in report["rows"]}
     screen.picture(f"charts-{screen.look}")
     for chart in screen.page.locator(".nibble-widget").all():  # nothing is cut off
         seen, needed = chart.evaluate(
             "(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]"
         )
-        assert needed <= seen + 1 and needed > 60
+        assert needed <= seen + 1
+        assert needed > 60
 
 
 @pytest.mark.parametrize("screen", ["classic-dark", "nodes2-dark"], indirect=True)
@@ -64,7 +64,8 @@ def test_node_grows_and_shrinks_with_the_lists_in_its_chart(screen):
     opened = height()
     screen.page.locator(".nibble-details summary").first.click()
     screen.page.wait_for_timeout(500)
-    assert opened > closed + 60 and abs(height() - closed) <= 2
+    assert opened > closed + 60
+    assert abs(height() - closed) <= 2
 
 
 def test_chart_comes_back_with_its_workflow_tab(screen):
@@ -89,7 +90,8 @@ def test_wheel_over_a_chart_still_zooms_the_canvas(screen):
 def test_chart_is_not_saved_with_the_workflow(screen):
     screen.run_graph()
     saved = screen.page.evaluate("() => JSON.stringify(app.graph.serialize())")
-    assert "nibble_chart" not in saved and "bytes_before" not in saved
+    assert "nibble_chart" not in saved
+    assert "bytes_before" not in saved
 
 
 def test_seed_stays_so_that_a_second_run_does_nothing(screen):
@@ -130,9 +132,8 @@ def test_template_loads_without_missing_nodes(screen, server, name):
         "() => app.graph._nodes.map((node) => [node.type, node.type in"
         " LiteGraph.registered_node_types])"
     )
-    assert len(loaded) == len(workflow["nodes"]) and all(
-        known for kind, known in loaded if kind not in notes
-    )
+    assert len(loaded) == len(workflow["nodes"])
+    assert all(known for kind, known in loaded if kind not in notes)
     prompt = screen.page.evaluate("async () => (await app.graphToPrompt()).output")
     schema = json.loads(fetch(server, "/object_info"))
     # every required input has a value, and a choice that the pack itself offers is one of the

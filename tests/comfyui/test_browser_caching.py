@@ -71,18 +71,15 @@ def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):
     screen.page.wait_for_function("() => window.finished", timeout=240_000)
     screen.page.wait_for_timeout(400)
     pending = [strip[2] for strip in screen.page.evaluate("() => window.strips.filter(Boolean)")]
-    assert pending == sorted(pending, reverse=True) and len(set(pending)) >= 4, (
-        "it was drawn while sampling"
-    )
+    assert pending == sorted(pending, reverse=True), "it was drawn while sampling"
+    assert len(set(pending)) >= 4, "it was drawn while sampling"
     chart = screen.page.evaluate(
         "() => Object.values(app.nodeOutputs).map((o) => o.nibble_chart?.[0]).find((c) => c?.kind"
         " === 'strip')"
     )
-    assert (
-        screen.page.evaluate(LANE) == computed(chart)
-        and None not in computed(chart)
-        and False in computed(chart)
-    )
+    assert screen.page.evaluate(LANE) == computed(chart)
+    assert None not in computed(chart)
+    assert False in computed(chart)
     lane = screen.page.locator(".nibble-lane").first
     box = lane.bounding_box()
     reused = computed(chart).index(False)
@@ -90,13 +87,15 @@ def test_the_strip_grows_step_by_step_and_is_complete_at_the_end(screen):
         box["x"] + box["width"] * (reused + 0.5) / STEPS, box["y"] + box["height"] / 2
     )
     tip = screen.page.locator(".nibble-strip .nibble-tip")
-    assert tip.is_visible() and tip.locator("b").inner_text() == f"Step {reused + 1}: reused"
+    assert tip.is_visible()
+    assert tip.locator("b").inner_text() == f"Step {reused + 1}: reused"
     screen.picture(f"strip-{screen.look}")
     screen.page.mouse.move(5, 5)
     seen, needed = screen.page.locator(".nibble-widget").first.evaluate(
         "(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]"
     )
-    assert needed <= seen + 1 and needed > 100
+    assert needed <= seen + 1
+    assert needed > 100
 
 
 def test_the_strip_is_back_after_a_reload(screen):
@@ -121,10 +120,8 @@ def test_apply_and_calibrate_draw_in_their_nodes(screen):
     graph.save(graph.sample(applied, graph.prompt(), steps=12))
     run(screen, graph, applied)
     assert screen.page.locator(".nibble-lane").count() >= 2, "a lane for each kind of block"
-    assert (
-        screen.page.locator(".nibble-point").count() == 2 * 11
-        and screen.page.locator(".nibble-fit").count() >= 2
-    )
+    assert screen.page.locator(".nibble-point").count() == 2 * 11
+    assert screen.page.locator(".nibble-fit").count() >= 2
     screen.page.evaluate(
         "([a, c]) => { app.graph.getNodeById(Number(c)).pos = [520, 60];"
         " app.graph.getNodeById(Number(a)).pos = [60, 60]; app.canvas.setDirty(true, true); }",
@@ -147,10 +144,8 @@ def test_cells_and_line_lie_where_their_numbers_say(screen):
     }""")
     line, threshold, told = found
     assert line == f"M25.000 64.00L75.000 {64 * (1 - 0.5 / 1.3):.2f}"
-    assert (
-        float(threshold) == pytest.approx(64 * (1 - 1 / 1.3))
-        and told == "1 of 2steps computed2.00× less work"
-    )
+    assert float(threshold) == pytest.approx(64 * (1 - 1 / 1.3))
+    assert told == "1 of 2steps computed2.00× less work"
 
 
 def test_a_long_strip_and_hostile_names_are_drawn(screen):

@@ -40,7 +40,8 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
     hosts = """() => [...document.querySelectorAll(".nibble-chart-host")].map((host) => [host.shadowRoot.querySelectorAll("rect").length,
       host.getBoundingClientRect().width > 150, host.shadowRoot.textContent])"""
     drawn = sorted(screen.page.evaluate(hosts))
-    assert [count for count, _, _ in drawn] == [0, 5, 5, 5] and all(wide for _, wide, _ in drawn)
+    assert [count for count, _, _ in drawn] == [0, 5, 5, 5]
+    assert all(wide for _, wide, _ in drawn)
     assert all("Kept of the LoRA" in text and "Layers" in text for _, _, text in drawn[1:])
 
 
@@ -66,21 +67,20 @@ def test_help_pages_and_translations_are_served(server, node):
         for part in ("required", "optional")
         for key, spec in schema["input"].get(part, {}).items()
     }
-    assert sum(not spec[1].get("advanced") for spec in inputs.values()) <= 6 and all(
-        spec[1].get("tooltip") for spec in inputs.values()
-    )
+    assert sum(not spec[1].get("advanced") for spec in inputs.values()) <= 6
+    assert all(spec[1].get("tooltip") for spec in inputs.values())
     for path in (f"{node}.md", f"{node}/zh.md"):
         text = fetch(server, f"/extensions/ComfyUI-Nibble/docs/{path}").decode()
-        assert text.startswith("# ") and all(f"**{name}**" in text for name in inputs), path
+        assert text.startswith("# "), path
+        assert all(f"**{name}**" in text for name in inputs), path
     served = json.loads(fetch(server, "/i18n"))
     for language in ("en", "zh"):
         told = served[language]["nodeDefs"][node]
-        assert set(told["inputs"]) == set(inputs) and len(told["outputs"]) == len(schema["output"])
+        assert set(told["inputs"]) == set(inputs)
+        assert len(told["outputs"]) == len(schema["output"])
     told = served["en"]["nodeDefs"][node]
-    assert (
-        told["display_name"] == schema["display_name"]
-        and told["description"] == schema["description"]
-    )
+    assert told["display_name"] == schema["display_name"]
+    assert told["description"] == schema["description"]
     assert all(told["inputs"][key]["tooltip"] == spec[1]["tooltip"] for key, spec in inputs.items())
     assert (
         (ROOT / "web" / "docs" / f"{node}.md")

@@ -93,17 +93,16 @@ def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(serve
 def test_quantizing_reports_every_layer_and_the_loader_lists_the_file(server, graph):
     output = server.run(graph.quantize(filename="reported").nodes)[graph.quantizer]
     chart = output["nibble_chart"][0]
-    assert chart["kind"] == "layers" and {"w4a4", "w4a16", "keep"} == {
-        row["action"] for row in chart["rows"]
-    }
-    assert all(row["why"] for row in chart["rows"]) and all(
-        row["db"] > 10 for row in chart["rows"] if row["action"] == "w4a4"
-    )
+    assert chart["kind"] == "layers"
+    assert {"w4a4", "w4a16", "keep"} == {row["action"] for row in chart["rows"]}
+    assert all(row["why"] for row in chart["rows"])
+    assert all(row["db"] > 10 for row in chart["rows"] if row["action"] == "w4a4")
     options = server.get("/object_info/NibbleLoadSVDQuant")["NibbleLoadSVDQuant"]["input"][
         "required"
     ]["model_name"]
     names = options[1]["options"] if options[0] == "COMBO" else options[0]
-    assert "reported.safetensors" in names and FLUX not in names
+    assert "reported.safetensors" in names
+    assert FLUX not in names
 
 
 def test_a_second_run_with_the_same_options_finishes_at_once_and_other_options_need_overwrite(
@@ -125,7 +124,8 @@ def test_the_loader_shows_the_vram_needed(server, quantized, graph):
     load = graph.load(quantized)
     graph.save(graph.sample(load, graph.prompt(), seed=77))
     chart = server.run(graph.nodes)[load]["nibble_chart"][0]
-    assert chart["kind"] == "facts" and "weights" in dict(chart["summary"])["VRAM"]
+    assert chart["kind"] == "facts"
+    assert "weights" in dict(chart["summary"])["VRAM"]
 
 
 def test_sampler_custom_advanced_gives_the_same_picture(server, quantized, graph, ours):
@@ -162,7 +162,8 @@ def test_a_stock_lora_acts_as_on_the_16_bit_model_and_leaves_no_trace(
 ):
     with_lora, dense_with_lora = picture(server, quantized, lora), picture(server, FLUX, lora)
     effect, distance = psnr(dense_with_lora, dense), psnr(with_lora, dense_with_lora)
-    assert effect < 28 and distance > effect + 4, "the LoRA does what it does on the 16-bit model"
+    assert effect < 28, "the LoRA does what it does on the 16-bit model"
+    assert distance > effect + 4, "the LoRA does what it does on the 16-bit model"
     assert np.array_equal(picture(server, quantized, seed=1), ours), (
         "taken away, the picture is the old one bit for bit"
     )
@@ -227,7 +228,8 @@ def test_an_interrupted_run_leaves_no_file_and_goes_on_where_it_stopped(server, 
     with pytest.raises(Refused, match="interrupted"):
         server.result(prompt)
     before = finished_layers(folder)
-    assert before and not (folder / "stopped.safetensors").exists()
+    assert before
+    assert not (folder / "stopped.safetensors").exists()
     chart = server.run(nodes)[graph.quantizer]["nibble_chart"][0]
     seconds = {row["name"]: row["seconds"] for row in chart["rows"]}
     assert {name: seconds[name] for name in before} == before, "finished layers were not done again"
@@ -265,7 +267,8 @@ def test_a_wrong_source_is_refused_in_words_and_the_server_lives(server, lora, g
     )
     with pytest.raises(Refused, match=said):
         server.run(graph.quantize(model_name=path.name, filename="never").nodes)
-    assert server.get("/system_stats") and not list(folder.glob("never*"))
+    assert server.get("/system_stats")
+    assert not list(folder.glob("never*"))
 
 
 def test_the_target_may_not_be_the_source(server, graph):

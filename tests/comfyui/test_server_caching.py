@@ -51,7 +51,8 @@ def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(serve
             for group in ("required", "optional")
             for spec in info["input"].get(group, {}).values()
         ]
-        assert all(spec[1].get("tooltip") for spec in inputs) and all(info["output_tooltips"]), name
+        assert all(spec[1].get("tooltip") for spec in inputs), name
+        assert all(info["output_tooltips"]), name
         assert (
             sum(spec[0] not in SOCKETS and not spec[1].get("advanced") for spec in inputs) <= 6
         ), name
@@ -72,12 +73,11 @@ def test_a_preset_reuses_steps_and_compares_itself_on_request(server, graph, pla
     saved = graph.save(node)
     outputs = server.run(graph.nodes)
     chart = chart_of(outputs[node])
-    assert (
-        computed(chart)[0] is computed(chart)[-1] is True
-        and 0 < computed(chart).count(False) < STEPS
-    )
+    assert computed(chart)[0] is computed(chart)[-1] is True
+    assert 0 < computed(chart).count(False) < STEPS
     told = dict(chart["summary"])
-    assert "dB PSNR of the latent" in told["against uncached"] and "uncached" in told["time"]
+    assert "dB PSNR of the latent" in told["against uncached"]
+    assert "uncached" in told["time"]
     assert psnr(server.picture(outputs[saved]), plain) > 20
 
 
@@ -91,12 +91,10 @@ def test_the_strip_is_sent_step_by_step_while_sampling(server, graph):
         if event["type"] == "nibble_chart" and event["data"]["node"] == node
     ]
     pending = [computed(chart).count(None) for chart in charts]
-    assert (
-        len(charts) >= STEPS
-        and pending == sorted(pending, reverse=True)
-        and pending[0] == STEPS - 1
-        and pending[-1] == 0
-    )
+    assert len(charts) >= STEPS
+    assert pending == sorted(pending, reverse=True)
+    assert pending[0] == STEPS - 1
+    assert pending[-1] == 0
     last = next(
         event["data"]["output"]
         for event in seen
@@ -126,13 +124,15 @@ def test_any_sampler_on_a_model_with_teacache_and_none_of_it_stays_on_the_model(
         for event in seen
         if event["type"] == "nibble_chart" and event["data"]["node"] == patched
     ]
-    assert computed(charts[-1]).count(False) > 0 and None not in computed(charts[-1])
+    assert computed(charts[-1]).count(False) > 0
+    assert None not in computed(charts[-1])
     pictures = {
         event["data"]["node"]: server.picture(event["data"]["output"])
         for event in seen
         if event["type"] == "executed" and "images" in event["data"]["output"]
     }
-    assert np.array_equal(pictures[bare], plain) and 20 < psnr(pictures[cached], plain) < 100
+    assert np.array_equal(pictures[bare], plain)
+    assert 20 < psnr(pictures[cached], plain) < 100
 
 
 def test_two_samplers_in_one_graph_do_not_disturb_one_another(server, graph):
@@ -197,7 +197,8 @@ def test_a_second_pass_of_another_resolution_begins_anew(server, graph):
     )
     outputs = server.run(graph.nodes)
     picture = server.picture(outputs[one])
-    assert picture.shape[:2] == (96, 96) and np.array_equal(picture, server.picture(outputs[other]))
+    assert picture.shape[:2] == (96, 96)
+    assert np.array_equal(picture, server.picture(outputs[other]))
 
 
 def test_a_batch_with_a_negative_prompt(server, graph):
@@ -236,9 +237,8 @@ def test_a_batch_with_a_negative_prompt(server, graph):
             server.picture({"images": outputs[node]["images"][index:]})
             for node in (bare, zero, cached)
         ]
-        assert (
-            np.array_equal(pictures[0], pictures[1]) and 15 < psnr(pictures[0], pictures[2]) < 100
-        )
+        assert np.array_equal(pictures[0], pictures[1])
+        assert 15 < psnr(pictures[0], pictures[2]) < 100
 
 
 def test_calibrate_then_sample_in_one_graph(server, graph, plain):
@@ -257,11 +257,9 @@ def test_calibrate_then_sample_in_one_graph(server, graph, plain):
     saved = graph.save(tea)
     outputs = server.run(graph.nodes)
     measured = chart_of(outputs[calibration])
-    assert (
-        measured["kind"] == "calibration"
-        and len(measured["points"]) == 2 * (STEPS - 1)
-        and measured["series"]
-    )
+    assert measured["kind"] == "calibration"
+    assert len(measured["points"]) == 2 * (STEPS - 1)
+    assert measured["series"]
     assert (server.home / "models" / "nibble_cache" / "in-graph.json").exists()
     assert "calibrated" in chart_of(outputs[tea])["subtitle"]
     assert all(psnr(server.picture(outputs[node]), plain) > 20 for node in (saved, smooth))
@@ -271,9 +269,8 @@ def test_a_calibration_is_found_by_its_model_and_is_not_measured_twice(server, c
     node = graph.calibrate(graph.load(FLUX), filename="demo", steps=STEPS)
     first = (server.home / "models" / "nibble_cache" / calibrated).stat().st_mtime_ns
     server.run(graph.nodes)
-    assert (
-        server.home / "models" / "nibble_cache" / calibrated
-    ).stat().st_mtime_ns == first and node
+    assert (server.home / "models" / "nibble_cache" / calibrated).stat().st_mtime_ns == first
+    assert node
     other = CacheGraph()
     applied = other.apply_smoothcache(other.load(FLUX))
     saved = other.save(other.sample(applied, other.prompt(), steps=STEPS))
@@ -298,7 +295,9 @@ def test_smoothcache_at_every_depth(server, calibrated, plain, depth):
         if depth == "step"
         else [state for row in chart["rows"] for state in row["computed"]]
     )
-    assert False in states and None not in states and bool(chart["rows"]) == (depth != "step")
+    assert False in states
+    assert None not in states
+    assert bool(chart["rows"]) == (depth != "step")
     output = next(
         event["data"]["output"]
         for event in seen
@@ -329,7 +328,8 @@ def test_few_steps_and_another_schedule_are_told(server, calibrated, graph):
     graph.save(other)
     outputs = server.run(graph.nodes)
     assert "4 steps" in notes(chart_of(outputs[few]))
-    assert "12" in notes(chart_of(outputs[other])) and "20" in notes(chart_of(outputs[other]))
+    assert "12" in notes(chart_of(outputs[other]))
+    assert "20" in notes(chart_of(outputs[other]))
 
 
 def test_smoothcache_without_a_calibration_says_what_to_do(server, quantized, graph):
@@ -374,7 +374,8 @@ def test_a_wrong_calibration_file_is_refused_in_words(server, calibrated, graph,
     try:
         with pytest.raises(Refused, match=said) as refusal:
             server.run(graph.nodes)
-        assert f"wrong-{kind}.json" in str(refusal.value) and server.get("/system_stats")
+        assert f"wrong-{kind}.json" in str(refusal.value)
+        assert server.get("/system_stats")
     finally:
         (folder / f"wrong-{kind}.json").unlink()
 

@@ -80,13 +80,12 @@ def test_couplings_are_made_and_shown_while_it_works(server):
         for event in seen
         if event["type"] == "executed" and event["data"]["node"] == node
     )
-    assert (
-        facts(done)["prompts"] == "2"
-        and facts(done)["teacher"] == "euler, 4 steps"
-        and facts(done)["folder"] == "output/caf_couplings/made"
-    )
+    assert facts(done)["prompts"] == "2"
+    assert facts(done)["teacher"] == "euler, 4 steps"
+    assert facts(done)["folder"] == "output/caf_couplings/made"
     stored = pairs(server, "made")
-    assert sorted(stored) == [0, 1, 2, 3] and [stored[i][2] for i in range(4)] == [0, 1, 0, 1]
+    assert sorted(stored) == [0, 1, 2, 3]
+    assert [stored[i][2] for i in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_pair_is_the_picture_that_the_sampler_draws_of_its_noise(server):
@@ -120,14 +119,14 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been_and_more_are_added(se
     seen = server.events(
         graph.nodes, lambda event: event["type"] == "nibble_chart" and server.post("/interrupt", {})
     )
-    assert seen[-1]["type"] == "execution_interrupted" and 2 <= len(pairs(server, "stopped")) < 8, (
-        "what is made is kept"
-    )
+    assert seen[-1]["type"] == "execution_interrupted", "what is made is kept"
+    assert 2 <= len(pairs(server, "stopped")) < 8, "what is made is kept"
     graph = Graph()
     node = coupling(graph, "stopped", count=8)
     assert facts(server.run(graph.nodes)[node])["pairs"] == "8 of 8"
     wanted, found = pairs(server, "whole"), pairs(server, "stopped")
-    assert wanted.keys() == found.keys() and all(
+    assert wanted.keys() == found.keys()
+    assert all(
         torch.equal(a, b)
         for pair in wanted
         for a, b in zip(wanted[pair][:2], found[pair][:2], strict=True)
@@ -258,7 +257,8 @@ def test_heads_are_trained_shown_and_wired_on_to_a_picture(server, kind, request
         if event["type"] == "executed"
     }
     told = facts(outputs[node])
-    assert told["step"] == f"{2 * TRAINED} of {2 * TRAINED}" and told["pairs"] == "8 and 1 held out"
+    assert told["step"] == f"{2 * TRAINED} of {2 * TRAINED}"
+    assert told["pairs"] == "8 and 1 held out"
     assert "at 3 calls; the model itself" in told["held-out error"]
     assert [path.name for path in server.folder("caf").glob(f"taught-{kind}*")] == [
         f"taught-{kind}.caf.safetensors"
@@ -283,15 +283,14 @@ def test_stopped_training_goes_on_and_ends_as_if_it_had_not_been(server):
                 stopped.append(server.post("/interrupt", {}))
 
         assert server.events(graph.nodes, stop)[-1]["type"] == "execution_interrupted"
-        assert f"stopped.caf.{phase}.state" in {
-            path.name for path in folder.glob("stopped*")
-        } and not list(folder.glob("*.partial"))
+        assert f"stopped.caf.{phase}.state" in {path.name for path in folder.glob("stopped*")}
+        assert not list(folder.glob("*.partial"))
     told = facts(server.run(graph.nodes)[node])
-    assert told["step"] == f"{2 * TRAINED} of {2 * TRAINED}" and not list(folder.glob("*.state"))
+    assert told["step"] == f"{2 * TRAINED} of {2 * TRAINED}"
+    assert not list(folder.glob("*.state"))
     wanted, found = heads(server, "whole"), heads(server, "stopped")
-    assert wanted.keys() == found.keys() and all(
-        (wanted[name] == found[name]).all() for name in wanted
-    )
+    assert wanted.keys() == found.keys()
+    assert all((wanted[name] == found[name]).all() for name in wanted)
     again = Graph()
     node = training(again, "stopped", preview_every=2)
     assert "trained already" in server.run(again.nodes)[node]["nibble_chart"][0]["subtitle"]

@@ -74,20 +74,17 @@ def red(picture: np.ndarray) -> float:
 def test_the_square_is_still_light_wherever_it_stands(seeker, height):
     outputs = seeker.run(graph(height))
     (chart,) = outputs["4"]["nibble_chart"]
-    assert (
-        chart["kind"] == "patches"
-        and chart["tokens"][0] == 27 * 27 + 6
-        and chart["tokens"][-1] < 40
-    )
+    assert chart["kind"] == "patches"
+    assert chart["tokens"][0] == 27 * 27 + 6
+    assert chart["tokens"][-1] < 40
     assert abs(red(seeker.picture(outputs["5"])) - (1.5 + height * 24) / 27) < 0.06
 
 
 def test_a_chart_is_sent_to_the_prune_node_while_the_prompt_is_encoded(seeker):
     events = seeker.events(graph(0.5))
     charts = [event["data"] for event in events if event["type"] == "nibble_chart"]
-    assert [chart["node"] for chart in charts] == ["2"] and charts[0]["chart"]["pictures"][0][
-        "url"
-    ].startswith("data:image/jpeg;base64,")
+    assert [chart["node"] for chart in charts] == ["2"]
+    assert charts[0]["chart"]["pictures"][0]["url"].startswith("data:image/jpeg;base64,")
 
 
 @pytest.mark.parametrize(
@@ -132,5 +129,6 @@ def test_both_nodes_draw_the_picture_and_its_patches(page, look):
         seen, needed = chart.evaluate(
             "(element) => [element.offsetHeight, element.firstElementChild.offsetHeight]"
         )
-        assert needed <= seen + 1 and needed > 300
+        assert needed <= seen + 1
+        assert needed > 300
     assert page.problems == []

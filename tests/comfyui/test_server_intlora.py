@@ -87,11 +87,9 @@ def test_the_converter_draws_what_each_layer_keeps_and_its_file_is_listed(
 ):
     node = convert(graph, graph.load(quantized), STYLE, filename="drawn")
     chart = server.run(graph.nodes)[node]["nibble_chart"][0]
-    assert (
-        chart["kind"] == "kept"
-        and len(chart["rows"]) == 5
-        and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
-    )
+    assert chart["kind"] == "kept"
+    assert len(chart["rows"]) == 5
+    assert {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
     assert all(row["kept"] > 0.975 and 0 <= row["nearest"] < row["kept"] for row in chart["rows"])
 
     def options(kind, name):
@@ -102,14 +100,14 @@ def test_the_converter_draws_what_each_layer_keeps_and_its_file_is_listed(
     assert "drawn.intlora.safetensors" not in options("LoraLoaderModelOnly", "lora_name"), (
         "the stock loader would do nothing with it"
     )
-    assert STYLE in options("LoraLoaderModelOnly", "lora_name") and STYLE not in options(
-        "NibbleApplyIntLoRA", "intlora_name"
-    )
+    assert STYLE in options("LoraLoaderModelOnly", "lora_name")
+    assert STYLE not in options("NibbleApplyIntLoRA", "intlora_name")
 
 
 def test_an_intlora_does_what_its_lora_does(server, quantized, styled, base):
     stock = with_stock(server, quantized, STYLE)
-    assert psnr(stock, base) < 26 and psnr(styled, stock) > psnr(stock, base) + 6
+    assert psnr(stock, base) < 26
+    assert psnr(styled, stock) > psnr(stock, base) + 6
 
 
 def test_converting_and_applying_in_one_graph(server, quantized, loras, graph, styled):
@@ -137,9 +135,9 @@ def test_merged_it_is_close_to_the_branch_and_says_what_it_kept(
     # another picture, so that the node is run here
     saved = graph.save(graph.sample(model, graph.prompt(), seed=SEED + 1000))
     chart = server.run(graph.nodes)[model]["nibble_chart"][0]
-    assert (
-        chart["kind"] == "kept" and all(0.2 < row["kept"] <= 1 for row in chart["rows"]) and saved
-    )
+    assert chart["kind"] == "kept"
+    assert all(0.2 < row["kept"] <= 1 for row in chart["rows"])
+    assert saved
     merged = picture(server, quantized, (converted[STYLE], 1.0, "merge"))
     assert psnr(merged, styled) > psnr(base, styled) + 4
 
@@ -147,7 +145,8 @@ def test_merged_it_is_close_to_the_branch_and_says_what_it_kept(
 def test_two_add_up_whatever_the_order_and_the_mode(server, quantized, converted, styled):
     one, two = (converted[STYLE], 0.6, "branch"), (converted[OTHER], 0.4, "branch")
     both = picture(server, quantized, one, two)
-    assert psnr(both, picture(server, quantized, two, one)) > 40 and psnr(both, styled) < 35
+    assert psnr(both, picture(server, quantized, two, one)) > 40
+    assert psnr(both, styled) < 35
     merged = picture(server, quantized, (*one[:2], "merge"), (*two[:2], "merge"))
     assert np.array_equal(
         merged, picture(server, quantized, (*two[:2], "merge"), (*one[:2], "merge"))
@@ -172,7 +171,8 @@ def test_a_saved_merge_is_loaded_and_draws_the_same_picture(
     saved = graph.save(graph.sample(loaded, graph.prompt(), seed=SEED))
     outputs = server.run(graph.nodes)
     chart = outputs[merge]["nibble_chart"][0]
-    assert chart["kind"] == "kept" and chart["title"] == f"{name}.safetensors"
+    assert chart["kind"] == "kept"
+    assert chart["title"] == f"{name}.safetensors"
     assert psnr(server.picture(outputs[saved]), styled) > (34 if how == "wider" else 24)
     assert (server.folder("diffusion_models") / quantized).read_bytes() == before
     if how == "same size":

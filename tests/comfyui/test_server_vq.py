@@ -93,26 +93,20 @@ def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(serve
 
 
 def test_the_report_tells_every_layer_and_each_loader_lists_its_own_files(server, report):
-    assert report["kind"] == "layers" and {"vq", "keep"} == {
-        row["action"] for row in report["rows"]
-    }
-    assert all(row["why"] for row in report["rows"]) and all(
-        row["db"] > 5 for row in report["rows"] if row["action"] == "vq"
-    )
+    assert report["kind"] == "layers"
+    assert {"vq", "keep"} == {row["action"] for row in report["rows"]}
+    assert all(row["why"] for row in report["rows"])
+    assert all(row["db"] > 5 for row in report["rows"] if row["action"] == "vq")
     listed = {}
     for node in ("NibbleLoadVQ", "NibbleInspectVQ", "NibbleLoadSVDQuant", "NibbleQuantizeVQ"):
         spec = server.get(f"/object_info/{node}")[node]["input"]["required"]["model_name"]
         listed[node] = spec[1]["options"] if spec[0] == "COMBO" else spec[0]
-    assert (
-        FILE in listed["NibbleLoadVQ"]
-        and FILE in listed["NibbleInspectVQ"]
-        and FLUX not in listed["NibbleLoadVQ"]
-    )
-    assert (
-        FILE not in listed["NibbleLoadSVDQuant"]
-        and FILE not in listed["NibbleQuantizeVQ"]
-        and FLUX in listed["NibbleQuantizeVQ"]
-    )
+    assert FILE in listed["NibbleLoadVQ"]
+    assert FILE in listed["NibbleInspectVQ"]
+    assert FLUX not in listed["NibbleLoadVQ"]
+    assert FILE not in listed["NibbleLoadSVDQuant"]
+    assert FILE not in listed["NibbleQuantizeVQ"]
+    assert FLUX in listed["NibbleQuantizeVQ"]
 
 
 def test_the_3_bit_picture_is_close_and_a_stock_lora_acts_on_it_and_leaves_no_trace(
@@ -139,10 +133,11 @@ def test_quantize_load_and_inspect_in_one_graph_with_the_name_linked(server, rep
     graph.save(graph.sample(load, graph.prompt()))
     outputs = server.run(graph.nodes)
     facts, chart = outputs[load]["nibble_chart"][0], outputs[look]["nibble_chart"][0]
-    assert facts["kind"] == "facts" and 3.0 < float(dict(facts["summary"])["bits per weight"]) < 3.5
+    assert facts["kind"] == "facts"
+    assert 3.0 < float(dict(facts["summary"])["bits per weight"]) < 3.5
+    assert chart["kind"] == "codebooks"
     assert (
-        chart["kind"] == "codebooks"
-        and 0.5
+        0.5
         < min(row["use"]["entropy"] / row["use"]["bits"] for row in chart["rows"] if "use" in row)
         <= 1
     )
@@ -186,10 +181,10 @@ def test_best_without_prompts_draws_the_error_of_its_blocks_while_it_works(serve
     told = server.events(graph.nodes)
     assert told[-1]["type"] == "execution_success"
     live = [event["data"]["chart"] for event in told if event["type"] == "nibble_chart"]
-    assert len(live) >= 2 and all(chart["kind"] == "blocks" for chart in live)
-    assert (
-        len(live[-1]["rows"]) == live[-1]["blocks"] and live[-1]["rows"][-1]["points"][-1][0] == 1
-    )
+    assert len(live) >= 2
+    assert all(chart["kind"] == "blocks" for chart in live)
+    assert len(live[-1]["rows"]) == live[-1]["blocks"]
+    assert live[-1]["rows"][-1]["points"][-1][0] == 1
     texts = [
         event
         for event in told

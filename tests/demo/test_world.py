@@ -50,7 +50,8 @@ def test_a_prompt_that_lacks_a_fact_is_refused_with_the_choices(kind, prompt):
 def test_every_scored_prompt_is_read_back_word_for_word():
     assert [str(world.parse(prompt)) for prompt in prompts.SCORED] == list(prompts.SCORED)
     tokens, pooled = prompts.embed(prompts.word_indices(list(prompts.SCORED)))
-    assert tokens.shape == (20, 4, 64) and pooled.shape == (20, 64)
+    assert tokens.shape == (20, 4, 64)
+    assert pooled.shape == (20, 64)
     assert len(tokens.flatten(1).unique(dim=0)) == 20
 
 

@@ -52,15 +52,11 @@ def test_flux_layers_become_what_they_should():
         == layers["single_blocks.2.modulation.lin"].action
         == "w4a16"
     )
-    assert (
-        layers["double_blocks.1.txt_mlp.2"].post_gelu
-        and not layers["double_blocks.1.txt_mlp.0"].post_gelu
-    )
+    assert layers["double_blocks.1.txt_mlp.2"].post_gelu
+    assert not layers["double_blocks.1.txt_mlp.0"].post_gelu
     # linear2 reads attention beside GELU: both signs
-    assert (
-        layers["single_blocks.0.linear2"].action == "w4a4"
-        and not layers["single_blocks.0.linear2"].post_gelu
-    )
+    assert layers["single_blocks.0.linear2"].action == "w4a4"
+    assert not layers["single_blocks.0.linear2"].post_gelu
 
 
 def test_a_recipe_moves_layers_but_never_those_that_detection_reads():
@@ -73,10 +69,8 @@ def test_a_recipe_moves_layers_but_never_those_that_detection_reads():
             modulation="keep",
         ),
     )
-    assert (
-        layers["single_blocks.0.linear1"].action == "keep"
-        and layers["single_blocks.1.linear1"].action == "w4a16"
-    )
+    assert layers["single_blocks.0.linear1"].action == "keep"
+    assert layers["single_blocks.1.linear1"].action == "w4a16"
     assert layers["double_blocks.0.img_mod.lin"].action == "keep"
     assert (
         layers["img_in"].action
@@ -131,8 +125,8 @@ def test_projections_of_one_input_are_grouped_and_adjacent():
         == groups["to_v"]
         != groups["add_q_proj"]
         == groups["add_v_proj"]
-        and groups["to_out.0"] is None
     )
+    assert groups["to_out.0"] is None
     order = [layer.name for layer in layers if layer.group == groups["to_q"]]
     start = [layer.name for layer in layers].index(order[0])
     assert [layer.name for layer in layers[start : start + 3]] == order
@@ -197,7 +191,8 @@ def test_other_models_are_refused_in_one_sentence(kind):
     keys, words = REFUSED[kind]
     with pytest.raises(FileRefused, match=words) as refusal:
         recognise({key: (64, 64) for key in keys}, "my.safetensors")
-    assert str(refusal.value).startswith("my.safetensors ") and str(refusal.value).count(". ") <= 2
+    assert str(refusal.value).startswith("my.safetensors ")
+    assert str(refusal.value).count(". ") <= 2
 
 
 def test_the_size_of_flux1_dev_is_predicted_to_the_byte_from_shapes():
@@ -509,7 +504,8 @@ def test_comfyui_recognises_the_4_bit_file_as_its_source(comfy, name, recipe):
     assert all(
         after[f"{layer.name}.weight"].shape == (layer.N, layer.K // 2) for layer in quantized
     )
-    assert detected(comfy, before) is not None and detected(comfy, after) == detected(comfy, before)
+    assert detected(comfy, before) is not None
+    assert detected(comfy, after) == detected(comfy, before)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -579,9 +575,7 @@ def test_comfyui_reads_the_written_file(comfy, tmp_path):
     tensors, metadata = comfy.utils.load_torch_file(
         str(tmp_path / "q.safetensors"), return_metadata=True
     )
-    assert metadata["format"] == "nibble" and tensors["single_blocks.0.linear1.weight"].shape == (
-        896,
-        64,
-    )
+    assert metadata["format"] == "nibble"
+    assert tensors["single_blocks.0.linear1.weight"].shape == (896, 64)
     original = comfy.utils.load_torch_file(str(tmp_path / "m.safetensors"))
     assert detected(comfy, tensors) == detected(comfy, original)

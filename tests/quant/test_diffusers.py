@@ -164,7 +164,8 @@ def test_recorded_inputs_are_those_of_the_layers_named(files):
     stats = models.record_inputs(state, names, steps=2, side=4, batch=1)
     assert {name: s.k for name, s in stats.items()} == {names[0]: 128, names[1]: 640, names[2]: 128}
     tokens = 2 * 4  # steps x image tokens of 4 x 4 latents
-    assert stats[names[0]].count == tokens and stats[names[2]].count == 2
+    assert stats[names[0]].count == tokens
+    assert stats[names[2]].count == 2
 
 
 def test_every_linear_of_the_quantized_blocks_is_4_bit(files):
@@ -205,7 +206,9 @@ def test_published_files_load_draw_like_our_own_and_are_saved_again(tmp_path, ki
             models.velocity(model, x, torch.tensor([0.5]), tokens, pooled, torch.tensor([3.5]))
             for model in (theirs, ours)
         )
-    assert one.isfinite().all() and one.std() > 1e-3 and torch.equal(one, other)
+    assert one.isfinite().all()
+    assert one.std() > 1e-3
+    assert torch.equal(one, other)
     out = theirs.single_transformer_blocks[0].proj_out
     assert out.facts.get("unsigned_from", 0) == (0 if lite else 128)
     models.save_quantized(ours, tmp_path / "again.safetensors", tmp_path / "own.safetensors")
@@ -213,7 +216,8 @@ def test_published_files_load_draw_like_our_own_and_are_saved_again(tmp_path, ki
         load_file(tmp_path / "own.safetensors"),
         load_file(tmp_path / "again.safetensors"),
     )
-    assert before.keys() == after.keys() and all(
+    assert before.keys() == after.keys()
+    assert all(
         torch.equal(after[name], tensor)
         for name, tensor in before.items()
         if not name.endswith("comfy_quant")

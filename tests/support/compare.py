@@ -15,7 +15,10 @@ from torch import Tensor
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Same dtype, same shape, same bits (of values: -0.0 equals 0.0)."""
-    assert actual.dtype == expected.dtype and actual.shape == expected.shape, (
+    assert actual.dtype == expected.dtype, (
+        f"{actual.dtype} {tuple(actual.shape)} is not {expected.dtype} {tuple(expected.shape)}"
+    )
+    assert actual.shape == expected.shape, (
         f"{actual.dtype} {tuple(actual.shape)} is not {expected.dtype} {tuple(expected.shape)}"
     )
     if not torch.equal(actual, expected):

@@ -105,6 +105,5 @@ def bits(model) -> dict[str, torch.Tensor]:
 
 def assert_untouched(model, before):
     after = model.model.state_dict()
-    assert after.keys() == before.keys() and all(
-        torch.equal(after[name], tensor) for name, tensor in before.items()
-    )
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

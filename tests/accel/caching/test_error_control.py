@@ -42,9 +42,8 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
 
 def test_what_a_guess_gets_right_is_skipped_as_long_as_allowed():
     computed, worst = run(lambda s: 1 + 2 * s, 0.01, most=5)
-    assert worst < 1e-12 and "".join("C" if c else "." for c in computed).startswith(
-        "CCC.....C.....C"
-    )
+    assert worst < 1e-12
+    assert "".join("C" if c else "." for c in computed).startswith("CCC.....C.....C")
     assert computed[-1]
 
 
@@ -53,7 +52,8 @@ def test_the_threshold_bounds_the_error_of_a_path_that_bends_evenly():
     behind a little.
     """
     computed, worst = run(lambda s: math.exp(-3 * s), 0.02)
-    assert worst < 0.03 and sum(computed) < STEPS - 6
+    assert worst < 0.03
+    assert sum(computed) < STEPS - 6
 
 
 def test_more_is_computed_for_less_error_and_for_a_rougher_path():
@@ -72,7 +72,9 @@ def test_zero_skips_nothing_even_on_a_straight_path():
 
 def test_first_and_last_and_the_window_are_computed():
     computed, _ = run(lambda s: 1 + s, 1.0, window=Window(0.25, 0.75, 3, 2))
-    assert all(computed[:7]) and all(computed[22:]) and not all(computed)
+    assert all(computed[:7])
+    assert all(computed[22:])
+    assert not all(computed)
 
 
 def test_the_rate_is_lagranges_remainder():

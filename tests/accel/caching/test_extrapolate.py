@@ -18,7 +18,8 @@ def test_a_polynomial_of_the_order_is_guessed_exactly(order):
         return sum(c * s**i for i, c in enumerate(coefficients))
 
     found = weights(NODES, 0.37, Reuse(order))
-    assert len(found) == order + 1 and sum(found) == pytest.approx(1)
+    assert len(found) == order + 1
+    assert sum(found) == pytest.approx(1)
     assert sum(
         w * value(s) for w, s in zip(found, NODES[-len(found) :], strict=True)
     ) == pytest.approx(value(0.37))
@@ -53,7 +54,8 @@ def test_a_history_keeps_what_it_needs_and_starts_again_with_another_shape():
     assert history.nodes == [0.8, 0.6]
     assert torch.allclose(history.guess(0.5), torch.full((2, 3), 1.0))
     history.store(0.6, torch.zeros(2, 3))
-    assert history.nodes == [0.8, 0.6] and history.values[-1].sum() == 0
+    assert history.nodes == [0.8, 0.6]
+    assert history.values[-1].sum() == 0
     history.store(0.5, torch.zeros(4, 3))
     assert history.nodes == [0.5]
 
@@ -70,10 +72,8 @@ def test_guesses_in_16_bit_are_summed_in_32():
     history = History(Reuse(1))
     history.store(2.0, a)
     history.store(1.0, b)
-    assert (
-        history.guess(0.5).item() == torch.tensor(1012.0).bfloat16().item()
-        and history.guess(0.5).dtype == torch.bfloat16
-    )
+    assert history.guess(0.5).item() == torch.tensor(1012.0).bfloat16().item()
+    assert history.guess(0.5).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("wrong", [{"order": 4}, {"order": -1}, {"damping": 1.5}])

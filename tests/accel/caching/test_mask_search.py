@@ -30,7 +30,9 @@ def test_uniform_masks_are_even_and_keep_the_ends():
     assert uniform(7, 4) == [True, False, True, False, True, False, True]
     for computed in range(2, 29):
         mask = uniform(28, computed)
-        assert sum(mask) == computed and mask[0] and mask[-1]
+        assert sum(mask) == computed
+        assert mask[0]
+        assert mask[-1]
     with pytest.raises(ValueError):
         uniform(10, 1)
 
@@ -62,10 +64,8 @@ def test_the_foretold_error_is_the_integral_of_the_guesses_errors(order):
 
 def test_computing_everything_costs_nothing():
     velocities, sigmas = path(9)
-    assert (
-        not contributions([True] * 9, sigmas, Reuse(1)).any()
-        and error([True] * 9, sigmas, grams_of(velocities), Reuse(1)) == 0
-    )
+    assert not contributions([True] * 9, sigmas, Reuse(1)).any()
+    assert error([True] * 9, sigmas, grams_of(velocities), Reuse(1)) == 0
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -78,7 +78,9 @@ def test_the_search_is_close_to_the_best_of_all_masks(order):
     ]
     best = min(error(mask, sigmas, grams, reuse) for mask in every)
     found = search(5, sigmas, grams, reuse)
-    assert sum(found) == 5 and found[0] and found[-1]
+    assert sum(found) == 5
+    assert found[0]
+    assert found[-1]
     assert error(found, sigmas, grams, reuse) <= 1.05 * best
     assert error(found, sigmas, grams, reuse) <= error(uniform(10, 5), sigmas, grams, reuse)
 
@@ -95,7 +97,10 @@ def test_a_mask_moves_to_another_number_of_steps_with_its_density():
     sigmas = np.linspace(1, 0, 21).tolist()
     assert spread(mask, sigmas, sigmas) == mask
     other = spread(mask, sigmas, np.linspace(1, 0, 41).tolist())
-    assert other[0] and other[-1] and abs(sum(other) - 22) <= 1 and sum(other[:18]) < 4
+    assert other[0]
+    assert other[-1]
+    assert abs(sum(other) - 22) <= 1
+    assert sum(other[:18]) < 4
 
 
 def test_a_fixed_rule_computes_the_ends_and_what_it_has_nothing_for():

@@ -64,7 +64,8 @@ def test_a_recorder_averages_layers_and_samples():
         for error in errors:
             recorder.add(start, end, error)
     curve = recorder.curve()
-    assert curve.mean == [[pytest.approx(0.2), 0.2, 0.4], [0.5, 0.6]] and curve.samples == 2
+    assert curve.mean == [[pytest.approx(0.2), 0.2, 0.4], [0.5, 0.6]]
+    assert curve.samples == 2
     assert curve.half[0][0] == pytest.approx(1.96 * math.sqrt(0.02) / math.sqrt(2))
     with pytest.raises(ValueError, match="every step"):
         Recorder(4).curve()
@@ -78,10 +79,8 @@ def test_curves_move_to_another_number_of_steps_by_sigma():
     curve = Curve([[0.1] * 9, [0.2] * 8, [0.3] * 7], [[0.0] * 9, [0.0] * 8, [0.0] * 7], 1)
     assert curve.at(known, known) is curve
     finer = curve.at(known, [1 - i / 20 for i in range(20)])
-    assert finer.mean[0] == pytest.approx([0.05] * 19) and finer.mean[2] == pytest.approx(
-        [0.15] * 17
-    )
+    assert finer.mean[0] == pytest.approx([0.05] * 19)
+    assert finer.mean[2] == pytest.approx([0.15] * 17)
     coarser = curve.at(known, [1 - i / 5 for i in range(5)])
-    assert coarser.mean[0] == pytest.approx([0.2] * 4) and all(
-        math.isinf(value) for value in coarser.mean[1]
-    )
+    assert coarser.mean[0] == pytest.approx([0.2] * 4)
+    assert all(math.isinf(value) for value in coarser.mean[1])

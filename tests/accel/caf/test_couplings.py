@@ -53,32 +53,22 @@ def contents(found: couplings.Couplings) -> tuple:
 def test_a_pair_comes_back_with_its_prompt(tmp_path):
     found = make(tmp_path / "a", 5, batch=2)
     noise, data, caption = found.pair(3)
-    assert (
-        torch.equal(noise, torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(10)))
-        and caption == 1
-    )
-    assert torch.equal(data, noise * 0.5 + 1) and data.dtype == torch.float32
+    assert torch.equal(noise, torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(10)))
+    assert caption == 1
+    assert torch.equal(data, noise * 0.5 + 1)
+    assert data.dtype == torch.float32
     tensor, extras = couplings.read(tmp_path / "a").captions[0]
-    assert (
-        torch.equal(tensor, PROMPTS[0][0])
-        and torch.equal(extras.pop("pooled_output"), torch.ones(1, 3))
-        and extras == {"guidance": 3.5}
-    )
+    assert torch.equal(tensor, PROMPTS[0][0])
+    assert torch.equal(extras.pop("pooled_output"), torch.ones(1, 3))
+    assert extras == {"guidance": 3.5}
     noise, data, captions = couplings.read(tmp_path / "a").batch([4, 1])
-    assert (
-        noise.shape == data.shape == (2, *SHAPE)
-        and captions == [0, 1]
-        and torch.equal(data[1:], found.pair(1)[1])
-    )
-    assert (
-        found.shape == SHAPE
-        and len(found) == 5
-        and found.nbytes
-        == sum(
-            path.stat().st_size
-            for path in (tmp_path / "a").iterdir()
-            if path.name != "couplings.json"
-        )
+    assert noise.shape == data.shape == (2, *SHAPE)
+    assert captions == [0, 1]
+    assert torch.equal(data[1:], found.pair(1)[1])
+    assert found.shape == SHAPE
+    assert len(found) == 5
+    assert found.nbytes == sum(
+        path.stat().st_size for path in (tmp_path / "a").iterdir() if path.name != "couplings.json"
     )
 
 
@@ -93,15 +83,18 @@ def test_resumed_grown_and_in_other_batches_it_is_the_same(tmp_path):
     )
     assert contents(make(tmp_path / "grown", 3)) == whole, "fewer: what is there stays"
     few = couplings.read(tmp_path / "whole").limited(4)
-    assert len(few) == 4 and few.digest() != whole[0] == make(tmp_path / "whole", 7).digest()
-    assert few.digest() == make(tmp_path / "four", 4).digest() and contents(few)[1] == whole[1][:4]
+    assert len(few) == 4
+    assert few.digest() != whole[0] == make(tmp_path / "whole", 7).digest()
+    assert few.digest() == make(tmp_path / "four", 4).digest()
+    assert contents(few)[1] == whole[1][:4]
 
 
 def test_pairs_of_one_prompt_may_be_stored_together_and_leave_gaps(tmp_path):
     found = couplings.create(tmp_path / "a", IDENTITY, PROMPTS)
     noise = torch.cat([couplings.noise(7, i, SHAPE) for i in (1, 3)])
     found.add([1, 3], noise, teacher(noise, [1, 1]), [1, 1])
-    assert [i in found for i in range(4)] == [False, True, False, True] and len(found) == 2
+    assert [i in found for i in range(4)] == [False, True, False, True]
+    assert len(found) == 2
     assert torch.equal(couplings.read(tmp_path / "a").pair(1)[0], noise[1:])
     assert make(tmp_path / "a", 4, batch=4).digest() == make(tmp_path / "b", 4).digest()
 
@@ -203,7 +196,8 @@ def test_a_damaged_file_is_refused_by_name_and_its_pairs_are_made_again(tmp_path
         ):
             opened()
     shard.unlink()
-    assert len(couplings.read(tmp_path / "a")) == 2 and contents(make(tmp_path / "a", 4)) == before
+    assert len(couplings.read(tmp_path / "a")) == 2
+    assert contents(make(tmp_path / "a", 4)) == before
 
 
 def test_a_flipped_bit_is_found_when_the_pair_is_read(tmp_path):
@@ -276,10 +270,8 @@ def test_lost_prompts_are_written_again(tmp_path):
     with pytest.raises(FileRefused, match="captions-.* does not exist"):
         couplings.read(tmp_path / "a")
     make(tmp_path / "a", 1)
-    assert (
-        contents(couplings.read(tmp_path / "a")) == before
-        and len(couplings.read(tmp_path / "a").captions[:]) == 2
-    )
+    assert contents(couplings.read(tmp_path / "a")) == before
+    assert len(couplings.read(tmp_path / "a").captions[:]) == 2
 
 
 def test_wrong_pairs_are_never_stored(tmp_path):
@@ -292,7 +284,8 @@ def test_wrong_pairs_are_never_stored(tmp_path):
     ]:
         with pytest.raises(ValueError, match=said):
             found.add(first, noise, data, captions)
-    assert len(found) == 1 and len(list((tmp_path / "a").glob("pairs-*"))) == 1
+    assert len(found) == 1
+    assert len(list((tmp_path / "a").glob("pairs-*"))) == 1
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
@@ -305,11 +298,10 @@ def test_a_full_disk_is_told_and_leaves_no_half_file(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", full)
         with pytest.raises(FileRefused, match="disk is full; free some space, and run again"):
             found.add(1, torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), [0])
-    assert (
-        sorted(path.name for path in (tmp_path / "a").glob("pairs-*"))
-        == ["pairs-00000000.safetensors"]
-        and len(found) == 1
-    )
+    assert sorted(path.name for path in (tmp_path / "a").glob("pairs-*")) == [
+        "pairs-00000000.safetensors"
+    ]
+    assert len(found) == 1
 
 
 # ---- trees
@@ -384,8 +376,6 @@ def test_views_of_one_tensor_and_views_with_strides_are_kept(tmp_path):
         tmp_path / "a", IDENTITY, [[base.T, {"same": base[1:], "again": base[1:]}]]
     )
     tensor, extras = found.captions[0]
-    assert (
-        torch.equal(tensor, base.T)
-        and torch.equal(extras["same"], base[1:])
-        and torch.equal(extras["again"], base[1:])
-    )
+    assert torch.equal(tensor, base.T)
+    assert torch.equal(extras["same"], base[1:])
+    assert torch.equal(extras["again"], base[1:])

@@ -70,7 +70,8 @@ def test_the_initial_velocity_gets_no_gradient_from_the_acceleration():
     flow.acceleration_loss(
         lambda x, t, v: weight * v, NOISE, DATA, velocity, torch.full((2,), 0.5)
     ).backward()
-    assert velocity.grad is None and weight.grad is not None
+    assert velocity.grad is None
+    assert weight.grad is not None
 
 
 def test_losses_are_zero_for_nets_that_know_the_answer():
@@ -97,7 +98,8 @@ def test_the_acceleration_is_asked_for_ahead_on_the_path_so_far():
     found = flow.sample(
         lambda x, t: torch.ones_like(x), accelerate, torch.zeros(1, 1), flow.uniform(2), ahead=0.5
     )
-    assert found.item() == 19 / 8 and asked == [(0.25, 0.25), (1.25, 0.75)]
+    assert found.item() == 19 / 8
+    assert asked == [(0.25, 0.25), (1.25, 0.75)]
 
 
 def test_times_of_any_spacing_and_from_the_middle():

@@ -76,7 +76,9 @@ def test_a_threshold_of_zero_is_bit_identical(flux, calibration, method, cfg):
     seen = []
     found = draw(ZERO[method](flux, calibration, seen.append), cfg)
     assert torch.equal(found, draw(flux, cfg))
-    assert seen[-1].reused == 0 and seen[-1].done == STEPS and left_behind(flux) == []
+    assert seen[-1].reused == 0
+    assert seen[-1].done == STEPS
+    assert left_behind(flux) == []
 
 
 USED = {
@@ -112,15 +114,16 @@ def test_reuse_saves_work_keeps_the_ends_and_stays_close(flux, calibration, meth
     patched, count[0] = USED[method](flux, calibration, seen.append), 0
     found = draw(patched)
     record = seen[-1]
-    assert record.reused > 0 and record.cells[0].computed and record.cells[STEPS - 1].computed
-    assert count[0] < STEPS and record.work < record.calls
+    assert record.reused > 0
+    assert record.cells[0].computed
+    assert record.cells[STEPS - 1].computed
+    assert count[0] < STEPS
+    assert record.work < record.calls
     far, size = (found - plain).square().mean().sqrt(), plain.square().mean().sqrt()
     assert 0 < far < 0.25 * size
-    assert (
-        torch.equal(draw(patched), found)
-        and torch.equal(draw(flux), plain)
-        and left_behind(flux) == []
-    )
+    assert torch.equal(draw(patched), found)
+    assert torch.equal(draw(flux), plain)
+    assert left_behind(flux) == []
 
 
 @pytest.mark.parametrize("method", ["error, steps", "TeaCache", "SmoothCache block"])
@@ -194,10 +197,8 @@ def test_other_samplers(flux, sampler):
         return
     seen = []
     found = draw(apply_teacache(flux, TeaCacheSettings(0.5), watch=seen.append), sampler=sampler)
-    assert (
-        seen[-1].computed_calls < seen[-1].calls
-        and (found - plain).square().mean() < 0.1 * plain.square().mean()
-    )
+    assert seen[-1].computed_calls < seen[-1].calls
+    assert (found - plain).square().mean() < 0.1 * plain.square().mean()
 
 
 def test_applying_again_replaces_and_the_model_given_stays_plain(flux):
@@ -224,11 +225,9 @@ def test_an_exception_in_a_reused_step_leaves_nothing(flux, calibration):
         patched = make(flux, calibration, seen.append)
         with pytest.raises(Stop):
             draw(patched, callback=stop)
-        assert (
-            left_behind(flux) == []
-            and left_behind(patched) == []
-            and torch.equal(draw(flux), plain)
-        )
+        assert left_behind(flux) == []
+        assert left_behind(patched) == []
+        assert torch.equal(draw(flux), plain)
 
 
 def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense_model):
@@ -252,7 +251,8 @@ def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense
     seen, plain = [], draw(model)
     assert torch.equal(draw(apply_teacache(model, TeaCacheSettings(0.0))), plain)
     drawn = draw(apply_smoothcache(model, SmoothCacheSettings(budget=6), found, seen.append))
-    assert seen[-1].computed == 6 and (drawn - plain).square().mean() < 0.1 * plain.square().mean()
+    assert seen[-1].computed == 6
+    assert (drawn - plain).square().mean() < 0.1 * plain.square().mean()
     with pytest.raises(FileRefused, match="was made for"):
         apply_smoothcache(dense_model, SmoothCacheSettings(0.1), found)
 
@@ -291,7 +291,8 @@ def test_torch_compile_of_blocks_and_of_the_model(flux, depth, threshold):
     seen = []
     cached = apply_teacache(cached, TeaCacheSettings(threshold, level=depth), watch=seen.append)
     found = draw(cached)
-    assert seen[-1].reused > 0 and (found - plain).square().mean() < 0.1 * plain.square().mean()
+    assert seen[-1].reused > 0
+    assert (found - plain).square().mean() < 0.1 * plain.square().mean()
     assert len(graphs) == without > 0
     torch._dynamo.reset()
 
@@ -329,13 +330,12 @@ def test_a_low_bit_models_presets_skip_more_easily(flux, model):
 
 def test_presets_and_notes(flux):
     thresholds = [caching.preset(name, flux).threshold for name in ("quality", "balanced", "fast")]
-    assert (
-        thresholds == sorted(thresholds)
-        and caching.level_of(flux) == "sublayer"
-        and caching.shipped(flux) is None
-    )
+    assert thresholds == sorted(thresholds)
+    assert caching.level_of(flux) == "sublayer"
+    assert caching.shipped(flux) is None
     said = caching.notes(
         flux, TeaCacheSettings(0.3, rule="teacache"), sigmas=torch.linspace(1, 0, 5)
     )
-    assert "4 steps" in said[0] and "coefficients" in said[1]
+    assert "4 steps" in said[0]
+    assert "coefficients" in said[1]
     assert caching.notes(flux, caching.preset("fast", flux), sigmas=torch.linspace(1, 0, 29)) == []

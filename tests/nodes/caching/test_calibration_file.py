@@ -62,17 +62,17 @@ def test_a_calibration_holds_what_the_rules_need(calibration, dense_model):
         for curve in calibration.curves.values()
         for k, row in enumerate(curve.mean, 1)
     )
-    assert calibration.grams.shape == (1, STEPS, STEPS) and np.allclose(
-        calibration.grams, calibration.grams.transpose(0, 2, 1)
-    )
-    assert (
-        calibration.feature == "modulated"
-        and calibration.polynomial.x_max > calibration.polynomial.x_min > 0
-    )
+    assert calibration.grams.shape == (1, STEPS, STEPS)
+    assert np.allclose(calibration.grams, calibration.grams.transpose(0, 2, 1))
+    assert calibration.feature == "modulated"
+    assert calibration.polynomial.x_max > calibration.polynomial.x_min > 0
     assert len(calibration.teacache["points"]) == STEPS - 1
-    assert calibration.run["sampler"] == "euler" and calibration.run["latent"] == [1, 16, 8, 8]
+    assert calibration.run["sampler"] == "euler"
+    assert calibration.run["latent"] == [1, 16, 8, 8]
     mask = calibration.mask(5, calibration.sigmas, Reuse(1))
-    assert sum(mask) == 5 and mask[0] and mask[-1]
+    assert sum(mask) == 5
+    assert mask[0]
+    assert mask[-1]
 
 
 def test_the_step_curve_is_the_velocitys_relative_change(calibration):
@@ -84,17 +84,13 @@ def test_the_step_curve_is_the_velocitys_relative_change(calibration):
 
 def test_saved_found_and_read_back(calibration, dense_model, model, folder):
     path = calibration_file.save_calibration(calibration, "flux")
-    assert (
-        path.name == "flux_00001.json"
-        and calibration_file.save_calibration(calibration, "flux").name == "flux_00002.json"
-    )
+    assert path.name == "flux_00001.json"
+    assert calibration_file.save_calibration(calibration, "flux").name == "flux_00002.json"
     assert calibration_file.calibration_files()[0] == "flux_00002.json"
     found = calibration_file.find(dense_model)
-    assert (
-        found.curves == calibration.curves
-        and np.allclose(found.grams, calibration.grams, atol=1e-7)
-        and found.polynomial == calibration.polynomial
-    )
+    assert found.curves == calibration.curves
+    assert np.allclose(found.grams, calibration.grams, atol=1e-7)
+    assert found.polynomial == calibration.polynomial
     assert calibration_file.open_calibration("flux_00001.json").run == calibration.run
     assert calibration_file.find(model) is None  # the 4-bit form of the same model is another model
     with pytest.raises(FileRefused, match="not in ComfyUI's"):

@@ -105,7 +105,8 @@ def test_a_threshold_of_zero_changes_no_bit(model, family):
     alone = tiny_models.sample(model, family, STEPS, batch=2, cfg=3.0)
     before = traces(model)
     assert same(tiny_models.sample(patched, family, STEPS, batch=2, cfg=3.0), alone)
-    assert records[-1].reused == 0 and len(records[-1].cells) == STEPS
+    assert records[-1].reused == 0
+    assert len(records[-1].cells) == STEPS
     assert traces(model) == before
 
 
@@ -115,15 +116,14 @@ def test_reuse_works_and_computed_steps_are_exact(model, family, plain):
     before = traces(model)
     result = tiny_models.sample(patched, family, STEPS)
     computed = [cell.computed for _, cell in sorted(records[-1].cells.items())]
-    assert (
-        computed[0]
-        and computed[-1]
-        and computed.count(False) >= STEPS - 3
-        and len(spy.calls) == STEPS
-    )
+    assert computed[0]
+    assert computed[-1]
+    assert computed.count(False) >= STEPS - 3
+    assert len(spy.calls) == STEPS
     exact = [torch.equal(spy.plain(call), spy.calls[call][-1]) for call in range(STEPS)]
     assert exact == computed, "a computed step is the model's own, bit for bit; a reused one is not"
-    assert all(torch.isfinite(part).all() for part in latents(result)) and not same(result, plain)
+    assert all(torch.isfinite(part).all() for part in latents(result))
+    assert not same(result, plain)
     assert traces(model) == before
 
 
@@ -138,7 +138,8 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
     spy = Spy(model)
     patched, records = cached(spy.model, ALWAYS)
     apart = tiny_models.sample(patched, family, STEPS, cfg=3.0)
-    assert len(spy.calls) == 2 * STEPS and records[-1].reused >= STEPS - 3
+    assert len(spy.calls) == 2 * STEPS
+    assert records[-1].reused >= STEPS - 3
     for one, other in zip(latents(together), latents(apart), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=2e-3 * one.abs().max().item())
 
@@ -186,12 +187,10 @@ def test_blocks_and_their_parts_are_reused_by_a_schedule(model, family, plain):
             model, settings, measured(model, family, error=0.0), records.append
         )
         result = tiny_models.sample(reusing, family, STEPS)
-        assert any(False in states.values() for states in records[-1].rows.values()) and not same(
-            result, plain
-        ), depth
-        assert (
-            all(torch.isfinite(part).all() for part in latents(result)) and traces(model) == before
-        )
+        assert any(False in states.values() for states in records[-1].rows.values()), depth
+        assert not same(result, plain), depth
+        assert all(torch.isfinite(part).all() for part in latents(result))
+        assert traces(model) == before
 
 
 class Broken(Exception):

@@ -58,40 +58,47 @@ def test_streams_differ_by_uuid_window_replacement_hooks_and_tile():
 
     plain = {"uuids": ["a"]}
     first = stream(plain)
-    assert stream(plain) is first and stream({"uuids": ["b"]}) is not first
+    assert stream(plain) is first
+    assert stream({"uuids": ["b"]}) is not first
     assert stream(plain | {"context_window": SimpleNamespace(index_list=[0, 1])}) is not stream(
         plain | {"context_window": SimpleNamespace(index_list=[1, 2])}
     )
     slg = stream(plain | replaced("double_block"))
-    assert (
-        slg is not first
-        and stream(plain | replaced("double_block")) is slg
-        and stream(plain | replaced("single_block")) is not slg
-    )
+    assert slg is not first
+    assert stream(plain | replaced("double_block")) is slg
+    assert stream(plain | replaced("single_block")) is not slg
     patcher.current_hooks = SimpleNamespace(hooks=[hook])
     hooked = stream(plain)
     hook.strength = 0.5
-    assert hooked is not first and stream(plain) is not hooked
+    assert hooked is not first
+    assert stream(plain) is not hooked
     patcher.current_hooks = None
     tiles = [run.streams_of(plain, Step(1, 4, 0.75), X[:1])[0] for _ in range(3)]
     again = [run.streams_of(plain, Step(2, 4, 0.5), X[:1])[0] for _ in range(3)]
-    assert tiles == again and len({id(tile) for tile in tiles}) == 3 and tiles[0] is first
+    assert tiles == again
+    assert len({id(tile) for tile in tiles}) == 3
+    assert tiles[0] is first
 
 
 def test_a_batch_is_split_into_its_streams_and_a_new_resolution_forgets():
     run = a_run()
     both = run.streams_of({"uuids": ["a", "b"]}, Step(0, 4, 1.0), X)
-    assert len(both) == 2 and both[0] is not both[1] and both[0].first and not both[1].first
+    assert len(both) == 2
+    assert both[0] is not both[1]
+    assert both[0].first
+    assert not both[1].first
     alone = run.streams_of({"uuids": ["b"]}, Step(1, 4, 0.75), X[:1])
     assert alone[0] is both[1]
     alone[0].history.store(0.75, X[:1])
     larger = run.streams_of({"uuids": ["b"]}, Step(2, 4, 0.5), torch.zeros(1, 16, 16, 16))
-    assert larger[0] is both[1] and len(larger[0].history) == 0
+    assert larger[0] is both[1]
+    assert len(larger[0].history) == 0
 
 
 def test_steps_are_counted_where_the_sampler_allows_it_and_read_elsewhere():
     counted = a_run(sampler=comfy.samplers.sampler_object("euler"))
-    assert counted.counted and counted.step(None).index == 0  # the noise level is never looked at
+    assert counted.counted
+    assert counted.step(None).index == 0  # the noise level is never looked at
     counted.stepped()
     assert counted.step(None) == Step(1, 4, 0.75)
     assert not a_run(sampler=comfy.samplers.sampler_object("heun")).counted
@@ -103,7 +110,8 @@ def test_cond_and_uncond_together_or_apart_draw_the_same(flux, monkeypatch):
     monkeypatch.setattr(flux.model, "memory_required", lambda *args, **kwargs: 1e30)
     seen = []
     apart = draw(half(flux, seen.append), cfg=3.0)
-    assert seen[-1].calls == 2 * STEPS and torch.allclose(together, apart, atol=1e-4)
+    assert seen[-1].calls == 2 * STEPS
+    assert torch.allclose(together, apart, atol=1e-4)
 
 
 def test_two_samplers_in_one_graph_and_a_second_pass_at_another_size(flux):
@@ -113,7 +121,8 @@ def test_two_samplers_in_one_graph_and_a_second_pass_at_another_size(flux):
         draw(patched, side=12),
         draw(patched, positive=conditioning(8)),
     )
-    assert torch.equal(draw(half(flux)), small) and torch.equal(draw(half(flux), side=12), large)
+    assert torch.equal(draw(half(flux)), small)
+    assert torch.equal(draw(half(flux), side=12), large)
     assert torch.equal(draw(half(flux), positive=conditioning(8)), other)
 
 
@@ -128,10 +137,8 @@ def test_areas_have_streams_of_their_own(flux):
     seen = []
     found = draw(half(flux, seen.append), positive=areas)
     plain = draw(flux, positive=areas)
-    assert (
-        seen[-1].computed == STEPS // 2
-        and (found - plain).square().mean() < 0.1 * plain.square().mean()
-    )
+    assert seen[-1].computed == STEPS // 2
+    assert (found - plain).square().mean() < 0.1 * plain.square().mean()
 
 
 def test_skip_layer_guidances_pass_is_not_mixed_with_the_others(flux):
@@ -188,7 +195,8 @@ CACHED = {
 def test_a_controlnet_runs_for_computed_steps_only_and_its_effect_stays(flux, level):
     bare, control = draw(flux), Control()
     plain = draw(flux, positive=conditioning(0, control=control))
-    assert control.runs == STEPS and not torch.allclose(bare, plain, atol=1e-3)
+    assert control.runs == STEPS
+    assert not torch.allclose(bare, plain, atol=1e-3)
     zero = apply_teacache(
         flux,
         TeaCacheSettings(
@@ -206,14 +214,15 @@ def test_a_promise_is_kept_once_and_empty_when_the_step_is_reused():
     asked = []
     promise = Deferred(lambda: asked.append(1) or {"input": [1, 2]})
     promise.skip = True
-    assert promise.get("input") == [] and "input" not in promise and asked == []
+    assert promise.get("input") == []
+    assert "input" not in promise
+    assert asked == []
     promise.skip = False
-    assert (
-        promise.get("input") == [1, 2]
-        and promise["input"] == [1, 2]
-        and "input" in promise
-        and promise.get("output") == []
-        and asked == [1]
-    )
+    assert promise.get("input") == [1, 2]
+    assert promise["input"] == [1, 2]
+    assert "input" in promise
+    assert promise.get("output") == []
+    assert asked == [1]
     nothing = Deferred(lambda: None)
-    assert nothing.resolve() is None and nothing.get("input") == []
+    assert nothing.resolve() is None
+    assert nothing.get("input") == []

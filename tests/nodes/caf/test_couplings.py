@@ -89,10 +89,8 @@ def test_a_pair_is_euler_by_hand_in_the_models_own_units(model):
     """
     found = made(model, positive=[prompts(2)], count=2)
     noise, data, caption = found.pair(1)
-    assert (
-        torch.equal(noise, torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(8)))
-        and caption == 0
-    )
+    assert torch.equal(noise, torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(8)))
+    assert caption == 0
     tokens, extras = prompts(2)[0]
     x = noise
     for sigma, after in zip(SIGMAS, SIGMAS[1:], strict=False):
@@ -111,9 +109,8 @@ def test_a_pair_is_euler_by_hand_in_the_models_own_units(model):
 
 def test_prompts_take_turns_and_those_of_one_go_together(model, monkeypatch):
     one_by_one = made(model, filename="single")
-    assert [one_by_one.pair(i)[2] for i in range(5)] == [0, 1, 0, 1, 0] and len(
-        one_by_one.captions
-    ) == 2
+    assert [one_by_one.pair(i)[2] for i in range(5)] == [0, 1, 0, 1, 0]
+    assert len(one_by_one.captions) == 2
     calls = calls_of(model, monkeypatch)
     together = made(model, batch=2)
     assert calls == [2] * 6 + [1] * 3, "pairs 0 and 2, 1 and 3, 4; three steps each"
@@ -122,7 +119,8 @@ def test_prompts_take_turns_and_those_of_one_go_together(model, monkeypatch):
             one_by_one.pair(i),
             together.pair(i),
         )
-        assert torch.equal(noise, other_noise) and caption == other_caption
+        assert torch.equal(noise, other_noise)
+        assert caption == other_caption
         torch.testing.assert_close(data, other_data, rtol=1e-4, atol=1e-4)
     assert (
         one_by_one.pair(0)[1] - made(model, positive=[prompts(3, 2)], filename="other").pair(0)[1]
@@ -132,11 +130,9 @@ def test_prompts_take_turns_and_those_of_one_go_together(model, monkeypatch):
 def test_prompts_come_back_as_comfyui_s_conditioning(model):
     found = made(model, count=1)
     for (tokens, extras), (wanted, more) in zip(found.captions, prompts(2, 3), strict=True):
-        assert (
-            torch.equal(tokens, wanted)
-            and torch.equal(extras["pooled_output"], more["pooled_output"])
-            and extras.keys() == more.keys()
-        )
+        assert torch.equal(tokens, wanted)
+        assert torch.equal(extras["pooled_output"], more["pooled_output"])
+        assert extras.keys() == more.keys()
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -161,23 +157,28 @@ def test_stopped_anywhere_it_goes_on_and_ends_as_if_it_had_not_been(model, monke
             except Stop:
                 stops += 1
                 kept.append(len(list((caf_couplings.folder_of("mine")).glob("pairs-*"))))
-    assert stops >= 2 and kept == sorted(kept) and kept[0] == 1
-    assert found.digest() == whole.digest() and everything(found) == everything(whole)
+    assert stops >= 2
+    assert kept == sorted(kept)
+    assert kept[0] == 1
+    assert found.digest() == whole.digest()
+    assert everything(found) == everything(whole)
 
 
 def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
     first = everything(made(model, count=2))
     calls = calls_of(model, monkeypatch)
     again, chart = caf_couplings.run(job(model, count=2))
-    assert (
-        not calls
-        and everything(again) == first
-        and ["time a pair", "made already, with the same inputs"] in chart["summary"]
-    )
+    assert not calls
+    assert everything(again) == first
+    assert ["time a pair", "made already, with the same inputs"] in chart["summary"]
     more = made(model, count=4)
-    assert calls == [1] * 6 and everything(more)[:2] == first and len(more) == 4
+    assert calls == [1] * 6
+    assert everything(more)[:2] == first
+    assert len(more) == 4
     few = made(model, count=1)
-    assert len(calls) == 6 and everything(few) == first[:1] and few.digest() != more.digest()
+    assert len(calls) == 6
+    assert everything(few) == first[:1]
+    assert few.digest() != more.digest()
     assert len(couplings.read(more.folder)) == 4
 
 
@@ -240,7 +241,9 @@ def test_models_of_every_kind_make_couplings(name):
         count=1,
     )
     noise, data, _ = found.pair(0)
-    assert found.shape == shape and data.isfinite().all() and (data - noise).abs().mean() > 1e-3
+    assert found.shape == shape
+    assert data.isfinite().all()
+    assert (data - noise).abs().mean() > 1e-3
 
 
 def test_a_4_bit_model_is_a_teacher_too(quantized_file):
@@ -248,10 +251,9 @@ def test_a_4_bit_model_is_a_teacher_too(quantized_file):
 
     entry = [torch.randn(1, 5, 64), {"pooled_output": torch.randn(1, 64), "guidance": 3.5}]
     found = made(loading.load(quantized_file), positive=[[entry]], count=1)
+    assert found.pair(0)[1].isfinite().all()
     assert (
-        found.pair(0)[1].isfinite().all()
-        and found.digest()
-        == made(loading.load(quantized_file), positive=[[entry]], count=1).digest()
+        found.digest() == made(loading.load(quantized_file), positive=[[entry]], count=1).digest()
     )
 
 
@@ -296,16 +298,14 @@ def test_steps_pictures_and_facts_are_shown(model, monkeypatch):
         lambda self, done, total, preview: pictures.append((done, total, preview[1].size)),
     )
     found, chart = caf_couplings.run(job(model, batch=2, count=3))
-    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)] and bars[
-        0
-    ][2] == "pairs 1 to 2 of 3, step 1 of 3"
-    assert bars[3][2] == "pair 3 of 3, step 1 of 3" and pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
+    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
+    assert bars[0][2] == "pairs 1 to 2 of 3, step 1 of 3"
+    assert bars[3][2] == "pair 3 of 3, step 1 of 3"
+    assert pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
     facts = dict(chart["summary"])
-    assert (
-        chart["kind"] == "facts"
-        and chart["title"] == "mine"
-        and dict(charts[0]["summary"])["pairs"] == "2 of 3"
-    )
+    assert chart["kind"] == "facts"
+    assert chart["title"] == "mine"
+    assert dict(charts[0]["summary"])["pairs"] == "2 of 3"
     assert facts | {"time a pair": ""} == {
         "pairs": "3 of 3",
         "prompts": "2",
@@ -442,7 +442,8 @@ def test_what_does_not_fit_is_refused_before_the_model_is_asked(
     calls = calls_of(model, monkeypatch)
     with pytest.raises(ValueError, match=said):
         made(model, **changes)
-    assert not calls and not output.exists()
+    assert not calls
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
@@ -477,9 +478,8 @@ def test_a_picture_that_is_no_number_ends_the_run_and_the_others_are_kept(model,
             ),
         ):
             made(model)
-    assert len(couplings.read(caf_couplings.folder_of("mine"))) == 2 and everything(
-        made(model)
-    ) == everything(made(model, filename="whole"))
+    assert len(couplings.read(caf_couplings.folder_of("mine"))) == 2
+    assert everything(made(model)) == everything(made(model, filename="whole"))
 
 
 def test_nothing_is_left_on_the_model(model):

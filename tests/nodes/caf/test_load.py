@@ -94,13 +94,13 @@ def test_each_head_answers_and_leaves_nothing_behind(family):
     first, second, third, again = answers(
         worn(model), family, [(x, None), (x, v), (x, w), (x, None)]
     )
-    assert torch.isfinite(torch.stack([first, second, third])).all() and torch.equal(first, again)
-    assert (
-        not torch.allclose(first, plain, rtol=1e-3)
-        and not torch.allclose(second, first, rtol=1e-3)
-        and not torch.allclose(third, second, rtol=1e-3)
-    )
-    assert traces(model) == before and torch.equal(answers(model, family, [(x, v)])[0], plain)
+    assert torch.isfinite(torch.stack([first, second, third])).all()
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, plain, rtol=1e-3)
+    assert not torch.allclose(second, first, rtol=1e-3)
+    assert not torch.allclose(third, second, rtol=1e-3)
+    assert traces(model) == before
+    assert torch.equal(answers(model, family, [(x, v)])[0], plain)
 
 
 @pytest.mark.parametrize("family", [family for family in FLOW if family not in TWICE | {MUSIC}])
@@ -169,7 +169,8 @@ def test_caches_are_told_the_two_nets_apart_and_called_once_a_call():
         model.add_wrapper_with_key(kind, "spy", spy)
     answers(model, "flux", [(x, None), (x, v), (x, v)])
     for calls in seen.values():
-        assert len(calls) == 3 and calls[0] != calls[1] == calls[2]
+        assert len(calls) == 3
+        assert calls[0] != calls[1] == calls[2]
 
 
 def test_a_prompt_for_a_part_of_the_picture_is_refused_in_words():
@@ -225,10 +226,12 @@ def test_untrained_heads_change_no_bit_of_a_picture_with_a_lora_on_either_side(k
     plain = run(model)
     assert torch.equal(run(worn(model, seed=None)), plain)
     changed = run(worn(model))
-    assert not torch.equal(changed, plain) and torch.equal(run(worn(model)), changed)
+    assert not torch.equal(changed, plain)
+    assert torch.equal(run(worn(model)), changed)
     factors = lora_file(request.getfixturevalue("model"))
     before, after = run(worn(with_lora(model, factors))), run(with_lora(worn(model), factors))
-    assert torch.equal(before, after) and not torch.equal(before, changed)
+    assert torch.equal(before, after)
+    assert not torch.equal(before, changed)
     assert torch.equal(run(model), plain)
 
 
@@ -252,7 +255,8 @@ def test_a_model_that_is_loaded_in_part_gives_the_same(dense_model, monkeypatch)
         comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM
     )
     assert torch.equal(run(model), plain)
-    assert len(loaded) == 2 and all(here < 0.1 * whole for here, whole in loaded), loaded
+    assert len(loaded) == 2, loaded
+    assert all(here < 0.1 * whole for here, whole in loaded), loaded
 
 
 def test_torch_compile_on_either_side(dense_model):
@@ -285,7 +289,9 @@ def test_comfyui_counts_loads_and_frees_the_heads(dense_model):
     run(model)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     mine = [patcher for patcher in loaded if isinstance(patcher.model, adapter.Adapter)]
-    assert len(mine) == 1 and mine[0].model_size() == size and mine[0].loaded_size() == size
+    assert len(mine) == 1
+    assert mine[0].model_size() == size
+    assert mine[0].loaded_size() == size
     gone = weakref.ref(mine[0].model)
     del mine, loaded, model
     gc.collect()
@@ -327,21 +333,22 @@ def test_the_node_loads_a_file_and_shows_what_is_in_it(folder, dense_model):
     assert caf_model.files() == [name]
     output = nodes.NibbleLoadCAF.execute(model=dense_model, caf_name=name)
     found = caf_model.heads_of(output[0])
-    assert found.name == name and found.adapter.h == 1.5
+    assert found.name == name
+    assert found.adapter.h == 1.5
     assert all(
         tensor.dtype == dense_model.model.get_dtype_inference() and not tensor.requires_grad
         for tensor in found.adapter.parameters()
     )
     rows = dict(output.ui["nibble_chart"][0]["summary"])
-    assert rows["pace"] == "h = 1.5" and rows["trained"] == "300 steps each on 64 pairs"
+    assert rows["pace"] == "h = 1.5"
+    assert rows["trained"] == "300 steps each on 64 pairs"
     assert (
         rows["heads"]
         == f"velocity and acceleration, rank 4, {len(linears(dense_model.model.diffusion_model))}"
         " layers each"
     )
-    assert dense_model.get_attachment(caf_model.KEY) is None and torch.equal(
-        run(output[0]), run(caf_model.load(dense_model, name))
-    )
+    assert dense_model.get_attachment(caf_model.KEY) is None
+    assert torch.equal(run(output[0]), run(caf_model.load(dense_model, name)))
 
 
 def test_whole_differences_work_too(folder, dense_model):

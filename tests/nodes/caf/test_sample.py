@@ -98,11 +98,9 @@ def test_half_a_path_ends_on_the_line_and_the_rest_may_follow():
     )
     end, more = walk(1.5, [0.3, 0.1, 0.0], x=middle.mean().item())
     torch.testing.assert_close(end, torch.full_like(end, DATA), rtol=1e-4, atol=1e-3)
-    assert (
-        len(calls) == len(more) == 3
-        and more[0][1] == "velocity"
-        and more[0][0] == pytest.approx([0.3] * 2)
-    )
+    assert len(calls) == len(more) == 3
+    assert more[0][1] == "velocity"
+    assert more[0][0] == pytest.approx([0.3] * 2)
 
 
 def test_a_velocity_that_is_given_is_not_asked_for():
@@ -119,7 +117,8 @@ def test_a_velocity_that_is_given_is_not_asked_for():
 def test_no_steps_ask_nothing():
     for sigmas in ([], [0.5]):
         end, calls = walk(1.0, sigmas)
-        assert calls == [] and end.tolist() == [[[[5.0]]]] * 2
+        assert calls == []
+        assert end.tolist() == [[[[5.0]]]] * 2
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,9 @@ def test_its_own_sigmas_are_even_in_time(dense_model):
         torch.testing.assert_close(
             flow.time_of(1 - found, h), torch.linspace(0, 1, 5), rtol=0, atol=1e-5
         )
-        assert found[0] == 1 and found[-1] == 0 and found.dtype == torch.float32
+        assert found[0] == 1
+        assert found[-1] == 0
+        assert found.dtype == torch.float32
         part = caf_sampling.sigmas(model, 2, denoise=0.5)
         torch.testing.assert_close(part, found[2:])
     assert caf_sampling.sigmas(worn(dense_model, h=1.5), 2).tolist() == [1.0, 0.375, 0.0]
@@ -217,11 +218,8 @@ def test_n_steps_are_n_plus_one_calls_and_n_previews_the_last_of_which_is_the_pi
         caf_sampling.sigmas(model, 3),
         callback=lambda *told: seen.append(told),
     )
-    assert len(calls) == 4 and [(step, total) for step, _, _, total in seen] == [
-        (0, 3),
-        (1, 3),
-        (2, 3),
-    ]
+    assert len(calls) == 4
+    assert [(step, total) for step, _, _, total in seen] == [(0, 3), (1, 3), (2, 3)]
     torch.testing.assert_close(
         model.model.process_latent_out(seen[-1][1]), found, rtol=1e-4, atol=1e-4
     )
@@ -277,7 +275,8 @@ def test_image_to_image_begins_near_the_picture(model):
         ).norm()
         for denoise in (0.02, 0.3, 1.0)
     ]
-    assert far[0] < 0.2 * far[2] and far[0] < far[1] < far[2]
+    assert far[0] < 0.2 * far[2]
+    assert far[0] < far[1] < far[2]
 
 
 def test_stop_stops_it_between_calls(model):
@@ -321,17 +320,16 @@ def test_a_cache_on_either_side_sees_one_call_a_step(dense_model, level):
             caf_model.wearing(cached(dense_model, threshold), heads(dense_model), FILE),
         ):
             found = draw(both, caf_sampling.sampler(), sigmas)
-            assert (
-                len(records[-1].cells) == 8
-                and records[-1].calls == 8
-                and torch.equal(found, plain) == (threshold == 0)
-            )
+            assert len(records[-1].cells) == 8
+            assert records[-1].calls == 8
+            assert torch.equal(found, plain) == (threshold == 0)
             assert (records[-1].reused > 0) == (threshold > 0)
     noise_, velocity = caf_sampling.invert(
         cached(model, 0.0), conditioning(), {"samples": noise(7)}, 4
     )
     expected, start = caf_sampling.invert(model, conditioning(), {"samples": noise(7)}, 4)
-    assert torch.equal(noise_.noise, expected.noise) and torch.equal(velocity.start, start.start)
+    assert torch.equal(noise_.noise, expected.noise)
+    assert torch.equal(velocity.start, start.start)
 
 
 # ---- there and back again
@@ -379,7 +377,8 @@ def test_inverted_and_drawn_again_it_is_what_the_equations_give(dense_model, tra
         for ours, theirs in zip((found.noise, velocity.start, again), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         errors.append(((again - latent).norm() / latent.norm()).item())
-        assert velocity.name == FILE and found.seed == 0
+        assert velocity.name == FILE
+        assert found.seed == 0
     assert errors[1] < 0.5 * errors[0], errors
 
 
@@ -392,7 +391,8 @@ def test_another_prompt_makes_another_picture_of_the_same_noise(model):
         for seed in (0, 5)
     )
     free = draw(model, caf_sampling.sampler(), sigmas, start, positive=conditioning(5))
-    assert not torch.allclose(again, edited) and not torch.allclose(free, edited)
+    assert not torch.allclose(again, edited)
+    assert not torch.allclose(free, edited)
 
 
 @pytest.mark.parametrize("family", ["wan 2.1", "sd3"])
@@ -456,11 +456,8 @@ def test_what_does_not_fit_is_refused_in_words(model, dense_model):
 def test_the_nodes_tell_what_they_cost(model):
     output = nodes.NibbleCAFSampler.execute(model=model, steps=2, denoise=1.0, ahead=0.5)
     chart = output.ui["nibble_chart"][0]
-    assert chart["title"] == "2 steps, 3 calls of the model" and output[1].tolist() == [
-        1.0,
-        0.375,
-        0.0,
-    ]
+    assert chart["title"] == "2 steps, 3 calls of the model"
+    assert output[1].tolist() == [1.0, 0.375, 0.0]
     assert dict(chart["summary"]) | {"calls": ""} == {
         "calls": "",
         "pace": "h = 1.5",
@@ -471,14 +468,10 @@ def test_the_nodes_tell_what_they_cost(model):
         model=model, positive=conditioning(), latent_image={"samples": noise()}, steps=1, ahead=0.5
     )
     noise_, velocity, ui = result[0], result[1], result.ui
-    assert ui["nibble_chart"][0][
-        "title"
-    ] == "inverted in 1 step, 2 calls of the model" and isinstance(
-        noise_, caf_sampling.InvertedNoise
-    )
+    assert ui["nibble_chart"][0]["title"] == "inverted in 1 step, 2 calls of the model"
+    assert isinstance(noise_, caf_sampling.InvertedNoise)
     given = nodes.NibbleCAFSampler.execute(
         model=model, steps=1, denoise=1.0, ahead=0.0, velocity=velocity
     )
-    assert given.ui["nibble_chart"][0]["title"] == "1 step, 1 call of the model" and given[
-        0
-    ].extra_options == {"velocity": velocity, "ahead": 0.0}
+    assert given.ui["nibble_chart"][0]["title"] == "1 step, 1 call of the model"
+    assert given[0].extra_options == {"velocity": velocity, "ahead": 0.0}

@@ -160,18 +160,17 @@ def test_both_nets_learn_and_the_file_holds_what_was_learned(dense_model, data, 
     for first, last in ((12, 20), (32, 40)):  # the same pairs and times
         assert sum(done.losses[first:last]) < 0.9 * sum(idle.losses[first:last])
     held, before = adapter.facts["held_out"], untrained.facts["held_out"]
-    assert (
-        held["pairs"] == 1
-        and held["euler"] == before["euler"]
-        and held["error"] < 0.95 * before["error"]
-    )
-    assert adapter.h == 1.5 and adapter.rank == 4 and len(adapter.velocity.names) == 16
-    assert (
-        done.steps == len(done.losses) == 40
-        and done.name in caf_model.files()
-        and not list(folder.glob("*.state*"))
-    )
-    assert adapter.acceleration.extra.abs().max() > 0 and not same(adapter, untrained)
+    assert held["pairs"] == 1
+    assert held["euler"] == before["euler"]
+    assert held["error"] < 0.95 * before["error"]
+    assert adapter.h == 1.5
+    assert adapter.rank == 4
+    assert len(adapter.velocity.names) == 16
+    assert done.steps == len(done.losses) == 40
+    assert done.name in caf_model.files()
+    assert not list(folder.glob("*.state*"))
+    assert adapter.acceleration.extra.abs().max() > 0
+    assert not same(adapter, untrained)
 
 
 def test_the_sampler_draws_what_the_training_does(dense_model, data, folder):
@@ -221,9 +220,8 @@ def test_the_velocity_net_is_h_times_what_the_model_says(model, data):
         return student.velocity(x, t, [0, 0]), -1.5 * said
 
     found, wanted = in_session(model, data, by_hand)
-    assert torch.allclose(found[0], wanted[0], rtol=1e-4, atol=1e-4) and torch.allclose(
-        found[1], wanted[1], rtol=1e-2, atol=1e-2
-    )
+    assert torch.allclose(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found[1], wanted[1], rtol=1e-2, atol=1e-2)
 
 
 def test_prompts_of_one_length_go_together_and_every_pair_weighs_alike(model, tmp_path):
@@ -264,7 +262,10 @@ def test_prompts_of_one_length_go_together_and_every_pair_weighs_alike(model, tm
 
     with torch.no_grad():
         together, alone, calls = in_session(model, data, compare, changed=True)
-    assert calls[:2] == [4, 2] and calls == [4, 2, 4, 4, 2, 2], (
+    assert calls[:2] == [4, 2], (
+        "the velocity net; then v0 as far as the input layer, and the acceleration net"
+    )
+    assert calls == [4, 2, 4, 4, 2, 2], (
         "the velocity net; then v0 as far as the input layer, and the acceleration net"
     )
     for found, wanted in zip(together, alone, strict=True):
@@ -315,11 +316,9 @@ def test_modulation_in_ram_changes_no_number(quantized_file, data, folder):
     done, second = trained(
         loading.load(quantized_file, modulation_in="ram"), data, folder, filename="ram"
     )
-    assert (
-        done.losses == plain.losses
-        and same(first, second)
-        and "double_blocks.0.img_mod.lin" in second.velocity.names
-    )
+    assert done.losses == plain.losses
+    assert same(first, second)
+    assert "double_blocks.0.img_mod.lin" in second.velocity.names
 
 
 def of_family(family: str, where):
@@ -341,7 +340,8 @@ def test_other_architectures_are_trained(family, tmp_path, folder):
         for name, tensor in head.tensors().items()
         if not name.endswith("down")
     ]
-    assert len(ends) > 30 and all(tensor.abs().max() > 0 for tensor in ends), "each is learned"
+    assert len(ends) > 30, "each is learned"
+    assert all(tensor.abs().max() > 0 for tensor in ends), "each is learned"
 
 
 def test_a_model_without_gradients_is_refused_in_words(tmp_path, folder):
@@ -356,11 +356,9 @@ def test_whole_differences_and_chosen_layers(dense_model, data, folder):
     done, adapter = trained(
         dense_model, data, folder, rank=0, layers=("double_blocks.*attn*", "final_layer.linear")
     )
-    assert (
-        adapter.rank == 0
-        and adapter.velocity.names[-1] == "final_layer.linear"
-        and len(adapter.velocity.names) == 5
-    )
+    assert adapter.rank == 0
+    assert adapter.velocity.names[-1] == "final_layer.linear"
+    assert len(adapter.velocity.names) == 5
     assert all(
         set(tensors) == {"difference"} and tensors["difference"].abs().max() > 0
         for tensors in adapter.velocity.branches().values()
@@ -398,11 +396,9 @@ def test_checkpointing_and_previews_change_no_number(dense_model, data, folder):
         dense_model, data, folder, settings=dataclasses.replace(FP32, checkpointing=False)
     )
     twice, second = trained(dense_model, data, folder, filename="b", preview_every=1)
-    assert (
-        plain.losses == twice.losses
-        and same(first, second)
-        and first.facts["held_out"] == second.facts["held_out"]
-    )
+    assert plain.losses == twice.losses
+    assert same(first, second)
+    assert first.facts["held_out"] == second.facts["held_out"]
 
 
 def test_a_preview_is_a_picture(dense_model, data, folder, monkeypatch):
@@ -436,20 +432,17 @@ def test_the_model_and_comfyui_are_as_before(model, data, folder, monkeypatch, h
         with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
             caf_training.run(job(model, data))
     after = model.model.diffusion_model.state_dict()
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[name], after[name]) for name in before
-    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(
         module._forward_hooks or module._forward_pre_hooks
         for module in model.model.diffusion_model.modules()
     )
     assert not any(parameter.requires_grad for parameter in model.model.parameters())
-    assert (
-        not model.patches
-        and model.wrappers == wrappers
-        and not model.additional_models
-        and not comfy.model_management.in_training
-    )
+    assert not model.patches
+    assert model.wrappers == wrappers
+    assert not model.additional_models
+    assert not comfy.model_management.in_training
     mine = [
         loaded.model
         for loaded in comfy.model_management.current_loaded_models
@@ -458,14 +451,16 @@ def test_the_model_and_comfyui_are_as_before(model, data, folder, monkeypatch, h
     assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), (
         "the copy is unloaded"
     )
-    assert torch.is_grad_enabled() and not list(folder.glob("*.partial"))
+    assert torch.is_grad_enabled()
+    assert not list(folder.glob("*.partial"))
 
 
 def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(dense_model, data, folder):
     with torch.inference_mode():
         done, adapter = trained(dense_model, data, folder, preview_every=2)
     again, plain = trained(dense_model, data, folder, filename="again")
-    assert done.losses == again.losses and same(adapter, plain)
+    assert done.losses == again.losses
+    assert same(adapter, plain)
 
 
 # ---- stop, go on
@@ -481,12 +476,10 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(dense_model, data, f
                 caf_training.run(job(dense_model, data, filename="stopped"))
         assert sorted(path.name for path in folder.glob("stopped*")) == left
     done, found = trained(dense_model, data, folder, filename="stopped")
-    assert (
-        done.losses == whole.losses
-        and same(found, wanted)
-        and found.facts == wanted.facts
-        and not list(folder.glob("*.state"))
-    )
+    assert done.losses == whole.losses
+    assert same(found, wanted)
+    assert found.facts == wanted.facts
+    assert not list(folder.glob("*.state"))
 
 
 def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
@@ -510,18 +503,17 @@ def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
         ):
             caf_training.run(job(dense_model, changes.pop("data", data), **changes))
     done, _ = trained(dense_model, others, folder, overwrite=True)
-    assert len(done.losses) == 6 and not list(folder.glob("*.state"))
+    assert len(done.losses) == 6
+    assert not list(folder.glob("*.state"))
 
 
 def test_a_run_that_is_done_is_not_done_again(dense_model, data, folder, monkeypatch):
     done, _ = trained(dense_model, data, folder)
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
     again = caf_training.run(job(dense_model, data))
-    assert (
-        again.name == done.name
-        and again.steps == 6
-        and again.losses == pytest.approx(done.losses, rel=1e-5)
-    )
+    assert again.name == done.name
+    assert again.steps == 6
+    assert again.losses == pytest.approx(done.losses, rel=1e-5)
     for changes in ({"rank": 2}, {"options": {"lr": 1e-4}}, {"steps": 2}):
         with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
             caf_training.run(job(dense_model, data, **changes))
@@ -546,7 +538,9 @@ def test_loras_on_the_model_belong_to_the_inputs(dense_model, data):
         caf_training._data(job(which, data), names)
         for which in (dense_model, dense_model, patched(1.0), patched(1.0), patched(2.0))
     ]
-    assert told[0] == told[1] and told[2] == told[3] and len(set(told)) == 3
+    assert told[0] == told[1]
+    assert told[2] == told[3]
+    assert len(set(told)) == 3
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(

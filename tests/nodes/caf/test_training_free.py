@@ -170,7 +170,9 @@ def test_a_step_of_no_length_and_no_steps_at_all():
 )
 def test_both_ends_stay_to_the_bit_and_the_direction_too(h, sigmas):
     moved = caf.retimed(sigmas, h)
-    assert moved[0] == sigmas[0] and moved[-1] == sigmas[-1] and moved.dtype == sigmas.dtype
+    assert moved[0] == sigmas[0]
+    assert moved[-1] == sigmas[-1]
+    assert moved.dtype == sigmas.dtype
     assert (moved.diff() * sigmas.diff() >= 0).all()
     assert h != 1 or torch.allclose(moved, sigmas, atol=1e-7)
 

@@ -135,7 +135,8 @@ def test_pruning_is_dropping_bit_for_bit(clip, pictures, criterion):
     )
     assert [len(p["masks"]) for p in record(found)["pictures"]] == [2] * len(pictures)
     first, second = kept(found, 0), kept(found, 1)
-    assert set(second.tolist()) < set(first.tolist()) and len(first) < record(found)["length"]
+    assert set(second.tolist()) < set(first.tolist())
+    assert len(first) < record(found)["length"]
     expected, left = dropped(clip, pairs, {3: first, 5: second})
     head = record(found)["length"] - found["cond"].shape[1]  # the template's, cut off by Qwen-Image
     assert torch.equal(left, second)
@@ -190,7 +191,9 @@ def test_keeping_everything_is_the_unpatched_encoder(clip):
     # hooks on, and the grid holds every token
     grid_of_all = feather.prune(clip, feather.Settings((Stage(3, 0.4, 1),)))
     found = encode(grid_of_all)
-    assert hooks(clip) > 0 and record(found)["pictures"][0]["masks"][0].all() and same(found, plain)
+    assert hooks(clip) > 0
+    assert record(found)["pictures"][0]["masks"][0].all()
+    assert same(found, plain)
 
 
 def test_scatter_keeps_the_length_and_drop_shortens_it_by_the_pruned(clip):
@@ -202,10 +205,10 @@ def test_scatter_keeps_the_length_and_drop_shortens_it_by_the_pruned(clip):
         )
     )
     pruned = record(short)["length"] - len(kept(short, 1))
-    assert scattered["cond"].shape == plain["cond"].shape and not torch.equal(
-        scattered["cond"], plain["cond"]
-    )
-    assert pruned > 15 and short["cond"].shape[1] == plain["cond"].shape[1] - pruned
+    assert scattered["cond"].shape == plain["cond"].shape
+    assert not torch.equal(scattered["cond"], plain["cond"])
+    assert pruned > 15
+    assert short["cond"].shape[1] == plain["cond"].shape[1] - pruned
     if "attention_mask" in plain:
         assert short["attention_mask"].shape[1] == short["cond"].shape[1]
 
@@ -229,15 +232,18 @@ def test_text_without_an_image_runs_unpruned(clip):
     pruned = feather.prune(clip, feather.Settings(STAGES, mode="drop"))
     encode(pruned)
     found = pruned.encode_from_tokens(clip.tokenize("a red cup"), return_dict=True)
-    assert feather.KEY not in found and same(found, plain)
+    assert feather.KEY not in found
+    assert same(found, plain)
 
 
 def test_pruned_and_unpruned_clips_of_the_same_weights_take_turns(clip):
     plain, pruned = encode(clip), feather.prune(clip, feather.Settings(STAGES))
     first = encode(pruned)
     assert hooks(clip) == 2 + 2 * (vl.LAYERS - 3)
-    assert same(encode(clip), plain) and hooks(clip) == 0
-    assert same(encode(pruned), first) and same(encode(pruned.clone()), first)
+    assert same(encode(clip), plain)
+    assert hooks(clip) == 0
+    assert same(encode(pruned), first)
+    assert same(encode(pruned.clone()), first)
     assert not same(first, plain)
     other = encode(feather.prune(pruned, feather.Settings((Stage(3, 0.1),), mode="drop")))
     assert len(record(other)["pictures"][0]["masks"]) == 1, (
@@ -251,7 +257,8 @@ def test_a_pruned_clip_that_is_forgotten_takes_its_hooks_with_it(clip):
     encode(pruned)
     del pruned
     gc.collect()
-    assert hooks(clip) == 0 and same(encode(clip), plain)
+    assert hooks(clip) == 0
+    assert same(encode(clip), plain)
 
 
 def test_unloading_takes_everything_off(clip):
@@ -278,7 +285,8 @@ def test_nothing_is_left_after_an_exception(clip):
     handle.remove()
     text = pruned.encode_from_tokens(clip.tokenize("a red cup"))
     assert torch.equal(text, clip.encode_from_tokens(clip.tokenize("a red cup")))
-    assert same(encode(pruned), expected) and same(encode(clip), plain)
+    assert same(encode(pruned), expected)
+    assert same(encode(clip), plain)
 
 
 # ---- text generation: Qwen3-VL, whose encoder ComfyUI lets describe a picture
@@ -304,7 +312,8 @@ def test_generation_goes_on_from_the_short_cache(encoders):
         "the cache of a late layer holds only what was kept"
     )
     assert found[:2] == by_hand(clip, pairs, prompt)
-    assert generate(clip, pairs) == generate(clip, pairs) and hooks(clip) == 0
+    assert generate(clip, pairs) == generate(clip, pairs)
+    assert hooks(clip) == 0
 
 
 def by_hand(clip, pairs, prompt):
@@ -423,10 +432,8 @@ def test_the_bench_gives_every_arm_as_many_tokens(monkeypatch):
 
     monkeypatch.setattr(bench_feather, "KEEPS", (0.3,))
     rows = {row["arm"]: row for row in bench_feather.find(2, 15)["rows"]}
-    assert (
-        rows["none"]["accuracy"] == rows["feather"]["accuracy"] == 1
-        and rows["fastv"]["accuracy_top"] == 0
-    )
+    assert rows["none"]["accuracy"] == rows["feather"]["accuracy"] == 1
+    assert rows["fastv"]["accuracy_top"] == 0
     assert (
         len(
             {

@@ -55,9 +55,8 @@ def shown(monkeypatch):
 
 def test_the_plan_names_layers_and_shares(clip):
     _, plan = prune(clip)
-    assert (
-        plan["kind"] == "facts" and dict(plan["summary"])["layers"] == "prunes before 2 and 4 of 8"
-    )
+    assert plan["kind"] == "facts"
+    assert dict(plan["summary"])["layers"] == "prunes before 2 and 4 of 8"
     assert dict(plan["summary"])["keeps"] == "30% and every 3. patch of a grid, then 9.0% of those"
     assert "as it is" in dict(prune(clip, keep=1.0)[1]["summary"])["keeps"]
 
@@ -66,7 +65,9 @@ def test_the_picture_is_drawn_in_the_node_while_a_prompt_is_encoded(clip, shown)
     conditioning = encode(prune(clip)[0], vl.image(300, 420))
     ((node, chart),) = shown
     (picture,) = chart["pictures"]
-    assert node == "7" and chart["kind"] == "patches" and json.dumps(chart)
+    assert node == "7"
+    assert chart["kind"] == "patches"
+    assert json.dumps(chart)
     assert len(picture["stage"]) == picture["rows"] * picture["columns"]
     facts = conditioning[0][1][feather.KEY]["pictures"][0]
     assert [picture["stage"].count(2), sum(level > 0 for level in picture["stage"])] == [
@@ -74,7 +75,8 @@ def test_the_picture_is_drawn_in_the_node_while_a_prompt_is_encoded(clip, shown)
         int(facts["masks"][0].sum()),
     ]
     image = Image.open(io.BytesIO(base64.b64decode(picture["url"].split(",")[1])))
-    assert max(image.size) == image_patches.SIDE and image.width > image.height
+    assert max(image.size) == image_patches.SIDE
+    assert image.width > image.height
 
 
 def test_the_report_counts_tokens_and_operations_by_hand(clip, shown):
@@ -139,7 +141,5 @@ def test_the_pack_offers_both_nodes():
     }
     assert {"NibbleFeatherPrune", "NibbleFeatherReport"} <= names
     schema = nodes.NibbleFeatherPrune.define_schema()
-    assert (
-        all(item.tooltip for item in schema.inputs)
-        and sum(not item.advanced for item in schema.inputs) <= 6
-    )
+    assert all(item.tooltip for item in schema.inputs)
+    assert sum(not item.advanced for item in schema.inputs) <= 6

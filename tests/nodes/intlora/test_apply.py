@@ -39,22 +39,20 @@ from nibble.quant.merge.integer_grid import IntBase
 
 def test_a_lora_is_converted_with_its_parts_of_fused_layers_and_reported(model, loras):
     done = intlora.run(intlora.Job(model, STYLE))
-    assert (
-        done.name == "style.intlora.safetensors"
-        and done.name in intlora.adapter_files()
-        and STYLE in intlora.ordinary_files()
-    )
+    assert done.name == "style.intlora.safetensors"
+    assert done.name in intlora.adapter_files()
+    assert STYLE in intlora.ordinary_files()
     adapter = file.read(adapter_path(loras, done.name))
-    assert (
-        adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"}
-        and not done.left_out
-    )
+    assert adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"}
+    assert not done.left_out
     assert all(row.kept > 0.975 for row in done.conversion.rows)
     chart = kept.conversion_chart(done, STYLE)
-    assert chart["kind"] == "kept" and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
+    assert chart["kind"] == "kept"
+    assert {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
     assert all(
         row["kept"] > 0.975 > row["nearest"] and "k = " in row["why"] for row in chart["rows"]
-    ) and chart["summary"][0][1].startswith("9")
+    )
+    assert chart["summary"][0][1].startswith("9")
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha"])
@@ -86,14 +84,11 @@ def test_other_kinds_of_lora_are_converted_too(model, loras, kind):
 
 def test_a_given_k_is_used_and_names_are_kept(model, loras):
     name = converted(model, k=3, filename="mine.safetensors")
-    assert name == "mine.intlora.safetensors" and {
-        layer.rule.k for layer in file.read(adapter_path(loras, name)).layers.values()
-    } == {3}
+    assert name == "mine.intlora.safetensors"
+    assert {layer.rule.k for layer in file.read(adapter_path(loras, name)).layers.values()} == {3}
     written = adapter_path(loras, name).stat().st_mtime_ns
-    assert (
-        converted(model, k=3, filename="mine") == name
-        and adapter_path(loras, name).stat().st_mtime_ns == written
-    ), "it is there already"
+    assert converted(model, k=3, filename="mine") == name, "it is there already"
+    assert adapter_path(loras, name).stat().st_mtime_ns == written, "it is there already"
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         converted(model, filename="mine")
     assert converted(model, filename="mine", overwrite=True) == name
@@ -120,23 +115,24 @@ def test_in_branch_mode_it_lies_in_the_low_rank_branch(model, loras):
     base = layer_of(model, MLP).weight
     on(apply(model, converted(model), 1.0))
     patched = layer_of(model, MLP).weight
-    assert torch.equal(patched._qdata, base._qdata) and patched._params.delta is None
+    assert torch.equal(patched._qdata, base._qdata)
+    assert patched._params.delta is None
     assert patched._params.proj_up.shape[1] == base._params.proj_up.shape[1] + 16
 
 
 def test_strength_zero_is_the_base_bit_for_bit(model, loras):
     before = on(model)
     patched = apply(model, converted(model), 0.0)
-    assert not patched.patches and all(
-        torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items()
-    )
+    assert not patched.patches
+    assert all(torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items())
 
 
 def test_taken_off_the_base_is_back_bit_for_bit(model, loras):
     comfy.model_management.load_models_gpu([model])
     before = bits(model)
     patched = apply(model, converted(model), 1.0)
-    assert not model.patches and not model.attachments
+    assert not model.patches
+    assert not model.attachments
     assert_untouched(model, before)
     for _ in range(2):
         on(patched)
@@ -189,7 +185,8 @@ def test_it_fits_a_patched_model_too(model, loras):
     name = converted(model)
     patched = with_lora(model, lora_file(model, seed=40))
     comfy.model_management.load_models_gpu([patched])
-    assert converted(patched, filename="again") and apply(patched, name, 1.0).patches
+    assert converted(patched, filename="again")
+    assert apply(patched, name, 1.0).patches
 
 
 # ---- refused
@@ -280,9 +277,8 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
     extra = {"lora_unet_img_in.lora_up.weight": up, "lora_unet_img_in.lora_down.weight": down}
     save_file(lora_file(model) | extra, loras / STYLE)
     done = intlora.run(intlora.Job(model, STYLE))
-    assert done.left_out == ["img_in.weight"] and "left out" in dict(
-        kept.conversion_chart(done, STYLE)["summary"]
-    )
+    assert done.left_out == ["img_in.weight"]
+    assert "left out" in dict(kept.conversion_chart(done, STYLE)["summary"])
 
 
 # ---- nodes
@@ -296,11 +292,9 @@ def test_its_files_are_kept_from_the_stock_loader_and_found_in_both_folders(mode
     adapter_path(loras, name).rename(loras / name)
     for kind in (intlora.LORAS, intlora.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
-    assert (
-        intlora.adapter_files() == [name]
-        and intlora.path_of(name) == loras / name
-        and name not in intlora.ordinary_files()
-    )
+    assert intlora.adapter_files() == [name]
+    assert intlora.path_of(name) == loras / name
+    assert name not in intlora.ordinary_files()
 
 
 def test_layers_are_hashed_once_for_as_long_as_they_live(model, loras, monkeypatch):

@@ -75,7 +75,9 @@ def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, l
     before = bits(model)
     patched, done = merging.apply(model, converted(model), 1.0, "merge")
     assert_untouched(model, before)
-    assert not model.patches and patched.model is not model.model and not patched.patches
+    assert not model.patches
+    assert patched.model is not model.model
+    assert not patched.patches
     one, two = weights(model), weights(patched)
     merged = {row.name: row for row in done.rows}
     assert merged.keys() == {MLP, "double_blocks.0.img_mlp.2", MODULATION, QKV}
@@ -83,13 +85,13 @@ def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, l
         if name not in merged:
             assert torch.equal(one[name], two[name])
         elif merged[name].action == "w4a4":
-            assert (
-                merged[name].rank == layer_of(model, name).weight._params.proj_up.shape[1]
-                and merged[name].bytes_before == merged[name].bytes_after
-            )
-    assert merged[MODULATION].kept > 0.99 and all(row.kept > 0.3 for row in done.rows)
+            assert merged[name].rank == layer_of(model, name).weight._params.proj_up.shape[1]
+            assert merged[name].bytes_before == merged[name].bytes_after
+    assert merged[MODULATION].kept > 0.99
+    assert all(row.kept > 0.3 for row in done.rows)
     chart = kept.merge_chart(done)
-    assert chart["kind"] == "kept" and chart["summary"][0][1].count("%") == 2
+    assert chart["kind"] == "kept"
+    assert chart["summary"][0][1].count("%") == 2
 
 
 def test_it_does_what_the_branch_does_as_far_as_it_says(model, loras):
@@ -120,9 +122,8 @@ def test_its_outputs_are_those_of_its_weights(model, loras):
 def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, loras):
     before = on(model)
     patched, done = merging.apply(model, converted(model), 0.0, "merge")
-    assert done is None and all(
-        torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items()
-    )
+    assert done is None
+    assert all(torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items())
 
 
 def test_switching_between_them_leaves_both_as_they_are(model, loras):
@@ -154,10 +155,8 @@ def test_patches_and_options_stay_on_a_merged_model(model, loras):
     styled = with_lora(model, lora_file(model, seed=40), 0.5)
     styled.model_options["transformer_options"]["kept"] = True
     patched = apply(styled, converted(model), 0.5, "merge")
-    assert (
-        patched.patches.keys() == styled.patches.keys()
-        and patched.model_options["transformer_options"]["kept"]
-    )
+    assert patched.patches.keys() == styled.patches.keys()
+    assert patched.model_options["transformer_options"]["kept"]
     before, after = on(apply(model, converted(model, filename="again"), 0.5, "merge")), on(patched)
     for name, delta in changes(lora_file(model, seed=40), 0.5).items():
         x, y = before[name]
@@ -180,7 +179,8 @@ def test_mul_and_shift_are_merged_as_near_as_the_layer_allows(model, loras, rule
         intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)]
     )
     got = weights(patched)[MLP] - weights(model)[MLP]
-    assert [row.name for row in done.rows] == [MLP] and done.rows[0].kept > 0.2
+    assert [row.name for row in done.rows] == [MLP]
+    assert done.rows[0].kept > 0.2
     assert (got - wanted).norm() < (1 - done.rows[0].kept) * 1.6 * wanted.norm()
     refused(
         patched,
@@ -205,18 +205,17 @@ def test_a_saved_merge_is_the_model_that_was_merged(based, home, how):
     base = (source := next(home.iterdir())).read_bytes()
     before, lora = on(based), lora_file(based)
     done = saved(with_lora(apply(based, converted(based), 0.5), lora, 0.3), branch=how)
-    assert (
-        done.name == f"{source.stem}-merged.safetensors"
-        and source.read_bytes() == base
-        and not list(home.glob("*.partial*"))
-    )
+    assert done.name == f"{source.stem}-merged.safetensors"
+    assert source.read_bytes() == base
+    assert not list(home.glob("*.partial*"))
     again, old = weights(reloaded(home, done)), weights(based)
     rows = {row.name: row for row in done.rows}
     for name, delta in changes(lora, 0.8).items():
         limit = 0.02 if how == "wider" or name == MODULATION else (1 - rows[name].kept) * 1.6 + 0.02
         assert (again[name] - old[name] - delta).norm() < limit * delta.norm(), name
     assert all(torch.equal(again[name], weight) for name, weight in old.items() if name not in rows)
-    assert all(y.isfinite().all() for _, y in on(reloaded(home, done)).values()) and before
+    assert all(y.isfinite().all() for _, y in on(reloaded(home, done)).values())
+    assert before
     codes = [
         torch.equal(
             layouts.unpack(layer_of(reloaded(home, done), name).weight).qweight,
@@ -242,21 +241,15 @@ def test_the_file_says_what_is_in_it_and_a_second_run_is_done_at_once(based, hom
     opened = open_quantized(home / done.name)
     opened.verify()
     (entry,) = opened.fact("merged")
-    assert (
-        entry["intlora"][0] == entry["intlora"][0] | {"name": name, "strength": 0.7}
-        and len(entry["intlora"][0]["sha256"]) == 64
-    )
-    assert (
-        entry["patches"]["layers"] == 4
-        and opened.fact("source")
-        and any("merged" in row["why"] for row in opened.fact("report")["rows"])
-    )
+    assert entry["intlora"][0] == entry["intlora"][0] | {"name": name, "strength": 0.7}
+    assert len(entry["intlora"][0]["sha256"]) == 64
+    assert entry["patches"]["layers"] == 4
+    assert opened.fact("source")
+    assert any("merged" in row["why"] for row in opened.fact("report")["rows"])
     written = (home / done.name).stat().st_mtime_ns
     again = saved(with_lora(patched, lora_file(based, seed=40), 0.5))
-    assert (
-        again == replace(done, rows=[replace(row, seconds=0.0) for row in done.rows])
-        and (home / done.name).stat().st_mtime_ns == written
-    )
+    assert again == replace(done, rows=[replace(row, seconds=0.0) for row in done.rows])
+    assert (home / done.name).stat().st_mtime_ns == written
     with pytest.raises(
         FileRefused, match="exists already and holds something else; switch 'overwrite' on"
     ):
@@ -265,7 +258,8 @@ def test_the_file_says_what_is_in_it_and_a_second_run_is_done_at_once(based, hom
     more = reloaded(
         home, saved(with_lora(reloaded(home, done), lora_file(based), 0.1), filename="twice")
     )
-    assert len(open_quantized(home / "twice.safetensors").fact("merged")) == 2 and weights(more)
+    assert len(open_quantized(home / "twice.safetensors").fact("merged")) == 2
+    assert weights(more)
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(based, home, monkeypatch):
@@ -288,7 +282,8 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(based, home, monke
         saved(patched, filename="parts")
     assert not (home / "parts.safetensors").exists()
     saved(patched, filename="parts")
-    assert len(made) == 5 and (home / "parts.safetensors").read_bytes() == whole, (
+    assert len(made) == 5, "four layers; the third was begun twice"
+    assert (home / "parts.safetensors").read_bytes() == whole, (
         "four layers; the third was begun twice"
     )
 
@@ -350,9 +345,8 @@ def test_16_bit_tensors_are_written_with_their_patches_and_unknown_ones_are_told
         layer_of(reloaded(home, done), "img_in").weight.float()
         - layer_of(based, "img_in").weight.float()
     )
-    assert (got - up @ down).norm() < 0.02 * (up @ down).norm() and done.left_out == (
-        "gone.weight",
-    )
+    assert (got - up @ down).norm() < 0.02 * (up @ down).norm()
+    assert done.left_out == ("gone.weight",)
     assert "left out" in dict(kept.merge_chart(done)["summary"])
 
 
@@ -392,10 +386,8 @@ def test_the_nodes_do_the_work(based, home, monkeypatch):
     applied = nodes.NibbleApplyIntLoRA.execute(based, name, 1.0, "merge")
     assert applied.ui["nibble_chart"][0]["kind"] == "kept"
     made = nodes.NibbleMergeIntLoRA.execute(applied.result[0], "made", "wider", False)
-    assert (
-        made.result[0] == "made.safetensors" in loading.quantized_files()
-        and made.ui["nibble_chart"][0]["title"] == "made.safetensors"
-    )
+    assert made.result[0] == "made.safetensors" in loading.quantized_files()
+    assert made.ui["nibble_chart"][0]["title"] == "made.safetensors"
     assert nodes.NibbleApplyIntLoRA.execute(based, name, 1.0, "branch").ui is None
     comfy.model_management.load_models_gpu([loading.load(home / "made.safetensors")])
     assert outputs(loading.load(home / "made.safetensors"))

@@ -103,11 +103,9 @@ def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
         name for name, weight in bases.weights.items() if "SVDQuant" in weight._layout_cls
     }
     file.check_bases(adapter, bases, done.name)
-    assert (
-        done.steps == adapter.facts["steps"] == 24
-        and done.name in intlora.adapter_files()
-        and not list(loras.glob("*.state*"))
-    )
+    assert done.steps == adapter.facts["steps"] == 24
+    assert done.name in intlora.adapter_files()
+    assert not list(loras.glob("*.state*"))
     assert done.lora.keys() == {
         f"diffusion_model.{name}.{part}"
         for name in adapter.layers
@@ -157,7 +155,8 @@ def test_pictures_of_one_prompt_go_together_and_every_other_keeps_its_own(model)
     apart, calls = session_of(
         model, losses, batch, positive=[[caption(1)], [caption(1), caption(1)]], **data
     )
-    assert len(calls) == 3 and apart == pytest.approx(together, rel=1e-4)
+    assert len(calls) == 3
+    assert apart == pytest.approx(together, rel=1e-4)
     others, _ = session_of(
         model, losses, batch, positive=[[caption(1), caption(2), caption(3)]], **data
     )
@@ -169,9 +168,8 @@ def test_the_paper_s_variants_train_too(model, loras, variant):
     done, adapter = trained(
         model, loras, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0)
     )
-    assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant} and len(
-        set(done.losses)
-    ) == 3
+    assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant}
+    assert len(set(done.losses)) == 3
     patched = intlora.beside(model, done.name, 1.0)
     assert len(patched.patches) == len(adapter.layers)
 
@@ -195,7 +193,8 @@ def test_modulation_is_trained_when_asked_for(model, loras):
 def test_every_loss_is_finite_and_different(model, loss):
     draw = lambda session, pictures: pictures.loss(session, torch.Generator().manual_seed(1)).item()  # noqa: E731
     found = session_of(model, draw, dataclasses.replace(FP32, loss=loss))
-    assert found > 0 and (loss == "MSE" or found != session_of(model, draw))
+    assert found > 0
+    assert loss == "MSE" or found != session_of(model, draw)
 
 
 # ---- memory, previews, checkpointing
@@ -204,7 +203,8 @@ def test_every_loss_is_finite_and_different(model, loss):
 def test_checkpointing_and_previews_change_no_number(model, loras):
     plain, first = trained(model, loras, settings=dataclasses.replace(FP32, checkpointing=False))
     twice, second = trained(model, loras, filename="b", preview_every=2)
-    assert plain.losses == twice.losses and same(first, second)
+    assert plain.losses == twice.losses
+    assert same(first, second)
 
 
 def test_checkpointing_keeps_no_activation_of_a_block(model):
@@ -229,7 +229,8 @@ def test_checkpointing_keeps_no_activation_of_a_block(model):
 def test_a_preview_is_a_picture_and_the_same_each_time(model):
     preview = lambda session, pictures: session.preview(lambda: pictures.draw(session))  # noqa: E731
     kind, picture, _ = session_of(model, preview)
-    assert kind == "JPEG" and picture.size == (4, 4)
+    assert kind == "JPEG"
+    assert picture.size == (4, 4)
     assert picture.tobytes() == session_of(model, preview)[1].tobytes()
 
 
@@ -257,23 +258,19 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
         with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
             intlora_training.run(job(model))
     after = weights_of(model)
-    assert before.keys() == after.keys() and all(
-        torch.equal(before[name], after[name]) for name in before
-    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     now = dict(model.model.diffusion_model.named_modules())
-    assert now == modules and not any(
-        "forward" in vars(module) or module._forward_hooks for module in now.values()
-    )
+    assert now == modules
+    assert not any("forward" in vars(module) or module._forward_hooks for module in now.values())
     assert not any(
         parameter.requires_grad or parameter.grad is not None
         for parameter in model.model.parameters()
     )
-    assert (
-        not model.patches
-        and model.wrappers == wrappers
-        and not model.object_patches
-        and not comfy.model_management.in_training
-    )
+    assert not model.patches
+    assert model.wrappers == wrappers
+    assert not model.object_patches
+    assert not comfy.model_management.in_training
     mine = [
         loaded.model
         for loaded in comfy.model_management.current_loaded_models
@@ -282,7 +279,8 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
     assert all(patcher.model is model.model for patcher in mine if patcher.parent is model), (
         "the copy is unloaded"
     )
-    assert torch.is_grad_enabled() and not list(loras.glob("*.partial"))
+    assert torch.is_grad_enabled()
+    assert not list(loras.glob("*.partial"))
 
 
 def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, loras):
@@ -295,7 +293,8 @@ def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, lora
         x = torch.randn(3, 128)
         assert model.model.diffusion_model.double_blocks[0].img_attn.qkv(x).shape == (3, 384)
     fresh, again = trained(model, loras, filename="again")
-    assert done.losses == fresh.losses and same(adapter, again)
+    assert done.losses == fresh.losses
+    assert same(adapter, again)
 
 
 def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, loras):
@@ -322,7 +321,9 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, loras, monkey
         assert [path.name for path in loras.glob("stopped*")] == ["stopped.intlora.state"]
     stopping_at(monkeypatch, 0)
     done, found = trained(model, loras, filename="stopped", options=options)
-    assert done.losses == whole.losses and same(found, wanted) and not list(loras.glob("*.state"))
+    assert done.losses == whole.losses
+    assert same(found, wanted)
+    assert not list(loras.glob("*.state"))
 
 
 def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, monkeypatch):
@@ -342,11 +343,9 @@ def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
     done, _ = trained(model, loras)
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
     again = intlora_training.run(job(model))
-    assert (
-        again.name == done.name
-        and again.steps == 4
-        and again.losses == pytest.approx(done.losses, rel=1e-5)
-    )
+    assert again.name == done.name
+    assert again.steps == 4
+    assert again.losses == pytest.approx(done.losses, rel=1e-5)
     assert all(torch.equal(tensor, again.lora[key]) for key, tensor in done.lora.items())
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         intlora_training.run(job(model, rank=2))
@@ -361,7 +360,8 @@ def test_an_adapter_is_trained_further(model, loras):
         existing=done.name,
         options=Options(steps=2, lr=1e-9, warmup=0),
     )
-    assert more.steps == 6 and more.losses[0] != done.losses[0]
+    assert more.steps == 6
+    assert more.losses[0] != done.losses[0]
     key = next(iter(first.layers))
     before, after = first.layers[key].factors.delta(), second.layers[key].factors.delta()
     assert (after - before).norm() < 0.02 * before.norm()
@@ -388,11 +388,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, l
     ):
         intlora_training.run(job(model))
     done, adapter = trained(model, loras, options=Options(steps=4, lr=1e-3, warmup=0))
-    assert (
-        len(done.losses) == 4
-        and len(calls) == 5
-        and all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
-    )
+    assert len(done.losses) == 4
+    assert len(calls) == 5
+    assert all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
 
 
 # ---- what is refused before anything is loaded
@@ -443,41 +441,31 @@ def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
 def test_the_curve_is_thinned_and_its_lowest_point_is_of_all_steps():
     losses = [1.0] * 700 + [0.0] * 100 + [1.0] * 200
     chart = curve.curve_chart(losses, 2000, "t")
-    assert (
-        chart["kind"] == "curve"
-        and len(chart["points"]) == len(chart["smooth"]) == 250
-        and chart["points"][-1] == [1000, 1.0]
-    )
-    assert (
-        chart["lowest"][0] == 800
-        and chart["lowest"][1] < 0.2
-        and ["step", "1000 of 2000"] in chart["summary"]
-    )
+    assert chart["kind"] == "curve"
+    assert len(chart["points"]) == len(chart["smooth"]) == 250
+    assert chart["points"][-1] == [1000, 1.0]
+    assert chart["lowest"][0] == 800
+    assert chart["lowest"][1] < 0.2
+    assert ["step", "1000 of 2000"] in chart["summary"]
     assert curve.curve_chart([], 5, "t")["points"] == []
-    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0]) and curve.smoothed(
-        [3.0, 1.0], 1
-    ) == [3.0, 1.0]
+    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0])
+    assert curve.smoothed([3.0, 1.0], 1) == [3.0, 1.0]
 
 
 def test_each_phase_of_the_curve_is_smoothed_on_its_own():
     losses = [1.0] * 500 + [5.0] * 499
     chart = curve.curve_chart(losses, 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
     assert chart["phases"] == [["velocity", 0], ["acceleration", 500]]
-    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0} and [500, 1.0] in chart[
-        "points"
-    ]
-    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx(
-        [5.0] * 125
-    ) and chart["lowest"][0] > 500
+    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0}
+    assert [500, 1.0] in chart["points"]
+    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx([5.0] * 125)
+    assert chart["lowest"][0] > 500
     assert chart["summary"][1:3] == [["velocity loss", "1"], ["acceleration loss", "5"]]
     begun = curve.curve_chart(
         losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)]
     )
-    assert [label for label, _ in begun["summary"]] == [
-        "step",
-        "velocity loss",
-        "lowest",
-    ] and "phases" not in curve.curve_chart([1.0], 5, "t")
+    assert [label for label, _ in begun["summary"]] == ["step", "velocity loss", "lowest"]
+    assert "phases" not in curve.curve_chart([1.0], 5, "t")
     assert (
         curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
     )

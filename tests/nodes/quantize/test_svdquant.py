@@ -96,19 +96,16 @@ def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
         dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring")
     )
     for name in LAYERS:
-        assert torch.equal(whole[name].hessian, parts[name].hessian) and torch.equal(
-            whole[name].samples, parts[name].samples
-        )
+        assert torch.equal(whole[name].hessian, parts[name].hessian)
+        assert torch.equal(whole[name].samples, parts[name].samples)
 
 
 def test_random_conditioning_has_the_model_s_own_widths(dense_model):
     pictures = record_inputs.random_pictures(dense_model, seed=0)
     tokens, extras = pictures.prompts[0][0]
-    assert (
-        tokens.shape[-1] == 64
-        and extras["pooled_output"].shape[-1] == 64
-        and pictures.latent.shape == (1, 16, 32, 32)
-    )
+    assert tokens.shape[-1] == 64
+    assert extras["pooled_output"].shape[-1] == 64
+    assert pictures.latent.shape == (1, 16, 32, 32)
     assert not torch.equal(tokens, pictures.prompts[1][0][0])
     again, other = (
         record_inputs.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1)
@@ -142,9 +139,8 @@ def test_a_connected_model_s_weights_are_the_file_s(dense_model, flux_file):
         >= {name: shape for name, shape in file.shapes.items() if "norm" not in name}.items()
     )
     for name in LAYERS:
-        assert torch.equal(live.weight(name), file.weight(name)) and torch.equal(
-            live.bias(name), file.bias(name)
-        )
+        assert torch.equal(live.weight(name), file.weight(name))
+        assert torch.equal(live.bias(name), file.bias(name))
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -173,8 +169,10 @@ def test_a_connected_4_bit_model_is_refused(model):
 
 def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
     name, _ = quantizing.run(job())
-    assert name == "flux-svdq-int4-r16.safetensors" and (folder / name).exists()
-    assert loading.quantized_files() == [name] and quantizing.sources() == ["flux.safetensors"]
+    assert name == "flux-svdq-int4-r16.safetensors"
+    assert (folder / name).exists()
+    assert loading.quantized_files() == [name]
+    assert quantizing.sources() == ["flux.safetensors"]
 
 
 def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypatch):
@@ -274,7 +272,8 @@ def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch
     assert len(loading.quantized_files()) == 100
     monkeypatch.setattr(checkpoint, "read_header", lambda path: pytest.fail("read again"))
     began = time.monotonic()
-    assert len(loading.quantized_files()) == 100 and time.monotonic() - began < 0.5
+    assert len(loading.quantized_files()) == 100
+    assert time.monotonic() - began < 0.5
 
 
 def test_the_charts_have_the_agreed_shape(folder):
@@ -297,10 +296,10 @@ def test_the_charts_have_the_agreed_shape(folder):
     facts = charts.model_chart(
         checkpoint.open_quantized(folder / name), loading.vram_needed(model), model.load_device
     )
-    assert facts["kind"] == "facts" and all(len(pair) == 2 for pair in facts["summary"])
-    assert (
-        loading.vram_needed(model)[0] == model.model_size() and loading.vram_needed(model)[1] > 1e6
-    )
+    assert facts["kind"] == "facts"
+    assert all(len(pair) == 2 for pair in facts["summary"])
+    assert loading.vram_needed(model)[0] == model.model_size()
+    assert loading.vram_needed(model)[1] > 1e6
 
 
 def test_the_node_runs_again_until_its_file_is_there(folder):

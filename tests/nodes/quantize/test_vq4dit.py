@@ -141,7 +141,8 @@ def packed(weight: VQWeight, dtype=torch.float32):
 
 def test_a_layer_is_one_tensor_of_the_16_bit_shape_and_streams_whole(weight):
     tensor = packed(weight)
-    assert tensor.shape == (256, 128) and torch.equal(tensor.dequantize(), weight.dequantize())
+    assert tensor.shape == (256, 128)
+    assert torch.equal(tensor.dequantize(), weight.dequantize())
     buffer = torch.empty(comfy.memory_management.vram_aligned_size(tensor), dtype=torch.uint8)
     view = comfy.memory_management.interpret_gathered_like([tensor], buffer)[0]
     view.copy_(tensor)
@@ -159,11 +160,9 @@ def test_a_layer_computes_what_the_format_says_and_saves_what_it_was_made_of(wei
     )
     stored = tensor.state_dict("a.weight") | {"a.comfy_quant": layouts.settings_tensor(tensor)}
     again = VQWeight.from_tensors(stored, "a")
-    assert (
-        torch.equal(again.indices, weight.indices)
-        and torch.equal(again.codebook, weight.codebook)
-        and again.facts() == weight.facts()
-    )
+    assert torch.equal(again.indices, weight.indices)
+    assert torch.equal(again.codebook, weight.codebook)
+    assert again.facts() == weight.facts()
 
 
 def packed_forward(weight: VQWeight, x: torch.Tensor) -> torch.Tensor:
@@ -179,10 +178,8 @@ def test_a_lora_joins_the_branch_and_leaves_codes_and_codebook_alone(weight):
     delta = torch.randn(256, 4, generator=draw) @ torch.randn(4, 128, generator=draw) * 0.02
     patched = lora.absorb(tensor, weight.dequantize() + delta)
     assert patched._qdata is tensor._qdata or torch.equal(patched._qdata, tensor._qdata)
-    assert (
-        torch.equal(patched._params.codebook, tensor._params.codebook)
-        and patched._params.proj_up.shape[1] == weight.rank + 16
-    )
+    assert torch.equal(patched._params.codebook, tensor._params.codebook)
+    assert patched._params.proj_up.shape[1] == weight.rank + 16
     x = torch.randn(5, 128, generator=draw)
     assert (
         relative(ops.quantized_linear(x, patched, None), x @ (weight.dequantize() + delta).T) < 2e-2
@@ -207,9 +204,9 @@ def test_the_loaded_model_is_comfyui_s_own_and_saves_the_file_s_tensors(codeword
             if not key.endswith("comfy_quant"):
                 assert torch.equal(saved[key], tensor), key
     module = patcher.model.diffusion_model.get_submodule(LAYER)
+    assert type(module) is ops.NibbleOperations.Linear
     assert (
-        type(module) is ops.NibbleOperations.Linear
-        and patcher.model_size()
+        patcher.model_size()
         < 0.5 * checkpoint.open_quantized(codeword_file).fact("source")["bytes"]
     )
 
@@ -248,9 +245,8 @@ def test_a_stock_lora_acts_as_on_the_dequantized_model_and_leaves_no_trace(codew
         assert bool(module.weight_function) == bool(memory), (
             "attached to a streamed layer, else in its low-rank branch"
         )
-        assert relative(module(given) - plain, given @ (0.7 * up @ down).T) < 1e-2 and torch.equal(
-            module.weight._qdata, codes
-        )
+        assert relative(module(given) - plain, given @ (0.7 * up @ down).T) < 1e-2
+        assert torch.equal(module.weight._qdata, codes)
         patched.detach()
         assert torch.equal(module(given), plain), (
             "taken away, the output is the old one bit for bit"
@@ -266,9 +262,8 @@ def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_
     shutil.copy(codeword_file, folder / "codes.safetensors")
     shutil.copy(quantized_file, folder / "four.safetensors")
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
-    assert loading.quantized_files("vq") == ["codes.safetensors"] and loading.quantized_files(
-        "svdquant"
-    ) == ["four.safetensors"]
+    assert loading.quantized_files("vq") == ["codes.safetensors"]
+    assert loading.quantized_files("svdquant") == ["four.safetensors"]
     assert quantizing.sources() == ["flux.safetensors"]
     assert "load it with the node Load VQ Model" in svdquant.NibbleLoadSVDQuant.validate_inputs(
         "codes.safetensors"
@@ -276,10 +271,8 @@ def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_
     assert "load it with the node Load SVDQuant Model" in nodes.NibbleLoadVQ.validate_inputs(
         "four.safetensors"
     )
-    assert (
-        nodes.NibbleLoadVQ.validate_inputs("codes.safetensors") is True
-        and nodes.NibbleInspectVQ.validate_inputs("codes.safetensors") is True
-    )
+    assert nodes.NibbleLoadVQ.validate_inputs("codes.safetensors") is True
+    assert nodes.NibbleInspectVQ.validate_inputs("codes.safetensors") is True
 
 
 # ---- making a file
@@ -294,7 +287,8 @@ def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_s
 ):
     monkeypatch.setattr(record_inputs, "RANDOM_PIXELS", 64)
     name, report = vq.run(job())
-    assert name == "flux-vq3-fast.safetensors" and report.notes == [quantizing.MEASURED_ON_NOISE]
+    assert name == "flux-vq3-fast.safetensors"
+    assert report.notes == [quantizing.MEASURED_ON_NOISE]
     assert (
         checkpoint.open_quantized(folder / name).fact("calibration")["kind"]
         == "random conditioning"
@@ -316,18 +310,14 @@ def test_calibration_runs_under_comfyui_s_inference_mode_and_leaves_the_model_un
         }
         name, report = vq.run(job(preset, model=patcher, filename="mine", positive=prompts(2)))
     after = patcher.model.diffusion_model.state_dict()
-    assert (
-        all(torch.equal(before[key], after[key]) for key in before)
-        and before.keys() == after.keys()
-    )
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys()
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in patcher.model.modules()
     )
     assert any("block" in row.why and "→" in row.why for row in report.rows)
-    assert (
-        checkpoint.open_quantized(folder / name).fact("calibration")["kind"] == "prompts"
-        and comfy.model_management.in_training is False
-    )
+    assert checkpoint.open_quantized(folder / name).fact("calibration")["kind"] == "prompts"
+    assert comfy.model_management.in_training is False
 
 
 def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monkeypatch):
@@ -343,10 +333,8 @@ def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monk
     monkeypatch.setattr(vq, "LiveBlocks", lambda *_: stop_later)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         vq.run(job("best", filename="parts"))
-    assert (
-        not (folder / "parts.safetensors").exists()
-        and (folder / "parts.safetensors.partial").exists()
-    )
+    assert not (folder / "parts.safetensors").exists()
+    assert (folder / "parts.safetensors.partial").exists()
     first = len(seen)
     monkeypatch.setattr(vq, "LiveBlocks", lambda *_: seen.append)
     vq.run(job("best", filename="parts"))
@@ -365,10 +353,8 @@ def test_a_calibrated_preset_without_memory_for_the_model_says_what_to_do(folder
 def test_under_a_budget_layers_get_different_bits_and_the_file_fits(folder, unmeasured):
     name, _ = vq.run(job(changes=dict(budget_gb=0.00088)))
     file = checkpoint.open_quantized(folder / name)
-    assert (
-        file.size <= 0.88e6
-        and len({(layer["codewords"], layer["vector"]) for layer in file.layers.values()}) > 1
-    )
+    assert file.size <= 0.88e6
+    assert len({(layer["codewords"], layer["vector"]) for layer in file.layers.values()}) > 1
 
 
 # ---- bad input: clear words, nothing half-written
@@ -469,7 +455,9 @@ def test_a_damaged_file_of_codewords_is_refused_by_name(folder, codeword_file, s
 
     rewritten(codeword_file, folder / "bad.safetensors", change)
     told = nodes.NibbleLoadVQ.validate_inputs("bad.safetensors")
-    assert isinstance(told, str) and "bad.safetensors" in told and said in told
+    assert isinstance(told, str)
+    assert "bad.safetensors" in told
+    assert said in told
 
 
 @pytest.mark.parametrize(
@@ -504,7 +492,8 @@ def test_codebook_use_counts_codewords_and_entropy():
     even = torch.arange(64, dtype=torch.uint8).repeat(2, 1)
     codes = VQWeight(even, torch.randn(256, 2).half())
     use = use_of(codes)
-    assert (use.used, use.codewords, use.entropy) == (64, 256, 6.0) and use.share == 0.75
+    assert (use.used, use.codewords, use.entropy) == (64, 256, 6.0)
+    assert use.share == 0.75
     assert (
         use_of(VQWeight(torch.zeros(2, 64, dtype=torch.uint8), torch.randn(256, 2).half())).entropy
         == 0
@@ -515,18 +504,15 @@ def test_charts_have_the_agreed_shape(codeword_file):
     file, model = checkpoint.open_quantized(codeword_file), loading.load(codeword_file)
     facts = vq_charts.model_chart(file, loading.vram_needed(model), model.load_device)
     told = dict(facts["summary"])
-    assert (
-        facts["kind"] == "facts"
-        and 3.0 < float(told["bits per weight"]) < 3.6
-        and "64 codewords of 2" in told["layers"]
-    )
+    assert facts["kind"] == "facts"
+    assert 3.0 < float(told["bits per weight"]) < 3.6
+    assert "64 codewords of 2" in told["layers"]
     uses = inspect(file)
     mean = sum(use.bits_per_weight * use.weights for use in uses) / sum(use.weights for use in uses)
     assert vq_charts.bits_per_weight(file) == pytest.approx(mean)
     chart = vq_charts.inspect_chart(file, uses)
-    assert chart["kind"] == "codebooks" and len(
-        [row for row in chart["rows"] if "use" in row]
-    ) == len(file.layers)
+    assert chart["kind"] == "codebooks"
+    assert len([row for row in chart["rows"] if "use" in row]) == len(file.layers)
     assert chart.keys() == charts.layers_chart(vq_charts._report(file), "", "").keys()
 
 
@@ -543,9 +529,7 @@ def test_the_live_chart_has_a_curve_for_each_block():
         for step, db in ((1, 10.0), (10, 12.0), (20, 14.0)):
             live(BlockError(number, 3, f"blocks.{number}", step, 20, db))
     last = shown[-1]
-    assert (
-        last["kind"] == "blocks"
-        and last["blocks"] == 3
-        and [row["points"][-1] for row in last["rows"]] == [[1.0, 14.0]] * 2
-    )
+    assert last["kind"] == "blocks"
+    assert last["blocks"] == 3
+    assert [row["points"][-1] for row in last["rows"]] == [[1.0, 14.0]] * 2
     assert dict(last["summary"])["gained a block"] == "+4.0 dB"

@@ -32,10 +32,8 @@ def parts(weight) -> list[torch.Tensor]:
 def test_it_looks_like_the_16_bit_weight(weight, flux_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
     header = checkpoint.read_header(flux_file)
-    assert (
-        tuple(weight.shape) == header.tensors[f"{name}.weight"].shape
-        and weight.dtype == torch.bfloat16
-    )
+    assert tuple(weight.shape) == header.tensors[f"{name}.weight"].shape
+    assert weight.dtype == torch.bfloat16
 
 
 def test_every_tensor_that_it_owns_moves_with_it(weight):
@@ -61,11 +59,9 @@ def test_a_copy_that_is_asked_for_is_one(weight, wanted, inference):
     own = layouts.live(weight)
     with torch.inference_mode(inference):
         copy = own.to(**wanted, copy=True)
-        assert (
-            isinstance(copy, layouts.NibbleTensor)
-            and copy._qdata.data_ptr() != weight._qdata.data_ptr()
-            and torch.equal(copy._qdata, weight._qdata)
-        )
+        assert isinstance(copy, layouts.NibbleTensor)
+        assert copy._qdata.data_ptr() != weight._qdata.data_ptr()
+        assert torch.equal(copy._qdata, weight._qdata)
         same = own.to(**wanted)
         assert same._qdata.data_ptr() == weight._qdata.data_ptr()
 
@@ -112,7 +108,8 @@ def test_a_state_dict_loads_back_bit_for_bit(model, quantized_file):
         name: tensor.clone() for name, tensor in model.model.diffusion_model.state_dict().items()
     }
     missing, unexpected = other.load_state_dict(state, strict=False)
-    assert not missing and not unexpected
+    assert not missing
+    assert not unexpected
     assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
 
 

@@ -16,7 +16,8 @@ W4A4, W4A16 = "single_blocks.0.linear1", "single_blocks.0.modulation.lin"
 
 def test_comfyui_detects_the_model_that_was_quantized(model, dense_model):
     ours, theirs = model.model.model_config, dense_model.model.model_config
-    assert type(ours) is type(theirs) and ours.unet_config == theirs.unet_config
+    assert type(ours) is type(theirs)
+    assert ours.unet_config == theirs.unet_config
     assert model.model.get_dtype() == dense_model.model.get_dtype()
 
 
@@ -65,7 +66,8 @@ def test_it_computes_in_the_dtype_asked_for(quantized_file, model, dtype):
 def test_a_deep_clone_is_loaded_from_the_file_again(model):
     whole = run(loaded(model))
     clone = model.clone(force_deepcopy=True)
-    assert clone.model is not model.model and torch.equal(run(loaded(clone)), whole)
+    assert clone.model is not model.model
+    assert torch.equal(run(loaded(clone)), whole)
 
 
 def test_clones_share_the_weights(model):
@@ -145,10 +147,8 @@ def test_gradients_reach_the_input_and_stop_at_the_weight(model):
     x = torch.randn(3, 128, requires_grad=True)
     linear(x).sum().backward()
     expected = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params).sum(0)
-    assert (
-        torch.allclose(x.grad, expected.expand(3, -1), rtol=1e-3, atol=1e-3)
-        and not linear.weight.requires_grad
-    )
+    assert torch.allclose(x.grad, expected.expand(3, -1), rtol=1e-3, atol=1e-3)
+    assert not linear.weight.requires_grad
 
 
 def test_a_weight_wrapper_of_another_node_sees_the_whole_weight(model, caplog):

@@ -85,10 +85,10 @@ def test_it_lies_in_the_low_rank_branch_and_the_codes_stay(model):
     comfy.model_management.load_models_gpu([with_lora(model, lora_file(model))])
     patched = layer_of(model, MLP).weight
     rank = base._params.proj_up.shape[1]
-    assert patched._params.proj_up.shape[1] == rank + 16 and patched._params.delta is None
-    assert torch.equal(patched._qdata, base._qdata) and torch.equal(
-        patched._params.proj_up[:, :rank], base._params.proj_up
-    )
+    assert patched._params.proj_up.shape[1] == rank + 16
+    assert patched._params.delta is None
+    assert torch.equal(patched._qdata, base._qdata)
+    assert torch.equal(patched._params.proj_up[:, :rank], base._params.proj_up)
 
 
 def test_taken_off_the_base_is_back_bit_for_bit(model):
@@ -238,7 +238,8 @@ def test_an_attached_adapter_moves_and_is_counted_as_comfyui_asks(model):
     patched = with_lora(model, lora_file(model))
     with Attached(patched):
         side = layer_of(model, MLP).weight_function[0]
-        assert side.move_to(torch.device("cpu")) == 0 and side.patch.prepared_patches is None
+        assert side.move_to(torch.device("cpu")) == 0
+        assert side.patch.prepared_patches is None
         side.patch.prepare(
             torch.empty(side.patch.memory_required(), dtype=torch.uint8), None, copy=True
         )
@@ -250,7 +251,8 @@ def test_an_attached_adapter_moves_and_is_counted_as_comfyui_asks(model):
 def test_an_ordinary_layer_keeps_comfyui_s_own_protocol(model):
     linear, patch = layer_of(model, "img_in"), object()
     linear.weight_lowvram_function = patch
-    assert linear.weight_lowvram_function is patch and linear.weight_function == []
+    assert linear.weight_lowvram_function is patch
+    assert linear.weight_function == []
     linear.weight_lowvram_function = None
 
 
@@ -362,7 +364,8 @@ def test_a_matrix_of_known_rank_is_found_exactly(rank):
     draw = torch.Generator().manual_seed(rank)
     delta = torch.randn(320, rank, generator=draw) @ torch.randn(rank, 256, generator=draw)
     down, up = lora.factorise(delta, negligible=0.0)
-    assert down.shape == (256, rank) and up.shape == (320, rank)
+    assert down.shape == (256, rank)
+    assert up.shape == (320, rank)
     assert (up @ down.T - delta).norm() / delta.norm() < 1.1e-3
 
 

@@ -64,9 +64,8 @@ def test_comfyui_neither_counts_nor_moves_them(model, in_ram):
 
 def test_the_state_dict_keeps_all_names_and_bits(model, in_ram):
     ours, theirs = in_ram.model.state_dict(), model.model.state_dict()
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name], theirs[name]) for name in ours
-    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (
         in_ram.get_key_patches("diffusion_model.").keys()
         == model.get_key_patches("diffusion_model.").keys()
@@ -80,16 +79,15 @@ def test_equal_inputs_are_computed_once_and_others_never_mixed_up(in_ram):
     b = a.clone()
     b[0, 0, 77] = torch.nextafter(b[0, 0, 77], torch.tensor(9.0))  # differs in the last bit
     first, second = layer(a), layer(b)
-    assert (
-        torch.equal(first, layer.compute(a))
-        and torch.equal(second, layer.compute(b))
-        and not torch.equal(first, second)
-    )
+    assert torch.equal(first, layer.compute(a))
+    assert torch.equal(second, layer.compute(b))
+    assert not torch.equal(first, second)
     count = _settled(bank)
     buffer = a.clone()
     assert torch.equal(layer(buffer), first)
     buffer.copy_(b)  # the same memory, other contents: what identity would get wrong
-    assert torch.equal(layer(buffer), second) and _settled(bank) == count
+    assert torch.equal(layer(buffer), second)
+    assert _settled(bank) == count
 
 
 def _settled(bank):
@@ -167,7 +165,8 @@ def test_a_run_s_results_are_made_before_its_steps_ask():
     assert (bank.steps, bank.hits) == (27, 26), (
         "the first step learns; the second finds out about the rest"
     )
-    assert _settled(bank) == 28 * 3 and len(bank._followers) == 3
+    assert _settled(bank) == 28 * 3
+    assert len(bank._followers) == 3
     for sigma in sigmas[:-1]:
         network.step((sigma * 10).reshape(1), y, sigmas)
     assert (bank.steps, bank.hits, _settled(bank)) == (55, 54, 28 * 3), (
@@ -190,14 +189,15 @@ def test_a_vector_that_something_changes_on_the_way_is_noticed():
     network, y = Network(bank, layers), torch.rand(1, 8)
     t = torch.tensor([5.0])
     network.step(t, y)
-    assert torch.equal(network.step(t, y), expected(network, t, y)) and bank._trusted
+    assert torch.equal(network.step(t, y), expected(network, t, y))
+    assert bank._trusted
     network.change = 0.125
     before = network.runs
     assert torch.equal(network.step(t, y), expected(network, t, y))
-    assert network.runs == before + 2 and not bank._trusted, (
-        "done again, every layer looking for itself"
-    )
-    assert torch.equal(network.step(t, y), expected(network, t, y)) and network.runs == before + 3
+    assert network.runs == before + 2, "done again, every layer looking for itself"
+    assert not bank._trusted, "done again, every layer looking for itself"
+    assert torch.equal(network.step(t, y), expected(network, t, y))
+    assert network.runs == before + 3
 
 
 def test_a_layer_that_reads_something_else_is_no_follower():
@@ -207,7 +207,8 @@ def test_a_layer_that_reads_something_else_is_no_follower():
     for value in (3.0, 2.0, 2.0):
         t = torch.tensor([value])
         assert torch.equal(network.step(t, y), expected(network, t, y))
-    assert bank._followers == layers[:2] and bank._trusted
+    assert bank._followers == layers[:2]
+    assert bank._trusted
 
 
 def test_for_a_gpu_every_weight_is_read_once_for_all_steps():
@@ -215,9 +216,8 @@ def test_for_a_gpu_every_weight_is_read_once_for_all_steps():
     rows = torch.rand(5, 8)
     found, new = bank._asked(layers, rows, True)
     vector = Vector(rows, rows.shape, torch.device("meta"))
-    assert new == 15 and torch.equal(
-        bank._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1)
-    )
+    assert new == 15
+    assert torch.equal(bank._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1))
     assert all(layer.calls == [(5, True)] for layer in layers)
 
 
@@ -227,7 +227,8 @@ def test_the_cache_is_bounded():
         assert torch.equal(
             bank.output(layer, torch.full((8,), float(i))), torch.full((8,), 2.0 * i)
         )
-    assert len(bank._results) == 3 and bank._size == 96
+    assert len(bank._results) == 3
+    assert bank._size == 96
 
 
 def test_an_interrupted_step_leaves_nothing_behind():
@@ -241,12 +242,15 @@ def test_an_interrupted_step_leaves_nothing_behind():
     network.__class__ = type("Stopping", (Network,), {"__call__": stop})
     with pytest.raises(KeyboardInterrupt):
         network.step(t, y)
-    assert bank._step is None and bank._seen is None and not bank._probing
+    assert bank._step is None
+    assert bank._seen is None
+    assert not bank._probing
 
 
 def test_sampling_finds_its_results_made(in_ram, model):
     bank = modulation.hosted(in_ram)[0]._bank
-    assert torch.equal(sampled(in_ram), sampled(model)) and len(bank._followers) == 5
+    assert torch.equal(sampled(in_ram), sampled(model))
+    assert len(bank._followers) == 5
     assert torch.equal(sampled(in_ram), sampled(model))
     assert (bank.steps, bank.hits, bank._trusted) == (3, 2, True)
 
@@ -257,7 +261,8 @@ def test_the_product_for_a_gpu_s_input_is_the_layer_s(in_ram):
         plain, fast = layer.compute(x), layer.compute(x, fast=True)
         # then no second copy of the weight is packed
         compiled = kernels.which("gemv_w4a16", "cpu")[0] == "native"
-        assert (layer._packed is None) == compiled and (fast - plain).norm() < 1e-5 * plain.norm()
+        assert (layer._packed is None) == compiled
+        assert (fast - plain).norm() < 1e-5 * plain.norm()
 
 
 def test_a_patched_weight_is_never_left_to_the_packed_copy(model, in_ram):
@@ -335,7 +340,8 @@ def test_gradients_pass_through(in_ram):
 
 def test_a_deep_clone_keeps_them_in_ram_too(in_ram):
     clone = in_ram.clone(force_deepcopy=True)
-    assert clone.model is not in_ram.model and loading.ram_kept(clone) == loading.ram_kept(in_ram)
+    assert clone.model is not in_ram.model
+    assert loading.ram_kept(clone) == loading.ram_kept(in_ram)
     assert torch.equal(run(on(clone)), run(on(in_ram)))
 
 

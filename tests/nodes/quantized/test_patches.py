@@ -61,7 +61,8 @@ def test_patches_of_several_kinds_and_parts_in_any_order(strength_model):
         (0.4, ("diff", (normal(64, K, seed=5) * 0.1,)), 1.0, rows, None),
     ]
     weight = normal(N, K, seed=3) * 0.1
-    assert error(entries, weight) < 1e-4 and error(entries[::-1], weight) < 1e-4
+    assert error(entries, weight) < 1e-4
+    assert error(entries[::-1], weight) < 1e-4
 
 
 def test_strength_zero_has_no_effect_and_costs_no_rank():
@@ -71,7 +72,9 @@ def test_strength_zero_has_no_effect_and_costs_no_rank():
         lambda: pytest.fail("the weight is not needed"),
         "a layer",
     )
-    assert effect.rank() == 0 and effect.scale is None and effect.delta is None
+    assert effect.rank() == 0
+    assert effect.scale is None
+    assert effect.delta is None
 
 
 @pytest.mark.parametrize("kind", ["oft", "boft", "glora"])
@@ -185,7 +188,8 @@ def test_a_sampler_loads_a_lora_s_own_factors(model, monkeypatch):
     rank, tensors = linear.weight._params.proj_up.shape[1], tensors_of("lora", *linear.weight.shape)
     sampled(with_file(model, tensors, 2.0))
     params = linear.weight._params
-    assert params.proj_up.shape[1] == rank + 16 and not params.proj_up[:, rank + 4 :].any()
+    assert params.proj_up.shape[1] == rank + 16
+    assert not params.proj_up[:, rank + 4 :].any()
     assert torch.equal(
         params.proj_up[:, rank : rank + 4], tensors[f"{STEM}.lora_up.weight"].bfloat16()
     ), "2.0 * alpha / rank is 1"
@@ -219,9 +223,8 @@ def test_every_kind_gives_comfyui_s_weight_and_comes_off_without_a_trace(model, 
     assert torch.isfinite(linear(x)).all()
     whole_load(model)
     after = linear.state_dict()
-    assert after.keys() == before.keys() and all(
-        torch.equal(after[name], value) for name, value in before.items()
-    )
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 STYLES = {
@@ -323,7 +326,8 @@ def test_a_refused_lora_leaves_the_model_as_it_was(model):
 def test_a_lora_of_another_architecture_changes_nothing(model, caplog):
     stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     patched = with_file(model, tensors_of("lora", 640, 640, stem=stem))
-    assert not patched.patches and "lora key not loaded" in caplog.text
+    assert not patched.patches
+    assert "lora key not loaded" in caplog.text
     assert torch.equal(sampled(patched), sampled(model))
 
 

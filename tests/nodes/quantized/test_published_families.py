@@ -69,18 +69,16 @@ def lite_paths(tmp_path_factory):
 
 def test_diffusers_dialect_draws_what_our_own_file_draws(lite_paths):
     published, own = map(load, lite_paths)
-    assert torch.equal(run(loaded(published)), run(loaded(own))) and torch.equal(
-        sampled(published), sampled(own)
-    )
+    assert torch.equal(run(loaded(published)), run(loaded(own)))
+    assert torch.equal(sampled(published), sampled(own))
 
 
 def test_linears_of_several_smoothings_are_their_pieces_take_loras_and_go_back_to_files(lite_paths):
     patcher, name = load(lite_paths[0]), "single_blocks.0.linear1"
     linear = loaded(patcher).model.diffusion_model.get_submodule(name)
     x, base = torch.randn(2, 5, 128), layouts.unpack(linear.weight, linear.bias)
-    assert linear.weight._params.smooth_rows == (128, 128, 128, 512) and torch.equal(
-        linear(x), base.forward(x)
-    )
+    assert linear.weight._params.smooth_rows == (128, 128, 128, 512)
+    assert torch.equal(linear(x), base.forward(x))
     exact = torch.nn.functional.linear(x, base.dequantize(), base.effective_bias())
     assert 10 * torch.log10(exact.square().mean() / (exact - linear(x)).square().mean()) > 15
     draw = torch.Generator().manual_seed(3)
@@ -135,9 +133,8 @@ def test_other_models_of_the_family_are_detected_as_such(tmp_path, name, channel
     )
     assert published.model.model_config.unet_config == own.model.model_config.unet_config
     state, other = published.model.state_dict(), own.model.state_dict()
-    assert state.keys() == other.keys() and all(
-        torch.equal(state[key].float(), other[key].float()) for key in state
-    )
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key].float(), other[key].float()) for key in state)
 
 
 # ---- Qwen-Image
@@ -217,7 +214,8 @@ def test_a_qwen_image_file_computes_what_our_own_file_of_the_same_weights_does(t
     published, own = qwen_files(dense.state_dict())
     published = open_4bit(saved(published, tmp_path / "svdq-int4-qwen.safetensors"))
     own = open_quantized(saved(own, tmp_path / "own.safetensors", METADATA))
-    assert published.family == "Qwen-Image" and published.layers == own.layers
+    assert published.family == "Qwen-Image"
+    assert published.layers == own.layers
     outputs = []
     for file in (published, own):
         model = QwenImageTransformer2DModel(**config, operations=NibbleOperations)
@@ -230,14 +228,17 @@ def test_a_qwen_image_file_computes_what_our_own_file_of_the_same_weights_does(t
             },
             strict=False,
         )
-        assert not missing and not unexpected
+        assert not missing
+        assert not unexpected
         x, context = (
             torch.randn(shape, generator=torch.Generator().manual_seed(3))
             for shape in ((1, 16, 1, 8, 8), (1, 7, 64))
         )
         with torch.no_grad():
             outputs.append(model(x, torch.tensor([0.5]), context))
-    assert outputs[0].isfinite().all() and outputs[0].std() > 1e-3 and torch.equal(*outputs)
+    assert outputs[0].isfinite().all()
+    assert outputs[0].std() > 1e-3
+    assert torch.equal(*outputs)
 
 
 # ---- SDXL
@@ -271,7 +272,8 @@ def unet_of(state, layers):
         },
         strict=False,
     )
-    assert not missing and not unexpected
+    assert not missing
+    assert not unexpected
     return unet
 
 
@@ -286,9 +288,11 @@ def noise_of(unet):
 
 def test_an_sdxl_file_computes_what_our_own_file_of_the_same_weights_does(unet_files):
     published, own = open_4bit(unet_files[0]), open_quantized(unet_files[1])
-    assert published.family == "SDXL" and published.layers == own.layers
+    assert published.family == "SDXL"
+    assert published.layers == own.layers
     out = noise_of(unet_of(dict(published.tensors()), published.layers))
-    assert out.isfinite().all() and out.std() > 1e-3
+    assert out.isfinite().all()
+    assert out.std() > 1e-3
     assert torch.equal(out, noise_of(unet_of(dict(own.tensors()), own.layers)))
 
 
@@ -300,7 +304,8 @@ def test_an_sdxl_file_goes_to_nibble_and_back_bit_for_bit(unet_files, tmp_path):
     convert(unet_files[0], tmp_path / "own.safetensors", "nibble")
     convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", "nunchaku")
     before, after = load_file(unet_files[0]), load_file(tmp_path / "back.safetensors")
-    assert before.keys() == after.keys() and all(
+    assert before.keys() == after.keys()
+    assert all(
         torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
         for name in before
     )

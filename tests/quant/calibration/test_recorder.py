@@ -32,7 +32,8 @@ def test_linears_are_found_by_name():
 def test_replaced_module_runs_and_the_old_one_is_returned():
     net = model()
     old = net[1][1]
-    assert replace(net, "1.1", nn.Identity()) is old and isinstance(net[1][1], nn.Identity)
+    assert replace(net, "1.1", nn.Identity()) is old
+    assert isinstance(net[1][1], nn.Identity)
     with pytest.raises(ValueError, match="no module called '1.9'"):
         replace(net, "1.9", nn.Identity())
 
@@ -60,7 +61,8 @@ def test_passes_stay_under_the_cap_and_keep_every_name():
     shapes = {f"layer{i}": 64 * (1 + i % 3) for i in range(10)}
     cap = 3 * InputStats.bytes_needed(192, samples=8)
     parts = Recorder.passes(shapes, shapes, cap, samples=8)
-    assert [name for part in parts for name in part] == list(shapes) and len(parts) > 1
+    assert [name for part in parts for name in part] == list(shapes)
+    assert len(parts) > 1
     assert all(
         sum(InputStats.bytes_needed(shapes[n], samples=8) for n in part) <= cap for part in parts
     )
@@ -105,7 +107,8 @@ def test_many_passes_give_the_statistics_of_one():
 
     one, reports_of_one = collected(10**9)
     many, reports_of_many = collected(InputStats.bytes_needed(128, samples=16))
-    assert reports_of_one == [(1, 1)] and reports_of_many == [(1, 3), (2, 3), (3, 3)]
+    assert reports_of_one == [(1, 1)]
+    assert reports_of_many == [(1, 3), (2, 3), (3, 3)]
     for name in NAMES:
         a, b = one[name].to_tensors(""), many[name].to_tensors("")
         assert all(torch.equal(a[key], b[key]) for key in a)

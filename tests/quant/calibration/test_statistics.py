@@ -19,7 +19,8 @@ def test_statistics_are_those_of_all_tokens(parts):
     assert stats.count == 500
     torch.testing.assert_close(stats.mean, x.mean(0))
     torch.testing.assert_close(stats.mean_square, x.square().mean(0))
-    assert torch.equal(stats.absmax, x.abs().amax(0)) and torch.equal(stats.low, x.amin(0))
+    assert torch.equal(stats.absmax, x.abs().amax(0))
+    assert torch.equal(stats.low, x.amin(0))
     whole = x.T @ x / 500
     torch.testing.assert_close(
         stats.hessian, torch.stack([whole[:64, :64], whole[64:, 64:]]), rtol=1e-4, atol=1e-2
@@ -32,7 +33,8 @@ def test_samples_are_distinct_rows_of_the_input_and_respect_the_cap():
         stats.update(part.reshape(1, *part.shape))
     assert stats.samples.shape == (32, 128)
     found = (stats.samples[:, None] == x[None]).all(-1)
-    assert (found.sum(1) == 1).all() and len(found.int().argmax(1).unique()) == 32
+    assert (found.sum(1) == 1).all()
+    assert len(found.int().argmax(1).unique()) == 32
 
 
 def test_samples_are_drawn_evenly_over_time():
@@ -58,7 +60,8 @@ def test_merged_statistics_equal_statistics_of_both():
     b.update(tokens(300, seed=2))
     both.update(torch.cat([tokens(seed=1), tokens(300, seed=2)]))
     merged = a.merge(b)
-    assert merged.count == 800 and merged.samples.shape == (16, 128)
+    assert merged.count == 800
+    assert merged.samples.shape == (16, 128)
     for name in ("absmax", "low", "mean", "mean_square", "hessian"):
         torch.testing.assert_close(getattr(merged, name), getattr(both, name), rtol=1e-4, atol=1e-2)
 
@@ -94,7 +97,8 @@ def test_inputs_of_another_width_are_refused():
 def test_no_tokens_change_nothing():
     stats = InputStats.empty(64)
     stats.update(torch.zeros(0, 64))
-    assert stats.count == 0 and torch.isfinite(stats.mean).all()
+    assert stats.count == 0
+    assert torch.isfinite(stats.mean).all()
 
 
 @pytest.mark.parametrize(
@@ -112,4 +116,5 @@ def test_a_width_off_the_group_size_is_refused_with_the_rule():
 def test_statistics_follow_the_input_to_its_device(device):
     stats = InputStats.empty(64, samples=4)
     stats.update(torch.ones(3, 64, device=device))
-    assert stats.hessian.device.type == device and stats.samples.device.type == device
+    assert stats.hessian.device.type == device
+    assert stats.samples.device.type == device

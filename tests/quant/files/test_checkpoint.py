@@ -73,10 +73,8 @@ def test_reads_what_safetensors_writes(tmp_path):
     header = read_header(tmp_path / "m.safetensors")
     assert header.metadata == {"note": "hi"}
     for name, tensor in TENSORS.items():
-        assert (
-            torch.equal(read_tensor(header, name).float(), tensor.float())
-            and read_tensor(header, name).dtype == tensor.dtype
-        )
+        assert torch.equal(read_tensor(header, name).float(), tensor.float())
+        assert read_tensor(header, name).dtype == tensor.dtype
 
 
 @pytest.mark.parametrize(
@@ -97,7 +95,8 @@ def test_other_files_are_refused_with_their_kind(tmp_path, start, word):
     path.write_bytes(start)
     with pytest.raises(FileRefused, match=word) as refusal:
         read_header(path)
-    assert str(refusal.value).startswith("m.safetensors") and str(refusal.value).count(". ") == 0
+    assert str(refusal.value).startswith("m.safetensors")
+    assert str(refusal.value).count(". ") == 0
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -259,9 +258,8 @@ def test_a_written_file_is_valid_aligned_and_complete(tmp_path):
     target = tmp_path / "t.safetensors"
     write(target, choices=[{"format": "nibble", "note": "x" * 50}])
     loaded = load_file(target)
-    assert all(torch.equal(loaded[spec.name], contents(spec)) for spec in SPECS) and len(
-        loaded
-    ) == len(SPECS)
+    assert all(torch.equal(loaded[spec.name], contents(spec)) for spec in SPECS)
+    assert len(loaded) == len(SPECS)
     header = read_header(target)
     assert all(
         header.tensors[spec.name].start % (8 if spec.nbytes % 8 == 0 else spec.dtype.itemsize) == 0

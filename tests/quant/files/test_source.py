@@ -38,18 +38,13 @@ def as_json(facts):
 def test_prefixes_are_removed(tmp_path, prefix):
     tensors = weights()
     source = saved(tmp_path / "m.safetensors", tensors, prefix=prefix)
-    assert (
-        source.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
-        and source.notes == []
-    )
-    assert (
-        torch.equal(source.weight(LAYER), tensors[f"{LAYER}.weight"].float())
-        and source.weight(LAYER).dtype == torch.float32
-    )
+    assert source.shapes == {name: tuple(shape) for name, shape in SHAPES.items()}
+    assert source.notes == []
+    assert torch.equal(source.weight(LAYER), tensors[f"{LAYER}.weight"].float())
+    assert source.weight(LAYER).dtype == torch.float32
     assert torch.equal(source.bias(LAYER), tensors[f"{LAYER}.bias"].float())
-    assert source.read("img_in.weight").dtype == torch.bfloat16 and torch.equal(
-        source.read("img_in.weight"), tensors["img_in.weight"]
-    )
+    assert source.read("img_in.weight").dtype == torch.bfloat16
+    assert torch.equal(source.read("img_in.weight"), tensors["img_in.weight"])
 
 
 def test_of_a_full_checkpoint_the_diffusion_model_alone_is_taken(tmp_path):
@@ -106,7 +101,8 @@ def test_scaled_fp8_in_old_and_new_names(tmp_path, dtype, style):
         )
     source = saved(tmp_path / "m.safetensors", tensors, metadata, "model.diffusion_model.")
     expected = tensors[f"{LAYER}.weight"].float() * scale
-    assert torch.allclose(source.weight(LAYER), expected) and set(source.shapes) == set(SHAPES)
+    assert torch.allclose(source.weight(LAYER), expected)
+    assert set(source.shapes) == set(SHAPES)
     facts_bytes = len(json.dumps(facts)) if style == "comfy_quant" else 0
     assert source.nbytes(LAYER) == original.numel() + 512 * 2 + 4 + scale.numel() * 4 + facts_bytes
 
@@ -158,9 +154,8 @@ def test_comfyuis_own_formats_through_comfy_kitchen(tmp_path, kind):
     }
     source = saved(tmp_path / "m.safetensors", tensors | {f"{LAYER}.comfy_quant": as_json(facts)})
     error = (source.weight(LAYER) - original).square().sum() / original.square().sum()
-    assert source.shapes[f"{LAYER}.weight"] == (512, 128) == tuple(
-        source.weight(LAYER).shape
-    ) and set(source.shapes) == set(SHAPES)
+    assert source.shapes[f"{LAYER}.weight"] == (512, 128) == tuple(source.weight(LAYER).shape)
+    assert set(source.shapes) == set(SHAPES)
     assert -10 * torch.log10(error) > floor
     assert (
         source.read(f"{LAYER}.weight").dtype
@@ -257,10 +252,11 @@ def test_a_live_models_weights_are_a_source_too(tmp_path, prefix):
         StateDictSource({prefix + name: tensor for name, tensor in tensors.items()}, "my model"),
         saved(tmp_path / "m.safetensors", tensors),
     )
-    assert source.shapes == file.shapes and source.bytes == file.bytes and source.path is None
-    assert torch.equal(source.weight(LAYER), file.weight(LAYER)) and torch.equal(
-        source.read("img_in.weight"), file.read("img_in.weight")
-    )
+    assert source.shapes == file.shapes
+    assert source.bytes == file.bytes
+    assert source.path is None
+    assert torch.equal(source.weight(LAYER), file.weight(LAYER))
+    assert torch.equal(source.read("img_in.weight"), file.read("img_in.weight"))
     assert source.fingerprint == StateDictSource(tensors).fingerprint
     tensors[f"{LAYER}.weight"][0, 0] = float("nan")
     with pytest.raises(FileRefused, match="my model holds NaN"):
@@ -293,7 +289,5 @@ def test_a_live_comfy_kitchen_tensor_is_dequantized():
     )
     source = StateDictSource(tensors)
     assert source.shapes[f"{LAYER}.weight"] == (512, 128)
-    assert (
-        torch.allclose(source.weight(LAYER), original.float(), atol=0.02)
-        and len(source.fingerprint) == 64
-    )
+    assert torch.allclose(source.weight(LAYER), original.float(), atol=0.02)
+    assert len(source.fingerprint) == 64

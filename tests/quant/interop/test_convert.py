@@ -81,14 +81,13 @@ def quantized(tmp_path_factory):
 @pytest.mark.parametrize("form", ["folder", "first", "modern"])
 def test_nunchaku_to_nibble_and_back(files, flux, tmp_path, form):
     lines = dict(convert(files[form], tmp_path / "own.safetensors", "nibble"))
-    assert lines["format"] == "Nunchaku INT4 → Nibble" and lines["model"] == "FLUX.1"
+    assert lines["format"] == "Nunchaku INT4 → Nibble"
+    assert lines["model"] == "FLUX.1"
     assert_same_numbers(files["nibble"], tmp_path / "own.safetensors")
     own = open_quantized(tmp_path / "own.safetensors")
     own.verify()
-    assert (
-        own.fact("report")["architecture"] == "FLUX.1"
-        and own.fact("source")["format"] == "Nunchaku INT4"
-    )
+    assert own.fact("report")["architecture"] == "FLUX.1"
+    assert own.fact("source")["format"] == "Nunchaku INT4"
     convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", "nunchaku")
     # FLUX.1 is written under the first names
     assert_same_files(files["first"], tmp_path / "back.safetensors")
@@ -99,14 +98,10 @@ def test_metadata_of_nunchaku_survive_the_way_there_and_back(files, tmp_path):
     convert(tmp_path / "own.safetensors", tmp_path / "back.safetensors", "nunchaku")
     with safe_open(tmp_path / "back.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert (
-        metadata["quantization_config"] == '{"rank": 16}'
-        and metadata["model_class"] == "NunchakuFlux"
-    )
-    assert (
-        json.loads(metadata["config"])["num_single_layers"] == 2
-        and json.loads(metadata["comfy_config"])["model_class"] == "Flux"
-    )
+    assert metadata["quantization_config"] == '{"rank": 16}'
+    assert metadata["model_class"] == "NunchakuFlux"
+    assert json.loads(metadata["config"])["num_single_layers"] == 2
+    assert json.loads(metadata["comfy_config"])["model_class"] == "Flux"
 
 
 def test_nibble_to_nunchaku_and_back(quantized, tmp_path):
@@ -269,7 +264,8 @@ def test_other_families_there_and_back(tmp_path, make):
 def refused(words, *arguments):
     with pytest.raises(FileRefused, match=words) as refusal:
         convert(*arguments)
-    assert str(refusal.value).endswith(".") and ".safetensors" in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+    assert ".safetensors" in str(refusal.value)
 
 
 def test_what_a_format_cannot_say_is_refused(files, quantized, tmp_path):
@@ -299,7 +295,8 @@ def test_what_a_format_cannot_say_is_refused(files, quantized, tmp_path):
             quantized.with_name("m.safetensors"), tmp_path / "q.safetensors", recipe
         )
         refused(words, tmp_path / "q.safetensors", target, "nunchaku")
-    assert not target.exists() and not list(tmp_path.glob("*.partial*"))
+    assert not target.exists()
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_other_models_have_no_nunchaku_form(quantized, tmp_path):
@@ -359,11 +356,10 @@ def test_an_interrupted_conversion_goes_on_and_ends_in_the_same_file(files, tmp_
         converting, "_made", lambda export, unit, writer: again.append(unit) or export.make(unit)
     )
     convert(files["first"], tmp_path / "own.safetensors", "nibble")
-    assert (
-        not set(made) & set(again)
-        and (tmp_path / "own.safetensors").read_bytes()
-        == (tmp_path / "whole.safetensors").read_bytes()
-    )
+    assert not set(made) & set(again)
+    assert (tmp_path / "own.safetensors").read_bytes() == (
+        tmp_path / "whole.safetensors"
+    ).read_bytes()
 
 
 def test_a_damaged_source_is_found_before_anything_is_written(quantized, tmp_path):

@@ -92,9 +92,8 @@ def test_a_missing_part_of_a_diffusers_folder_is_named(lite, tmp_path):
 def test_diffusers_files_convert_to_nibble_and_to_nothing_that_cannot_say_it(lite, tmp_path):
     path = saved(lite.lite(), tmp_path / "lite.safetensors")
     lines = dict(convert(path, tmp_path / "own.safetensors", "nibble"))
-    assert lines["format"] == "Nunchaku Lite INT4 (diffusers) → Nibble" and facts_of(path)[
-        "format"
-    ].startswith("Nunchaku Lite")
+    assert lines["format"] == "Nunchaku Lite INT4 (diffusers) → Nibble"
+    assert facts_of(path)["format"].startswith("Nunchaku Lite")
     open_quantized(tmp_path / "own.safetensors").verify()
     assert_same_model(load_file(tmp_path / "own.safetensors"), lite.nibble())
     with pytest.raises(
@@ -130,7 +129,8 @@ def pieces(n=(64, 128, 192), k=128):
 def test_a_composite_computes_what_its_pieces_do():
     parts, x = pieces(), torch.randn(3, 5, 128)
     whole = join_rows(parts)
-    assert whole.smooth_rows == (64, 128, 192) and whole.smooth_factor.shape == (3, 128)
+    assert whole.smooth_rows == (64, 128, 192)
+    assert whole.smooth_factor.shape == (3, 128)
     alone = torch.cat([part.forward(x) for part in parts], -1)
     # the low-rank branch is summed over more (zero) columns
     assert (whole.forward(x) - alone).norm() < 1e-5 * alone.norm()
@@ -149,13 +149,12 @@ def test_neighbours_that_smooth_alike_are_one_run():
     first, second, third = pieces((64, 64, 64))
     second.smooth_factor = first.smooth_factor.clone()
     whole = join_rows([first, second, third])
-    assert (
-        whole.smooth_rows == (128, 64)
-        and whole.rows(0, 100).smooth_rows == ()
-        and whole.rows(100, 192).smooth_rows == (28, 64)
-    )
+    assert whole.smooth_rows == (128, 64)
+    assert whole.rows(0, 100).smooth_rows == ()
+    assert whole.rows(100, 192).smooth_rows == (28, 64)
     again = SVDQ.from_tensors(whole.tensors("x"), "x")
-    assert again.smooth_rows == (128, 64) and torch.equal(again.dequantize(), whole.dequantize())
+    assert again.smooth_rows == (128, 64)
+    assert torch.equal(again.dequantize(), whole.dequantize())
 
 
 def test_smoothings_that_do_not_fit_are_refused():

@@ -32,7 +32,8 @@ def assert_same_model(tensors: dict[str, torch.Tensor], expected: dict[str, torc
 @pytest.mark.parametrize("form", ["folder", "first", "modern"])
 def test_every_form_gives_nibble_s_own_tensors(files, flux, form):
     file = open_4bit(files[form])
-    assert file.family == "FLUX.1" and file.layers == open_quantized(files["nibble"]).layers
+    assert file.family == "FLUX.1"
+    assert file.layers == open_quantized(files["nibble"]).layers
     assert_same_model(dict(file.tensors()), flux.nibble())
 
 
@@ -50,7 +51,9 @@ def test_a_folder_is_opened_by_either_of_its_files(files):
         files["folder"] / f"{name}.safetensors"
         for name in ("transformer_blocks", "unquantized_layers")
     )
-    assert is_4bit(blocks) and not is_4bit(others) and not is_4bit(files["folder"] / "config.json")
+    assert is_4bit(blocks)
+    assert not is_4bit(others)
+    assert not is_4bit(files["folder"] / "config.json")
     assert open_4bit(blocks).layers == open_4bit(others).layers == open_4bit(files["folder"]).layers
     assert open_4bit(blocks).metadata["config"] == '{"num_layers": 1}'
     assert open_4bit(blocks).size == sum(path.stat().st_size for path in (blocks, others))
@@ -72,10 +75,8 @@ def test_q_k_and_v_that_are_separate_in_comfyui_are_cut_apart(tmp_path):
     )
     save_file(tensors | {"txt_norm.weight": torch.ones(8)}, tmp_path / "qwen.safetensors")
     file = open_4bit(tmp_path / "qwen.safetensors")
-    assert (
-        file.family == "Qwen-Image"
-        and file.layers["transformer_blocks.0.img_mlp.net.2"]["act_unsigned"]
-    )
+    assert file.family == "Qwen-Image"
+    assert file.layers["transformer_blocks.0.img_mlp.net.2"]["act_unsigned"]
     whole = torch.cat(
         [
             file.layer(f"transformer_blocks.0.attn.to_{c}")[
@@ -128,11 +129,12 @@ def test_z_image_s_gated_mlp_and_its_unquantized_refiners(tmp_path, quantized):
     save_file(tensors, tmp_path / "z.safetensors")
     file = open_4bit(tmp_path / "z.safetensors")
     state = dict(file.tensors())
-    assert (
-        file.family == "Z-Image"
-        and {"x_embedder.weight", "x_pad_token", "noise_refiner.0.attention_norm1.weight"}
-        <= state.keys()
-    )
+    assert file.family == "Z-Image"
+    assert {
+        "x_embedder.weight",
+        "x_pad_token",
+        "noise_refiner.0.attention_norm1.weight",
+    } <= state.keys()
     rows = gate["weight"] if quantized else gate["weight_proj_up"]
     assert_same(state["layers.0.feed_forward.w3.weight"], rows[:h])
     assert_same(state["layers.0.feed_forward.w1.weight"], rows[h:])
@@ -160,7 +162,8 @@ def test_linears_of_unlike_ranks_stand_block_by_block(tmp_path):
     weight = FORMATS["svdquant_w4a4"].from_tensors(
         file.layer("layers.0.attention.qkv"), "layers.0.attention.qkv"
     )
-    assert weight.shape == (384, 128) and not weight.proj_up[:128, 16:].any()
+    assert weight.shape == (384, 128)
+    assert not weight.proj_up[:128, 16:].any()
 
 
 # ---- comfy-kitchen's names
@@ -201,11 +204,9 @@ def test_kitchen_s_spellings_give_the_same_tensors(files, tmp_path, spelling):
     own = load_file(files["nibble"])
     path = kitchen_file(own, tmp_path / "kitchen.safetensors", **spelling)
     file = open_4bit(path)
-    assert (
-        is_4bit(path)
-        and file.family == "FLUX.1"
-        and file.layers == open_quantized(files["nibble"]).layers
-    )
+    assert is_4bit(path)
+    assert file.family == "FLUX.1"
+    assert file.layers == open_quantized(files["nibble"]).layers
     state = dict(file.tensors())
     for name, tensor in own.items():
         assert (
@@ -245,11 +246,9 @@ def refused(path, words):
     with pytest.raises(FileRefused, match=words) as refusal:
         dict(open_4bit(path).tensors())
     text = str(refusal.value)
-    assert (
-        text.endswith(".")
-        and ". " not in text.replace(path.name, "")
-        and (path.name in text or path.parent.name in text)
-    )
+    assert text.endswith(".")
+    assert ". " not in text.replace(path.name, "")
+    assert path.name in text or path.parent.name in text
 
 
 @pytest.fixture
@@ -335,8 +334,6 @@ def test_a_model_without_guidance_is_read_too(tmp_path):
 
 def test_json_is_read_once_and_facts_of_others_are_none(files):
     file = open_4bit(files["first"])
-    assert (
-        file.fact("report") == {}
-        and file.verify() is None
-        and json.loads(file.metadata["quantization_config"])["rank"] == 16
-    )
+    assert file.fact("report") == {}
+    assert file.verify() is None
+    assert json.loads(file.metadata["quantization_config"])["rank"] == 16

@@ -53,7 +53,8 @@ def test_known_values():
 )
 def test_it_is_the_hash_of_the_place(seed, n, k, start, name):
     drawn = auxiliary.laplace(range(start, start + n), k, seed, name)
-    assert drawn.dtype == torch.int8 and drawn.tolist() == [
+    assert drawn.dtype == torch.int8
+    assert drawn.tolist() == [
         [entry(start + i, j, k, seed, name) for j in range(k)] for i in range(n)
     ]
 
@@ -74,24 +75,21 @@ def test_rows_come_in_parts(device):
 
 def test_it_looks_like_a_laplace_distribution():
     drawn = auxiliary.laplace(range(512), 512, 0, "layer").double()
-    assert (
-        abs(drawn.mean().item()) < 0.2
-        and abs(drawn.std().item() / auxiliary.TABLE_SIGMA - 1) < 0.02
-    )
+    assert abs(drawn.mean().item()) < 0.2
+    assert abs(drawn.std().item() / auxiliary.TABLE_SIGMA - 1) < 0.02
     # E|x| of a Laplace distribution is its scale
     assert abs(drawn.abs().mean().item() / 22 - 1) < 0.03
     lagged = (drawn[:, 1:] * drawn[:, :-1]).mean() / drawn.square().mean()
-    assert (
-        abs(lagged.item()) < 0.01
-        and abs((drawn[1:] * drawn[:-1]).mean().item() / drawn.square().mean().item()) < 0.01
-    )
+    assert abs(lagged.item()) < 0.01
+    assert abs((drawn[1:] * drawn[:-1]).mean().item() / drawn.square().mean().item()) < 0.01
 
 
 def test_layers_and_seeds_differ():
     draws = [
         auxiliary.laplace(range(8), 64, seed, name) for seed, name in ((0, "a"), (1, "a"), (0, "b"))
     ]
-    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 40.0])

@@ -31,12 +31,19 @@ def test_what_is_kept_depends_on_k_as_the_method_says():
     weight = heavy_tailed()
     bases = {"a": IntBase.from_weight(weight)}
     row = convert([lora(weight, 0.03)], bases, "x", ks=(0, 4, 6, 8)).rows[0]
-    assert row.nearest < 0.05 and row.by_k[0] < 0.05
-    assert 0.70 < row.by_k[4] < 0.80 and 0.92 < row.by_k[6] < 0.95 and row.by_k[8] > 0.97
-    assert row.kept > 0.97 and row.k in (7, 8) and row.bits == 16
+    assert row.nearest < 0.05
+    assert row.by_k[0] < 0.05
+    assert 0.70 < row.by_k[4] < 0.80
+    assert 0.92 < row.by_k[6] < 0.95
+    assert row.by_k[8] > 0.97
+    assert row.kept > 0.97
+    assert row.k in (7, 8)
+    assert row.bits == 16
     small = convert([lora(weight, 0.01)], bases, "x", ks=(8,)).rows[0]
     large = convert([lora(weight, 0.3)], bases, "x", ks=(8,)).rows[0]
-    assert 0.93 < small.by_k[8] < 0.97 and large.by_k[8] > 0.99 and small.k > row.k > large.k
+    assert 0.93 < small.by_k[8] < 0.97
+    assert large.by_k[8] > 0.99
+    assert small.k > row.k > large.k
 
 
 @pytest.mark.parametrize("target", [0.1, 0.02, 0.005])
@@ -58,7 +65,8 @@ def test_on_every_base_the_merged_layer_computes_what_the_lora_does(kind):
     moved = base.out_of(merged.weight() - base.weight())
     wanted = 0.7 * 0.5 * up @ down
     assert (moved - wanted).norm() / wanted.norm() < (0.06 if base.smooth is not None else 0.03)
-    assert found.kept > 0.97 and found.rows[0].size > 0
+    assert found.kept > 0.97
+    assert found.rows[0].size > 0
 
 
 def test_fused_and_dense_and_skipped():
@@ -71,18 +79,14 @@ def test_fused_and_dense_and_skipped():
         {"qkv": base, "mlp": bases()["int4"]},
         "x",
     )
-    assert found.adapter.layers.keys() == {"qkv@0-16", "qkv@32-48", "mlp"} and found.skipped == [
-        "final"
-    ]
-    assert (
-        found.adapter.layers["mlp"].dense.dtype == torch.int8
-        and found.adapter.layers["mlp"].rank == 0
-    )
+    assert found.adapter.layers.keys() == {"qkv@0-16", "qkv@32-48", "mlp"}
+    assert found.skipped == ["final"]
+    assert found.adapter.layers["mlp"].dense.dtype == torch.int8
+    assert found.adapter.layers["mlp"].rank == 0
     uses = [(use, 1.0) for use in found.adapter.by_module()["qkv"]]
     moved = base.out_of(merge(base, uses).base.weight() - base.weight())
-    assert (moved[:16] - q.up @ q.down).norm() / (q.up @ q.down).norm() < 0.1 and moved[
-        16:32
-    ].abs().max() == 0
+    assert (moved[:16] - q.up @ q.down).norm() / (q.up @ q.down).norm() < 0.1
+    assert moved[16:32].abs().max() == 0
 
 
 def test_strength_zero_is_the_base():
@@ -93,18 +97,17 @@ def test_strength_zero_is_the_base():
         merge(bases()["int4"], [(found.adapter.layers["a"], 1.0)]).base.weight(),
         bases()["int4"].weight(),
     )
-    assert found.rows[0].kept == 1.0 and found.rows[0].k == 0
+    assert found.rows[0].kept == 1.0
+    assert found.rows[0].k == 0
 
 
 def test_k_is_lowered_to_fit_or_refused_when_it_was_given():
     base = bases()["int4"]
     small = Change("a", normal(N, 4, size=0.001), normal(4, K, seed=1))
     found = convert([small], {"a": base}, "x", bits=8)
-    assert (
-        found.rows[0].bits == 8
-        and "k lowered from" in found.rows[0].note
-        and "int8" in found.rows[0].note
-    )
+    assert found.rows[0].bits == 8
+    assert "k lowered from" in found.rows[0].note
+    assert "int8" in found.rows[0].note
     with pytest.raises(FileRefused, match=r"x does not fit int8 in a with k=8; choose k <= \d"):
         convert([small], {"a": base}, "x", k=8, bits=8)
     with pytest.raises(FileRefused, match="lower the strength"):
@@ -128,11 +131,9 @@ def test_k_is_lowered_to_fit_or_refused_when_it_was_given():
 def test_wrong_loras_are_refused(change, words):
     with pytest.raises((FileRefused, TypeError), match=words) as refusal:
         convert([change], {"a": bases()["int4"]}, "style.safetensors")
-    assert (
-        isinstance(refusal.value, FileRefused)
-        and "style.safetensors" in str(refusal.value)
-        and str(refusal.value).endswith(".")
-    )
+    assert isinstance(refusal.value, FileRefused)
+    assert "style.safetensors" in str(refusal.value)
+    assert str(refusal.value).endswith(".")
 
 
 def test_the_same_rows_twice_and_wrong_options():

@@ -72,11 +72,13 @@ def layers_of(path) -> dict:
 def test_everything_comes_back_bit_for_bit(saved):
     before, known = everything()
     after = file.read(saved)
-    assert after.facts == {"steps": 7} and after.layers.keys() == before.layers.keys()
+    assert after.facts == {"steps": 7}
+    assert after.layers.keys() == before.layers.keys()
     file.check_bases(after, known, saved.name)
     for key, use in before.layers.items():
         base = known[key.partition("@")[0]]
-        assert after.layers[key].rows == use.rows and after.layers[key].base == use.base
+        assert after.layers[key].rows == use.rows
+        assert after.layers[key].base == use.base
         assert torch.equal(
             merge(base, [(after.layers[key], 1.0)]).base.weight(),
             merge(base, [(use, 1.0)]).base.weight(),
@@ -85,7 +87,8 @@ def test_everything_comes_back_bit_for_bit(saved):
 
 def test_the_file_says_what_it_is_and_is_small(saved):
     header = read_header(saved)
-    assert header.metadata["format"] == "intlora" and layers_of(saved)["paper.mul"]["seed"] == 3
+    assert header.metadata["format"] == "intlora"
+    assert layers_of(saved)["paper.mul"]["seed"] == 3
     assert layers_of(saved)["plain.shift_add"] == {
         "variant": "shift_add",
         "base": bases()["int4"].digest(),
@@ -104,9 +107,8 @@ def test_the_file_says_what_it_is_and_is_small(saved):
 def test_saving_twice_replaces_and_other_files_are_left_alone(saved, tmp_path):
     one = Adapter({"a": everything()[0].layers["dense"]})
     file.save(one, saved)
-    assert file.read(saved).layers.keys() == {"a"} and [p.name for p in tmp_path.iterdir()] == [
-        saved.name
-    ]
+    assert file.read(saved).layers.keys() == {"a"}
+    assert [p.name for p in tmp_path.iterdir()] == [saved.name]
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(FileRefused, match="other.safetensors exists"):
         file.save(one, tmp_path / "other.safetensors")
@@ -118,7 +120,9 @@ def refused(path, *words):
     with pytest.raises(FileRefused) as refusal:
         file.read(path)
     text = str(refusal.value)
-    assert path.name in text and text.endswith(".") and all(word in text for word in words), text
+    assert path.name in text, text
+    assert text.endswith("."), text
+    assert all(word in text for word in words), text
 
 
 def test_what_is_no_adapter_is_refused(saved, tmp_path):
@@ -227,12 +231,10 @@ def against(known, *words, adapter=None):
     with pytest.raises(FileRefused) as refusal:
         file.check_bases(adapter or everything()[0], known, "style.safetensors", "flux.safetensors")
     text = str(refusal.value)
-    assert (
-        "style.safetensors" in text
-        and "flux.safetensors" in text
-        and text.endswith(".")
-        and all(word in text for word in words)
-    ), text
+    assert "style.safetensors" in text, text
+    assert "flux.safetensors" in text, text
+    assert text.endswith("."), text
+    assert all(word in text for word in words), text
 
 
 def test_other_models_are_refused():

@@ -79,11 +79,9 @@ def test_overflow_lowers_k_and_says_so_or_refuses():
     base = bases()["int4"]
     big = use(base, 12, size=0.02)
     merged = merge(base, [(big, 1.0)])
-    assert (
-        merged.base.bits == 16
-        and "k was lowered from 12 to" in merged.notes[0]
-        and "int16" in merged.notes[0]
-    )
+    assert merged.base.bits == 16
+    assert "k was lowered from 12 to" in merged.notes[0]
+    assert "int16" in merged.notes[0]
     with pytest.raises(Overflow, match=r"do not fit int16; choose k <= \d+") as refusal:
         merge(base, [(big, 1.0)], lower_k=False)
     assert (
@@ -153,19 +151,19 @@ def test_dense_changes_merge_to_what_they_say():
 def test_folding_into_the_branch_keeps_the_integers_and_the_change(options):
     weight, (down, up) = svdquant(**options), factors(size=0.01).floats()
     joined, kept = fold_into_branch(weight, down, up)
-    assert (
-        joined.rank == 32
-        and kept > 0.99
-        and torch.equal(joined.qweight, weight.qweight)
-        and torch.equal(joined.bias, weight.bias)
-    )
+    assert joined.rank == 32
+    assert kept > 0.99
+    assert torch.equal(joined.qweight, weight.qweight)
+    assert torch.equal(joined.bias, weight.bias)
     torch.testing.assert_close(
         joined.dequantize() - weight.dequantize(), up @ down.T, rtol=0.02, atol=2e-3
     )
     same, share = fold_into_branch(weight, down, up, rank=16)
-    assert same.rank == 16 and 0 <= share < kept
+    assert same.rank == 16
+    assert 0 <= share < kept
     none, everything = fold_into_branch(weight, down * 0, up)
-    assert everything == 1.0 and torch.equal(none.dequantize(), weight.dequantize())
+    assert everything == 1.0
+    assert torch.equal(none.dequantize(), weight.dequantize())
 
 
 def test_cutting_the_branch_back_keeps_a_large_change_better():
@@ -174,7 +172,8 @@ def test_cutting_the_branch_back_keeps_a_large_change_better():
         fold_into_branch(weight, *factors(rank=2, size=size).floats(), rank=16)[1]
         for size in (0.003, 0.03, 0.3)
     ]
-    assert shares == sorted(shares) and shares[-1] > 0.9
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.9
 
 
 def test_rounding_to_four_bits_again_loses_a_small_change():
@@ -182,7 +181,9 @@ def test_rounding_to_four_bits_again_loses_a_small_change():
     base = IntBase.of(weight)
     small, large = (merge(base, [(use(base, 8, size=size), 1.0)]).base for size in (0.0005, 0.02))
     (new, few), (_, most) = fold_into_codes(weight, small), fold_into_codes(weight, large)
-    assert few < 0.2 < most and type(new) is type(weight) and new.facts() == weight.facts()
+    assert few < 0.2 < most
+    assert type(new) is type(weight)
+    assert new.facts() == weight.facts()
     assert torch.equal(new.forward(normal(3, K)), new.forward(normal(3, K)))
 
 

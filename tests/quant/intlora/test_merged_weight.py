@@ -33,7 +33,9 @@ def test_it_computes_base_and_change(kind, variant):
     torch.testing.assert_close(
         merged.forward(x), x @ dense.T + weight.effective_bias(), rtol=1e-3, atol=1e-3
     )
-    assert not notes and merged.base.bits == 16 and merged.shape == weight.shape
+    assert not notes
+    assert merged.base.bits == 16
+    assert merged.shape == weight.shape
 
 
 @every_weight
@@ -42,9 +44,8 @@ def test_tensors_round_trip(kind):
     merged, _ = MergedWeight.of(weight, [(adapters(IntBase.of(weight))["shift_add"], 1.0)])
     stored = merged.tensors("a.b")
     back = MergedWeight.from_tensors(stored, "a.b")
-    assert back.tensors("a.b").keys() == stored.keys() and all(
-        torch.equal(back.tensors("a.b")[name], tensor) for name, tensor in stored.items()
-    )
+    assert back.tensors("a.b").keys() == stored.keys()
+    assert all(torch.equal(back.tensors("a.b")[name], tensor) for name, tensor in stored.items())
     assert merged.nbytes == sum(
         tensor.nbytes for name, tensor in stored.items() if "comfy_quant" not in name
     )
@@ -53,7 +54,8 @@ def test_tensors_round_trip(kind):
 def test_without_adapters_the_weight_is_that_of_the_base():
     weight = w4a16()
     merged, _ = MergedWeight.of(weight, [])
-    assert torch.equal(merged.dequantize(), weight.dequantize()) and merged.base.bits == 8
+    assert torch.equal(merged.dequantize(), weight.dequantize())
+    assert merged.base.bits == 8
 
 
 def test_lowered_k_is_noted_and_wrong_tensors_refused():
@@ -61,7 +63,8 @@ def test_lowered_k_is_noted_and_wrong_tensors_refused():
     base = IntBase.of(weight)
     use = adapters(base, size=0.03)["shift_add"]
     merged, notes = MergedWeight.of(weight, [(type(use)(ShiftAdd(12), use.base, use.factors), 1.0)])
-    assert "k was lowered" in notes[0] and merged.base.bits == 16
+    assert "k was lowered" in notes[0]
+    assert merged.base.bits == 16
     stored = merged.tensors("a")
     with pytest.raises(ValueError, match="int8 for 16 bits"):
         MergedWeight.from_tensors(stored | {"a.weight": stored["a.weight"].to(torch.int8)}, "a")

@@ -148,7 +148,8 @@ def test_gradients_stop_where_the_integer_is_zero(kind, variant):
 def test_gradients_start_as_lora_s(variant):
     layer = IntLoRALinear(bases()["int4"], rule_for(bases()["int4"], variant), 4)
     layer(normal(5, K)).sum().backward()
-    assert layer.lora_down.grad.abs().max() == 0 and layer.lora_up.grad.abs().max() > 0
+    assert layer.lora_down.grad.abs().max() == 0
+    assert layer.lora_up.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -160,11 +161,9 @@ def test_other_dtypes_pass_through(dtype):
     )
     y = layer(x)
     y.sum().backward()
-    assert (
-        y.dtype == x.grad.dtype == dtype
-        and y.shape == (2, 3, N)
-        and layer.lora_up.grad.dtype == torch.float32
-    )
+    assert y.dtype == x.grad.dtype == dtype
+    assert y.shape == (2, 3, N)
+    assert layer.lora_up.grad.dtype == torch.float32
 
 
 @every_variant
@@ -175,7 +174,8 @@ def test_training_learns_and_the_merged_model_is_as_good(variant):
     layers = train.attach(net, NAMES, variant, rank=8)
     losses = train.train(layers, loss, train.Options(steps=30, lr=1e-2))
     trained = loss(torch.Generator().manual_seed(1)).item()
-    assert len(losses) == 30 and trained < 0.75 * before
+    assert len(losses) == 30
+    assert trained < 0.75 * before
     found = train.adapter(layers, steps=30)
     train.detach(net, layers)
     for name, layer in layers.items():
@@ -183,9 +183,8 @@ def test_training_learns_and_the_merged_model_is_as_good(variant):
             net.get_submodule(name).weight.copy_(
                 merge(layer.base, [(found.layers[name], 1.0)]).base.weight()
             )
-    assert abs(
-        loss(torch.Generator().manual_seed(1)).item() / trained - 1
-    ) < 0.02 and found.facts == {"steps": 30}
+    assert abs(loss(torch.Generator().manual_seed(1)).item() / trained - 1) < 0.02
+    assert found.facts == {"steps": 30}
 
 
 def test_attach_and_detach_leave_the_model_as_it_was():
@@ -213,7 +212,8 @@ def test_quantized_models_are_trained_beside_their_kernels():
         lambda generator: nn.functional.mse_loss(net(x), y),
         train.Options(steps=25, lr=1e-2),
     )
-    assert losses[0] == pytest.approx(before) and losses[-1] < 0.8 * before
+    assert losses[0] == pytest.approx(before)
+    assert losses[-1] < 0.8 * before
 
 
 def run(folder=None, steps=12, stop=None, checkpointed=False, **options):
@@ -242,14 +242,15 @@ def run(folder=None, steps=12, stop=None, checkpointed=False, **options):
 
 def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     whole, wanted = run()
-    assert run(tmp_path, stop=4)[0] is None and [p.name for p in tmp_path.iterdir()] == [
-        "state.safetensors"
-    ]
+    assert run(tmp_path, stop=4)[0] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
     assert run(tmp_path, stop=9)[0] is None
     losses, found = run(tmp_path)
-    assert losses == whole and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert losses == whole
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     longer, _ = run(tmp_path, steps=14)
-    assert longer[:12] == whole and len(longer) == 14
+    assert longer[:12] == whole
+    assert len(longer) == 14
 
 
 def test_checkpointing_changes_nothing_but_memory():

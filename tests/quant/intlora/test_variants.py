@@ -26,9 +26,8 @@ def test_merged_equals_unmerged(kind, variant, device):
     base = bases()[kind].to(device)
     use = adapters(base)[variant].to(device)
     merged = merge(base, [(use, 1.0)]).base
-    assert merged.codes.dtype in (torch.int8, torch.int16) and not torch.equal(
-        merged.weight(), base.weight()
-    )
+    assert merged.codes.dtype in (torch.int8, torch.int16)
+    assert not torch.equal(merged.weight(), base.weight())
     assert torch.equal(merged.weight(), unmerged(base, use))
     assert torch.equal(merged.weight().bfloat16(), unmerged(base, use).bfloat16())
     x = normal(4, K).to(device)
@@ -44,7 +43,8 @@ def test_merged_equals_unmerged(kind, variant, device):
 def test_merged_equals_unmerged_with_an_auxiliary_matrix(variant, group, bits):
     base, use, _ = paper(variant, bits, group)
     merged = merge(base, [(use, 1.0)]).base
-    assert use.rule.noise is not None and torch.equal(merged.weight(), unmerged(base, use))
+    assert use.rule.noise is not None
+    assert torch.equal(merged.weight(), unmerged(base, use))
 
 
 @every_base
@@ -71,9 +71,8 @@ def test_the_paper_s_base_starts_near_the_weight(variant, most):
 def test_at_strength_zero_the_auxiliary_matrix_stays(variant, most):
     base, use, weight = paper(variant)
     merged = merge(base, [(use, 0.0)]).base
-    assert (merged.weight() - weight).norm() / weight.norm() < most and torch.equal(
-        merged.weight(), unmerged(base, use, 0.0)
-    )
+    assert (merged.weight() - weight).norm() / weight.norm() < most
+    assert torch.equal(merged.weight(), unmerged(base, use, 0.0))
 
 
 def test_aqs_identity():
@@ -106,11 +105,9 @@ def test_products_are_integer_products():
     sign, left, _, _ = (
         t.numpy().astype(np.int64) for t in shift.shifts(base, delta, base.integers())
     )
-    assert (
-        np.array_equal(shift.product(base, delta).p.numpy(), sign * (z << left))
-        and left.min() >= 0
-        and left.max() <= shift.window
-    )
+    assert np.array_equal(shift.product(base, delta).p.numpy(), sign * (z << left))
+    assert left.min() >= 0
+    assert left.max() <= shift.window
     assert np.array_equal(
         add.product(base, delta).p.numpy(), (z << add.k) + add.addend(base, delta).numpy()
     )
@@ -128,11 +125,9 @@ def test_shift_rounds_the_logarithm():
     sign, left, top, seen = Shift(11).shifts(base, change, base.integers())
     torch.testing.assert_close(seen[0, : len(u)], u, rtol=1e-6, atol=1e-12)
     expected = [max(0, 11 - (2 - round(np.log2(abs(v))))) if v else 0 for v in u.tolist()]
-    assert (
-        top.item() == 2
-        and left[0, : len(u)].tolist()[:-1] == expected[:-1]
-        and sign[0, : len(u)].tolist() == [1] * 7 + [-1, -1, 1, 0]
-    )
+    assert top.item() == 2
+    assert left[0, : len(u)].tolist()[:-1] == expected[:-1]
+    assert sign[0, : len(u)].tolist() == [1] * 7 + [-1, -1, 1, 0]
 
 
 def test_anchored_multiplication_has_one_as_a_level():
@@ -140,7 +135,8 @@ def test_anchored_multiplication_has_one_as_a_level():
     for bits in (2, 4, 8):
         rule = Mul.anchored(base, bits)
         one = 1 / rule.u_scale[0].item()
-        assert one == round(one) and -rule.u_zero[0] <= one <= 2**bits - 1 - rule.u_zero[0]
+        assert one == round(one)
+        assert -rule.u_zero[0] <= one <= 2**bits - 1 - rule.u_zero[0]
 
 
 def test_known_answer_of_shift_add():
@@ -149,9 +145,8 @@ def test_known_answer_of_shift_add():
     """
     base = IntBase(torch.full((1, 64), 3, dtype=torch.int8), torch.full((1, 1), 0.5), bits=8)
     product = ShiftAdd(4).product(base, torch.full((1, 64), 0.3, dtype=torch.float64))
-    assert product.p.unique().tolist() == [58] and finished(base, product).unique().tolist() == [
-        58 / 32
-    ]
+    assert product.p.unique().tolist() == [58]
+    assert finished(base, product).unique().tolist() == [58 / 32]
 
 
 def test_a_group_of_scale_zero_is_left_alone():
@@ -175,7 +170,8 @@ def test_fuzz_merged_equals_unmerged_and_is_finite(seed, variant, bits, group, s
     base = IntBase.from_weight(normal(8, 64, seed=seed % 1000, size=0.03), bits, group, odd)
     use = adapters(base, size, seed)[variant]
     merged = merge(base, [(use, strength)], bits=32)
-    assert not merged.notes and merged.base.weight().isfinite().all()
+    assert not merged.notes
+    assert merged.base.weight().isfinite().all()
     wanted = unmerged(base, use, strength) if strength else base.weight()
     assert torch.equal(merged.base.weight(), wanted)
 
@@ -217,13 +213,16 @@ def test_factors_lose_little_when_balanced():
         d: ((quantize(*balanced(up, down), d).delta() - wanted).norm() / wanted.norm()).item()
         for d in (torch.int8, torch.int16)
     }
-    assert errors[torch.int8] < 0.01 and errors[torch.int16] < 1e-4
+    assert errors[torch.int8] < 0.01
+    assert errors[torch.int16] < 1e-4
 
 
 def test_fake_factors_are_the_stored_ones_and_pass_gradients():
     up, down = normal(N, 4).requires_grad_(), normal(4, K, seed=1).requires_grad_()
     fake_up, fake_down = fake_quantize(up, down)
     stored_down, stored_up = quantize(up.detach(), down.detach()).floats()
-    assert torch.equal(fake_up, stored_up) and torch.equal(fake_down.T, stored_down)
+    assert torch.equal(fake_up, stored_up)
+    assert torch.equal(fake_down.T, stored_down)
     (fake_up.sum() + 2 * fake_down.sum()).backward()
-    assert (up.grad == 1).all() and (down.grad == 2).all()
+    assert (up.grad == 1).all()
+    assert (down.grad == 2).all()

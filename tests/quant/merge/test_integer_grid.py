@@ -53,9 +53,8 @@ def test_into_and_out_of_are_inverse_and_products_agree(kind):
 @every_base
 def test_rows(kind):
     base = bases()[kind]
-    assert torch.equal(base.rows(5, 20).weight(), base.weight()[5:20]) and torch.equal(
-        base.rows(5, 20).integers(), base.integers()[5:20]
-    )
+    assert torch.equal(base.rows(5, 20).weight(), base.weight()[5:20])
+    assert torch.equal(base.rows(5, 20).integers(), base.integers()[5:20])
     assert base.rows(0, N).digest() == base.digest() != base.rows(0, N - 1).digest()
 
 
@@ -81,14 +80,16 @@ def test_rounding_errors_are_those_expected(bits, group, odd, low, high):
     base = IntBase.from_weight(weight, bits, group, odd)
     assert low < (base.weight() - weight).norm() / weight.norm() < high
     z = base.integers()
-    assert (not odd or (z % 2 != 0).all()) and z.abs().max() <= 2 ** (bits if odd else bits - 1)
+    assert not odd or (z % 2 != 0).all()
+    assert z.abs().max() <= 2 ** (bits if odd else bits - 1)
 
 
 def test_zero_and_constant_rows_stay_finite():
     weight = torch.zeros(4, 64)
     weight[1], weight[2] = 0.5, -0.5
     base = IntBase.from_weight(weight)
-    assert base.weight().isfinite().all() and torch.equal(base.weight()[0], weight[0])
+    assert base.weight().isfinite().all()
+    assert torch.equal(base.weight()[0], weight[0])
     torch.testing.assert_close(base.weight()[1:3], weight[1:3], rtol=0.1, atol=0)
 
 
@@ -109,12 +110,10 @@ def test_uneven_levels_are_refused_with_the_reason(kind, named):
     with pytest.raises(FileRefused, match=named) as refusal:
         refuse_format(kind, "blocks.0.proj", "flux.safetensors")
     text = str(refusal.value)
-    assert (
-        "flux.safetensors" in text
-        and "blocks.0.proj" in text
-        and "SVDQuant Quantize Checkpoint" in text
-        and text.count(". ") == 0
-    )
+    assert "flux.safetensors" in text
+    assert "blocks.0.proj" in text
+    assert "SVDQuant Quantize Checkpoint" in text
+    assert text.count(". ") == 0
 
 
 def test_other_objects_are_refused_too():

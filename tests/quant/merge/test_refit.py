@@ -42,7 +42,9 @@ def test_fitting_again_costs_nothing_and_keeps_more_than_cutting(kind):
     weight, (down, up) = quantized(**KINDS[kind]), factors(size=0.02).floats()
     new, kept = refit(weight, down, up)
     _, cut = fold_into_branch(weight, down, up, rank=weight.rank)
-    assert new.nbytes == weight.nbytes and new.facts() == weight.facts() and kept > cut + 0.02
+    assert new.nbytes == weight.nbytes
+    assert new.facts() == weight.facts()
+    assert kept > cut + 0.02
     change = IntBase.of(weight).into(up @ down.T)
     assert kept == pytest.approx(
         1 - ((space(new) - space(weight) - change).norm() / change.norm()).item(), abs=2e-3
@@ -62,9 +64,8 @@ def test_a_change_that_the_branch_has_room_for_is_kept_whole():
         quantized(), proj_up=torch.zeros(N, 16).bfloat16(), proj_down=torch.zeros(K, 16).bfloat16()
     )
     down, up = factors(size=0.02).floats()
-    assert (
-        refit(weight, down, up)[1] > 0.99 and fold_into_branch(weight, down, up, rank=16)[1] > 0.99
-    )
+    assert refit(weight, down, up)[1] > 0.99
+    assert fold_into_branch(weight, down, up, rank=16)[1] > 0.99
 
 
 def test_nothing_asked_for_is_the_weight_itself():
@@ -79,14 +80,14 @@ def test_nothing_asked_for_is_the_weight_itself():
 def test_a_change_without_low_rank_gets_the_components_that_there_is_room_for(make):
     weight, delta = make(), normal(N, K, size=0.003, seed=20)
     joined, kept = fold_into_branch(weight, torch.zeros(K, 0), torch.zeros(N, 0), delta=delta)
-    assert joined.rank == multiple(weight.rank + EXTRA) and kept > 0.95, (
-        "48 components are all that there are"
-    )
+    assert joined.rank == multiple(weight.rank + EXTRA), "48 components are all that there are"
+    assert kept > 0.95, "48 components are all that there are"
     torch.testing.assert_close(
         joined.dequantize() - weight.dequantize(), delta, rtol=0.05, atol=2e-3
     )
     large = fold_into_branch(weight, torch.zeros(K, 0), torch.zeros(N, 0), 16, delta)
-    assert large[0].rank == 16 and large[1] < kept
+    assert large[0].rank == 16
+    assert large[1] < kept
     if isinstance(weight, SVDQuantWeight):
         assert 0 <= refit(weight, torch.zeros(K, 0), torch.zeros(N, 0), delta)[1] < 1
 
@@ -95,7 +96,9 @@ def test_a_change_without_low_rank_gets_the_components_that_there_is_room_for(ma
 def test_a_plain_layer_takes_factors_beside_its_codes_and_round_trips(zeros):
     weight, (down, up), x = w4a16(zeros=zeros), factors(size=0.01).floats(), normal(5, K, size=1.0)
     joined, kept = fold_into_branch(weight, down, up)
-    assert kept > 0.99 and joined.rank == 16 and torch.equal(joined.qweight, weight.qweight)
+    assert kept > 0.99
+    assert joined.rank == 16
+    assert torch.equal(joined.qweight, weight.qweight)
     torch.testing.assert_close(
         joined.forward(x) - weight.forward(x), x @ down @ up.T, rtol=0.02, atol=5e-3
     )
@@ -106,9 +109,8 @@ def test_a_plain_layer_takes_factors_beside_its_codes_and_round_trips(zeros):
         atol=1e-3,
     )
     again = W4A16Weight.from_tensors(joined.tensors("a.b"), "a.b")
-    assert again.facts() == {"format": "awq_w4a16", "rank": 16} and torch.equal(
-        again.dequantize(), joined.dequantize()
-    )
+    assert again.facts() == {"format": "awq_w4a16", "rank": 16}
+    assert torch.equal(again.dequantize(), joined.dequantize())
     parts = [joined.rows(0, 16), joined.rows(16, N)]
     assert torch.equal(W4A16Weight.cat(parts).dequantize(), joined.dequantize())
     with pytest.raises(ValueError, match="one proj_down"):

@@ -25,7 +25,8 @@ def test_it_is_the_product_with_the_matrix(n, k, zeros, shape):
     w, x = weight(n, k, zeros), torch.randn(*shape, k)
     expected = torch.nn.functional.linear(x.double(), w.dequantize().double(), w.bias.double())
     y = HostMatrix(w).product(x, w.bias)
-    assert y.shape == expected.shape and y.dtype == x.dtype
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
     assert (y - expected).norm() < 2e-6 * expected.norm()
 
 
@@ -34,7 +35,8 @@ def test_16_bit_products_are_as_exact_as_their_results(dtype, error):
     w, x = weight(64, 128, True), torch.randn(2, 128).to(dtype)
     exact = torch.nn.functional.linear(x.double(), w.dequantize().double(), w.bias.double())
     y = HostMatrix(w, dtype).product(x, w.bias)
-    assert y.dtype == dtype and (y - exact).norm() < error * exact.norm()
+    assert y.dtype == dtype
+    assert (y - exact).norm() < error * exact.norm()
 
 
 def test_what_torch_cannot_pack_is_said():

@@ -76,7 +76,8 @@ def test_quality_floor_on_unseen_inputs(case, preset, statistics, floor):
     recipe = Recipe.from_preset(preset, rank=16, smoothing_grid=4, iterations=2)
     result, error = quantize_linear(weight, bias, stats if statistics else None, recipe)
     measured = db(weight, bias, result, x)
-    assert measured > floor and measured > rtn_db(weight, x) + 3
+    assert measured > floor
+    assert measured > rtn_db(weight, x) + 3
     assert error.inputs == ("held-out samples" if statistics else "synthetic inputs")
     if statistics:
         assert error.db == pytest.approx(measured, abs=0.7)
@@ -92,7 +93,8 @@ def test_more_effort_is_never_worse(case):
         return db(weight, bias, quantize_linear(weight, bias, stats, recipe)[0], x)
 
     best = value()
-    assert best > value(gptq=False) - 0.05 and best > value(solver="svd") - 0.05
+    assert best > value(gptq=False) - 0.05
+    assert best > value(solver="svd") - 0.05
     assert value(rank=64) > best + 0.5
 
 
@@ -101,7 +103,8 @@ def test_weights_of_low_rank_are_nearly_lossless():
     weight = torch.randn(N, 16, generator=g) @ torch.randn(16, K, generator=g)
     for stats in (None, recorded(inputs(1000))):
         result, error = quantize_linear(weight, None, stats, Recipe.from_preset("fast", rank=16))
-        assert error.db > 45 and db(weight, None, result, inputs(64, seed=3)) > 45
+        assert error.db > 45
+        assert db(weight, None, result, inputs(64, seed=3)) > 45
 
 
 def gelu_inputs(tokens: int, seed: int) -> torch.Tensor:
@@ -119,13 +122,15 @@ def test_unsigned_activations_win_behind_a_gelu_and_their_fold_is_exact():
         Recipe.from_preset("fast", rank=16),
         post_gelu=True,
     )
-    assert result.act_unsigned and error.act_unsigned
+    assert result.act_unsigned
+    assert error.act_unsigned
     fold = SHIFT * result.residual().sum(1)
     torch.testing.assert_close(result.effective_bias(), result.bias.float() + fold)
     x = gelu_inputs(512, 2)
     plain = Recipe.from_preset("fast", rank=16, act_unsigned=False, rotation="off")
     signed, _ = quantize_linear(weight, bias, recorded(gelu_inputs(1000, 1)), plain)
-    assert not signed.act_unsigned and db(weight, bias, result, x) > db(weight, bias, signed, x) + 1
+    assert not signed.act_unsigned
+    assert db(weight, bias, result, x) > db(weight, bias, signed, x) + 1
     mean_error = (x @ result.dequantize().T + result.effective_bias() - x @ weight.T - bias).mean(0)
     assert mean_error.abs().max() < 0.05 * (x @ weight.T).std()
 
@@ -138,7 +143,8 @@ def test_without_a_bias_nothing_is_folded():
         Recipe.from_preset("fast", rank=16),
         post_gelu=True,
     )
-    assert result.bias is None and not error.act_unsigned
+    assert result.bias is None
+    assert not error.act_unsigned
 
 
 @pytest.mark.parametrize("rotation, expected", [("on", 64), ("off", 0)])
@@ -147,7 +153,8 @@ def test_rotation_can_be_asked_for_or_forbidden(case, rotation, expected):
     result, _ = quantize_linear(
         weight, bias, stats, Recipe.from_preset("fast", rank=16, rotation=rotation)
     )
-    assert result.rotation == expected and db(weight, bias, result, x) > rtn_db(weight, x)
+    assert result.rotation == expected
+    assert db(weight, bias, result, x) > rtn_db(weight, x)
 
 
 def test_the_matrix_that_a_rotated_layer_stands_for_is_the_weight(case):
@@ -204,7 +211,9 @@ def test_degenerate_layers_give_finite_tensors(kind, preset):
         recorded(x),
         Recipe.from_preset(preset, rank=16, smoothing_grid=2, iterations=1),
     )
-    assert finite(result) and math.isfinite(error.db) and result.forward(x).isfinite().all()
+    assert finite(result)
+    assert math.isfinite(error.db)
+    assert result.forward(x).isfinite().all()
     floor = {"constant inputs": 30, "huge outlier": 25}.get(kind, 12)
     if kind not in ("zero weight", "zero inputs", "one token"):
         assert db(weight, bias, result, x) > floor
@@ -244,7 +253,8 @@ def test_weights_alone_at_four_bits_keep_20_db(case, statistics):
     weight, bias, stats, x = case
     recipe = Recipe.from_preset("best" if statistics else "fast")
     result, error = quantize_w4a16(weight, bias, stats if statistics else None, recipe)
-    assert db(weight, bias, result, x) > 20 and error > 20
+    assert db(weight, bias, result, x) > 20
+    assert error > 20
     # a group of two values that are codes needs no rounding
     top = torch.tensor([-8.0, 7.0]).repeat(32)[None] * 0.25
     exact, error = quantize_w4a16(top, None, None, recipe)
@@ -256,4 +266,5 @@ def test_a_layer_quantizes_on_its_device(device):
     stats = recorded(inputs(200, k=128))
     recipe = Recipe.from_preset("best", rank=16, smoothing_grid=2, iterations=1)
     result, error = quantize_linear(weight.to(device), bias.to(device), stats, recipe)
-    assert result.qweight.device.type == device and error.db > 15
+    assert result.qweight.device.type == device
+    assert error.db > 15

@@ -70,19 +70,19 @@ def test_smoothing_factors_are_exact_in_bf16_and_dead_channels_get_one():
     span_x, span_w = normal(128).abs(), normal(128, seed=1).abs()
     span_x[3] = span_w[9] = 0
     factors = smoothing_factors(span_x, span_w, 0.5, 0.5)
-    assert (
-        torch.equal(factors, factors.bfloat16().float())
-        and factors[3] == factors[9] == 1
-        and (factors > 0).all()
-    )
+    assert torch.equal(factors, factors.bfloat16().float())
+    assert factors[3] == factors[9] == 1
+    assert (factors > 0).all()
     assert torch.equal(smoothing_factors(span_x * 0, span_w, 1, 0), torch.ones(128))
     extreme = smoothing_factors(torch.logspace(-30, 30, 128), torch.ones(128), 1, 0)
-    assert extreme.isfinite().all() and extreme.min() > 0
+    assert extreme.isfinite().all()
+    assert extreme.min() > 0
 
 
 def test_the_grid_has_the_candidates_of_the_paper():
     labels = [label for label, _ in smoothings(normal(10, 64), normal(8, 64), 20)]
-    assert len(labels) == len(set(labels)) == 1 + 2 * 38 and labels[0] == "none"
+    assert len(labels) == len(set(labels)) == 1 + 2 * 38
+    assert labels[0] == "none"
 
 
 def test_signs_lower_the_peaks_that_a_fixed_rotation_meets():
@@ -109,7 +109,8 @@ def test_randomized_svd_comes_close_to_the_exact_one():
 def test_ranks_above_the_matrix_are_filled_with_zeros():
     matrix = normal(8, 64)
     up, down = svd_lowrank(matrix, 16, torch.Generator().manual_seed(0))
-    assert up.shape == (8, 16) and down.shape == (64, 16)
+    assert up.shape == (8, 16)
+    assert down.shape == (64, 16)
     torch.testing.assert_close(up @ down.T, matrix, rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +173,8 @@ def test_searched_scales_beat_absmax_and_serve_either_sign_with_the_ninth_level(
 
 def test_a_group_of_zeros_has_scale_and_codes_zero():
     codes, scale = round_to_nearest(torch.zeros(3, 128), torch.ones(128), True)
-    assert not codes.any() and not scale.any()
+    assert not codes.any()
+    assert not scale.any()
 
 
 def test_rounding_order_keeps_groups_together():
@@ -200,9 +202,8 @@ def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest():
     weight, diagonal = normal(40, 128), normal(128, seed=1).square() + 0.1
     codes, scale = gptq(weight, torch.diag_embed(diagonal.reshape(1, 128)), True)
     expected_codes, expected_scale = round_to_nearest(weight, diagonal, True)
-    assert (codes == expected_codes).float().mean() > 0.999 and (
-        scale == expected_scale
-    ).float().mean() > 0.99
+    assert (codes == expected_codes).float().mean() > 0.999
+    assert (scale == expected_scale).float().mean() > 0.99
 
 
 def test_gptq_does_not_depend_on_how_rows_are_parted(monkeypatch):
@@ -210,6 +211,5 @@ def test_gptq_does_not_depend_on_how_rows_are_parted(monkeypatch):
     whole = gptq(weight, hessian, True)
     monkeypatch.setattr("nibble.quant.svdquant.gptq._chunk", lambda *_: 16)
     parted = gptq(weight, hessian, True)
-    assert (whole[0] == parted[0]).float().mean() > 0.999 and torch.allclose(
-        whole[1], parted[1], rtol=0.01
-    )
+    assert (whole[0] == parted[0]).float().mean() > 0.999
+    assert torch.allclose(whole[1], parted[1], rtol=0.01)

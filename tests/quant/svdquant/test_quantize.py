@@ -86,25 +86,18 @@ def test_every_layer_is_in_the_file_and_stands_for_its_matrix(whole):
 def test_the_file_says_where_it_comes_from(whole, source):
     report, target = whole
     file = open_quantized(target)
-    assert (
-        file.metadata["nibble_version"] == "1"
-        and file.metadata["method"] == "svdquant"
-        and file.metadata["format"] == "nibble"
-    )
+    assert file.metadata["nibble_version"] == "1"
+    assert file.metadata["method"] == "svdquant"
+    assert file.metadata["format"] == "nibble"
     # the source's own, which some models need to be detected
     assert file.metadata["config"] == '{"x": 1}'
-    assert (
-        Recipe.from_json(file.metadata["recipe"]) == FAST
-        and file.fact("source")["name"] == "m.safetensors"
-    )
+    assert Recipe.from_json(file.metadata["recipe"]) == FAST
+    assert file.fact("source")["name"] == "m.safetensors"
     stored = Report.from_json(file.metadata["report"])
-    assert [row.db for row in stored.rows] == [
-        row.db for row in report.rows
-    ] and stored.bytes_after == target.stat().st_size == report.bytes_after
-    assert (
-        all(row.db is None or 10 < row.db < 40 for row in report.rows)
-        and sum(row.db is not None for row in report.rows) == 16
-    )
+    assert [row.db for row in stored.rows] == [row.db for row in report.rows]
+    assert stored.bytes_after == target.stat().st_size == report.bytes_after
+    assert all(row.db is None or 10 < row.db < 40 for row in report.rows)
+    assert sum(row.db is not None for row in report.rows) == 16
 
 
 def test_the_prediction_from_shapes_is_close_to_the_byte(whole):
@@ -122,9 +115,8 @@ def test_a_second_run_returns_at_once_and_other_options_do_not(whole, monkeypatc
     source, before = target.parent / "m.safetensors", target.stat().st_mtime_ns
     monkeypatch.setattr(pipeline, "quantize_linear", None)  # would fail if anything were computed
     again = quantize_checkpoint(source, target, FAST)
-    assert [row.db for row in again.rows] == [
-        row.db for row in report.rows
-    ] and target.stat().st_mtime_ns == before
+    assert [row.db for row in again.rows] == [row.db for row in report.rows]
+    assert target.stat().st_mtime_ns == before
     with pytest.raises(TypeError):
         quantize_checkpoint(source, target, Recipe.from_preset("fast", rank=32))
     with pytest.raises(TypeError):
@@ -152,13 +144,10 @@ def test_an_interrupted_run_stops_at_once_and_goes_on_where_it_was(whole, source
     quantize_checkpoint(
         source, target, FAST, progress=lambda done, total, name: names.append((done, total, name))
     )
-    assert target.read_bytes() == whole[1].read_bytes() and sorted(os.listdir(tmp_path)) == [
-        "m.safetensors",
-        "q.safetensors",
-    ]
-    assert [done for done, _, _ in names] == sorted(done for done, _, _ in names) and names[-1][
-        0
-    ] == names[-1][1]
+    assert target.read_bytes() == whole[1].read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["m.safetensors", "q.safetensors"]
+    assert [done for done, _, _ in names] == sorted(done for done, _, _ in names)
+    assert names[-1][0] == names[-1][1]
 
 
 def test_kill_9_in_mid_work_costs_only_the_layer_at_hand(whole, source, tmp_path):
@@ -218,7 +207,8 @@ def test_layers_of_one_input_share_their_smoothing_also_when_resumed(tmp_path):
         load_file(tmp_path / "a.safetensors")[f"transformer_blocks.0.attn.{m}.weight_smooth_factor"]
         for m in ("to_q", "to_k", "to_v")
     ]
-    assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
+    assert torch.equal(factors[0], factors[1])
+    assert torch.equal(factors[0], factors[2])
     with pytest.raises(Stop):
         quantize_checkpoint(
             tmp_path / "m.safetensors", tmp_path / "b.safetensors", FAST, cancelled=stop_after(5)
@@ -249,10 +239,8 @@ def test_statistics_are_used_where_there_are_some(source, tmp_path):
         calibration={"kind": "prompts", "prompts": 3},
     )
     rows = {row.name: row for row in report.rows}
-    assert (
-        "held-out samples" in rows["single_blocks.0.linear1"].why
-        and "synthetic" in rows["single_blocks.0.linear2"].why
-    )
+    assert "held-out samples" in rows["single_blocks.0.linear1"].why
+    assert "synthetic" in rows["single_blocks.0.linear2"].why
     assert set(asked) == {row.name for row in report.rows if row.action != "keep"}
     assert open_quantized(tmp_path / "q.safetensors").fact("calibration") == {
         "kind": "prompts",
@@ -267,9 +255,8 @@ def test_a_live_model_gives_the_same_tensors_as_its_file(whole, tmp_path):
         FAST,
     )
     mine, theirs = load_file(tmp_path / "q.safetensors"), load_file(whole[1])
-    assert mine.keys() == theirs.keys() and all(
-        torch.equal(mine[name], theirs[name]) for name in mine
-    )
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize(
@@ -346,23 +333,18 @@ def test_a_report_that_is_too_long_is_shortened(source, tmp_path, monkeypatch):
     report = quantize_checkpoint(source, tmp_path / "q.safetensors", FAST)
     file = open_quantized(tmp_path / "q.safetensors")
     file.verify()
-    assert (
-        file.fact("report")["rows"] == []
-        and file.fact("report")["bytes_after"] == report.bytes_after
-    )
+    assert file.fact("report")["rows"] == []
+    assert file.fact("report")["bytes_after"] == report.bytes_after
 
 
 def test_a_report_survives_json():
     report = Report(
         "FLUX.1", [pipeline.LayerRow("x", "w4a4", "why", 20.123, 10, 5, 1.5)], 10, 5, 2.0, ["note"]
     )
-    assert Report.from_json(report.to_json()).rows[0].db == 20.12 and Report.from_json(
-        report.to_json()
-    ).notes == ["note"]
-    assert (
-        "seconds" not in report.to_json(seconds=False)
-        and dict(report.summary())["error"] == "median 20.1 dB, worst 20.1 dB"
-    )
+    assert Report.from_json(report.to_json()).rows[0].db == 20.12
+    assert Report.from_json(report.to_json()).notes == ["note"]
+    assert "seconds" not in report.to_json(seconds=False)
+    assert dict(report.summary())["error"] == "median 20.1 dB, worst 20.1 dB"
     for text in ("{}", "[]", json.dumps({"rows": [{"no": 1}]})):
         with pytest.raises(ValueError):
             Report.from_json(text)

@@ -8,11 +8,9 @@ from nibble.quant.svdquant.recipe import PRESET_HELP, PRESETS, Recipe
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_survive_json(preset):
     recipe = Recipe.from_preset(preset, rank=64, keep=["final.*"])
-    assert (
-        Recipe.from_json(recipe.to_json()) == recipe
-        and recipe.preset == preset
-        and PRESET_HELP[preset]
-    )
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert recipe.preset == preset
+    assert PRESET_HELP[preset]
 
 
 def test_none_leaves_a_preset_as_it_is():

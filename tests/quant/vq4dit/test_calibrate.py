@@ -105,19 +105,19 @@ def test_the_student_shares_the_layers_that_are_not_its_own():
     # not to be quantized: copied, and frozen
     assert student.get_submodule("blocks.1.qkv") is not model.get_submodule("blocks.1.qkv")
     room.install("blocks.0.qkv", Hard(fitted(192, 64)[0]))
-    assert isinstance(student.blocks[0].qkv, Part) and isinstance(model.blocks[0].qkv, nn.Linear)
+    assert isinstance(student.blocks[0].qkv, Part)
+    assert isinstance(model.blocks[0].qkv, nn.Linear)
 
 
 def test_blocks_come_in_the_order_of_the_model_and_inputs_from_the_student():
     room = Classroom(toy.teacher(), list(reversed(toy.LAYERS)))
-    assert list(room.blocks) == ["blocks.0", "blocks.1", "blocks.2"] and len(room.calls) == 6
+    assert list(room.blocks) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(room.calls) == 6
     inputs, stats = room.inputs("blocks.1")
     lesson = room.lesson("blocks.1", inputs)
     # nothing is quantized yet
-    assert (
-        lesson.decibels(room.student.blocks[1]) > 120
-        and stats["blocks.1.qkv"].count == 6 * 24 * toy.TOKENS
-    )
+    assert lesson.decibels(room.student.blocks[1]) > 120
+    assert stats["blocks.1.qkv"].count == 6 * 24 * toy.TOKENS
     room.install(
         "blocks.0.fc1",
         Hard(
@@ -144,7 +144,8 @@ def test_a_cap_on_memory_thins_out_the_calls():
         t.nbytes for target in whole.targets for t in target
     )
     room.teacher.cap = size // 2
-    assert len(room.lesson("blocks.0", inputs).inputs) == 3 and len(whole.inputs) == 6
+    assert len(room.lesson("blocks.0", inputs).inputs) == 3
+    assert len(whole.inputs) == 6
 
 
 def test_calls_are_replayed_with_tensors_of_their_own():
@@ -170,11 +171,9 @@ def test_calls_are_replayed_with_tensors_of_their_own():
         given, results = trajectory.visit(
             model, "block", 1, calls, "cpu", inputs=True, outputs=True
         )
-        assert (
-            given[0].args[0].tolist() == [1, 1]
-            and results[0][0].tolist() == [2, 2]
-            and given[0].kwargs["options"]["name"] == "a"
-        )
+        assert given[0].args[0].tolist() == [1, 1]
+        assert results[0][0].tolist() == [2, 2]
+        assert given[0].kwargs["options"]["name"] == "a"
     assert trajectory.order(model, ["after", "block"], calls[0], "cpu") == {"block": 1, "after": 1}
 
 
@@ -182,7 +181,8 @@ def test_it_works_where_gradients_are_off():
     """Hosts sample under inference mode; training leaves it by itself."""
     with torch.inference_mode():
         student = toy.quantized(Recipe.from_preset("best", steps=3), FIRST)
-    assert not any(p.requires_grad for p in toy.trained().parameters()) and toy.error(student) < 0.5
+    assert not any(p.requires_grad for p in toy.trained().parameters())
+    assert toy.error(student) < 0.5
 
 
 def test_names_of_blocks():
@@ -204,9 +204,8 @@ def test_ratios_start_as_mixtures_and_end_as_codes():
     start, weight = fitted()
     soft = Soft(start, weight, 2)
     ratios = soft.z.softmax(-1)
-    assert (
-        torch.allclose(ratios.sum(1), torch.ones(len(ratios))) and not soft.codebook.requires_grad
-    )
+    assert torch.allclose(ratios.sum(1), torch.ones(len(ratios)))
+    assert not soft.codebook.requires_grad
     # a mixture is nearer than the nearest
     assert (soft.matrix() - weight).square().mean() < (start.matrix() - weight).square().mean()
     assert soft.regularity() > 0.1
@@ -214,25 +213,24 @@ def test_ratios_start_as_mixtures_and_end_as_codes():
         soft.z[:100] = torch.tensor([9.0, 0.0])
         soft.z[100:200] = torch.tensor([0.0, 9.0])
     soft.freeze()
-    assert soft.frozen[:200].all() and not soft.hard
+    assert soft.frozen[:200].all()
+    assert not soft.hard
     decided = soft.candidates.gather(
         1, torch.cat([torch.zeros(100), torch.ones(100)]).long()[:, None]
     )[:, 0]
     # exactly one-hot
     assert torch.equal(soft.matrix().reshape(-1, 2)[:200], soft.codebook[decided.long()])
     soft.matrix().square().sum().backward()
-    assert not soft.z.grad[:200].any() and soft.z.grad[300:].any()
+    assert not soft.z.grad[:200].any()
+    assert soft.z.grad[300:].any()
     before = soft.matrix().reshape(-1, 2)[:200].clone()
     soft.harden()
-    assert (
-        soft.hard
-        and soft.codebook.requires_grad
-        and not soft.z.requires_grad
-        and soft.regularity() == 0
-    )
-    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], before) and torch.equal(
-        soft.fitted().matrix(), soft.matrix()
-    )
+    assert soft.hard
+    assert soft.codebook.requires_grad
+    assert not soft.z.requires_grad
+    assert soft.regularity() == 0
+    assert torch.equal(soft.matrix().reshape(-1, 2)[:200], before)
+    assert torch.equal(soft.fitted().matrix(), soft.matrix())
 
 
 def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
@@ -243,14 +241,14 @@ def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
         soft.z[0] = 0
     soft.freeze()
     # the first candidate is the nearest codeword
-    assert soft.hard and torch.equal(soft.codes, start.codes.int())
+    assert soft.hard
+    assert torch.equal(soft.codes, start.codes.int())
 
 
 def test_one_candidate_is_plain_vector_quantization():
     start, weight = fitted()
-    assert torch.equal(Soft(start, weight, 1).matrix(), start.matrix()) and torch.equal(
-        Hard(start).matrix(), start.matrix()
-    )
+    assert torch.equal(Soft(start, weight, 1).matrix(), start.matrix())
+    assert torch.equal(Hard(start).matrix(), start.matrix())
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
@@ -259,9 +257,8 @@ def test_parts_compute_their_rows(rotation):
     layer, x = Hard(start), torch.randn(5, 64)
     whole = Part(layer, 0, 48)
     assert torch.equal(torch.cat([Part(layer, 0, 16)(x), Part(layer, 16, 48)(x)], -1), whole(x))
-    assert torch.allclose(
-        whole(x), start.pack(torch.float32).forward(x), atol=1e-5
-    ) and torch.allclose(whole.weight @ x[0], whole(x)[0], atol=1e-5)
+    assert torch.allclose(whole(x), start.pack(torch.float32).forward(x), atol=1e-5)
+    assert torch.allclose(whole.weight @ x[0], whole(x)[0], atol=1e-5)
     assert whole(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -292,14 +289,13 @@ def test_training_never_ends_worse_than_it_began_and_repeats_itself(monkeypatch)
         )
 
     (before, after), first = trained(1)
-    assert (
-        after > before
-        and torch.equal(first.codebook, trained(1)[1].codebook)
-        and not torch.equal(first.codebook, trained(2)[1].codebook)
-    )
+    assert after > before
+    assert torch.equal(first.codebook, trained(1)[1].codebook)
+    assert not torch.equal(first.codebook, trained(2)[1].codebook)
     monkeypatch.setattr(calibrate, "TUNING_RATE", 100.0)
     (before, after), spoiled = trained(1)
-    assert after == before and torch.equal(spoiled.codebook, start.codebook)
+    assert after == before
+    assert torch.equal(spoiled.codebook, start.codebook)
 
 
 def test_what_overflows_is_named():

@@ -51,16 +51,16 @@ def test_candidates_are_those_of_brute_force_nearest_first(weighted):
     indices, distances = nearest(vectors, words, 4, weights)
     full = ((vectors[:, None] - words) ** 2 * (1 if weights is None else weights[:, None])).sum(-1)
     best, order = full.sort(1)
-    assert torch.equal(indices, order[:, :4]) and torch.allclose(
-        distances, best[:, :4], rtol=1e-4, atol=1e-5
-    )
+    assert torch.equal(indices, order[:, :4])
+    assert torch.allclose(distances, best[:, :4], rtol=1e-4, atol=1e-5)
     assert torch.equal(nearest(vectors, words, 1, weights)[0], indices[:, :1])
 
 
 def test_the_smallest_distance_is_found_beside_its_index():
     values = torch.rand(200, 256, generator=seeded())
     index, best = smallest(values.clone())
-    assert torch.equal(index, values.argmin(1)) and torch.allclose(best, values.amin(1), rtol=1e-4)
+    assert torch.equal(index, values.argmin(1))
+    assert torch.allclose(best, values.amin(1), rtol=1e-4)
     assert smallest(torch.zeros(3, 16))[0].tolist() == [0, 0, 0]  # of equal ones the first
 
 
@@ -79,17 +79,16 @@ def test_one_iteration_is_scipys_and_the_whole_is_as_good():
 def test_more_iterations_never_make_it_worse_and_equal_weights_change_nothing():
     vectors = gaussian(2000, 4)
     errors = [distortion(vectors, kmeans(vectors, 32, seeded(), iterations=i)) for i in range(6)]
-    assert (
-        all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
-        and errors[5] < 0.8 * errors[0]
+    assert all(
+        after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False)
     )
+    assert errors[5] < 0.8 * errors[0]
     plain, weighted = (
         kmeans(vectors, 32, seeded()),
         kmeans(vectors, 32, seeded(), torch.ones_like(vectors)),
     )
-    assert torch.allclose(plain, weighted, atol=1e-4) and torch.equal(
-        plain, kmeans(vectors, 32, seeded())
-    )
+    assert torch.allclose(plain, weighted, atol=1e-4)
+    assert torch.equal(plain, kmeans(vectors, 32, seeded()))
 
 
 def test_weights_move_codewords_to_what_counts():
@@ -137,7 +136,9 @@ def test_the_orderings_of_the_paper_on_gaussian_weights():
         return (weight - fit(weight, None, None, how, seeded()).matrix()).square().mean().item()
 
     two = [error(16, 2), error(64, 3), error(256, 4)]
-    assert rounded > 1.05 * two[0] and two[0] > 1.05 * two[1] and two[1] > 1.03 * two[2]
+    assert rounded > 1.05 * two[0]
+    assert two[0] > 1.05 * two[1]
+    assert two[1] > 1.03 * two[2]
     assert two[2] == pytest.approx(0.096, abs=0.004)  # what fours leave of a Gaussian, as known
     three = quantize_groups(weight, (weight.unflatten(1, (-1, 64)).abs().amax(-1) / 3).T)
     assert (
@@ -158,9 +159,8 @@ def test_ratios_and_mixtures():
     vectors, words = gaussian(100, 3), gaussian(16, 3, 1)
     indices, distances = nearest(vectors, words, 3)
     ratios = logits(distances).softmax(-1)
-    assert (
-        torch.allclose(ratios.sum(1), torch.ones(100)) and (ratios[:, :-1] >= ratios[:, 1:]).all()
-    )
+    assert torch.allclose(ratios.sum(1), torch.ones(100))
+    assert (ratios[:, :-1] >= ratios[:, 1:]).all()
     assert torch.allclose(
         ratios[:, 0] / ratios[:, 1], (distances[:, 1] + 1e-5) / (distances[:, 0] + 1e-5), rtol=1e-4
     )
@@ -183,7 +183,8 @@ def test_ratios_and_mixtures():
 def test_bits_a_weight(codewords, size, bits):
     n, k = 3072, 3072
     exact = bits_per_weight(codewords, size, (n, k))
-    assert bits < exact < bits + 0.09 and exact == pytest.approx(
+    assert bits < exact < bits + 0.09
+    assert exact == pytest.approx(
         math.log2(codewords) / size + 16 * codewords * size / (n * k) + 16 / k
     )
 
@@ -192,7 +193,8 @@ def test_small_layers_get_fewer_codewords():
     assert fitting_codewords(256, 4, (3072, 3072)) == 256
     assert fitting_codewords(256, 4, (16, 64)) == 64  # four sub-vectors each
     # 6 indices of 6 bits fill no whole bytes, of 4 they do
-    assert fitting_codewords(64, 3, (64, 96)) == 64 and fitting_codewords(64, 2, (64, 12)) == 16
+    assert fitting_codewords(64, 3, (64, 96)) == 64
+    assert fitting_codewords(64, 2, (64, 12)) == 16
 
 
 def test_mistakes_are_named():

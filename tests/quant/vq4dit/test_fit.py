@@ -76,11 +76,11 @@ def test_the_best_codebook_and_scales_solve_their_normal_equations():
     best = feedback.best_codebook(w, codes, words, scale, hessian, steps=80).requires_grad_(True)
     difference = w - best.index_select(0, codes.flatten()).reshape(N, K) * scale[:, None]
     (slope,) = torch.autograd.grad((feedback.times(difference, hessian) * difference).sum(), best)
-    assert error(best.detach()) < 0.95 * error(words) and slope.abs().max() < 1e-2 * error(words)
+    assert error(best.detach()) < 0.95 * error(words)
+    assert slope.abs().max() < 1e-2 * error(words)
     scales = feedback.best_scale(w, words[codes].reshape(N, K), hessian)
-    assert error(words, scales) <= error(words) and error(words, scales * 1.01) > error(
-        words, scales
-    ) < error(words, scales * 0.99)
+    assert error(words, scales) <= error(words)
+    assert error(words, scales * 1.01) > error(words, scales) < error(words, scales * 0.99)
 
 
 def test_rows_of_different_size_want_a_scale():
@@ -91,7 +91,8 @@ def test_rows_of_different_size_want_a_scale():
         for scaled in (False, True)
     )
     share = [(((w - fitted.matrix()) / spread) ** 2).mean() for fitted in (plain, scaled)]
-    assert share[1] < 0.6 * share[0] and scaled.scale.median() == pytest.approx(1, abs=0.1)
+    assert share[1] < 0.6 * share[0]
+    assert scaled.scale.median() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
@@ -105,14 +106,16 @@ def test_each_step_of_the_ladder_is_closer_than_the_one_before(rotation):
     plain = db(How(64, 4, scaled=True, rotation=rotation, turns=0), None)
     weighted = db(How(64, 4, scaled=True, rotation=rotation, turns=0), stats)
     guided = db(How(64, 4, scaled=True, rotation=rotation, turns=2), stats)
-    assert plain < weighted and weighted + 3 < guided
+    assert plain < weighted
+    assert weighted + 3 < guided
 
 
 def test_the_bias_takes_up_the_mean_of_the_error():
     w, stats = weight(), recorded(bias=2.0)
     fitted = fit(w, torch.zeros(N), stats, How(16, 2, rotation=64), seeded())
     error = (w - hadamard64(fitted.matrix())) @ stats.mean
-    assert torch.allclose(fitted.bias, error, atol=1e-4) and error.abs().max() > 0.01
+    assert torch.allclose(fitted.bias, error, atol=1e-4)
+    assert error.abs().max() > 0.01
 
 
 def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
@@ -120,13 +123,12 @@ def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
     w[3] = 0
     fitted = fit(w, None, None, How(64, 2, rotation=0), seeded())
     packed = fitted.pack()
-    assert not packed.dequantize()[3].any() and torch.equal(packed.dequantize(), fitted.matrix())
+    assert not packed.dequantize()[3].any()
+    assert torch.equal(packed.dequantize(), fitted.matrix())
     again = Fitted.unpack(packed)
-    assert (
-        torch.equal(again.codes, fitted.codes)
-        and torch.equal(again.codebook, fitted.codebook)
-        and torch.equal(again.scale, fitted.scale)
-    )
+    assert torch.equal(again.codes, fitted.codes)
+    assert torch.equal(again.codebook, fitted.codebook)
+    assert torch.equal(again.scale, fitted.scale)
     zeros = fit(torch.zeros(N, K), None, None, How(64, 2, rotation=0), seeded())
     assert not zeros.matrix().any()
 

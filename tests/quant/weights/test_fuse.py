@@ -43,7 +43,8 @@ def test_rows_joined_compute_what_their_pieces_do_and_come_apart():
     first = weight(64, 128, 1)
     second = weight(192, 128, 2, smooth_factor=first.smooth_factor)
     joined, x = join_rows([first, second]), torch.randn(5, 128)
-    assert joined.rank == 32 and joined.shape == (256, 128)
+    assert joined.rank == 32
+    assert joined.shape == (256, 128)
     assert torch.allclose(
         joined.forward(x), torch.cat([first.forward(x), second.forward(x)], -1), atol=1e-5
     )
@@ -56,7 +57,8 @@ def test_rows_that_share_a_factor_keep_its_rank():
     joined = join_rows(
         [first, weight(64, 128, 2, smooth_factor=first.smooth_factor, proj_down=first.proj_down)]
     )
-    assert joined.rank == 16 and all(piece.rank == 16 for piece in split_rows(joined, [64, 64]))
+    assert joined.rank == 16
+    assert all(piece.rank == 16 for piece in split_rows(joined, [64, 64]))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +67,8 @@ def test_rows_that_share_a_factor_keep_its_rank():
 def test_columns_joined_compute_the_sum_and_come_apart(signs, unsigned_from):
     first, second = weight(64, 128, 1, signs[0], bias=torch.zeros(64)), weight(64, 256, 2, signs[1])
     joined, x = join_columns([first, second]), torch.nn.functional.gelu(torch.randn(5, 384))
-    assert (joined.unsigned_from, joined.act_unsigned) == (
-        unsigned_from,
-        all(signs),
-    ) and joined.rank == 32
+    assert (joined.unsigned_from, joined.act_unsigned) == (unsigned_from, all(signs))
+    assert joined.rank == 32
     assert torch.allclose(
         joined.forward(x), first.forward(x[:, :128]) + second.forward(x[:, 128:]), atol=1e-5
     )

@@ -51,9 +51,8 @@ def test_it_stands_for_its_matrix_and_survives_a_file(options):
     matrix = (
         matrix if not weight.rank else matrix + weight.proj_up.float() @ weight.proj_down.float().T
     )
-    assert torch.allclose(weight.dequantize(), matrix, atol=1e-5) and torch.equal(
-        weight.codes().long(), codes
-    )
+    assert torch.allclose(weight.dequantize(), matrix, atol=1e-5)
+    assert torch.equal(weight.codes().long(), codes)
     x = torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(
         weight.forward(x),
@@ -62,11 +61,9 @@ def test_it_stands_for_its_matrix_and_survives_a_file(options):
         atol=1e-2,
     )
     again = VQWeight.from_tensors(weight.tensors("a.b"), "a.b")
-    assert (
-        again.facts() == weight.facts()
-        and torch.equal(again.dequantize(), weight.dequantize())
-        and again.shape == (32, 128)
-    )
+    assert again.facts() == weight.facts()
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    assert again.shape == (32, 128)
 
 
 def test_its_bytes_are_those_of_the_formula():
@@ -100,7 +97,8 @@ def test_rows_are_cut_and_joined():
 def test_the_module_computes_the_same_and_its_state_is_the_files(tmp_path):
     weight, _ = make(rotation=64)
     module, x = as_module(weight), torch.randn(2, 128)
-    assert torch.equal(module(x), weight.forward(x)) and set(module.state_dict()) == {
+    assert torch.equal(module(x), weight.forward(x))
+    assert set(module.state_dict()) == {
         "weight",
         "weight_codebook",
         "weight_scale",
@@ -109,7 +107,8 @@ def test_the_module_computes_the_same_and_its_state_is_the_files(tmp_path):
     }
     fresh = as_module(make(rotation=64, seed=3)[0])
     fresh.load_state_dict(module.state_dict())
-    assert torch.equal(fresh(x), module(x)) and "codewords=64" in repr(module)
+    assert torch.equal(fresh(x), module(x))
+    assert "codewords=64" in repr(module)
     assert {name for name, _ in VQLinear(weight, train=True).named_parameters()} == {
         "weight_codebook",
         "weight_scale",
