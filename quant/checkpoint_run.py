@@ -159,7 +159,7 @@ class QuantizeJob(ABC):
             writer.finish(metadata_choices(metadata, report))
         return report
 
-    def check_measurement(self, measurement: Measurement) -> None:
+    def check_measurement(self, measurement: Measurement) -> None:  # noqa: B027  (few need more)
         """Raises ValueError where the recipe needs more than was measured."""
 
     @classmethod

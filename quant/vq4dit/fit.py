@@ -171,7 +171,7 @@ def _metric(hessian: Tensor | None, weight: Tensor) -> Tensor:
 
 
 def _weights(scale: Tensor | None, hessian: Tensor | None, options: LayerOptions) -> Tensor | None:
-    """LayerOptions much each weight's squared error counts, (N K/D, D): its row's scale squared times its
+    """How much each weight's squared error counts, (N K/D, D): its row's scale squared times its
     input's energy.
     """
     if hessian is None:

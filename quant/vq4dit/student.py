@@ -1,12 +1,11 @@
 """Linear layers of codewords that can be trained: what calibration puts in the 16-bit layers'
 places.
 
-    HardVQLinear    W = scale * C[a]                          codebook, scales and bias are parameters
-    SoftVQLinear    W = sum_n r_n C[a_n], r = softmax(z)      the ratios too, until all are decided (VQ4DiT,
-      eq. 6)
+    HardVQLinear    W = scale * C[a]                      codebook, scales and bias are parameters
+    SoftVQLinear    W = sum_n r_n C[a_n], r = softmax(z)  the ratios too, until all are decided
 
-A layer of the file may be several modules of the model (q, k and v, say): each `RowSlice` computes its
-rows of the layer.
+(VQ4DiT, Deng et al., 2024, arXiv:2408.17131, eq. 6.) A layer of the file may be several modules of
+the model (q, k and v, say): each `RowSlice` computes its rows of the layer.
 """
 
 import torch

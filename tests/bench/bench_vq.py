@@ -73,10 +73,9 @@ def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, 
     """
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
     modules, size = recorder.find_linears(flux), source.bytes
+    target = pictures.FLUX_FILE.with_name("rounded.safetensors")  # never written
     with torch.no_grad():
-        job = pipeline.VQJob.prepare(
-            source, pictures.FLUX_FILE.with_name("rounded.safetensors"), Recipe.from_preset("fast")
-        )
+        job = pipeline.VQJob.prepare(source, target, Recipe.from_preset("fast"))
         for layer in job.layers:
             if layer.action == "keep":
                 continue
