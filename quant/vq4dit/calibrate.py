@@ -137,20 +137,15 @@ class BlockCalibrator:
         with linears.Recorder(
             self.student, readers.values(), samples=samples, seed=seed
         ) as recorder:
-            given, _ = trajectory.visit(
-                self.student, block, self.times[block], self.calls, self.teacher.device, inputs=True
+            given = trajectory.inputs_of(
+                self.student, block, self.times[block], self.calls, self.teacher.device
             )
         return given, {layer: recorder.stats[reader].to("cpu") for layer, reader in readers.items()}
 
     def targets(self, block: str, inputs: list[trajectory.Call]) -> BlockTargets:
         """The same with the teacher's outputs; thinned out evenly where the cap demands it."""
-        _, outputs = trajectory.visit(
-            self.teacher.model,
-            block,
-            self.times[block],
-            self.calls,
-            self.teacher.device,
-            outputs=True,
+        outputs = trajectory.outputs_of(
+            self.teacher.model, block, self.times[block], self.calls, self.teacher.device
         )
         needed = sum(call.nbytes for call in inputs) + sum(
             t.nbytes for target in outputs for t in target

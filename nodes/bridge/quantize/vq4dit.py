@@ -28,6 +28,7 @@ from .job import MEASURED_ON_NOISE, QuantizeRequest, new_name
 from .record_inputs import NotMeasured, Pictures, Recording
 
 PROMPTS = 8  # random ones of a zero-data calibration
+_ZERO_IS_PRESET = ("codewords", "vector", "candidates", "steps", "budget_gb")
 
 
 @dataclass(kw_only=True)
@@ -102,32 +103,13 @@ class VQRequest(QuantizeRequest):
             comfy.model_management.unload_all_models()
 
 
-def recipe_of(
-    preset: str,
-    bits: int,
-    *,
-    codewords: int = 0,
-    vector: int = 0,
-    candidates: int = 0,
-    steps: int = 0,
-    budget_gb: float = 0.0,
-    rotation: bool = False,
-    **changes,
-) -> Recipe:
+def recipe_of(preset: str, bits: int, rotation: bool = False, **choices) -> Recipe:
     """A recipe from a node's inputs, where 0 stands for the preset's own. Raises ValueError in
     plain words.
     """
-    return Recipe.from_preset(
-        preset,
-        bits=bits,
-        codewords=codewords or None,
-        vector=vector or None,
-        candidates=candidates or None,
-        steps=steps or None,
-        budget_gb=budget_gb or None,
-        rotation=64 if rotation else None,
-        **changes,
-    )
+    for name in _ZERO_IS_PRESET:
+        choices[name] = choices.get(name) or None
+    return Recipe.from_preset(preset, bits=bits, rotation=64 if rotation else None, **choices)
 
 
 def file_name(origin: str, filename: str, recipe: Recipe) -> str:

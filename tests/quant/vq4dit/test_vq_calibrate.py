@@ -173,9 +173,8 @@ def test_calls_are_replayed_with_tensors_of_their_own():
         model, lambda: model(x.clone(), options={"more": (torch.ones(2),), "name": "a"})
     )
     for _ in range(2):
-        given, results = trajectory.visit(
-            model, "block", 1, calls, "cpu", inputs=True, outputs=True
-        )
+        given = trajectory.inputs_of(model, "block", 1, calls, "cpu")
+        results = trajectory.outputs_of(model, "block", 1, calls, "cpu")
         assert (
             given[0].args[0].tolist() == [1, 1]
             and results[0][0].tolist() == [2, 2]
