@@ -54,9 +54,15 @@ def mapped(value, change: Callable[[Tensor], Tensor]):
 
 def tensors_of(value) -> list[Tensor]:
     """All floating-point tensors of such a nest, in order."""
-    found: list[Tensor] = []
-    mapped(value, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
-    return found
+    tensors: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            tensors.append(tensor)
+        return tensor
+
+    mapped(value, keep)
+    return tensors
 
 
 @contextmanager

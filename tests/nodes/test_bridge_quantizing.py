@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from nibble.nodes.bridge.host import charts
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.nodes.bridge.quantize import job as quantizing
-from nibble.nodes.bridge.quantize import patched_weights, record_inputs
+from nibble.nodes.bridge.quantize import patched_weights, record_inputs, vq4dit
 from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.checkpoint_run import LayerQuantizer
 from nibble.quant.files import checkpoint
 from nibble.quant.files.source import Source, StateDictSource
 from nibble.quant.svdquant.recipe import Recipe
+
+from calls import planned_and_opened_once
 
 QUICK = dict(rank=16, solver="svd", rotation="off")
 LAYERS = [
@@ -196,6 +199,23 @@ def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
     monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: True)
     _, second = request().run()
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
+
+
+@pytest.mark.parametrize("method", ["svdquant", "vq"])
+def test_a_request_plans_once_and_opens_its_target_once(folder, method):
+    if method == "vq":
+        recipes = [
+            vq4dit.recipe_of("fast", 3, codewords=16, vector=4, seed=seed) for seed in (0, 1)
+        ]
+        kind = vq4dit.VQRequest
+    else:
+        recipes = [Recipe.from_preset("fast", **QUICK, seed=seed) for seed in (0, 1)]
+        kind = SVDQuantRequest
+    for recipe, works in ((recipes[0], True), (recipes[0], False), (recipes[1], True)):
+        asked = kind(model_name="flux.safetensors", recipe=recipe, filename="mine", overwrite=True)
+        with planned_and_opened_once(folder / "mine.safetensors", LayerQuantizer.run) as calls:
+            asked.run()
+        assert bool(calls["run"]) == works
 
 
 def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, monkeypatch):
