@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from ..quant import diffusers as models
-from ..quant.architectures import plan, recognise
-from ..quant.files.source import Source
+from ..quant import methods
+from ..quant.calibration.measurement import Measurement
+from ..quant.checkpoint_run import QuantizeJob
+from ..quant.monitor import Monitor, ignore
 from ..quant.report import Report
-from ..quant.svdquant.quantize import quantize_checkpoint
 from ..quant.svdquant.recipe import Recipe
-from ..quant.vq4dit import quantize as pipeline
-from ..quant.vq4dit import recipe as vq
+from ..quant.vq4dit.recipe import Recipe as VQRecipe
 from . import metrics, pictures, prompts, scorer, world
 
 # drawn at random: neither they nor their noise are those that are scored
@@ -29,8 +29,8 @@ CALIBRATION_PROMPTS, CALIBRATION_SEED = 24, 1000
 
 def quantize(
     target: Path,
-    recipe: Recipe | vq.Recipe,
-    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    recipe: Recipe | VQRecipe,
+    progress: Callable[[int, int, str], None] = ignore,
     source: Path = pictures.FLUX_FILE,
     zero_data: bool | None = None,
 ) -> Report:
@@ -38,60 +38,49 @@ def quantize(
     while it draws random prompts of the world, or (zero_data; by default all presets but best)
     while it turns noise into something under random conditioning.
     """
-    opened = Source(source)
-    if recipe.preset != "best" if zero_data is None else zero_data:
+    job = methods.prepare(source, target, recipe)
+    if zero_data is None:
+        zero_data = recipe.preset != "best"
+    return job.write(_measure(job, zero_data), Monitor(progress=progress))
+
+
+def _measure(job: QuantizeJob, zero_data: bool) -> Measurement:
+    """A teacher where the recipe calibrates; recorded inputs where it has a use for them."""
+    kind, tokens, pooled = _conditioning(zero_data)
+    provenance = {"kind": kind, "prompts": len(tokens), "seed": CALIBRATION_SEED}
+    codewords = isinstance(job.recipe, VQRecipe)
+    if codewords and not job.recipe.calibrated and not job.recipe.turns:
+        return Measurement(provenance)
+    if job.existing_report(provenance) is not None:
+        return Measurement(provenance)
+    state = {name: job.source.read(name).float() for name in job.source.shapes}
+    if codewords and job.recipe.calibrated:
+        teacher = models.flux_teacher(
+            state, tokens, pooled, side=8, seed=CALIBRATION_SEED, batch=8, shift=pictures.SHIFT
+        )
+        return Measurement(provenance, teacher=teacher)
+    statistics = models.record_inputs(
+        state,
+        job.quantized_names,
+        tokens,
+        pooled,
+        steps=8,
+        side=8,
+        seed=CALIBRATION_SEED,
+        batch=len(tokens),
+    )
+    return Measurement(provenance, statistics.get)
+
+
+def _conditioning(zero_data: bool) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """(kind, tokens (P, T, context), pooled (P, vector)) to draw with while measuring."""
+    if zero_data:
         generator = torch.Generator().manual_seed(CALIBRATION_SEED)
         tokens = torch.randn(CALIBRATION_PROMPTS, 4, prompts.WORD_DIM, generator=generator)
-        kind, conditioning = "random conditioning", (tokens, tokens.mean(1))
-    else:
-        rng = np.random.default_rng(CALIBRATION_SEED)
-        asked = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
-        kind, conditioning = "prompts", prompts.embed(prompts.word_indices(asked))
-    facts = {"kind": kind, "prompts": len(conditioning[0]), "seed": CALIBRATION_SEED}
-    if isinstance(recipe, vq.Recipe):
-        return _to_codewords(opened, target, recipe, conditioning, facts, progress)
-    statistics = record(opened, recipe, *conditioning)
-    return quantize_checkpoint(opened, target, recipe, statistics.get, progress, calibration=facts)
-
-
-def _to_codewords(
-    source: Source,
-    target: Path,
-    recipe: vq.Recipe,
-    conditioning: tuple,
-    facts: dict,
-    progress: Callable,
-) -> Report:
-    """Closed form on recorded inputs where the recipe has turns of feedback, from the weights alone
-    where not; or calibrated at work.
-    """
-    if recipe.calibrated:
-        state = {name: source.read(name).float() for name in source.shapes}
-        teacher = models.flux_teacher(
-            state, *conditioning, side=8, seed=CALIBRATION_SEED, batch=8, shift=pictures.SHIFT
-        )
-        return pipeline.quantize_checkpoint(
-            source, target, recipe, None, teacher, progress, calibration=facts
-        )
-    statistics = record(source, recipe, *conditioning).get if recipe.turns else None
-    return pipeline.quantize_checkpoint(
-        source, target, recipe, statistics, None, progress, calibration=facts
-    )
-
-
-def record(
-    source: Source, recipe: Recipe | vq.Recipe, tokens: torch.Tensor, pooled: torch.Tensor
-) -> dict:
-    """name → InputStats of the demo model at work under this conditioning."""
-    state = {name: source.read(name).float() for name in source.shapes}
-    names = [
-        layer.name
-        for layer in plan(source.shapes, recognise(source.shapes, source.name), recipe, source.name)
-        if layer.action != "keep"
-    ]
-    return models.record_inputs(
-        state, names, tokens, pooled, steps=8, side=8, seed=CALIBRATION_SEED, batch=len(tokens)
-    )
+        return "random conditioning", tokens, tokens.mean(1)
+    rng = np.random.default_rng(CALIBRATION_SEED)
+    scenes = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
+    return "prompts", *prompts.embed(prompts.word_indices(scenes))
 
 
 def draw(flux, vae, count: int, seeds: range, steps: int = 12) -> tuple[torch.Tensor, float]:

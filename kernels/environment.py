@@ -6,7 +6,9 @@ Needs nothing installed beyond torch; what is missing is said instead.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import platform
 import shutil
 import subprocess
@@ -141,3 +143,27 @@ def _driver() -> str:
         if result.returncode == 0
         else "unknown (nvidia-smi failed)"
     )
+
+
+def main(arguments: list[str]) -> None:
+    """bench --env [--json FILE] [--shape M N K]: hardware, versions, and what each op runs
+    through.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m nibble bench --env",
+        description="What this machine has, and what each op runs through and why.",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same as JSON")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        metavar=("M", "N", "K"),
+        default=ops.TYPICAL,
+        help="tokens, outputs and inputs of the layer to speak of (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    description = describe(tuple(options.shape))
+    if options.json:
+        options.json.write_text(json.dumps(description, indent=1), encoding="utf-8")
+    print(table(description))

@@ -9,8 +9,8 @@ from .bridge.caf import load as caf_model
 from .bridge.caf import train as caf_training
 from .bridge.caf.train import OPTIMIZERS, RECIPE, Job, Options
 from .bridge.host import charts
-from .bridge.host.patterns import patterns
 from .bridge.training.session import DTYPES, Settings
+from .widgets import patterns
 
 
 class NibbleMakeCAFCouplings(io.ComfyNode):

@@ -2,16 +2,13 @@
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
+from . import widgets
 from .bridge.host import charts, folders
-from .bridge.host.patterns import patterns
-from .bridge.quantize import job as quantizing
+from .bridge.quantize.svdquant import SVDQuantRequest, file_name
 from .bridge.quantized import loading
 
-NO_SOURCES = "(no models in models/diffusion_models)"
 NO_FILES = "(no quantized models yet)"
-KIND = "svdquant"
 _CHOICE = {"auto": None, "on": True, "off": False}
 
 
@@ -30,7 +27,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
                 " cost layer by layer. An interrupted run goes on where it stopped."
             ),
             search_aliases=["nibble", "quantize", "int4", "4-bit", "nunchaku", "compress model"],
-            inputs=_sources() + _expert_options(),
+            inputs=_main_inputs() + _expert_options(),
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Combo.Output(
@@ -43,25 +40,19 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
     def validate_inputs(cls, model_name, preset, rank):
         if rank % 16:
             return f"rank {rank} is not a multiple of 16; choose 16, 32, 48, 64 …"
-        return (
-            True
-            if preset in PRESET_HELP
-            else f"preset {preset!r} is not one of {', '.join(PRESET_HELP)}"
-        )
+        if preset not in PRESET_HELP:
+            return f"preset {preset!r} is not one of {', '.join(PRESET_HELP)}"
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, model_name, filename, rank, **_):
-        made = quantizing.file_name(model_name, filename, rank) in loading.quantized_files()
-        # unequal to itself: the node runs until its file is there
-        return folders.stamp(model_name) if made else float("nan")
+        made = file_name(model_name, filename, rank) in loading.quantized_files()
+        return widgets.until_made(made, loading.stamp, model_name)
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)
         cls,
-        model_name,
         preset,
-        filename,
-        overwrite,
         rank,
         solver,
         rotation,
@@ -69,12 +60,8 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
         modulation,
         keep_layers,
         w4a16_layers,
-        steps,
-        memory_gb,
         seed,
-        model=None,
-        positive=None,
-        latent=None,
+        **request,
     ) -> io.NodeOutput:
         recipe = Recipe.from_preset(
             preset,
@@ -83,76 +70,32 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
             rotation=rotation,
             gptq=_CHOICE[gptq],
             modulation=modulation,
-            keep=patterns(keep_layers),
-            w4a16=patterns(w4a16_layers),
+            keep=widgets.patterns(keep_layers),
+            w4a16=widgets.patterns(w4a16_layers),
             seed=seed,
         )
-        job = quantizing.Job(
-            model_name,
-            recipe,
-            filename,
-            overwrite,
-            model,
-            positive,
-            latent,
-            steps,
-            memory_gb,
-            cls.hidden.unique_id,
-        )
-        name, report = quantizing.run(job)
-        return io.NodeOutput(
-            name,
-            ui=charts.ui(
-                charts.layers_chart(report, name, f"SVDQuant W4A4, rank {rank}, {preset}")
-            ),
-        )
+        name, report = SVDQuantRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
+        chart = charts.layers_chart(report, name, f"SVDQuant W4A4, rank {rank}, {preset}")
+        return io.NodeOutput(name, ui=charts.ui(chart))
 
 
-def _sources() -> list:
+def _main_inputs() -> list[io.Input]:
     """What to quantize, and how thoroughly: the inputs that everyone sees."""
-    help_text = " ".join(f"{name}: {text}" for name, text in PRESET_HELP.items())
     return [
-        io.Combo.Input(
-            "model_name",
-            options=quantizing.sources() or [NO_SOURCES],
-            tooltip=(
-                "A 16-bit, fp8 or ComfyUI-quantized model in models/diffusion_models. Ignored when"
-                " a model is connected."
-            ),
-        ),
-        io.Combo.Input("preset", options=list(PRESET_HELP), default="fast", tooltip=help_text),
-        io.String.Input(
-            "filename",
-            default="",
-            tooltip="Name of the new file. Empty: the source's name + -svdq-int4-r<rank>.",
-        ),
-        io.Boolean.Input(
-            "overwrite",
-            default=False,
-            tooltip="Replace a file of that name that was made with other options.",
-        ),
-        io.Model.Input(
-            "model",
-            optional=True,
-            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
-        ),
-        io.Conditioning.Input(
-            "positive",
-            optional=True,
-            tooltip=(
+        widgets.source_input(),
+        widgets.preset_input(PRESET_HELP),
+        *widgets.target_inputs("-svdq-int4-r<rank>"),
+        *widgets.measuring_sockets(
+            positive=(
                 "Prompts to measure the model on (needed for 'best'). Join several with"
                 " Conditioning (Combine)."
             ),
-        ),
-        io.Latent.Input(
-            "latent",
-            optional=True,
-            tooltip="Picture size while measuring. Not connected: 512 × 512.",
+            latent="Picture size while measuring. Not connected: 512 × 512.",
         ),
     ]
 
 
-def _expert_options() -> list:
+def _expert_options() -> list[io.Input]:
     """Everything else, collapsed."""
     return [
         io.Int.Input(
@@ -206,13 +149,7 @@ def _expert_options() -> list:
                 "Layers that see the prompt and not the picture: 4-bit weights, or kept in 16 bit."
             ),
         ),
-        io.String.Input(
-            "keep_layers",
-            default="",
-            multiline=True,
-            advanced=True,
-            tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
-        ),
+        widgets.keep_layers_input(),
         io.String.Input(
             "w4a16_layers",
             default="",
@@ -223,40 +160,22 @@ def _expert_options() -> list:
                 " *.linear2"
             ),
         ),
-        io.Int.Input(
-            "steps",
-            default=8,
-            min=1,
-            max=100,
-            advanced=True,
-            tooltip="Sampling steps of each measured prompt.",
-        ),
-        io.Float.Input(
-            "memory_gb",
-            default=4.0,
-            min=0.25,
-            max=256.0,
-            step=0.25,
-            advanced=True,
-            tooltip=(
+        *widgets.measuring_options(
+            steps="Sampling steps of each measured prompt.",
+            memory_gb=4.0,
+            memory=(
                 "Memory for measurements, in GB. Less: more passes over the prompts, the same"
                 " result."
             ),
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**53,
-            control_after_generate=False,
-            advanced=True,
-            tooltip="Of the measured pictures' noise and of every random choice.",
+            seed="Of the measured pictures' noise and of every random choice.",
         ),
     ]
 
 
-class NibbleLoadSVDQuant(io.ComfyNode):
+class NibbleLoadSVDQuant(widgets.ModelFilePicker):
     """Loads a quantized model."""
+
+    KIND = "svdquant"
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -272,30 +191,14 @@ class NibbleLoadSVDQuant(io.ComfyNode):
             ),
             search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=loading.quantized_files(KIND) or [NO_FILES],
-                    tooltip=(
-                        "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                        " svdq-int4 file. Others are not listed."
-                    ),
+                widgets.model_file_input(
+                    cls.KIND,
+                    NO_FILES,
+                    "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
+                    " svdq-int4 file. Others are not listed.",
                 ),
-                io.Boolean.Input(
-                    "verify",
-                    default=True,
-                    advanced=True,
-                    tooltip="Compare every tensor with its checksum before use.",
-                ),
-                io.Combo.Input(
-                    "compute_dtype",
-                    options=list(loading.DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip=(
-                        "What activations and 16-bit layers are computed in. default: what ComfyUI"
-                        " chooses for this GPU."
-                    ),
-                ),
+                widgets.verify_input(),
+                widgets.compute_dtype_input(),
                 io.Combo.Input(
                     "modulation_in",
                     options=list(loading.MODULATION),
@@ -312,21 +215,8 @@ class NibbleLoadSVDQuant(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name=None):
-        try:
-            if model_name is not None:  # a linked name is known only when the graph runs
-                loading.opened(model_name, KIND)
-        except FileRefused as refusal:
-            return str(refusal)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name, **_):
-        return folders.stamp(model_name)
-
-    @classmethod
     def execute(cls, model_name, verify, compute_dtype, modulation_in="vram") -> io.NodeOutput:
-        file = loading.opened(model_name, KIND)
+        file = loading.opened(model_name, cls.KIND)
         model = loading.load(folders.path_of(model_name), verify, compute_dtype, modulation_in)
         chart = charts.model_chart(
             file, loading.vram_needed(model), model.load_device, loading.ram_kept(model)

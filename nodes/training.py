@@ -3,11 +3,11 @@
 from comfy_api.latest import io
 
 from .bridge.host import charts
-from .bridge.host.patterns import patterns
 from .bridge.intlora import files as intlora
 from .bridge.intlora import train as intlora_training
 from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options
 from .bridge.training.session import DTYPES, LOSSES, Settings
+from .widgets import patterns
 
 VARIANTS = ["shift_add", "mul", "shift"]
 

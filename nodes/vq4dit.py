@@ -2,20 +2,16 @@
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
 from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
+from . import widgets
 from .bridge.host import charts, folders
-from .bridge.host.patterns import patterns
 from .bridge.host.progress import Progress
 from .bridge.quantize import charts as vq_charts
-from .bridge.quantize import job as quantizing
-from .bridge.quantize import vq4dit as vq
+from .bridge.quantize.vq4dit import VQRequest, file_name, recipe_of
 from .bridge.quantized import loading
 
-NO_SOURCES = "(no models in models/diffusion_models)"
 NO_FILES = "(no VQ models yet)"
-KIND = "vq"
 _BITS = [str(bits) for bits in LAYOUTS]
 
 
@@ -44,7 +40,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
                 "codebook",
                 "compress model",
             ],
-            inputs=_sources() + _expert_options(),
+            inputs=_main_inputs() + _expert_options(),
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Combo.Output(
@@ -54,19 +50,19 @@ class NibbleQuantizeVQ(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
+    def validate_inputs(  # noqa: PLR0913  (what goes together, or not)
         cls, preset, bits, codewords, vector, candidates, calibration_steps, budget_gb, rotation
     ):
         try:
-            vq.recipe_of(
+            recipe_of(
                 preset,
                 int(bits),
-                codewords,
-                vector,
-                candidates,
-                calibration_steps,
-                budget_gb,
-                rotation,
+                codewords=codewords,
+                vector=vector,
+                candidates=candidates,
+                steps=calibration_steps,
+                budget_gb=budget_gb,
+                rotation=rotation,
             )
         except ValueError as refusal:
             return str(refusal)
@@ -74,20 +70,15 @@ class NibbleQuantizeVQ(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name, filename, preset, bits, codewords, vector, **_):
-        name = vq.file_name(
-            model_name, filename, vq.recipe_of(preset, int(bits), codewords, vector)
-        )
-        # unequal to itself: runs until its file is there
-        return folders.stamp(model_name) if name in loading.quantized_files(KIND) else float("nan")
+        recipe = recipe_of(preset, int(bits), codewords=codewords, vector=vector)
+        made = file_name(model_name, filename, recipe) in loading.quantized_files("vq")
+        return widgets.until_made(made, loading.stamp, model_name)
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)
         cls,
-        model_name,
         bits,
         preset,
-        filename,
-        overwrite,
         codewords,
         vector,
         candidates,
@@ -96,58 +87,31 @@ class NibbleQuantizeVQ(io.ComfyNode):
         budget_gb,
         rotation,
         modulation,
-        steps,
-        memory_gb,
         seed,
-        model=None,
-        positive=None,
-        latent=None,
+        **request,
     ) -> io.NodeOutput:
-        recipe = vq.recipe_of(
+        recipe = recipe_of(
             preset,
             int(bits),
-            codewords,
-            vector,
-            candidates,
-            calibration_steps,
-            budget_gb,
-            rotation,
+            codewords=codewords,
+            vector=vector,
+            candidates=candidates,
+            steps=calibration_steps,
+            budget_gb=budget_gb,
+            rotation=rotation,
             modulation=modulation,
-            keep=patterns(keep_layers),
+            keep=widgets.patterns(keep_layers),
             seed=seed,
         )
-        name, report = vq.run(
-            vq.Job(
-                model_name,
-                recipe,
-                filename,
-                overwrite,
-                model,
-                positive,
-                latent,
-                steps,
-                memory_gb,
-                cls.hidden.unique_id,
-            )
-        )
-        return io.NodeOutput(
-            name,
-            ui=charts.ui(charts.layers_chart(report, name, f"codewords, {bits} bits, {preset}")),
-        )
+        name, report = VQRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
+        chart = charts.layers_chart(report, name, f"codewords, {bits} bits, {preset}")
+        return io.NodeOutput(name, ui=charts.ui(chart))
 
 
-def _sources() -> list:
+def _main_inputs() -> list[io.Input]:
     """What to quantize, to how many bits and how thoroughly: the inputs that everyone sees."""
-    help_text = " ".join(f"{name}: {text}" for name, text in PRESET_HELP.items())
     return [
-        io.Combo.Input(
-            "model_name",
-            options=quantizing.sources() or [NO_SOURCES],
-            tooltip=(
-                "A 16-bit, fp8 or ComfyUI-quantized model in models/diffusion_models. Ignored when"
-                " a model is connected."
-            ),
-        ),
+        widgets.source_input(),
         io.Combo.Input(
             "bits",
             options=_BITS,
@@ -157,34 +121,14 @@ def _sources() -> list:
                 " smallest file; use the preset 'best'. 4: closest."
             ),
         ),
-        io.Combo.Input("preset", options=list(PRESET_HELP), default="fast", tooltip=help_text),
-        io.String.Input(
-            "filename",
-            default="",
-            tooltip="Name of the new file. Empty: the source's name + -vq<bits>-<preset>.",
-        ),
-        io.Boolean.Input(
-            "overwrite",
-            default=False,
-            tooltip="Replace a file of that name that was made with other options.",
-        ),
-        io.Model.Input(
-            "model",
-            optional=True,
-            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
-        ),
-        io.Conditioning.Input(
-            "positive",
-            optional=True,
-            tooltip=(
+        widgets.preset_input(PRESET_HELP),
+        *widgets.target_inputs("-vq<bits>-<preset>"),
+        *widgets.measuring_sockets(
+            positive=(
                 "Prompts to draw while calibrating. Not connected: random conditioning. Join"
                 " several with Conditioning (Combine)."
             ),
-        ),
-        io.Latent.Input(
-            "latent",
-            optional=True,
-            tooltip=(
+            latent=(
                 "Picture size while calibrating. Not connected: 512 × 512 with prompts, 256 × 256"
                 " without."
             ),
@@ -192,7 +136,7 @@ def _sources() -> list:
     ]
 
 
-def _expert_options() -> list:
+def _expert_options() -> list[io.Input]:
     """Everything else, collapsed."""
     return [
         io.Int.Input(
@@ -233,13 +177,7 @@ def _expert_options() -> list:
             advanced=True,
             tooltip="Of training for each block. 0: the preset's.",
         ),
-        io.String.Input(
-            "keep_layers",
-            default="",
-            multiline=True,
-            advanced=True,
-            tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
-        ),
+        widgets.keep_layers_input(),
         io.Float.Input(
             "budget_gb",
             default=0.0,
@@ -266,66 +204,33 @@ def _expert_options() -> list:
             advanced=True,
             tooltip="Layers that see the prompt and not the picture: codewords, or kept in 16 bit.",
         ),
-        io.Int.Input(
-            "steps",
-            default=8,
-            min=1,
-            max=100,
-            advanced=True,
-            tooltip="Sampling steps of each picture that is drawn while calibrating.",
-        ),
-        io.Float.Input(
-            "memory_gb",
-            default=2.0,
-            min=0.25,
-            max=256.0,
-            step=0.25,
-            advanced=True,
-            tooltip=(
+        *widgets.measuring_options(
+            steps="Sampling steps of each picture that is drawn while calibrating.",
+            memory_gb=2.0,
+            memory=(
                 "Memory for what a block reads and puts out, in GB. Less: fewer of the drawn steps"
                 " are used."
             ),
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**53,
-            control_after_generate=False,
-            advanced=True,
-            tooltip="Of the drawn pictures' noise and of every random choice.",
+            seed="Of the drawn pictures' noise and of every random choice.",
         ),
     ]
 
 
-class _PicksVQFile(io.ComfyNode):
+class _VQFilePicker(widgets.ModelFilePicker):
     """What the nodes that take a VQ file share."""
 
-    @classmethod
-    def validate_inputs(cls, model_name=None):
-        try:
-            if model_name is not None:  # a linked name is known only when the graph runs
-                loading.opened(model_name, KIND)
-        except FileRefused as refusal:
-            return str(refusal)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name, **_):
-        return folders.stamp(model_name)
+    KIND = "vq"
 
 
 def _file_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "model_name",
-        options=loading.quantized_files(KIND) or [NO_FILES],
-        tooltip=(
-            "A file of VQ Quantize Checkpoint in models/diffusion_models. Others are not listed."
-        ),
+    return widgets.model_file_input(
+        "vq",
+        NO_FILES,
+        "A file of VQ Quantize Checkpoint in models/diffusion_models. Others are not listed.",
     )
 
 
-class NibbleLoadVQ(_PicksVQFile):
+class NibbleLoadVQ(_VQFilePicker):
     """Loads a model of codewords."""
 
     @classmethod
@@ -340,31 +245,13 @@ class NibbleLoadVQ(_PicksVQFile):
                 " model: samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "vq4dit", "2-bit", "3-bit", "codebook", "load quantized"],
-            inputs=[
-                _file_input(),
-                io.Boolean.Input(
-                    "verify",
-                    default=True,
-                    advanced=True,
-                    tooltip="Compare every tensor with its checksum before use.",
-                ),
-                io.Combo.Input(
-                    "compute_dtype",
-                    options=list(loading.DTYPES),
-                    default="default",
-                    advanced=True,
-                    tooltip=(
-                        "What activations and 16-bit layers are computed in. default: what ComfyUI"
-                        " chooses for this GPU."
-                    ),
-                ),
-            ],
+            inputs=[_file_input(), widgets.verify_input(), widgets.compute_dtype_input()],
             outputs=[io.Model.Output("model", tooltip="The model, ready for a sampler.")],
         )
 
     @classmethod
     def execute(cls, model_name, verify, compute_dtype) -> io.NodeOutput:
-        file = loading.opened(model_name, KIND)
+        file = loading.opened(model_name, cls.KIND)
         model = loading.load(folders.path_of(model_name), verify, compute_dtype)
         return io.NodeOutput(
             model,
@@ -374,7 +261,7 @@ class NibbleLoadVQ(_PicksVQFile):
         )
 
 
-class NibbleInspectVQ(_PicksVQFile):
+class NibbleInspectVQ(_VQFilePicker):
     """Shows what a file of codewords is made of."""
 
     @classmethod
@@ -395,7 +282,7 @@ class NibbleInspectVQ(_PicksVQFile):
 
     @classmethod
     def execute(cls, model_name) -> io.NodeOutput:
-        file = loading.opened(model_name, KIND)
+        file = loading.opened(model_name, cls.KIND)
         uses = inspect(file, Progress("counting"))
         return io.NodeOutput(ui=charts.ui(vq_charts.inspect_chart(file, uses)))
 

@@ -192,9 +192,9 @@ def _grouped(layers: list[LayerPlan], architecture: Architecture) -> list[LayerP
     for layer in layers:
         members.setdefault(_group(layer, architecture) or layer.name, []).append(layer)
     grouped = []
-    for group, found in members.items():
-        shared = group if len(found) > 1 else None
-        grouped += [LayerPlan(**{**vars(layer), "group": shared}) for layer in found]
+    for group, layers_of_group in members.items():
+        shared = group if len(layers_of_group) > 1 else None
+        grouped += [LayerPlan(**{**vars(layer), "group": shared}) for layer in layers_of_group]
     return grouped
 
 

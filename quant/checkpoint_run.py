@@ -1,144 +1,236 @@
-"""What every method's run over a checkpoint shares: keep the rest of the model, finish layer by
-layer, tell whether all is done already.
+"""A checkpoint's quantization, told once for all methods: prepare, measure, write.
 
-A run is laid out before it starts (see `writer`), so the JSON and the report that will stand in the
-file get room for the longest there can be.
+    job = SVDQuantJob.prepare(source, target, recipe)   plans, and looks once at what the target is
+    job.existing_report(provenance)                     all is done already? then nothing is run
+    job.write(measurement, monitor, device)             unit by unit, resumable to the byte
+
+Measuring belongs to whoever can run the model (ComfyUI, diffusers) and gives a `Measurement`.
+A method adds what becomes of its layers (`plan`), how its file is laid out (`layout`), and a
+`LayerQuantizer` that does the work.
 """
 
 import json
+import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from .architectures import LayerPlan
-from .files.checkpoint import FORMAT_VERSION, FileRefused, open_quantized
+from . import architectures
+from .architectures import Architecture, LayerPlan, recognise
+from .calibration.measurement import Measurement
+from .files.checkpoint import FileRefused, QuantizedFile, open_quantized
 from .files.source import Source, StateDictSource
-from .files.writer import Writer, metadata_room
+from .files.writer import TensorSpec, Writer, check_path, check_target
+from .monitor import Monitor
 from .report import LayerRow, Report
+from .run_metadata import (
+    file_metadata,
+    identity_of,
+    metadata_choices,
+    predicted_identity,
+    reserved_bytes,
+)
 
-# a layer's JSON is padded with blanks to this length, for the file is laid out before its options
-# are known
-JSON_BYTES = 128
-WHY_ROOM = 200  # bytes that a finished row may be longer than its plan
-# bytes of a source's own metadata that are passed on (ComfyUI reads "config" of some video models)
-_PASSED_ON = 65536
+NOT_MEASURED = Measurement()
+UNWATCHED = Monitor()
 
 
-class Run:
-    """One run's work, unit by unit; skips what the writer has already."""
+@dataclass
+class ShapesOnly:
+    """Stands for a source of which only names and shapes are known: enough to plan."""
 
-    def __init__(self, source: Source | StateDictSource, writer: Writer):
-        self.source, self.writer = source, writer
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    bytes: int
+    kept_dtype: Callable[[str], torch.dtype]
+    path: None = None
+    notes: list[str] = field(default_factory=list)
 
-    def keep_rest(
-        self, layers: list[LayerPlan], progress: Callable, cancelled: Callable, total: int
-    ) -> int:
-        """Writes what stays in 16 bit, quick as it is: it shows soon whether the file can be read.
-        Returns the kept layers' weights.
+
+Job = TypeVar("Job", bound="QuantizeJob")
+
+
+@dataclass
+class QuantizeJob(ABC):
+    """One model, one target, one recipe, planned. `existing`: the target where it is an intact file
+    of this model and recipe, whatever was measured for it.
+    """
+
+    method: ClassVar[str]  # as the file's metadata have it
+
+    source: Source | StateDictSource
+    target: Path
+    recipe: Any  # of the method; see `recipe.FromPreset`
+    architecture: str
+    layers: list[LayerPlan]
+    existing: QuantizedFile | None = None
+
+    @classmethod
+    def prepare(
+        cls: type[Job],
+        source: str | Path | Source | StateDictSource,
+        target: str | Path,
+        recipe: Any,
+    ) -> Job:
+        """Opens, plans and checks. source: path of a .safetensors file, or an opened source (a live
+        model: StateDictSource). Raises FileRefused for input that cannot be used.
         """
-        done, kept = 0, {layer.name: layer for layer in layers if layer.action == "keep"}
-        owned = {f"{layer.name}.{part}" for layer in layers for part in ("weight", "bias")}
-        for unit in [*(key for key in self.source.shapes if key not in owned), *kept]:
-            cancelled()
-            if unit in kept:
-                progress(done, total, unit)
-                done += kept[unit].K * kept[unit].N
-            self.step(unit, lambda unit=unit: self._keep(unit, kept.get(unit)))
-        return done
+        if not isinstance(source, (Source, StateDictSource)):
+            source = Source(source)
+        previous = _previous_result(source, target)
+        job = cls._planned(source, Path(target), recipe)
+        if previous is not None and job._made(previous):
+            job.existing = previous
+        return job
 
-    def step(
-        self, unit: str, make: Callable[[], tuple[Mapping[str, Tensor], LayerRow | None]]
-    ) -> None:
-        """Makes and writes a unit's tensors and its row of the report, unless it is finished."""
-        if unit in self.writer.finished:
-            return
-        began = time.monotonic()
-        tensors, row = self.checked(make)
-        if row is not None:
-            row.bytes_after, row.seconds = (
-                sum(tensor.nbytes for tensor in tensors.values()),
-                round(row.seconds + time.monotonic() - began, 3),
-            )
-        self.writer.write(unit, tensors, vars(row) if row else {})
+    @classmethod
+    def _planned(cls: type[Job], source: Any, target: Path, recipe: Any) -> Job:
+        architecture = recognise(source.shapes, source.name)
+        layers = cls.plan(source.shapes, architecture, recipe, source.name)
+        return cls(source, target, recipe, architecture.name, layers)
 
-    def checked(self, make: Callable):
-        """Runs a computation; when its input cannot be used, no later run could finish either, and
-        the unfinished file goes.
+    @staticmethod
+    def plan(
+        shapes: Mapping[str, tuple[int, ...]], architecture: Architecture, recipe: Any, name: str
+    ) -> list[LayerPlan]:
+        """What becomes of each linear, and why. `name` is the model's in refusals."""
+        return architectures.plan(shapes, architecture, recipe, name)
+
+    @abstractmethod
+    def layout(self) -> list[TensorSpec]:
+        """Every tensor of the file."""
+
+    @abstractmethod
+    def quantizer(
+        self, writer: Writer, measurement: Measurement, monitor: Monitor, device: torch.device
+    ) -> "LayerQuantizer":
+        """What does the work. Raises ValueError where the measurement is not enough for it."""
+
+    @property
+    def quantized_names(self) -> list[str]:
+        """The layers that will have fewer bits, in the order of the file."""
+        return [layer.name for layer in self.layers if layer.action != "keep"]
+
+    def existing_report(self, provenance: Mapping | None = None) -> Report | None:
+        """The report of the target if it is the result of the same run. provenance: of the
+        measurement that the run would have; None: any will do.
         """
+        if self.existing is None:
+            return None
+        if provenance is not None and self.existing.fact("calibration") != provenance:
+            return None
         try:
-            return make()
+            return Report.from_json(self.existing.metadata.get("report", ""))
         except ValueError:
-            self.writer.discard()
-            raise
+            return None  # of another version: it is made again
 
-    def _keep(
-        self, unit: str, layer: LayerPlan | None
-    ) -> tuple[dict[str, Tensor], LayerRow | None]:
-        if layer is None:
-            return {unit: self.source.read(unit)}, None
-        keys = [f"{unit}.weight"] + [f"{unit}.bias"] * layer.bias
-        return {key: self.source.read(key) for key in keys}, LayerRow(
-            unit, "keep", layer.why, None, self.source.nbytes(unit), 0
+    def write(
+        self,
+        measurement: Measurement = NOT_MEASURED,
+        monitor: Monitor = UNWATCHED,
+        device: str | torch.device = "cpu",
+    ) -> Report:
+        """Writes the file; returns at once when the target is the result of the same run. Never
+        leaves a half-written target. Raises FileRefused and ValueError for input that cannot be
+        used, before anything is written where that is possible.
+        """
+        report = self.existing_report(measurement.provenance)
+        if report is not None:
+            return report
+        self.check_measurement(measurement)
+        identity = identity_of(self.source, self.recipe, measurement.provenance)
+        report = self._empty_report()
+        specs = self.layout()
+        metadata = file_metadata(self.method, identity, self.source.metadata)
+        began = time.monotonic()
+        reserved = reserved_bytes(metadata, report, self.layers)
+        with Writer(self.target, specs, json.dumps(identity), reserved) as writer:
+            self.quantizer(writer, measurement, monitor, torch.device(device)).run()
+            report.rows = [LayerRow(**writer.finished[layer.name]) for layer in self.layers]
+            report.bytes_after = writer.size
+            report.seconds = time.monotonic() - began
+            writer.finish(metadata_choices(metadata, report))
+        return report
+
+    def check_measurement(self, measurement: Measurement) -> None:  # noqa: B027  (few need more)
+        """Raises ValueError where the recipe needs more than was measured."""
+
+    @classmethod
+    def predict(
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        recipe: Any,
+        name: str,
+        bytes_before: int | None = None,
+        kept_dtype: Callable[[str], torch.dtype] = lambda name: torch.bfloat16,
+    ) -> Report:
+        """The report that a run would give, without errors and seconds: sizes to the byte.
+        bytes_before: of the source; by default as bf16.
+        """
+        before = bytes_before or 2 * sum(math.prod(shape) for shape in shapes.values())
+        source = ShapesOnly(name, shapes, before, kept_dtype)
+        job = cls._planned(source, Path("plan.safetensors"), recipe)
+        specs = job.layout()
+        sizes: dict[str, int] = {}
+        for spec in specs:
+            owner = spec.name.rpartition(".")[0]
+            sizes[owner] = sizes.get(owner, 0) + spec.nbytes
+        report = job._empty_report()
+        report.rows = [
+            LayerRow(
+                name=layer.name,
+                action=layer.action,
+                why=layer.why,
+                db=None,
+                bytes_before=2 * layer.N * (layer.K + layer.bias),
+                bytes_after=sizes[layer.name],
+            )
+            for layer in job.layers
+        ]
+        metadata = file_metadata(cls.method, predicted_identity(name, recipe))
+        reserved = reserved_bytes(metadata, report, job.layers)
+        report.bytes_after = Writer(job.target, specs, "", reserved).size
+        return report
+
+    def _empty_report(self) -> Report:
+        patterns = (*self.recipe.keep, *self.recipe.w4a16)
+        return Report(
+            self.architecture,
+            bytes_before=self.source.bytes,
+            notes=[*self.source.notes, *_unmatched(patterns, self.layers)],
         )
 
+    def _made(self, file: QuantizedFile) -> bool:
+        """Whether a file was made from this model by this recipe."""
+        # the source's fingerprint reads all of the model: asked last
+        return file.metadata.get("recipe") == self.recipe.to_json() and file.metadata.get(
+            "source"
+        ) == identity_of(self.source, self.recipe, {}).get("source")
 
-def facts_of(source: Source | StateDictSource, recipe, calibration: dict | None) -> dict[str, str]:
-    """What makes two runs the same: source, recipe and calibration, as they stand in the file's
-    metadata.
+
+def _previous_result(source: Source | StateDictSource, target: str | Path) -> QuantizedFile | None:
+    """What a run has to look at in its target: an intact file of ours, or None. Raises FileRefused
+    for a target that must not be written.
     """
-    return {
-        "source": json.dumps(
-            {"name": source.name, "bytes": source.bytes, "fingerprint": source.fingerprint}
-        ),
-        "recipe": recipe.to_json(),
-        "calibration": json.dumps(calibration or {}),
-    }
+    check_path(source.path, target)
+    if not Path(target).exists():
+        return None
+    try:
+        return open_quantized(target)
+    except FileRefused:
+        # another program's file is refused; ours, damaged or of another version, is made again
+        check_target(source.path, target)
+        return None
 
 
-def predicted_facts(name: str, recipe) -> dict[str, str]:
-    """The same for a run that is only planned, as long as they would be."""
-    return {
-        "source": json.dumps({"name": name, "bytes": 0, "fingerprint": "0" * 64}),
-        "recipe": recipe.to_json(),
-        "calibration": "{}",
-    }
-
-
-def metadata_of(
-    method: str, facts: Mapping[str, str], passed_on: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """A quantized file's metadata but the report: the source's own where they are short,
-    then ours.
-    """
-    own = {
-        key: value
-        for key, value in (passed_on or {}).items()
-        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
-    }
-    return own | {
-        "format": "nibble",
-        "nibble_version": str(FORMAT_VERSION),
-        "method": method,
-        **facts,
-    }
-
-
-def padded(text: Tensor) -> Tensor:
-    """A layer's JSON at the length that was laid out for it."""
-    if len(text) > JSON_BYTES:
-        raise ValueError(
-            f"a layer's JSON has {len(text)} bytes, more than the {JSON_BYTES} reserved for it"
-        )
-    return torch.cat(
-        [text.cpu(), torch.full((JSON_BYTES - len(text),), ord(" "), dtype=torch.uint8)]
-    )
-
-
-def unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str]:
+def _unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str]:
     """A note for each of the user's patterns that names no layer: most likely a slip."""
     names = [layer.name for layer in layers]
     return [
@@ -148,45 +240,84 @@ def unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str]
     ]
 
 
-def calibrated_on(target: str | Path, source: Source | StateDictSource, recipe) -> dict | None:
-    """What an existing target was calibrated on, if it was made from this model by this recipe;
-    else None. Tells, before the long recording of inputs starts, that all is done.
-    """
-    try:
-        file = open_quantized(target)
-    except FileRefused:
-        return None
-    same = (
-        file.metadata.get("recipe") == recipe.to_json()
-        and file.fact("source").get("fingerprint") == source.fingerprint
-    )
-    return file.fact("calibration") if same else None
+class LayerQuantizer(ABC):
+    """Makes and writes a job's units one after the other; skips those that an earlier run wrote."""
 
+    def __init__(self, job: QuantizeJob, writer: Writer, monitor: Monitor, device: torch.device):
+        self.source = job.source
+        self.recipe = job.recipe
+        self.layers = job.layers
+        self.writer = writer
+        self.monitor = monitor
+        self.device = device
+        self.weights = sum(layer.K * layer.N for layer in job.layers)
+        self.weights_done = 0
 
-def finished(target: str | Path, facts: Mapping[str, str]) -> Report | None:
-    """The report of an existing target if it is the result of the same run."""
-    if not Path(target).exists():
-        return None
-    try:
-        found = open_quantized(target).metadata
-        same = all(found.get(key) == value for key, value in facts.items())
-        return Report.from_json(found["report"]) if same else None
-    except (FileRefused, KeyError, ValueError):
-        return None  # damaged or of another version: it is made again
+    def run(self) -> None:
+        """What stays in 16 bit first, quick as it is: it shows soon whether the file can be read.
+        Then the layers.
+        """
+        self._keep_rest()
+        self.quantize([layer for layer in self.layers if layer.action != "keep"])
+        self.monitor.progress(self.weights, self.weights, "")
 
+    @abstractmethod
+    def quantize(self, layers: list[LayerPlan]) -> None:
+        """Writes all planned layers: calls `start`, `write_unit` and `finish` for each."""
 
-def choices(metadata: Mapping[str, str], report: Report) -> Iterable[dict[str, str]]:
-    """The metadata with the whole report, and with shorter ones in case it does not fit."""
-    for options in ({}, {"why": False}, {"rows": False}):
-        yield {**metadata, "report": report.to_json(seconds=False, **options)}
+    def start(self, name: str) -> None:
+        """Says that a layer or block is next; raises where the user pressed Stop."""
+        self.monitor.cancelled()
+        self.monitor.progress(self.weights_done, self.weights, name)
 
+    def finish(self, layers: Iterable[LayerPlan]) -> None:
+        """Counts layers as done."""
+        self.weights_done += sum(layer.K * layer.N for layer in layers)
 
-def room(metadata: Mapping[str, str], report: Report, layers: Iterable[LayerPlan]) -> int:
-    """Bytes to reserve for metadata: those of a report with the longest rows there can be."""
-    largest = 10**15
-    rows = [
-        LayerRow(layer.name, layer.action, layer.why + " " * WHY_ROOM, -9999.99, largest, largest)
-        for layer in layers
-    ]
-    worst = Report(report.architecture, rows, largest, largest, 0.0, report.notes)
-    return metadata_room({**metadata, "report": worst.to_json(seconds=False)})
+    def write_unit(
+        self, unit: str, make: Callable[[], tuple[Mapping[str, Tensor], LayerRow | None]]
+    ) -> None:
+        """Makes and writes a unit's tensors and its row of the report, unless it is written."""
+        if unit in self.writer.finished:
+            return
+        began = time.monotonic()
+        tensors, row = self.checked(make)
+        if row is not None:
+            row.bytes_after = sum(tensor.nbytes for tensor in tensors.values())
+            row.seconds = round(row.seconds + time.monotonic() - began, 3)
+        self.writer.write(unit, tensors, vars(row) if row else {})
+
+    def checked(self, make: Callable[[], Any]) -> Any:
+        """Runs a computation; when its input cannot be used, no later run could finish either, and
+        the unfinished file goes.
+        """
+        try:
+            return make()
+        except ValueError:
+            self.writer.discard()
+            raise
+
+    def _keep_rest(self) -> None:
+        kept = {layer.name: layer for layer in self.layers if layer.action == "keep"}
+        owned = {f"{layer.name}.{part}" for layer in self.layers for part in ("weight", "bias")}
+        for name in [key for key in self.source.shapes if key not in owned]:
+            self.monitor.cancelled()
+            self.write_unit(name, lambda name=name: ({name: self.source.read(name)}, None))
+        for name, layer in kept.items():
+            self.start(name)
+            self.finish([layer])
+            self.write_unit(name, lambda layer=layer: self._kept_layer(layer))
+
+    def _kept_layer(self, layer: LayerPlan) -> tuple[dict[str, Tensor], LayerRow]:
+        keys = [f"{layer.name}.weight"]
+        if layer.bias:
+            keys.append(f"{layer.name}.bias")
+        row = LayerRow(
+            name=layer.name,
+            action="keep",
+            why=layer.why,
+            db=None,
+            bytes_before=self.source.nbytes(layer.name),
+            bytes_after=0,
+        )
+        return {key: self.source.read(key) for key in keys}, row

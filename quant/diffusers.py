@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .calibration import recorder
+from .calibration.measurement import Teacher
 from .calibration.statistics import InputStats
 from .files.checkpoint import FileRefused, QuantizedFile, open_quantized
 from .files.source import StateDictSource
 from .files.writer import TensorSpec, Writer, check_target, metadata_room
 from .interop.convert import open_source
 from .interop.names import families
-from .vq4dit.calibrate import Teacher
 from .weights import modules as svdquant_linear
 from .weights import svdquant_w4a4 as svdquant_weight
 from .weights import vq as vq_weight

@@ -90,11 +90,11 @@ class Report:
         """JSON text; without seconds it depends on the result alone, without reasons or rows it is
         shorter.
         """
-        facts = asdict(self)
+        values = asdict(self)
         if not seconds:
-            facts.pop("seconds")
-        facts["rows"] = [self._row(row, seconds, why) for row in facts["rows"]] if rows else []
-        return json.dumps(facts, separators=(",", ":"))
+            values.pop("seconds")
+        values["rows"] = [self._row(row, seconds, why) for row in values["rows"]] if rows else []
+        return json.dumps(values, separators=(",", ":"))
 
     @staticmethod
     def _row(row: dict, seconds: bool, why: bool) -> dict:
@@ -109,9 +109,9 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json`. Raises ValueError for text that is no report."""
         try:
-            facts = json.loads(text)
-            facts["rows"] = [LayerRow(**({"why": ""} | row)) for row in facts["rows"]]
-            return cls(**facts)
+            values = json.loads(text)
+            values["rows"] = [LayerRow(**({"why": ""} | row)) for row in values["rows"]]
+            return cls(**values)
         except (TypeError, KeyError) as error:
             raise ValueError(f"this is no report of a quantization: {error}") from error
 

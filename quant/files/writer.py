@@ -45,11 +45,11 @@ class TensorSpec(NamedTuple):
         return size
 
 
-def check_target(
+def check_path(
     source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble"
 ) -> None:
-    """Refuses a target that is the source (by whatever name), a file of another kind ('format' in
-    its metadata), or in a place that cannot be written.
+    """Refuses a target that is the source (by whatever name), or in a place that cannot be
+    written; opens nothing.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -69,6 +69,14 @@ def check_target(
             f"{target.name} is the file that would be read; choose another name for the"
             f" {'4-bit file' if kind == 'nibble' else 'new file'}."
         )
+
+
+def check_target(
+    source: str | os.PathLike | None, target: str | os.PathLike, kind: str = "nibble"
+) -> None:
+    """The same, and refuses a file of another kind ('format' in its metadata)."""
+    check_path(source, target, kind)
+    target = Path(target)
     if target.exists():
         try:
             ours = read_header(target).metadata.get("format") == kind

@@ -1,3 +1,12 @@
 """SVDQuant: 4-bit weights and activations beside a 16-bit low-rank branch (Li et al., 2024,
 arXiv:2411.05007), fitted layer by layer.
+
+recipe.py          every choice of a run
+quantize.py        a checkpoint: layout, layer by layer
+decompose.py       one layer: 4-bit part + low rank, in turns
+problem.py         a layer's weight and what is known of its inputs
+smooth.py          smoothing, rotation and signs: the space in which it is rounded
+lowrank_metric.py  the best low rank under a metric
+gptq.py            rounding column by column
+w4a16.py           layers that see few tokens: 4-bit weights only
 """

@@ -14,7 +14,7 @@ E[e e^T] (diagonal), the error is
   keeping whichever did best on samples.
 
 SVDQuant: Li et al., 2024, arXiv:2411.05007, section 4; GPTQ: arXiv:2210.17323. A bias also takes up
-    the mean of the error.
+the mean of the error.
 """
 
 import logging
@@ -26,19 +26,18 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import SHIFT
-from ..calibration.hessian import DAMPING, covariance, diagonal_blocks
+from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
 from ..weights.packing import dequantize_groups, pack_int4
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .gptq import gptq, round_to_nearest
 from .lowrank_metric import Metric, parallel_sum, solve_blocks, svd_lowrank, times_blocks
+from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
 from .smooth import InputSpace, smoothings, with_signs
 
 log = logging.getLogger("nibble")
 
-SYNTHETIC_ROWS = 128
-EXACT_DB = 150.0  # reported for errors of (almost) nothing, where the ratio has no meaning
 # squared rounding error of a weight over its group's mean square: (2.5 rms / 7)^2 / 12
 ROUNDING_NOISE = 0.0105
 
@@ -61,35 +60,7 @@ class LayerError:
     gptq: bool
 
 
-@dataclass
-class _Problem:
-    """A layer and what is known of its inputs. x: rows to choose by; held_out: rows to report on;
-    covariance: of raw x, blockwise.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    x: Tensor
-    held_out: Tensor
-    mean: Tensor | None
-    covariance: Tensor
-    measured: bool  # the covariance is a recorded Hessian, not a guess from its diagonal
-    sampled: bool  # x and held_out are recorded rows, not synthetic ones
-
-    def target(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight)
-
-    def span_rows(self) -> Tensor:
-        """Rows (T, K) whose spans steer smoothing: recorded ones, or one row of each input's root
-        mean square.
-        """
-        if self.sampled:
-            return self.x
-        square = self.covariance.diagonal(dim1=1, dim2=2).reshape(1, -1)
-        return (square + (0 if self.mean is None else self.mean.square())).clamp_min(0).sqrt()
-
-
-def quantize_linear(
+def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows of it)
     weight: Tensor,
     bias: Tensor | None,
     stats: InputStats | None,
@@ -105,13 +76,13 @@ def quantize_linear(
         weight float (N, K), 64 | K · bias float (N,) | None · smooth float (K,): factors to use
         instead of searching
     stats: recorded inputs; without them synthetic ones stand in. post_gelu: the input comes from a
-        GELU, so that unsigned activations
-    are tried (they need a bias to fold into). generator: a CPU one; by default seeded with
-    recipe.seed. Raises ValueError for K not a multiple of 64, shapes that do not fit, and weights
-    or statistics with NaN or infinity.
+    GELU, so that unsigned activations are tried (they need a bias to fold into). generator: a CPU
+    one; by default seeded with recipe.seed.
+    Raises ValueError for K not a multiple of 64, shapes that do not fit, and weights or statistics
+    with NaN or infinity.
     """
     generator = generator or torch.Generator().manual_seed(recipe.seed)
-    problem = _problem(weight, bias, stats, post_gelu, generator)
+    problem = layer_problem(weight, bias, stats, post_gelu, generator)
     trials = []
     for space in _spaces(problem, recipe, post_gelu, smooth):
         if smooth is None and problem.sampled:
@@ -119,93 +90,14 @@ def quantize_linear(
         trials.append((*_solve(problem, space, recipe, generator), space))
     loss, result, space = min(trials, key=lambda trial: trial[0])
     log.debug("%s: %s", tuple(weight.shape), [(t[2].label, t[0]) for t in trials])
-    db = _sqnr(problem, result)
-    used_gptq = recipe.gptq and problem.measured
-    inputs = "held-out samples" if problem.sampled else "synthetic inputs"
     return result, LayerError(
-        db, inputs, space.label, space.rotation, space.act_unsigned, used_gptq
+        db=sqnr(problem, result),
+        inputs="held-out samples" if problem.sampled else "synthetic inputs",
+        smoothing=space.label,
+        rotation=space.rotation,
+        act_unsigned=space.act_unsigned,
+        gptq=recipe.gptq and problem.measured,
     )
-
-
-def _sqnr(problem: _Problem, result: SVDQuantWeight | W4A16Weight) -> float:
-    """Signal over quantization noise of the layer's output (without its bias) on held-out rows, in
-    dB.
-    """
-    y = problem.target(problem.held_out)
-    bias = 0 if problem.bias is None else problem.bias
-    noise = (result.forward(problem.held_out) - bias - y).square().sum().item()
-    signal = y.square().sum().item()
-    if not noise:
-        return EXACT_DB
-    return min(max(10 * math.log10(signal / noise), -EXACT_DB), EXACT_DB) if signal else -EXACT_DB
-
-
-def _problem(
-    weight: Tensor,
-    bias: Tensor | None,
-    stats: InputStats | None,
-    post_gelu: bool,
-    generator: torch.Generator,
-) -> _Problem:
-    weight = weight.float()
-    n, k = weight.shape
-    if k % 64:
-        raise ValueError(f"K={k} is not a multiple of the group size 64")
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit a {n} x {k} linear")
-    if not weight.isfinite().all():
-        raise ValueError(
-            f"the {n} x {k} weight holds NaN or infinity; the file is damaged or overflowed when it"
-            " was saved"
-        )
-    bias = None if bias is None else bias.float().to(weight.device)
-    if stats is None or stats.count == 0:
-        x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(weight.device)
-        x = torch.nn.functional.gelu(x) if post_gelu else x
-        return _Problem(
-            weight,
-            bias,
-            *_parted(x),
-            None,
-            diagonal_blocks(x.square().mean().expand(k)),
-            False,
-            False,
-        )
-    return _measured_problem(weight, bias, stats, generator)
-
-
-def _measured_problem(
-    weight: Tensor, bias: Tensor | None, stats: InputStats, generator: torch.Generator
-) -> _Problem:
-    k, device = weight.shape[1], weight.device
-    if stats.k != k:
-        raise ValueError(f"statistics of {stats.k} inputs do not fit a linear with {k}")
-    mean, square = stats.mean.to(device), stats.mean_square.to(device)
-    if not square.isfinite().all():
-        raise ValueError(
-            "the recorded inputs hold NaN or infinity; the model overflowed while it was recorded"
-        )
-    sampled = stats.samples is not None and len(stats.samples) >= 16
-    if sampled:
-        x = stats.samples.to(device).float()
-    else:
-        spread = (square - mean.square()).clamp_min(0).sqrt()
-        x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(device) * spread + mean
-    return _Problem(
-        weight,
-        bias,
-        *_parted(x),
-        mean,
-        covariance(stats, bias is not None, device),
-        stats.hessian is not None,
-        sampled,
-    )
-
-
-def _parted(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Three quarters of the rows to choose by, one quarter held out for the report."""
-    held_out = torch.arange(len(x), device=x.device) % 4 == 3
-    return x[~held_out], x[held_out]
 
 
 # ---- the space: smoothing, rotation, unsigned activations ----------------------------------------
@@ -220,11 +112,11 @@ def _modes(recipe: Recipe, unsigned: bool, sampled: bool) -> list[dict]:
 
 
 def _spaces(
-    problem: _Problem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
+    problem: LayerProblem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
 ) -> Iterator[InputSpace]:
     """The best space of each mode by a quick score; without GPTQ only the best of all."""
     unsigned = post_gelu and recipe.act_unsigned and problem.bias is not None
-    found = []
+    best_of_modes = []
     for mode in _modes(recipe, unsigned, problem.sampled):
         if smooth is not None:
             candidates = [
@@ -234,22 +126,22 @@ def _spaces(
             ]
         else:
             rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
-            found_factors = smoothings(rows, problem.weight, recipe.smoothing_grid)
             candidates = [
-                InputSpace(factors, **mode, label=label) for label, factors in found_factors
+                InputSpace(factors, **mode, label=label)
+                for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]
         scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
-        found.append(min(scored, key=lambda pair: pair[0]))
+        best_of_modes.append(min(scored, key=lambda pair: pair[0]))
     if recipe.gptq:
-        yield from (space for _, space in found)
+        yield from (space for _, space in best_of_modes)
     else:
-        yield min(found, key=lambda pair: pair[0])[1]
+        yield min(best_of_modes, key=lambda pair: pair[0])[1]
 
 
 QUICK_ROWS = {"fast": 512, "best": 1024}  # output rows that a candidate is scored on
 
 
-def _quick_score(problem: _Problem, space: InputSpace, recipe: Recipe) -> float:
+def _quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
     """Output error on a part of the output rows, with a low-rank branch and weights rounded to
     nearest (SVDQuant's objective).
     """
@@ -269,7 +161,7 @@ def shared_smoothing(weights: list[Tensor], stats: InputStats | None, recipe: Re
     rows together.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    problem = _problem(torch.cat([w.float() for w in weights]), None, stats, False, generator)
+    problem = layer_problem(torch.cat([w.float() for w in weights]), None, stats, False, generator)
     space = next(_spaces(problem, replace(recipe, gptq=False), False, None))
     return (with_signs(space, problem.x, generator) if problem.sampled else space).smooth
 
@@ -283,7 +175,7 @@ class _Fit:
     """
 
     def __init__(
-        self, problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator
+        self, problem: LayerProblem, space: InputSpace, recipe: Recipe, generator: torch.Generator
     ):
         self.problem, self.space, self.recipe, self.generator = problem, space, recipe, generator
         self.weight = space.weight(problem.weight)
@@ -395,7 +287,7 @@ class _Best:
 
 
 def _solve(
-    problem: _Problem, space: InputSpace, recipe: Recipe, generator: torch.Generator
+    problem: LayerProblem, space: InputSpace, recipe: Recipe, generator: torch.Generator
 ) -> tuple[float, SVDQuantWeight]:
     """Steps 1 to 3: the loss on the rows to choose by, and the layer."""
     fit = _Fit(problem, space, recipe, generator)
@@ -413,37 +305,3 @@ def _solve(
         if stale == 2:
             break
     return best.loss, fit.pack(*best.parts)
-
-
-# ---- few-token layers ----------------------------------------------------------------------------
-
-
-def quantize_w4a16(
-    weight: Tensor, bias: Tensor | None, stats: InputStats | None, recipe: Recipe
-) -> tuple[W4A16Weight, float]:
-    """4-bit weights for layers that see few tokens (modulation); activations stay in 16 bit.
-
-    weight float (N, K), 64 | K; bias float (N,) | None. Symmetric; by GPTQ on the inputs'
-    covariance, with any preset, where they were
-    recorded: inputs of modulation layers are few and alike, so that most of the rounding error can
-        be moved to where they never point.
-    Returns the layer and its SQNR in dB on recorded, or else synthetic, inputs.
-    """
-    problem = _problem(weight, bias, stats, False, torch.Generator().manual_seed(recipe.seed))
-    diagonal = problem.covariance.diagonal(dim1=1, dim2=2)
-    hessian = problem.covariance + torch.diag_embed(
-        (DAMPING * diagonal.mean()).clamp_min(1e-20).expand_as(diagonal)
-    )
-    if problem.measured:
-        codes, scale = gptq(problem.weight, hessian, recipe.clip_search)
-    else:
-        codes, scale = round_to_nearest(
-            problem.weight, hessian.diagonal(dim1=1, dim2=2).flatten(), recipe.clip_search
-        )
-    bias = problem.bias
-    if bias is not None and problem.mean is not None:
-        bias = bias + (problem.weight - dequantize_groups(codes, scale)) @ problem.mean
-    result = W4A16Weight(
-        pack_int4(codes + 8), scale.bfloat16(), None, None if bias is None else bias.bfloat16()
-    )
-    return result, _sqnr(problem, result)

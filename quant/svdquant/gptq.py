@@ -73,7 +73,8 @@ def round_to_nearest(weight: Tensor, importance: Tensor, search: bool) -> tuple[
     weigh = importance.reshape(k // 64, 64, 1)
     codes = torch.empty(k // 64, 64, n, dtype=torch.int8, device=weight.device)
     scale = torch.empty(k // 64, 1, n, device=weight.device)
-    for start in range(0, n, step := _chunk(k, weight.device, 2**18)):
+    step = _chunk(k, weight.device, 2**18)
+    for start in range(0, n, step):
         part = weight[start : start + step].T.reshape(k // 64, 64, -1)
         scale[..., start : start + step] = group_scales(part, weigh, search)
         codes[..., start : start + step] = round_codes(part, scale[..., start : start + step])
@@ -102,7 +103,8 @@ def gptq(weight: Tensor, hessian: Tensor, search: bool) -> tuple[Tensor, Tensor]
     flat = (order + rows * b).flatten()
     codes = torch.empty(k, n, dtype=torch.int8, device=weight.device)
     scale = torch.empty(k // 64, n, device=weight.device)
-    for start in range(0, n, step := _chunk(k, weight.device, 2**20)):
+    step = _chunk(k, weight.device, 2**20)
+    for start in range(0, n, step):
         part = weight[start : start + step].T[flat].reshape(blocks, b, -1)
         part_codes, part_scale = _gptq_columns(part, factor, search)
         codes[flat, start : start + step] = part_codes.flatten(0, 1)

@@ -30,13 +30,12 @@ def quick_errors(
     power, errors = rows.square().sum().item(), {}
     for bits in LAYOUTS:
         codewords, vector = recipe.layout(shape, bits)
-        how = replace(
-            recipe.how((min(codewords, rows.numel() // vector), vector)), iterations=ITERATIONS
-        )
-        if how.codewords & (how.codewords - 1):
-            how = replace(how, codewords=1 << (how.codewords.bit_length() - 1))
-        fitted = fitting.fit(rows, None, None, how, torch.Generator().manual_seed(seed))
-        turned = fitting.hadamard64(rows) if how.rotation else rows
+        quick_layout = (min(codewords, rows.numel() // vector), vector)
+        options = replace(recipe.layer_options(quick_layout), iterations=ITERATIONS)
+        if options.codewords & (options.codewords - 1):
+            options = replace(options, codewords=1 << (options.codewords.bit_length() - 1))
+        fitted = fitting.fit(rows, None, None, options, torch.Generator().manual_seed(seed))
+        turned = fitting.hadamard64(rows) if options.rotation else rows
         errors[bits] = (turned - fitted.matrix()).square().sum().item() / max(power, 1e-30)
     return errors
 
@@ -49,7 +48,7 @@ def allocate(
 
     Raises ValueError when even the fewest bits do not fit, saying what they need.
     """
-    bits = {name: min(options) for name, options in sizes.items()}
+    bits = {name: min(choices) for name, choices in sizes.items()}
     spent = sum(sizes[name][chosen] for name, chosen in bits.items())
     if spent > room:
         raise ValueError(

@@ -1,17 +1,17 @@
 """Fitting codewords to what a model's blocks put out, one block after the other, without a picture
 to learn from.
 
-    L_d = sum over block outputs and times of |y_teacher - y_student|^2               (VQ4DiT, Deng
-      et al., 2024, arXiv:2408.17131, eq. 8)
-    L_r = n mean r (1 - r) over undecided sub-vectors                                  (in place of
-      eq. 9; both are 0 only for decided ratios)
+    L_d = sum over block outputs and times of |y_teacher - y_student|^2
+    L_r = n mean r (1 - r) over undecided sub-vectors
 
-Both models get the teacher's x_t along the sampler's own trajectory (`replay`). Blocks are
-calibrated in the order in which the model runs
-them: a block's inputs are those that the student's finished blocks produce, its targets the
-    teacher's outputs. So only one block's
-parameters, gradients and optimizer live at a time (FLUX.1 under 8 GB), and a block makes up for
-what those before it got wrong.
+L_d is eq. 8 of VQ4DiT (Deng et al., 2024, arXiv:2408.17131); L_r stands in place of its eq. 9: both
+are 0 only for decided ratios.
+
+Both models get the teacher's x_t along the sampler's own trajectory (`trajectory`). Blocks are
+calibrated in the order in which the model runs them: a block's inputs are those that the student's
+finished blocks produce, its targets the teacher's outputs. So only one block's parameters,
+gradients and optimizer live at a time (FLUX.1 under 8 GB), and a block makes up for what those
+before it got wrong.
 
 Where the paper and its code differ, or this does, and what was decided:
 - Start of the ratios: the paper says equal, the code takes the inverse distance. Inverse distance:
@@ -27,7 +27,7 @@ Where the paper and its code differ, or this does, and what was decided:
 - RMSprop (0.9) with 5e-2 for ratios, 1e-4 for codebooks and biases, as the code has it.
 
 The preset best instead starts from codes with Hessian feedback on the student's own inputs
-(`layer.fit`) and trains codebooks, scales and biases by Adam, at rates relative to each parameter's
+(`fit.fit`) and trains codebooks, scales and biases by Adam, at rates relative to each parameter's
 size.
 """
 
@@ -40,10 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import recorder as linears
+from ..calibration.measurement import Teacher
 from ..calibration.statistics import InputStats
 from . import trajectory
 from .recipe import Recipe
-from .student import Hard, Part, Soft
+from .student import HardVQLinear, RowSlice, SoftVQLinear
 
 RATIO_STEPS = 0.6  # of all steps: until then the ratios are trained, then the codebooks
 RATES = {"z": 5e-2, "codebook": 1e-4, "bias": 1e-4}  # of the paper's code
@@ -52,28 +53,7 @@ NOTICE = 10  # steps between two reports
 
 
 @dataclass
-class Teacher:
-    """The 16-bit model at work.
-
-    model   any nn.Module; it is run and never changed
-    run     calls the model as a sampler does, the same each time; what it is conditioned on is its
-      own business (noise and random
-            conditioning need no data)
-    parts   the modules that make up a layer of the file, in the order of its rows
-    cap     bytes of one block's recorded inputs and outputs to hold at once: beyond it, fewer of
-      the calls are used
-    device  that the model's inputs belong on
-    """
-
-    model: nn.Module
-    run: Callable[[], None]
-    parts: Callable[[str], list[str]] = lambda name: [name]
-    cap: int = 2 << 30
-    device: torch.device | str = "cpu"
-
-
-@dataclass
-class Lesson:
+class BlockTargets:
     """What a block is to learn: its inputs as the student meets them, the teacher's outputs for the
     same calls.
     """
@@ -94,7 +74,7 @@ class Lesson:
             for i in range(count)
         ]
 
-    def misses(self, block: nn.Module, index: int) -> list[Tensor]:
+    def losses(self, block: nn.Module, index: int) -> list[Tensor]:
         """Mean squared error of each of the block's outputs, in one call."""
         call = self.inputs[index].to(self.device)
         outputs = trajectory.tensors_of(block(*call.args, **call.kwargs))
@@ -106,29 +86,27 @@ class Lesson:
     @torch.no_grad()
     def decibels(self, block: nn.Module) -> float:
         """10 log10 of the outputs' power over their error's, over all calls."""
-        share = (
+        shares = [
             sum(
-                sum(
-                    miss.item() / power
-                    for miss, power in zip(self.misses(block, i), self.powers, strict=True)
-                )
-                for i in range(len(self.inputs))
+                loss.item() / power
+                for loss, power in zip(self.losses(block, index), self.powers, strict=True)
             )
-            / len(self.inputs)
-            / len(self.powers)
-        )
+            for index in range(len(self.inputs))
+        ]
+        share = sum(shares) / len(self.inputs) / len(self.powers)
         return -10 * math.log10(max(share, 1e-15))
 
 
-class Classroom:
-    """Teacher, student and the recorded calls. `blocks`: name of each block → names of the file's
-    layers in it, in the order of the model.
+class BlockCalibrator:
+    """Teacher, student and the recorded calls: calibrates block by block. `blocks`: name of each
+    block → names of the file's layers in it, in the order of the model.
 
     Raises ValueError where run() does not call the model.
     """
 
     def __init__(self, teacher: Teacher, layers: Iterable[str]):
-        self.teacher, layers = teacher, list(layers)
+        self.teacher = teacher
+        layers = list(layers)
         known = linears.find_linears(teacher.model)
         unknown = [part for layer in layers for part in teacher.parts(layer) if part not in known]
         if unknown:
@@ -139,15 +117,13 @@ class Classroom:
         self.student = trajectory.beside(
             teacher.model, [part for layer in layers for part in teacher.parts(layer)]
         )
-        found: dict[str, list[str]] = {}
+        layers_of: dict[str, list[str]] = {}
         for layer in layers:
-            found.setdefault(block_of(teacher.parts(layer)[0]), []).append(layer)
-        self.times = trajectory.order(teacher.model, found, self.calls[0], teacher.device)
-        reached = [block for block in self.times if block in found]
-        self.blocks = {
-            block: found[block]
-            for block in [*reached, *(block for block in found if block not in self.times)]
-        }
+            layers_of.setdefault(block_of(teacher.parts(layer)[0]), []).append(layer)
+        self.times = trajectory.order(teacher.model, layers_of, self.calls[0], teacher.device)
+        reached = [block for block in self.times if block in layers_of]
+        unreached = [block for block in layers_of if block not in self.times]
+        self.blocks = {block: layers_of[block] for block in [*reached, *unreached]}
 
     def inputs(
         self, block: str, samples: int = 256, seed: int = 0
@@ -161,35 +137,30 @@ class Classroom:
         with linears.Recorder(
             self.student, readers.values(), samples=samples, seed=seed
         ) as recorder:
-            given, _ = trajectory.visit(
-                self.student, block, self.times[block], self.calls, self.teacher.device, inputs=True
+            given = trajectory.inputs_of(
+                self.student, block, self.times[block], self.calls, self.teacher.device
             )
         return given, {layer: recorder.stats[reader].to("cpu") for layer, reader in readers.items()}
 
-    def lesson(self, block: str, inputs: list[trajectory.Call]) -> Lesson:
+    def targets(self, block: str, inputs: list[trajectory.Call]) -> BlockTargets:
         """The same with the teacher's outputs; thinned out evenly where the cap demands it."""
-        _, outputs = trajectory.visit(
-            self.teacher.model,
-            block,
-            self.times[block],
-            self.calls,
-            self.teacher.device,
-            outputs=True,
+        outputs = trajectory.outputs_of(
+            self.teacher.model, block, self.times[block], self.calls, self.teacher.device
         )
         needed = sum(call.nbytes for call in inputs) + sum(
             t.nbytes for target in outputs for t in target
         )
         stride = math.ceil(needed / max(self.teacher.cap, 1))
-        return Lesson(inputs[::stride], outputs[::stride], self.teacher.device)
+        return BlockTargets(inputs[::stride], outputs[::stride], self.teacher.device)
 
-    def install(self, name: str, layer: Hard | nn.Module) -> None:
+    def install(self, name: str, layer: HardVQLinear | nn.Module) -> None:
         """Puts a layer of codewords in the student's place for it: one to train, or a finished
         module for each part.
         """
         start = 0
         for part in self.teacher.parts(name):
             rows = self.teacher.model.get_submodule(part).out_features
-            linears.replace(self.student, part, Part(layer, start, start + rows))
+            linears.replace(self.student, part, RowSlice(layer, start, start + rows))
             start += rows
 
 
@@ -197,14 +168,14 @@ def block_of(module: str) -> str:
     """The block that a module lies in: its name up to the first number ('double_blocks.3'); without
     one, itself.
     """
-    found = re.match(r"(.*?\.\d+)(\.|$)", module)
-    return found[1] if found else module
+    match = re.match(r"(.*?\.\d+)(\.|$)", module)
+    return match[1] if match else module
 
 
 def learn(
     block: nn.Module,
-    layers: Mapping[str, Hard],
-    lesson: Lesson,
+    layers: Mapping[str, HardVQLinear],
+    targets: BlockTargets,
     recipe: Recipe,
     seed: int,
     watch: Callable[[int, int, float], None] = lambda step, steps, db: None,
@@ -216,35 +187,36 @@ def learn(
     have to be decided).
     """
     with torch.inference_mode(False), torch.enable_grad():
-        soft = [layer for layer in layers.values() if isinstance(layer, Soft)]
-        before = lesson.decibels(block)
-        kept = {
+        soft = [layer for layer in layers.values() if isinstance(layer, SoftVQLinear)]
+        before = targets.decibels(block)
+        start = {
             name: [p.detach().clone() for p in layer.parameters()] for name, layer in layers.items()
         }
         generator = torch.Generator().manual_seed(seed)
-        (_decide if soft else _tune)(block, layers, lesson, recipe.steps, generator, watch)
-        after = lesson.decibels(block)
+        train = _decide if soft else _tune
+        train(block, layers, targets, recipe.steps, generator, watch)
+        after = targets.decibels(block)
         if not soft and after < before:
             with torch.no_grad():
                 for name, layer in layers.items():
-                    for parameter, old in zip(layer.parameters(), kept[name], strict=True):
+                    for parameter, old in zip(layer.parameters(), start[name], strict=True):
                         parameter.copy_(old)
             after = before
     return before, after
 
 
-def _order(lesson: Lesson, steps: int, generator: torch.Generator) -> list[int]:
+def _order(targets: BlockTargets, steps: int, generator: torch.Generator) -> list[int]:
     """Which call each step looks at: every one once, in random order, then again."""
     picked: list[int] = []
     while len(picked) < steps:
-        picked += torch.randperm(len(lesson.inputs), generator=generator).tolist()
+        picked += torch.randperm(len(targets.inputs), generator=generator).tolist()
     return picked[:steps]
 
 
 def _tune(
     block: nn.Module,
-    layers: Mapping[str, Hard],
-    lesson: Lesson,
+    layers: Mapping[str, HardVQLinear],
+    targets: BlockTargets,
     steps: int,
     generator: torch.Generator,
     watch: Callable,
@@ -262,11 +234,10 @@ def _tune(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     running = None
-    for step, index in enumerate(_order(lesson, steps, generator)):
-        misses = lesson.misses(block, index)
-        loss = sum(miss / power for miss, power in zip(misses, lesson.powers, strict=True)) / len(
-            misses
-        )
+    for step, index in enumerate(_order(targets, steps, generator)):
+        losses = targets.losses(block, index)
+        shares = [loss / power for loss, power in zip(losses, targets.powers, strict=True)]
+        loss = sum(shares) / len(losses)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -276,8 +247,8 @@ def _tune(
 
 def _decide(
     block: nn.Module,
-    layers: Mapping[str, Soft],
-    lesson: Lesson,
+    layers: Mapping[str, SoftVQLinear],
+    targets: BlockTargets,
     steps: int,
     generator: torch.Generator,
     watch: Callable,
@@ -297,13 +268,13 @@ def _decide(
         alpha=0.9,
     )
     least, running, last = math.inf, None, int(RATIO_STEPS * steps)
-    for step, index in enumerate(_order(lesson, steps, generator)):
+    for step, index in enumerate(_order(targets, steps, generator)):
         if step == last:
             for layer in layers.values():
                 layer.harden()
-        if step % len(lesson.inputs) == 0:
+        if step % len(targets.inputs) == 0:
             least = math.inf  # the code's ratchet starts anew with each trajectory
-        missed = sum(lesson.misses(block, index))
+        missed = sum(targets.losses(block, index))
         regular = sum(layer.regularity() for layer in layers.values()) / len(layers)
         loss = missed
         if regular.item() < least:
@@ -318,7 +289,7 @@ def _decide(
         optimizer.step()
         for layer in layers.values():
             layer.freeze()
-        running = _report(watch, step, steps, missed.detach() / sum(lesson.powers), running)
+        running = _report(watch, step, steps, missed.detach() / sum(targets.powers), running)
     for layer in layers.values():
         layer.harden()
 

@@ -113,18 +113,19 @@ def nearest(
     Shapes: vectors (V, D) · codebook (C, D) · weights (V, D) | None
     """
     indices = torch.empty(len(vectors), count, dtype=torch.int64, device=vectors.device)
-    found = torch.empty(len(vectors), count, device=vectors.device)
-    step = (parts := _parts(len(vectors), len(codebook), vectors.device)).step
+    distances = torch.empty(len(vectors), count, device=vectors.device)
+    parts = _parts(len(vectors), len(codebook), vectors.device)
+    step = parts.step
     for start in parts:
-        here = slice(start, start + step)
-        scores = _distances(vectors[here], codebook, None if weights is None else weights[here])
+        rows = slice(start, start + step)
+        scores = _distances(vectors[rows], codebook, None if weights is None else weights[rows])
         if count == 1:
-            indices[here, 0], found[here, 0] = smallest(scores)
+            indices[rows, 0], distances[rows, 0] = smallest(scores)
         else:
-            found[here], indices[here] = scores.clamp_min_(0).topk(
+            distances[rows], indices[rows] = scores.clamp_min_(0).topk(
                 count, largest=False, sorted=True
             )
-    return indices, found
+    return indices, distances
 
 
 def _seed(

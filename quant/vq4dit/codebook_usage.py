@@ -58,8 +58,8 @@ def inspect(
     names = [name for name, facts in file.layers.items() if facts["format"] == VQWeight.FORMAT]
     if not names:
         raise ValueError(f"{file.path.name} has no layer of codewords")
-    found = []
+    uses = []
     for done, name in enumerate(names):
         progress(done, len(names), name)
-        found.append(use_of(VQWeight.from_tensors(file.layer(name), name), name))
-    return found
+        uses.append(use_of(VQWeight.from_tensors(file.layer(name), name), name))
+    return uses

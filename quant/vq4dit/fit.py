@@ -5,7 +5,7 @@ codes.
       rotation
     fast       64-point rotation, a scale a row, k-means weighted by the diagonal of H, the nearest
       codeword in that metric
-    feedback   codes by `feedback.assign`, then in turns the best codebook and scales for these
+    feedback   codes by `gptq.assign`, then in turns the best codebook and scales for these
       codes and the codes again
 
 H = E[x x^T] of recorded inputs, less the mean where a bias takes it up; without recorded inputs H
@@ -31,7 +31,7 @@ SYNTHETIC_ROWS = 128
 
 
 @dataclass(frozen=True)
-class How:
+class LayerOptions:
     """Choices for one layer: codewords C, sub-vector length D, whether rows have a scale, rotation
     0 | 64, turns of feedback (0: none).
     """
@@ -127,7 +127,7 @@ def fit(
     weight: Tensor,
     bias: Tensor | None,
     stats: InputStats | None,
-    how: How,
+    options: LayerOptions,
     generator: torch.Generator,
 ) -> Fitted:
     """A linear as codewords. weight float (N, K), bias (N,) | None, on one device; generator: a CPU
@@ -136,17 +136,17 @@ def fit(
     Raises ValueError where D does not divide K, for NaN and for statistics that do not fit.
     """
     check(weight, bias, stats)
-    weight = hadamard64(weight.float()) if how.rotation else weight.float()
-    hessian = moments(stats, weight.shape[1], bias is not None, how.rotation, weight.device)
-    scale = row_scales(weight) if how.scaled else None
+    weight = hadamard64(weight.float()) if options.rotation else weight.float()
+    hessian = moments(stats, weight.shape[1], bias is not None, options.rotation, weight.device)
+    scale = row_scales(weight) if options.scaled else None
     unit = weight if scale is None else weight / scale.clamp_min(1e-30)[:, None]
-    weights = _weights(scale, hessian, how)
-    vectors = codebooks.sub_vectors(unit, how.vector)
-    words = codebooks.kmeans(vectors, how.codewords, generator, weights, how.iterations)
+    weights = _weights(scale, hessian, options)
+    vectors = codebooks.sub_vectors(unit, options.vector)
+    words = codebooks.kmeans(vectors, options.codewords, generator, weights, options.iterations)
     codes = codebooks.nearest(vectors, words, 1, weights)[0].reshape(len(weight), -1)
-    fitted = Fitted(codes, words, scale, None if bias is None else bias.float(), how.rotation)
-    if hessian is not None and how.turns:
-        fitted = _in_turns(fitted, weight, hessian, how)
+    fitted = Fitted(codes, words, scale, None if bias is None else bias.float(), options.rotation)
+    if hessian is not None and options.turns:
+        fitted = _in_turns(fitted, weight, hessian, options)
     elif scale is not None:
         fitted.scale = feedback.best_scale(
             weight, replace(fitted, scale=None).matrix(), _metric(hessian, weight)
@@ -170,7 +170,7 @@ def _metric(hessian: Tensor | None, weight: Tensor) -> Tensor:
     )
 
 
-def _weights(scale: Tensor | None, hessian: Tensor | None, how: How) -> Tensor | None:
+def _weights(scale: Tensor | None, hessian: Tensor | None, options: LayerOptions) -> Tensor | None:
     """How much each weight's squared error counts, (N K/D, D): its row's scale squared times its
     input's energy.
     """
@@ -180,17 +180,17 @@ def _weights(scale: Tensor | None, hessian: Tensor | None, how: How) -> Tensor |
     return (
         (energy if scale is None else scale.square()[:, None] * energy)
         .expand(len(scale) if scale is not None else 1, -1)
-        .reshape(-1, how.vector)
+        .reshape(-1, options.vector)
     )
 
 
-def _in_turns(fitted: Fitted, weight: Tensor, hessian: Tensor, how: How) -> Fitted:
+def _in_turns(fitted: Fitted, weight: Tensor, hessian: Tensor, options: LayerOptions) -> Fitted:
     """Codes with feedback, then codebook and scales for them; the turn with the least output error
     counts.
     """
     best, least, words = fitted, math.inf, fitted.codebook
     scale = torch.ones(len(weight), device=weight.device) if fitted.scale is None else fitted.scale
-    for _ in range(how.turns):
+    for _ in range(options.turns):
         unit = weight / scale.clamp_min(1e-30)[:, None] if fitted.scale is not None else weight
         codes = feedback.assign(unit, hessian, words)
         words = feedback.best_codebook(weight, codes, words, scale, hessian)

@@ -68,22 +68,21 @@ def _assign_columns(w: Tensor, factor: Tensor, codebook: Tensor) -> Tensor:
     blocks, b, n = w.shape
     d = codebook.shape[1]
     codes = torch.empty(blocks, b // d, n, dtype=torch.int64, device=w.device)
-    eye, ones = (
-        torch.eye(d, device=w.device).expand(blocks, d, d),
-        w.new_ones(blocks, len(codebook), 1),
-    )
+    eye = torch.eye(d, device=w.device).expand(blocks, d, d)
+    ones = w.new_ones(blocks, len(codebook), 1)
     for j in range(b // d):
-        here, later = slice(d * j, d * j + d), slice(d * j + d, b)
-        turn = torch.linalg.solve_triangular(factor[:, here, here], eye, upper=True)
+        block = slice(d * j, d * j + d)
+        later = slice(d * j + d, b)
+        turn = torch.linalg.solve_triangular(factor[:, block, block], eye, upper=True)
         turned = codebook @ turn
-        v = w[:, here].mT @ turn
+        v = w[:, block].mT @ turn
         chosen, _ = smallest(
             torch.cat([v, v.new_ones(blocks, n, 1), v.square().sum(-1, keepdim=True)], -1)
             @ torch.cat([turned * -2, turned.square().sum(-1, keepdim=True), ones], -1).mT
         )
         codes[:, j] = chosen
         missed = v - turned.gather(1, chosen[..., None].expand(-1, -1, d))
-        w[:, later].baddbmm_(factor[:, here, later].mT, missed.mT, alpha=-1)
+        w[:, later].baddbmm_(factor[:, block, later].mT, missed.mT, alpha=-1)
     return codes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..files.checkpoint import CODEWORDS
 from ..recipe import FromPreset
 from . import codebook as codebooks
-from .fit import How
+from .fit import LayerOptions
 
 LAYOUTS = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits a weight → codewords, weights each
 PRESETS = {
@@ -128,6 +128,6 @@ class Recipe(FromPreset):
         )
         return codebooks.fitting_codewords(codewords, vector, shape), vector
 
-    def how(self, layout: tuple[int, int]) -> How:
+    def layer_options(self, layout: tuple[int, int]) -> LayerOptions:
         """The choices for a layer of this layout."""
-        return How(*layout, scaled=self.scaled, rotation=self.rotation, turns=self.turns)
+        return LayerOptions(*layout, scaled=self.scaled, rotation=self.rotation, turns=self.turns)

@@ -1,12 +1,11 @@
 """Linear layers of codewords that can be trained: what calibration puts in the 16-bit layers'
 places.
 
-    Hard    W = scale * C[a]                          codebook, scales and bias are parameters
-    Soft    W = sum_n r_n C[a_n], r = softmax(z)      the ratios too, until all are decided (VQ4DiT,
-      eq. 6)
+    HardVQLinear    W = scale * C[a]                      codebook, scales and bias are parameters
+    SoftVQLinear    W = sum_n r_n C[a_n], r = softmax(z)  the ratios too, until all are decided
 
-A layer of the file may be several modules of the model (q, k and v, say): each `Part` computes its
-rows of the layer.
+(VQ4DiT, Deng et al., 2024, arXiv:2408.17131, eq. 6.) A layer of the file may be several modules of
+the model (q, k and v, say): each `RowSlice` computes its rows of the layer.
 """
 
 import torch
@@ -20,7 +19,7 @@ FROZEN = 0.99  # a ratio above it is decided
 _DECIDED = 1e4  # z of a decided candidate; the others have 0: softmax gives 1 and 0 exactly
 
 
-class Hard(nn.Module):
+class HardVQLinear(nn.Module):
     """Codes are fixed; codebook, scale and bias are parameters."""
 
     def __init__(self, fitted: Fitted):
@@ -52,7 +51,7 @@ class Hard(nn.Module):
         )
 
 
-class Soft(Hard):
+class SoftVQLinear(HardVQLinear):
     """Sub-vectors are mixtures of their nearest codewords until their ratios are decided."""
 
     def __init__(self, fitted: Fitted, weight: Tensor, count: int, inverse: bool = True):
@@ -116,10 +115,10 @@ class Soft(Hard):
             self.codebook.requires_grad_(True)
 
 
-class Part(nn.Module):
+class RowSlice(nn.Module):
     """The rows start..stop of a layer, as the model's module in its place."""
 
-    def __init__(self, layer: Hard, start: int, stop: int):
+    def __init__(self, layer: HardVQLinear, start: int, stop: int):
         super().__init__()
         self.layer, self.start, self.stop = layer, start, stop
         self.in_features = layer.codes.shape[1] * layer.codebook.shape[1]

@@ -33,7 +33,7 @@ class Call:
         return Call(*mapped((self.args, self.kwargs), lambda tensor: tensor.to(device, copy=True)))
 
 
-class _Seen(Exception):
+class _Reached(Exception):
     """The block of interest is through: the rest of the model need not run."""
 
 
@@ -54,9 +54,15 @@ def mapped(value, change: Callable[[Tensor], Tensor]):
 
 def tensors_of(value) -> list[Tensor]:
     """All floating-point tensors of such a nest, in order."""
-    found: list[Tensor] = []
-    mapped(value, lambda tensor: found.append(tensor) if tensor.is_floating_point() else None)
-    return found
+    tensors: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            tensors.append(tensor)
+        return tensor
+
+    mapped(value, keep)
+    return tensors
 
 
 @contextmanager
@@ -104,49 +110,60 @@ def order(
     return reached
 
 
-@torch.no_grad()
-def visit(
-    model: nn.Module,
-    name: str,
-    times: int,
-    calls: Iterable[Call],
-    device: torch.device | str,
-    inputs: bool = False,
-    outputs: bool = False,
-) -> tuple[list[Call], list[list[Tensor]]]:
-    """What a module is given, and what it gives, during the calls; each call ends when the module
-    was reached `times` times.
-
-    Returns its arguments and the float tensors of its results, on the CPU.
+def inputs_of(
+    model: nn.Module, name: str, times: int, calls: Iterable[Call], device: torch.device | str
+) -> list[Call]:
+    """What a module is given during the calls, on the CPU; each call ends when the module was
+    reached `times` times.
     """
     given: list[Call] = []
+
+    def keep(_module, args, kwargs) -> None:
+        given.append(Call(_own(args, "cpu"), _own(kwargs, "cpu")))
+
+    handle = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+    with hooks(handle):
+        _replay(model, name, times, calls, device)
+    return given
+
+
+def outputs_of(
+    model: nn.Module, name: str, times: int, calls: Iterable[Call], device: torch.device | str
+) -> list[list[Tensor]]:
+    """What a module gives: the float tensors of its results, in the same way."""
     results: list[list[Tensor]] = []
-    seen = {"count": 0}
 
-    def before(_module, args, kwargs):
-        if inputs:
-            given.append(Call(_own(args, "cpu"), _own(kwargs, "cpu")))
+    def keep(_module, _args, result) -> None:
+        results.append([tensor.detach().to("cpu", copy=True) for tensor in tensors_of(result)])
 
-    def after(_module, _args, result):
-        if outputs:
-            results.append([tensor.detach().to("cpu", copy=True) for tensor in tensors_of(result)])
-        seen["count"] += 1
-        if seen["count"] == times:
-            raise _Seen
+    with hooks(model.get_submodule(name).register_forward_hook(keep)):
+        _replay(model, name, times, calls, device)
+    return results
 
-    module = model.get_submodule(name)
-    with hooks(
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after),
-    ):
+
+@torch.no_grad()
+def _replay(
+    model: nn.Module, name: str, times: int, calls: Iterable[Call], device: torch.device | str
+) -> None:
+    """Calls the model as it was called; each call ends once the module was through `times`
+    times.
+    """
+    reached = 0
+
+    def count(*_) -> None:
+        nonlocal reached
+        reached += 1
+        if reached == times:
+            raise _Reached
+
+    with hooks(model.get_submodule(name).register_forward_hook(count)):
         for call in calls:
-            seen["count"] = 0
-            here = call.to(device)
+            reached = 0
+            arguments = call.to(device)
             try:
-                model(*here.args, **here.kwargs)
-            except _Seen:
+                model(*arguments.args, **arguments.kwargs)
+            except _Reached:
                 continue
-    return given, results
 
 
 def beside(model: nn.Module, shared: Iterable[str]) -> nn.Module:

@@ -70,8 +70,10 @@ def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, 
     """
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
     modules, size = recorder.find_linears(flux), source.bytes
+    target = pictures.FLUX_FILE.with_name("rounded.safetensors")  # never written
     with torch.no_grad():
-        for layer in pipeline.plan(source.shapes, Recipe.from_preset("fast"), source.name):
+        job = pipeline.VQJob.prepare(source, target, Recipe.from_preset("fast"))
+        for layer in job.layers:
             if layer.action == "keep":
                 continue
             size += (
@@ -161,7 +163,7 @@ def flux_layer(preset: str, bits: int, n: int, k: int) -> dict:
         stats.update(torch.randn(2048, k, generator=generator))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()
-    fitting.fit(weight, None, stats, recipe.how(recipe.layout((n, k))), generator)
+    fitting.fit(weight, None, stats, recipe.layer_options(recipe.layout((n, k))), generator)
     seconds = time.process_time() - began
     planned = pipeline.predict(known_shapes("flux1-dev"), recipe, "flux1-dev")
     weights = sum(

@@ -5,10 +5,9 @@ picture.
 import pytest
 import torch
 
-from nibble.kernels import ops, reference
-
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options
 from compare import assert_sqnr, assert_twice_plain
+from nibble.kernels import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nibble.kernels import reference
-from nibble.quant.weights.packing import unpack_int4
-
 from cases import SMALL, Case, make_input, make_w4a4, options
 from compare import assert_same, assert_twice_plain
+from nibble.kernels import reference
+from nibble.quant.weights.packing import unpack_int4
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HALVES = FLOATS[:2]

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nibble.kernels import reference
-
 from cases import SMALL, Case, make_input, make_w4a16
 from compare import assert_same, assert_sqnr, assert_twice_plain
+from nibble.kernels import reference
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HALVES = FLOATS[:2]

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nibble.kernels import dispatch, ops, reference
-from nibble.quant.weights.packing import dequantize_groups, pack_int4, unpack_int4
-
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
 from compare import assert_sqnr, assert_twice_plain
+from nibble.kernels import dispatch, ops, reference
+from nibble.quant.weights.packing import dequantize_groups, pack_int4, unpack_int4
 
 ORDER = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 LISTS = ("weight", "weight_scale", "proj_down", "proj_up", "bias")

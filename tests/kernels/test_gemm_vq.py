@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nibble.kernels import dispatch, hadamard64, launch, ops, reference_vq, which
-from nibble.quant.weights.packing import pack_indices, unpack_indices
-
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_twice_plain, relative_error
+from nibble.kernels import dispatch, hadamard64, launch, ops, reference_vq, which
+from nibble.quant.weights.packing import pack_indices, unpack_indices
 
 PLAIN, ROTATED, NO_BIAS = SMALL[0], SMALL[-1], SMALL[5]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

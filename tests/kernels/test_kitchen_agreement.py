@@ -5,10 +5,9 @@ through ours.
 import pytest
 import torch
 
-from nibble.kernels import SHIFT, kitchen, ops
-
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options
 from compare import relative_error, sqnr_db
+from nibble.kernels import SHIFT, kitchen, ops
 
 comfy_kitchen = pytest.importorskip(
     "comfy_kitchen",

@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 
-from nibble.kernels import dispatch, launch, native, ops, reference, reference_vq, which
-
 from cases import SMALL, Case, make_input, make_vq, make_w4a4, make_w4a16, options
 from compare import assert_same
+from nibble.kernels import dispatch, launch, native, ops, reference, reference_vq, which
 from stand_in import StandIn
 
 PLAIN, UNSIGNED, ROTATED = SMALL[0], SMALL[-2], SMALL[-1]

@@ -10,10 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nibble.kernels import launch, native, ops, reference, which
-
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
 from compare import assert_same, assert_twice_plain
+from nibble.kernels import launch, native, ops, reference, which
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")

@@ -7,11 +7,10 @@ to float64, and to itself: neither the number of threads nor a token's company c
 import pytest
 import torch
 
-from nibble.kernels import SHIFT, launch, native, reference
-from nibble.quant.weights.packing import pack_int4, unpack_int4
-
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_same, assert_twice_plain, relative_error
+from nibble.kernels import SHIFT, launch, native, reference
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")

@@ -5,10 +5,9 @@ forms of codes, bit for bit the same.
 import pytest
 import torch
 
-from nibble.kernels import launch, native, ops, reference, which
-
 from cases import Case, make_input, make_w4a4, make_w4a16
 from compare import assert_twice_plain
+from nibble.kernels import launch, native, ops, reference, which
 
 module, reason = native.module()
 BF16 = torch.bfloat16

@@ -5,11 +5,10 @@ tables and by panels.
 import pytest
 import torch
 
-from nibble.kernels import launch, native, reference_vq
-from nibble.quant.weights.packing import pack_indices
-
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_twice_plain
+from nibble.kernels import launch, native, reference_vq
+from nibble.quant.weights.packing import pack_indices
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(

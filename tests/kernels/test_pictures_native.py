@@ -12,7 +12,6 @@ from nibble.kernels import native, which  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant.svdquant.quantize import quantize_checkpoint  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-
 from plain import plain_torch  # noqa: E402
 
 PROMPTS, SEEDS, STEPS = 2, range(2), 12

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from nibble.kernels import native
-
 import check_resources
 from check_resources import (
     BOUNDS,
@@ -23,6 +21,7 @@ from check_resources import (
     read_ptxas,
     tool,
 )
+from nibble.kernels import native
 
 MANGLED = "_ZN6nibble4cuda4gemmILi128ELi64ELb1EEEvNS0_4ArgsE"
 PTXAS = f"""ptxas info    : 0 bytes gmem

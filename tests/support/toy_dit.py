@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from nibble.quant.architectures import LayerPlan
-from nibble.quant.vq4dit.calibrate import Classroom, Teacher, learn
+from nibble.quant.calibration.measurement import Teacher
+from nibble.quant.vq4dit.calibrate import BlockCalibrator, learn
 from nibble.quant.vq4dit.fit import fit
 from nibble.quant.vq4dit.recipe import Recipe
-from nibble.quant.vq4dit.student import Hard, Soft
+from nibble.quant.vq4dit.student import HardVQLinear, SoftVQLinear
 from nibble.quant.vq4dit.trajectory import record
 
 WIDTH, TOKENS, CHANNELS, CLASSES = 64, 8, 16, 4
@@ -110,13 +111,13 @@ def quantized(recipe: Recipe, layers=tuple(LAYERS), watch=lambda *_: None) -> nn
     """A student whose layers were calibrated block by block; leaves inference mode for it, as the
     pipeline does.
     """
-    room = Classroom(teacher(), layers)
-    for block, names in room.blocks.items():
-        inputs, stats = room.inputs(block)
-        lesson, students = room.lesson(block, inputs), {}
+    calibrator = BlockCalibrator(teacher(), layers)
+    for block, names in calibrator.blocks.items():
+        inputs, stats = calibrator.inputs(block)
+        targets, students = calibrator.targets(block, inputs), {}
         for name in names:
-            linear = room.teacher.model.get_submodule(name)
-            how = recipe.how(recipe.layout(tuple(linear.weight.shape)))
+            linear = calibrator.teacher.model.get_submodule(name)
+            how = recipe.layer_options(recipe.layout(tuple(linear.weight.shape)))
             fitted = fit(
                 linear.weight,
                 linear.bias,
@@ -126,12 +127,14 @@ def quantized(recipe: Recipe, layers=tuple(LAYERS), watch=lambda *_: None) -> nn
             )
             soft = recipe.preset == "vq4dit" and recipe.candidates > 1
             students[name] = (
-                Soft(fitted, linear.weight, recipe.candidates) if soft else Hard(fitted)
+                SoftVQLinear(fitted, linear.weight, recipe.candidates)
+                if soft
+                else HardVQLinear(fitted)
             )
-            room.install(name, students[name])
+            calibrator.install(name, students[name])
         if recipe.steps:
-            learn(room.student.get_submodule(block), students, lesson, recipe, 0, watch)
-    return room.student
+            learn(calibrator.student.get_submodule(block), students, targets, recipe, 0, watch)
+    return calibrator.student
 
 
 def error(student: nn.Module) -> float:

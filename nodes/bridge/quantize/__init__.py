@@ -1,6 +1,7 @@
 """16 bit becomes a low-bit file.
 
-job.py              find, plan, measure or not, write
+job.py              a node's request: find, prepare, measure or not, write; the same for all methods
+svdquant.py         what only SVDQuant needs: prompts for 'best', its file's name
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
 record_inputs.py    what layers read while ComfyUI samples
 patched_weights.py  a MODEL's weights with its LoRAs

@@ -17,9 +17,9 @@ import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
+from ....quant.monitor import BlockError
 from ....quant.report import LayerRow, Report
 from ....quant.vq4dit.codebook_usage import LayerUse
-from ....quant.vq4dit.quantize import BlockError
 from ..host import charts
 from ..host.progress import Progress
 
@@ -30,7 +30,9 @@ class LiveBlocks:
     """Draws the error of the blocks while they are calibrated: called with each BlockError."""
 
     def __init__(self, title: str, subtitle: str, progress: Progress):
-        self.title, self.subtitle, self.progress = title, subtitle, progress
+        self.title = title
+        self.subtitle = subtitle
+        self.progress = progress
         self.rows: dict[int, dict] = {}
         self._drawn = 0.0
 
@@ -72,10 +74,10 @@ class LiveBlocks:
 
 
 def _layouts(layers: dict[str, dict]) -> str:
-    found = Counter((layer["codewords"], layer["vector"]) for layer in layers.values())
+    counts = Counter((layer["codewords"], layer["vector"]) for layer in layers.values())
     return ", ".join(
         f"{count} of {codewords} codewords of {vector}"
-        for (codewords, vector), count in found.most_common()
+        for (codewords, vector), count in counts.most_common()
     )
 
 
@@ -84,14 +86,14 @@ def bits_per_weight(file: QuantizedFile) -> float:
     biases.
     """
     total = weights = 0
-    for name, facts in file.layers.items():
+    for name, config in file.layers.items():
         sizes = {
             key.removeprefix(f"{name}."): info
             for key, info in file.header.tensors.items()
             if key.startswith(f"{name}.weight")
         }
         n, width = sizes["weight"].shape
-        weights += n * (width * 8 // (facts["codewords"].bit_length() - 1)) * facts["vector"]
+        weights += n * (width * 8 // (config["codewords"].bit_length() - 1)) * config["vector"]
         total += sum(info.nbytes for info in sizes.values())
     return 8 * total / weights
 
@@ -137,10 +139,18 @@ def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
     """What a file of codewords is made of: bits, use of the codebooks, error of each layer where
     the file's report tells it.
     """
-    report, by_name = _report(file), {use.name: use for use in uses}
+    report = _report(file)
+    by_name = {use.name: use for use in uses}
     known = {row.name: row for row in report.rows}
     report.rows = list(known.values()) + [
-        LayerRow(use.name, "vq", "", None, 2 * use.weights, use.nbytes)
+        LayerRow(
+            name=use.name,
+            action="vq",
+            why="",
+            db=None,
+            bytes_before=2 * use.weights,
+            bytes_after=use.nbytes,
+        )
         for use in uses
         if use.name not in known
     ]
@@ -158,7 +168,8 @@ def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
                 f"{use.used} of {use.codewords} codewords used, {use.entropy:.2f} of {bits} bits,"
                 f" {use.bits_per_weight:.2f} bits a weight"
             )
-    used, made = sum(use.used for use in uses), sum(use.codewords for use in uses)
+    used = sum(use.used for use in uses)
+    made = sum(use.codewords for use in uses)
     weights = sum(use.weights for use in uses)
     share = sum(use.share * use.weights for use in uses) / weights
     lines = [

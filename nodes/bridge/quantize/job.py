@@ -1,42 +1,59 @@
-"""The quantize node's work: find source and target, measure what the layers see, run the pipeline,
+"""A quantize node's work: find source and target, prepare, measure what the layers read, write,
 leave memory as it was.
+
+    request.run()  →  QuantizeJob.prepare      the plan, and one look at the target
+                      existing report?         done already: nothing is loaded
+                      recording                the 16-bit model and what to draw with it, or why not
+                      existing report?         done already with this measurement
+                      write                    measure, then quantize
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.architectures import plan, recognise
+from ....quant.calibration.measurement import Measurement
+from ....quant.checkpoint_run import QuantizeJob
 from ....quant.files.checkpoint import FileRefused
 from ....quant.files.source import Source, StateDictSource
+from ....quant.monitor import Monitor
 from ....quant.report import Report
-from ....quant.svdquant.quantize import calibrated_on, quantize_checkpoint
-from ....quant.svdquant.recipe import Recipe
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER, quantized_files
 from . import record_inputs
 from .patched_weights import PatchedWeights
+from .record_inputs import NotMeasured, Recording
 
-NO_PROMPTS = (
-    "The preset 'best' watches the model draw your own prompts. Connect a text encoder's"
-    " CONDITIONING to 'positive' (several prompts: join them with Conditioning (Combine)), or"
-    " choose the preset 'fast'."
-)
 MEASURED_ON_NOISE = "inputs were measured on noise and random conditioning"
 
 
-@dataclass
-class Job:
-    """What the user asked for. model_name is used unless a model is connected."""
+def sources() -> list[str]:
+    """Files that can be quantized: ComfyUI's diffusion models that are not quantized by
+    Nibble yet.
+    """
+    quantized = set(quantized_files())
+    names = folders.names(FOLDER, (".safetensors", ".sft"))
+    return [name for name in names if name not in quantized]
+
+
+@dataclass(kw_only=True)
+class QuantizeRequest(ABC):
+    """What the user asked for. model_name is used unless a model is connected; steps are the
+    sampler's; memory_gb is for measurements.
+    """
+
+    method: ClassVar[type[QuantizeJob]]
 
     model_name: str
-    recipe: Recipe
+    recipe: Any
     filename: str = ""
     overwrite: bool = False
     model: ModelPatcher | None = None
@@ -46,134 +63,144 @@ class Job:
     memory_gb: float = 4.0
     node_id: str | None = None
 
+    def run(self) -> tuple[str, Report]:
+        """Quantizes; returns the new file's name for the load node, and the report. Raises
+        FileRefused and ValueError in plain words.
+        """
+        self.check()
+        source = self.open_source()
+        target, name = folders.place(
+            new_name(self.origin, self.filename, self.ending), FOLDER, beside=source.path
+        )
+        job = self.method.prepare(source, target, self.recipe)
+        try:
+            report = self.existing_report(job)
+            if report is None:
+                report = self._measure_and_write(job, name)
+        finally:
+            comfy.model_management.soft_empty_cache()
+        # so that the load node of this very graph finds the file
+        folders.refresh(FOLDER)
+        return name, report
 
-def sources() -> list[str]:
-    """Files that can be quantized: ComfyUI's diffusion models that are not quantized by
-    Nibble yet.
-    """
-    done = set(quantized_files())
-    return [name for name in folders.names(FOLDER, (".safetensors", ".sft")) if name not in done]
+    @property
+    @abstractmethod
+    def ending(self) -> str:
+        """What is added to the origin's name where the user gave none."""
 
+    def check(self) -> None:  # noqa: B027  (most requests can be tried)
+        """Raises ValueError for a request that cannot be met, before anything is read."""
 
-def run(job: Job) -> tuple[str, Report]:
-    """Quantizes; returns the new file's name for the load node, and the report. Raises FileRefused
-    and ValueError in plain words.
-    """
-    if job.recipe.preset == "best" and not job.positive:
-        raise ValueError(NO_PROMPTS)
-    source = source_of(job)
-    target, name = folders.place(
-        file_name(origin_of(job), job.filename, job.recipe.rank), FOLDER, beside=source.path
-    )
-    layers = plan(source.shapes, recognise(source.shapes, source.name), job.recipe, source.name)
-    names = [layer.name for layer in layers if layer.action != "keep"]
-    try:
-        facts = facts_without_prompts(target, source, job)
+    def existing_report(self, job: QuantizeJob) -> Report | None:
+        """All is done already, whatever it was measured on: without prompts, the model need not
+        even be loaded to see it.
+        """
+        if self.positive or job.existing is None:
+            return None
+        if job.existing.fact("calibration").get("kind") == "prompts":
+            return None
+        return job.existing_report()
+
+    def random_pictures(self, patcher: ModelPatcher) -> record_inputs.Pictures | NotMeasured:
+        """What to draw where the user gave no prompts."""
+        return record_inputs.random_pictures(patcher, self.recipe.seed)
+
+    def provenance(self, recording: Recording | NotMeasured) -> dict:
+        """Where the measurement comes from, for the file's metadata."""
+        if isinstance(recording, NotMeasured):
+            return {"kind": "weights only"}
+        return recording.pictures.provenance()
+
+    def write(
+        self, job: QuantizeJob, recording: Recording | NotMeasured, provenance: dict
+    ) -> Report:
+        """Measures what can be measured, and quantizes."""
         statistics = {}
-        if facts is None:
-            facts, statistics = _measure(job, source, target, name, names)
-        # decomposing layers needs VRAM, and a model that was only measured is not needed again
+        if isinstance(recording, Recording) and self.reads_inputs:
+            statistics = record_inputs.record(
+                recording, job.quantized_names, self.memory_cap, Progress("measuring", self.node_id)
+            )
+        # quantizing needs VRAM, and a model that was only measured is not needed again
         comfy.model_management.unload_all_models()
-        report = quantize_checkpoint(
-            source,
-            target,
-            job.recipe,
-            statistics.get,
-            Progress("quantizing", job.node_id),
-            Progress.check,
+        return job.write(
+            Measurement(provenance, statistics.get),
+            Monitor(Progress("quantizing", self.node_id), Progress.check),
             comfy.model_management.get_torch_device(),
-            facts,
         )
-    finally:
-        comfy.model_management.soft_empty_cache()
-    folders.refresh(FOLDER)
-    return name, report
+
+    @property
+    def noise_note(self) -> str:
+        """What the report says of a measurement without prompts."""
+        return MEASURED_ON_NOISE
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the recipe has a use for recorded inputs."""
+        return True
+
+    @property
+    def memory_cap(self) -> int:
+        """Bytes of measurements to hold at once."""
+        return int(self.memory_gb * 1e9)
+
+    @property
+    def origin(self) -> str:
+        """What the new file is named after."""
+        if self.model is None:
+            return self.model_name
+        return f"{type(self.model.model).__name__.lower()}-patched"
+
+    def open_source(self) -> Source | StateDictSource:
+        """The weights to quantize: the connected model's, else the file's."""
+        if self.model is not None:
+            return StateDictSource(PatchedWeights(self.model))
+        return Source(folders.path_of(self.model_name))
+
+    def _measure_and_write(self, job: QuantizeJob, name: str) -> Report:
+        recording = self._recording(job.source)
+        provenance = self.provenance(recording)
+        report = job.existing_report(provenance)
+        if report is not None:
+            return report
+        if job.target.exists() and not self.overwrite:
+            raise FileRefused(
+                f"{name} exists already and was made with other options; switch 'overwrite' on, or"
+                " give another filename."
+            )
+        if isinstance(recording, NotMeasured):
+            job.source.notes.append(recording.note)
+        elif not self.positive:
+            job.source.notes.append(self.noise_note)
+        return self.write(job, recording, provenance)
+
+    def _recording(self, source: Source | StateDictSource) -> Recording | NotMeasured:
+        """The 16-bit model and what to draw with it, or why the weights alone are used."""
+        asked = self.model is not None or self.positive
+        if not asked and not record_inputs.fits_in_memory(source.bytes):
+            return NotMeasured(
+                "the 16-bit model does not fit in memory",
+                advice="connect 'positive' to measure anyway",
+            )
+        patcher = self.model
+        if patcher is None:
+            patcher = comfy.sd.load_diffusion_model(str(source.path))
+        if self.positive:
+            pictures = record_inputs.pictures_of(
+                patcher, self.positive, self.latent, self.steps, self.recipe.seed
+            )
+            return Recording(patcher, pictures)
+        pictures = self.random_pictures(patcher)
+        if isinstance(pictures, NotMeasured):
+            return pictures
+        return Recording(patcher, pictures)
 
 
-def _measure(job: Job, source, target: Path, name: str, names: list[str]) -> tuple[dict, dict]:
-    """(what the statistics come from, the statistics by layer): records the model's inputs, unless
-    the target has the result already.
+def new_name(origin: str, filename: str, ending: str) -> str:
+    """The new file's name in ComfyUI's lists: as asked for, else beside its origin, with a method's
+    ending.
     """
-    drawing = drawing_for(job, source)
-    facts = {"kind": "weights only"} if isinstance(drawing, str) else drawing[1].facts()
-    if calibrated_on(target, source, job.recipe) == facts:
-        return facts, {}
-    refuse_existing(job, target, name)
-    if isinstance(drawing, str):
-        source.notes.append(drawing)
-        return facts, {}
-    patcher, pictures = drawing
-    source.notes += [] if job.positive else [MEASURED_ON_NOISE]
-    return facts, record_inputs.record(
-        patcher, names, pictures, int(job.memory_gb * 1e9), Progress("measuring", job.node_id)
-    )
-
-
-def refuse_existing(job, target: Path, name: str) -> None:
-    """Raises FileRefused where another file stands in the way and may not be replaced."""
-    if target.exists() and not job.overwrite:
-        raise FileRefused(
-            f"{name} exists already and was made with other options; switch 'overwrite' on, or give"
-            " another filename."
-        )
-
-
-def drawing_for(job, source, **random) -> tuple[ModelPatcher, record_inputs.Pictures] | str:
-    """(the 16-bit model, what to draw with it), or why the weights alone are used. random: changes
-    of `calibration.random_pictures`.
-    """
-    if job.model is None and not job.positive and not record_inputs.fits_in_memory(source.bytes):
-        return (
-            "the 16-bit model does not fit in memory, so the weights alone were used; connect"
-            " 'positive' to measure anyway"
-        )
-    patcher = (
-        job.model if job.model is not None else comfy.sd.load_diffusion_model(str(source.path))
-    )
-    if job.positive:
-        return patcher, record_inputs.pictures_of(
-            patcher, job.positive, job.latent, job.steps, job.recipe.seed
-        )
-    pictures = record_inputs.random_pictures(patcher, job.recipe.seed, **random)
-    return (
-        f"{pictures}, so the weights alone were used"
-        if isinstance(pictures, str)
-        else (patcher, pictures)
-    )
-
-
-def facts_without_prompts(target: Path, source, job) -> dict | None:
-    """The same for a job without prompts: the model need not even be loaded to see that all is
-    done.
-    """
-    facts = calibrated_on(target, source, job.recipe) if not job.positive else None
-    return facts if facts and facts.get("kind") != "prompts" else None
-
-
-def file_name(origin: str, filename: str, rank: int) -> str:
-    """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
-    return named(origin, filename, f"svdq-int4-r{rank}")
-
-
-def named(origin: str, filename: str, ending: str) -> str:
-    """The same for any method: its ending is added to the origin's name."""
-    name = filename.strip() or str(
-        Path(origin).with_name(f"{Path(origin).name.removesuffix('.safetensors')}-{ending}")
-    )
+    name = filename.strip()
+    if not name:
+        stem = Path(origin).name.removesuffix(".safetensors")
+        name = str(Path(origin).with_name(f"{stem}-{ending}"))
     return name if name.endswith(".safetensors") else f"{name}.safetensors"
-
-
-def source_of(job) -> Source | StateDictSource:
-    """The weights to quantize: the connected model's, else the file's."""
-    return (
-        StateDictSource(PatchedWeights(job.model))
-        if job.model is not None
-        else Source(folders.path_of(job.model_name))
-    )
-
-
-def origin_of(job) -> str:
-    """What the new file is named after."""
-    return (
-        job.model_name if job.model is None else f"{type(job.model.model).__name__.lower()}-patched"
-    )

@@ -9,7 +9,6 @@ layers can be recorded in as many passes as the memory cap demands.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +21,6 @@ from comfy.model_patcher import ModelPatcher
 from ....quant.calibration.recorder import collect
 from ....quant.calibration.statistics import InputStats
 from ..host.progress import Progress
-
-log = logging.getLogger("nibble")
 
 # Where ComfyUI's transformers take their text in, in order of trial; the width of the first that
 # exists is the conditioning's.
@@ -53,18 +50,13 @@ class Pictures:
     seed: int
     kind: str  # "prompts" | "random conditioning"
 
-    def facts(self) -> dict:
+    def provenance(self) -> dict:
         """What the recording depends on, for the file's metadata."""
         digest = hashlib.sha256()
-        for prompt in self.prompts:
-            for tensor in [
-                prompt[0][0],
-                *(
-                    value
-                    for _, value in sorted(prompt[0][1].items())
-                    if isinstance(value, torch.Tensor)
-                ),
-            ]:
+        for [entry] in self.prompts:
+            tokens, extras = entry[0], entry[1]
+            others = [extras[key] for key in sorted(extras)]
+            for tensor in [tokens, *(value for value in others if isinstance(value, torch.Tensor))]:
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return {
             "kind": self.kind,
@@ -76,17 +68,39 @@ class Pictures:
         }
 
 
+@dataclass(frozen=True)
+class Recording:
+    """A 16-bit model, and what to draw with it while its layers are watched."""
+
+    patcher: ModelPatcher
+    pictures: Pictures
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Why the 16-bit model is not run, and what would change that."""
+
+    reason: str
+    advice: str = ""
+
+    @property
+    def note(self) -> str:
+        """For the report of a quantization that does without."""
+        note = f"{self.reason}, so the weights alone were used"
+        return f"{note}; {self.advice}" if self.advice else note
+
+
 def pictures_of(
     patcher: ModelPatcher, positive: list, latent: dict | None, steps: int, seed: int
 ) -> Pictures:
     """The user's own: each entry of a CONDITIONING is a prompt; a LATENT gives the size."""
     samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, PROMPT_PIXELS)
     return Pictures(
-        [[entry] for entry in positive],
-        comfy.sample.fix_empty_latent_channels(patcher, samples),
-        steps,
-        seed,
-        "prompts",
+        prompts=[[entry] for entry in positive],
+        latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
+        steps=steps,
+        seed=seed,
+        kind="prompts",
     )
 
 
@@ -96,39 +110,39 @@ def random_pictures(
     prompts: int = RANDOM_PROMPTS,
     steps: int = RANDOM_STEPS,
     latent: dict | None = None,
-) -> Pictures | str:
+) -> Pictures | NotMeasured:
     """Random conditioning for a model, or the reason why there is none. A LATENT gives the size."""
-    modules = dict(patcher.model.diffusion_model.named_modules())
-
-    def width(names):
-        return next(
-            (
-                modules[name].in_features
-                for name in names
-                if hasattr(modules.get(name), "in_features")
-            ),
-            None,
-        )
-
-    tokens, pooled = width(_TOKEN_INPUTS), width(_POOLED_INPUTS)
+    tokens = _input_width(patcher, _TOKEN_INPUTS)
+    pooled = _input_width(patcher, _POOLED_INPUTS)
     if tokens is None:
-        return f"Nibble does not know how {type(patcher.model).__name__} takes its prompt"
+        return NotMeasured(
+            f"Nibble does not know how {type(patcher.model).__name__} takes its prompt"
+        )
     generator = torch.Generator().manual_seed(seed)
 
-    def prompt():
-        extras = (
-            {} if pooled is None else {"pooled_output": torch.randn(1, pooled, generator=generator)}
-        )
+    def prompt() -> list:
+        extras = {}
+        if pooled is not None:
+            extras["pooled_output"] = torch.randn(1, pooled, generator=generator)
         return [[torch.randn(1, TOKENS, tokens, generator=generator) * TOKEN_STD, extras]]
 
     samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, RANDOM_PIXELS)
     return Pictures(
-        [prompt() for _ in range(prompts)],
-        comfy.sample.fix_empty_latent_channels(patcher, samples),
-        steps,
-        seed,
-        "random conditioning",
+        prompts=[prompt() for _ in range(prompts)],
+        latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
+        steps=steps,
+        seed=seed,
+        kind="random conditioning",
     )
+
+
+def _input_width(patcher: ModelPatcher, names: tuple[str, ...]) -> int | None:
+    """Inputs of the first of these modules that the model has as a linear."""
+    modules = dict(patcher.model.diffusion_model.named_modules())
+    for name in names:
+        if hasattr(modules.get(name), "in_features"):
+            return modules[name].in_features
+    return None
 
 
 def empty_latent(patcher: ModelPatcher, pixels: int) -> torch.Tensor:
@@ -149,34 +163,36 @@ def fits_in_memory(nbytes: int) -> bool:
 
 
 def record(
-    patcher: ModelPatcher, names: list[str], pictures: Pictures, cap: int, progress: Progress
+    recording: Recording, names: list[str], cap: int, progress: Progress
 ) -> dict[str, InputStats]:
     """Statistics of the named layers' inputs over all pictures, at most `cap` bytes of them in work
     at a time.
     """
+    pictures = recording.pictures
     total = len(pictures.prompts) * pictures.steps
     state = {"pass": 0, "step": 0}
 
-    def stepped(*_):
+    def stepped(*_) -> None:
         state["step"] += 1
         progress(min(state["step"], total), total, f"pass {state['pass'] + 1}")
 
-    def passed(done: int, passes: int):
+    def passed(done: int, passes: int) -> None:
         state.update({"pass": done, "step": 0})
         progress.say(f"{progress.title}: pass {done} of {passes} done")
 
     return collect(
-        patcher.model.diffusion_model,
+        recording.patcher.model.diffusion_model,
         names,
-        lambda: draw(patcher, pictures, stepped),
+        lambda: draw(recording, stepped),
         cap,
         passed,
         seed=pictures.seed,
     )
 
 
-def draw(patcher: ModelPatcher, pictures: Pictures, stepped: Callable) -> None:
+def draw(recording: Recording, stepped: Callable) -> None:
     """Every picture once, the same each time: Euler, the model's own time schedule, no CFG."""
+    patcher, pictures = recording.patcher, recording.pictures
     for index, prompt in enumerate(pictures.prompts):
         noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)
         sigmas = comfy.samplers.calculate_sigmas(

@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calls import planned_and_opened_once
 from nibble.nodes.bridge.host import charts
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.nodes.bridge.quantize import job as quantizing
-from nibble.nodes.bridge.quantize import patched_weights, record_inputs
+from nibble.nodes.bridge.quantize import patched_weights, record_inputs, vq4dit
+from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.checkpoint_run import LayerQuantizer
 from nibble.quant.files import checkpoint
 from nibble.quant.files.source import Source, StateDictSource
 from nibble.quant.svdquant.recipe import Recipe
@@ -46,8 +49,8 @@ def folder(tmp_path, monkeypatch, flux_file):
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
 
 
-def job(**changes) -> quantizing.Job:
-    return quantizing.Job(
+def request(**changes) -> SVDQuantRequest:
+    return SVDQuantRequest(
         **(
             {"model_name": "flux.safetensors", "recipe": Recipe.from_preset("fast", **QUICK)}
             | changes
@@ -67,19 +70,17 @@ def prompts(count: int) -> list:
     return [entry() for _ in range(count)]
 
 
-def drawn(patcher, count: int = 2) -> record_inputs.Pictures:
-    return record_inputs.pictures_of(
-        patcher, prompts(count), {"samples": torch.zeros(1, 16, 8, 8)}, 2, 0
-    )
+def recording(patcher, count: int = 2) -> record_inputs.Recording:
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    pictures = record_inputs.pictures_of(patcher, prompts(count), latent, 2, 0)
+    return record_inputs.Recording(patcher, pictures)
 
 
 # ---- measuring
 
 
 def test_every_named_layer_is_measured_on_every_prompt(dense_model):
-    stats = record_inputs.record(
-        dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
-    )
+    stats = record_inputs.record(recording(dense_model), LAYERS, 1 << 30, Progress("measuring"))
     assert {name: found.count for name, found in stats.items()} == {
         LAYERS[0]: 2 * 2 * 16,
         LAYERS[1]: 2 * 2 * 22,
@@ -89,11 +90,9 @@ def test_every_named_layer_is_measured_on_every_prompt(dense_model):
 
 
 def test_several_passes_under_a_small_cap_give_the_same_statistics(dense_model):
-    whole = record_inputs.record(
-        dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
-    )
+    whole = record_inputs.record(recording(dense_model), LAYERS, 1 << 30, Progress("measuring"))
     parts = record_inputs.record(
-        dense_model, LAYERS, drawn(dense_model), InputStats.bytes_needed(640), Progress("measuring")
+        recording(dense_model), LAYERS, InputStats.bytes_needed(640), Progress("measuring")
     )
     for name in LAYERS:
         assert torch.equal(whole[name].hessian, parts[name].hessian)
@@ -108,22 +107,22 @@ def test_random_conditioning_has_the_model_s_own_widths(dense_model):
     assert pictures.latent.shape == (1, 16, 32, 32)
     assert not torch.equal(tokens, pictures.prompts[1][0][0])
     again, other = (
-        record_inputs.random_pictures(dense_model, seed=seed).facts() for seed in (0, 1)
+        record_inputs.random_pictures(dense_model, seed=seed).provenance() for seed in (0, 1)
     )
-    assert pictures.facts() == again != other
+    assert pictures.provenance() == again != other
 
 
 def test_a_model_whose_text_input_is_unknown_gets_a_reason(dense_model):
     del dense_model.model.diffusion_model.txt_in
-    assert "does not know how" in record_inputs.random_pictures(dense_model, seed=0)
+    refusal = record_inputs.random_pictures(dense_model, seed=0)
+    assert "does not know how" in refusal.reason
+    assert refusal.note == f"{refusal.reason}, so the weights alone were used"
 
 
 def test_measuring_stops_when_the_user_presses_stop(dense_model):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        record_inputs.record(
-            dense_model, LAYERS, drawn(dense_model), 1 << 30, Progress("measuring")
-        )
+        record_inputs.record(recording(dense_model), LAYERS, 1 << 30, Progress("measuring"))
     assert not any(module._forward_pre_hooks for module in dense_model.model.modules()), (
         "no hook is left behind"
     )
@@ -168,7 +167,7 @@ def test_a_connected_4_bit_model_is_refused(model):
 
 
 def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
-    name, _ = quantizing.run(job())
+    name, _ = request().run()
     assert name == "flux-svdq-int4-r16.safetensors"
     assert (folder / name).exists()
     assert loading.quantized_files() == [name]
@@ -177,7 +176,7 @@ def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
 
 def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypatch):
     monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: True)
-    name, report = quantizing.run(job())
+    name, report = request().run()
     assert report.notes == ["inputs were measured on noise and random conditioning"]
     assert (
         checkpoint.open_quantized(folder / name).fact("calibration")["kind"]
@@ -186,17 +185,34 @@ def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypa
 
 
 def test_a_model_too_large_to_run_is_quantized_from_its_weights_and_says_so(folder):
-    name, report = quantizing.run(job())
+    name, report = request().run()
     assert "weights alone" in report.notes[0]
     assert checkpoint.open_quantized(folder / name).fact("calibration") == {"kind": "weights only"}
 
 
 def test_a_second_run_does_not_even_load_the_model(folder, monkeypatch):
-    _, first = quantizing.run(job())
+    _, first = request().run()
     monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: True)
-    _, second = quantizing.run(job())
+    _, second = request().run()
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
+
+
+@pytest.mark.parametrize("method", ["svdquant", "vq"])
+def test_a_request_plans_once_and_opens_its_target_once(folder, method):
+    if method == "vq":
+        recipes = [
+            vq4dit.recipe_of("fast", 3, codewords=16, vector=4, seed=seed) for seed in (0, 1)
+        ]
+        kind = vq4dit.VQRequest
+    else:
+        recipes = [Recipe.from_preset("fast", **QUICK, seed=seed) for seed in (0, 1)]
+        kind = SVDQuantRequest
+    for recipe, works in ((recipes[0], True), (recipes[0], False), (recipes[1], True)):
+        asked = kind(model_name="flux.safetensors", recipe=recipe, filename="mine", overwrite=True)
+        with planned_and_opened_once(folder / "mine.safetensors", LayerQuantizer.run) as calls:
+            asked.run()
+        assert bool(calls["run"]) == works
 
 
 def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, monkeypatch):
@@ -204,34 +220,34 @@ def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, mon
         Recipe.from_preset("best", **QUICK, smoothing_grid=2),
         {"samples": torch.zeros(1, 16, 8, 8)},
     )
-    task = job(recipe=best, positive=prompts(2), latent=latent, steps=2)
-    _, first = quantizing.run(task)
+    task = request(recipe=best, positive=prompts(2), latent=latent, steps=2)
+    _, first = task.run()
     assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
     monkeypatch.setattr(record_inputs, "record", lambda *_: pytest.fail("measured again"))
-    _, second = quantizing.run(task)
+    _, second = task.run()
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
 
 
 def test_best_without_prompts_says_what_to_connect(folder):
     with pytest.raises(ValueError, match="Connect .* to 'positive'"):
-        quantizing.run(job(recipe=Recipe.from_preset("best", **QUICK)))
+        request(recipe=Recipe.from_preset("best", **QUICK)).run()
 
 
 def test_an_existing_file_of_other_options_needs_overwrite(folder):
-    name, _ = quantizing.run(job(filename="mine"))
+    name, _ = request(filename="mine").run()
     old = (folder / name).read_bytes()
     other = Recipe.from_preset("fast", **QUICK, seed=1)
     with pytest.raises(checkpoint.FileRefused, match="overwrite"):
-        quantizing.run(job(filename="mine", recipe=other))
+        request(filename="mine", recipe=other).run()
     assert (folder / name).read_bytes() == old
-    quantizing.run(job(filename="mine", recipe=other, overwrite=True))
+    request(filename="mine", recipe=other, overwrite=True).run()
     assert (folder / name).read_bytes() != old
 
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/escape", "sub/../../escape"])
 def test_a_target_outside_the_folder_is_refused(folder, name):
     with pytest.raises(checkpoint.FileRefused, match="outside"):
-        quantizing.run(job(filename=name))
+        request(filename=name).run()
 
 
 def test_a_read_only_home_sends_the_file_to_the_next_folder(folder, tmp_path_factory, monkeypatch):
@@ -249,12 +265,12 @@ def test_a_read_only_home_sends_the_file_to_the_next_folder(folder, tmp_path_fac
             folder not in (path, *getattr(path, "parents", ())) and access(path, mode)
         ),
     )
-    name, _ = quantizing.run(job())
+    name, _ = request().run()
     assert (other / name).exists()
 
 
 def test_memory_is_given_back(folder):
-    quantizing.run(job())
+    request().run()
     assert not comfy.model_management.current_loaded_models
 
 
@@ -277,7 +293,7 @@ def test_listing_a_folder_of_hundreds_reads_each_header_once(folder, monkeypatch
 
 
 def test_the_charts_have_the_agreed_shape(folder):
-    name, report = quantizing.run(job())
+    name, report = request().run()
     chart = charts.layers_chart(report, name, "subtitle")
     assert chart.keys() == {
         "kind",
@@ -308,5 +324,5 @@ def test_the_node_runs_again_until_its_file_is_there(folder):
     asked = {"model_name": "flux.safetensors", "filename": "", "rank": 16, "preset": "fast"}
     absent = node.fingerprint_inputs(**asked)
     assert absent != absent
-    quantizing.run(job())
+    request().run()
     assert node.fingerprint_inputs(**asked) == node.fingerprint_inputs(**asked)

@@ -24,8 +24,8 @@ from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import layouts, loading, lora
 from nibble.nodes.bridge.quantized import linear as ops
 from nibble.quant.files import checkpoint, writer
+from nibble.quant.monitor import BlockError
 from nibble.quant.vq4dit.codebook_usage import inspect, use_of
-from nibble.quant.vq4dit.quantize import BlockError
 from nibble.quant.weights.vq import VQWeight
 
 LAYER = "double_blocks.0.img_mlp.0"
@@ -50,11 +50,13 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
 
 
-def job(preset: str = "fast", bits: int = 3, changes: dict | None = None, **options) -> vq.Job:
+def request(
+    preset: str = "fast", bits: int = 3, changes: dict | None = None, **options
+) -> vq.VQRequest:
     few = {"steps": 12, "codewords": 16, "vector": 2}
     quick = {"fast": {}, "vq4dit": few, "best": few | {"turns": 1}}[preset]
     recipe = vq.recipe_of(preset, bits, **(quick | (changes or {})))
-    return vq.Job(
+    return vq.VQRequest(
         **(
             {"model_name": "flux.safetensors", "recipe": recipe, "latent": SMALL, "steps": 2}
             | options
@@ -286,7 +288,7 @@ def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_s
     folder, monkeypatch
 ):
     monkeypatch.setattr(record_inputs, "RANDOM_PIXELS", 64)
-    name, report = vq.run(job())
+    name, report = request().run()
     assert name == "flux-vq3-fast.safetensors"
     assert report.notes == [quantizing.MEASURED_ON_NOISE]
     assert (
@@ -295,7 +297,7 @@ def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_s
     )
     assert not comfy.model_management.current_loaded_models
     began = report.rows
-    assert [row.db for row in vq.run(job())[1].rows] == [row.db for row in began]
+    assert [row.db for row in request().run()[1].rows] == [row.db for row in began]
 
 
 @pytest.mark.parametrize("preset", ["vq4dit", "best"])
@@ -308,7 +310,7 @@ def test_calibration_runs_under_comfyui_s_inference_mode_and_leaves_the_model_un
             key: tensor.clone()
             for key, tensor in patcher.model.diffusion_model.state_dict().items()
         }
-        name, report = vq.run(job(preset, model=patcher, filename="mine", positive=prompts(2)))
+        name, report = request(preset, model=patcher, filename="mine", positive=prompts(2)).run()
     after = patcher.model.diffusion_model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert before.keys() == after.keys()
@@ -322,7 +324,7 @@ def test_calibration_runs_under_comfyui_s_inference_mode_and_leaves_the_model_un
 
 def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monkeypatch):
     monkeypatch.setattr(vq, "PROMPTS", 2)
-    name, _ = vq.run(job("best", filename="whole"))
+    name, _ = request("best", filename="whole").run()
     seen = []
 
     def stop_later(error):
@@ -332,12 +334,12 @@ def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monk
 
     monkeypatch.setattr(vq, "LiveBlocks", lambda *_: stop_later)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        vq.run(job("best", filename="parts"))
+        request("best", filename="parts").run()
     assert not (folder / "parts.safetensors").exists()
     assert (folder / "parts.safetensors.partial").exists()
     first = len(seen)
     monkeypatch.setattr(vq, "LiveBlocks", lambda *_: seen.append)
-    vq.run(job("best", filename="parts"))
+    request("best", filename="parts").run()
     assert {error.number for error in seen[first:]} == {1, 2}, (
         "the finished block is not calibrated again"
     )
@@ -346,12 +348,12 @@ def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monk
 
 def test_a_calibrated_preset_without_memory_for_the_model_says_what_to_do(folder, unmeasured):
     with pytest.raises(ValueError, match="does not fit in memory.*'fast'"):
-        vq.run(job("best"))
+        request("best").run()
     assert [path.name for path in folder.iterdir()] == ["flux.safetensors"]
 
 
 def test_under_a_budget_layers_get_different_bits_and_the_file_fits(folder, unmeasured):
-    name, _ = vq.run(job(changes=dict(budget_gb=0.00088)))
+    name, _ = request(changes=dict(budget_gb=0.00088)).run()
     file = checkpoint.open_quantized(folder / name)
     assert file.size <= 0.88e6
     assert len({(layer["codewords"], layer["vector"]) for layer in file.layers.values()}) > 1
@@ -361,7 +363,7 @@ def test_under_a_budget_layers_get_different_bits_and_the_file_fits(folder, unme
 
 
 def test_k_that_is_no_multiple_of_the_vector_stays_in_16_bit_and_says_so(folder, unmeasured):
-    _, report = vq.run(job(changes=dict(codewords=64, vector=3)))
+    _, report = request(changes=dict(codewords=64, vector=3)).run()
     whys = {row.name: row.why for row in report.rows}
     assert "K=128 is not a multiple of the sub-vector length 3" in whys[LAYER]
 
@@ -383,12 +385,12 @@ def test_nan_quantized_input_and_existing_files_are_refused_and_leave_nothing(
         ({"filename": "../out"}, "outside"),
     ):
         with pytest.raises(ValueError, match=said):
-            vq.run(job(**options))
+            request(**options).run()
     with (
         torch.inference_mode(),
         pytest.raises(checkpoint.FileRefused, match="quantized by Nibble already"),
     ):
-        vq.run(job(model=loading.load(codeword_file)))
+        request(model=loading.load(codeword_file)).run()
     assert sorted(folder.iterdir()) == before
 
 
@@ -398,7 +400,7 @@ def test_a_full_disk_is_told_before_the_work_starts(folder, unmeasured, monkeypa
 
     monkeypatch.setattr(writer.os, "posix_fallocate", full)
     with pytest.raises(checkpoint.FileRefused, match="full"):
-        vq.run(job())
+        request().run()
     assert not list(folder.glob("*vq3*"))
 
 

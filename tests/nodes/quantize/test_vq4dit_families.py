@@ -106,16 +106,14 @@ def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_cod
     monkeypatch.setattr(record_inputs, "TOKENS", 8)
     patcher, latent = tiny(family), {"samples": torch.zeros(1, *FAMILIES[family][2])}
     with torch.inference_mode():
-        name, report = vq.run(
-            vq.Job(
-                "",
-                vq.recipe_of("best", 3, steps=6, turns=1),
-                family,
-                model=patcher,
-                latent=latent,
-                steps=2,
-            )
-        )
+        name, report = vq.VQRequest(
+            model_name="",
+            recipe=vq.recipe_of("best", 3, steps=6, turns=1),
+            filename=family,
+            model=patcher,
+            latent=latent,
+            steps=2,
+        ).run()
     assert sum("→" in row.why for row in report.rows) >= 10
     assert min(report.decibels()) > 5
     file = checkpoint.open_quantized(folder / name)
@@ -136,6 +134,7 @@ def drawing(patcher, latent: torch.Tensor) -> torch.Tensor:
         patcher, 3, prompts=1, steps=2, latent={"samples": latent}
     )
     record_inputs.draw(
-        patcher, pictures, lambda step, denoised, x, total: found.append(denoised.clone())
+        record_inputs.Recording(patcher, pictures),
+        lambda step, denoised, x, total: found.append(denoised.clone()),
     )
     return found[-1]

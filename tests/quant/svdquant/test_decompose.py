@@ -11,8 +11,9 @@ import torch
 
 from nibble.kernels.reference import SHIFT
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.svdquant.decompose import quantize_linear, quantize_w4a16, shared_smoothing
+from nibble.quant.svdquant.decompose import quantize_linear, shared_smoothing
 from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.svdquant.w4a16 import quantize_w4a16
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
 N, K = 192, 256

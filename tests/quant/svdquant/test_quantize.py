@@ -14,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.architectures import flux1_shapes
+from nibble.quant import checkpoint_run
+from nibble.quant.architectures import flux1_shapes, plan, recognise
+from nibble.quant.calibration.measurement import Measurement
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
 from nibble.quant.files.source import StateDictSource
-from nibble.quant.report import Report
+from nibble.quant.monitor import Monitor
+from nibble.quant.report import LayerRow, Report
 from nibble.quant.svdquant import quantize as pipeline
 from nibble.quant.svdquant.quantize import layout, predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
@@ -120,7 +123,7 @@ def test_a_second_run_returns_at_once_and_other_options_do_not(whole, monkeypatc
     with pytest.raises(TypeError):
         quantize_checkpoint(source, target, Recipe.from_preset("fast", rank=32))
     with pytest.raises(TypeError):
-        quantize_checkpoint(source, target, FAST, calibration={"kind": "prompts"})
+        quantize_checkpoint(source, target, FAST, measurement=Measurement({"kind": "prompts"}))
     # the finished file was not touched
     assert quantize_checkpoint(source, target, FAST).bytes_after == report.bytes_after
 
@@ -134,7 +137,7 @@ def test_two_runs_give_the_same_bytes(whole, source, tmp_path):
 def test_an_interrupted_run_stops_at_once_and_goes_on_where_it_was(whole, source, tmp_path, after):
     target = tmp_path / "q.safetensors"
     with pytest.raises(Stop):
-        quantize_checkpoint(source, target, FAST, cancelled=stop_after(after))
+        quantize_checkpoint(source, target, FAST, monitor=Monitor(cancelled=stop_after(after)))
     assert sorted(os.listdir(tmp_path)) == [
         "m.safetensors",
         "q.safetensors.partial",
@@ -142,7 +145,7 @@ def test_an_interrupted_run_stops_at_once_and_goes_on_where_it_was(whole, source
     ]
     names = []
     quantize_checkpoint(
-        source, target, FAST, progress=lambda done, total, name: names.append((done, total, name))
+        source, target, FAST, monitor=Monitor(progress=lambda *news: names.append(news))
     )
     assert target.read_bytes() == whole[1].read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["m.safetensors", "q.safetensors"]
@@ -158,7 +161,7 @@ def test_kill_9_in_mid_work_costs_only_the_layer_at_hand(whole, source, tmp_path
         spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
         sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-        from nibble.quant.svdquant import pipeline
+        from nibble.quant.svdquant import quantize as pipeline
         from nibble.quant.svdquant.recipe import Recipe
         done, real = [], pipeline.quantize_linear
         def dying(*args, **kwargs):
@@ -211,7 +214,10 @@ def test_layers_of_one_input_share_their_smoothing_also_when_resumed(tmp_path):
     assert torch.equal(factors[0], factors[2])
     with pytest.raises(Stop):
         quantize_checkpoint(
-            tmp_path / "m.safetensors", tmp_path / "b.safetensors", FAST, cancelled=stop_after(5)
+            tmp_path / "m.safetensors",
+            tmp_path / "b.safetensors",
+            FAST,
+            monitor=Monitor(cancelled=stop_after(5)),
         )
     quantize_checkpoint(tmp_path / "m.safetensors", tmp_path / "b.safetensors", FAST)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -235,8 +241,7 @@ def test_statistics_are_used_where_there_are_some(source, tmp_path):
         source,
         tmp_path / "q.safetensors",
         FAST,
-        statistics,
-        calibration={"kind": "prompts", "prompts": 3},
+        Measurement({"kind": "prompts", "prompts": 3}, statistics),
     )
     rows = {row.name: row for row in report.rows}
     assert "held-out samples" in rows["single_blocks.0.linear1"].why
@@ -311,7 +316,7 @@ def test_two_runs_on_one_target_exclude_one_another(source, tmp_path):
             with pytest.raises(FileRefused, match="is being written by another run"):
                 quantize_checkpoint(source, target, FAST)
 
-    quantize_checkpoint(source, target, FAST, progress=second)
+    quantize_checkpoint(source, target, FAST, monitor=Monitor(progress=second))
     open_quantized(target).verify()
 
 
@@ -328,7 +333,9 @@ def test_a_damaged_target_of_ours_is_made_again(whole, tmp_path):
 
 def test_a_report_that_is_too_long_is_shortened(source, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        pipeline, "room", lambda metadata, *_: len(json.dumps({**metadata, "report": "x" * 300}))
+        checkpoint_run,
+        "reserved_bytes",
+        lambda metadata, *_: len(json.dumps({**metadata, "report": "x" * 300})),
     )
     report = quantize_checkpoint(source, tmp_path / "q.safetensors", FAST)
     file = open_quantized(tmp_path / "q.safetensors")
@@ -339,7 +346,7 @@ def test_a_report_that_is_too_long_is_shortened(source, tmp_path, monkeypatch):
 
 def test_a_report_survives_json():
     report = Report(
-        "FLUX.1", [pipeline.LayerRow("x", "w4a4", "why", 20.123, 10, 5, 1.5)], 10, 5, 2.0, ["note"]
+        "FLUX.1", [LayerRow("x", "w4a4", "why", 20.123, 10, 5, 1.5)], 10, 5, 2.0, ["note"]
     )
     assert Report.from_json(report.to_json()).rows[0].db == 20.12
     assert Report.from_json(report.to_json()).notes == ["note"]
@@ -358,11 +365,7 @@ def test_a_pattern_that_names_no_layer_is_noted():
 def test_layout_has_what_the_formats_need(whole):
     report, target = whole
     header = read_header(target)
-    specs = layout(
-        SHAPES,
-        [layer for layer in pipeline.plan(SHAPES, pipeline.recognise(SHAPES, "m"), FAST)],
-        FAST.rank,
-    )
+    specs = layout(SHAPES, plan(SHAPES, recognise(SHAPES, "m"), FAST), FAST.rank)
     assert {(spec.name, spec.dtype, tuple(spec.shape)) for spec in specs} == {
         (name, info.dtype, info.shape) for name, info in header.tensors.items()
     }

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import toy_dit as toy
+from nibble.quant.calibration.measurement import Teacher
 from nibble.quant.vq4dit import calibrate, trajectory
-from nibble.quant.vq4dit.calibrate import Classroom, Lesson, Teacher, block_of, learn
-from nibble.quant.vq4dit.fit import How, fit
+from nibble.quant.vq4dit.calibrate import BlockCalibrator, BlockTargets, block_of, learn
+from nibble.quant.vq4dit.fit import LayerOptions, fit
 from nibble.quant.vq4dit.recipe import Recipe
-from nibble.quant.vq4dit.student import Hard, Part, Soft
+from nibble.quant.vq4dit.student import HardVQLinear, RowSlice, SoftVQLinear
 
 FIRST = toy.LAYERS[:5]
 
@@ -26,7 +27,7 @@ def fitted(n=32, k=64, codewords=16, seed=0, how=None):
             weight,
             torch.zeros(n),
             None,
-            how or How(codewords, 2, scaled=False, rotation=0, turns=0),
+            how or LayerOptions(codewords, 2, scaled=False, rotation=0, turns=0),
             generator,
         ),
         weight,
@@ -99,52 +100,52 @@ def test_the_teacher_is_left_alone_even_when_stopped():
 
 
 def test_the_student_shares_the_layers_that_are_not_its_own():
-    room = Classroom(toy.teacher(), FIRST)
-    model, student = room.teacher.model, room.student
+    calibrator = BlockCalibrator(toy.teacher(), FIRST)
+    model, student = calibrator.teacher.model, calibrator.student
     assert student.get_submodule("blocks.0.qkv") is model.get_submodule("blocks.0.qkv")
     # not to be quantized: copied, and frozen
     assert student.get_submodule("blocks.1.qkv") is not model.get_submodule("blocks.1.qkv")
-    room.install("blocks.0.qkv", Hard(fitted(192, 64)[0]))
-    assert isinstance(student.blocks[0].qkv, Part)
+    calibrator.install("blocks.0.qkv", HardVQLinear(fitted(192, 64)[0]))
+    assert isinstance(student.blocks[0].qkv, RowSlice)
     assert isinstance(model.blocks[0].qkv, nn.Linear)
 
 
 def test_blocks_come_in_the_order_of_the_model_and_inputs_from_the_student():
-    room = Classroom(toy.teacher(), list(reversed(toy.LAYERS)))
-    assert list(room.blocks) == ["blocks.0", "blocks.1", "blocks.2"]
-    assert len(room.calls) == 6
-    inputs, stats = room.inputs("blocks.1")
-    lesson = room.lesson("blocks.1", inputs)
+    calibrator = BlockCalibrator(toy.teacher(), list(reversed(toy.LAYERS)))
+    assert list(calibrator.blocks) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert len(calibrator.calls) == 6
+    inputs, stats = calibrator.inputs("blocks.1")
+    targets = calibrator.targets("blocks.1", inputs)
     # nothing is quantized yet
-    assert lesson.decibels(room.student.blocks[1]) > 120
+    assert targets.decibels(calibrator.student.blocks[1]) > 120
     assert stats["blocks.1.qkv"].count == 6 * 24 * toy.TOKENS
-    room.install(
+    calibrator.install(
         "blocks.0.fc1",
-        Hard(
+        HardVQLinear(
             fit(
                 toy.trained().blocks[0].fc1.weight,
                 None,
                 None,
-                How(4, 2, rotation=0),
+                LayerOptions(4, 2, rotation=0),
                 torch.Generator(),
             )
         ),
     )
-    changed, _ = room.inputs("blocks.1")
+    changed, _ = calibrator.inputs("blocks.1")
     assert not torch.equal(changed[0].args[0], inputs[0].args[0])
     # what the teacher puts out stays the aim
-    assert torch.equal(room.lesson("blocks.1", changed).targets[0][0], lesson.targets[0][0])
+    assert torch.equal(calibrator.targets("blocks.1", changed).targets[0][0], targets.targets[0][0])
 
 
 def test_a_cap_on_memory_thins_out_the_calls():
-    room = Classroom(toy.teacher(), FIRST)
-    inputs, _ = room.inputs("blocks.0")
-    whole = room.lesson("blocks.0", inputs)
+    calibrator = BlockCalibrator(toy.teacher(), FIRST)
+    inputs, _ = calibrator.inputs("blocks.0")
+    whole = calibrator.targets("blocks.0", inputs)
     size = sum(call.nbytes for call in whole.inputs) + sum(
         t.nbytes for target in whole.targets for t in target
     )
-    room.teacher.cap = size // 2
-    assert len(room.lesson("blocks.0", inputs).inputs) == 3
+    calibrator.teacher.cap = size // 2
+    assert len(calibrator.targets("blocks.0", inputs).inputs) == 3
     assert len(whole.inputs) == 6
 
 
@@ -168,9 +169,8 @@ def test_calls_are_replayed_with_tensors_of_their_own():
         model, lambda: model(x.clone(), options={"more": (torch.ones(2),), "name": "a"})
     )
     for _ in range(2):
-        given, results = trajectory.visit(
-            model, "block", 1, calls, "cpu", inputs=True, outputs=True
-        )
+        given = trajectory.inputs_of(model, "block", 1, calls, "cpu")
+        results = trajectory.outputs_of(model, "block", 1, calls, "cpu")
         assert given[0].args[0].tolist() == [1, 1]
         assert results[0][0].tolist() == [2, 2]
         assert given[0].kwargs["options"]["name"] == "a"
@@ -202,7 +202,7 @@ def test_names_of_blocks():
 
 def test_ratios_start_as_mixtures_and_end_as_codes():
     start, weight = fitted()
-    soft = Soft(start, weight, 2)
+    soft = SoftVQLinear(start, weight, 2)
     ratios = soft.z.softmax(-1)
     assert torch.allclose(ratios.sum(1), torch.ones(len(ratios)))
     assert not soft.codebook.requires_grad
@@ -235,7 +235,7 @@ def test_ratios_start_as_mixtures_and_end_as_codes():
 
 def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
     start, weight = fitted()
-    soft = Soft(start, weight, 2)
+    soft = SoftVQLinear(start, weight, 2)
     with torch.no_grad():
         soft.z[:] = torch.tensor([9.0, 0.0])
         soft.z[0] = 0
@@ -247,16 +247,18 @@ def test_a_layer_of_which_almost_all_is_decided_becomes_hard():
 
 def test_one_candidate_is_plain_vector_quantization():
     start, weight = fitted()
-    assert torch.equal(Soft(start, weight, 1).matrix(), start.matrix())
-    assert torch.equal(Hard(start).matrix(), start.matrix())
+    assert torch.equal(SoftVQLinear(start, weight, 1).matrix(), start.matrix())
+    assert torch.equal(HardVQLinear(start).matrix(), start.matrix())
 
 
 @pytest.mark.parametrize("rotation", [0, 64])
 def test_parts_compute_their_rows(rotation):
-    start, _ = fitted(48, 64, how=How(16, 2, rotation=rotation, turns=0))
-    layer, x = Hard(start), torch.randn(5, 64)
-    whole = Part(layer, 0, 48)
-    assert torch.equal(torch.cat([Part(layer, 0, 16)(x), Part(layer, 16, 48)(x)], -1), whole(x))
+    start, _ = fitted(48, 64, how=LayerOptions(16, 2, rotation=rotation, turns=0))
+    layer, x = HardVQLinear(start), torch.randn(5, 64)
+    whole = RowSlice(layer, 0, 48)
+    assert torch.equal(
+        torch.cat([RowSlice(layer, 0, 16)(x), RowSlice(layer, 16, 48)(x)], -1), whole(x)
+    )
     assert torch.allclose(whole(x), start.pack(torch.float32).forward(x), atol=1e-5)
     assert torch.allclose(whole.weight @ x[0], whole(x)[0], atol=1e-5)
     assert whole(x.bfloat16()).dtype == torch.bfloat16
@@ -270,7 +272,7 @@ def lesson_of(module, count=4):
     inputs = [
         trajectory.Call((torch.randn(16, 64, generator=generator),), {}) for _ in range(count)
     ]
-    return Lesson(inputs, [[module(call.args[0])] for call in inputs], "cpu")
+    return BlockTargets(inputs, [[module(call.args[0])] for call in inputs], "cpu")
 
 
 def test_training_never_ends_worse_than_it_began_and_repeats_itself(monkeypatch):
@@ -279,8 +281,8 @@ def test_training_never_ends_worse_than_it_began_and_repeats_itself(monkeypatch)
     target.weight.copy_(weight)
 
     def trained(seed):
-        layer = Hard(start)
-        block = Part(layer, 0, 32)
+        layer = HardVQLinear(start)
+        block = RowSlice(layer, 0, 32)
         return (
             learn(
                 block, {"x": layer}, lesson_of(target), Recipe.from_preset("best", steps=20), seed
@@ -300,16 +302,16 @@ def test_training_never_ends_worse_than_it_began_and_repeats_itself(monkeypatch)
 
 def test_what_overflows_is_named():
     start, _ = fitted()
-    layer = Hard(start)
-    lesson = lesson_of(nn.Linear(64, 32).requires_grad_(False))
-    lesson.targets[2][0][0, 0] = torch.inf
-    lesson.powers = [1.0]
+    layer = HardVQLinear(start)
+    targets = lesson_of(nn.Linear(64, 32).requires_grad_(False))
+    targets.targets[2][0][0, 0] = torch.inf
+    targets.powers = [1.0]
     with pytest.raises(ValueError, match="NaN or infinite"):
-        learn(Part(layer, 0, 32), {"x": layer}, lesson, Recipe.from_preset("best", steps=8), 0)
+        learn(RowSlice(layer, 0, 32), {"x": layer}, targets, Recipe.from_preset("best", steps=8), 0)
 
 
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="no linear layer called 'blocks.9.qkv'"):
-        Classroom(toy.teacher(), ["blocks.9.qkv"])
+        BlockCalibrator(toy.teacher(), ["blocks.9.qkv"])
     with pytest.raises(ValueError, match="never called the model"):
-        Classroom(Teacher(copy.deepcopy(toy.trained()), lambda: None), FIRST)
+        BlockCalibrator(Teacher(copy.deepcopy(toy.trained()), lambda: None), FIRST)

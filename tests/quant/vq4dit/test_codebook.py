@@ -18,7 +18,7 @@ from nibble.quant.vq4dit.codebook import (
     sub_vectors,
     update,
 )
-from nibble.quant.vq4dit.fit import How, fit
+from nibble.quant.vq4dit.fit import LayerOptions, fit
 from nibble.quant.weights.packing import dequantize_groups, quantize_groups
 
 
@@ -132,7 +132,7 @@ def test_the_orderings_of_the_paper_on_gaussian_weights():
     )
 
     def error(codewords, size):
-        how = How(codewords, size, scaled=False, rotation=0, turns=0)
+        how = LayerOptions(codewords, size, scaled=False, rotation=0, turns=0)
         return (weight - fit(weight, None, None, how, seeded()).matrix()).square().mean().item()
 
     two = [error(16, 2), error(64, 3), error(256, 4)]

@@ -9,7 +9,7 @@ from nibble.kernels.reference import hadamard64
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.vq4dit import gptq as feedback
 from nibble.quant.vq4dit.codebook import kmeans, nearest, sub_vectors
-from nibble.quant.vq4dit.fit import Fitted, How, fit, moments, sample_rows, sqnr
+from nibble.quant.vq4dit.fit import Fitted, LayerOptions, fit, moments, sample_rows, sqnr
 
 N, K = 96, 128
 
@@ -87,7 +87,7 @@ def test_rows_of_different_size_want_a_scale():
     spread = torch.randn(N, 1, generator=seeded(7)).exp()
     w = weight() * spread
     plain, scaled = (
-        fit(w, None, None, How(256, 4, scaled=scaled, rotation=0, turns=0), seeded())
+        fit(w, None, None, LayerOptions(256, 4, scaled=scaled, rotation=0, turns=0), seeded())
         for scaled in (False, True)
     )
     share = [(((w - fitted.matrix()) / spread) ** 2).mean() for fitted in (plain, scaled)]
@@ -103,16 +103,16 @@ def test_each_step_of_the_ladder_is_closer_than_the_one_before(rotation):
     def db(how, given):
         return sqnr(w, bias, fit(w, bias, given, how, seeded()).pack(torch.float32), rows)
 
-    plain = db(How(64, 4, scaled=True, rotation=rotation, turns=0), None)
-    weighted = db(How(64, 4, scaled=True, rotation=rotation, turns=0), stats)
-    guided = db(How(64, 4, scaled=True, rotation=rotation, turns=2), stats)
+    plain = db(LayerOptions(64, 4, scaled=True, rotation=rotation, turns=0), None)
+    weighted = db(LayerOptions(64, 4, scaled=True, rotation=rotation, turns=0), stats)
+    guided = db(LayerOptions(64, 4, scaled=True, rotation=rotation, turns=2), stats)
     assert plain < weighted
     assert weighted + 3 < guided
 
 
 def test_the_bias_takes_up_the_mean_of_the_error():
     w, stats = weight(), recorded(bias=2.0)
-    fitted = fit(w, torch.zeros(N), stats, How(16, 2, rotation=64), seeded())
+    fitted = fit(w, torch.zeros(N), stats, LayerOptions(16, 2, rotation=64), seeded())
     error = (w - hadamard64(fitted.matrix())) @ stats.mean
     assert torch.allclose(fitted.bias, error, atol=1e-4)
     assert error.abs().max() > 0.01
@@ -121,7 +121,7 @@ def test_the_bias_takes_up_the_mean_of_the_error():
 def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
     w = weight()
     w[3] = 0
-    fitted = fit(w, None, None, How(64, 2, rotation=0), seeded())
+    fitted = fit(w, None, None, LayerOptions(64, 2, rotation=0), seeded())
     packed = fitted.pack()
     assert not packed.dequantize()[3].any()
     assert torch.equal(packed.dequantize(), fitted.matrix())
@@ -129,7 +129,7 @@ def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
     assert torch.equal(again.codes, fitted.codes)
     assert torch.equal(again.codebook, fitted.codebook)
     assert torch.equal(again.scale, fitted.scale)
-    zeros = fit(torch.zeros(N, K), None, None, How(64, 2, rotation=0), seeded())
+    zeros = fit(torch.zeros(N, K), None, None, LayerOptions(64, 2, rotation=0), seeded())
     assert not zeros.matrix().any()
 
 
@@ -148,4 +148,4 @@ def test_rows_of_zeros_stay_zeros_and_packing_loses_nothing():
 )
 def test_input_that_cannot_be_used_is_named(spoil, words):
     with pytest.raises(ValueError, match=words):
-        fit(*spoil(), How(64, 4, rotation=0), seeded())
+        fit(*spoil(), LayerOptions(64, 4, rotation=0), seeded())

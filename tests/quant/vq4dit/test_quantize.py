@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy_dit as toy
-from nibble.quant.architectures import flux1_shapes, known_shapes
+from nibble.quant import checkpoint_run
+from nibble.quant.architectures import flux1_shapes, known_shapes, recognise
+from nibble.quant.calibration.measurement import Measurement, Teacher
 from nibble.quant.files import writer
 from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
 from nibble.quant.files.source import Source, StateDictSource
+from nibble.quant.monitor import Monitor
 from nibble.quant.report import Report
 from nibble.quant.vq4dit import quantize as pipeline
 from nibble.quant.vq4dit.bit_allocation import allocate
-from nibble.quant.vq4dit.quantize import Teacher, plan, predict, quantize_checkpoint
+from nibble.quant.vq4dit.quantize import VQJob, plan, predict, quantize_checkpoint
 from nibble.quant.vq4dit.recipe import LAYOUTS, Recipe
 from nibble.quant.weights.base import json_tensor
 from nibble.quant.weights.vq import VQWeight
@@ -53,6 +56,10 @@ def whole(tmp_path_factory):
     )
 
 
+def planned(recipe):
+    return plan(SHAPES, recognise(SHAPES, "m"), recipe, "m")
+
+
 class Stop(Exception):
     """What a host raises to interrupt."""
 
@@ -71,7 +78,10 @@ def test_every_layer_is_in_the_file_and_the_rest_is_untouched(source, tmp_path):
     seen = []
     recipe = Recipe.from_preset("fast", codewords=64, vector=4)
     report = quantize_checkpoint(
-        source, tmp_path / "q.safetensors", recipe, progress=lambda *news: seen.append(news)
+        source,
+        tmp_path / "q.safetensors",
+        recipe,
+        monitor=Monitor(progress=lambda *news: seen.append(news)),
     )
     file, original = open_quantized(tmp_path / "q.safetensors"), tiny()
     file.verify()
@@ -88,7 +98,7 @@ def test_every_layer_is_in_the_file_and_the_rest_is_untouched(source, tmp_path):
     assert file.metadata["method"] == "vq"
     assert file.metadata["config"] == '{"x": 1}'
     assert file.fact("recipe")["codewords"] == 64
-    assert seen[-1][0] == seen[-1][1] == sum(row.K * row.N for row in plan(SHAPES, recipe, "m"))
+    assert seen[-1][0] == seen[-1][1] == sum(row.K * row.N for row in planned(recipe))
     assert Report.from_json(file.metadata["report"]).rows[-1].action in ("vq", "keep")
     assert report.bytes_after == os.path.getsize(tmp_path / "q.safetensors")
     assert "13 of codewords" in dict(report.summary())["layers"]
@@ -125,7 +135,9 @@ def test_flux1_dev_fits_the_sizes_that_were_promised():
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(source, tmp_path, whole):
     with pytest.raises(Stop):
-        quantize_checkpoint(source, tmp_path / "q.safetensors", FAST, cancelled=stop_after(28))
+        quantize_checkpoint(
+            source, tmp_path / "q.safetensors", FAST, monitor=Monitor(cancelled=stop_after(28))
+        )
     assert not (tmp_path / "q.safetensors").exists()
     assert (tmp_path / "q.safetensors.partial").exists()
     quantize_checkpoint(source, tmp_path / "q.safetensors", FAST)
@@ -151,21 +163,25 @@ def test_a_second_run_returns_at_once(source, tmp_path, monkeypatch):
 def as_toy(monkeypatch):
     """The toy DiT as a model that can be recognised: its layers are a plan of their own."""
 
-    def planned(shapes, recipe, name):
+    def toy_plan(shapes, architecture, recipe, name):
         return [toy.planned(layer, *shapes[f"{layer}.weight"]) for layer in toy.LAYERS[:10]]
 
-    monkeypatch.setattr(pipeline, "plan", planned)
+    monkeypatch.setattr(VQJob, "plan", staticmethod(toy_plan))
     monkeypatch.setattr(
-        pipeline, "recognise", lambda shapes, name: type("Family", (), {"name": "toy"})
+        checkpoint_run, "recognise", lambda shapes, name: type("Family", (), {"name": "toy"})
     )
     return StateDictSource(toy.trained().state_dict(), "toy")
+
+
+def watched() -> Measurement:
+    return Measurement(teacher=toy.teacher())
 
 
 @pytest.mark.parametrize("preset", ["best", "vq4dit"])
 def test_calibration_that_was_interrupted_ends_in_the_same_bytes(as_toy, tmp_path, preset):
     recipe, heard = Recipe.from_preset(preset, bits=2, steps=12), []
     whole = quantize_checkpoint(
-        as_toy, tmp_path / "whole.safetensors", recipe, teacher=toy.teacher(), watch=heard.append
+        as_toy, tmp_path / "whole.safetensors", recipe, watched(), Monitor(block_error=heard.append)
     )
     assert {(error.name, error.number, error.blocks, error.steps) for error in heard} == {
         ("blocks.0", 0, 2, 12),
@@ -180,12 +196,12 @@ def test_calibration_that_was_interrupted_ends_in_the_same_bytes(as_toy, tmp_pat
 
     with pytest.raises(Stop):
         quantize_checkpoint(
-            as_toy, tmp_path / "q.safetensors", recipe, teacher=toy.teacher(), watch=stop
+            as_toy, tmp_path / "q.safetensors", recipe, watched(), Monitor(block_error=stop)
         )
     assert not (tmp_path / "q.safetensors").exists()
     again = []
     quantize_checkpoint(
-        as_toy, tmp_path / "q.safetensors", recipe, teacher=toy.teacher(), watch=again.append
+        as_toy, tmp_path / "q.safetensors", recipe, watched(), Monitor(block_error=again.append)
     )
     assert {error.name for error in again} == {"blocks.1"}  # the finished block is not done again
     assert (tmp_path / "q.safetensors").read_bytes() == (
@@ -215,7 +231,7 @@ def test_a_model_that_overflows_leaves_nothing_behind(as_toy, tmp_path):
             as_toy,
             tmp_path / "q.safetensors",
             Recipe.from_preset("best", steps=2),
-            teacher=Teacher(model, run),
+            Measurement(teacher=Teacher(model, run)),
         )
     assert not list(tmp_path.iterdir())
 
@@ -263,7 +279,7 @@ def test_a_budget_is_kept_and_used(source, tmp_path):
 
 
 def test_layers_that_no_codeword_divides_stay():
-    layers = plan(SHAPES, Recipe.from_preset("fast", codewords=64, vector=3), "m")
+    layers = planned(Recipe.from_preset("fast", codewords=64, vector=3))
     assert {layer.action for layer in layers} == {"keep"}
     why = {layer.name: layer.why for layer in layers}
     assert (

@@ -1,0 +1,36 @@
+"""python -m nibble demo: its options, and a progress bar around `run.main`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_command(commands) -> None:
+    """Adds demo to a parser's subcommands."""
+    parser = commands.add_parser(
+        "demo", help="quantize the demo model that is included, and draw with it"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo.png"), help="picture to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--target",
+        type=Path,
+        default=Path("demo-svdq-int4.safetensors"),
+        help="4-bit file to write (default: %(default)s)",
+    )
+    parser.add_argument("--preset", choices=("fast", "best"), default="best")
+    parser.set_defaults(run=demo)
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Quantizes the included demo model and draws with 16 and with 4 bits."""
+    try:
+        from . import run
+    except ImportError as error:
+        raise ValueError(
+            f"the demo needs diffusers and Pillow ({error}); pip install diffusers pillow"
+        ) from None
+    from ..quant.cli.console import Bar
+
+    with Bar() as bar:
+        run.main(options.out, options.preset, options.target, bar)

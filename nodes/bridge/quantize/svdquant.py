@@ -1,0 +1,38 @@
+"""SVDQuant's quantize request: as every method's (`job`); the preset best needs prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ....quant.svdquant.quantize import SVDQuantJob
+from .job import QuantizeRequest, new_name
+
+NO_PROMPTS = (
+    "The preset 'best' watches the model draw your own prompts. Connect a text encoder's"
+    " CONDITIONING to 'positive' (several prompts: join them with Conditioning (Combine)), or"
+    " choose the preset 'fast'."
+)
+
+
+@dataclass(kw_only=True)
+class SVDQuantRequest(QuantizeRequest):
+    """What the user asked for."""
+
+    method = SVDQuantJob
+
+    @property
+    def ending(self) -> str:
+        return _ending(self.recipe.rank)
+
+    def check(self) -> None:
+        if self.recipe.preset == "best" and not self.positive:
+            raise ValueError(NO_PROMPTS)
+
+
+def file_name(origin: str, filename: str, rank: int) -> str:
+    """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
+    return new_name(origin, filename, _ending(rank))
+
+
+def _ending(rank: int) -> str:
+    return f"svdq-int4-r{rank}"

@@ -1,0 +1,180 @@
+"""Inputs that several nodes share, and what ComfyUI asks of a node that reads or makes a file."""
+
+from collections.abc import Callable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..quant.files.checkpoint import FileRefused
+from .bridge.host import folders
+from .bridge.quantize import job as quantizing
+from .bridge.quantized import loading
+
+NO_SOURCES = "(no models in models/diffusion_models)"
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Layer names as users type them into a widget of several lines: a pattern a line, such as
+    double_blocks.0.*; empty lines are none.
+    """
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+# ---- nodes that pick a file, nodes that make one -------------------------------------------------
+
+
+def valid_file(check: Callable[[str], Any], name: str | None) -> bool | str:
+    """The answer of a node's validate_inputs: True, or the sentence with which `check` refuses the
+    file. A linked name (None) is known only when the graph runs.
+    """
+    if name is None:
+        return True
+    try:
+        check(name)
+    except FileRefused as refusal:
+        return str(refusal)
+    return True
+
+
+def until_made(made: Any, stamp: Callable[[str], Any], name: str) -> Any:
+    """The answer of a node's fingerprint_inputs: the stamp of its source or file once its own file
+    is made. Until then NaN, unequal to itself: the node runs again.
+    """
+    return stamp(name) if made else float("nan")
+
+
+class ModelFilePicker(io.ComfyNode):
+    """A node that takes a quantized file by `model_name`. KIND: as in `loading.LOADERS`."""
+
+    KIND: str
+
+    @classmethod
+    def validate_inputs(cls, model_name=None):
+        return valid_file(lambda name: loading.opened(name, cls.KIND), model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, **_):
+        return folders.stamp(model_name)
+
+
+def model_file_input(kind: str, empty: str, tooltip: str) -> io.Combo.Input:
+    """Its input. empty: what the list shows where there are no files."""
+    return io.Combo.Input(
+        "model_name", options=loading.quantized_files(kind) or [empty], tooltip=tooltip
+    )
+
+
+def verify_input() -> io.Boolean.Input:
+    """Whether a loader checks the file first."""
+    return io.Boolean.Input(
+        "verify",
+        default=True,
+        advanced=True,
+        tooltip="Compare every tensor with its checksum before use.",
+    )
+
+
+def compute_dtype_input() -> io.Combo.Input:
+    """What a loader's model computes in."""
+    return io.Combo.Input(
+        "compute_dtype",
+        options=list(loading.DTYPES),
+        default="default",
+        advanced=True,
+        tooltip=(
+            "What activations and 16-bit layers are computed in. default: what ComfyUI chooses for"
+            " this GPU."
+        ),
+    )
+
+
+# ---- quantizing ----------------------------------------------------------------------------------
+
+
+def source_input() -> io.Combo.Input:
+    """The model to quantize."""
+    return io.Combo.Input(
+        "model_name",
+        options=quantizing.sources() or [NO_SOURCES],
+        tooltip=(
+            "A 16-bit, fp8 or ComfyUI-quantized model in models/diffusion_models. Ignored when a"
+            " model is connected."
+        ),
+    )
+
+
+def preset_input(helps: dict[str, str]) -> io.Combo.Input:
+    """How thoroughly. helps: preset → what it does."""
+    return io.Combo.Input(
+        "preset",
+        options=list(helps),
+        default="fast",
+        tooltip=" ".join(f"{name}: {text}" for name, text in helps.items()),
+    )
+
+
+def target_inputs(ending: str) -> list[io.Input]:
+    """The new file's name, and whether it may replace another one. ending: of its default name."""
+    return [
+        io.String.Input(
+            "filename",
+            default="",
+            tooltip=f"Name of the new file. Empty: the source's name + {ending}.",
+        ),
+        io.Boolean.Input(
+            "overwrite",
+            default=False,
+            tooltip="Replace a file of that name that was made with other options.",
+        ),
+    ]
+
+
+def measuring_sockets(positive: str, latent: str) -> list[io.Input]:
+    """A model in place of a file, and what is drawn while it is measured; arguments: tooltips."""
+    return [
+        io.Model.Input(
+            "model",
+            optional=True,
+            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
+        ),
+        io.Conditioning.Input("positive", optional=True, tooltip=positive),
+        io.Latent.Input("latent", optional=True, tooltip=latent),
+    ]
+
+
+def keep_layers_input() -> io.String.Input:
+    """Layers that stay in 16 bit."""
+    return io.String.Input(
+        "keep_layers",
+        default="",
+        multiline=True,
+        advanced=True,
+        tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
+    )
+
+
+def measuring_options(steps: str, memory_gb: float, memory: str, seed: str) -> list[io.Input]:
+    """Sampling steps, memory and seed of what is drawn while measuring; steps, memory, seed: their
+    tooltips.
+    """
+    return [
+        io.Int.Input("steps", default=8, min=1, max=100, advanced=True, tooltip=steps),
+        io.Float.Input(
+            "memory_gb",
+            default=memory_gb,
+            min=0.25,
+            max=256.0,
+            step=0.25,
+            advanced=True,
+            tooltip=memory,
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**53,
+            control_after_generate=False,
+            advanced=True,
+            tooltip=seed,
+        ),
+    ]

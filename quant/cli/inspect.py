@@ -1,0 +1,123 @@
+"""python -m nibble inspect FILE: what a file is, or what would become of it."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..architectures import KNOWN_MODELS, known_shapes
+from ..files.checkpoint import FileRefused, is_quantized, open_quantized
+from ..files.source import Source
+from ..interop.convert import facts_of as published_summary
+from ..interop.opening import is_4bit
+from ..methods import JOBS
+from ..report import LayerRow, Report
+from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..vq4dit.recipe import Recipe as VQRecipe
+from .console import Bar, print_summary
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Prints what a file is, or what would become of it."""
+    if options.plan:
+        content = _planned(options)
+    elif is_quantized(options.file):
+        content = _own_file(options)
+    else:
+        content = _other_file(options)
+    if options.json:
+        print(json.dumps(content, indent=1))
+    else:
+        _print_content(content, options.verify)
+
+
+def _planned(options: argparse.Namespace) -> dict:
+    name, report = _predicted(options)
+    size = {"rank": options.rank} if options.method == "svdquant" else {"bits": options.bits}
+    return {"model": name, **size, "report": json.loads(report.to_json(seconds=False))}
+
+
+def _own_file(options: argparse.Namespace) -> dict:
+    quantized = open_quantized(options.file)
+    if options.verify:
+        with Bar("tensors") as bar:
+            quantized.verify(bar)
+    return {
+        "file": quantized.path.name,
+        "format": quantized.metadata["nibble_version"],
+        "method": quantized.metadata["method"],
+        "layers": quantized.layers,
+        **{key: quantized.fact(key) for key in ("source", "recipe", "calibration", "report")},
+    }
+
+
+def _other_file(options: argparse.Namespace) -> dict:
+    """A published 4-bit file, or a 16-bit model."""
+    if options.verify:
+        raise FileRefused(
+            f"{Path(options.file).name} was not made by Nibble, so it has no checksums; leave out"
+            " --verify."
+        )
+    if Path(options.file).is_dir() or is_4bit(options.file):
+        return published_summary(options.file)
+    name, report = _predicted(argparse.Namespace(file=options.file, method="svdquant", rank=32))
+    return {
+        "file": name,
+        "quantized": False,
+        "architecture": report.architecture,
+        "bytes": report.bytes_before,
+        "layers": len(report.rows),
+        "hint": "add --plan to see what quantizing it would give",
+    }
+
+
+def _predicted(options: argparse.Namespace) -> tuple[str, Report]:
+    """(name, predicted report) of a file or a well-known model."""
+    if options.method == "vq":
+        recipe = VQRecipe.from_preset("best", bits=options.bits)
+    else:
+        recipe = SVDQuantRecipe.from_preset("fast", rank=options.rank)
+    predict = JOBS[type(recipe)].predict
+    path = Path(options.file)
+    if path.exists() or path.suffix:
+        source = Source(path)
+        report = predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)
+        return source.name, report
+    shapes = known_shapes(options.file)
+    if shapes is None:
+        raise FileRefused(
+            f"{options.file} is no file and no known model; choose a file or one of"
+            f" {', '.join(KNOWN_MODELS)}."
+        )
+    return options.file, predict(shapes, recipe, options.file)
+
+
+def _print_content(content: dict, verified: bool) -> None:
+    name = content.get("file") or content.get("model")
+    if "report" not in content:
+        print_summary(name, [(key, str(value)) for key, value in content.items() if key != "file"])
+        return
+    report = Report.from_json(json.dumps(content["report"]))
+    lines = [
+        (key, json.dumps(content[key]))
+        for key in ("format", "method", "source", "recipe", "calibration")
+        if key in content
+    ]
+    lines += report.summary()
+    if verified:
+        lines.append(("checksums", "all tensors match"))
+    _print_rows(report.rows)
+    print_summary(name, lines)
+    if content.get("model"):
+        size = f"rank {content['rank']}" if "rank" in content else f"{content['bits']} bits"
+        print(
+            f"  predicted file  {report.bytes_after:,} bytes = {report.bytes_after / 1e9:.3f}"
+            f" GB at {size}"
+        )
+
+
+def _print_rows(rows: list[LayerRow]) -> None:
+    print(f"{'layer':<46}{'action':<8}{'dB':>7}{'MB before':>11}{'after':>9}  why")
+    for row in rows:
+        db = "" if row.db is None else f"{row.db:.1f}"
+        before, after = row.bytes_before / 1e6, row.bytes_after / 1e6
+        print(f"{row.name:<46}{row.action:<8}{db:>7}{before:>11.2f}{after:>9.2f}  {row.why}")

@@ -1,0 +1,179 @@
+"""The options of the commands: argparse alone, so that --help does not wait for torch."""
+
+import argparse
+from pathlib import Path
+
+from . import EXAMPLES
+
+
+def add_commands(commands) -> None:
+    """Adds quantize, inspect and convert to a parser's subcommands."""
+    quantize = _command(commands, "quantize", "make the quantized file of a model")
+    _quantize_options(quantize)
+    quantize.set_defaults(run=_quantize)
+    inspect = _command(
+        commands, "inspect", "show what a file holds, or what quantizing it would give"
+    )
+    _inspect_options(inspect)
+    inspect.set_defaults(run=_inspect)
+    convert = _command(commands, "convert", "write a 4-bit file in another program's format")
+    _convert_options(convert)
+    convert.set_defaults(run=_convert)
+
+
+def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from .quantize import quantize
+
+    quantize(options)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .inspect import inspect
+
+    inspect(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    convert(options)
+
+
+def _quantize_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", help="16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model"
+    )
+    parser.add_argument(
+        "target", help="quantized .safetensors file to write; an older one of Nibble's is replaced"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("svdquant", "vq"),
+        default="svdquant",
+        help=(
+            "svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight"
+            " (default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--preset",
+        choices=("fast", "vq4dit", "best"),
+        default="fast",
+        help=(
+            "fast: data-free, from the weights and noise; best: calibrated by running the model;"
+            " vq4dit: the paper (vq only)"
+        ),
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "for --preset best: a .safetensors file with text encoders' outputs for your "
+            "prompts, 'tokens' (P, T, context) and 'pooled' (P, vector); without it they are random"
+        ),
+    )
+    _svdquant_options(parser)
+    _vq_options(parser)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--memory-cap",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help=(
+            "for recorded statistics, or one block's inputs and outputs; --preset fast runs the"
+            " model on noise only if it fits under this too (default: %(default)s)"
+        ),
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+
+
+def _svdquant_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
+    parser.add_argument("--solver", help="alternating or svd")
+    parser.add_argument("--rotation", help="auto, on or off")
+    parser.add_argument("--modulation", help="w4a16 or keep")
+    parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument(
+        "--keep",
+        action="append",
+        metavar="PATTERN",
+        help="layers to keep in 16 bit, e.g. 'double_blocks.0.*'; repeatable",
+    )
+    parser.add_argument(
+        "--w4a16",
+        action="append",
+        metavar="PATTERN",
+        help="layers with 4-bit weights only; may be repeated",
+    )
+
+
+def _vq_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("--method vq")
+    group.add_argument("--bits", type=int, help="a weight: 2, 3 (default) or 4")
+    group.add_argument(
+        "--codewords",
+        type=int,
+        help="instead of --bits: a power of two of codewords, of --vector weights each",
+    )
+    group.add_argument("--vector", type=int)
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="GB",
+        help="size of the whole file: layers get 2, 3 or 4 bits by what each needs most",
+    )
+    group.add_argument(
+        "--candidates",
+        type=int,
+        help="codewords that a group of weights may choose from, for --preset vq4dit (default: 2)",
+    )
+    group.add_argument("--steps", type=int, help="of calibration a block")
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        help="a .safetensors file; with --plan also the name of a known model, such as flux1-dev",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plan", action="store_true", help="what quantizing this file would give: layers and size"
+    )
+    parser.add_argument("--rank", type=int, default=32, help="for --plan (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        choices=("svdquant", "vq"),
+        default="svdquant",
+        help="for --plan (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bits", type=int, default=3, help="for --plan --method vq (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every tensor with its checksum"
+    )
+
+
+def _convert_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help=(
+            "4-bit .safetensors file of Nibble, Nunchaku or comfy-kitchen, or a folder of"
+            " Nunchaku's first version"
+        ),
+    )
+    parser.add_argument("target", help=".safetensors file to write")
+    parser.add_argument(
+        "--to",
+        choices=("nibble", "kitchen", "nunchaku"),
+        default="nibble",
+        help="its format (default: %(default)s)",
+    )

@@ -1,0 +1,132 @@
+"""python -m nibble quantize SOURCE TARGET: prepare, measure outside ComfyUI, write.
+
+Only FLUX.1 can be run here (by diffusers). The preset fast records what costs little: a FLUX.1 that
+fits under the memory cap in float32, on random conditioning.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import methods
+from ..calibration.measurement import Measurement
+from ..checkpoint_run import QuantizeJob
+from ..files.checkpoint import FileRefused, checksum, read_header, read_tensor
+from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..vq4dit.recipe import Recipe as VQRecipe
+from .console import Bar, print_summary
+
+WEIGHTS_ALONE = Measurement({"kind": "weights only"})
+_SVDQUANT_OPTIONS = ("rank", "solver", "rotation", "gptq", "w4a16")
+_VQ_OPTIONS = {
+    "bits": "bits",
+    "codewords": "codewords",
+    "vector": "vector",
+    "budget": "budget_gb",
+    "candidates": "candidates",
+    "steps": "steps",
+}
+
+
+def quantize(options: argparse.Namespace) -> None:
+    """SOURCE → TARGET, with a progress bar and a summary."""
+    job = methods.prepare(options.source, options.target, _recipe(options))
+    measurement = _measure(options, job)
+    with Bar() as bar:
+        report = job.write(measurement, bar.monitor, options.device)
+    print_summary(options.target, report.summary())
+
+
+def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
+    """The method's recipe. Raises ValueError for options of the other method."""
+    if options.method == "vq":
+        _refuse_options(options, _SVDQUANT_OPTIONS, "svdquant")
+        changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()}
+        modulation = "vq" if options.modulation == "w4a16" else options.modulation
+        recipe_class = VQRecipe
+    else:
+        _refuse_options(options, _VQ_OPTIONS, "vq")
+        changes = {name: getattr(options, name) for name in _SVDQUANT_OPTIONS}
+        modulation = options.modulation
+        recipe_class = SVDQuantRecipe
+    return recipe_class.from_preset(
+        options.preset, keep=options.keep, seed=options.seed, modulation=modulation, **changes
+    )
+
+
+def _refuse_options(options: argparse.Namespace, names, method: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} belongs to --method {method}; leave it out, or choose that method"
+            )
+
+
+def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
+    """Records the layers' inputs, or gives the model at work, as far as the recipe needs it and the
+    target has not got it already.
+    """
+    fast = options.preset == "fast"
+    if job.architecture != "FLUX.1":
+        if fast:
+            return WEIGHTS_ALONE
+        raise ValueError(
+            f"{job.source.name} is a {job.architecture}, and outside ComfyUI only FLUX.1 can be"
+            " calibrated; use --preset fast, or the node"
+            f" {'VQ' if options.method == 'vq' else 'SVDQuant'} Quantize Checkpoint in ComfyUI"
+        )
+    in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
+    if fast and in_float32 > options.memory_cap * 1e9:
+        return WEIGHTS_ALONE
+    try:
+        from .. import diffusers
+    except ImportError as error:
+        if fast:
+            return WEIGHTS_ALONE
+        raise ValueError(
+            f"--preset {options.preset} needs diffusers to run the model ({error}); pip install"
+            " diffusers, or use --preset fast"
+        ) from None
+    if fast or options.prompts is None:
+        tokens, pooled, provenance = None, None, {"kind": "random conditioning"}
+    else:
+        tokens, pooled, provenance = _prompts(options.prompts)
+    if job.existing_report(provenance) is not None:
+        return Measurement(provenance)
+    cap = int(options.memory_cap * 1e9)
+    state = {name: job.source.read(name).float() for name in job.source.shapes}
+    seed = job.recipe.seed
+    if options.method == "vq" and not fast:
+        teacher = diffusers.flux_teacher(state, tokens, pooled, cap=cap, seed=seed)
+        return Measurement(provenance, teacher=teacher)
+    with Bar("tokens") as bar:
+        statistics = diffusers.record_inputs(
+            state,
+            job.quantized_names,
+            tokens,
+            pooled,
+            cap=cap,
+            seed=seed,
+            report=lambda done, total: bar(done, total, "recording inputs"),
+        )
+    return Measurement(provenance, statistics.get)
+
+
+def _prompts(path: Path) -> tuple[Tensor, Tensor, dict]:
+    """(tokens, pooled, their provenance) of a file with text encoders' outputs."""
+    header = read_header(path)
+    if not {"tokens", "pooled"} <= header.tensors.keys():
+        raise FileRefused(
+            f"{path.name} lacks the tensors 'tokens' and 'pooled'; save the text encoders' outputs"
+            " under these names."
+        )
+    tokens = read_tensor(header, "tokens").float()
+    pooled = read_tensor(header, "pooled").float()
+    provenance = {
+        "kind": "prompts",
+        "prompts": len(tokens),
+        "fingerprint": f"{checksum(tokens)}{checksum(pooled)}",
+    }
+    return tokens, pooled, provenance

@@ -1,0 +1,21 @@
+"""The method that a recipe belongs to: for callers that offer several."""
+
+from pathlib import Path
+
+from .checkpoint_run import QuantizeJob
+from .files.source import Source, StateDictSource
+from .svdquant.quantize import SVDQuantJob
+from .svdquant.recipe import Recipe as SVDQuantRecipe
+from .vq4dit.quantize import VQJob
+from .vq4dit.recipe import Recipe as VQRecipe
+
+JOBS: dict[type, type[QuantizeJob]] = {SVDQuantRecipe: SVDQuantJob, VQRecipe: VQJob}
+
+
+def prepare(
+    source: str | Path | Source | StateDictSource,
+    target: str | Path,
+    recipe: SVDQuantRecipe | VQRecipe,
+) -> QuantizeJob:
+    """The job of a recipe's method; see `QuantizeJob.prepare`."""
+    return JOBS[type(recipe)].prepare(source, target, recipe)
