@@ -1,4 +1,4 @@
-"""SVDQuant's nodes: make a 4-bit file, load one."""
+"""The SVDQuant nodes: make a 4-bit file, load one."""
 
 from comfy_api.latest import io
 
@@ -26,8 +26,8 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Makes a 4-bit file of a diffusion model, beside the original, and draws what it"
-                " cost layer by layer. An interrupted run goes on where it stopped."
+                "Makes a 4-bit copy of a diffusion model next to the original and charts"
+                " the error of every layer. An interrupted run resumes where it stopped."
             ),
             search_aliases=["nibble", "quantize", "int4", "4-bit", "nunchaku", "compress model"],
             inputs=_sources() + _expert_options(),
@@ -129,25 +129,25 @@ def _sources() -> list:
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Replace a file of that name that was made with other options.",
+            tooltip="Replace an existing file of this name that was made with other options.",
         ),
         io.Model.Input(
             "model",
             optional=True,
-            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
+            tooltip="Quantize this model, including its LoRAs and merges, instead of a file.",
         ),
         io.Conditioning.Input(
             "positive",
             optional=True,
             tooltip=(
-                "Prompts to measure the model on (needed for 'best'). Join several with"
+                "Prompts to calibrate on (required by 'best'). Join several with"
                 " Conditioning (Combine)."
             ),
         ),
         io.Latent.Input(
             "latent",
             optional=True,
-            tooltip="Picture size while measuring. Not connected: 512 × 512.",
+            tooltip="Picture size for calibration. Not connected: 512 × 512.",
         ),
     ]
 
@@ -163,8 +163,8 @@ def _expert_options() -> list:
             step=16,
             advanced=True,
             tooltip=(
-                "Of the 16-bit low-rank branch that carries what 4 bits cannot. More: closer,"
-                " larger and slower."
+                "Rank of the 16-bit low-rank branch, which carries what 4 bits cannot."
+                " Higher: more accurate, larger and slower."
             ),
         ),
         io.Combo.Input(
@@ -173,8 +173,8 @@ def _expert_options() -> list:
             default="alternating",
             advanced=True,
             tooltip=(
-                "alternating: fits branch and 4-bit part in turns and keeps the best. svd: once, as"
-                " in the SVDQuant paper."
+                "alternating: fits the branch and the 4-bit part in turn and keeps the"
+                " best result. svd: fits the branch once, as in the SVDQuant paper."
             ),
         ),
         io.Combo.Input(
@@ -183,8 +183,8 @@ def _expert_options() -> list:
             default="auto",
             advanced=True,
             tooltip=(
-                "Mixes 64 channels at a time so that none stands out. auto: measured layer by"
-                " layer."
+                "Mixes channels in groups of 64 so that no outlier stands out. auto:"
+                " decided for each layer by measurement."
             ),
         ),
         io.Combo.Input(
@@ -193,8 +193,8 @@ def _expert_options() -> list:
             default="auto",
             advanced=True,
             tooltip=(
-                "Lets each rounded weight make up for those before it; needs measured inputs. auto:"
-                " with 'best'."
+                "Rounds each weight so that it makes up for the rounding errors before"
+                " it; needs recorded inputs. auto: on with preset 'best'."
             ),
         ),
         io.Combo.Input(
@@ -203,7 +203,8 @@ def _expert_options() -> list:
             default="w4a16",
             advanced=True,
             tooltip=(
-                "Layers that see the prompt and not the picture: 4-bit weights, or kept in 16 bit."
+                "Layers that read the prompt but not the picture: 4-bit weights (w4a16),"
+                " or kept in 16 bits (keep)."
             ),
         ),
         io.String.Input(
@@ -211,7 +212,7 @@ def _expert_options() -> list:
             default="",
             multiline=True,
             advanced=True,
-            tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
+            tooltip=("Layers to keep in 16 bits, one pattern per line, such as double_blocks.0.*"),
         ),
         io.String.Input(
             "w4a16_layers",
@@ -219,8 +220,8 @@ def _expert_options() -> list:
             multiline=True,
             advanced=True,
             tooltip=(
-                "Layers to give 4-bit weights but 16-bit inputs, a pattern a line, such as"
-                " *.linear2"
+                "Layers that get 4-bit weights but keep 16-bit inputs, one pattern per"
+                " line, such as *.linear2"
             ),
         ),
         io.Int.Input(
@@ -229,7 +230,7 @@ def _expert_options() -> list:
             min=1,
             max=100,
             advanced=True,
-            tooltip="Sampling steps of each measured prompt.",
+            tooltip="Sampling steps for each calibration prompt.",
         ),
         io.Float.Input(
             "memory_gb",
@@ -239,8 +240,8 @@ def _expert_options() -> list:
             step=0.25,
             advanced=True,
             tooltip=(
-                "Memory for measurements, in GB. Less: more passes over the prompts, the same"
-                " result."
+                "Memory for the measurements, in GB. With less, the prompts are run more"
+                " often; the result is the same."
             ),
         ),
         io.Int.Input(
@@ -250,7 +251,7 @@ def _expert_options() -> list:
             max=2**53,
             control_after_generate=False,
             advanced=True,
-            tooltip="Of the measured pictures' noise and of every random choice.",
+            tooltip=("Seed for the noise of the calibration pictures and for every random choice."),
         ),
     ]
 
@@ -266,9 +267,9 @@ class NibbleLoadSVDQuant(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4 file of"
-                " Nunchaku or comfy-kitchen. It works as any other model: samplers, LoRA,"
-                " ControlNet, low VRAM."
+                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4"
+                " file from Nunchaku or comfy-kitchen. It works like any other model:"
+                " samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
             inputs=[
@@ -277,14 +278,14 @@ class NibbleLoadSVDQuant(io.ComfyNode):
                     options=loading.quantized_files(KIND) or [NO_FILES],
                     tooltip=(
                         "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                        " svdq-int4 file. Others are not listed."
+                        " svdq-int4 file. Other files are not listed."
                     ),
                 ),
                 io.Boolean.Input(
                     "verify",
                     default=True,
                     advanced=True,
-                    tooltip="Compare every tensor with its checksum before use.",
+                    tooltip="Check every tensor against its checksum before use.",
                 ),
                 io.Combo.Input(
                     "compute_dtype",
@@ -292,7 +293,7 @@ class NibbleLoadSVDQuant(io.ComfyNode):
                     default="default",
                     advanced=True,
                     tooltip=(
-                        "What activations and 16-bit layers are computed in. default: what ComfyUI"
+                        "Number format of activations and 16-bit layers. default: what ComfyUI"
                         " chooses for this GPU."
                     ),
                 ),
@@ -303,8 +304,8 @@ class NibbleLoadSVDQuant(io.ComfyNode):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "Where 4-bit modulation layers stay. ram: about 1.7 GB less VRAM for FLUX;"
-                        " the CPU computes them."
+                        "Where the 4-bit modulation layers are kept. ram: about 1.7 GB less VRAM"
+                        " for FLUX; the CPU computes them."
                     ),
                 ),
             ],

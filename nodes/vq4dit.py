@@ -1,4 +1,4 @@
-"""VQ's nodes: make a file of 2- or 3-bit codewords, load one, look into one."""
+"""The VQ nodes: make a 2- or 3-bit file, load one, inspect one."""
 
 from comfy_api.latest import io
 
@@ -20,7 +20,7 @@ _BITS = [str(bits) for bits in LAYOUTS]
 
 
 class NibbleQuantizeVQ(io.ComfyNode):
-    """Quantizes a diffusion transformer to codewords."""
+    """Vector-quantizes a diffusion transformer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -30,9 +30,10 @@ class NibbleQuantizeVQ(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Makes a 3-bit (or 2-bit) file of a diffusion model from codewords, beside the"
-                " original, and draws what it cost layer by layer. An interrupted run goes on where"
-                " it stopped."
+                "Makes a 3-bit (or 2-bit) copy of a diffusion model next to the original"
+                " by vector quantization: each layer stores small groups of weights as"
+                " indices into a codebook. Charts the error of every layer. An"
+                " interrupted run resumes where it stopped."
             ),
             search_aliases=[
                 "nibble",
@@ -153,8 +154,8 @@ def _sources() -> list:
             options=_BITS,
             default="3",
             tooltip=(
-                "Bits a weight. 3: about as close as rounding to 4 bits. 2: experimental, the"
-                " smallest file; use the preset 'best'. 4: closest."
+                "Bits per weight. 3: about as close as rounding to 4 bits. 2:"
+                " experimental, the smallest file; use preset 'best'. 4: closest."
             ),
         ),
         io.Combo.Input("preset", options=list(PRESET_HELP), default="fast", tooltip=help_text),
@@ -166,27 +167,27 @@ def _sources() -> list:
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Replace a file of that name that was made with other options.",
+            tooltip="Replace an existing file of this name that was made with other options.",
         ),
         io.Model.Input(
             "model",
             optional=True,
-            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
+            tooltip="Quantize this model, including its LoRAs and merges, instead of a file.",
         ),
         io.Conditioning.Input(
             "positive",
             optional=True,
             tooltip=(
-                "Prompts to draw while calibrating. Not connected: random conditioning. Join"
-                " several with Conditioning (Combine)."
+                "Prompts for the calibration pictures. Not connected: random"
+                " conditioning. Join several with Conditioning (Combine)."
             ),
         ),
         io.Latent.Input(
             "latent",
             optional=True,
             tooltip=(
-                "Picture size while calibrating. Not connected: 512 × 512 with prompts, 256 × 256"
-                " without."
+                "Picture size for calibration. Not connected: 512 × 512 with prompts, 256"
+                " × 256 without."
             ),
         ),
     ]
@@ -202,8 +203,8 @@ def _expert_options() -> list:
             max=65536,
             advanced=True,
             tooltip=(
-                "Codewords of a layer, a power of two; together with vector in place of bits. 0: as"
-                " bits says."
+                "Entries (codewords) in each layer's codebook, a power of two; used"
+                " together with vector, instead of bits. 0: set by bits."
             ),
         ),
         io.Int.Input(
@@ -212,7 +213,9 @@ def _expert_options() -> list:
             min=0,
             max=16,
             advanced=True,
-            tooltip="Weights in a codeword; together with codewords. 0: as bits says.",
+            tooltip=(
+                "Weights in each codebook entry; used together with codewords. 0: set by bits."
+            ),
         ),
         io.Int.Input(
             "candidates",
@@ -221,8 +224,8 @@ def _expert_options() -> list:
             max=8,
             advanced=True,
             tooltip=(
-                "Nearest codewords that the preset vq4dit lets each sub-vector choose from. 0: the"
-                " preset's."
+                "With preset vq4dit: how many of the nearest codebook entries each group"
+                " of weights may choose from. 0: the preset's value."
             ),
         ),
         io.Int.Input(
@@ -231,14 +234,14 @@ def _expert_options() -> list:
             min=0,
             max=100_000,
             advanced=True,
-            tooltip="Of training for each block. 0: the preset's.",
+            tooltip="Training steps for each block. 0: the preset's value.",
         ),
         io.String.Input(
             "keep_layers",
             default="",
             multiline=True,
             advanced=True,
-            tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
+            tooltip=("Layers to keep in 16 bits, one pattern per line, such as double_blocks.0.*"),
         ),
         io.Float.Input(
             "budget_gb",
@@ -249,22 +252,25 @@ def _expert_options() -> list:
             round=False,
             advanced=True,
             tooltip=(
-                "Size of the whole file: each layer gets 2, 3 or 4 bits by what it needs most. 0:"
-                " all have the same bits."
+                "Size of the whole file, in GB: each layer gets 2, 3 or 4 bits, more"
+                " where they are needed most. 0: the same bits for all layers."
             ),
         ),
         io.Boolean.Input(
             "rotation",
             default=False,
             advanced=True,
-            tooltip="Mixes 64 channels at a time so that none stands out; costs speed.",
+            tooltip=("Mixes channels in groups of 64 so that no outlier stands out; costs speed."),
         ),
         io.Combo.Input(
             "modulation",
             options=["vq", "keep"],
             default="vq",
             advanced=True,
-            tooltip="Layers that see the prompt and not the picture: codewords, or kept in 16 bit.",
+            tooltip=(
+                "Layers that read the prompt but not the picture: quantized as well (vq),"
+                " or kept in 16 bits (keep)."
+            ),
         ),
         io.Int.Input(
             "steps",
@@ -272,7 +278,7 @@ def _expert_options() -> list:
             min=1,
             max=100,
             advanced=True,
-            tooltip="Sampling steps of each picture that is drawn while calibrating.",
+            tooltip="Sampling steps for each calibration picture.",
         ),
         io.Float.Input(
             "memory_gb",
@@ -282,8 +288,8 @@ def _expert_options() -> list:
             step=0.25,
             advanced=True,
             tooltip=(
-                "Memory for what a block reads and puts out, in GB. Less: fewer of the drawn steps"
-                " are used."
+                "Memory for each block's inputs and outputs, in GB. With less, fewer of"
+                " the sampled steps are used."
             ),
         ),
         io.Int.Input(
@@ -293,7 +299,7 @@ def _expert_options() -> list:
             max=2**53,
             control_after_generate=False,
             advanced=True,
-            tooltip="Of the drawn pictures' noise and of every random choice.",
+            tooltip=("Seed for the noise of the calibration pictures and for every random choice."),
         ),
     ]
 
@@ -320,13 +326,14 @@ def _file_input() -> io.Combo.Input:
         "model_name",
         options=loading.quantized_files(KIND) or [NO_FILES],
         tooltip=(
-            "A file of VQ Quantize Checkpoint in models/diffusion_models. Others are not listed."
+            "A file made by VQ Quantize Checkpoint, in models/diffusion_models. Other"
+            " files are not listed."
         ),
     )
 
 
 class NibbleLoadVQ(_PicksVQFile):
-    """Loads a model of codewords."""
+    """Loads a vector-quantized model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -336,8 +343,8 @@ class NibbleLoadVQ(_PicksVQFile):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint. It works as any other"
-                " model: samplers, LoRA, ControlNet, low VRAM."
+                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint. It works like"
+                " any other model: samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "vq4dit", "2-bit", "3-bit", "codebook", "load quantized"],
             inputs=[
@@ -346,7 +353,7 @@ class NibbleLoadVQ(_PicksVQFile):
                     "verify",
                     default=True,
                     advanced=True,
-                    tooltip="Compare every tensor with its checksum before use.",
+                    tooltip="Check every tensor against its checksum before use.",
                 ),
                 io.Combo.Input(
                     "compute_dtype",
@@ -354,7 +361,7 @@ class NibbleLoadVQ(_PicksVQFile):
                     default="default",
                     advanced=True,
                     tooltip=(
-                        "What activations and 16-bit layers are computed in. default: what ComfyUI"
+                        "Number format of activations and 16-bit layers. default: what ComfyUI"
                         " chooses for this GPU."
                     ),
                 ),
@@ -375,7 +382,7 @@ class NibbleLoadVQ(_PicksVQFile):
 
 
 class NibbleInspectVQ(_PicksVQFile):
-    """Shows what a file of codewords is made of."""
+    """Shows what a VQ file is made of."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -385,8 +392,8 @@ class NibbleInspectVQ(_PicksVQFile):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Draws what a VQ file is made of: bits per weight, how much of its codebooks is"
-                " used, and the error of each layer."
+                "Charts what a VQ file is made of: bits per weight, how much of its"
+                " codebooks is used, and the error of each layer."
             ),
             search_aliases=["nibble", "vq4dit", "codebook", "bits per weight", "entropy"],
             inputs=[_file_input()],
