@@ -133,7 +133,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
         )
         return io.NodeOutput(
             name,
-            ui=charts.ui(charts.layers_chart(report, name, f"codewords, {bits} bits, {preset}")),
+            ui=charts.ui(charts.layers_chart(report, name, f"VQ, {bits} bits, {preset}")),
         )
 
 
