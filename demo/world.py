@@ -74,7 +74,7 @@ def parse(prompt: str) -> Scene:
     text = f" {' '.join(prompt.lower().replace(',', ' ').split())} "
     found = []
     for kind, names in (
-        ("colour", COLOURS),
+        ("color", COLOURS),
         ("shape", SHAPES),
         ("place", PLACES),
         ("background", BACKGROUNDS),

@@ -1,5 +1,5 @@
-"""Caching's nodes: sample with TeaCache, put TeaCache or SmoothCache on a model, measure a model
-for both.
+"""The caching nodes: sample with TeaCache, apply TeaCache or SmoothCache to a model, calibrate a
+model for both.
 """
 
 from comfy_api.latest import io
@@ -39,7 +39,7 @@ class _Cached(io.ComfyNode):
 
 
 class NibbleTeaCacheSampler(_Cached):
-    """SamplerCustomAdvanced with TeaCache and a picture of what it skipped."""
+    """SamplerCustomAdvanced with TeaCache and a chart of what it skipped."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -49,8 +49,8 @@ class NibbleTeaCacheSampler(_Cached):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Samples like SamplerCustomAdvanced, skips steps in which little changes, and draws"
-                " which ones while it runs."
+                "Samples like SamplerCustomAdvanced, but skips steps in which little"
+                " changes, and shows which ones while it runs."
             ),
             search_aliases=[
                 "nibble",
@@ -65,7 +65,7 @@ class NibbleTeaCacheSampler(_Cached):
                 io.Guider.Input(
                     "guider",
                     tooltip=(
-                        "From BasicGuider, CFGGuider or any other: it brings the model and the"
+                        "From BasicGuider, CFGGuider or any other. It brings the model and the"
                         " prompts."
                     ),
                 ),
@@ -73,20 +73,19 @@ class NibbleTeaCacheSampler(_Cached):
                 io.Sigmas.Input(
                     "sigmas",
                     tooltip=(
-                        "From BasicScheduler or any other scheduler: it says how many steps there"
-                        " are."
+                        "From BasicScheduler or any other scheduler. It sets the number of steps."
                     ),
                 ),
                 io.Latent.Input(
-                    "latent_image", tooltip="The empty or encoded latent to begin with."
+                    "latent_image", tooltip="The empty or encoded latent to start from."
                 ),
                 *_teacache_widgets(),
                 io.Boolean.Input(
                     "compare",
                     default=False,
                     tooltip=(
-                        "Sample once more without caching, with the same seed, and show how fast"
-                        " and how close the cached run was. Takes that run's time."
+                        "Sample once more without caching, with the same seed, and show how much"
+                        " faster and how close the cached run was. Takes the time of that run."
                     ),
                 ),
                 *_teacache_expert_widgets(),
@@ -94,7 +93,8 @@ class NibbleTeaCacheSampler(_Cached):
                     "vae",
                     optional=True,
                     tooltip=(
-                        "With compare: measures the difference of the pictures, not of the latents."
+                        "With compare: measures the difference between the pictures instead of"
+                        " the latents."
                     ),
                 ),
             ],
@@ -105,8 +105,8 @@ class NibbleTeaCacheSampler(_Cached):
                     "denoised_output",
                     display_name="denoised_output",
                     tooltip=(
-                        "The model's last guess of the finished latent; the same as output when all"
-                        " noise is removed."
+                        "The model's last estimate of the finished latent; the same as output"
+                        " when all noise is removed."
                     ),
                 ),
             ],
@@ -144,8 +144,8 @@ class NibbleApplyTeaCache(_Cached):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Lets a model skip steps in which little changes, with any sampler and in any"
-                " graph. Shows which ones while a sampler runs."
+                "Lets a model skip steps in which little changes, with any sampler and in"
+                " any workflow. Shows which ones while a sampler runs."
             ),
             search_aliases=[
                 "nibble",
@@ -157,14 +157,13 @@ class NibbleApplyTeaCache(_Cached):
             ],
             inputs=[
                 io.Model.Input(
-                    "model",
-                    tooltip="Any diffusion transformer, in 16 bit or 4 bit, with its LoRAs.",
+                    "model", tooltip="Any diffusion transformer, in 16 or 4 bits, with its LoRAs."
                 ),
                 *_teacache_widgets(),
                 *_teacache_expert_widgets(),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with TeaCache on it.")],
+            outputs=[io.Model.Output("model", tooltip="The model with TeaCache applied.")],
         )
 
     @classmethod
@@ -176,7 +175,7 @@ class NibbleApplyTeaCache(_Cached):
 
 
 class NibbleApplySmoothCache(_Cached):
-    """A model that reuses by a schedule measured once."""
+    """A model that reuses results on a schedule measured once."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -186,8 +185,8 @@ class NibbleApplySmoothCache(_Cached):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Lets a model reuse whole steps, blocks or their parts by a schedule that Calibrate"
-                " Cache measured: the same steps for every prompt."
+                "Lets a model reuse whole steps, blocks or parts of blocks on a schedule"
+                " that Calibrate Cache measured: the same steps for every prompt."
             ),
             search_aliases=["nibble", "smoothcache", "cache", "faster sampling", "static cache"],
             inputs=[
@@ -201,7 +200,7 @@ class NibbleApplySmoothCache(_Cached):
                     step=0.005,
                     round=0.0001,
                     tooltip=(
-                        "The error that a reused result may have, as measured. Higher: faster and"
+                        "The error that a reused result may have, as measured. Higher: faster,"
                         " less close. 0: every step is computed."
                     ),
                 ),
@@ -210,8 +209,8 @@ class NibbleApplySmoothCache(_Cached):
                     options=_DEPTHS,
                     default="step",
                     tooltip=(
-                        "What is reused. step: the whole model's work. block: kinds of blocks."
-                        " sublayer: attention and MLP, each on its own."
+                        "What is reused. step: all of the model's work. block: each kind of block"
+                        " on its own. sublayer: attention and MLP, each on its own."
                     ),
                 ),
                 *_window_widgets(),
@@ -222,14 +221,14 @@ class NibbleApplySmoothCache(_Cached):
                     max=1000,
                     advanced=True,
                     tooltip=(
-                        "Compute exactly this many steps, the best ones by the calibration; alpha"
-                        " is ignored. 0: by alpha. For depth step."
+                        "Compute exactly this many steps, the best ones according to the"
+                        " calibration; alpha is ignored. 0: use alpha. Only for depth step."
                     ),
                 ),
                 *_expert_widgets(),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with SmoothCache on it.")],
+            outputs=[io.Model.Output("model", tooltip="The model with SmoothCache applied.")],
         )
 
     @classmethod
@@ -251,27 +250,28 @@ class NibbleCalibrateCache(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Runs your model on your prompts once, measures how it changes from step to step,"
-                " and keeps that for TeaCache and SmoothCache."
+                "Runs your model on your prompts once, measures how it changes from step"
+                " to step, and saves the result for TeaCache and SmoothCache."
             ),
             search_aliases=["nibble", "teacache", "smoothcache", "calibrate", "cache"],
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The model to measure, as you will sample it: in 4 bit, with its LoRAs."
+                        "The model to measure, set up as you will sample it: in 4 bits, with its"
+                        " LoRAs."
                     ),
                 ),
                 io.Conditioning.Input(
                     "positive",
                     tooltip=(
-                        "Prompts to measure on: five to ten, joined with Conditioning (Combine);"
-                        " not the ones to sample."
+                        "Prompts to measure on: five to ten, joined with Conditioning (Combine)."
+                        " Not the ones that you will sample."
                     ),
                 ),
                 io.Sampler.Input("sampler", tooltip="The sampler that you will use."),
                 io.Sigmas.Input("sigmas", tooltip="The schedule that you will use."),
-                io.Latent.Input("latent_image", tooltip="Picture size while measuring."),
+                io.Latent.Input("latent_image", tooltip="Picture size for the measurement."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -279,7 +279,7 @@ class NibbleCalibrateCache(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="As you will sample. 1: without a negative prompt.",
+                    tooltip="The cfg that you will use. 1: without a negative prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -287,23 +287,23 @@ class NibbleCalibrateCache(io.ComfyNode):
                     min=0,
                     max=2**53,
                     control_after_generate=False,
-                    tooltip="Of the measured pictures' noise.",
+                    tooltip="Seed for the noise of the measured pictures.",
                 ),
                 io.String.Input(
                     "filename",
                     default="",
                     tooltip=(
-                        "Name of the file in models/nibble_cache. Empty: the model's class and"
-                        " number of steps."
+                        "Name of the file in models/nibble_cache. Empty: made from the model's"
+                        " class and the number of steps."
                     ),
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Measure again and replace a file of that name.",
+                    tooltip="Measure again and replace an existing file of this name.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="The negative prompt, where cfg is not 1."
+                    "negative", optional=True, tooltip="The negative prompt, if cfg is not 1."
                 ),
                 io.Int.Input(
                     "k_max",
@@ -311,7 +311,7 @@ class NibbleCalibrateCache(io.ComfyNode):
                     min=1,
                     max=8,
                     advanced=True,
-                    tooltip="SmoothCache's longest run of reused steps.",
+                    tooltip="The longest run of reused steps that SmoothCache may choose.",
                 ),
                 io.Int.Input(
                     "order",
@@ -319,14 +319,14 @@ class NibbleCalibrateCache(io.ComfyNode):
                     min=1,
                     max=4,
                     advanced=True,
-                    tooltip="Of TeaCache's polynomial. Published ones have 4; 2 is safer.",
+                    tooltip="Degree of TeaCache's polynomial. Published ones have 4; 2 is safer.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Combo.Output(
                     "calibration",
-                    tooltip="The file's name; connect it to 'calibration' of a node that samples.",
+                    tooltip="The file's name; connect it to 'calibration' of a sampling node.",
                 )
             ],
         )
@@ -373,15 +373,16 @@ class NibbleCalibrateCache(io.ComfyNode):
 
 
 def _teacache_widgets() -> list:
-    """What everyone sees."""
+    """The inputs that everyone sees."""
     return [
         io.Combo.Input(
             "preset",
             options=[*PRESETS, choices.CUSTOM],
             default="balanced",
             tooltip=(
-                "Steps computed on the demo model: quality about two thirds, balanced about half,"
-                " fast about a third. custom: by the threshold below."
+                "Share of the steps computed on the demo model: quality about two thirds,"
+                " balanced about half, fast about a third. custom: set by the threshold"
+                " below."
             ),
         ),
         io.Float.Input(
@@ -392,8 +393,9 @@ def _teacache_widgets() -> list:
             step=0.005,
             round=0.0001,
             tooltip=(
-                "With preset custom: how much error (with the rule teacache: change) may pile up"
-                " before the model is computed again. 0: every step is computed, bit for bit."
+                "With preset custom: how much error (with rule teacache: change) may"
+                " build up before the model is computed again. 0: every step is computed,"
+                " bit for bit."
             ),
         ),
         *_window_widgets(),
@@ -417,22 +419,22 @@ def _window_widgets() -> list:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Steps behind this share of the run are always computed.",
+            tooltip="Steps after this share of the run are always computed.",
         ),
     ]
 
 
 def _calibration_widget(*words: str):
     also = (
-        " none: the published coefficients of this architecture." if choices.NONE in words else ""
+        " none: the published coefficients for this architecture." if choices.NONE in words else ""
     )
     return io.Combo.Input(
         "calibration",
         options=choices.calibration_names(*words),
         default=words[0],
         tooltip=(
-            f"What Calibrate Cache measured. auto: the newest one of this model.{also} Or connect"
-            " Calibrate Cache's output."
+            f"A file from Calibrate Cache. auto: the newest one for this model.{also} Or connect"
+            " the output of Calibrate Cache."
         ),
     )
 
@@ -445,9 +447,9 @@ def _teacache_expert_widgets() -> list:
             default=choices.AUTO,
             advanced=True,
             tooltip=(
-                "When to compute again. error: by how wrong the guess for the last computed step"
-                " was. teacache: by the change of the first block's input, thresholds as published."
-                " auto: the preset's."
+                "When to compute again. error: judged by how wrong the guess for the last"
+                " computed step was. teacache: judged by the change of the first block's"
+                " input, with thresholds as published. auto: the preset's rule."
             ),
         ),
         io.Combo.Input(
@@ -456,8 +458,9 @@ def _teacache_expert_widgets() -> list:
             default="auto",
             advanced=True,
             tooltip=(
-                "blocks: the first block decides, the rest is reused. step: decided before the"
-                " model runs, for whole-model torch.compile. auto: as deep as the model allows."
+                "blocks: the first block decides, the rest is reused. step: decided"
+                " before the model runs, for torch.compile of the whole model. auto: as"
+                " deep as the model allows."
             ),
         ),
         *_expert_widgets(),
@@ -465,7 +468,7 @@ def _teacache_expert_widgets() -> list:
 
 
 def _expert_widgets() -> list:
-    """Collapsed, in every node that reuses."""
+    """The collapsed inputs of every node that reuses results."""
     return [
         io.Combo.Input(
             "extrapolation",
@@ -473,8 +476,9 @@ def _expert_widgets() -> list:
             default="auto",
             advanced=True,
             tooltip=(
-                "A skipped step's result: reuse the last computed one, or follow the line or the"
-                " parabola through the last ones. auto: what was measured to be closest."
+                "What a skipped step uses: the last computed result (reuse), or a point"
+                " on the line or parabola through the last ones. auto: what was measured"
+                " to be closest."
             ),
         ),
         io.Int.Input(
@@ -483,7 +487,7 @@ def _expert_widgets() -> list:
             min=0,
             max=100,
             advanced=True,
-            tooltip="This many steps at the beginning are always computed.",
+            tooltip="This many steps at the start are always computed.",
         ),
         io.Int.Input(
             "last_steps",
@@ -499,8 +503,8 @@ def _expert_widgets() -> list:
             default="gpu",
             advanced=True,
             tooltip=(
-                "Where reused results are kept. gpu: about 25 MB for each prompt of a 1-megapixel"
-                " FLUX. cpu: no VRAM, slower steps."
+                "Where results are kept for reuse. gpu: about 25 MB for each prompt of a"
+                " 1-megapixel FLUX. cpu: no VRAM, slower steps."
             ),
         ),
     ]

@@ -1,5 +1,5 @@
-"""Constant acceleration's nodes: a trained pair of heads on a model, its sampler and inversion; and
-what needs no training, a SAMPLER and SIGMAS.
+"""The CAF nodes: a trained pair of heads on a model, its sampler and inversion; and, without any
+training, a SAMPLER and SIGMAS.
 """
 
 from comfy_api.latest import io
@@ -24,9 +24,9 @@ class NibbleLoadCAF(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Puts the two heads that Train CAF has made on the model that they were made for,"
-                " so that CAF Sampler draws with it in few steps. The connected model never"
-                " changes."
+                "Adds the two heads from Train CAF to the model that they were trained"
+                " on, so that CAF Sampler needs only a few steps. The connected model is"
+                " never changed."
             ),
             search_aliases=[
                 "nibble",
@@ -40,8 +40,8 @@ class NibbleLoadCAF(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The rectified-flow model that the heads were trained beside, in 16 bit or"
-                        " 4 bit, with any LoRAs."
+                        "The rectified-flow model that the heads were trained on, in 16 or 4"
+                        " bits, with any LoRAs."
                     ),
                 ),
                 io.Combo.Input(
@@ -54,8 +54,8 @@ class NibbleLoadCAF(io.ComfyNode):
                 io.Model.Output(
                     "model",
                     tooltip=(
-                        "For CAF Sampler and CAF Invert, and for the guider. With any other sampler"
-                        " the velocity head alone is on."
+                        "For CAF Sampler, CAF Invert and the guider. With any other sampler, only"
+                        " the velocity head is active."
                     ),
                 )
             ],
@@ -91,9 +91,9 @@ class NibbleCAFSampler(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Draws in few steps with a model from Load CAF Model: finds out once how fast a"
-                " picture's path begins, then how it slows down. N steps are N + 1 calls of the"
-                " model."
+                "Samples in few steps with a model from Load CAF Model: one call finds"
+                " the velocity at the start of the path, then each step finds how it"
+                " changes. N steps take N + 1 model calls."
             ),
             search_aliases=[
                 "nibble",
@@ -110,16 +110,14 @@ class NibbleCAFSampler(io.ComfyNode):
                     default=4,
                     min=1,
                     max=1000,
-                    tooltip=(
-                        "N steps cost N + 1 calls of the model; with a velocity connected, N calls."
-                    ),
+                    tooltip=("N steps take N + 1 model calls; with a velocity connected, N."),
                 ),
                 io.Custom("CAF_VELOCITY").Input(
                     "velocity",
                     optional=True,
                     tooltip=(
-                        "From CAF Invert: draws the inverted picture again, or with another "
-                        "prompt a variation of it."
+                        "From CAF Invert: generates the inverted picture again or, with another"
+                        " prompt, a variation of it."
                     ),
                 ),
                 io.Float.Input(
@@ -130,7 +128,7 @@ class NibbleCAFSampler(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "The share of the path that is walked. Below 1: image to image, from the"
+                        "The share of the path to sample. Below 1: image to image, from the"
                         " latent with noise added."
                     ),
                 ),
@@ -140,7 +138,7 @@ class NibbleCAFSampler(io.ComfyNode):
                 io.Sampler.Output(
                     "sampler",
                     tooltip=(
-                        "For SamplerCustomAdvanced. It works with the sigmas of any scheduler too."
+                        "For SamplerCustomAdvanced. It also works with the sigmas of any scheduler."
                     ),
                 ),
                 io.Sigmas.Output(
@@ -171,8 +169,9 @@ class NibbleCAFInvert(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Finds the noise that a picture comes from, and the velocity of its path. With"
-                " both, CAF Sampler draws the picture again; with another prompt it edits it."
+                "Finds the noise that a picture comes from, and the velocity of its path."
+                " With both, CAF Sampler generates the picture again or, with another"
+                " prompt, edits it."
             ),
             search_aliases=[
                 "nibble",
@@ -187,25 +186,24 @@ class NibbleCAFInvert(io.ComfyNode):
                 io.Model.Input("model", tooltip="From Load CAF Model."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip=(
-                        "What the picture shows. For editing, give the guider the other prompt."
-                    ),
+                    tooltip=("What the picture shows. To edit it, give the guider another prompt."),
                 ),
                 io.Latent.Input(
-                    "latent_image", tooltip="The picture, through VAE Encode with this model's VAE."
+                    "latent_image",
+                    tooltip="The picture, encoded with VAE Encode and this model's VAE.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip="N steps cost N + 1 calls of the model. More: closer to the picture.",
+                    tooltip="N steps take N + 1 model calls. More: closer to the picture.",
                 ),
                 _ahead(),
             ],
             outputs=[
                 io.Noise.Output(
-                    "noise", tooltip="For SamplerCustomAdvanced, in place of RandomNoise."
+                    "noise", tooltip="For SamplerCustomAdvanced, instead of RandomNoise."
                 ),
                 io.Custom("CAF_VELOCITY").Output("velocity", tooltip="For CAF Sampler."),
             ],
@@ -220,7 +218,7 @@ class NibbleCAFInvert(io.ComfyNode):
 
 
 class NibbleConstantAcceleration(io.ComfyNode):
-    """The second-order Adams-Bashforth step, kept through the last one."""
+    """The second-order Adams-Bashforth sampler, also in its last step."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -229,9 +227,10 @@ class NibbleConstantAcceleration(io.ComfyNode):
             display_name="Constant-Acceleration Sampler",
             category="Nibble",
             description=(
-                "A sampler for rectified-flow models (FLUX, SD3, Qwen-Image, Wan) that takes the"
-                " last change of velocity to go on through the next step: the second-order"
-                " Adams-Bashforth method, without training, at one call of the model a step."
+                "A sampler for rectified-flow models (FLUX, SD3, Qwen-Image, Wan) that"
+                " assumes the velocity keeps changing as it did in the last step: the"
+                " second-order Adams-Bashforth method. No training; one model call per"
+                " step."
             ),
             search_aliases=[
                 "nibble",
@@ -252,8 +251,8 @@ class NibbleConstantAcceleration(io.ComfyNode):
                     round=0.001,
                     advanced=True,
                     tooltip=(
-                        "The most by which a step may differ from Euler's, as a share of the"
-                        " velocity. 0: Euler's method. 1: hardly ever limited."
+                        "How far a step may differ from Euler's, as a share of the velocity. 0:"
+                        " Euler's method. 1: hardly ever limited."
                     ),
                 )
             ],
@@ -278,7 +277,8 @@ class NibbleCAFSigmas(io.ComfyNode):
             category="Nibble",
             description=(
                 "Moves the sigmas of a rectified-flow model to where a path of constant"
-                " acceleration would be at those times. First, last and number of steps stay."
+                " acceleration would be at those times. The first and last sigma and the"
+                " number of steps stay the same."
             ),
             search_aliases=["nibble", "caf", "sigmas", "scheduler", "constant acceleration"],
             inputs=[
@@ -294,13 +294,15 @@ class NibbleCAFSigmas(io.ComfyNode):
                     step=0.05,
                     round=0.001,
                     tooltip=(
-                        "Speed at the beginning, over the mean. 1: sigmas as they are. Above:"
-                        " longer steps near the noise, shorter ones near the picture. Below: the"
-                        " other way."
+                        "Speed at the start of a path, relative to its mean. 1: sigmas unchanged."
+                        " Above 1: longer steps near the noise, shorter ones near the picture."
+                        " Below 1: the reverse."
                     ),
                 ),
             ],
-            outputs=[io.Sigmas.Output("sigmas", tooltip="As many sigmas, at another pace.")],
+            outputs=[
+                io.Sigmas.Output("sigmas", tooltip="The same number of sigmas, spaced differently.")
+            ],
         )
 
     @classmethod
@@ -319,8 +321,8 @@ def _ahead() -> io.Float.Input:
         round=0.001,
         advanced=True,
         tooltip=(
-            "Where in a step the acceleration is asked for. 0: at its beginning, as in the paper."
-            " 0.5: half-way, where the model sees more."
+            "Where in a step the model is asked for the acceleration. 0: at the"
+            " start, as in the paper. 0.5: halfway, where the model sees more."
         ),
     )
 

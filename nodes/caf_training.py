@@ -1,5 +1,5 @@
-"""Constant acceleration's training: couplings of noise and a teacher's pictures, and the heads that
-learn from them.
+"""The CAF training nodes: couplings of noise and a teacher's pictures, and the heads that learn
+from them.
 """
 
 from comfy_api.latest import io
@@ -14,7 +14,7 @@ from .widgets import patterns
 
 
 class NibbleMakeCAFCouplings(io.ComfyNode):
-    """Noise, and what the connected model makes of it: what Train CAF learns from."""
+    """Pairs of noise and the picture that the connected model makes of it, for Train CAF."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,9 +25,9 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             description=(
-                "Draws pictures with a flow model, its sampler and all of its steps, and stores"
-                " each with the noise that it came from, for Train CAF. Stop whenever you like: the"
-                " next run goes on, and a larger count adds to what is there."
+                "Generates pictures with a flow model, its sampler and all of its steps,"
+                " and stores each with the noise that it came from, for Train CAF. Stop"
+                " whenever you like: the next run resumes, and a larger count adds pairs."
             ),
             search_aliases=[
                 "nibble",
@@ -43,7 +43,7 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Custom("CAF_COUPLINGS").Output(
-                    "couplings", tooltip="The pairs on disk, for Train CAF."
+                    "couplings", tooltip="The stored pairs, for Train CAF."
                 )
             ],
         )
@@ -86,9 +86,10 @@ class NibbleTrainCAF(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Teaches a flow model to draw in two or three calls what its sampler draws in many:"
-                " trains the two heads of Constant Acceleration Flow from couplings and saves them"
-                " as a CAF file. Stop whenever you like: the next run goes on where it stopped."
+                "Teaches a flow model to do in two or three calls what its sampler does"
+                " in many: trains the two heads of Constant Acceleration Flow on"
+                " couplings and saves them as a CAF file. Stop whenever you like: the"
+                " next run resumes where it stopped."
             ),
             search_aliases=[
                 "nibble",
@@ -110,11 +111,11 @@ class NibbleTrainCAF(io.ComfyNode):
                 io.Custom("LOSS_MAP").Output(
                     "loss_map",
                     tooltip=(
-                        "The loss of every step, the velocity net's and then the acceleration"
-                        " net's, for Plot Loss Graph."
+                        "The loss of every step, first of the velocity net, then of the"
+                        " acceleration net, for Plot Loss Graph."
                     ),
                 ),
-                io.Int.Output("steps", tooltip="Steps trained in all, of both nets."),
+                io.Int.Output("steps", tooltip="Total steps trained, both nets together."),
             ],
         )
 
@@ -190,29 +191,32 @@ def _couplings_inputs() -> list:
         io.Conditioning.Input(
             "positive",
             tooltip=(
-                "One prompt or many, combined or as a list. They take turns: pair i has prompt i"
-                " modulo their number."
+                "One prompt or many, combined or as a list. They take turns: pair i uses"
+                " prompt i modulo their number."
             ),
         ),
         io.Latent.Input(
-            "latent_image", tooltip="An empty latent: the size that the pictures shall have."
+            "latent_image", tooltip="An empty latent of the size that the pictures should have."
         ),
         io.Sampler.Input(
             "sampler",
             tooltip=(
-                "The teacher's, one that adds no noise on its way: euler, heun, dpmpp_2m, uni_pc."
+                "The teacher's sampler. It must not add noise along the way: euler, heun,"
+                " dpmpp_2m, uni_pc."
             ),
         ),
         io.Sigmas.Input(
             "sigmas",
-            tooltip="The teacher's, from 1 to 0: all the steps of a good picture, such as 28.",
+            tooltip=(
+                "The teacher's schedule, from 1 to 0: all the steps of a good picture, such as 28."
+            ),
         ),
         io.Conditioning.Input(
             "negative",
             optional=True,
             tooltip=(
-                "For a cfg other than 1. What is learned has the guidance in it: sample it without"
-                " CFG."
+                "For a cfg other than 1. The guidance is learned with the pictures:"
+                " sample the result without CFG."
             ),
         ),
         io.Int.Input(
@@ -221,8 +225,8 @@ def _couplings_inputs() -> list:
             min=1,
             max=10_000_000,
             tooltip=(
-                "Pairs in all. Those that are there are not made again; a larger count adds to"
-                " them."
+                "Total number of pairs. Existing ones are not made again; a larger count"
+                " adds to them."
             ),
         ),
         io.Int.Input(
@@ -231,17 +235,17 @@ def _couplings_inputs() -> list:
             min=0,
             max=2**53,
             control_after_generate=False,
-            tooltip="Pair number i begins with the noise of seed + i.",
+            tooltip="Pair i starts from the noise of seed + i.",
         ),
         io.String.Input(
             "filename",
             default=caf_couplings.DEFAULT,
-            tooltip="Name of their folder in output/caf_couplings.",
+            tooltip="Name of the folder in output/caf_couplings.",
         ),
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Delete pairs of that name that were made with other inputs.",
+            tooltip="Delete existing pairs of this name that were made with other inputs.",
         ),
         io.Float.Input(
             "cfg",
@@ -252,8 +256,8 @@ def _couplings_inputs() -> list:
             round=0.01,
             advanced=True,
             tooltip=(
-                "The teacher's guidance, for models that need it. The guided picture is learned:"
-                " what Train CAF makes is sampled with cfg 1."
+                "The teacher's guidance, for models that need it. The guided picture is"
+                " what is learned: sample the result of Train CAF with cfg 1."
             ),
         ),
         io.Int.Input(
@@ -263,8 +267,8 @@ def _couplings_inputs() -> list:
             max=4096,
             advanced=True,
             tooltip=(
-                "Pictures of one prompt that are drawn together. More is faster where there is"
-                " memory."
+                "Pictures of one prompt that are generated together. More is faster if"
+                " there is memory."
             ),
         ),
     ]
@@ -275,12 +279,13 @@ def _training_inputs() -> list:
         io.Model.Input(
             "model",
             tooltip=(
-                "The flow model to teach, 16-bit or quantized, as its couplings were made or a"
-                " quantized form of it. It is not changed."
+                "The flow model to teach, 16-bit or quantized: the one that made the"
+                " couplings, or a quantized version of it. It is not changed."
             ),
         ),
         io.Custom("CAF_COUPLINGS").Input(
-            "couplings", tooltip="Noise, and what the teacher made of it, from Make CAF Couplings."
+            "couplings",
+            tooltip="Pairs of noise and the teacher's picture, from Make CAF Couplings.",
         ),
         io.String.Input(
             "filename",
@@ -290,14 +295,17 @@ def _training_inputs() -> list:
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Replace a file of that name, and forget a stopped run that had other inputs.",
+            tooltip=(
+                "Replace an existing file of this name, and discard a stopped run that"
+                " had other inputs."
+            ),
         ),
         io.Int.Input(
             "steps",
             default=1000,
             min=1,
             max=1000000,
-            tooltip="How often each of the two nets learns from a batch of pairs.",
+            tooltip="Training steps for each of the two nets.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -307,8 +315,8 @@ def _training_inputs() -> list:
             step=0.0000001,
             round=0.0000001,
             tooltip=(
-                "How much a step changes, at first: it falls to zero over each net's steps. Too"
-                " high: the loss jumps. It may be changed when a run is resumed."
+                "How much each step changes at first; it falls to zero over each net's"
+                " steps. Too high: the loss jumps. May be changed when a run is resumed."
             ),
         ),
         io.Int.Input(
@@ -317,8 +325,8 @@ def _training_inputs() -> list:
             min=0,
             max=1024,
             tooltip=(
-                "How much can be learned, and how large the file is. 0: whole layers, for small"
-                " models."
+                "How much can be learned, and how large the file is. 0: trains whole"
+                " layers, for small models."
             ),
         ),
         io.Float.Input(
@@ -329,8 +337,9 @@ def _training_inputs() -> list:
             step=0.05,
             round=0.001,
             tooltip=(
-                "Speed at the beginning of a path, over its mean. 1: even. Above: fast through the"
-                " noise, slower towards the picture (the paper: 1.5). Below: the other way."
+                "Speed at the start of a path, relative to its mean. 1: constant. Above"
+                " 1: fast through the noise, slower toward the picture (the paper: 1.5)."
+                " Below 1: the reverse."
             ),
         ),
         io.Int.Input(
@@ -339,7 +348,7 @@ def _training_inputs() -> list:
             min=1,
             max=10000,
             advanced=True,
-            tooltip="Pairs a step. They go through the model together.",
+            tooltip="Pairs per batch. They go through the model together.",
         ),
         io.Int.Input(
             "grad_accumulation_steps",
@@ -347,14 +356,17 @@ def _training_inputs() -> list:
             min=1,
             max=1024,
             advanced=True,
-            tooltip="Batches a step: as a larger batch, one after another and without its memory.",
+            tooltip=(
+                "Batches per step: works like a larger batch without its memory, because"
+                " the batches run one after another."
+            ),
         ),
         io.Combo.Input(
             "optimizer",
             options=list(OPTIMIZERS),
             default="AdamW",
             advanced=True,
-            tooltip="The rule by which a step changes the heads.",
+            tooltip="The rule that updates the heads at each step.",
         ),
         io.Int.Input(
             "seed",
@@ -363,7 +375,9 @@ def _training_inputs() -> list:
             max=2**53,
             control_after_generate=False,
             advanced=True,
-            tooltip="Of the heads' start, and the order of the pairs and times.",
+            tooltip=(
+                "Seed for the heads' initial values and for the order of the pairs and times."
+            ),
         ),
         io.Combo.Input(
             "training_dtype",
@@ -371,8 +385,8 @@ def _training_inputs() -> list:
             default="bf16",
             advanced=True,
             tooltip=(
-                "What the model computes in while training. fp32 on a CPU and on cards older than"
-                " the RTX 30 series. none: as when sampling."
+                "Number format of the model while training. Use fp32 on a CPU and on"
+                " cards older than the RTX 30 series. none: the same as when sampling."
             ),
         ),
         io.Boolean.Input(
@@ -380,8 +394,8 @@ def _training_inputs() -> list:
             default=True,
             advanced=True,
             tooltip=(
-                "Keeps only the inputs of each block and computes it twice: much less memory, more"
-                " time."
+                "Stores only the inputs of each block and computes the block twice: much"
+                " less memory, more time."
             ),
         ),
         io.Boolean.Input(
@@ -398,8 +412,8 @@ def _training_inputs() -> list:
             multiline=True,
             advanced=True,
             tooltip=(
-                "Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all linear"
-                " layers of the blocks."
+                "Layers to train, one pattern per line, such as double_blocks.*attn*."
+                " Empty: all linear layers of the blocks."
             ),
         ),
         io.Int.Input(
@@ -409,8 +423,8 @@ def _training_inputs() -> list:
             max=100000,
             advanced=True,
             tooltip=(
-                "Steps between previews: a pair that is not trained on, drawn in 3 calls, and how"
-                " far such pairs are off. 0: none."
+                "Steps between previews: a pair that is not trained on, sampled in 3"
+                " calls, and the error of such pairs. 0: none."
             ),
         ),
     ]

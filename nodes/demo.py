@@ -15,7 +15,7 @@ class NibbleDemoPrompt(io.ComfyNode):
             display_name="Demo Prompt",
             category="Nibble",
             description=(
-                f"A prompt for Nibble's small demo model. Colours: {', '.join(world.COLOURS)}."
+                f"A prompt for Nibble's small demo model. Colors: {', '.join(world.COLOURS)}."
                 f" Shapes: {', '.join(world.SHAPES)}. Places: {', '.join(world.PLACES)}."
                 f" Backgrounds: {', '.join(world.BACKGROUNDS)}."
             ),
@@ -25,7 +25,7 @@ class NibbleDemoPrompt(io.ComfyNode):
                     "text",
                     default="a red circle top left on black",
                     tooltip=(
-                        "A colour, a shape, a place and a background, such as: a green star bottom"
+                        "A color, a shape, a place and a background, such as: a green star bottom"
                         " right on navy"
                     ),
                 )

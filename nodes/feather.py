@@ -9,7 +9,7 @@ from .bridge.host import charts
 
 
 class NibbleFeatherPrune(io.ComfyNode):
-    """A vision-language text encoder that forgets most of the image half-way."""
+    """A vision-language text encoder that drops most of the image's tokens on the way."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -18,9 +18,9 @@ class NibbleFeatherPrune(io.ComfyNode):
             display_name="FEATHER Prune Vision Tokens",
             category="Nibble",
             description=(
-                "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the image patches"
-                " that the prompt does not ask about, and draws which ones it keeps. For"
-                " Qwen-Image-Edit and text generation."
+                "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the"
+                " image patches that the prompt does not ask about, and shows which ones"
+                " it keeps. For Qwen-Image-Edit and text generation."
             ),
             search_aliases=[
                 "nibble",
@@ -47,9 +47,9 @@ class NibbleFeatherPrune(io.ComfyNode):
                     step=0.01,
                     round=0.001,
                     tooltip=(
-                        "Share of the image's patches that the first stage keeps; the second keeps"
-                        " the square of it of those that are left. 1: the encoder as it is, bit for"
-                        " bit."
+                        "Share of the image's patches that the first stage keeps. Of those, the"
+                        " second stage keeps this share squared. 1: the encoder unchanged, bit"
+                        " for bit."
                     ),
                 ),
                 io.Combo.Input(
@@ -58,8 +58,8 @@ class NibbleFeatherPrune(io.ComfyNode):
                     default="scatter",
                     tooltip=(
                         "scatter: pruned patches stay in the conditioning as they were when they"
-                        " were pruned. drop: they are taken out, so that the diffusion model works"
-                        " on fewer tokens too."
+                        " were pruned. drop: they are removed, so the diffusion model works on"
+                        " fewer tokens too."
                     ),
                 ),
                 io.Combo.Input(
@@ -68,9 +68,9 @@ class NibbleFeatherPrune(io.ComfyNode):
                     default="feather",
                     advanced=True,
                     tooltip=(
-                        "feather: attention of the last token without rotary positions, and a grid."
-                        " fastv: with them, which prefers the bottom of the picture; for comparing."
-                        " uniform: patches at even distances."
+                        "feather: attention of the last token without rotary positions, plus a"
+                        " grid. fastv: with rotary positions, which favors the bottom of the"
+                        " picture; for comparison. uniform: evenly spaced patches."
                     ),
                 ),
                 io.Int.Input(
@@ -80,8 +80,8 @@ class NibbleFeatherPrune(io.ComfyNode):
                     max=16,
                     advanced=True,
                     tooltip=(
-                        "The first stage also keeps every so many patches in both directions. 0: no"
-                        " grid. Only for feather."
+                        "The first stage also keeps every nth patch in both directions, n being"
+                        " this number. 0: no grid. Only for feather."
                     ),
                 ),
                 io.Int.Input(
@@ -90,7 +90,7 @@ class NibbleFeatherPrune(io.ComfyNode):
                     min=0,
                     max=200,
                     advanced=True,
-                    tooltip="The first stage is before this layer. 0: a quarter of the depth.",
+                    tooltip="The first stage runs before this layer. 0: at a quarter of the depth.",
                 ),
                 io.Int.Input(
                     "second_layer",
@@ -98,14 +98,13 @@ class NibbleFeatherPrune(io.ComfyNode):
                     min=0,
                     max=200,
                     advanced=True,
-                    tooltip="The second stage is before this layer. 0: half of the depth.",
+                    tooltip="The second stage runs before this layer. 0: at half of the depth.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Clip.Output(
-                    "clip",
-                    tooltip="The encoder that prunes. The one that you connected stays as it is.",
+                    "clip", tooltip="The encoder with pruning. The connected one stays as it is."
                 )
             ],
         )
@@ -131,8 +130,9 @@ class NibbleFeatherReport(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Shows which image patches FEATHER kept for a conditioning: the picture with the"
-                " others dark, tokens and operations before and after."
+                "Shows which image patches FEATHER kept for a conditioning: the picture"
+                " with pruned patches darkened, and the tokens and operations before and"
+                " after."
             ),
             search_aliases=["nibble", "feather", "report", "visual tokens", "attention map"],
             inputs=[
@@ -145,7 +145,9 @@ class NibbleFeatherReport(io.ComfyNode):
                 )
             ],
             outputs=[
-                io.Image.Output("image", tooltip="The prompt's pictures, pruned patches dark.")
+                io.Image.Output(
+                    "image", tooltip="The prompt's pictures, with pruned patches darkened."
+                )
             ],
         )
 

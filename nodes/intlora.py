@@ -1,4 +1,4 @@
-"""IntLoRA's nodes: convert an ordinary LoRA to a 4-bit model's integers, put one on the model,
+"""The IntLoRA nodes: convert an ordinary LoRA to a 4-bit model's integers, apply one to the model,
 merge and save what is on a model.
 """
 
@@ -25,8 +25,8 @@ class NibbleConvertIntLoRA(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Turns an ordinary LoRA into one for the integers of a 4-bit model, without"
-                " training, and draws how much of it each layer keeps."
+                "Turns an ordinary LoRA into one for the integer weights of a 4-bit"
+                " model, without training, and charts how much of it each layer keeps."
             ),
             search_aliases=["nibble", "intlora", "lora", "convert lora", "int4"],
             inputs=[
@@ -49,7 +49,7 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                     step=0.0005,
                     round=0.0001,
                     tooltip=(
-                        "How much of the LoRA may be lost in each layer: 0.02 is 2 %. Less: wider"
+                        "How much of the LoRA each layer may lose: 0.02 is 2 %. Lower: wider"
                         " merged integers."
                     ),
                 ),
@@ -62,7 +62,7 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                     ),
                 ),
                 io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace a file of that name."
+                    "overwrite", default=False, tooltip="Replace an existing file of this name."
                 ),
                 io.Int.Input(
                     "k",
@@ -71,8 +71,8 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                     max=12,
                     advanced=True,
                     tooltip=(
-                        "Extra bits below the 4-bit grid, for all layers. -1: chosen layer by layer"
-                        " for the target error."
+                        "Extra bits below the 4-bit grid, the same for all layers. -1: chosen for"
+                        " each layer to meet the target error."
                     ),
                 ),
             ],
@@ -117,8 +117,8 @@ class NibbleApplyIntLoRA(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Puts an IntLoRA on a 4-bit model. Several can be chained, with each other and with"
-                " Load LoRA; the connected model never changes."
+                "Puts an IntLoRA on a 4-bit model. Several can be chained, with each"
+                " other and with Load LoRA. The connected model is never changed."
             ),
             search_aliases=["nibble", "intlora", "lora", "apply lora", "load intlora"],
             inputs=[
@@ -136,21 +136,21 @@ class NibbleApplyIntLoRA(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.01,
-                    tooltip="How strongly it is applied. 0: the base, bit for bit.",
+                    tooltip="How strongly it is applied. 0: the base model, bit for bit.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(merging.MODES),
                     default="branch",
                     tooltip=(
-                        "branch: beside the 4-bit weights, exactly, at a small cost. merge: fitted"
-                        " into them at no cost while sampling; keeps most of it, and takes a while"
-                        " to fit."
+                        "branch: computed beside the 4-bit weights, exact, at a small cost."
+                        " merge: fitted into the 4-bit weights, free while sampling; keeps most"
+                        " of the LoRA, and fitting takes a while."
                     ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Model.Output("model", tooltip="The model with the IntLoRA on it.")],
+            outputs=[io.Model.Output("model", tooltip="The model with the IntLoRA applied.")],
         )
 
     @classmethod
@@ -185,8 +185,9 @@ class NibbleMergeIntLoRA(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Writes a 4-bit model with the IntLoRAs and LoRAs on it as a new 4-bit file, and"
-                " draws what each layer kept. The file that the model came from is never changed."
+                "Saves a 4-bit model, with the IntLoRAs and LoRAs on it, as a new 4-bit"
+                " file, and charts how much of them each layer kept. The original file is"
+                " never changed."
             ),
             search_aliases=[
                 "nibble",
@@ -201,8 +202,7 @@ class NibbleMergeIntLoRA(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "A model from Load SVDQuant Model with Apply IntLoRA or Load LoRA"
-                        " behind it."
+                        "A model from Load SVDQuant Model, followed by Apply IntLoRA or Load LoRA."
                     ),
                 ),
                 io.String.Input(
@@ -218,15 +218,15 @@ class NibbleMergeIntLoRA(io.ComfyNode):
                     options=list(merging.BRANCHES),
                     default=merging.BRANCHES[0],
                     tooltip=(
-                        "wider: keeps all of the LoRA, as wide a 16-bit branch more as the LoRA has"
-                        " ranks. same size: fits it into the 4-bit weights, at no cost; keeps most"
-                        " of it."
+                        "wider: keeps all of the LoRA; the 16-bit branch grows by the LoRA's"
+                        " rank. same size: fits it into the 4-bit weights, at no extra cost;"
+                        " keeps most of it."
                     ),
                 ),
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="Replace a file of that name that holds something else.",
+                    tooltip="Replace an existing file of this name that holds something else.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

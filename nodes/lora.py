@@ -1,4 +1,4 @@
-"""A node for LoRAs: stock Load LoRA puts them on, this one tells what they do to a 4-bit model."""
+"""The LoRA node: stock Load LoRA applies them, LoRA Report shows what they do to a 4-bit model."""
 
 from comfy_api.latest import io
 
@@ -17,16 +17,16 @@ class NibbleLoRAReport(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Shows what the LoRAs on a 4-bit model do: which layers they reach, how each layer"
-                " computes them, the memory that they take, and what is left out. The model passes"
-                " through unchanged."
+                "Shows what the LoRAs on a 4-bit model do: which layers they reach, how"
+                " each layer computes them, how much memory they take, and what is left"
+                " out. The model passes through unchanged."
             ),
             search_aliases=["nibble", "lora", "lora check", "lora info", "lora not working"],
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "A 4-bit model with LoRAs on it: place this node behind the last Load LoRA."
+                        "A 4-bit model with LoRAs on it: place this node after the last Load LoRA."
                     ),
                 )
             ],

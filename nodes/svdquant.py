@@ -1,4 +1,4 @@
-"""SVDQuant's nodes: make a 4-bit file, load one."""
+"""The SVDQuant nodes: make a 4-bit file, load one."""
 
 from comfy_api.latest import io
 
@@ -23,8 +23,8 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Makes a 4-bit file of a diffusion model, beside the original, and draws what it"
-                " cost layer by layer. An interrupted run goes on where it stopped."
+                "Makes a 4-bit copy of a diffusion model next to the original and charts"
+                " the error of every layer. An interrupted run resumes where it stopped."
             ),
             search_aliases=["nibble", "quantize", "int4", "4-bit", "nunchaku", "compress model"],
             inputs=_main_inputs() + _expert_options(),
@@ -87,10 +87,10 @@ def _main_inputs() -> list[io.Input]:
         *widgets.target_inputs("-svdq-int4-r<rank>"),
         *widgets.measuring_sockets(
             positive=(
-                "Prompts to measure the model on (needed for 'best'). Join several with"
-                " Conditioning (Combine)."
+                "Prompts to calibrate on (required by 'best'). Join several with Conditioning"
+                " (Combine)."
             ),
-            latent="Picture size while measuring. Not connected: 512 × 512.",
+            latent="Picture size for calibration. Not connected: 512 × 512.",
         ),
     ]
 
@@ -106,8 +106,8 @@ def _expert_options() -> list[io.Input]:
             step=16,
             advanced=True,
             tooltip=(
-                "Of the 16-bit low-rank branch that carries what 4 bits cannot. More: closer,"
-                " larger and slower."
+                "Rank of the 16-bit low-rank branch, which carries what 4 bits cannot."
+                " Higher: more accurate, larger and slower."
             ),
         ),
         io.Combo.Input(
@@ -116,8 +116,8 @@ def _expert_options() -> list[io.Input]:
             default="alternating",
             advanced=True,
             tooltip=(
-                "alternating: fits branch and 4-bit part in turns and keeps the best. svd: once, as"
-                " in the SVDQuant paper."
+                "alternating: fits the branch and the 4-bit part in turn and keeps the"
+                " best result. svd: fits the branch once, as in the SVDQuant paper."
             ),
         ),
         io.Combo.Input(
@@ -126,8 +126,8 @@ def _expert_options() -> list[io.Input]:
             default="auto",
             advanced=True,
             tooltip=(
-                "Mixes 64 channels at a time so that none stands out. auto: measured layer by"
-                " layer."
+                "Mixes channels in groups of 64 so that no outlier stands out. auto:"
+                " decided for each layer by measurement."
             ),
         ),
         io.Combo.Input(
@@ -136,8 +136,8 @@ def _expert_options() -> list[io.Input]:
             default="auto",
             advanced=True,
             tooltip=(
-                "Lets each rounded weight make up for those before it; needs measured inputs. auto:"
-                " with 'best'."
+                "Rounds each weight so that it makes up for the rounding errors before"
+                " it; needs recorded inputs. auto: on with preset 'best'."
             ),
         ),
         io.Combo.Input(
@@ -146,7 +146,8 @@ def _expert_options() -> list[io.Input]:
             default="w4a16",
             advanced=True,
             tooltip=(
-                "Layers that see the prompt and not the picture: 4-bit weights, or kept in 16 bit."
+                "Layers that read the prompt but not the picture: 4-bit weights (w4a16),"
+                " or kept in 16 bits (keep)."
             ),
         ),
         widgets.keep_layers_input(),
@@ -156,18 +157,18 @@ def _expert_options() -> list[io.Input]:
             multiline=True,
             advanced=True,
             tooltip=(
-                "Layers to give 4-bit weights but 16-bit inputs, a pattern a line, such as"
-                " *.linear2"
+                "Layers that get 4-bit weights but keep 16-bit inputs, one pattern per"
+                " line, such as *.linear2"
             ),
         ),
         *widgets.measuring_options(
-            steps="Sampling steps of each measured prompt.",
+            steps="Sampling steps for each calibration prompt.",
             memory_gb=4.0,
             memory=(
-                "Memory for measurements, in GB. Less: more passes over the prompts, the same"
-                " result."
+                "Memory for the measurements, in GB. With less, the prompts are run more often; the"
+                " result is the same."
             ),
-            seed="Of the measured pictures' noise and of every random choice.",
+            seed="Seed for the noise of the calibration pictures and for every random choice.",
         ),
     ]
 
@@ -185,9 +186,9 @@ class NibbleLoadSVDQuant(widgets.ModelFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4 file of"
-                " Nunchaku or comfy-kitchen. It works as any other model: samplers, LoRA,"
-                " ControlNet, low VRAM."
+                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4"
+                " file from Nunchaku or comfy-kitchen. It works like any other model:"
+                " samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
             inputs=[
@@ -195,7 +196,7 @@ class NibbleLoadSVDQuant(widgets.ModelFilePicker):
                     cls.KIND,
                     NO_FILES,
                     "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 file. Others are not listed.",
+                    " svdq-int4 file. Other files are not listed.",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),
@@ -206,8 +207,8 @@ class NibbleLoadSVDQuant(widgets.ModelFilePicker):
                     advanced=True,
                     optional=True,
                     tooltip=(
-                        "Where 4-bit modulation layers stay. ram: about 1.7 GB less VRAM for FLUX;"
-                        " the CPU computes them."
+                        "Where the 4-bit modulation layers are kept. ram: about 1.7 GB less VRAM"
+                        " for FLUX; the CPU computes them."
                     ),
                 ),
             ],

@@ -24,8 +24,9 @@ class NibbleTrainIntLoRA(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             description=(
-                "Teaches a 4-bit model a style or a thing from pictures and saves what it learned"
-                " as an IntLoRA. Stop whenever you like: the next run goes on where it stopped."
+                "Teaches a 4-bit model a style or a subject from pictures and saves what"
+                " it learned as an IntLoRA. Stop whenever you like: the next run resumes"
+                " where it stopped."
             ),
             search_aliases=[
                 "nibble",
@@ -44,16 +45,16 @@ class NibbleTrainIntLoRA(io.ComfyNode):
                 io.Custom("LORA_MODEL").Output(
                     "lora",
                     tooltip=(
-                        "The same as an ordinary LoRA, for Load LoRA Model and Save LoRA Weights."
-                        " With shift_add it does what the file does; mul and shift are exact only"
-                        " in the file."
+                        "The same adapter as an ordinary LoRA, for Load LoRA Model and Save LoRA"
+                        " Weights. With shift_add it gives the same result as the file; mul and"
+                        " shift are exact only in the file."
                     ),
                 ),
                 io.Custom("LOSS_MAP").Output(
                     "loss_map", tooltip="The loss of every step, for Plot Loss Graph."
                 ),
                 io.Int.Output(
-                    "steps", tooltip="Steps trained in all, those of existing_lora included."
+                    "steps", tooltip="Total steps trained, including those of existing_lora."
                 ),
             ],
         )
@@ -117,10 +118,13 @@ def _main_inputs() -> list:
         ),
         io.Latent.Input(
             "latents",
-            tooltip="The pictures to learn from, through VAE Encode. Several sizes may be mixed.",
+            tooltip=(
+                "The pictures to learn from, encoded with VAE Encode. Different sizes may be mixed."
+            ),
         ),
         io.Conditioning.Input(
-            "positive", tooltip="One prompt for all pictures, or one for each in the same order."
+            "positive",
+            tooltip="One prompt for all pictures, or one per picture, in the same order.",
         ),
         io.String.Input(
             "filename",
@@ -130,14 +134,17 @@ def _main_inputs() -> list:
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Replace a file of that name, and forget a stopped run that had other inputs.",
+            tooltip=(
+                "Replace an existing file of this name, and discard a stopped run that"
+                " had other inputs."
+            ),
         ),
         io.Int.Input(
             "steps",
             default=500,
             min=1,
             max=100000,
-            tooltip="How often it learns from a batch of pictures.",
+            tooltip="Training steps: how often the adapter is updated.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -147,8 +154,8 @@ def _main_inputs() -> list:
             step=0.0000001,
             round=0.0000001,
             tooltip=(
-                "How much a step changes. Too high: the loss jumps. Too low: nothing is learned. It"
-                " may be changed when a run is resumed."
+                "How much each step changes. Too high: the loss jumps. Too low: nothing"
+                " is learned. May be changed when a run is resumed."
             ),
         ),
         io.Int.Input(
@@ -157,8 +164,8 @@ def _main_inputs() -> list:
             min=1,
             max=128,
             tooltip=(
-                "How much can be learned, and how large the file is. 8 to 16 for a thing, more for"
-                " a style."
+                "How much can be learned, and how large the file is. 8 to 16 for a"
+                " subject, more for a style."
             ),
         ),
         io.Combo.Input(
@@ -166,9 +173,9 @@ def _main_inputs() -> list:
             options=VARIANTS,
             default="shift_add",
             tooltip=(
-                "How it joins the integers. shift_add: adds below them; fastest, and several can be"
-                " combined. mul, shift: multiplies or shifts them, as in the IntLoRA paper; one at"
-                " a time."
+                "How the adapter joins the integers. shift_add: adds below them; fastest,"
+                " and several can be combined. mul, shift: multiply or shift them, as in"
+                " the IntLoRA paper; only one at a time."
             ),
         ),
     ]
@@ -183,7 +190,10 @@ def _expert_inputs() -> list:
             min=1,
             max=10000,
             advanced=True,
-            tooltip="Pictures a step. Those of one prompt and size go through the model together.",
+            tooltip=(
+                "Pictures per batch. Those with the same prompt and size go through the"
+                " model together."
+            ),
         ),
         io.Int.Input(
             "grad_accumulation_steps",
@@ -191,14 +201,17 @@ def _expert_inputs() -> list:
             min=1,
             max=1024,
             advanced=True,
-            tooltip="Batches a step: as a larger batch, one after another and without its memory.",
+            tooltip=(
+                "Batches per step: works like a larger batch without its memory, because"
+                " the batches run one after another."
+            ),
         ),
         io.Combo.Input(
             "optimizer",
             options=list(OPTIMIZERS),
             default="AdamW",
             advanced=True,
-            tooltip="The rule by which a step changes the adapter.",
+            tooltip="The rule that updates the adapter at each step.",
         ),
         io.Combo.Input(
             "loss_function",
@@ -215,8 +228,8 @@ def _expert_inputs() -> list:
             control_after_generate=False,
             advanced=True,
             tooltip=(
-                "Of the adapter's start, the order of the pictures, times and noise, and the"
-                " previews."
+                "Seed for the adapter's initial values, the order of the pictures, the"
+                " times, the noise and the previews."
             ),
         ),
         io.Combo.Input(
@@ -225,8 +238,8 @@ def _expert_inputs() -> list:
             default="bf16",
             advanced=True,
             tooltip=(
-                "What the model computes in while training. fp32 on a CPU and on cards older than"
-                " the RTX 30 series. none: as when sampling."
+                "Number format of the model while training. Use fp32 on a CPU and on"
+                " cards older than the RTX 30 series. none: the same as when sampling."
             ),
         ),
         io.Boolean.Input(
@@ -234,8 +247,8 @@ def _expert_inputs() -> list:
             default=True,
             advanced=True,
             tooltip=(
-                "Keeps only the inputs of each block and computes it twice: much less memory, more"
-                " time."
+                "Stores only the inputs of each block and computes the block twice: much"
+                " less memory, more time."
             ),
         ),
         io.Boolean.Input(
@@ -251,7 +264,7 @@ def _expert_inputs() -> list:
             options=[*intlora.adapter_files(), NONE],
             default=NONE,
             advanced=True,
-            tooltip="An IntLoRA of this model to go on from, of the same rank and variant.",
+            tooltip=("An IntLoRA of this model to continue from, with the same rank and variant."),
         ),
         io.String.Input(
             "layers",
@@ -259,8 +272,8 @@ def _expert_inputs() -> list:
             multiline=True,
             advanced=True,
             tooltip=(
-                "Layers to train, a pattern a line, such as double_blocks.*attn*. Empty: all W4A4"
-                " layers. *: modulation too."
+                "Layers to train, one pattern per line, such as double_blocks.*attn*."
+                " Empty: all W4A4 layers. *: modulation too."
             ),
         ),
         io.Int.Input(

@@ -1,4 +1,4 @@
-"""VQ's nodes: make a file of 2- or 3-bit codewords, load one, look into one."""
+"""The VQ nodes: make a 2- or 3-bit file, load one, inspect one."""
 
 from comfy_api.latest import io
 
@@ -16,7 +16,7 @@ _BITS = [str(bits) for bits in LAYOUTS]
 
 
 class NibbleQuantizeVQ(io.ComfyNode):
-    """Quantizes a diffusion transformer to codewords."""
+    """Vector-quantizes a diffusion transformer."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,9 +26,10 @@ class NibbleQuantizeVQ(io.ComfyNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Makes a 3-bit (or 2-bit) file of a diffusion model from codewords, beside the"
-                " original, and draws what it cost layer by layer. An interrupted run goes on where"
-                " it stopped."
+                "Makes a 3-bit (or 2-bit) copy of a diffusion model next to the original"
+                " by vector quantization: each layer stores small groups of weights as"
+                " indices into a codebook. Charts the error of every layer. An"
+                " interrupted run resumes where it stopped."
             ),
             search_aliases=[
                 "nibble",
@@ -104,7 +105,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
             seed=seed,
         )
         name, report = VQRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
-        chart = charts.layers_chart(report, name, f"codewords, {bits} bits, {preset}")
+        chart = charts.layers_chart(report, name, f"VQ, {bits} bits, {preset}")
         return io.NodeOutput(name, ui=charts.ui(chart))
 
 
@@ -117,19 +118,19 @@ def _main_inputs() -> list[io.Input]:
             options=_BITS,
             default="3",
             tooltip=(
-                "Bits a weight. 3: about as close as rounding to 4 bits. 2: experimental, the"
-                " smallest file; use the preset 'best'. 4: closest."
+                "Bits per weight. 3: about as close as rounding to 4 bits. 2:"
+                " experimental, the smallest file; use preset 'best'. 4: closest."
             ),
         ),
         widgets.preset_input(PRESET_HELP),
         *widgets.target_inputs("-vq<bits>-<preset>"),
         *widgets.measuring_sockets(
             positive=(
-                "Prompts to draw while calibrating. Not connected: random conditioning. Join"
+                "Prompts for the calibration pictures. Not connected: random conditioning. Join"
                 " several with Conditioning (Combine)."
             ),
             latent=(
-                "Picture size while calibrating. Not connected: 512 × 512 with prompts, 256 × 256"
+                "Picture size for calibration. Not connected: 512 × 512 with prompts, 256 × 256"
                 " without."
             ),
         ),
@@ -146,8 +147,8 @@ def _expert_options() -> list[io.Input]:
             max=65536,
             advanced=True,
             tooltip=(
-                "Codewords of a layer, a power of two; together with vector in place of bits. 0: as"
-                " bits says."
+                "Entries (codewords) in each layer's codebook, a power of two; used"
+                " together with vector, instead of bits. 0: set by bits."
             ),
         ),
         io.Int.Input(
@@ -156,7 +157,9 @@ def _expert_options() -> list[io.Input]:
             min=0,
             max=16,
             advanced=True,
-            tooltip="Weights in a codeword; together with codewords. 0: as bits says.",
+            tooltip=(
+                "Weights in each codebook entry; used together with codewords. 0: set by bits."
+            ),
         ),
         io.Int.Input(
             "candidates",
@@ -165,8 +168,8 @@ def _expert_options() -> list[io.Input]:
             max=8,
             advanced=True,
             tooltip=(
-                "Nearest codewords that the preset vq4dit lets each sub-vector choose from. 0: the"
-                " preset's."
+                "With preset vq4dit: how many of the nearest codebook entries each group"
+                " of weights may choose from. 0: the preset's value."
             ),
         ),
         io.Int.Input(
@@ -175,7 +178,7 @@ def _expert_options() -> list[io.Input]:
             min=0,
             max=100_000,
             advanced=True,
-            tooltip="Of training for each block. 0: the preset's.",
+            tooltip="Training steps for each block. 0: the preset's value.",
         ),
         widgets.keep_layers_input(),
         io.Float.Input(
@@ -187,31 +190,34 @@ def _expert_options() -> list[io.Input]:
             round=False,
             advanced=True,
             tooltip=(
-                "Size of the whole file: each layer gets 2, 3 or 4 bits by what it needs most. 0:"
-                " all have the same bits."
+                "Size of the whole file, in GB: each layer gets 2, 3 or 4 bits, more"
+                " where they are needed most. 0: the same bits for all layers."
             ),
         ),
         io.Boolean.Input(
             "rotation",
             default=False,
             advanced=True,
-            tooltip="Mixes 64 channels at a time so that none stands out; costs speed.",
+            tooltip=("Mixes channels in groups of 64 so that no outlier stands out; costs speed."),
         ),
         io.Combo.Input(
             "modulation",
             options=["vq", "keep"],
             default="vq",
             advanced=True,
-            tooltip="Layers that see the prompt and not the picture: codewords, or kept in 16 bit.",
+            tooltip=(
+                "Layers that read the prompt but not the picture: quantized as well (vq),"
+                " or kept in 16 bits (keep)."
+            ),
         ),
         *widgets.measuring_options(
-            steps="Sampling steps of each picture that is drawn while calibrating.",
+            steps="Sampling steps for each calibration picture.",
             memory_gb=2.0,
             memory=(
-                "Memory for what a block reads and puts out, in GB. Less: fewer of the drawn steps"
-                " are used."
+                "Memory for each block's inputs and outputs, in GB. With less, fewer of the sampled"
+                " steps are used."
             ),
-            seed="Of the drawn pictures' noise and of every random choice.",
+            seed="Seed for the noise of the calibration pictures and for every random choice.",
         ),
     ]
 
@@ -226,7 +232,7 @@ def _file_input() -> io.Combo.Input:
     return widgets.model_file_input(
         "vq",
         NO_FILES,
-        "A file of VQ Quantize Checkpoint in models/diffusion_models. Others are not listed.",
+        "A file made by VQ Quantize Checkpoint, in models/diffusion_models. Other files are not listed.",
     )
 
 
@@ -241,8 +247,8 @@ class NibbleLoadVQ(_VQFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint. It works as any other"
-                " model: samplers, LoRA, ControlNet, low VRAM."
+                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint. It works like"
+                " any other model: samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "vq4dit", "2-bit", "3-bit", "codebook", "load quantized"],
             inputs=[_file_input(), widgets.verify_input(), widgets.compute_dtype_input()],
@@ -272,8 +278,8 @@ class NibbleInspectVQ(_VQFilePicker):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Draws what a VQ file is made of: bits per weight, how much of its codebooks is"
-                " used, and the error of each layer."
+                "Charts what a VQ file is made of: bits per weight, how much of its"
+                " codebooks is used, and the error of each layer."
             ),
             search_aliases=["nibble", "vq4dit", "codebook", "bits per weight", "entropy"],
             inputs=[_file_input()],

@@ -70,7 +70,7 @@ def verify_input() -> io.Boolean.Input:
         "verify",
         default=True,
         advanced=True,
-        tooltip="Compare every tensor with its checksum before use.",
+        tooltip="Check every tensor against its checksum before use.",
     )
 
 
@@ -82,8 +82,8 @@ def compute_dtype_input() -> io.Combo.Input:
         default="default",
         advanced=True,
         tooltip=(
-            "What activations and 16-bit layers are computed in. default: what ComfyUI chooses for"
-            " this GPU."
+            "Number format of activations and 16-bit layers. default: what ComfyUI chooses for this"
+            " GPU."
         ),
     )
 
@@ -124,18 +124,18 @@ def target_inputs(ending: str) -> list[io.Input]:
         io.Boolean.Input(
             "overwrite",
             default=False,
-            tooltip="Replace a file of that name that was made with other options.",
+            tooltip="Replace an existing file of this name that was made with other options.",
         ),
     ]
 
 
 def measuring_sockets(positive: str, latent: str) -> list[io.Input]:
-    """A model in place of a file, and what is drawn while it is measured; arguments: tooltips."""
+    """A model in place of a file, and what is sampled while it is measured; arguments: tooltips."""
     return [
         io.Model.Input(
             "model",
             optional=True,
-            tooltip="Quantize this model, with its LoRAs and merges, in place of a file.",
+            tooltip="Quantize this model, including its LoRAs and merges, instead of a file.",
         ),
         io.Conditioning.Input("positive", optional=True, tooltip=positive),
         io.Latent.Input("latent", optional=True, tooltip=latent),
@@ -149,12 +149,12 @@ def keep_layers_input() -> io.String.Input:
         default="",
         multiline=True,
         advanced=True,
-        tooltip="Layers to keep in 16 bit, a pattern a line, such as double_blocks.0.*",
+        tooltip="Layers to keep in 16 bits, one pattern per line, such as double_blocks.0.*",
     )
 
 
 def measuring_options(steps: str, memory_gb: float, memory: str, seed: str) -> list[io.Input]:
-    """Sampling steps, memory and seed of what is drawn while measuring; steps, memory, seed: their
+    """Sampling steps, memory and seed of what is sampled while measuring; steps, memory, seed: their
     tooltips.
     """
     return [

@@ -2,7 +2,10 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Makes an HTML element: h("p.nibble-note", {title: "x"}, "text", child, ...). Text is never parsed as HTML. */
+/**
+ * Makes an HTML element: h("p.nibble-note", {title: "x"}, "text", child, ...). Text is never parsed
+ * as HTML.
+ */
 export function h(selector, ...content) {
   const [tag, ...classes] = selector.split(".");
   return fill(document.createElement(tag || "div"), classes, content);

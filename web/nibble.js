@@ -1,4 +1,7 @@
-/** Nibble's only registration with the ComfyUI front end: reports that its nodes send are drawn inside the node. */
+/**
+ * Nibble's only registration with the ComfyUI front end: the charts that its nodes send are drawn
+ * inside the nodes.
+ */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { showChart } from "./widget.mjs";
@@ -9,7 +12,7 @@ const chartOf = (output) => output?.nibble_chart?.[0];
 app.registerExtension({
   name: "nibble.charts",
 
-  /** A node may draw while it works. */
+  /** A node may send a chart while it works. */
   setup() {
     api.addEventListener("nibble_chart", ({ detail }) => {
       const node = runningNode(detail.node);
@@ -27,7 +30,10 @@ app.registerExtension({
     };
   },
 
-  /** After a reload of the page the workflow is back without the outputs of its last run; ComfyUI's history still has them. */
+  /**
+   * After a reload of the page the workflow is back without the outputs of its last run; ComfyUI's
+   * history still has them.
+   */
   async afterConfigureGraph() {
     const id = app.rootGraph?.id ?? app.graph?.id;
     if (!id) return;
@@ -42,7 +48,10 @@ app.registerExtension({
     }
   },
 
-  /** Called when a workflow tab comes back with the outputs of its last run: its nodes are new and have no chart yet. */
+  /**
+   * Called when a workflow tab comes back with the outputs of its last run: its nodes are new and
+   * have no chart yet.
+   */
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs ?? {})) {
       const node = chartOf(output) && findNode(locator);
@@ -58,7 +67,7 @@ function findNode(locator) {
   return graph?.getNodeById(Number(id)) ?? null;
 }
 
-/** "12" is a node of the workflow, "12:5" the node 5 inside its subgraph node 12, and so on down. */
+/** "12" is a node of the workflow, "12:5" node 5 inside its subgraph node 12, and so on down. */
 function runningNode(id) {
   const [last, ...outer] = String(id).split(":").reverse();
   const graph = outer

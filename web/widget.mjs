@@ -1,6 +1,6 @@
 /**
- * The chart widget: one DOM widget at the end of a node, the same on the classic canvas and in Nodes 2.0.
- * The content decides its own height (text wraps, lists open); the node follows.
+ * The chart widget: one DOM widget at the end of a node, the same on the classic canvas and in
+ * Nodes 2.0. The content decides its own height (text wraps, lists open); the node follows.
  */
 import { app } from "../../scripts/app.js";
 import { drawChart } from "./charts.mjs";
@@ -11,7 +11,7 @@ const WIDTH = 380; // pixels; a narrower node is widened once, when its first ch
 const MARGIN = 10; // what the classic canvas leaves above and below a DOM widget
 const MIDDLE = { button: 1, mask: 4 };
 
-/** Draws a chart in a node, in place of an older one. */
+/** Draws a chart in a node, replacing an older one. */
 export function showChart(node, chart) {
   const widget = node.widgets?.find((item) => item.name === NAME) ?? addChartWidget(node);
   widget.element.firstElementChild.replaceChildren(drawChart(chart));
@@ -26,7 +26,7 @@ function addChartWidget(node) {
     hideOnZoom: false,
     getMinHeight: () => height + 2 * MARGIN,
   });
-  widget.serialize = false; // a report is no setting: it is not saved with the workflow
+  widget.serialize = false; // a report is not a setting: it is not saved with the workflow
   new ResizeObserver(() => {
     if (!content.offsetHeight || content.offsetHeight === height) return;
     const change = height && content.offsetHeight - height;
@@ -38,14 +38,17 @@ function addChartWidget(node) {
   return widget;
 }
 
-/** Lets the node grow and shrink with its chart. A node of Nodes 2.0 follows its content by itself. */
+/** Lets the node grow and shrink with its chart; in Nodes 2.0 it follows its content by itself. */
 function follow(node, change) {
   if (!isVue())
     node.setSize([node.size[0], Math.max(node.size[1] + change, node.computeSize()[1])]);
   node.graph?.setDirtyCanvas(true, true);
 }
 
-/** On the classic canvas a DOM widget lies above the canvas: the wheel must still zoom and the middle button still pan. */
+/**
+ * On the classic canvas a DOM widget lies above the canvas: the wheel must still zoom and the
+ * middle button still pan.
+ */
 function forwardGestures(element) {
   const pass = (method, wanted) => (event) => {
     if (!isVue() && wanted(event)) app.canvas[method](event);

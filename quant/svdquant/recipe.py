@@ -13,12 +13,12 @@ PRESETS = {
 }
 PRESET_HELP = {
     "fast": (
-        "Data-free: from the weights, and from noise run through the 16-bit model where it fits in"
-        " memory. Minutes."
+        "Needs no data: uses the weights, and noise run through the 16-bit model if it fits in"
+        " memory. Takes minutes."
     ),
     "best": (
-        "Records what the layers see while the model draws, then fits rounding and low-rank branch"
-        " to it: closest to the 16-bit model."
+        "Records what the layers receive while the model generates pictures, then fits rounding"
+        " and low-rank branch to it. Closest to the 16-bit model."
     ),
 }
 _CHOICES = {

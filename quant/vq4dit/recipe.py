@@ -18,16 +18,16 @@ PRESETS = {
 }
 PRESET_HELP = {
     "fast": (
-        "Closed form, one layer after the other: k-means with a scale for each row; from the"
-        " weights alone, or from recorded inputs too."
+        "One layer after another, in closed form: k-means with a scale for each row, from the"
+        " weights alone or with recorded inputs too."
     ),
     "vq4dit": (
-        "The paper: each sub-vector chooses among its nearest codewords by what its block puts out,"
-        " without any pictures to learn from."
+        "The paper's method: each group of weights chooses among the nearest codebook entries by"
+        " the output of its block, without any pictures to learn from."
     ),
     "best": (
-        "Codes that make up for one another's errors, then codebooks, scales and biases fitted to"
-        " what each block puts out: closest to 16 bit."
+        "Indices that make up for one another's errors, then codebooks, scales and biases fitted"
+        " to the output of each block. Closest to the 16-bit model."
     ),
 }
 _CHOICES = {

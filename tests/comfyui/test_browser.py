@@ -235,7 +235,7 @@ def test_plot_puts_layers_where_their_numbers_say(screen):
 def test_plot_counts_blocks_up_and_puts_the_rest_behind(screen):
     """Files sort names as text; the plot shows blocks as the model runs through them."""
     names = screen.page.evaluate("""async () => {
-      const { layerPlot } = await import("/extensions/ComfyUI-Nibble/plot.mjs");
+      const { layerPlot } = await import("/extensions/ComfyUI-Nibble/charts/layer_plot.mjs");
       const row = (name) => ({ name, action: "w4a4", db: 20, bytes_before: 8, bytes_after: 2 });
       const rows = ["blocks.10.a", "blocks.2.a", "final.1", "in"].map(row);
       const plot = layerPlot(rows.reverse()), svg = plot.querySelector("svg"), names = [];

@@ -36,7 +36,7 @@ def test_wrong_and_empty_pictures_score_nothing():
 @pytest.mark.parametrize(
     "kind, prompt",
     [
-        ("colour", "a circle left on black"),
+        ("color", "a circle left on black"),
         ("shape", "a red thing left on black"),
         ("place", "a red circle on black"),
         ("background", "a red circle left"),

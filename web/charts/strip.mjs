@@ -1,27 +1,41 @@
 /**
- * The strip: one cell a sampling step, filled where the model was computed and hollow where its last result was reused, and above the
- * cells the change that has piled up since the last computed step, with the threshold that it must not reach. Positions are shares of
- * the width, so the strip follows the node without being drawn again; a strip that is drawn while sampling has cells still to come.
+ * A sampling run with a cache: one cell per step, filled where the model was computed and hollow
+ * where its last result was reused, and above the cells the change that has built up since the last
+ * computed step, with the threshold that it must not reach. Positions are shares of the width, so
+ * the strip follows the node without being drawn again; while sampling it has cells still to come.
  */
-import { h, s } from "./dom.mjs";
+import { h, s } from "../dom.mjs";
+import { chooseItems, placeTip, shareOf } from "./pointer.mjs";
+import { section, statistics } from "./section.mjs";
 
 const HEIGHT = 64; // pixels of the plot of the change
-const HEADROOM = 1.3; // the plot goes up to this many thresholds; what lies higher is cut off at the top
+const HEADROOM = 1.3; // the plot goes up to this many thresholds; what lies higher is cut off
+const FINE = 60; // cells from which they are drawn without an outline
+const GAPS = [
+  { upTo: 36, pixels: 2 },
+  { upTo: FINE, pixels: 1 },
+  { upTo: Infinity, pixels: 0.5 },
+];
 const WHY = {
   first: "one of the first steps, always computed",
   last: "one of the last steps, always computed",
-  outside: "outside of start and end",
+  outside: "outside start and end",
   new: "nothing to reuse yet",
   threshold: "the change reached the threshold",
   schedule: "by the schedule",
-  batch: "another prompt of the batch had to be",
+  batch: "another prompt of the batch had to be computed",
   reused: "the change is below the threshold",
 };
 const STATES = { true: "computed", false: "reused", null: "pending" };
+const TOLD = { computed: "computed", reused: "reused", pending: "still to come" };
 const stateOf = (computed) => STATES[computed ?? null];
 
-/** chart JSON of kind "strip" -> elements under the chart's heading and statistics. */
-export function strip(chart) {
+export function stripChart(chart) {
+  return section(chart, strip(chart), chart.summary?.length > 0 && statistics(chart.summary));
+}
+
+/** chart JSON -> the count of steps, the strip and its legend. */
+function strip(chart) {
   const cells = chart.cells ?? [];
   const rows = chart.rows?.length ? chart.rows : null;
   const plot = cells.some((cell) => Number.isFinite(cell.change))
@@ -31,8 +45,11 @@ export function strip(chart) {
   const lanes = (rows ?? [{ computed: cells.map((cell) => cell.computed) }]).flatMap((row) =>
     lane(row, cells.length),
   );
+  let style = "div.nibble-strip";
+  if (rows) style += ".nibble-strip-named";
+  else if (!plot) style += ".nibble-strip-bare";
   const body = h(
-    `div.nibble-strip${rows ? ".nibble-strip-named" : plot ? "" : ".nibble-strip-bare"}`,
+    style,
     { role: "img", tabindex: 0, "aria-label": describe(cells) },
     plot && [plot.scale, plot.picture],
     lanes,
@@ -44,13 +61,16 @@ export function strip(chart) {
   return [counts(chart, cells), body, legend(chart, cells, rows, Boolean(plot))];
 }
 
-/** "14 of 28 steps computed, 2.00x fewer". Where parts of a step are reused, `forwards` says how many whole steps the computed parts add up to. */
+/**
+ * "14 of 28 steps computed, 2.00x less work". Where parts of a step are reused, `forwards` says how
+ * many whole steps the computed parts add up to.
+ */
 function counts(chart, cells) {
   const done = cells.filter((cell) => cell.computed !== null).length;
   const computed = chart.forwards ?? cells.filter((cell) => cell.computed).length;
   const whole = Number.isInteger(computed);
   const words = [
-    whole ? "steps computed" : "steps' work computed",
+    whole ? "steps computed" : "steps' worth of work computed",
     done < cells.length && `${cells.length - done} to come`,
   ];
   return h(
@@ -75,14 +95,14 @@ function describe(cells) {
 /** A row of cells; cells fill the width evenly, whatever their number. */
 function lane(row, count) {
   const name = h("span.nibble-strip-name", row.name ? { title: row.name } : {}, row.name ?? "");
-  const gap = count > 60 ? 0.5 : count > 36 ? 1 : 2;
+  const gap = GAPS.find(({ upTo }) => count <= upTo).pixels;
   const cells = Array.from({ length: count }, (_, index) =>
     h(`span.nibble-step.nibble-step-${stateOf(row.computed[index])}`),
   );
   return [
     name,
     h(
-      count > 60 ? "div.nibble-lane.nibble-lane-fine" : "div.nibble-lane",
+      count > FINE ? "div.nibble-lane.nibble-lane-fine" : "div.nibble-lane",
       { style: `gap:${gap}px` },
       cells,
     ),
@@ -104,11 +124,10 @@ function numbers(count) {
   );
 }
 
-/** The change before each decision: it climbs over reused steps and falls to nothing where the model is computed. */
+/** The change before each decision: it climbs over reused steps and drops where one is computed. */
 function changePlot(cells, threshold) {
-  const top =
-    HEADROOM *
-    (threshold > 0 ? threshold : Math.max(...cells.map((cell) => cell.change ?? 0), 1e-9));
+  const most = Math.max(...cells.map((cell) => cell.change ?? 0), 1e-9);
+  const top = HEADROOM * (threshold > 0 ? threshold : most);
   const y = (change) => HEIGHT * (1 - Math.min(change, top) / top);
   const x = (index) => (100 * (index + 0.5)) / cells.length;
   const cursor = s("g");
@@ -126,12 +145,10 @@ function changePlot(cells, threshold) {
     threshold > 0 &&
       h("span", { style: `top:${y(threshold)}px`, title: "threshold" }, number(threshold)),
   );
-  const select = (index) =>
-    cursor.replaceChildren(
-      ...(index < 0
-        ? []
-        : [s("line.nibble-cursor", { x1: x(index), x2: x(index), y1: 0, y2: HEIGHT })]),
-    );
+  const select = (index) => {
+    const at = { x1: x(index), x2: x(index), y1: 0, y2: HEIGHT };
+    cursor.replaceChildren(...(index < 0 ? [] : [s("line.nibble-cursor", at)]));
+  };
   return { picture: h("div", picture), scale, select };
 }
 
@@ -188,72 +205,54 @@ function number(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-/** Pointer and arrow keys choose a step. Rectangles are measured on screen, so the canvas zoom does not matter. */
+/** Lets the pointer and the arrow keys choose a step. */
 function listen(body, cells, rows, threshold, tip, plot) {
-  let current = -1;
-  const choose = (index) => {
-    current = Math.max(0, Math.min(cells.length - 1, index));
-    tip.replaceChildren(...tellStep(cells[current], current, rows, threshold));
-    tip.hidden = false;
-    plot?.select(current);
-    const track = body.querySelector(".nibble-lane");
-    const at = track.offsetLeft + (track.clientWidth * (current + 0.5)) / cells.length;
-    tip.style.left = `${Math.max(0, Math.min(at - tip.offsetWidth / 2, body.clientWidth - tip.offsetWidth))}px`;
-    body
-      .querySelectorAll(".nibble-lane")
-      .forEach((row) =>
-        [...row.children].forEach((cell, place) =>
-          cell.classList.toggle("nibble-step-chosen", place === current),
-        ),
-      );
-  };
-  const leave = () => {
-    tip.hidden = true;
-    plot?.select(-1);
-    body
-      .querySelectorAll(".nibble-step-chosen")
-      .forEach((cell) => cell.classList.remove("nibble-step-chosen"));
-  };
-  body.addEventListener("pointermove", (event) => {
-    const box = body.querySelector(".nibble-lane").getBoundingClientRect();
-    if (event.clientX >= box.left && cells.length)
-      choose(Math.floor(((event.clientX - box.left) / box.width) * cells.length));
-    else leave();
-  });
-  body.addEventListener("pointerleave", leave);
-  body.addEventListener("blur", leave);
-  body.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    event.stopPropagation();
-    choose(current + step);
+  const lanes = [...body.querySelectorAll(".nibble-lane")];
+  const mark = (chosen) =>
+    lanes.forEach((lane) =>
+      [...lane.children].forEach((cell, index) =>
+        cell.classList.toggle("nibble-step-chosen", index === chosen),
+      ),
+    );
+  chooseItems(body, {
+    count: cells.length,
+    at: (event) => {
+      const share = shareOf(lanes[0], event);
+      return share >= 0 && cells.length ? Math.floor(share * cells.length) : null;
+    },
+    choose: (index) => {
+      tip.replaceChildren(...tipLines(cells[index], index, rows, threshold));
+      tip.hidden = false;
+      plot?.select(index);
+      const { offsetLeft, clientWidth } = lanes[0];
+      placeTip(tip, body, offsetLeft + (clientWidth * (index + 0.5)) / cells.length);
+      mark(index);
+    },
+    leave: () => {
+      tip.hidden = true;
+      plot?.select(-1);
+      mark(null);
+    },
   });
 }
 
 /** The lines of a step's tip. */
-function tellStep(cell, index, rows, threshold) {
-  const state = { computed: "computed", reused: "reused", pending: "still to come" }[
-    stateOf(cell.computed)
-  ];
-  const lines = [h("b", `Step ${index + 1}: ${state}`)];
-  if (
-    cell.computed !== null &&
-    WHY[cell.why] &&
-    !(cell.computed === false && cell.why === "schedule")
-  )
-    lines.push(h("div", WHY[cell.why]));
-  if (Number.isFinite(cell.change))
-    lines.push(
-      h(
-        "div.nibble-tip-db",
-        `change ${number(cell.change)}`,
-        threshold > 0 ? ` of ${number(threshold)}` : "",
-      ),
-    );
+function tipLines(cell, index, rows, threshold) {
+  const lines = [h("b", `Step ${index + 1}: ${TOLD[stateOf(cell.computed)]}`)];
+  if (tellsWhy(cell)) lines.push(h("div", WHY[cell.why]));
+  if (Number.isFinite(cell.change)) {
+    const limit = threshold > 0 ? ` of ${number(threshold)}` : "";
+    lines.push(h("div.nibble-tip-db", `change ${number(cell.change)}`, limit));
+  }
   if (rows) lines.push(h("div", reusedNames(rows, index)));
   if (Number.isFinite(cell.sigma)) lines.push(h("div", `noise level \u03c3 ${number(cell.sigma)}`));
   return lines;
+}
+
+/** A reason is told for a step that was decided; "by the schedule" goes without saying in reuse. */
+function tellsWhy({ computed, why }) {
+  const isScheduledReuse = computed === false && why === "schedule";
+  return computed !== null && WHY[why] && !isScheduledReuse;
 }
 
 function reusedNames(rows, index) {

@@ -1,0 +1,29 @@
+/** What a loader reports: rows of label and value, with a bar for a value "A of B". */
+import { h } from "../dom.mjs";
+import { section } from "./section.mjs";
+
+const SIZE = String.raw`([\d.]+) ?(k|M|G|T)?i?B`;
+const PART = new RegExp(`^(?:about )?${SIZE} of ${SIZE}\\b`);
+const SCALE = { k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
+
+export function factsChart(chart) {
+  const facts = (chart.summary ?? []).map(
+    ([label, value]) => meter(label, value) ?? h("div", h("dt", label), h("dd", value)),
+  );
+  return section(chart, h("dl.nibble-facts", facts));
+}
+
+/** A bar for a value such as "about 6.9 GB of 8.0 GB, ..."; null for anything else. */
+function meter(label, value) {
+  const match = PART.exec(String(value));
+  if (!match) return null;
+  const [, part, partUnit, whole, wholeUnit] = match;
+  const share = (Number(part) * (SCALE[partUnit] ?? 1)) / (Number(whole) * (SCALE[wholeUnit] ?? 1));
+  if (!Number.isFinite(share)) return null;
+  const bar = share > 1 ? "span.nibble-over" : "span";
+  return h(
+    "div.nibble-meter",
+    h("div", h("dt", label), h("dd", value)),
+    h("div.nibble-bar", h(bar, { style: `width:${Math.min(100, 100 * share)}%` })),
+  );
+}
