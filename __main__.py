@@ -14,11 +14,11 @@ from pathlib import Path
 EXAMPLES = """examples:
   python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
   python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
-  python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 --preset best
+  python -m nibble quantize model.safetensors vq3.safetensors --method vq --bits 3 --preset best
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
   python -m nibble inspect --plan flux1-dev --method vq --bits 2
-  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
+  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev.safetensors --to nibble
   python -m nibble demo --out demo.png
   python -m nibble bench --env
 """
@@ -533,8 +533,8 @@ def _print_rows(rows: list) -> None:
     for row in rows:
         db = "" if row.db is None else f"{row.db:.1f}"
         print(
-            f"{row.name:<46}{row.action:<8}{db:>7}{row.bytes_before / 1e6:>11.2f}{row.bytes_after / 1e6:>9.2f}"
-            f"  {row.why}"
+            f"{row.name:<46}{row.action:<8}{db:>7}{row.bytes_before / 1e6:>11.2f}"
+            f"{row.bytes_after / 1e6:>9.2f}  {row.why}"
         )
 
 

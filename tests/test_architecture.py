@@ -181,9 +181,13 @@ def test_importing_the_package_is_light():
     code = f"""
 import importlib.util, sys
 sys.dont_write_bytecode = True
-spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
-package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
-import nibble.kernels, nibble.quant.files.checkpoint, nibble.quant.weights.svdquant_w4a4, nibble.quant.intlora.train
+root, init = {str(ROOT)!r}, {str(ROOT / "__init__.py")!r}
+spec = importlib.util.spec_from_file_location("nibble", init, submodule_search_locations=[root])
+package = importlib.util.module_from_spec(spec)
+sys.modules["nibble"] = package
+spec.loader.exec_module(package)
+import nibble.kernels, nibble.quant.files.checkpoint
+import nibble.quant.weights.svdquant_w4a4, nibble.quant.intlora.train
 import torch
 assert not torch.cuda.is_initialized()
 heavy = set(sys.modules) & {{"diffusers", "transformers", "comfy", "comfy_kitchen"}}
