@@ -172,7 +172,7 @@ def test_kill_9_in_mid_work_costs_only_the_layer_at_hand(whole, source, tmp_path
         )
         sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
-        from nibble.quant.svdquant import pipeline
+        from nibble.quant.svdquant import quantize as pipeline
         from nibble.quant.svdquant.recipe import Recipe
         done, real = [], pipeline.quantize_linear
         def dying(*args, **kwargs):
