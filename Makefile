@@ -6,9 +6,15 @@ ARCHS   ?= native
 MINUTES ?= 5
 RUN      = $(VENV)/bin/python
 CXX_HERE = $(shell command -v $(CXX) 2>/dev/null)
-SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmake/* kernels/csrc/*.* kernels/csrc/cpu/*)
+NPX      = $(shell command -v npx 2>/dev/null)
+WEB      = "web/**/*.{js,mjs}"
+CXX_FILES = find kernels/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.h' -o -name '*.inl'
+SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmake/* kernels/csrc/*.* kernels/csrc/cpu/*.* kernels/csrc/cpu/*/*)
 
-.PHONY: demo test bench gpu check clean
+# As node_modules would have it; change it together with .pre-commit-config.yaml.
+PRETTIER = prettier@3.10.1
+
+.PHONY: demo test bench gpu lint lint-python lint-cxx lint-web types format clean
 
 demo: $(VENV)/ready        ## quantize the demo FLUX to 4 bits, draw with both, write demo.png
 	$(RUN) -m nibble demo --out demo.png
@@ -28,8 +34,31 @@ gpu:                       ## on a machine with a GPU and its own torch: build f
 	-PYTHONPATH=build/gpu timeout 120 $(PYTHON) -m pytest -q -rs -m gpu --maxfail=20 tests/kernels tests/quant/svdquant > $(OUT)/tests.log 2>&1; tail -25 $(OUT)/tests.log
 	PYTHONPATH=build/gpu $(PYTHON) tests/bench/bench_gpu.py --out $(OUT)/gpu.json --minutes $(MINUTES)
 
-check: $(VENV)/ready
+lint: lint-python lint-cxx lint-web types  ## format, lint and types; `make -k lint` goes on after the first that fails
+
+lint-python: $(VENV)/ready
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+lint-cxx: $(VENV)/ready
+	$(CXX_FILES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+lint-web:
+ifeq ($(NPX),)
+	@echo "LEFT OUT: no npx here (node 18 or newer), so the format of web/ was NOT checked"
+else
+	$(NPX) --yes $(PRETTIER) --check $(WEB)
+endif
+
+types: $(VENV)/ready       ## mypy knows a package by its folder's name, which is any here: hence the link
+	mkdir -p build/mypy && ln -sfn ../.. build/mypy/nibble
+	$(VENV)/bin/mypy
+
+format: $(VENV)/ready      ## what `lint` would have: written
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
+	$(if $(NPX),$(NPX) --yes $(PRETTIER) --write $(WEB),@echo "LEFT OUT: no npx here, so web/ was NOT formatted")
 
 $(VENV)/ready: pyproject.toml tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +77,4 @@ endif
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo.png demo-svdq-int4.safetensors build *.egg-info .pytest_cache
+	rm -rf $(VENV) demo.png demo-svdq-int4.safetensors build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,17 @@
-"""nodes/ - thin: a schema, one call into bridge/, one return. Nothing here computes."""
+"""nodes/ - thin: a schema, one call into bridge/, one return. Nothing here computes.
+
+svdquant.py      quantize, load
+vq4dit.py        quantize, load, inspect
+lora.py          what LoRAs do to a 4-bit model
+intlora.py       convert, apply, merge and save
+training.py      train an IntLoRA
+caching.py       TeaCache Sampler, Apply TeaCache, Apply SmoothCache, Calibrate Cache
+caf.py           load, sample, invert; without training: a sampler and sigmas
+caf_training.py  couplings, train
+feather.py       prune, report
+demo.py          a prompt for the demo model
+bridge/          what they call
+"""
 
 from comfy_api.latest import ComfyExtension
 

@@ -1,5 +1,5 @@
-"""The house's directions, kept by reading every import (those hidden in functions too), and its
-promises of size and lightness.
+"""The house's directions, kept by reading every import (those hidden in functions too):
+docs/architecture.md draws them. Sizes: test_sizes.py.
 """
 
 import ast
@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from support import import_graph
+from support.import_graph import dotted, graph, imports
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = {
@@ -33,6 +36,8 @@ RULES = {
     "kernels":           ({"kernels"},                                   set()),
     "kernels.kitchen":   ({"kernels"},                                   {"comfy_kitchen"}),
     "kernels.native":    ({"kernels"},                                   {"nibble_kernels"}),
+    "kernels.backends.kitchen": ({"kernels"},                            {"comfy_kitchen"}),
+    "kernels.backends.native": ({"kernels"},                             {"nibble_kernels"}),
     "quant":             ({"kernels", "quant"},                          set()),
     "quant.files":       ({"quant.files", "quant.weights", "quant.recipe", "quant.report"}, set()),
     "quant.files.source": ({"kernels", "quant"},                         {"comfy_kitchen"}),
@@ -53,17 +58,19 @@ RULES = {
 }
 # fmt: on
 METHODS = ("quant.svdquant", "quant.intlora", "quant.vq4dit")
-SHIPPED = sorted(
-    path
-    for path in ROOT.rglob("*.py")
-    if path.relative_to(ROOT).parts[0]
-    in {"kernels", "quant", "accel", "nodes", "demo", "__init__.py", "__main__.py"}
-)
-
-
-def dotted(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+SHIPPED = import_graph.shipped()
+# A room of the bridge imports these others at most: everybody the host room, systems what they
+# share, and no system another one.
+BRIDGE = {
+    "host": set(),
+    "quantized": {"host"},
+    "training": {"host"},
+    "caching": {"host"},
+    "feather": {"host"},
+    "quantize": {"host", "quantized", "training"},
+    "intlora": {"host", "quantized", "training"},
+    "caf": {"host", "quantized", "training", "caching"},
+}
 
 
 def room_of(name: str) -> str | None:
@@ -72,23 +79,6 @@ def room_of(name: str) -> str | None:
         key=len,
         default=None,
     )
-
-
-def imports(path: Path):
-    """(line, absolute dotted target inside the package or host's top name, inside?) of each import
-    in a file.
-    """
-    package = list(path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name, False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - (node.level - 1)] + (
-                node.module.split(".") if node.module else []
-            )
-            yield from ((node.lineno, ".".join([*base, alias.name]), True) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module, False
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
@@ -111,22 +101,75 @@ def test_imports_point_downward(path):
             assert top not in HOSTS - hosts, f"{path}:{line} {here} may not import {target}"
 
 
-SOURCES = {".py", ".mjs", ".js", ".cu", ".cuh", ".cpp", ".h", ".inl", ".cmake"}
+def test_rooms_of_the_bridge_import_what_they_may():
+    bridge = graph("nodes/bridge")
+    assert set(bridge.rooms) == set(BRIDGE), "a room without a rule, or a rule without a room"
+    for (room, target), places in bridge.arrows.items():
+        assert target in BRIDGE[room], f"{room} may not import {target}: {places}"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        p
-        for p in ROOT.rglob("*")
-        if p.suffix in SOURCES
-        and ".git" not in p.parts
-        and not any(part.startswith(".") or part == "build" for part in p.relative_to(ROOT).parts)
-    ],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
-def test_files_stay_under_400_lines(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 820
+def test_the_bridge_is_few_rooms_few_arrows_and_low():
+    bridge = graph("nodes/bridge")
+    assert len(bridge.rooms) <= 8
+    assert len(bridge.arrows) <= 20
+    assert max(bridge.heights().values()) < 4  # floors
+
+
+def test_quant_is_few_rooms_and_few_arrows():
+    """Its loose files, which several rooms share, count as one room; the terminal's front door is
+    not counted.
+    """
+    quant = graph("quant", loose="shared")
+    inside = [arrow for arrow in quant.arrows if "cli" not in arrow]  # it opens every room
+    assert len(quant.rooms) <= 14
+    assert len(inside) <= 32
+
+
+@pytest.mark.parametrize("floor", ["nodes", "nodes/bridge", "accel", "kernels", "demo"])
+def test_no_floor_has_a_circle(floor):
+    assert graph(floor).heights()
+
+
+@pytest.fixture
+def house(monkeypatch, tmp_path):
+    """A floor `floor` of three rooms in an empty house; returns what writes a file of it."""
+    monkeypatch.setattr(import_graph, "ROOT", tmp_path)
+
+    def write(name: str, text: str) -> None:
+        path = tmp_path / "floor" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    write("__init__.py", "from . import top")
+    write("top.py", "def late():\n    from .middle.file import name\n")
+    write("middle/file.py", "from ..low import name\nfrom .other import name\nimport torch")
+    write("middle/other.py", "")
+    write("low.py", "")
+    return write
+
+
+def test_a_graph_has_the_arrows_and_heights_of_its_imports(house):
+    drawn = graph("floor")
+    assert drawn.rooms == ["low", "middle", "top"]
+    assert drawn.arrows == {
+        ("middle", "low"): ["floor/middle/file.py:1"],
+        ("top", "middle"): ["floor/top.py:2"],
+    }
+    assert drawn.heights() == {"low": 0, "middle": 1, "top": 2}
+    assert graph("floor", loose="shared").rooms == ["middle", "shared"]
+
+
+def test_a_circle_is_named(house):
+    house("low.py", "from . import top")
+    with pytest.raises(ValueError, match="low → top → middle → low"):
+        graph("floor").heights()
+
+
+def test_every_folder_with_python_is_in_the_package():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {".".join(["nibble", *path.parent.relative_to(ROOT).parts]) for path in SHIPPED}
+    assert set(listed["tool"]["setuptools"]["packages"]) == folders
 
 
 @pytest.mark.parametrize(
@@ -183,9 +226,13 @@ def test_importing_the_package_is_light():
     code = f"""
 import importlib.util, sys
 sys.dont_write_bytecode = True
-spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
-package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
-import nibble.kernels, nibble.quant.files.checkpoint, nibble.quant.weights.svdquant_w4a4, nibble.quant.intlora.train
+root, init = {str(ROOT)!r}, {str(ROOT / "__init__.py")!r}
+spec = importlib.util.spec_from_file_location("nibble", init, submodule_search_locations=[root])
+package = importlib.util.module_from_spec(spec)
+sys.modules["nibble"] = package
+spec.loader.exec_module(package)
+import nibble.kernels, nibble.quant.files.checkpoint
+import nibble.quant.weights.svdquant_w4a4, nibble.quant.intlora.train
 import torch
 assert not torch.cuda.is_initialized()
 heavy = set(sys.modules) & {{"diffusers", "transformers", "comfy", "comfy_kitchen"}}

@@ -56,11 +56,11 @@ class ErrorStream:
     def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
         """nodes: the sigmas of the computed steps that a guess would be made from, oldest first."""
         why = self.rule.window.forbids(step)
-        if why is None and (self.rate is None or len(nodes) < self.rule.reuse.order + 1):
+        if why is None and len(nodes) < self.rule.reuse.order + 1:
             why = "new"
-        if why:
+        if why or self.rate is None:
             self.computed()
-            return Decision(True, why)
+            return Decision(True, why or "new")
         reached = self.change + self.rate * spread(
             nodes, step.sigma, self.rule.reuse
         ) * self.rule.weight(step)

@@ -71,7 +71,8 @@ def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -
     """c of the formula above: how much of each step's velocity ends up in the error. float64
     (steps,). mask[0] is taken as computed.
     """
-    found, computed = np.zeros(len(mask)), []
+    found = np.zeros(len(mask))
+    computed: list[int] = []
     for i, wanted in enumerate(mask):
         if wanted or not computed:
             computed.append(i)
@@ -109,7 +110,7 @@ def search(
     First and last step stay computed. grams as in `error`; sigmas: steps + 1 values.
     """
     total, rng = len(sigmas) - 1, np.random.default_rng(seed)
-    best, least = None, np.inf
+    best, least = uniform(total, computed), np.inf
     for start in range(restarts):
         mask = uniform(total, computed)
         if start:

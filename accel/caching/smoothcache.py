@@ -122,11 +122,11 @@ class Recorder:
         """ValueError where a pair of steps was never seen."""
         mean, half = [], []
         for k in range(1, self.farthest + 1):
-            entries = [self.sums.get((k, i)) for i in range(self.steps - k)]
+            entries = [self.sums.get((k, i), []) for i in range(self.steps - k)]
             if not all(entries):
                 raise ValueError(
                     "The calibration run did not visit every step: nothing is known of step"
-                    f" {entries.index(None) + 1}."
+                    f" {entries.index([]) + 1}."
                 )
             mean.append([float(np.mean(values)) for values in entries])
             half.append(

@@ -46,10 +46,10 @@ IDENTITY = Polynomial((1.0, 0.0))  # the paper's naive rule, eq. 5
 
 
 def fit(
-    x: Sequence[float], y: Sequence[float], order: int = 2, through_origin: bool = True
+    xs: Sequence[float], ys: Sequence[float], order: int = 2, through_origin: bool = True
 ) -> Polynomial:
     """Least squares of y = p(x) over all points. ValueError for fewer points than coefficients."""
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    x, y = np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64)
     powers = list(range(order, 0 if through_origin else -1, -1))
     if len(x) < len(powers) + 1:
         raise ValueError(

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
@@ -67,7 +68,7 @@ class Head(nn.Module):
 
     def branches(self) -> dict[str, nn.ParameterDict]:
         """Layer name → its tensors."""
-        return dict(zip(self.names, self.layers, strict=True))
+        return dict(zip(self.names, cast("Iterable[nn.ParameterDict]", self.layers), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file → tensor."""
@@ -119,7 +120,7 @@ class Adapter(nn.Module):
         """
         generator, modules, layers = torch.Generator().manual_seed(seed), _modules(model), {}
         for name in names:
-            outputs, inputs = modules[name].out_features, modules[name].in_features
+            outputs, inputs = _linear_shape(modules[name])
             if not 0 <= rank <= min(outputs, inputs):
                 raise ValueError(
                     f"rank {rank} is not between 0 and {min(outputs, inputs)}, the smaller side of"
@@ -161,11 +162,14 @@ def _copied(layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Of a linear, also a quantized one, or of a convolution."""
-    return (
-        (module.out_features, module.in_features)
-        if hasattr(module, "in_features")
-        else tuple(module.weight.shape)
-    )
+    if hasattr(module, "in_features"):
+        return _linear_shape(module)
+    return tuple(cast("Tensor", module.weight).shape)
+
+
+def _linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs), also of a quantized linear, which is no nn.Linear."""
+    return cast("int", linear.out_features), cast("int", linear.in_features)
 
 
 def input_layer(model: nn.Module) -> str:
@@ -248,9 +252,12 @@ def _extra(weight: Tensor, presented: Tensor, strength: Tensor | None) -> Callab
         if weight.ndim == 2:
             change = nn.functional.linear(x, weight.to(x))
         else:
-            convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
+            layer = cast("nn.Conv2d", module)  # or nn.Conv3d
+            convolve: Callable[..., Tensor] = nn.functional.conv2d
+            if weight.ndim == 5:
+                convolve = nn.functional.conv3d
             change = convolve(
-                x, weight.to(x), None, module.stride, module.padding, module.dilation, module.groups
+                x, weight.to(x), None, layer.stride, layer.padding, layer.dilation, layer.groups
             )
         return output + _scaled(change, strength).to(output.dtype)
 

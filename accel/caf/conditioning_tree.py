@@ -18,13 +18,19 @@ from torch import Tensor, nn
 from ...quant.files.checkpoint import DTYPE_NAMES, tensor_bytes
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """No subclass, dense, and of a dtype that safetensors has."""
+    known = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPE_NAMES
+    return known and not tensor.is_sparse
+
+
 def encode(tree: object, tensors: list[Tensor], where: str = "the prompt") -> list:
     """The tree as JSON; its tensors are appended to `tensors`, on the CPU, contiguous, each with
     memory of its own.
 
     Raises ValueError that names the key of anything else: models, ControlNets, hooks.
     """
-    if type(tree) in (Tensor, nn.Parameter) and tree.dtype in DTYPE_NAMES and not tree.is_sparse:
+    if isinstance(tree, Tensor) and _is_plain(tree):
         tensors.append(tree.detach().cpu().contiguous().clone())
         return ["tensor", len(tensors) - 1]
     if isinstance(tree, dict):

@@ -209,7 +209,8 @@ def create(
     overwrite: pairs of another identity are deleted; else FileRefused, as for a folder of something
         else.
     """
-    folder, identity, tensors = Path(folder), json.loads(json.dumps(identity)), []
+    folder, identity = Path(folder), json.loads(json.dumps(identity))
+    tensors: list[Tensor] = []
     nodes = [
         conditioning_tree.encode(tree, tensors, f"prompt {i + 1}")
         for i, tree in enumerate(captions)
@@ -391,7 +392,7 @@ def _shards(folder: Path, overwrite: bool = False) -> list[tuple[Path, str, list
 
 
 def _gathered(shards: list[tuple[Path, str, list]], mark: str) -> dict[int, Place]:
-    found = {}
+    found: dict[int, Place] = {}
     for path, of, rows in shards:
         if of == mark:
             found = _places(path, rows) | found

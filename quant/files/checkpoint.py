@@ -158,10 +158,10 @@ def _header_text(path: Path) -> tuple[bytes, int]:
             # A small safetensors header may begin with any of the magic bytes; the brace after its
             # length tells.
             if len(start) < 10 or start[8:9] != b"{" or length > _LARGEST_HEADER:
-                raise FileRefused(
-                    f"{path.name}"
-                    f" {wrong or 'is not a safetensors file; choose a .safetensors file of a diffusion model'}."
+                wrong = wrong or (
+                    "is not a safetensors file; choose a .safetensors file of a diffusion model"
                 )
+                raise FileRefused(f"{path.name} {wrong}.")
             if 8 + length > size:
                 raise FileRefused(
                     f"{path.name} is cut off inside its header ({size} bytes); download or copy it"

@@ -214,8 +214,7 @@ def modern(name: str, family: Family) -> str:
     """A tensor's name in the first files → its name in today's; other names stay."""
     module, _, suffix = name.rpartition(".")
     pattern, number = family.numbered(module)
-    return (
-        f"{family.first_version.get(pattern, pattern).replace('#', number)}.{SUFFIXES.get(suffix, suffix)}"
-        if module
-        else name
-    )
+    if not module:
+        return name
+    today = family.first_version.get(pattern, pattern).replace("#", number)
+    return f"{today}.{SUFFIXES.get(suffix, suffix)}"

@@ -181,12 +181,10 @@ class ToNunchaku(Export):
         )
 
     def _named(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        first = self._family.first_suffixes
+        renamed = _FIRST_SUFFIX if self._family.first_suffixes else {}
+        first = self._family.first_name(module)
         return {
-            f"{self._family.first_name(module)}.{_FIRST_SUFFIX.get(suffix, suffix) if first else suffix}": (
-                tensor
-            )
-            for suffix, tensor in tensors.items()
+            f"{first}.{renamed.get(suffix, suffix)}": tensor for suffix, tensor in tensors.items()
         }
 
     def _weight(self, module: str) -> SVDQuantWeight:

@@ -184,13 +184,11 @@ def big_model(hidden: int):
             and ".modulation" not in name
         ):
             parts = draw(*shape, 32, generator)
-            state |= {
-                f"{stem}.{part if part == 'weight' else 'weight_' + part.removeprefix('weight_')}": parts[
-                    part
-                ]
-                for part in parts
-                if part != "bias"
-            }
+            for part, tensor in parts.items():
+                if part == "weight":
+                    state[f"{stem}.weight"] = tensor
+                elif part != "bias":
+                    state[f"{stem}.weight_{part.removeprefix('weight_')}"] = tensor
             layers[stem] = {"format": "svdquant_w4a4", "rank": 32}
         else:
             state[name] = (

@@ -136,15 +136,15 @@ def print_table(entries: list[dict], measured: dict[tuple, float]) -> None:
             " bf16, geometric mean   [estimate]"
         )
         print(
-            f"  {'layer':>13}{'quantize':>10}{'bytes':>8}{'mma':>8}{'branch':>8}{'rescale':>9}{'issue':>8}"
-            f"  {'binds':8}{'ms':>7}{'bf16':>8}{'ratio':>7}"
+            f"  {'layer':>13}{'quantize':>10}{'bytes':>8}{'mma':>8}{'branch':>8}{'rescale':>9}"
+            f"{'issue':>8}  {'binds':8}{'ms':>7}{'bf16':>8}{'ratio':>7}"
         )
         for row in entry["layers"]:
             t = row["bounds_ms"]
             seen = measured.get((entry["gpu"], row["M"], row["K"], row["N"]))
             print(
-                f"  {row['K']:>6}x{row['N']:<6}{t['quantize']:10.3f}{t['bytes']:8.3f}{t['mma']:8.3f}{t['branch']:8.3f}{t['rescale']:9.3f}"
-                f"{t['issue']:8.3f} "
+                f"  {row['K']:>6}x{row['N']:<6}{t['quantize']:10.3f}{t['bytes']:8.3f}"
+                f"{t['mma']:8.3f}{t['branch']:8.3f}{t['rescale']:9.3f}{t['issue']:8.3f} "
                 f" {row['binds']:8}{row['ms']:7.3f}{row['bf16_ms']:8.3f}{row['times_as_fast']:7.2f}"
                 + (
                     f"   measured {seen:.3f} ms, {100 * row['ms'] / seen:.0f} % of the bound"

@@ -16,10 +16,12 @@ import math
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
@@ -102,7 +104,7 @@ def one(name: str, options: argparse.Namespace) -> dict:
         preset, other = changes(kind)
         recipe, target = (
             Recipe.from_preset(preset, bits=int(bits), **other),
-            options.out.with_name(f"demo-{name.replace(' ', '-')}.safetensors"),
+            options.scratch / f"demo-{name.replace(' ', '-')}.safetensors",
         )
         target.unlink(missing_ok=True)
         report = run.quantize(target, recipe, zero_data=kind == "best on noise" or preset != "best")
@@ -125,16 +127,14 @@ def one(name: str, options: argparse.Namespace) -> dict:
 
 
 def _full(options: argparse.Namespace) -> torch.Tensor:
-    """The 16-bit pictures, drawn once for all arms."""
-    kept = options.out.with_suffix(f".{options.prompts}x{options.seeds}.pt")
-    if not kept.exists():
-        torch.save(
-            run.draw(
-                pictures.load_flux(), pictures.load_vae(), options.prompts, range(options.seeds)
-            )[0],
-            kept,
+    """The 16-bit pictures, drawn once for all arms and kept in `options.scratch` between them."""
+    cached = options.scratch / f"16-bit-{options.prompts}x{options.seeds}.safetensors"
+    if not cached.exists():
+        drawn, _ = run.draw(
+            pictures.load_flux(), pictures.load_vae(), options.prompts, range(options.seeds)
         )
-    return torch.load(kept)
+        save_file({"pictures": drawn.contiguous()}, cached)
+    return load_file(cached)["pictures"]
 
 
 def _bits(report) -> float:
@@ -200,16 +200,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--sheet", type=Path, help="with --one: also write the pictures")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        preset, _, bits = options.one.removeprefix("FLUX.1 ").rpartition(" ")
-        row = (
-            flux_layer(preset, int(bits), *options.flux_shape)
-            if options.one.startswith("FLUX.1")
-            else one(options.one, options)
-        )
-        print("ROW " + json.dumps(row))
-        return
+    with tempfile.TemporaryDirectory() as scratch:  # what arms share, and their quantized files
+        options.scratch = options.scratch or Path(scratch)
+        if options.one:
+            print("ROW " + json.dumps(one_row(options)))
+        else:
+            run_arms(options)
+
+
+def one_row(options: argparse.Namespace) -> dict:
+    """The row of the arm `options.one`."""
+    if not options.one.startswith("FLUX.1"):
+        return one(options.one, options)
+    preset, _, bits = options.one.removeprefix("FLUX.1 ").rpartition(" ")
+    return flux_layer(preset, int(bits), *options.flux_shape)
+
+
+def run_arms(options: argparse.Namespace) -> None:
+    """Each arm in a process of its own; its row replaces the older one of the same name."""
     facts = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     facts |= {
         "prompts": options.prompts,
@@ -225,6 +235,8 @@ def main() -> None:
             name,
             "--out",
             str(options.out),
+            "--scratch",
+            str(options.scratch),
             "--prompts",
             str(options.prompts),
             "--seeds",
@@ -247,8 +259,6 @@ def main() -> None:
             },
             flush=True,
         )
-    for path in options.out.parent.glob(f"{options.out.stem}.*.pt"):
-        path.unlink()
 
 
 if __name__ == "__main__":

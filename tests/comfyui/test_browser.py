@@ -225,9 +225,12 @@ def test_plot_puts_layers_where_their_numbers_say(screen):
     """
     circles = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
-      const row = (name, db) => ({ name, action: "w4a4", why: "", db, bytes_before: 8, bytes_after: 2, seconds: 1 });
-      const chart = drawChart({ kind: "layers", title: "t", summary: [], rows: [row("a.0", 10), row("a.1", 20)] });
-      return [...chart.shadowRoot.querySelectorAll("circle")].map((c) => ["cx", "cy"].map((name) => parseFloat(c.getAttribute(name))));
+      const row = (name, db) =>
+        ({ name, action: "w4a4", why: "", db, bytes_before: 8, bytes_after: 2, seconds: 1 });
+      const chart = drawChart({ kind: "layers", title: "t", summary: [],
+        rows: [row("a.0", 10), row("a.1", 20)] });
+      return [...chart.shadowRoot.querySelectorAll("circle")]
+        .map((c) => ["cx", "cy"].map((name) => parseFloat(c.getAttribute(name))));
     }""")
     assert circles == [[25, 99], [75, 33]]  # per cent, and pixels of 132 from the top
 
@@ -251,13 +254,17 @@ def test_plot_counts_blocks_up_and_puts_the_rest_behind(screen):
 def test_chart_with_hundreds_of_layers_and_hostile_names_is_drawn(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
-      const rows = Array.from({ length: 500 }, (_, i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`,
+      const rows = Array.from({ length: 500 },
+        (_, i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`,
         action: i % 9 ? "w4a4" : "keep", why: "why",
-        db: i % 9 ? 20 + Math.sin(i) : null, bytes_before: 1e6, bytes_after: i % 9 ? 3e5 : 1e6, seconds: 0 }));
+        db: i % 9 ? 20 + Math.sin(i) : null,
+        bytes_before: 1e6, bytes_after: i % 9 ? 3e5 : 1e6, seconds: 0 }));
       const draw = (chart) => drawChart({ title: "t", ...chart }).shadowRoot;
       const root = draw({ kind: "layers", title: "<b>t</b>", summary: [["time", "1 s"]], rows });
-      const empty = draw({ kind: "layers", rows: [] }), unknown = draw({ kind: "new", summary: [["a", "b"]] });
+      const empty = draw({ kind: "layers", rows: [] });
+      const unknown = draw({ kind: "new", summary: [["a", "b"]] });
       const count = (selector) => root.querySelectorAll(selector).length;
-      return [count("circle"), count("img, .nibble-title b"), empty.textContent, unknown.textContent];
+      return [count("circle"), count("img, .nibble-title b"), empty.textContent,
+        unknown.textContent];
     }""")
     assert drawn == [444, 0, "t", "tab"]

@@ -12,18 +12,26 @@ STEPS = 24
 BUILD = """async ([prompt, places]) => {
   await app.loadApiJson(prompt, "caching");
   app.graph.id = crypto.randomUUID();
-  for (const [id, pos] of Object.entries(places)) { const node = app.graph.getNodeById(Number(id)); if (node) node.pos = pos; }
+  for (const [id, pos] of Object.entries(places)) {
+    const node = app.graph.getNodeById(Number(id));
+    if (node) node.pos = pos;
+  }
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [40, 40]; app.canvas.setDirty(true, true);
 }"""
 WATCH = """() => {
   window.strips = [];
-  const look = () => [...document.querySelectorAll(".nibble-chart-host")].map((host) => host.shadowRoot)
-    .filter((root) => root.querySelector(".nibble-strip")).map((root) => ["computed", "reused", "pending"].map((state) =>
+  const look = () => [...document.querySelectorAll(".nibble-chart-host")]
+    .map((host) => host.shadowRoot)
+    .filter((root) => root.querySelector(".nibble-strip"))
+    .map((root) => ["computed", "reused", "pending"].map((state) =>
       root.querySelectorAll(`.nibble-lane .nibble-step-${state}`).length));
-  app.api.addEventListener("nibble_chart", () => setTimeout(() => window.strips.push(look()[0]), 0));
+  app.api.addEventListener("nibble_chart",
+    () => setTimeout(() => window.strips.push(look()[0]), 0));
 }"""
-LANE = """() => [...document.querySelectorAll(".nibble-chart-host")].map((host) => [...(host.shadowRoot.querySelector(".nibble-lane")?.children ?? [])]
-  .map((cell) => ({ computed: true, reused: false }[cell.className.split("-").at(-1)]))).find((lane) => lane.length)"""
+LANE = """() => [...document.querySelectorAll(".nibble-chart-host")]
+  .map((host) => [...(host.shadowRoot.querySelector(".nibble-lane")?.children ?? [])]
+    .map((cell) => ({ computed: true, reused: false }[cell.className.split("-").at(-1)])))
+  .find((lane) => lane.length)"""
 
 
 def sampled(size: int = 128, **changes) -> tuple[CacheGraph, str]:
@@ -137,9 +145,12 @@ def test_cells_and_line_lie_where_their_numbers_say(screen):
     """
     found = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
-      const cell = (step, computed, change) => ({ step, sigma: 1 - step / 2, computed, why: computed ? "first" : "reused", change });
-      const root = drawChart({ kind: "strip", title: "t", threshold: 0.4, cells: [cell(0, true, null), cell(1, false, 0.2)], rows: [] }).shadowRoot;
-      return [root.querySelector(".nibble-teeth").getAttribute("d"), root.querySelector(".nibble-threshold").getAttribute("y1"),
+      const cell = (step, computed, change) =>
+        ({ step, sigma: 1 - step / 2, computed, why: computed ? "first" : "reused", change });
+      const root = drawChart({ kind: "strip", title: "t", threshold: 0.4,
+        cells: [cell(0, true, null), cell(1, false, 0.2)], rows: [] }).shadowRoot;
+      return [root.querySelector(".nibble-teeth").getAttribute("d"),
+        root.querySelector(".nibble-threshold").getAttribute("y1"),
               root.querySelector(".nibble-size").textContent];
     }""")
     line, threshold, told = found
@@ -151,11 +162,15 @@ def test_cells_and_line_lie_where_their_numbers_say(screen):
 def test_a_long_strip_and_hostile_names_are_drawn(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
-      const cells = Array.from({ length: 1000 }, (_, step) => ({ step, sigma: 1, computed: step % 3 === 0, why: "new thing", change: step % 7 ? 0.1 : null }));
+      const cells = Array.from({ length: 1000 }, (_, step) => ({ step, sigma: 1,
+        computed: step % 3 === 0, why: "new thing", change: step % 7 ? 0.1 : null }));
       const draw = (chart) => drawChart({ title: "<b>t</b>", ...chart }).shadowRoot;
-      const long = draw({ kind: "strip", threshold: 0.2, cells, rows: [{ name: "<img src=x onerror=alert(1)>", computed: cells.map((c) => c.computed) }] });
-      const empty = draw({ kind: "strip", cells: [], rows: [] }), bare = draw({ kind: "calibration", summary: [], points: [], series: [] });
-      return [long.querySelectorAll(".nibble-step").length, long.querySelectorAll("img, .nibble-title b").length,
+      const long = draw({ kind: "strip", threshold: 0.2, cells,
+        rows: [{ name: "<img src=x onerror=alert(1)>", computed: cells.map((c) => c.computed) }] });
+      const empty = draw({ kind: "strip", cells: [], rows: [] });
+      const bare = draw({ kind: "calibration", summary: [], points: [], series: [] });
+      return [long.querySelectorAll(".nibble-step").length,
+        long.querySelectorAll("img, .nibble-title b").length,
               empty.querySelectorAll(".nibble-step").length, bare.querySelectorAll("svg").length];
     }""")
     assert drawn == [1000, 0, 0, 0]

@@ -14,13 +14,19 @@ from demo_loras import STYLE, style
 NODES = ("NibbleConvertIntLoRA", "NibbleApplyIntLoRA", "NibbleMergeIntLoRA")
 GRAPH = """([model, lora]) => {
   app.graph.clear();
-  const nodes = ["NibbleLoadSVDQuant", "NibbleConvertIntLoRA", "NibbleApplyIntLoRA", "NibbleMergeIntLoRA"].map((type) => LiteGraph.createNode(type));
+  const types = ["NibbleLoadSVDQuant", "NibbleConvertIntLoRA", "NibbleApplyIntLoRA",
+    "NibbleMergeIntLoRA"];
+  const nodes = types.map((type) => LiteGraph.createNode(type));
   nodes.forEach((node, i) => { app.graph.add(node); node.pos = [20 + 400 * i, 60]; });
   const [load, convert, apply, merge] = nodes;
-  const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
-  set(load, "model_name", model); set(convert, "lora_name", lora); set(convert, "filename", "seen"); set(apply, "mode", "merge");
+  const set = (node, name, value) => {
+    node.widgets.find((widget) => widget.name === name).value = value;
+  };
+  set(load, "model_name", model); set(convert, "lora_name", lora); set(convert, "filename", "seen");
+  set(apply, "mode", "merge");
   set(merge, "filename", "seen"); set(merge, "branch", "same size");
-  load.connect(0, convert, "model"); load.connect(0, apply, "model"); convert.connect(0, apply, "intlora_name"); apply.connect(0, merge, "model");
+  load.connect(0, convert, "model"); load.connect(0, apply, "model");
+  convert.connect(0, apply, "intlora_name"); apply.connect(0, merge, "model");
   app.canvas.ds.scale = 0.9; app.canvas.ds.offset = [20, 40]; app.canvas.setDirty(true, true);
 }"""
 
@@ -37,7 +43,8 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
     assert screen.page.wait_for_function(ended, timeout=240_000).json_value() == "drawn"
     screen.page.wait_for_timeout(500)
     screen.picture(f"intlora-{request.node.callspec.id}")
-    hosts = """() => [...document.querySelectorAll(".nibble-chart-host")].map((host) => [host.shadowRoot.querySelectorAll("rect").length,
+    hosts = """() => [...document.querySelectorAll(".nibble-chart-host")]
+      .map((host) => [host.shadowRoot.querySelectorAll("rect").length,
       host.getBoundingClientRect().width > 150, host.shadowRoot.textContent])"""
     drawn = sorted(screen.page.evaluate(hosts))
     assert [count for count, _, _ in drawn] == [0, 5, 5, 5]
@@ -48,11 +55,14 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
 def test_the_chart_holds_hundreds_of_layers_and_hostile_names(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
-      const row = (i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`, action: i % 9 ? "w4a4" : "keep", kept: i % 3 / 2, nearest: null,
+      const row = (i) => ({ name: `blocks.${i}.<img src=x onerror=alert(1)>`,
+        action: i % 9 ? "w4a4" : "keep", kept: i % 3 / 2, nearest: null,
         why: "<b>why</b>", bytes: 1e6 });
       const draw = (chart) => drawChart({ kind: "kept", title: "t", ...chart }).shadowRoot;
-      const root = draw({ summary: [["kept", "50 %"]], rows: Array.from({ length: 500 }, (_, i) => row(i)) }), empty = draw({ rows: [] });
-      const heights = [...root.querySelectorAll("rect")].slice(0, 3).map((rect) => parseFloat(rect.getAttribute("height")));
+      const rows = Array.from({ length: 500 }, (_, i) => row(i));
+      const root = draw({ summary: [["kept", "50 %"]], rows }), empty = draw({ rows: [] });
+      const heights = [...root.querySelectorAll("rect")].slice(0, 3)
+        .map((rect) => parseFloat(rect.getAttribute("height")));
       const count = (selector) => root.querySelectorAll(selector).length;
       return [count("rect"), count("img, li b b"), count("li"), heights, empty.textContent];
     }""")

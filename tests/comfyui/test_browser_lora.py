@@ -7,10 +7,17 @@ from demo_loras import LAYERS
 
 MAKE = """([model, loras]) => {
   app.graph.clear();
-  const types = ["NibbleLoadSVDQuant", ...loras.map(() => "LoraLoaderModelOnly"), "NibbleLoRAReport"];
+  const types = ["NibbleLoadSVDQuant", ...loras.map(() => "LoraLoaderModelOnly"),
+    "NibbleLoRAReport"];
   const nodes = types.map((type) => LiteGraph.createNode(type));
-  nodes.forEach((node, i) => { app.graph.add(node); node.pos = [20 + 400 * i, 60]; if (i) nodes[i - 1].connect(0, node, 0); });
-  const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
+  nodes.forEach((node, i) => {
+    app.graph.add(node);
+    node.pos = [20 + 400 * i, 60];
+    if (i) nodes[i - 1].connect(0, node, 0);
+  });
+  const set = (node, name, value) => {
+    node.widgets.find((widget) => widget.name === name).value = value;
+  };
   set(nodes[0], "model_name", model);
   loras.forEach((name, i) => set(nodes[i + 1], "lora_name", name));
   app.canvas.ds.scale = 0.9; app.canvas.ds.offset = [40, 40]; app.canvas.setDirty(true, true);

@@ -13,15 +13,24 @@ from demo_graphs import FLUX
 NODES = ("NibbleQuantizeVQ", "NibbleLoadVQ", "NibbleInspectVQ")
 MAKE_GRAPH = """(source) => {
   app.graph.clear();
-  const [quantize, load, look, text] = ["NibbleQuantizeVQ", "NibbleLoadVQ", "NibbleInspectVQ", "PreviewAny"].map((type) => LiteGraph.createNode(type));
-  [quantize, load, look, text].forEach((node, i) => { app.graph.add(node); node.pos = [[20, 60], [480, 60], [900, 60], [480, 560]][i]; });
-  const set = (name, value) => { quantize.widgets.find((widget) => widget.name === name).value = value; };
+  const types = ["NibbleQuantizeVQ", "NibbleLoadVQ", "NibbleInspectVQ", "PreviewAny"];
+  const nodes = types.map((type) => LiteGraph.createNode(type));
+  nodes.forEach((node, i) => {
+    app.graph.add(node);
+    node.pos = [[20, 60], [480, 60], [900, 60], [480, 560]][i];
+  });
+  const [quantize, load, look, text] = nodes;
+  const set = (name, value) => {
+    quantize.widgets.find((widget) => widget.name === name).value = value;
+  };
   set("model_name", source); set("filename", "flux-demo-3bit");
-  quantize.connect(0, load, "model_name"); quantize.connect(0, look, "model_name"); load.connect(0, text, 0);
+  quantize.connect(0, load, "model_name"); quantize.connect(0, look, "model_name");
+  load.connect(0, text, 0);
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [60, 40]; app.canvas.setDirty(true, true);
   app.queuePrompt(0, 1);
 }"""
-DRAWN = """() => app.lastExecutionError?.exception_message ?? (document.querySelectorAll(".nibble-chart-host").length === 3 && "drawn")"""
+DRAWN = """() => app.lastExecutionError?.exception_message
+  ?? (document.querySelectorAll(".nibble-chart-host").length === 3 && "drawn")"""
 
 
 @pytest.mark.parametrize("screen", ["classic-dark", "nodes2-light"], indirect=True)
@@ -40,13 +49,15 @@ def test_a_calibration_at_work_has_a_curve_for_each_block(screen):
     drawn = screen.page.evaluate("""async () => {
       const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
       const row = (number, points) => ({ name: `double_blocks.${number}`, number, points });
-      const chart = drawChart({ kind: "blocks", title: "flux at work", subtitle: "best, 3 bits", blocks: 4,
-        summary: [["block", "2 of 4: double_blocks.1"], ["step", "60 of 120"], ["error", "19.0 dB"]],
+      const chart = drawChart({ kind: "blocks", title: "flux at work", subtitle: "best, 3 bits",
+        blocks: 4, summary: [
+          ["block", "2 of 4: double_blocks.1"], ["step", "60 of 120"], ["error", "19.0 dB"]],
         rows: [row(0, [[0, 10], [0.5, 14], [1, 20]]), row(1, [[0, 12], [0.5, 19]])] });
       chart.style.cssText = "position:fixed; left:80px; top:80px; width:420px; z-index:9999";
       document.body.append(chart);
       const root = chart.shadowRoot;
-      return [root.querySelectorAll("path").length, [...root.querySelectorAll("circle")].map((c) => parseFloat(c.getAttribute("cx"))),
+      return [root.querySelectorAll("path").length,
+        [...root.querySelectorAll("circle")].map((c) => parseFloat(c.getAttribute("cx"))),
         root.querySelector("path").getAttribute("d").split("L").length];
     }""")
     screen.page.mouse.move(80 + 26 + 12 + 60, 80 + 150)

@@ -11,17 +11,23 @@ from comfyui_server import Refused, Server
 LOOKS = ("classic-dark", "nodes2-light")
 MAKE_GRAPH = """([height, keep]) => {
   app.graph.clear();
-  const types = ["TestSeeker", "NibbleFeatherPrune", "TestSeekerAsk", "NibbleFeatherReport", "PreviewImage"];
+  const types = ["TestSeeker", "NibbleFeatherPrune", "TestSeekerAsk", "NibbleFeatherReport",
+    "PreviewImage"];
   const [seek, prune, ask, report, preview] = types.map((type) => LiteGraph.createNode(type));
-  [seek, prune, ask, report, preview].forEach((node, i) => { app.graph.add(node); node.pos = [[20, 60], [300, 60], [20, 230], [740, 60], [20, 400]][i]; });
-  seek.widgets[0].value = height; prune.widgets.find((widget) => widget.name === "keep").value = keep;
+  [seek, prune, ask, report, preview].forEach((node, i) => {
+    app.graph.add(node);
+    node.pos = [[20, 60], [300, 60], [20, 230], [740, 60], [20, 400]][i];
+  });
+  seek.widgets[0].value = height;
+  prune.widgets.find((widget) => widget.name === "keep").value = keep;
   seek.connect(0, prune, "clip"); prune.connect(0, ask, "clip"); seek.connect(1, ask, "image");
   ask.connect(0, report, "conditioning"); report.connect(0, preview, 0);
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [60, 40]; app.canvas.setDirty(true, true);
 }"""
 DRAWN = """() => {
   const charts = [...document.querySelectorAll(".nibble-chart-host")];
-  return app.lastExecutionError?.exception_message ?? (charts.length === 2 && charts.every((chart) => chart.shadowRoot.querySelector("img")));
+  return app.lastExecutionError?.exception_message
+    ?? (charts.length === 2 && charts.every((chart) => chart.shadowRoot.querySelector("img")));
 }"""
 
 

@@ -417,7 +417,8 @@ def _stored(name: str, part: dict[str, Tensor], options: dict | None = None) -> 
 def _modern(name: str) -> str:
     block, module = ".".join(name.split(".")[:2]), name.split(".")[2]
     if block.startswith("single"):
-        return f"{block}.{ {'qkv_proj': 'attn.to_qkv', 'out_proj': 'attn.to_out'}.get(module, module) }"
+        renamed = {"qkv_proj": "attn.to_qkv", "out_proj": "attn.to_out"}
+        return f"{block}.{renamed.get(module, module)}"
     return (
         f"{block}."
         + {

@@ -226,7 +226,8 @@ def _window(options: dict) -> tuple | None:
 
 
 def _name(function: object) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}"
 
 
 def _replaced(options: dict) -> frozenset:

@@ -466,10 +466,9 @@ def _chart(
     facts: str = "",
 ) -> dict:
     """The curve so far."""
-    facts = (
-        facts
-        or f"{f'rank {job.rank}' if job.rank else 'whole layers'}, h = {job.h:g}, {job.options.optimizer}, {job.options.lr:g}"
-    )
+    if not facts:
+        size = f"rank {job.rank}" if job.rank else "whole layers"
+        facts = f"{size}, h = {job.h:g}, {job.options.optimizer}, {job.options.lr:g}"
     steps = job.options.steps
     return curve_chart(
         [loss for phase in PHASES for loss in losses[phase]],

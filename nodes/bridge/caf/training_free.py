@@ -1,5 +1,5 @@
-"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS: `accel/caf/adams_bashforth.py` on
-any rectified-flow model.
+"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS:
+`accel/caf/adams_bashforth.py` on any rectified-flow model.
 
 For such a model x = (1 - sigma) data + sigma noise, so dx/dsigma = (x - denoised) / sigma, whatever
 guidance, LoRAs and masks are in `denoised`.

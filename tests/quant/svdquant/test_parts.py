@@ -130,8 +130,11 @@ def test_blocks_are_solved_rightly_whoever_has_set_the_threads():
     """
     code = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
-package = importlib.util.module_from_spec(spec); sys.modules["nibble"] = package; spec.loader.exec_module(package)
+root, init = {str(ROOT)!r}, {str(ROOT / "__init__.py")!r}
+spec = importlib.util.spec_from_file_location("nibble", init, submodule_search_locations=[root])
+package = importlib.util.module_from_spec(spec)
+sys.modules["nibble"] = package
+spec.loader.exec_module(package)
 import torch
 from nibble.quant.svdquant.lowrank_metric import solve_blocks
 torch.set_num_threads(2)

@@ -158,7 +158,10 @@ def test_kill_9_in_mid_work_costs_only_the_layer_at_hand(whole, source, tmp_path
     script = textwrap.dedent(f"""
         import importlib.util, os, signal, sys, torch
         torch.set_num_threads({torch.get_num_threads()})
-        spec = importlib.util.spec_from_file_location("nibble", {str(ROOT / "__init__.py")!r}, submodule_search_locations=[{str(ROOT)!r}])
+        root, init = {str(ROOT)!r}, {str(ROOT / "__init__.py")!r}
+        spec = importlib.util.spec_from_file_location(
+            "nibble", init, submodule_search_locations=[root]
+        )
         sys.modules["nibble"] = package = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
         from nibble.quant.svdquant import quantize as pipeline
@@ -171,7 +174,8 @@ def test_kill_9_in_mid_work_costs_only_the_layer_at_hand(whole, source, tmp_path
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         pipeline.quantize_linear = dying
-        pipeline.quantize_checkpoint({str(source)!r}, {str(target)!r}, Recipe.from_json({FAST.to_json()!r}))
+        recipe = Recipe.from_json({FAST.to_json()!r})
+        pipeline.quantize_checkpoint({str(source)!r}, {str(target)!r}, recipe)
         """)
     result = subprocess.run(
         [sys.executable, "-c", script],
