@@ -392,7 +392,8 @@ def _calibration(options: argparse.Namespace, recipe) -> tuple:
 
 def _prompts(path: Path) -> tuple[tuple, dict]:
     """((tokens, pooled), facts about them) of a file with text encoders' outputs."""
-    from .quant.files.checkpoint import FileRefused, checksum, read_header, read_tensor
+    from .quant.files.errors import FileRefused
+    from .quant.files.safetensors import checksum, read_header, read_tensor
 
     header = read_header(path)
     if not {"tokens", "pooled"} <= header.tensors.keys():
@@ -419,7 +420,8 @@ def convert(options: argparse.Namespace) -> None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Prints what a file is, or what would become of it."""
-    from .quant.files.checkpoint import FileRefused, is_quantized, open_quantized
+    from .quant.files.checkpoint import is_quantized, open_quantized
+    from .quant.files.errors import FileRefused
     from .quant.interop.convert import facts_of
     from .quant.interop.opening import is_4bit
 
@@ -476,7 +478,7 @@ def inspect(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[str, object]:
     from .quant.architectures import KNOWN_MODELS, known_shapes
-    from .quant.files.checkpoint import FileRefused
+    from .quant.files.errors import FileRefused
     from .quant.files.source import Source
 
     if options.method == "vq":

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from .bridge.host import charts
 from .bridge.host.patterns import patterns

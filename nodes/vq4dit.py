@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
 from .bridge.host import charts

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .architectures import LayerPlan
-from .files.checkpoint import FORMAT_VERSION, FileRefused, open_quantized
+from .files.checkpoint import FORMAT_VERSION, open_quantized
+from .files.errors import FileRefused
 from .files.source import Source, StateDictSource
 from .files.writer import Writer, metadata_room
 from .report import LayerRow, Report

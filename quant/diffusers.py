@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from .calibration import recorder
 from .calibration.statistics import InputStats
-from .files.checkpoint import FileRefused, QuantizedFile, open_quantized
+from .files.checkpoint import QuantizedFile, open_quantized
+from .files.errors import FileRefused
+from .files.safetensors import TensorSpec
 from .files.source import StateDictSource
-from .files.writer import TensorSpec, Writer, check_target, metadata_room
-from .interop.convert import open_source
+from .files.writer import Writer, check_target, metadata_room
 from .interop.names import families
+from .interop.opening import open_4bit
 from .vq4dit.calibrate import Teacher
 from .weights import modules as svdquant_linear
 from .weights import svdquant_w4a4 as svdquant_weight
@@ -189,7 +191,7 @@ def load_quantized(
       of those of codewords, parameters
     Raises FileRefused for a file that is damaged, or of another model.
     """
-    file = open_source(path)
+    file = open_4bit(path)
     if '"DiTTransformer2DModel"' in file.metadata.get("config", ""):
         return _load_dit(open_quantized(path), dtype, train)
     kept = {

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ...quant.files.checkpoint import DTYPE_NAMES, tensor_bytes
+from ...quant.files.safetensors import DTYPE_NAMES, tensor_bytes
 
 
 def encode(tree: object, tensors: list[Tensor], where: str = "the prompt") -> list:

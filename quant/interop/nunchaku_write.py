@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import SHIFT
-from ..files.checkpoint import FileRefused
-from ..files.writer import TensorSpec
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import TensorSpec
+from ..weights.formats import weight_of
 from ..weights.fuse import join_rows, split_columns, split_rows
 from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import swizzle
-from .export import Export, kept_facts, weight_of
-from .model import PublishedFile
+from .export import Export, kept_facts
 from .names import SUFFIXES, Family, Part, families
 from .nunchaku_read import shift_of_one
 
@@ -40,7 +41,7 @@ class ToNunchaku(Export):
     under today's.
     """
 
-    def __init__(self, source: PublishedFile):
+    def __init__(self, source: QuantizedFile):
         super().__init__(source)
         self._family = self._known_family()
         self._plain = {
@@ -181,12 +182,10 @@ class ToNunchaku(Export):
         )
 
     def _named(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        first = self._family.first_suffixes
+        name = self._family.first_name(module)
+        spellings = _FIRST_SUFFIX if self._family.first_suffixes else {}
         return {
-            f"{self._family.first_name(module)}.{_FIRST_SUFFIX.get(suffix, suffix) if first else suffix}": (
-                tensor
-            )
-            for suffix, tensor in tensors.items()
+            f"{name}.{spellings.get(suffix, suffix)}": tensor for suffix, tensor in tensors.items()
         }
 
     def _weight(self, module: str) -> SVDQuantWeight:

@@ -33,8 +33,9 @@ from ..checkpoint_run import (
     unmatched,
 )
 from ..files.checkpoint import FORMATS
+from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
-from ..files.writer import TensorSpec, Writer, check_target
+from ..files.writer import Writer, check_target
 from ..report import LayerRow, Report
 from .decompose import quantize_linear, quantize_w4a16, shared_smoothing
 from .recipe import Recipe

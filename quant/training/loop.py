@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ..files.checkpoint import FileRefused, read_header, read_tensor
+from ..files.errors import FileRefused
+from ..files.safetensors import read_header, read_tensor
 
 OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,

@@ -36,8 +36,9 @@ from ..checkpoint_run import (
     room,
     unmatched,
 )
+from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
-from ..files.writer import TensorSpec, Writer, check_target
+from ..files.writer import Writer, check_target
 from ..report import LayerRow, Report
 from ..training.loop import allowing_writes
 from ..weights.vq import VQWeight

@@ -15,7 +15,7 @@ from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge.caching import calibration_file
 from nibble.nodes.bridge.caching.measure import calibrate
 from nibble.nodes.bridge.host.progress import Progress
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 
 def sigmas(model, steps: int = STEPS) -> torch.Tensor:

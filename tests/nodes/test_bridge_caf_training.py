@@ -23,7 +23,7 @@ from nibble.nodes.bridge.quantized import loading
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 FP32 = Settings(dtype="fp32")
 SHAPE = (16, 4, 4)

@@ -29,7 +29,7 @@ from nibble.nodes.bridge.intlora import charts as kept
 from nibble.nodes.bridge.intlora import files as intlora
 from nibble.nodes.bridge.intlora import merge as merging
 from nibble.nodes.bridge.quantized import loading
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
 from nibble.quant.intlora.factors import quantize

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_bridge_ops import run, sampled
 
 from nibble.nodes.bridge.quantized import layouts, loading
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 from published_files import METADATA, RandomFlux
 

@@ -28,7 +28,7 @@ from ....accel.caching import mask_search
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import Curve
 from ....accel.caching.teacache import Polynomial
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 
 FOLDER, FORMAT, VERSION = "nibble_cache", "nibble-cache", 1
 PIECES = 24  # tensors of a model whose values the fingerprint reads

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ..caching.calibration_file import fingerprint, patches_fingerprint
 from ..caching.run import sampler_name
 from ..host.charts import size

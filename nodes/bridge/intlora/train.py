@@ -18,7 +18,7 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.intlora import file, train
 from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear

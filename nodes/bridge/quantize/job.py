@@ -14,7 +14,7 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ....quant.architectures import plan, recognise
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.files.source import Source, StateDictSource
 from ....quant.report import Report
 from ....quant.svdquant.quantize import calibrated_on, quantize_checkpoint

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import StateDictSource
 from nibble.quant.report import Report
 from nibble.quant.svdquant import quantize as pipeline

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from nibble.quant.architectures import flux1_shapes, known_shapes
 from nibble.quant.files import writer
-from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import Source, StateDictSource
 from nibble.quant.report import Report
 from nibble.quant.vq4dit import quantize as pipeline
