@@ -48,6 +48,7 @@ RULES = {
     "accel":             ({"kernels", "quant.files.errors", "quant.files.safetensors", "quant.training"}, set()),
     "nodes":             ({"nodes.bridge", "quant", "accel", "demo"},    {"comfy_api"}),
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
+    "demo.taesd":        (set(),                                         {"diffusers"}),
     "demo":              ({"quant", "kernels"},                          set()),
     "__main__":          ({"quant", "demo", "kernels"},                  set()),
     "__init__":          ({"nodes"},                                     set()),
