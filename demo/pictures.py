@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from ..quant import diffusers as models
 from .prompts import WORD_DIM, embed, word_indices
+from .taesd import tiny_autoencoder, to_taesd_names
 
 WEIGHTS = Path(__file__).parent / "weights"
 # of the time schedule: a picture of 16 tokens is decided near pure noise, so most steps go there
@@ -34,12 +35,12 @@ def build_flux():
 
 def build_vae():
     """The untrained demo autoencoder: TAESD with 16 latent channels."""
-    return models.tiny_autoencoder()
+    return tiny_autoencoder()
 
 
 def load_vae(path: Path = VAE_FILE):
     """The demo autoencoder in float32, ready to decode."""
-    return models.tiny_autoencoder(
+    return tiny_autoencoder(
         {name: tensor.float() for name, tensor in load_file(path).items()}
     ).eval()
 
@@ -48,9 +49,7 @@ def save_vae(vae, path: Path) -> None:
     """Writes TAESD's names in float16, and what ComfyUI does to a FLUX's latents between the model
     and the autoencoder.
     """
-    tensors = {
-        name: tensor.half().contiguous() for name, tensor in models.to_taesd_names(vae).items()
-    }
+    tensors = {name: tensor.half().contiguous() for name, tensor in to_taesd_names(vae).items()}
     save_file(
         tensors
         | {"vae_scale": torch.tensor(LATENT_SCALE), "vae_shift": torch.tensor(LATENT_SHIFT)},

@@ -4,7 +4,7 @@ model for both.
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from .bridge.caching import calibrate as cached_calibration
 from .bridge.caching import calibration_file
 from .bridge.caching import sample as cached_sampling

@@ -4,7 +4,7 @@ training, a SAMPLER and SIGMAS.
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from .bridge.caf import load as caf_model
 from .bridge.caf import sample as caf_sampling
 from .bridge.caf import training_free as caf

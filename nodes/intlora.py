@@ -4,7 +4,7 @@ merge and save what is on a model.
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from .bridge.host import charts
 from .bridge.intlora import charts as kept
 from .bridge.intlora import files as intlora

@@ -5,7 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..quant.files.checkpoint import FileRefused
+from ..quant.files.errors import FileRefused
 from .bridge.host import folders
 from .bridge.quantize import job as quantizing
 from .bridge.quantized import loading

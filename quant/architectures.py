@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from .files.checkpoint import FileRefused
+from .files.errors import FileRefused
 
 GROUP = 64
 
@@ -94,6 +94,15 @@ def recognise(shapes: Mapping[str, tuple[int, ...]], file: str) -> Architecture:
         f"{file} holds no diffusion transformer that Nibble knows (its first tensors are"
         f" {', '.join(sorted(shapes)[:3])}); choose one of: {known}."
     )
+
+
+def family_name(shapes: Mapping[str, tuple[int, ...]], file: str) -> str:
+    """The family's name of a model under ComfyUI's names, also of those that come in 4 bits only.
+    Raises FileRefused as `recognise` does.
+    """
+    if "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" in shapes:
+        return "SDXL"
+    return recognise(shapes, file).name
 
 
 def _refuse(entries: Iterable[dict], shapes: Mapping[str, tuple], file: str) -> None:

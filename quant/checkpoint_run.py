@@ -25,7 +25,8 @@ from torch import Tensor
 from . import architectures
 from .architectures import Architecture, LayerPlan, recognise
 from .calibration.measurement import Measurement
-from .files.checkpoint import FileRefused, QuantizedFile, open_quantized
+from .files.checkpoint import QuantizedFile, open_quantized
+from .files.errors import FileRefused
 from .files.source import Source, StateDictSource
 from .files.writer import TensorSpec, Writer, check_path, check_target
 from .monitor import Monitor

@@ -26,7 +26,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...quant.files import atomic
-from ...quant.files.checkpoint import FileRefused, Header, read_header, read_tensor
+from ...quant.files.errors import FileRefused
+from ...quant.files.safetensors import Header, read_header, read_tensor
 
 FORMAT, ENDING = "nibble-caf/1", ".caf.safetensors"
 MIDDLE = 0.0  # the default of `share`

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ...quant.files.checkpoint import DTYPE_NAMES, tensor_bytes
+from ...quant.files.safetensors import DTYPE_NAMES, tensor_bytes
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -32,7 +32,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ...quant.files import atomic
-from ...quant.files.checkpoint import FileRefused, checksum, read_header
+from ...quant.files.errors import FileRefused
+from ...quant.files.safetensors import checksum, read_header
 from . import conditioning_tree
 
 FORMAT, VERSION = "nibble_caf_couplings", 1

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from ..architectures import KNOWN_MODELS, known_shapes
-from ..files.checkpoint import FileRefused, is_quantized, open_quantized
+from ..files.checkpoint import is_quantized, open_quantized
+from ..files.errors import FileRefused
 from ..files.source import Source
 from ..interop.convert import facts_of as published_summary
 from ..interop.opening import is_4bit

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import methods
 from ..calibration.measurement import Measurement
 from ..checkpoint_run import QuantizeJob
-from ..files.checkpoint import FileRefused, checksum, read_header, read_tensor
+from ..files.errors import FileRefused
+from ..files.safetensors import checksum, read_header, read_tensor
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from .console import Bar, print_summary

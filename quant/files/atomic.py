@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .checkpoint import FileRefused
+from .errors import FileRefused
 
 PARTIAL = ".partial"  # ending of a file that is not finished yet
 log = logging.getLogger("nibble")

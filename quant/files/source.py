@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import FileRefused, Header, read_header, read_tensor, tensor_bytes
+from .errors import FileRefused
+from .safetensors import Header, read_header, read_tensor, tensor_bytes
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.

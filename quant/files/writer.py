@@ -18,31 +18,16 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from . import atomic
-from .checkpoint import DTYPE_NAMES, FileRefused, checksum, read_header, tensor_bytes
+from .errors import FileRefused
+from .safetensors import DTYPE_NAMES, TensorSpec, checksum, read_header, tensor_bytes
 
 log = logging.getLogger("nibble")
-
-
-class TensorSpec(NamedTuple):
-    """A tensor that will be written: its name, torch dtype and shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
 
 
 def check_path(

@@ -1,3 +1,13 @@
-"""4-bit files of other programs (Nunchaku's, comfy-kitchen's), read as if they were Nibble's own,
+"""Low-bit files of other programs (Nunchaku's, comfy-kitchen's), read as if they were Nibble's own,
 and written for those programs.
+
+opening.py         which program wrote a file; the file opened
+nunchaku_read.py   Nunchaku's INT4 files, and diffusers' dialect of them
+kitchen.py         SVDQuant files under comfy-kitchen's names
+names.py           what each program calls the layers of each model (names.json)
+swizzle.py         orders of a linear's numbers, to and from natural order
+unfuse_norms.py    smoothing that was fused upstream, taken out again
+convert.py         one file from another, whatever their formats
+export.py          what a converted file holds, for each target format
+nunchaku_write.py  the target format of Nunchaku
 """

@@ -3,27 +3,19 @@ a layer in memory at a time.
 """
 
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files.checkpoint import FileRefused, QuantizedFile, read_header
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused
 from ..files.writer import Writer, check_target, metadata_room
 from .export import ToKitchen, ToNibble
-from .model import PublishedFile
 from .nunchaku_write import ToNunchaku
 from .opening import open_4bit
-from .own import OwnFile
 
 TARGETS = {"nibble": ToNibble, "kitchen": ToKitchen, "nunchaku": ToNunchaku}
 _KINDS = {"nibble": "Nibble", "kitchen": "comfy-kitchen SVDQuant", "nunchaku": "Nunchaku INT4"}
 _LARGEST = 10**15  # stands in for a file's size while it is not known
-
-
-def open_source(path: str | Path) -> PublishedFile:
-    """A 4-bit file to convert. Raises FileRefused with the reason."""
-    file = open_4bit(path)
-    return OwnFile(file) if isinstance(file, QuantizedFile) else file
 
 
 def convert(
@@ -42,7 +34,8 @@ def convert(
     cannot say.
     """
     progress = progress or (lambda *_: None)
-    file = open_source(source)
+    file = open_4bit(source)
+    _ = file.family  # a model of no known family is refused before the work
     check_target(file.path, target)
     if file.kind == _KINDS[to]:
         raise FileRefused(f"{file.path.name} is in this format already ({file.kind}); copy it.")
@@ -78,17 +71,11 @@ def _made(export, unit: str, writer: Writer) -> dict:
         raise
 
 
-def _identity(file: PublishedFile, to: str) -> str:
+def _identity(file: QuantizedFile, to: str) -> str:
     """Tells whether an unfinished file is of this very conversion."""
     stat = file.path.stat()
     return json.dumps(
-        [
-            to,
-            str(file.path.resolve()),
-            stat.st_size,
-            stat.st_mtime_ns,
-            zlib.crc32(read_header(file.path).text),
-        ]
+        [to, str(file.path.resolve()), stat.st_size, stat.st_mtime_ns, file.header_checksum]
     )
 
 
@@ -114,7 +101,7 @@ def facts_of(path: str | Path) -> dict | None:
     bits.
     """
     file = open_4bit(path)
-    if isinstance(file, QuantizedFile):
+    if file.kind == _KINDS["nibble"]:
         return None
     kinds = [facts["format"] for facts in file.layers.values()]
     ranks = sorted({facts["rank"] for facts in file.layers.values() if "rank" in facts})

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FORMAT_VERSION, FileRefused
-from ..files.writer import TensorSpec
+from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import TensorSpec
 from ..report import LayerRow, Report
 from ..weights.base import json_tensor
-from ..weights.svdquant_w4a4 import FORMATS
-from .model import PublishedFile
 from .nunchaku_read import FACTS
 
 
@@ -27,7 +26,7 @@ class Export(ABC):
     and tensors.
     """
 
-    def __init__(self, source: PublishedFile):
+    def __init__(self, source: QuantizedFile):
         self.source = source
         self.notes: list[str] = []
 
@@ -112,7 +111,7 @@ class ToKitchen(Export):
     out.
     """
 
-    def __init__(self, source: PublishedFile):
+    def __init__(self, source: QuantizedFile):
         super().__init__(source)
         for name, facts in source.layers.items():
             if facts.get("rotation"):
@@ -175,12 +174,7 @@ class ToKitchen(Export):
         }
 
 
-def weight_of(source: PublishedFile, name: str):
-    """A quantized layer as its dataclass."""
-    return FORMATS[source.layers[name]["format"]].from_tensors(source.layer(name), name)
-
-
-def kept_facts(source: PublishedFile) -> Mapping[str, str]:
+def kept_facts(source: QuantizedFile) -> Mapping[str, str]:
     """What a converted file remembers of Nunchaku's metadata."""
     return source.fact("nunchaku") or {
         key: source.metadata[key] for key in FACTS if key in source.metadata

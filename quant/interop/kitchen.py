@@ -8,20 +8,18 @@ does not say so, the layers behind Qwen-Image's GELUs have unsigned inputs, as C
 """
 
 import json
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FORMATS, OPTIONAL, FileRefused, Header, read_tensor, tensor_bytes
+from ..files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
-from ..files.writer import TensorSpec
 from ..weights.base import json_tensor
 from ..weights.svdquant_w4a4 import FORMATS as WEIGHTS
 from . import swizzle
-from .model import PublishedFile
-from .names import family_name
 
 _ALIASES = {
     "weight_proj_down": "proj_down",
@@ -42,18 +40,19 @@ def is_kitchen(header: Header) -> bool:
     )
 
 
-class KitchenFile(PublishedFile):
-    """An opened file; see PublishedFile."""
+class KitchenFile(QuantizedFile):
+    """An opened file; see QuantizedFile."""
 
     kind = "comfy-kitchen SVDQuant"
 
-    def __init__(self, header: Header):
-        self._header, self.path, self.size, self.metadata = (
-            header,
-            header.path,
-            header.size,
-            header.metadata,
-        )
+    def __init__(self, stored: SafetensorsFile):
+        with stored:
+            super().__init__([stored], stored.header.metadata)
+            self._index(stored.header)
+
+    def _index(self, header: Header) -> None:
+        """Finds the layers' tensors and checks their shapes; reads the layers' JSON."""
+        self._header = header
         self._prefix = next(
             (
                 p
@@ -67,10 +66,11 @@ class KitchenFile(PublishedFile):
             for name in header.tensors
             if name.startswith(self._prefix)
         }
+        texts = [name for name in self._names if name.endswith(".comfy_quant")]
+        found = self.files[0].read_bytes(self._names[name] for name in texts)
         self._json = {
-            name.removesuffix(".comfy_quant"): self._read_json(name)
-            for name in self._names
-            if name.endswith(".comfy_quant")
+            name.removesuffix(".comfy_quant"): self._parsed(name, found[self._names[name]])
+            for name in texts
         }
         self._places = {name: self._find(name) for name in self._json}
         self.layers = {name: self._facts(name) for name in self._json}
@@ -78,16 +78,15 @@ class KitchenFile(PublishedFile):
             self._check_shapes(name)
         owned = {key for places in self._places.values() for key in places.values()}
         self._plain = [name for name in self._names if name not in owned]
-        shapes = {name: header.tensors[self._names[name]].shape for name in self._plain}
-        shapes |= {f"{name}.weight": (0, 0) for name in self.layers}
-        self.family = family_name(shapes, self.path.name)
+        # a model of no known family is refused at once
+        _ = self.family
 
     def _read(self, name: str) -> Tensor:
-        return read_tensor(self._header, self._names[name])
+        return self.files[0].read(self._names[name])
 
-    def _read_json(self, name: str) -> dict:
+    def _parsed(self, name: str, text: bytes) -> dict:
         try:
-            facts = json.loads(bytes(tensor_bytes(self._read(name))))
+            facts = json.loads(text)
             kind = facts["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise self.refusal(
@@ -193,7 +192,7 @@ class KitchenFile(PublishedFile):
             raise self.refusal(f"has a damaged layer: {name}.weight is not int8; download it again")
 
     @property
-    def units(self) -> Iterable[str]:
+    def units(self) -> list[str]:
         return [*self._plain, *self.layers]
 
     def specs(self, name: str) -> list[TensorSpec]:
@@ -228,10 +227,11 @@ class KitchenFile(PublishedFile):
     def unit(self, name: str) -> dict[str, Tensor]:
         if name not in self.layers:
             return {name: self._read(name)}
-        out = {
-            f"{name}.{suffix}": self._natural(name, suffix, self._read(place))
-            for suffix, place in self._places[name].items()
-        }
+        with self:
+            out = {
+                f"{name}.{suffix}": self._natural(name, suffix, self._read(place))
+                for suffix, place in self._places[name].items()
+            }
         out[f"{name}.comfy_quant"] = json_tensor(self.layers[name])
         if not out.get(f"{name}.weight_zeros", torch.ones(1)).any():
             del out[f"{name}.weight_zeros"]  # symmetric: Nibble says it by leaving them out

@@ -11,8 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..architectures import recognise
-from ..files.checkpoint import FileRefused
+from ..files.errors import FileRefused
 
 # The oldest files' names of a quantized linear's tensors, in today's.
 SUFFIXES = {
@@ -199,22 +198,11 @@ def family_of(names: Iterable[str], file: str) -> Family:
     )
 
 
-def family_name(shapes: Mapping[str, tuple[int, ...]], file: str) -> str:
-    """The family of a model under ComfyUI's names, also of those that come only as published files.
-    Raises FileRefused for any other.
-    """
-    return (
-        "SDXL"
-        if "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" in shapes
-        else recognise(shapes, file).name
-    )
-
-
 def modern(name: str, family: Family) -> str:
     """A tensor's name in the first files → its name in today's; other names stay."""
     module, _, suffix = name.rpartition(".")
     pattern, number = family.numbered(module)
     if not module:
         return name
-    today = family.first_version.get(pattern, pattern).replace("#", number)
-    return f"{today}.{SUFFIXES.get(suffix, suffix)}"
+    renamed = family.first_version.get(pattern, pattern).replace("#", number)
+    return f"{renamed}.{SUFFIXES.get(suffix, suffix)}"

@@ -19,20 +19,21 @@ inputs are signed, and modulations have their natural rows and bias.
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import DTYPES, FileRefused, Header, read_header, read_tensor
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
 from ..files.source import PREFIXES
-from ..files.writer import TensorSpec
 from ..weights.base import json_tensor
 from ..weights.fuse import join_columns, join_rows, smoothings
 from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import swizzle
-from .model import PublishedFile
 from .names import SUFFIXES, Part, Recipe, family_of, modern
 from .unfuse_norms import find_fused, unfused
 
@@ -57,15 +58,15 @@ def is_nunchaku(header: Header) -> bool:
     return any(name.endswith(_MARKS) for name in header.tensors)
 
 
-def open_nunchaku(path: Path, header: Header | None = None) -> "NunchakuFile":
-    """Opens a file, or a folder of the first version. Raises FileRefused with the reason."""
+def open_nunchaku(path: Path, stored: SafetensorsFile | None = None) -> "NunchakuFile":
+    """Opens a file (`stored`: that file, where its header is read already), or a folder of the
+    first version. Raises FileRefused with the reason.
+    """
     folder = path if path.is_dir() else path.parent
     if _SHARDS.fullmatch(path.name) or (
         path.is_dir() and not (path / BLOCKS).is_file() and _shards(path)
     ):
-        return NunchakuFile(
-            [read_header(shard) for shard in _shards(folder)], _folder_facts(folder)
-        )
+        return NunchakuFile([SafetensorsFile(shard) for shard in _shards(folder)], folder)
     if path.is_dir() or path.name in (BLOCKS, OTHERS):
         missing = [name for name in (BLOCKS, OTHERS) if not (folder / name).is_file()]
         if missing:
@@ -73,10 +74,8 @@ def open_nunchaku(path: Path, header: Header | None = None) -> "NunchakuFile":
                 f"The folder {folder.name} lacks {' and '.join(missing)}; download the whole folder"
                 " again."
             )
-        return NunchakuFile(
-            [read_header(folder / BLOCKS), read_header(folder / OTHERS)], _folder_facts(folder)
-        )
-    return NunchakuFile([header or read_header(path)], {})
+        return NunchakuFile([SafetensorsFile(folder / name) for name in (BLOCKS, OTHERS)], folder)
+    return NunchakuFile([stored or SafetensorsFile(path)])
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -106,19 +105,29 @@ def _folder_facts(folder: Path) -> dict[str, str]:
     }
 
 
-class NunchakuFile(PublishedFile):
-    """An opened file; see PublishedFile."""
+class NunchakuFile(QuantizedFile):
+    """An opened file, or files; see QuantizedFile. folder: where JSON files tell what the headers
+    do not.
+    """
 
     kind = "Nunchaku INT4"
 
-    def __init__(self, headers: list[Header], facts: Mapping[str, str]):
-        self.path, self.size = headers[0].path, sum(header.size for header in headers)
-        self.metadata = {
-            key: value for header in headers for key, value in header.metadata.items()
-        } | dict(facts)
-        raw = _without_prefix({name: header for header in headers for name in header.tensors})
+    def __init__(self, files: list[SafetensorsFile], folder: Path | None = None):
+        with ExitStack() as opened:
+            for stored in files:
+                opened.enter_context(stored)
+            super().__init__(files, {})
+            self._folder = folder
+            self._folder_facts = _folder_facts(folder) if folder else {}
+            for stored in files:
+                self.metadata |= stored.header.metadata
+            self.metadata |= self._folder_facts
+            self._index()
+
+    def _index(self) -> None:
+        """Finds the layers' tensors and what they are put together of, and checks their shapes."""
+        raw = _without_prefix({name: file for file in self.files for name in file.header.tensors})
         self._family = family_of((name for name, _ in raw), self.path.name)
-        self.family = self._family.name
         self._stored = {modern(name, self._family): found for name, found in raw}
         if len(self._stored) != len(raw):
             raise self.refusal(
@@ -143,15 +152,23 @@ class NunchakuFile(PublishedFile):
             if self._is_quantized(name, recipe)
         }
 
+    @property
+    def family(self) -> str:
+        return self._family.name
+
+    def is_current(self) -> bool:
+        same = self._folder is None or _folder_facts(self._folder) == self._folder_facts
+        return same and super().is_current()
+
     # ---- what is where
 
-    def _info(self, name: str):
-        header, stored = self._stored[name]
-        return header.tensors[stored]
+    def _info(self, name: str) -> TensorInfo:
+        file, stored = self._stored[name]
+        return file.header.tensors[stored]
 
     def _read(self, name: str) -> Tensor:
-        header, stored = self._stored[name]
-        return read_tensor(header, stored)
+        file, stored = self._stored[name]
+        return file.read(stored)
 
     def _check(self) -> None:
         """What can be wrong with single modules, before anything is put together."""
@@ -355,8 +372,12 @@ class NunchakuFile(PublishedFile):
 
     def unit(self, name: str) -> dict[str, Tensor]:
         recipe = self._recipes[name]
-        if name not in self.layers:
+        with self:
+            if name in self.layers:
+                return self._layer(name, recipe)
             return self._plain(name, recipe)
+
+    def _layer(self, name: str, recipe: Recipe) -> dict[str, Tensor]:
         try:
             if self.layers[name]["format"] == W4A16Weight.FORMAT:
                 weight = self._w4a16(recipe.parts[0])
@@ -480,7 +501,9 @@ def _piece(weight, part: Part):
     )
 
 
-def _without_prefix(names: Mapping[str, Header]) -> list[tuple[str, tuple[Header, str]]]:
+def _without_prefix(
+    names: Mapping[str, SafetensorsFile],
+) -> list[tuple[str, tuple[SafetensorsFile, str]]]:
     """(name without the prefix of a checkpoint, where it is)."""
     prefix = next(
         (
@@ -490,4 +513,4 @@ def _without_prefix(names: Mapping[str, Header]) -> list[tuple[str, tuple[Header
         ),
         "",
     )
-    return [(name.removeprefix(prefix), (header, name)) for name, header in names.items()]
+    return [(name.removeprefix(prefix), (file, name)) for name, file in names.items()]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import SHIFT
-from ..files.checkpoint import FileRefused
-from ..files.writer import TensorSpec
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import TensorSpec
+from ..weights.formats import weight_of
 from ..weights.fuse import join_rows, split_columns, split_rows
 from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import swizzle
-from .export import Export, kept_facts, weight_of
-from .model import PublishedFile
+from .export import Export, kept_facts
 from .names import SUFFIXES, Family, Part, families
 from .nunchaku_read import shift_of_one
 
@@ -40,7 +41,7 @@ class ToNunchaku(Export):
     under today's.
     """
 
-    def __init__(self, source: PublishedFile):
+    def __init__(self, source: QuantizedFile):
         super().__init__(source)
         self._family = self._known_family()
         self._plain = {

@@ -1,43 +1,128 @@
-"""Which program wrote a 4-bit file, and that file opened: Nibble's own, Nunchaku's or
-comfy-kitchen's.
-"""
+"""A low-bit file opened, whichever program wrote it: Nibble, Nunchaku or comfy-kitchen."""
 
 import os
+import threading
+from collections import OrderedDict
 from pathlib import Path
 
-from ..files.checkpoint import FileRefused, QuantizedFile, open_quantized, read_header
+from ..files.checkpoint import NibbleFile, QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import Header, SafetensorsFile, read_header
 from .kitchen import KitchenFile, is_kitchen
-from .model import PublishedFile
 from .nunchaku_read import BLOCKS, OTHERS, is_nunchaku, open_nunchaku
 
 
 def is_4bit(path: str | os.PathLike) -> bool:
-    """Whether a file holds a 4-bit model in any format that can be read, from its header alone;
+    """Whether a file holds a low-bit model in any format that can be read, from its header alone;
     False for what cannot be read.
 
-    Of a folder of the first version, the file with the transformer blocks stands for the whole.
+    For a folder of the first version, the file with the transformer blocks stands for the whole.
     """
     try:
-        header = read_header(path)
-        return (
-            header.metadata.get("format") == "nibble" or is_nunchaku(header) or is_kitchen(header)
-        )
+        return _is_low_bit(read_header(path))
     except (FileRefused, OSError):
         return False
 
 
-def open_4bit(path: str | os.PathLike) -> QuantizedFile | PublishedFile:
-    """Opens a 4-bit model, whoever wrote it: a file, or a folder of Nunchaku's first version.
+def open_4bit(path: str | os.PathLike) -> QuantizedFile:
+    """Opens a low-bit model, whoever wrote it: a file, or a folder of Nunchaku's first version.
     Raises FileRefused with the reason.
     """
     path = Path(path)
     if path.is_dir() or path.name == OTHERS:
         return open_nunchaku(path)
-    header = read_header(path)
-    if header.metadata.get("format") == "nibble":
-        return open_quantized(path)
+    with SafetensorsFile(path) as stored:
+        return _opened(stored)
+
+
+def _opened(stored: SafetensorsFile) -> QuantizedFile:
+    header, path = stored.header, stored.path
+    if _is_own(header):
+        return NibbleFile(stored)
     if is_nunchaku(header):
-        return open_nunchaku(path, None if path.name == BLOCKS else header)
+        return open_nunchaku(path, None if path.name == BLOCKS else stored)
     if is_kitchen(header):
-        return KitchenFile(header)
-    return open_quantized(path)  # which says that it is none of these
+        return KitchenFile(stored)
+    return NibbleFile(stored)  # which says that it is none of these
+
+
+def _is_own(header: Header) -> bool:
+    return header.metadata.get("format") == "nibble"
+
+
+def _is_low_bit(header: Header) -> bool:
+    return _is_own(header) or is_nunchaku(header) or is_kitchen(header)
+
+
+def method_of(metadata: dict[str, str]) -> str:
+    """'svdquant' or 'vq', from a low-bit file's metadata: other programs name no method, and write
+    SVDQuant's.
+    """
+    return "vq" if metadata.get("method") == "vq" else "svdquant"
+
+
+class OpenedFiles:
+    """Low-bit files that are opened once, until they change on disk: modification time and size
+    tell. No handle stays open, so that a file can be replaced at any time.
+
+    limit  how many opened files are remembered, those used last; a header takes about 1 MB
+    """
+
+    def __init__(self, limit: int = 16):
+        self._limit = limit
+        self._lock = threading.Lock()  # prompts are checked while others run
+        self._files: OrderedDict[Path, QuantizedFile] = OrderedDict()
+        # for every listed path: (modification time, size), method; they outlive the files
+        self._methods: dict[Path, tuple[tuple[int, int], str | None]] = {}
+
+    def open(self, path: str | os.PathLike) -> QuantizedFile:
+        """The file at a path. Raises FileRefused with the reason."""
+        path = Path(path)
+        file = self._files.get(path)
+        if file is None or not file.is_current():
+            file = open_4bit(path)
+        return self._remembered(path, file)
+
+    def methods(self, paths: list[str]) -> list[str | None]:
+        """For each path what made its file, 'svdquant' or 'vq'; None for what is no low-bit model.
+
+        Reads headers, and of Nibble's own files the layers' JSON; each once. Forgets other paths.
+        """
+        known = {}
+        for path in map(Path, paths):
+            known[path] = self._method(path)
+        self._methods = known
+        return [known[Path(path)][1] for path in paths]
+
+    def _method(self, path: Path) -> tuple[tuple[int, int], str | None]:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return (0, 0), None
+        identity = (status.st_mtime_ns, status.st_size)
+        known = self._methods.get(path)
+        if known is not None and known[0] == identity:
+            return known
+        try:
+            with SafetensorsFile(path) as stored:
+                return identity, self._found(stored)
+        except (FileRefused, OSError):
+            return identity, None
+
+    def _found(self, stored: SafetensorsFile) -> str | None:
+        if not _is_low_bit(stored.header):
+            return None
+        if _is_own(stored.header):
+            try:
+                self._remembered(stored.path, NibbleFile(stored))
+            except FileRefused:
+                pass  # whoever chooses the damaged file is told why
+        return method_of(stored.header.metadata)
+
+    def _remembered(self, path: Path, file: QuantizedFile) -> QuantizedFile:
+        with self._lock:
+            self._files[path] = file
+            self._files.move_to_end(path)
+            while len(self._files) > self._limit:
+                self._files.popitem(last=False)
+        return file

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FileRefused
+from ..files.errors import FileRefused
 from ..merge.integer_grid import IntBase
 from ..merge.refit import rounded_to_base
 from .adapter import Adapter, LayerAdapter, key_of

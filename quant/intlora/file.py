@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ..files.checkpoint import FileRefused, Header, checksum, read_header, read_tensor
-from ..files.writer import TensorSpec, Writer, check_target, metadata_room
+from ..files.errors import FileRefused
+from ..files.safetensors import Header, TensorSpec, checksum, read_header, read_tensor
+from ..files.writer import Writer, check_target, metadata_room
 from ..merge.integer_grid import IntBase
 from .adapter import Adapter, LayerAdapter, key_of, module_of
 from .auxiliary import Noise

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import hadamard64
-from ..files.checkpoint import FileRefused, tensor_bytes
+from ..files.errors import FileRefused
+from ..files.safetensors import tensor_bytes
 from ..weights.packing import pack_int4, unpack_int4
 
 # shares of a group's largest magnitude that are tried as its range

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FileRefused, read_header
-from ..files.writer import TensorSpec, Writer, check_target, metadata_room
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused
+from ..files.safetensors import TensorSpec, read_header
+from ..files.writer import Writer, check_target, metadata_room
 from ..interop.export import ToNibble
-from ..interop.model import PublishedFile
 
 KEY = "merged"  # of the metadata: a list, one entry a run
 
@@ -31,7 +32,7 @@ class Edit(NamedTuple):
     make: Callable[[], tuple[dict[str, Tensor], dict]]
 
 
-def branch_specs(source: PublishedFile, name: str, rank: int) -> list[TensorSpec]:
+def branch_specs(source: QuantizedFile, name: str, rank: int) -> list[TensorSpec]:
     """The tensors of a quantized layer whose low-rank branch has, or gets, this rank."""
     specs = {spec.name: spec for spec in source.specs(name)}
     (n, half), scale = specs[f"{name}.weight"].shape, specs[f"{name}.weight_scale"]
@@ -53,7 +54,7 @@ def found(target: str | Path, identity: str) -> list[dict] | None:
 
 
 def bake(
-    source: PublishedFile,
+    source: QuantizedFile,
     target: str | Path,
     edits: Mapping[str, Edit],
     identity: str,
@@ -95,7 +96,7 @@ def bake(
 
 
 def _metadata(
-    source: PublishedFile, facts: dict, rows: list[dict], sizes: dict[str, int], size: int
+    source: QuantizedFile, facts: dict, rows: list[dict], sizes: dict[str, int], size: int
 ) -> dict[str, str]:
     """The base's metadata with this run added. Seconds are left out, so that two runs give the same
     bytes.

@@ -18,8 +18,9 @@ from ..architectures import LayerPlan
 from ..calibration.measurement import Measurement
 from ..checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
 from ..files.checkpoint import FORMATS
+from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
-from ..files.writer import TensorSpec, Writer
+from ..files.writer import Writer
 from ..monitor import Monitor
 from ..report import LayerRow, Report
 from ..run_metadata import JSON_BYTES, WHY_ROOM, padded

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ..files import atomic
-from ..files.checkpoint import FileRefused, read_header, read_tensor
+from ..files.errors import FileRefused
+from ..files.safetensors import read_header, read_tensor
 
 OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,

@@ -20,8 +20,9 @@ from ..architectures import LayerPlan
 from ..calibration.measurement import Measurement, Teacher
 from ..calibration.statistics import InputStats
 from ..checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
+from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
-from ..files.writer import TensorSpec, Writer
+from ..files.writer import Writer
 from ..monitor import BlockError, Monitor
 from ..report import LayerRow, Report
 from ..run_metadata import padded

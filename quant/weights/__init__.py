@@ -6,4 +6,5 @@ vq.py             codebooks and indices
 packing.py        4-bit and index codecs, each with its inverse beside it
 fuse.py           several linears as one, and back
 modules.py        the formats as nn.Modules, for scripts
+formats.py        all formats by name; a file's layer as its dataclass
 """

@@ -1,11 +1,10 @@
-"""The two formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank
+"""The formats as nn.Modules for scripts: a state dict under the names on disk, and a low-rank
 branch that can be trained.
 """
 
-from torch import nn
-
-from .base import StoredLinear
+from .base import StoredLinear, StoredWeight
 from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from .vq import VQLinear
 
 
 class SVDQuantLinear(StoredLinear):
@@ -28,6 +27,9 @@ class W4A16Linear(StoredLinear):
         super().__init__(weight, ("bias",) if train else ())
 
 
-def as_module(weight: SVDQuantWeight | W4A16Weight, train: bool = False) -> nn.Module:
-    """The module for either dataclass."""
-    return (SVDQuantLinear if isinstance(weight, SVDQuantWeight) else W4A16Linear)(weight, train)
+_MODULES = {module.weight_class: module for module in (SVDQuantLinear, W4A16Linear, VQLinear)}
+
+
+def as_module(weight: StoredWeight, train: bool = False) -> StoredLinear:
+    """The module for a quantized linear of any format."""
+    return _MODULES[type(weight)](weight, train)

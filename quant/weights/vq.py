@@ -12,7 +12,7 @@ lie in a row's bytes without gaps, the lowest bits first.
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels import ops, reference, reference_vq
 from ..files.checkpoint import CODEWORDS
@@ -233,8 +233,3 @@ class VQLinear(StoredLinear):
         super().__init__(
             weight, ("codebook", "scale", "proj_down", "proj_up", "bias") if train else ()
         )
-
-
-def as_module(weight: VQWeight, train: bool = False) -> nn.Module:
-    """The module for a weight."""
-    return VQLinear(weight, train)

@@ -20,7 +20,7 @@ from nibble.quant.architectures import (
     plan,
     recognise,
 )
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import layout, predict
 from nibble.quant.svdquant.recipe import Recipe
 

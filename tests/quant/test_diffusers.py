@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from nibble.quant import diffusers as models
 from nibble.quant.calibration.recorder import find_linears
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.weights.svdquant_w4a4 import FORMATS

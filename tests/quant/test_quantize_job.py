@@ -11,7 +11,8 @@ from nibble.quant import methods
 from nibble.quant.architectures import flux1_shapes
 from nibble.quant.calibration.measurement import Measurement
 from nibble.quant.checkpoint_run import LayerQuantizer
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant import recipe as svdquant
 from nibble.quant.vq4dit import recipe as vq
 

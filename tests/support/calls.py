@@ -32,7 +32,7 @@ def planned_and_opened_once(target, *functions: Callable) -> Iterator[dict[str, 
     in all. Records the calls of other functions beside.
     """
     from nibble.quant.architectures import plan
-    from nibble.quant.files.checkpoint import read_header
+    from nibble.quant.files.safetensors import read_header
 
     existed = os.path.exists(target)
     with recorded_calls(plan, read_header, *functions) as calls:

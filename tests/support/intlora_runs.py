@@ -7,7 +7,7 @@ import pytest
 from flux_loras import MLP, assert_untouched, bits, outputs, pair
 from nibble.nodes.bridge.intlora import files as intlora
 from nibble.nodes.bridge.intlora import merge as merging
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
 from nibble.quant.intlora.factors import quantize

@@ -28,7 +28,7 @@ from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import Curve
 from ....accel.caching.teacache import Polynomial
 from ....quant.files import atomic
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ..host import folders
 from ..host.fingerprint import fingerprint
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ..host.charts import size
 from ..host.fingerprint import fingerprint, patches_fingerprint
 from ..host.progress import Progress

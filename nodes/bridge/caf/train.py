@@ -31,7 +31,7 @@ from ....accel.caf import flow, heads, objectives
 from ....accel.caf.adapter import Adapter
 from ....accel.caf.couplings import Couplings
 from ....quant.calibration.recorder import find_linears
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.training import loop
 from ....quant.training.loop import OPTIMIZERS, Options
 from ..host import charts, folders

@@ -35,7 +35,6 @@ import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
-from ....quant.interop.model import PublishedFile
 from ....quant.report import Report
 
 KEY = "nibble_chart"
@@ -71,10 +70,7 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
 
 
 def model_chart(
-    file: QuantizedFile | PublishedFile,
-    needed: tuple[int, int],
-    device: torch.device,
-    in_ram: int = 0,
+    file: QuantizedFile, needed: tuple[int, int], device: torch.device, in_ram: int = 0
 ) -> dict:
     """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
     formats = Counter(layer["format"] for layer in file.layers.values())

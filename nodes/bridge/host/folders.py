@@ -13,7 +13,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 
 DIFFUSION_MODELS = "diffusion_models"
 

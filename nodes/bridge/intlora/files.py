@@ -29,13 +29,13 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ....quant.files.checkpoint import FileRefused
-from ....quant.interop.convert import open_source
-from ....quant.interop.export import weight_of
+from ....quant.files.errors import FileRefused
+from ....quant.interop.opening import open_4bit
 from ....quant.intlora import file, merge
 from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of
 from ....quant.intlora.convert import Change, Conversion, convert
 from ....quant.merge.integer_grid import IntBase, refuse_format
+from ....quant.weights.formats import weight_of
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized import layouts, lora
@@ -119,7 +119,7 @@ class Bases(Mapping):
             if name in backups
         }
         path, self._merged = model.get_attachment(MERGED) or (None, ())
-        self._file = None if path is None else open_source(path)
+        self._file = None if path is None else open_4bit(path)
         self._device = device
         if not self.weights:
             _refuse_model(named)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,16 +33,16 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 
-from ....quant.files import checkpoint
-from ....quant.files.checkpoint import FileRefused
-from ....quant.interop.convert import open_source
-from ....quant.interop.export import weight_of
-from ....quant.interop.model import PublishedFile
+from ....quant.files.checkpoint import QuantizedFile
+from ....quant.files.errors import FileRefused
+from ....quant.files.safetensors import tensor_bytes
+from ....quant.interop.opening import open_4bit
 from ....quant.intlora import file, merge
 from ....quant.intlora.adapter import LayerAdapter
 from ....quant.merge import refit
 from ....quant.merge.integer_grid import IntBase
 from ....quant.merge.write import Edit, bake, branch_specs, found
+from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from ..host import folders
 from ..host.progress import Progress
@@ -248,7 +247,7 @@ def _fresh(
     bases = intlora.Bases(patcher)
     for path, _ in uses:  # the file may be another one than when the model was loaded
         file.check_bases(file.read(path), bases, Path(path).name, Path(base[0]).name, bases.digest)
-    source, by_module, rows = open_source(base[0]), _by_module(uses), []
+    source, by_module, rows = open_4bit(base[0]), _by_module(uses), []
     for done, (name, layers) in enumerate(by_module.items()):
         progress(done, len(by_module), name)
         began, module = time.monotonic(), modules[name]
@@ -307,7 +306,7 @@ def save(job: Job) -> Merged:
     reason; neither model nor base file change.
     """
     base, uses = origin(job.model)
-    source, entries = open_source(base[0]), job.model.patches
+    source, entries = open_4bit(base[0]), job.model.patches
     if not uses and not entries:
         raise FileRefused(
             "The connected model has no LoRA on it, so there is nothing to merge; put Apply IntLoRA"
@@ -323,9 +322,7 @@ def save(job: Job) -> Merged:
         "patches": {"sha256": _hash(entries), "layers": len(entries)},
     }
     identity = hashlib.sha256(
-        json.dumps(
-            [facts, source.size, zlib.crc32(checkpoint.read_header(source.path).text)]
-        ).encode()
+        json.dumps([facts, source.size, source.header_checksum]).encode()
     ).hexdigest()[:16]
     rows = found(target, identity)
     if rows is None:
@@ -387,7 +384,7 @@ def _hash(entries: dict) -> str:
         sha.update(key.encode())
         for part in _flat(entries[key]):
             sha.update(
-                memoryview(checkpoint.tensor_bytes(part))
+                memoryview(tensor_bytes(part))
                 if isinstance(part, torch.Tensor)
                 else repr(part).encode()
             )
@@ -410,7 +407,7 @@ def _flat(value) -> Iterator:
         yield getattr(value, "__qualname__", value)
 
 
-def _edits(source: PublishedFile, uses: tuple, entries: dict, branch: str) -> dict[str, Edit]:
+def _edits(source: QuantizedFile, uses: tuple, entries: dict, branch: str) -> dict[str, Edit]:
     """Unit → what becomes of it, for all that change."""
     by_module, wider, edits = _by_module(uses), branch == BRANCHES[0], {}
     for unit in source.units:
@@ -445,7 +442,7 @@ def _edits(source: PublishedFile, uses: tuple, entries: dict, branch: str) -> di
 class _Layer:
     """A quantized layer of the file, with the IntLoRAs and patches for it."""
 
-    source: PublishedFile
+    source: QuantizedFile
     name: str
     uses: list[Use]
     on_weight: list[tuple]
@@ -514,7 +511,7 @@ def _with_bias(weight: Weight, name: str, entries: list[tuple]) -> Weight:
     return replace(weight, bias=(weight.bias.float() + changed - real).to(weight.bias.dtype))
 
 
-def _plain(source: PublishedFile, unit: str, entries: list[tuple]):
+def _plain(source: QuantizedFile, unit: str, entries: list[tuple]):
     """Makes a tensor that the file keeps in 16 bit, with its patches."""
 
     def make() -> tuple[dict[str, torch.Tensor], dict]:

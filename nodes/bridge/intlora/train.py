@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.intlora import file, train
 from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear

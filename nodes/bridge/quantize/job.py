@@ -21,7 +21,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....quant.calibration.measurement import Measurement
 from ....quant.checkpoint_run import QuantizeJob
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.files.source import Source, StateDictSource
 from ....quant.monitor import Monitor
 from ....quant.report import Report

@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ..quantized import layouts
 
 _PREFIX = "diffusion_model."

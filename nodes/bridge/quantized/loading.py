@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import comfy.sd
 import comfy.utils
@@ -11,9 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....quant.files import checkpoint
-from ....quant.interop import opening
-from ....quant.interop.model import PublishedFile
+from ....quant.files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
+from ....quant.files.errors import FileRefused
+from ....quant.interop.opening import OpenedFiles, method_of
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
 from . import layouts, lora, modulation
@@ -25,48 +24,29 @@ DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32"
 # kind of file → the node that loads it
 LOADERS = {"svdquant": "Load SVDQuant Model", "vq": "Load VQ Model"}
 
-# (path, modification time, size) → the file's kind, None for what cannot be loaded
-_known: dict[tuple[str, int, int], str | None] = {}
+_files = OpenedFiles()
 
 
 def quantized_files(kind: str | None = None) -> list[str]:
     """Names of the quantized files of a kind (a key of LOADERS; None: of any) among ComfyUI's
     diffusion models, whoever wrote them.
 
-    Reads headers only, and each file's only once.
+    Reads each file's header only once.
     """
-    kinds = {name: _kind(name) for name in folders.names(FOLDER)}
-    return [name for name, is_kind in kinds.items() if is_kind and kind in (None, is_kind)]
+    paths = {name: path for name in folders.names(FOLDER) if (path := folders.find(name, FOLDER))}
+    methods = _files.methods(list(paths.values()))
+    wanted = LOADERS if kind is None else (kind,)
+    return [name for name, method in zip(paths, methods, strict=True) if method in wanted]
 
 
-def _kind(name: str) -> str | None:
-    path = folders.find(name, FOLDER)
-    if path is None:
-        return None
-    stat = path.stat()
-    key = (str(path), stat.st_mtime_ns, stat.st_size)
-    if key not in _known:
-        _known[key] = (
-            kind_of(checkpoint.read_header(path).metadata) if opening.is_4bit(path) else None
-        )
-    return _known[key]
-
-
-def kind_of(metadata: Mapping[str, str]) -> str:
-    """The key of LOADERS for a quantized file's metadata; published files have no method of ours
-    and are SVDQuant's.
-    """
-    return "vq" if metadata.get("method") == "vq" else "svdquant"
-
-
-def opened(name: str, kind: str) -> checkpoint.QuantizedFile | PublishedFile:
+def opened(name: str, kind: str) -> QuantizedFile:
     """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the
     reason, and the right node for another kind.
     """
-    file = opening.open_4bit(folders.path_of(name))
-    found = kind_of(file.metadata)
+    file = _files.open(folders.path_of(name))
+    found = method_of(file.metadata)
     if found != kind:
-        raise checkpoint.FileRefused(
+        raise FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
         )
     return file
@@ -85,24 +65,21 @@ def load(
         of MODULATION, where 4-bit modulation
     layers stay. Raises FileRefused with the reason.
     """
-    file = opening.open_4bit(path)
-    if isinstance(file, PublishedFile):
-        state, metadata = _read(file), {}
-    else:
-        if verify:
-            file.verify(progress.Progress("checking"))
-        state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+    file = _files.open(path)
+    state = _mapped(file, verify) if file.stock else _read(file)
+    if not file.is_current():
+        raise file.refusal("changed while it was read; close the program that writes it")
     options = {"custom_operations": NibbleOperations} | (
         {"dtype": DTYPES[dtype]} if DTYPES[dtype] else {}
     )
     patcher = comfy.sd.load_diffusion_model_state_dict(
         packed(state, file.layers, DTYPES[dtype] or torch.bfloat16),
         model_options=options,
-        metadata=metadata,
+        metadata=file.metadata if file.stock else {},
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
-        raise checkpoint.FileRefused(
+        raise FileRefused(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
     _check_complete(patcher, file)
@@ -113,13 +90,22 @@ def load(
     return patcher
 
 
-def _read(file: PublishedFile) -> dict[str, torch.Tensor]:
-    """All of a published file's tensors, in Nibble's form."""
-    state, report, units = {}, progress.Progress("reading"), list(file.units)
-    for done, name in enumerate(units):
-        report(done, len(units), name)
-        state |= file.unit(name)
+def _mapped(file: QuantizedFile, verify: bool) -> dict[str, torch.Tensor]:
+    """The tensors as ComfyUI maps them into memory, which it can drop and stream; those very bytes
+    are verified.
+    """
+    state = comfy.utils.load_torch_file(str(file.path))
+    if verify:
+        report = progress.Progress("checking")
+        for done, (name, tensor) in enumerate(state.items()):
+            report(done, len(state), name)
+            file.check(name, tensor)
     return state
+
+
+def _read(file: QuantizedFile) -> dict[str, torch.Tensor]:
+    """The tensors brought into Nibble's form."""
+    return dict(file.tensors(progress.Progress("reading")))
 
 
 def packed(
@@ -144,10 +130,10 @@ def packed(
 
 def _parts(settings: dict) -> list[str]:
     kind = settings["format"]
-    return [*checkpoint.FORMATS[kind][0], *checkpoint.OPTIONAL.get(kind, ())]
+    return [*FORMATS[kind][0], *OPTIONAL.get(kind, ())]
 
 
-def _check_complete(patcher: ModelPatcher, file: checkpoint.QuantizedFile | PublishedFile) -> None:
+def _check_complete(patcher: ModelPatcher, file: QuantizedFile) -> None:
     """Every linear of the model must have got its weight, and every quantized layer its place."""
     named = patcher.model.diffusion_model.named_modules()
     modules = {
@@ -168,12 +154,7 @@ def _check_complete(patcher: ModelPatcher, file: checkpoint.QuantizedFile | Publ
             if empty
             else f"has a layer that the model does not know, {homeless}"
         )
-        fix = (
-            "download it again"
-            if isinstance(file, PublishedFile)
-            else "quantize the model again with this version of ComfyUI"
-        )
-        raise checkpoint.FileRefused(f"{file.path.name} {what}; {fix}.")
+        raise file.refusal(f"{what}; {file.remedy}")
 
 
 def ram_kept(patcher: ModelPatcher) -> int:

@@ -29,7 +29,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....quant.files.checkpoint import FileRefused
+from ....quant.files.errors import FileRefused
 from ....quant.training.loop import allowing_writes
 from ..host.samplers import in_training, previewer
 

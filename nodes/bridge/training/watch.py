@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ....quant.files.checkpoint import FileRefused, read_header
+from ....quant.files.errors import FileRefused
+from ....quant.files.safetensors import read_header
 from ..host.progress import Progress
 
 EVERY = 1.0  # seconds between two drawings of the curve

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibble.accel.caf import conditioning_tree, couplings
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 SHAPE = (2, 3, 4)
 IDENTITY = {"seed": 7, "shape": SHAPE, "sigmas": [1.0, 0.5, 0.0]}

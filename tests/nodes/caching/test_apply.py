@@ -21,7 +21,7 @@ from nibble.nodes.bridge.caching.measure import calibrate
 from nibble.nodes.bridge.caching.run import KEY
 from nibble.nodes.bridge.host.fingerprint import PLAIN, fingerprint
 from nibble.nodes.bridge.host.progress import Progress
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from nibble.nodes.bridge.caching import calibration_file
 from nibble.nodes.bridge.caching.measure import calibrate
 from nibble.nodes.bridge.host import fingerprint
 from nibble.nodes.bridge.host.progress import Progress
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 
 def sigmas(model, steps: int = STEPS) -> torch.Tensor:

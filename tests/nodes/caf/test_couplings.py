@@ -16,7 +16,7 @@ from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings
 from nibble.nodes.bridge.caf.couplings import Job
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 SIGMAS = torch.tensor([1.0, 0.7, 0.3, 0.0])
 

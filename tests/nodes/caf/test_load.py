@@ -24,7 +24,7 @@ from nibble.nodes import caf as nodes
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import loading
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 
 SIGMA = 0.6
 MUSIC = "ace-step 1.5"

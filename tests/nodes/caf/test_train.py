@@ -22,7 +22,7 @@ from nibble.nodes.bridge.quantized import loading
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from training_runs import Stop, caption
 
 FP32 = Settings(dtype="fp32")

@@ -29,7 +29,7 @@ from nibble.nodes import intlora as nodes
 from nibble.nodes.bridge.intlora import charts as kept
 from nibble.nodes.bridge.intlora import files as intlora
 from nibble.nodes.bridge.quantized import loading
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.variants import Mul, Shift
 from nibble.quant.merge.integer_grid import IntBase

@@ -31,7 +31,8 @@ from nibble.nodes.bridge.intlora import charts as kept
 from nibble.nodes.bridge.intlora import files as intlora
 from nibble.nodes.bridge.intlora import merge as merging
 from nibble.nodes.bridge.quantized import layouts, loading
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.variants import Mul, Shift
 

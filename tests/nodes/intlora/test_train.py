@@ -18,7 +18,7 @@ from nibble.nodes.bridge.training import curve
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.training import loop
 from nibble.quant.training.loop import Options

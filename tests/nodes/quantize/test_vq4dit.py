@@ -24,6 +24,7 @@ from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import layouts, loading, lora
 from nibble.nodes.bridge.quantized import linear as ops
 from nibble.quant.files import checkpoint, writer
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.monitor import BlockError
 from nibble.quant.vq4dit.codebook_usage import inspect, use_of
 from nibble.quant.weights.vq import VQWeight
@@ -386,10 +387,7 @@ def test_nan_quantized_input_and_existing_files_are_refused_and_leave_nothing(
     ):
         with pytest.raises(ValueError, match=said):
             request(**options).run()
-    with (
-        torch.inference_mode(),
-        pytest.raises(checkpoint.FileRefused, match="quantized by Nibble already"),
-    ):
+    with torch.inference_mode(), pytest.raises(FileRefused, match="quantized by Nibble already"):
         request(model=loading.load(codeword_file)).run()
     assert sorted(folder.iterdir()) == before
 
@@ -399,7 +397,7 @@ def test_a_full_disk_is_told_before_the_work_starts(folder, unmeasured, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(writer.os, "posix_fallocate", full)
-    with pytest.raises(checkpoint.FileRefused, match="full"):
+    with pytest.raises(FileRefused, match="full"):
         request().run()
     assert not list(folder.glob("*vq3*"))
 

@@ -7,7 +7,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from nibble.nodes.bridge.quantized import layouts
-from nibble.quant.files import checkpoint
+from nibble.quant.files import checkpoint, safetensors
 from nibble.quant.weights.svdquant_w4a4 import FORMATS
 
 W4A4, W4A16 = "double_blocks.0.img_mlp.0", "double_blocks.0.img_mod.lin"
@@ -31,7 +31,7 @@ def parts(weight) -> list[torch.Tensor]:
 
 def test_it_looks_like_the_16_bit_weight(weight, flux_file):
     name = W4A4 if weight._layout_cls == "NibbleSVDQuantLayout" else W4A16
-    header = checkpoint.read_header(flux_file)
+    header = safetensors.read_header(flux_file)
     assert tuple(weight.shape) == header.tensors[f"{name}.weight"].shape
     assert weight.dtype == torch.bfloat16
 

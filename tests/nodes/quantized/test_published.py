@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from checkout import ROOT
 from flux_runs import loaded, run, sampled
 from nibble.nodes.bridge.quantized import layouts, loading
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from published_files import METADATA, RandomFlux
 
 LINEAR1, LINEAR2, MODULATION = (

@@ -15,15 +15,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.files import checkpoint, writer
-from nibble.quant.files.checkpoint import (
-    FileRefused,
-    is_quantized,
-    open_quantized,
-    read_header,
-    read_tensor,
-)
-from nibble.quant.files.writer import TensorSpec, Writer, check_target
+from nibble.quant.files import writer
+from nibble.quant.files.checkpoint import is_quantized, open_quantized
+from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.safetensors import TensorSpec, checksum, read_header, read_tensor
+from nibble.quant.files.writer import Writer, check_target
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
@@ -184,7 +180,7 @@ def quantized(path, version="1", facts=None, method="svdquant", **changes):
         **changes,
     }
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    sums = json.dumps({name: checkpoint.checksum(tensor) for name, tensor in tensors.items()})
+    sums = json.dumps({name: checksum(tensor) for name, tensor in tensors.items()})
     save_file(
         tensors,
         path,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.quant.architectures import flux1_shapes
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.source import Source, StateDictSource
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)

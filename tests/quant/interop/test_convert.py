@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from compare import assert_same
 from nibble.quant.architectures import flux1_shapes
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.interop import convert as converting
 from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.svdquant.quantize import quantize_checkpoint

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compare import assert_same
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.interop.names import families
 from nibble.quant.interop.opening import is_4bit, open_4bit

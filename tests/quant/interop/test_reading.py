@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compare import assert_same
-from nibble.quant.files.checkpoint import FileRefused, open_quantized
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.interop import swizzle
 from nibble.quant.interop.opening import is_4bit, open_4bit
 from nibble.quant.weights.base import json_tensor, tensor_json

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intlora_bases import K, N, bases, normal
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora.convert import Change, convert
 from nibble.quant.intlora.merge import merge
 from nibble.quant.merge.integer_grid import IntBase

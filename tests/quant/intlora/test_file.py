@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from intlora_bases import K, N, adapters, bases, factors, paper
-from nibble.quant.files.checkpoint import FileRefused, read_header
+from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.safetensors import read_header
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
 from nibble.quant.intlora.merge import merge
@@ -54,7 +55,7 @@ def rewrite(path, metadata=None, tensors=None):
     """The file with other metadata (None removes an entry) or tensors; checksums are those of the
     new tensors unless given.
     """
-    from nibble.quant.files.checkpoint import checksum
+    from nibble.quant.files.safetensors import checksum
 
     held, old = load_file(path), dict(read_header(path).metadata)
     held |= tensors or {}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from intlora_bases import K, N, bases, factors, normal, svdquant, w4a16
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import train
 from nibble.quant.intlora.linear import IntLoRALinear, rebuilt, rule_for, separated
 from nibble.quant.intlora.merge import change, merge

@@ -8,7 +8,7 @@ import torch
 
 from intlora_bases import K, N, bases, normal, svdquant, w4a16
 from nibble.kernels.reference import hadamard64
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.merge.integer_grid import IntBase, refuse_format, rotate
 
 every_base = pytest.mark.parametrize("kind", list(bases()))

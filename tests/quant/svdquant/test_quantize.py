@@ -18,7 +18,9 @@ from nibble.quant import checkpoint_run
 from nibble.quant.architectures import flux1_shapes, plan, recognise
 from nibble.quant.calibration.measurement import Measurement
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.files.checkpoint import FileRefused, open_quantized, read_header
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import StateDictSource
 from nibble.quant.monitor import Monitor
 from nibble.quant.report import LayerRow, Report

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nibble.quant.files.checkpoint import FileRefused
+from nibble.quant.files.errors import FileRefused
 from nibble.quant.training import loop
 from nibble.quant.training.loop import Options
 

@@ -6,8 +6,9 @@ import torch
 from nibble.kernels.reference import hadamard64
 from nibble.quant.vq4dit.codebook import bits_per_weight
 from nibble.quant.weights.base import json_tensor
+from nibble.quant.weights.modules import as_module
 from nibble.quant.weights.packing import pack_indices
-from nibble.quant.weights.vq import VQLinear, VQWeight, as_module
+from nibble.quant.weights.vq import VQLinear, VQWeight
 
 
 def make(n=32, k=128, codewords=64, size=2, rotation=0, rank=0, scaled=True, bias=True, seed=0):

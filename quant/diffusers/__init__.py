@@ -1,0 +1,32 @@
+"""Models in scripts, with diffusers: FLUX.1, and the class-conditional DiT of VQ4DiT's paper.
+
+names.py   how its names map onto Black Forest Labs', which are ComfyUI's
+load.py    a quantized file as its transformer (`FluxPipeline(transformer=...)`), and back
+sample.py  FLUX.1 at work: Euler's method, what its layers read, a teacher for codewords
+dit.py     a DiT to quantize, to calibrate on, and loaded again
+"""
+
+from .dit import dit_source, dit_teacher
+from .load import flux_config, flux_transformer, load_quantized, save_quantized
+from .names import diffusers_parts, flux_module, to_diffusers_names, to_flux_names
+from .sample import SHIFT, drawing, euler, flux_teacher, record_inputs, schedule, velocity
+
+__all__ = [
+    "SHIFT",
+    "diffusers_parts",
+    "dit_source",
+    "dit_teacher",
+    "drawing",
+    "euler",
+    "flux_config",
+    "flux_module",
+    "flux_teacher",
+    "flux_transformer",
+    "load_quantized",
+    "record_inputs",
+    "save_quantized",
+    "schedule",
+    "to_diffusers_names",
+    "to_flux_names",
+    "velocity",
+]

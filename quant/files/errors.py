@@ -1,0 +1,7 @@
+"""The one error that tells a person what is wrong with a file."""
+
+
+class FileRefused(ValueError):
+    """A file that cannot be used: the message is one sentence that names the file, what is wrong
+    and what to do.
+    """

@@ -1,0 +1,19 @@
+"""Every format of a low-bit layer by its name, and a layer of a file as its dataclass."""
+
+from ..files.checkpoint import QuantizedFile
+from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from .vq import VQWeight
+
+Weight = SVDQuantWeight | W4A16Weight | VQWeight
+FORMATS: dict[str, type[Weight]] = {
+    SVDQuantWeight.FORMAT: SVDQuantWeight,
+    W4A16Weight.FORMAT: W4A16Weight,
+    VQWeight.FORMAT: VQWeight,
+}
+
+
+def weight_of(file: QuantizedFile, name: str) -> Weight:
+    """A quantized linear of a file. Raises FileRefused and ValueError where its tensors do not fit
+    together.
+    """
+    return FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name)
