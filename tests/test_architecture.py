@@ -55,7 +55,7 @@ RULES = {
     "nodes":             ({"nodes.bridge", "quant", "accel", "demo"},    {"comfy_api"}),
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),
-    "demo":              ({"quant", "kernels"},                          set()),
+    "demo":              ({"quant", "kernels", "demo.taesd"},                          set()),
     "__main__":          ({"quant", "demo", "kernels"},                  set()),
     "__init__":          ({"nodes"},                                     set()),
 }
