@@ -89,6 +89,10 @@ def load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:
     config = {key: value for key, value in entries.items() if not key.startswith("_")}
     # not on the meta device: the table of positions is computed, not stored
     model = diffusers.DiTTransformer2DModel(**config)
+    modules = dict(model.named_modules())
+    unexpected = [name for name in file.layers if name not in modules]
+    if unexpected:
+        raise _misfit(file, unexpected[0], "unknown")
     state = {}
     with file:
         for name in file.units:
@@ -97,11 +101,14 @@ def load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:
             else:
                 state |= {key: tensor.to(dtype) for key, tensor in file.unit(name).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    modules = tuple(f"{name}." for name in file.layers)
-    lost = [name for name in missing if not name.startswith(modules) and "pos_embed" not in name]
-    if lost or unexpected:
-        raise FileRefused(
-            f"{file.path.name} does not fit its model: {(lost or unexpected)[0]} is"
-            f" {'missing' if lost else 'unknown'}; quantize it again."
-        )
+    layers = tuple(f"{name}." for name in file.layers)
+    lost = [name for name in missing if not name.startswith(layers) and "pos_embed" not in name]
+    if lost:
+        raise _misfit(file, lost[0], "missing")
+    if unexpected:
+        raise _misfit(file, unexpected[0], "unknown")
     return model.eval()
+
+
+def _misfit(file: QuantizedFile, name: str, state: str) -> FileRefused:
+    return file.refusal(f"does not fit its model: {name} is {state}; quantize it again")

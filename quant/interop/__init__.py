@@ -3,6 +3,9 @@ and written for those programs.
 
 opening.py         which program wrote a file; the file opened
 nunchaku_read.py   Nunchaku's INT4 files, and diffusers' dialect of them
+nunchaku_folder.py those of them that are a folder
+nunchaku_check.py  what can be wrong with one of their linears
+nunchaku_affine.py their zero points, and the 1 of "1 + scale"
 kitchen.py         SVDQuant files under comfy-kitchen's names
 names.py           what each program calls the layers of each model (names.json)
 swizzle.py         orders of a linear's numbers, to and from natural order

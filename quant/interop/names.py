@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..files.errors import FileRefused
+from ..files.source import PREFIXES
 
 # The oldest files' names of a quantized linear's tensors, in today's.
 SUFFIXES = {
@@ -206,3 +207,12 @@ def modern(name: str, family: Family) -> str:
         return name
     renamed = family.first_version.get(pattern, pattern).replace("#", number)
     return f"{renamed}.{SUFFIXES.get(suffix, suffix)}"
+
+
+def checkpoint_prefix(names: Iterable[str]) -> str:
+    """What a checkpoint puts before most of its diffusion model's tensors; "" for nothing."""
+    names = list(names)
+    for prefix in ("transformer.", *PREFIXES):
+        if sum(name.startswith(prefix) for name in names) > len(names) // 2:
+            return prefix
+    return ""

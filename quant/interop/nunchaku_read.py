@@ -18,7 +18,7 @@ inputs are signed, and modulations have their natural rows and bias.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,30 +27,26 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
-from ..files.errors import FileRefused
 from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
-from ..files.source import PREFIXES
 from ..weights.base import json_tensor
 from ..weights.fuse import join_columns, join_rows, smoothings
 from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import swizzle
-from .names import SUFFIXES, Part, Recipe, family_of, modern
+from .names import SUFFIXES, Part, Recipe, checkpoint_prefix, family_of, modern
+from .nunchaku_affine import centred_zeros, shift_of_one
+from .nunchaku_check import SUFFIXES_OF_LAYERS, fault_of
+from .nunchaku_folder import folder_metadata, parts_of
 from .unfuse_norms import find_fused, unfused
 
-BLOCKS, OTHERS = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 # metadata that Nunchaku's own programs read
 FACTS = ("config", "comfy_config", "model_class", "quantization_config")
-_W4A4 = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
-_W4A16 = ("qweight", "wscales", "wzeros")
-_OWN = {*_W4A4, *_W4A16, *SUFFIXES, "smooth_factor_orig", "bias", "wtscale", "wcscales"}
+_OWN = {*SUFFIXES_OF_LAYERS, *SUFFIXES, "smooth_factor_orig", "bias", "wtscale", "wcscales"}
 _UNREAD = ("smooth_factor_orig",)  # of no use at run time
 _MARKS = (".qweight", ".wscales")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _LITE, _SEPARATE = (
     "nunchaku_lite",
     (".attn.to_q.qweight", ".attn.add_q_proj.qweight", ".attention.to_q.qweight"),
 )
-_SHARDS = re.compile(r"diffusion_pytorch_model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 
 
 def is_nunchaku(header: Header) -> bool:
@@ -62,47 +58,10 @@ def open_nunchaku(path: Path, stored: SafetensorsFile | None = None) -> "Nunchak
     """Opens a file (`stored`: that file, where its header is read already), or a folder of the
     first version. Raises FileRefused with the reason.
     """
-    folder = path if path.is_dir() else path.parent
-    if _SHARDS.fullmatch(path.name) or (
-        path.is_dir() and not (path / BLOCKS).is_file() and _shards(path)
-    ):
-        return NunchakuFile([SafetensorsFile(shard) for shard in _shards(folder)], folder)
-    if path.is_dir() or path.name in (BLOCKS, OTHERS):
-        missing = [name for name in (BLOCKS, OTHERS) if not (folder / name).is_file()]
-        if missing:
-            raise FileRefused(
-                f"The folder {folder.name} lacks {' and '.join(missing)}; download the whole folder"
-                " again."
-            )
-        return NunchakuFile([SafetensorsFile(folder / name) for name in (BLOCKS, OTHERS)], folder)
+    parts = parts_of(path)
+    if parts is not None:
+        return NunchakuFile([SafetensorsFile(part) for part in parts], parts[0].parent)
     return NunchakuFile([stored or SafetensorsFile(path)])
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The file or files of a model that diffusers saved in a folder. Raises FileRefused where one
-    is missing.
-    """
-    found = {
-        path: _SHARDS.fullmatch(path.name)
-        for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    }
-    found = {path: match for path, match in found.items() if match}
-    wanted = max((int(match[2] or 1) for match in found.values()), default=0)
-    if len(found) != wanted:
-        raise FileRefused(
-            f"The folder {folder.name} has {len(found)} of the {wanted} parts"
-            " diffusion_pytorch_model-*.safetensors; download it again."
-        )
-    return list(found)
-
-
-def _folder_facts(folder: Path) -> dict[str, str]:
-    files = {"config": "config.json", "comfy_config": "comfy_config.json"}
-    return {
-        key: (folder / name).read_text(encoding="utf-8")
-        for key, name in files.items()
-        if (folder / name).is_file()
-    }
 
 
 class NunchakuFile(QuantizedFile):
@@ -118,15 +77,17 @@ class NunchakuFile(QuantizedFile):
                 opened.enter_context(stored)
             super().__init__(files, {})
             self._folder = folder
-            self._folder_facts = _folder_facts(folder) if folder else {}
+            self._folder_metadata = folder_metadata(folder) if folder else {}
             for stored in files:
                 self.metadata |= stored.header.metadata
-            self.metadata |= self._folder_facts
+            self.metadata |= self._folder_metadata
             self._index()
 
     def _index(self) -> None:
         """Finds the layers' tensors and what they are put together of, and checks their shapes."""
-        raw = _without_prefix({name: file for file in self.files for name in file.header.tensors})
+        stored = {name: file for file in self.files for name in file.header.tensors}
+        prefix = checkpoint_prefix(stored)
+        raw = [(name.removeprefix(prefix), (file, name)) for name, file in stored.items()]
         self._family = family_of((name for name, _ in raw), self.path.name)
         self._stored = {modern(name, self._family): found for name, found in raw}
         if len(self._stored) != len(raw):
@@ -157,7 +118,7 @@ class NunchakuFile(QuantizedFile):
         return self._family.name
 
     def is_current(self) -> bool:
-        same = self._folder is None or _folder_facts(self._folder) == self._folder_facts
+        same = self._folder is None or folder_metadata(self._folder) == self._folder_metadata
         return same and super().is_current()
 
     # ---- what is where
@@ -185,7 +146,14 @@ class NunchakuFile(QuantizedFile):
         if not self._quantized:
             raise self.refusal("holds no quantized layers; download the 4-bit file again")
         for module in sorted(self._quantized):
-            self._check_module(module)
+            infos = {
+                suffix: self._info(f"{module}.{suffix}")
+                for suffix in SUFFIXES_OF_LAYERS
+                if f"{module}.{suffix}" in self._stored
+            }
+            fault = fault_of(module, infos, self._int4())
+            if fault:
+                raise self.refusal(fault)
 
     def _int4(self) -> str:
         """What to download instead."""
@@ -193,65 +161,6 @@ class NunchakuFile(QuantizedFile):
         return (
             f"download {name if name != self.path.name else 'the file with int4 in its name'}:"
             " Nibble runs it on every GPU"
-        )
-
-    def _check_module(self, module: str) -> None:
-        awq = f"{module}.wzeros" in self._stored
-        wanted = _W4A16 if awq else _W4A4
-        missing = [suffix for suffix in wanted if f"{module}.{suffix}" not in self._stored]
-        if not awq and {"proj_down", "proj_up"} & set(missing):
-            raise self.refusal(
-                f"has no low-rank branch (rank 0) in {module}, so it is no SVDQuant file; choose"
-                " another"
-            )
-        if missing:
-            raise self.refusal(
-                f"lacks {module}.{missing[0]}; the file is damaged: download it again"
-            )
-        shapes = {suffix: self._info(f"{module}.{suffix}").shape for suffix in wanted}
-        if shapes != self._expected(module, awq, shapes):
-            raise self.refusal(
-                f"has a layer of unknown shape, {module} ({shapes}); it was damaged, or written by"
-                " a program that differs"
-            )
-        bad = [
-            suffix
-            for suffix in wanted
-            if suffix != "qweight" and self._info(f"{module}.{suffix}").dtype not in _FLOATS
-        ]
-        if bad or self._info(f"{module}.qweight").dtype != (torch.int32 if awq else torch.int8):
-            raise self.refusal(
-                f"stores {module}.{(bad or ['qweight'])[0]} in a way that Nibble cannot read;"
-                f" {self._int4()}"
-            )
-
-    @staticmethod
-    def _expected(
-        module: str, awq: bool, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, tuple[int, ...]] | None:
-        if len(shapes["qweight"]) != 2:
-            return None
-        n, k = shapes["qweight"][0] * (4 if awq else 1), shapes["qweight"][1] * 2
-        if awq:
-            groups = shapes["wscales"][0]
-            fits = k % 64 == 0 and groups in (k // 64, swizzle.awq_groups(k))
-            return (
-                {"qweight": (n // 4, k // 2), "wscales": (groups, n), "wzeros": (groups, n)}
-                if fits
-                else None
-            )
-        rank = (*shapes["proj_down"], 0, 0)[1]
-        fits = n % 128 == 0 and k % 128 == 0 and rank % 16 == 0 and rank > 0
-        return (
-            {
-                "qweight": (n, k // 2),
-                "wscales": (k // 64, n),
-                "smooth_factor": (k,),
-                "proj_down": (k, rank),
-                "proj_up": (n, rank),
-            }
-            if fits
-            else None
         )
 
     def _find_recipes(self) -> dict[str, Recipe]:
@@ -475,42 +384,8 @@ class NunchakuFile(QuantizedFile):
         return torch.cat(tensor.chunk(2)[::-1]) if name in self._family.swapped else tensor
 
 
-def centred_zeros(zeros: Tensor, scale: Tensor) -> Tensor:
-    """W = q * scale + zeros → W = (q - 8) * scale + result: exact, in the scale's dtype where that
-    can hold it, else in float32.
-    """
-    exact = zeros.float() + 8 * scale.float()
-    short = exact.to(scale.dtype)
-    return (short if torch.equal(short.float(), exact) else exact).contiguous()
-
-
-def shift_of_one(bias: Tensor, splits: int, sign: int) -> Tensor:
-    """Adds sign to the scales of a modulation's bias (its second vector and the last but one),
-    float32.
-    """
-    rows = bias.float().reshape(splits, -1).clone()
-    for row in {1, splits - 2}:
-        rows[row] += sign
-    return rows.reshape(-1)
-
-
 def _piece(weight, part: Part):
     height = weight.shape[0] // part.pieces
     return (
         weight if part.pieces == 1 else weight.rows(part.piece * height, (part.piece + 1) * height)
     )
-
-
-def _without_prefix(
-    names: Mapping[str, SafetensorsFile],
-) -> list[tuple[str, tuple[SafetensorsFile, str]]]:
-    """(name without the prefix of a checkpoint, where it is)."""
-    prefix = next(
-        (
-            p
-            for p in ("transformer.", *PREFIXES)
-            if sum(name.startswith(p) for name in names) > len(names) // 2
-        ),
-        "",
-    )
-    return [(name.removeprefix(prefix), (file, name)) for name, file in names.items()]

@@ -21,7 +21,7 @@ from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
 from . import swizzle
 from .export import Export, kept_facts
 from .names import SUFFIXES, Family, Part, families
-from .nunchaku_read import shift_of_one
+from .nunchaku_affine import shift_of_one
 
 _FIRST_SUFFIX = {new: old for old, new in SUFFIXES.items()}
 _GAIN = "quantize the 16-bit file again for it"

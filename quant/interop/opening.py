@@ -9,7 +9,8 @@ from ..files.checkpoint import NibbleFile, QuantizedFile
 from ..files.errors import FileRefused
 from ..files.safetensors import Header, SafetensorsFile, read_header
 from .kitchen import KitchenFile, is_kitchen
-from .nunchaku_read import BLOCKS, OTHERS, is_nunchaku, open_nunchaku
+from .nunchaku_folder import BLOCKS, OTHERS
+from .nunchaku_read import is_nunchaku, open_nunchaku
 
 
 def is_4bit(path: str | os.PathLike) -> bool:

@@ -44,8 +44,8 @@ def dit():
 
 @pytest.fixture(scope="module")
 def quantized(dit, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("dit") / "dit-vq4.safetensors"
-    quantize_checkpoint(dit_source(dit), path, Recipe.from_preset("fast", bits=4))
+    path = tmp_path_factory.mktemp("dit") / "dit-vq3.safetensors"
+    quantize_checkpoint(dit_source(dit), path, Recipe.from_preset("fast", bits=3))
     return path
 
 
@@ -80,7 +80,7 @@ def test_a_dit_is_quantized_loaded_and_sampled(dit, quantized):
     assert {name.partition(".")[0] for name in layers} == {"transformer_blocks"}
     exact, sampled = sample(dit), sample(model)
     assert sampled.isfinite().all()
-    assert decibels(exact, sampled) > 15
+    assert decibels(exact, sampled) > 9
 
 
 def test_what_was_not_quantized_is_the_dits_own(dit, quantized):
@@ -96,16 +96,16 @@ def test_each_layer_is_close_to_its_matrix(dit, quantized):
     model = load_quantized(quantized, torch.float32)
     for name in open_quantized(quantized).layers:
         exact = dit.get_submodule(name).weight
-        assert decibels(exact, model.get_submodule(name).quantized().dequantize()) > 15, name
+        assert decibels(exact, model.get_submodule(name).quantized().dequantize()) > 12, name
 
 
 def test_a_dit_is_calibrated_on_its_own_sampling(dit, tmp_path):
     """VQ4DiT's recipe, on random classes."""
     teacher = dit_teacher(dit, scheduler(), pictures=2, steps=2, batch=2)
     path = tmp_path / "calibrated.safetensors"
-    recipe = Recipe.from_preset("vq4dit", bits=4, steps=4)
+    recipe = Recipe.from_preset("vq4dit", bits=3, steps=2)
     quantize_checkpoint(dit_source(dit), path, recipe, teacher=teacher)
-    assert decibels(sample(dit), sample(load_quantized(path, torch.float32))) > 12
+    assert decibels(sample(dit), sample(load_quantized(path, torch.float32))) > 10
 
 
 def test_its_biases_can_be_trained(quantized):
