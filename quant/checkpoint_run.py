@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -303,11 +304,14 @@ class LayerQuantizer(ABC):
         owned = {f"{layer.name}.{part}" for layer in self.layers for part in ("weight", "bias")}
         for name in [key for key in self.source.shapes if key not in owned]:
             self.monitor.cancelled()
-            self.write_unit(name, lambda name=name: ({name: self.source.read(name)}, None))
+            self.write_unit(name, partial(self._kept_tensor, name))
         for name, layer in kept.items():
             self.start(name)
             self.finish([layer])
-            self.write_unit(name, lambda layer=layer: self._kept_layer(layer))
+            self.write_unit(name, partial(self._kept_layer, layer))
+
+    def _kept_tensor(self, name: str) -> tuple[dict[str, Tensor], None]:
+        return {name: self.source.read(name)}, None
 
     def _kept_layer(self, layer: LayerPlan) -> tuple[dict[str, Tensor], LayerRow]:
         keys = [f"{layer.name}.weight"]

@@ -109,7 +109,7 @@ def _on_recorded_inputs(
             "the recorded inputs hold NaN or infinity; the model overflowed while it was recorded"
         )
     sampled = stats.samples is not None and len(stats.samples) >= 16
-    if sampled:
+    if stats.samples is not None and sampled:
         x = stats.samples.to(device).float()
     else:
         spread = (square - mean.square()).clamp_min(0).sqrt()

@@ -9,6 +9,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,12 +88,10 @@ class _SVDQuantizer(LayerQuantizer):
             smooth = None
             if len(group) > 1 and any(layer.name not in self.writer.finished for layer in group):
                 self.monitor.cancelled()
-                smooth = self.checked(lambda group=group: self._smoothing(group))
+                smooth = self.checked(partial(self._smoothing, group))
             for layer in group:
                 self.start(layer.name)
-                self.write_unit(
-                    layer.name, lambda layer=layer, smooth=smooth: self._quantized(layer, smooth)
-                )
+                self.write_unit(layer.name, partial(self._quantized, layer, smooth))
                 self.finish([layer])
 
     def _smoothing(self, group: list[LayerPlan]) -> Tensor:

@@ -10,6 +10,7 @@ trajectory that repeats itself).
 import time
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -156,7 +157,7 @@ class _ClosedFormQuantizer(_VQQuantizer):
         for layer in layers:
             self.start(layer.name)
             stats = self.statistics(layer.name)
-            self.write_unit(layer.name, lambda layer=layer, stats=stats: self._made(layer, stats))
+            self.write_unit(layer.name, partial(self._made, layer, stats))
             self.finish([layer])
 
     def _made(
@@ -203,9 +204,7 @@ class _CalibratedQuantizer(_VQQuantizer):
         began = time.monotonic()
         inputs, stats = calibrator.inputs(block, seed=self.recipe.seed)
         students = {
-            layer.name: self.checked(
-                lambda layer=layer: self._student(layer, stats.get(layer.name))
-            )
+            layer.name: self.checked(partial(self._student, layer, stats.get(layer.name)))
             for layer in layers
         }
         gain = ""
@@ -218,17 +217,25 @@ class _CalibratedQuantizer(_VQQuantizer):
         seconds = (time.monotonic() - began) / len(layers)
         for layer in layers:
             fitted = students[layer.name].fitted()
-
-            def make(layer=layer, fitted=fitted):
-                tensors, row = self.unit(layer, fitted, stats.get(layer.name))
-                row.why += gain
-                row.seconds = seconds
-                return tensors, row
-
-            self.write_unit(layer.name, make)
+            make = partial(self._trained_unit, layer, fitted, stats.get(layer.name))
+            self.write_unit(layer.name, partial(make, gain, seconds))
             # what goes on in the student is what was stored, so that a resumed run sees the same
             stored = fitting.Fitted.unpack(self.pack(layer, fitted))
             calibrator.install(layer.name, HardVQLinear(stored).requires_grad_(False))
+
+    def _trained_unit(
+        self,
+        layer: LayerPlan,
+        fitted: fitting.Fitted,
+        stats: InputStats | None,
+        gain: str,
+        seconds: float,
+    ) -> tuple[dict[str, Tensor], LayerRow]:
+        """The layer with its block's gain and share of the time in its row."""
+        tensors, row = self.unit(layer, fitted, stats)
+        row.why += gain
+        row.seconds = seconds
+        return tensors, row
 
     def _train(
         self,

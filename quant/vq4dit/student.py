@@ -22,6 +22,8 @@ _DECIDED = 1e4  # z of a decided candidate; the others have 0: softmax gives 1 a
 class HardVQLinear(nn.Module):
     """Codes are fixed; codebook, scale and bias are parameters."""
 
+    codes: Tensor
+
     def __init__(self, fitted: Fitted):
         super().__init__()
         self.rotation = fitted.rotation
@@ -53,6 +55,9 @@ class HardVQLinear(nn.Module):
 
 class SoftVQLinear(HardVQLinear):
     """Sub-vectors are mixtures of their nearest codewords until their ratios are decided."""
+
+    candidates: Tensor
+    frozen: Tensor
 
     def __init__(self, fitted: Fitted, weight: Tensor, count: int, inverse: bool = True):
         super().__init__(fitted)
