@@ -62,6 +62,7 @@ RULES = {
 # fmt: on
 METHODS = ("quant.svdquant", "quant.intlora", "quant.vq4dit")
 SHIPPED = import_graph.shipped()
+FOLDERS = sorted({path.parent for path in SHIPPED} - {ROOT})
 # A room of the bridge imports these others at most: everybody the host room, systems what they
 # share, and no system another one.
 BRIDGE = {
@@ -72,7 +73,7 @@ BRIDGE = {
     "feather": {"host"},
     "quantize": {"host", "quantized", "training"},
     "intlora": {"host", "quantized", "training"},
-    "caf": {"host", "quantized", "training", "caching"},
+    "caf": {"host", "quantized", "training"},
 }
 
 
@@ -128,7 +129,7 @@ def test_quant_is_few_rooms_and_few_arrows():
     assert len(inside) <= 32
 
 
-@pytest.mark.parametrize("floor", ["nodes", "nodes/bridge", "accel", "kernels", "demo"])
+@pytest.mark.parametrize("floor", ["nodes", "nodes/bridge", "quant", "accel", "kernels", "demo"])
 def test_no_floor_has_a_circle(floor):
     assert graph(floor).heights()
 
@@ -173,6 +174,20 @@ def test_every_folder_with_python_is_in_the_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = {".".join(["nibble", *path.parent.relative_to(ROOT).parts]) for path in SHIPPED}
     assert set(listed["tool"]["setuptools"]["packages"]) == folders
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_has_a_front_page(folder):
+    """Its __init__.py says what it is for and names every file and folder in it."""
+    page = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    rooms = {
+        path.stem if path.parent == folder else path.parent.name
+        for path in SHIPPED
+        if folder in (path.parent, path.parent.parent)
+    }
+    missing = sorted(room for room in rooms - {"__init__"} if not re.search(rf"\b{room}\b", page))
+    assert page
+    assert not missing, f"not named: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize(

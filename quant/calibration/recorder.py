@@ -8,6 +8,7 @@ depend on the parting.
 
 import zlib
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -30,6 +31,11 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
         )
 
     return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def inputs(linear: nn.Module) -> int:
+    """K of a linear, also of one that only looks like nn.Linear."""
+    return cast("int", linear.in_features)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
@@ -68,7 +74,7 @@ class Recorder:
         if unknown:
             raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
         self._modules = {name: linears[name] for name in self.names}
-        shapes = {name: module.in_features for name, module in self._modules.items()}
+        shapes = {name: inputs(module) for name, module in self._modules.items()}
         needed = sum(InputStats.bytes_needed(k, samples, hessian_block) for k in shapes.values())
         if memory_cap_bytes is not None and needed > memory_cap_bytes:
             raise ValueError(
@@ -129,7 +135,7 @@ class Recorder:
         return parts
 
 
-def collect(
+def collect(  # noqa: PLR0913  (the last three are Recorder's own)
     model: nn.Module,
     names: Iterable[str],
     run: Callable[[], None],
@@ -150,7 +156,7 @@ def collect(
     if unknown:
         raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
     parts = Recorder.passes(
-        names, {name: linears[name].in_features for name in names}, cap, samples, hessian_block
+        names, {name: inputs(linears[name]) for name in names}, cap, samples, hessian_block
     )
     recorded: dict[str, InputStats] = {}
     for i, part in enumerate(parts):

@@ -7,6 +7,7 @@ All means are over tokens of raw x; `sample` is a uniform draw of rows.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class InputStats:
     mean_square: Tensor
     hessian: Tensor | None = None
     samples: Tensor | None = None
-    keys: Tensor | None = None
+    keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     capacity: int = 0
     generator: torch.Generator | None = field(default=None, repr=False, compare=False)
 
@@ -127,16 +128,17 @@ class InputStats:
                 " instead"
             )
         keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator)
-        self._keep_best(rows, keys)
+        self._keep_best(self.samples, rows, keys)
 
-    def _keep_best(self, rows: Tensor, keys: Tensor) -> None:
+    def _keep_best(self, samples: Tensor, rows: Tensor, keys: Tensor) -> None:
+        """Keeps what has the largest keys among the samples so far and new rows with their keys."""
         kept = len(self.keys)
         all_keys = torch.cat([self.keys, keys])
         top = all_keys.topk(min(self.capacity, len(all_keys))).indices
         old, new = top[top < kept], top[top >= kept] - kept
-        device = self.samples.device
-        chosen = rows.index_select(0, new.to(device)).to(self.samples.dtype)
-        self.samples = torch.cat([self.samples.index_select(0, old.to(device)), chosen])
+        device = samples.device
+        chosen = rows.index_select(0, new.to(device)).to(samples.dtype)
+        self.samples = torch.cat([samples.index_select(0, old.to(device)), chosen])
         self.keys = torch.cat([self.keys[old], keys[new]])
 
     def merge(self, other: "InputStats") -> "InputStats":
@@ -170,8 +172,8 @@ class InputStats:
             capacity=max(self.capacity, other.capacity),
             generator=self.generator,
         )
-        if self.samples is not None:
-            merged._keep_best(other.samples.to(device), other.keys)
+        if self.samples is not None and other.samples is not None:
+            merged._keep_best(self.samples, other.samples.to(device), other.keys)
         return merged
 
     def _moments(self, device) -> dict[str, Tensor]:
@@ -203,7 +205,7 @@ class InputStats:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "InputStats":
         """The inverse of `to_tensors`; the result can be read and merged, not updated."""
-        found = {
+        found: dict[str, Any] = {
             name: tensors.get(f"{prefix}.{name}")
             for name in (*_MOMENTS, "samples", "keys", "count", "capacity")
         }
