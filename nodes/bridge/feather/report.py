@@ -54,7 +54,7 @@ def attach(
                 "every token: the encoder stays as it is"
                 if keep == 1
                 else f"{stages[0].keep:.0%}"
-                + (f" and every {stride}. patch of a grid" if stages[0].stride else "")
+                + (f" and one patch in {stride} in both directions" if stages[0].stride else "")
                 + f", then {stages[1].keep:.1%} of those"
             ),
         ],
@@ -63,7 +63,7 @@ def attach(
     return pruned, {
         "kind": "facts",
         "title": "FEATHER",
-        "subtitle": "The picture is drawn here when a prompt with an image is encoded.",
+        "subtitle": "The picture appears here when a prompt with an image is encoded.",
         "summary": plan,
     }
 

@@ -95,7 +95,7 @@ def model_chart(
             "VRAM",
             (
                 f"about {size(sum(needed))}{whole}: {size(needed[0])} of weights, {size(needed[1])}"
-                " that ComfyUI reckons for 1024 × 1024"
+                " that ComfyUI estimates for 1024 × 1024"
             ),
         ],
         ["file", f"{size(file.size)}, {file.kind}"],

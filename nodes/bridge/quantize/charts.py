@@ -60,7 +60,7 @@ class LiveBlocks:
             ["error", f"{error.db:.1f} dB"],
         ]
         if gains:
-            summary.append(["gained a block", f"{statistics.mean(gains):+.1f} dB"])
+            summary.append(["gain per block", f"{statistics.mean(gains):+.1f} dB"])
         return {
             "kind": "blocks",
             "title": self.title,
@@ -110,7 +110,7 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
             "VRAM",
             (
                 f"about {charts.size(sum(needed))}{whole}: {charts.size(needed[0])} of weights,"
-                f" {charts.size(needed[1])} that ComfyUI reckons for 1024 × 1024"
+                f" {charts.size(needed[1])} that ComfyUI estimates for 1024 × 1024"
             ),
         ],
         ["file", f"{charts.size(file.size)}, {file.kind}"],
@@ -156,7 +156,7 @@ def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
             }
             row["why"] = (
                 f"{use.used} of {use.codewords} codewords used, {use.entropy:.2f} of {bits} bits,"
-                f" {use.bits_per_weight:.2f} bits a weight"
+                f" {use.bits_per_weight:.2f} bits per weight"
             )
     used, made = sum(use.used for use in uses), sum(use.codewords for use in uses)
     weights = sum(use.weights for use in uses)

@@ -25,8 +25,8 @@ from . import record_inputs
 from .patched_weights import PatchedWeights
 
 NO_PROMPTS = (
-    "The preset 'best' watches the model draw your own prompts. Connect a text encoder's"
-    " CONDITIONING to 'positive' (several prompts: join them with Conditioning (Combine)), or"
+    "The preset 'best' watches the model while it samples your own prompts. Connect a text"
+    " encoder's CONDITIONING to 'positive' (join several prompts with Conditioning (Combine)), or"
     " choose the preset 'fast'."
 )
 MEASURED_ON_NOISE = "inputs were measured on noise and random conditioning"

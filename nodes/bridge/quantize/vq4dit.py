@@ -112,8 +112,8 @@ def _make(job: Job, source, target: Path, name: str, names: list[str]) -> Report
     if isinstance(drawing, str) and job.recipe.calibrated:
         why = drawing.partition(", so the weights alone")[0]
         raise ValueError(
-            f"The preset {job.recipe.preset!r} watches the 16-bit model draw, but {why}. Connect"
-            " 'positive' (and 'model'), or choose the preset 'fast'."
+            f"The preset {job.recipe.preset!r} watches the 16-bit model while it samples, but"
+            f" {why}. Connect 'positive' (and 'model'), or choose the preset 'fast'."
         )
     facts = {"kind": "weights only"} if isinstance(drawing, str) else drawing[1].facts()
     facts |= {"cap_gb": job.memory_gb} if job.recipe.calibrated else {}
