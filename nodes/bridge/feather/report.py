@@ -143,7 +143,7 @@ def chart(prompt: Prompt) -> dict:
 
 
 def levels(picture: Picture) -> list[int]:
-    """Of each patch in raster order, how many stages it lasted."""
+    """How many stages each patch lasted, in raster order."""
     return (
         torch.stack(picture.masks).int().cumprod(0).sum(0).tolist()
         if picture.masks

@@ -1,4 +1,4 @@
-"""What the VQ nodes draw, as `charts` has it, and one kind of their own:
+"""Charts of the VQ nodes, by the schema in `host/charts.py`, and one kind of their own:
 
 {"kind": "blocks", "title": str, "subtitle": str, "summary": [[label, value], …], "blocks": int,
  "rows": [{"name": str, "number": int, "points": [[share of its steps done 0…1, dB], …]}, …]}
