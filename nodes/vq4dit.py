@@ -132,8 +132,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
             )
         )
         return io.NodeOutput(
-            name,
-            ui=charts.ui(charts.layers_chart(report, name, f"VQ, {bits} bits, {preset}")),
+            name, ui=charts.ui(charts.layers_chart(report, name, f"VQ, {bits} bits, {preset}"))
         )
 
 

@@ -6,8 +6,8 @@
  "bytes_before", "bytes_after", "seconds"}, …]}
 {"kind": "facts", "title": str, "summary": [[label, value], …]}
 {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
- "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (kept: the share of a
-   LoRA that a layer keeps)
+ "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}
+   (kept: the share of a LoRA that a layer keeps)
 {"kind": "patches", "title", "subtitle", "summary", "tokens": [int of each layer, …], "flops":
 [before, after], "stages": int,
  "pictures": [{"rows": int, "columns": int, "url": data URL of a JPEG, "stage": [how many stages
