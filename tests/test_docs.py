@@ -5,6 +5,7 @@ its row in the table of docs/architecture.md.
 import re
 
 import pytest
+
 from support.import_graph import ROOT, graph
 
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

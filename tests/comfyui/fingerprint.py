@@ -71,7 +71,7 @@ def furnish(server) -> None:
 
 
 def digest(path: Path) -> str:
-    """Of a file's content; see the module's docstring for safetensors."""
+    """The hash of a file's content; see the module's docstring for safetensors."""
     data = path.read_bytes()
     if path.suffix != ".safetensors":
         return hashlib.sha256(data).hexdigest()

@@ -137,7 +137,8 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been_and_more_are_added(se
     graph = Graph()
     node = coupling(graph, "stopped", count=8)
     assert (
-        facts(server.run(graph.nodes)[node])["time a pair"] == "made already, with the same inputs"
+        facts(server.run(graph.nodes)[node])["time per pair"]
+        == "made already, with the same inputs"
     )
 
 

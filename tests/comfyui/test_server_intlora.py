@@ -251,7 +251,7 @@ def test_another_4_bit_file_and_a_16_bit_model_are_refused(server, quantized, co
     server.run(Graph().quantize(filename="intlora-other-file", rank=16).nodes)
     for model, words in (
         ("intlora-other-file.safetensors", "was made for another 4-bit file"),
-        (FLUX, "is in 16 bit and has no integers"),
+        (FLUX, "is in 16 bits and has no integers"),
     ):
         for mode in ("branch", "merge"):
             graph = Graph()
@@ -318,7 +318,7 @@ def test_loras_that_cannot_be_converted_are_refused_in_words(server, quantized, 
         assert not (server.folder("intlora") / f"{kind}.intlora.safetensors").exists()
     graph = Graph()
     convert(graph, graph.load(FLUX), STYLE, filename="never")
-    said(server, graph, "is in 16 bit and has no integers")
+    said(server, graph, "is in 16 bits and has no integers")
 
 
 def test_what_cannot_be_saved_is_refused_in_words(server, quantized, converted):

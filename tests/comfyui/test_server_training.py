@@ -176,7 +176,7 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(server, quantized):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"model": FLUX}, "in 16 bit and has no integers"),
+        ({"model": FLUX}, "in 16 bits and has no integers"),
         ({"layers": "nothing.*"}, "No 4-bit layer"),
         ({"filename": "../mine"}, "outside ComfyUI's intlora folder"),
     ],

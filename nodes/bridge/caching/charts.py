@@ -1,5 +1,5 @@
-"""What caching draws: the strip of a sampling run, and what a calibration measured (`charts.py`
-holds the schema).
+"""Charts of caching: the strip of a sampling run, and what a calibration measured (the schema is in
+`host/charts.py`).
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ def calibrate(
     steps = len(sigmas) - 1
     if steps <= k_max + 1:
         raise ValueError(
-            f"{steps} steps are too few to calibrate caching with; take the number of steps that"
-            f" you draw with, at least {k_max + 2}."
+            f"{steps} steps are too few to calibrate caching with; use the number of steps that"
+            f" you sample with, at least {k_max + 2}."
         )
     adapter = caching_models.adapter_of(model.model.diffusion_model)
     published = shipped(model)

@@ -92,7 +92,7 @@ def run(job: Job) -> tuple[Couplings, dict]:
         start, data = teacher.draw(prompts[prompt], pairs, watch.step(pairs))
         if not data.isfinite().all():
             raise ValueError(
-                f"The picture of pair {pairs[0]} holds values that are no numbers; load the model"
+                f"The picture of pair {pairs[0]} holds values that are not finite; load the model"
                 f" in bf16 or fp32, or choose another sampler. The {len(found)} pairs before are"
                 " kept."
             )
@@ -204,7 +204,7 @@ def _check_teacher(job: Job) -> None:
     _check_sigmas(job.sigmas.tolist())
     if not sampling.noise_scaling(job.sigmas[:1].cpu(), torch.ones(1, 1), torch.zeros(1, 1)).any():
         raise ValueError(
-            f"{NODE} needs a model that draws from noise; this one turns one picture into another."
+            f"{NODE} needs a model that starts from noise; this one turns one picture into another."
         )
     _check_sampler(job)
 
@@ -283,7 +283,7 @@ def _check_sampler(job: Job) -> None:
     if job.batch > 1 and not _near(one, both[:1]):
         raise ValueError(
             f"The sampler {name} chooses its steps for a whole batch, so that each picture depends"
-            " on its neighbours; set batch_size to 1, or connect another sampler."
+            " on its neighbors; set batch_size to 1, or connect another sampler."
         )
 
 
@@ -481,7 +481,7 @@ class _Watch:
                 ["latent", _by(found.shape)],
                 ["teacher", f"{_name(job.sampler)}, {self.steps} steps{guidance}"],
                 ["size", size(found.nbytes)],
-                ["time a pair", speed],
+                ["time per pair", speed],
                 [
                     "folder",
                     os.path.relpath(found.folder, Path(folder_paths.get_output_directory()).parent),

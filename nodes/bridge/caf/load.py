@@ -175,9 +175,9 @@ def _repeated(start: Tensor, x: Tensor, prompts: int) -> Tensor:
     """
     if start.shape[1:] != x.shape[1:] or len(x) != prompts * len(start):
         raise ValueError(
-            "CAF Sampler cannot draw the picture in parts: the model was asked for"
-            f" {' x '.join(map(str, x.shape[1:]))} of {' x '.join(map(str, start.shape[1:]))}. Take"
-            " areas off the prompts, and context windows off the model."
+            "CAF Sampler cannot sample the picture in parts: the model was asked for"
+            f" {' x '.join(map(str, x.shape[1:]))} of {' x '.join(map(str, start.shape[1:]))}. "
+            "Remove areas from the prompts, and context windows from the model."
         )
     return start.to(x).repeat(prompts, *[1] * (x.dim() - 1))
 

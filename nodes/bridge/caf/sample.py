@@ -45,8 +45,8 @@ class Velocity:
         if self.start.shape != x.shape:
             raise ValueError(
                 f"The velocity from CAF Invert is of a latent {_shape(self.start)}, and this one is"
-                f" {_shape(x)}; sample at the size and in the number that was inverted, or take the"
-                " velocity off CAF Sampler."
+                f" {_shape(x)}; sample as many pictures of the size that was inverted, or"
+                " disconnect the velocity from CAF Sampler."
             )
         if self.name != name:
             raise ValueError(
@@ -151,7 +151,7 @@ def _times(sigmas: Tensor, h: float) -> list[float]:
     if (levels.diff() > 0).any():
         raise ValueError(
             "CAF Sampler goes from noise to picture only, and these sigmas rise; use CAF Invert for"
-            " the other way."
+            " the reverse."
         )
     if len(levels) and (levels.min() < 0 or levels.max() > 1 + 1e-4):
         raise ValueError(
@@ -194,9 +194,9 @@ def chart(model: ModelPatcher, found: Tensor, velocity: Velocity | None) -> dict
     worn, steps = caf_model.heads_of(model), len(found) - 1
     calls = steps + (velocity is None)
     why = (
-        "one for the velocity, then one a step"
+        "one for the velocity, then one per step"
         if velocity is None
-        else "one a step; the velocity is given"
+        else "one per step; the velocity is given"
     )
     return {
         "kind": "facts",

@@ -352,12 +352,12 @@ def _check(job: Job) -> None:
     caf.check_model(job.model.get_model_object("model_sampling"), "Train CAF")
     if (worn := job.model.get_attachment(caf_model.KEY)) is not None:
         raise ValueError(
-            f"The connected model has the heads of {worn.name} on; connect it as it was before Load"
-            " CAF Model."
+            f"The connected model already has the heads of {worn.name}; connect the model from"
+            " before Load CAF Model."
         )
     if not 0 <= job.h <= 2:
         raise ValueError(
-            f"h = {job.h} is outside 0 to 2, where the path runs forwards only; 1 is a constant"
+            f"h = {job.h} is outside 0 to 2, where the path runs forward only; 1 is a constant"
             " speed."
         )
     form, shape = job.model.get_model_object("latent_format"), job.couplings.shape
@@ -368,7 +368,7 @@ def _check(job: Job) -> None:
         raise ValueError(
             f"The couplings are of {' x '.join(map(str, shape))}, and this model's latents have"
             f" {own[0]} channels in {len(own) - 1} dimensions; connect the model that they were"
-            " made with, or a quantized form of it."
+            " made with, or a quantized version of it."
         )
 
 
@@ -390,8 +390,8 @@ def _layers(job: Job) -> list[str]:
     names = [name for name in linears if name.startswith(blocks)]
     if not names:
         raise ValueError(
-            f"{type(network).__name__} has no lists of blocks; say in layers which of its linears"
-            " to train, for instance *attn*."
+            f"{type(network).__name__} has no lists of blocks; list in layers which of its linear"
+            " layers to train, for example *attn*."
         )
     return names
 

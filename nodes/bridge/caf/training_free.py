@@ -43,8 +43,8 @@ def constant_acceleration(
     times = sigmas.tolist()
     if 0 in times[:-1]:
         raise ValueError(
-            "The sigmas reach 0 before their end, where there is nothing left to draw; cut them off"
-            " there, for instance with Split Sigmas."
+            "The sigmas reach 0 before their end, where there is nothing left to sample; cut them"
+            " off there, for example with Split Sigmas."
         )
     bar = tqdm(total=len(times) - 1, disable=disable)
 

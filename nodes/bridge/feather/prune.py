@@ -95,7 +95,7 @@ class Prompt:
         return left
 
     def tokens(self) -> list[int]:
-        """Of each layer."""
+        """The number of tokens that each layer works on."""
         counts = [int(self.mask(stages).sum()) for stages in range(len(self.begins) + 1)]
         return [
             counts[sum(begin <= layer for begin in self.begins)] for layer in range(self.layers)

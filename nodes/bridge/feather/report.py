@@ -54,7 +54,7 @@ def attach(
                 "every token: the encoder stays as it is"
                 if keep == 1
                 else f"{stages[0].keep:.0%}"
-                + (f" and every {stride}. patch of a grid" if stages[0].stride else "")
+                + (f" and one patch in {stride} in both directions" if stages[0].stride else "")
                 + f", then {stages[1].keep:.1%} of those"
             ),
         ],
@@ -63,7 +63,7 @@ def attach(
     return pruned, {
         "kind": "facts",
         "title": "FEATHER",
-        "subtitle": "The picture is drawn here when a prompt with an image is encoded.",
+        "subtitle": "The picture appears here when a prompt with an image is encoded.",
         "summary": plan,
     }
 
@@ -143,7 +143,7 @@ def chart(prompt: Prompt) -> dict:
 
 
 def levels(picture: Picture) -> list[int]:
-    """Of each patch in raster order, how many stages it lasted."""
+    """How many stages each patch lasted, in raster order."""
     return (
         torch.stack(picture.masks).int().cumprod(0).sum(0).tolist()
         if picture.masks

@@ -1,4 +1,4 @@
-"""What a node draws, as JSON: the one schema that web/ reads, under the UI key `nibble_chart`.
+"""A node's chart as JSON: the one schema that web/ reads, under the UI key `nibble_chart`.
 
 {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
 "bytes_before": int, "bytes_after": int,
@@ -6,8 +6,8 @@
  "bytes_before", "bytes_after", "seconds"}, …]}
 {"kind": "facts", "title": str, "summary": [[label, value], …]}
 {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
- "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}   (shares
-   of a LoRA that layers keep: `kept`)
+ "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}
+   (kept: the share of a LoRA that a layer keeps)
 {"kind": "patches", "title", "subtitle", "summary", "tokens": [int of each layer, …], "flops":
 [before, after], "stages": int,
  "pictures": [{"rows": int, "columns": int, "url": data URL of a JPEG, "stage": [how many stages
@@ -91,7 +91,7 @@ def model_chart(
             "VRAM",
             (
                 f"about {size(sum(needed))}{whole}: {size(needed[0])} of weights, {size(needed[1])}"
-                " that ComfyUI reckons for 1024 × 1024"
+                " that ComfyUI estimates for 1024 × 1024"
             ),
         ],
         ["file", f"{size(file.size)}, {file.kind}"],

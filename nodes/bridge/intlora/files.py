@@ -158,7 +158,7 @@ def _refuse_model(named: list[tuple[str, torch.Tensor | None]]) -> None:
         if weight is not None and weight.element_size() == 1:
             refuse_format(str(weight.dtype).removeprefix("torch."), name, MODEL.capitalize())
     raise FileRefused(
-        f"{MODEL.capitalize()} is in 16 bit and has no integers for an IntLoRA; connect Load"
+        f"{MODEL.capitalize()} is in 16 bits and has no integers for an IntLoRA; connect Load"
         " SVDQuant Model, or apply the LoRA with Load LoRA."
     )
 

@@ -460,7 +460,7 @@ class _Layer:
         )
 
     def rank(self) -> int:
-        """Of the branch afterwards: known before the work, since the file is laid out first."""
+        """The branch's rank after merging, known before the work: the file is laid out first."""
         facts = self.source.layers[self.name]
         if facts["format"] == SVDQuantWeight.FORMAT and not (
             self.wider or facts.get("smooth_rows")

@@ -234,7 +234,7 @@ def _existing(job: Job, bases: intlora.Bases, names: list[str]) -> Adapter | Non
             )
             raise FileRefused(
                 f"{job.existing} {has} {name}; set rank, variant and layers as they were, or start"
-                f" anew with existing_lora {NONE}."
+                f" over with existing_lora {NONE}."
             )
     return adapter
 

@@ -1,4 +1,4 @@
-"""What the VQ nodes draw, as `charts` has it, and one kind of their own:
+"""Charts of the VQ nodes, by the schema in `host/charts.py`, and one kind of their own:
 
 {"kind": "blocks", "title": str, "subtitle": str, "summary": [[label, value], …], "blocks": int,
  "rows": [{"name": str, "number": int, "points": [[share of its steps done 0…1, dB], …]}, …]}
@@ -62,7 +62,7 @@ class LiveBlocks:
             ["error", f"{error.db:.1f} dB"],
         ]
         if gains:
-            summary.append(["gained a block", f"{statistics.mean(gains):+.1f} dB"])
+            summary.append(["gain per block", f"{statistics.mean(gains):+.1f} dB"])
         return {
             "kind": "blocks",
             "title": self.title,
@@ -112,7 +112,7 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
             "VRAM",
             (
                 f"about {charts.size(sum(needed))}{whole}: {charts.size(needed[0])} of weights,"
-                f" {charts.size(needed[1])} that ComfyUI reckons for 1024 × 1024"
+                f" {charts.size(needed[1])} that ComfyUI estimates for 1024 × 1024"
             ),
         ],
         ["file", f"{charts.size(file.size)}, {file.kind}"],
@@ -166,7 +166,7 @@ def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
             }
             row["why"] = (
                 f"{use.used} of {use.codewords} codewords used, {use.entropy:.2f} of {bits} bits,"
-                f" {use.bits_per_weight:.2f} bits a weight"
+                f" {use.bits_per_weight:.2f} bits per weight"
             )
     used = sum(use.used for use in uses)
     made = sum(use.codewords for use in uses)

@@ -8,8 +8,8 @@ from ....quant.svdquant.quantize import SVDQuantJob
 from .job import QuantizeRequest, new_name
 
 NO_PROMPTS = (
-    "The preset 'best' watches the model draw your own prompts. Connect a text encoder's"
-    " CONDITIONING to 'positive' (several prompts: join them with Conditioning (Combine)), or"
+    "The preset 'best' watches the model while it samples your own prompts. Connect a text"
+    " encoder's CONDITIONING to 'positive' (join several prompts with Conditioning (Combine)), or"
     " choose the preset 'fast'."
 )
 

@@ -69,7 +69,7 @@ class VQRequest(QuantizeRequest):
             return provenance
         if isinstance(recording, NotMeasured):
             raise ValueError(
-                f"The preset {self.recipe.preset!r} watches the 16-bit model draw, but"
+                f"The preset {self.recipe.preset!r} watches the 16-bit model while it samples, but"
                 f" {recording.reason}. Connect 'positive' (and 'model'), or choose the preset"
                 " 'fast'."
             )

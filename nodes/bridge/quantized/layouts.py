@@ -34,7 +34,7 @@ from ....quant.weights.svdquant_w4a4 import (
 
 _REFUSAL = (
     "A 4-bit Nibble weight is made once, from the 16-bit model (SVDQuant Quantize Checkpoint); "
-    "it cannot be requantized while a picture is made."
+    "it cannot be requantized while sampling."
 )
 
 

@@ -293,8 +293,8 @@ def run(
             if "no autograd formula" not in str(error):
                 raise
             raise ValueError(
-                f"{type(own.model.diffusion_model).__name__} computes with an operation of which"
-                " ComfyUI knows no gradient, so this model cannot be trained"
+                f"{type(own.model.diffusion_model).__name__} uses an operation for which"
+                " ComfyUI has no gradient, so this model cannot be trained"
                 f" ({str(error).split('. ')[0]})."
             ) from error
         finally:

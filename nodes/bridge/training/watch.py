@@ -48,7 +48,7 @@ class Watch:
         """Seconds a step, since the first one of this run."""
         seconds, first = self.began
         return (
-            f"{(time.monotonic() - seconds) / (step - first):.3g} s a step"
+            f"{(time.monotonic() - seconds) / (step - first):.3g} s per step"
             if step > first
             else "measuring"
         )
@@ -71,5 +71,5 @@ def kept(message: str, losses: Sequence[float], state: Path) -> str:
         return message
     return (
         f"{message.rstrip('.')}. The {len(losses)} steps before are kept: run again with a lower"
-        " learning rate to go on from them."
+        " learning rate to resume from them."
     )

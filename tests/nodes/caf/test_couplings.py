@@ -170,7 +170,7 @@ def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
     again, chart = caf_couplings.run(job(model, count=2))
     assert not calls
     assert everything(again) == first
-    assert ["time a pair", "made already, with the same inputs"] in chart["summary"]
+    assert ["time per pair", "made already, with the same inputs"] in chart["summary"]
     more = made(model, count=4)
     assert calls == [1] * 6
     assert everything(more)[:2] == first
@@ -306,16 +306,16 @@ def test_steps_pictures_and_facts_are_shown(model, monkeypatch):
     assert chart["kind"] == "facts"
     assert chart["title"] == "mine"
     assert dict(charts[0]["summary"])["pairs"] == "2 of 3"
-    assert facts | {"time a pair": ""} == {
+    assert facts | {"time per pair": ""} == {
         "pairs": "3 of 3",
         "prompts": "2",
         "latent": "16 x 4 x 4",
         "teacher": "euler, 3 steps",
-        "time a pair": "",
+        "time per pair": "",
         "size": caf_couplings.size(found.nbytes),
         "folder": "output/caf_couplings/mine",
     }
-    assert float(facts["time a pair"].removesuffix(" s")) > 0
+    assert float(facts["time per pair"].removesuffix(" s")) > 0
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_samplers_are_judged_by_what_they_do(model):
         made(model, sampler=euler(s_churn=1.0))
     adaptive = comfy.samplers.sampler_object("dpm_adaptive")
     caf_couplings._check_sampler(job(model, sampler=adaptive))
-    with pytest.raises(ValueError, match="depends on its neighbours; set batch_size to 1"):
+    with pytest.raises(ValueError, match="depends on its neighbors; set batch_size to 1"):
         made(model, sampler=adaptive, batch=2)
 
     class Strange(comfy.samplers.Sampler):
@@ -473,7 +473,7 @@ def test_a_picture_that_is_no_number_ends_the_run_and_the_others_are_kept(model,
         with pytest.raises(
             ValueError,
             match=(
-                "pair 2 holds values that are no numbers; load the model in bf16 or fp32.*The 2"
+                "pair 2 holds values that are not finite; load the model in bf16 or fp32.*The 2"
                 " pairs before are kept"
             ),
         ):

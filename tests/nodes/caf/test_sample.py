@@ -264,7 +264,7 @@ def test_what_a_mask_protects_comes_back_from_noise_and_from_half_way(model):
 
 
 def test_image_to_image_begins_near_the_picture(model):
-    """Of the least path only little can change."""
+    """A very short path can change only little."""
     latent = noise(7)
     far = [
         (

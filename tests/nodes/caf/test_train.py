@@ -346,8 +346,7 @@ def test_other_architectures_are_trained(family, tmp_path, folder):
 
 def test_a_model_without_gradients_is_refused_in_words(tmp_path, folder):
     with pytest.raises(
-        ValueError,
-        match="ErnieImageModel computes with an operation of which ComfyUI knows no gradient",
+        ValueError, match="ErnieImageModel uses an operation for which ComfyUI has no gradient"
     ):
         caf_training.run(job(*of_family("ernie-image", tmp_path / "pairs"), rank=2))
 
@@ -600,7 +599,7 @@ def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_
     with pytest.raises(
         ValueError,
         match=(
-            "has the heads of mine.caf.safetensors on; connect it as it was before Load CAF Model"
+            "already has the heads of mine.caf.safetensors; connect the model from before Load CAF"
         ),
     ):
         caf_training.run(job(caf_model.load(dense_model, done.name), data, filename="more"))

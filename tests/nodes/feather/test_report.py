@@ -57,7 +57,8 @@ def test_the_plan_names_layers_and_shares(clip):
     _, plan = prune(clip)
     assert plan["kind"] == "facts"
     assert dict(plan["summary"])["layers"] == "prunes before 2 and 4 of 8"
-    assert dict(plan["summary"])["keeps"] == "30% and every 3. patch of a grid, then 9.0% of those"
+    keeps = "30% and one patch in 3 in both directions, then 9.0% of those"
+    assert dict(plan["summary"])["keeps"] == keeps
     assert "as it is" in dict(prune(clip, keep=1.0)[1]["summary"])["keeps"]
 
 

@@ -206,7 +206,7 @@ def test_a_model_without_integers_is_refused(dense_model, model, loras):
     for work in (lambda: apply(dense_model, name, 1.0), lambda: converted(dense_model)):
         refused(
             dense_model,
-            "The connected model is in 16 bit and has no integers for an IntLoRA; connect Load"
+            "The connected model is in 16 bits and has no integers for an IntLoRA; connect Load"
             " SVDQuant Model",
             work,
         )

@@ -423,7 +423,7 @@ def test_wrong_inputs_are_refused_in_words(model, loras, monkeypatch, changes, s
 
 
 def test_a_16_bit_model_is_refused_with_the_fix(dense_model, loras):
-    with pytest.raises(FileRefused, match="in 16 bit and has no integers .* Load SVDQuant Model"):
+    with pytest.raises(FileRefused, match="in 16 bits and has no integers .* Load SVDQuant Model"):
         intlora_training.run(job(dense_model))
 
 

@@ -532,4 +532,4 @@ def test_the_live_chart_has_a_curve_for_each_block():
     assert last["kind"] == "blocks"
     assert last["blocks"] == 3
     assert [row["points"][-1] for row in last["rows"]] == [[1.0, 14.0]] * 2
-    assert dict(last["summary"])["gained a block"] == "+4.0 dB"
+    assert dict(last["summary"])["gain per block"] == "+4.0 dB"

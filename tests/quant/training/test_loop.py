@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 def gradients(in_place: bool, allowed: bool, twice: bool) -> list[torch.Tensor]:
-    """Of every parameter, through two blocks that share one input."""
+    """The gradient of every parameter, through two blocks that share one input."""
     blocks, x = [Block(in_place), Block(in_place)], torch.linspace(-1, 1, 24).reshape(3, 8)
     start = nn.Parameter(torch.ones(8))
     with (

@@ -71,7 +71,7 @@ def test_each_method_is_closer_than_the_one_before(bits):
 
 
 def test_two_or_three_candidates_beat_one():
-    """Of one block on its own inputs, where nothing else plays a part."""
+    """One block on its own inputs, where nothing else plays a part."""
     errors = {
         n: toy.error(
             toy.quantized(Recipe.from_preset("vq4dit", bits=3, candidates=n, steps=100), FIRST)
