@@ -17,7 +17,8 @@ from comfy.patcher_extension import WrappersMP
 from nibble.accel.caf import flow
 from nibble.accel.caf import heads as nets
 from nibble.nodes import caf as nodes
-from nibble.nodes.bridge.caching import apply as caching
+from nibble.nodes.bridge.caching.apply import apply_teacache
+from nibble.nodes.bridge.caching.settings import TeaCacheSettings
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.caf import sample as caf_sampling
 
@@ -311,9 +312,7 @@ def test_a_cache_on_either_side_sees_one_call_a_step(dense_model, level):
     plain = draw(model, caf_sampling.sampler(), sigmas)
 
     def cached(model, threshold: float):
-        return caching.apply_teacache(
-            model, caching.TeaCacheSettings(threshold, level=level), watch=records.append
-        )
+        return apply_teacache(model, TeaCacheSettings(threshold, level=level), watch=records.append)
 
     for threshold in (0.0, 1.0):
         for both in (

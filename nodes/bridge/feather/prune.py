@@ -417,7 +417,9 @@ class Pruner:
             return feather.keep_mask(scores, left, stage)
         count, mask = int(left.sum()), torch.zeros_like(left)
         mask[
-            left.nonzero().flatten()[feather.spread(count, max(1, int(stage.keep * count + 1e-9)))]
+            left.nonzero().flatten()[
+                feather.even_mask(count, max(1, int(stage.keep * count + 1e-9)))
+            ]
         ] = True
         return mask
 
