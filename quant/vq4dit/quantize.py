@@ -39,7 +39,7 @@ from ..checkpoint_run import (
 from ..files.source import Source, StateDictSource
 from ..files.writer import TensorSpec, Writer, check_target
 from ..report import LayerRow, Report
-from ..training.loop import allowing_writes
+from ..training.recompute import allowing_writes
 from ..weights.vq import VQWeight
 from . import bit_allocation, calibrate
 from . import fit as fitting

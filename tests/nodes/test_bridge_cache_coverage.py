@@ -157,19 +157,13 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
 def measured(model, family, error: float) -> Calibration:
     """A calibration in which reusing any part costs the same error at any step."""
     sigmas = tiny_models.schedule(model, STEPS).tolist()
-    kinds = [
-        "step",
-        *(
-            kind
-            for depth in ("block", "sublayer")
-            for kind in kinds(family_of(model.model.diffusion_model), depth)
-        ),
-    ]
+    blocks = family_of(model.model.diffusion_model)
+    every = ["step", *kinds(blocks, "block"), *kinds(blocks, "sublayer")]
     curves = {
         kind: Curve(
             [[error] * (STEPS - k) for k in (1, 2, 3)], [[0.0] * (STEPS - k) for k in (1, 2, 3)], 1
         )
-        for kind in kinds
+        for kind in every
     }
     return Calibration(
         {"class": "", "fingerprint": fingerprint(model), "name": family, "weights": ""},

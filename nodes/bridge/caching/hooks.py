@@ -1,6 +1,8 @@
-"""Hooks at every block of a model, or at its sub-layers, for the length of one call: ComfyUI's block
-replacement where the model offers it, else its list of blocks shadowed in the instance. Existing
-replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes does not matter.
+"""Hooks at every block of a model, or at its sub-layers, for the length of one call.
+
+ComfyUI's block replacement where the model offers it, else its list of blocks shadowed in the
+instance. Existing replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes
+does not matter.
 
 What stands there is a pass (`Pass`): an object that lives as long as one call of the model.
 """
