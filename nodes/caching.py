@@ -121,7 +121,7 @@ class NibbleTeaCacheSampler(_Cached):
         )
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls, noise, guider, sampler, sigmas, latent_image, compare, vae=None, **widgets
     ) -> io.NodeOutput:
         done = sample(
@@ -342,7 +342,7 @@ class NibbleCalibrateCache(io.ComfyNode):
         return stamp(filename) if filename and not overwrite else float("nan")
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls,
         model,
         positive,

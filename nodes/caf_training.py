@@ -126,7 +126,7 @@ class NibbleTrainCAF(io.ComfyNode):
         return caf_model.stamp(name) if name in caf_model.files() else float("nan")
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls,
         model,
         couplings,

@@ -111,7 +111,7 @@ class NibbleFeatherPrune(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls, clip, keep, mode, criterion, stride, first_layer, second_layer
     ) -> io.NodeOutput:
         choice = PruneChoice(

@@ -84,7 +84,7 @@ class CAFAdapter(nn.Module):
     facts of the training (JSON). rank 0: whole differences.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a file holds)
         self,
         velocity: Head,
         acceleration: Head,

@@ -130,7 +130,7 @@ class AttachHead:
     def __init__(self, adapter: CAFAdapter):
         self.adapter = adapter
 
-    def __call__(
+    def __call__(  # noqa: PLR0913 (apply_model's)
         self,
         executor,
         x,

@@ -24,7 +24,7 @@ def sampler(limit: float) -> comfy.samplers.KSAMPLER:
 
 
 @torch.no_grad()
-def constant_acceleration(
+def constant_acceleration(  # noqa: PLR0913 (as KSAMPLER calls it)
     model,
     x: torch.Tensor,
     sigmas: torch.Tensor,

@@ -231,7 +231,7 @@ class _Training(comfy.samplers.Sampler):
         self.settings = settings
         self.result: T | None = None
 
-    def sample(
+    def sample(  # noqa: PLR0913 (ComfyUI's)
         self,
         model_wrap,
         sigmas,
