@@ -94,7 +94,7 @@ def grid(height: int, width: int, stride: int) -> Tensor:
     return mask.flatten()
 
 
-def spread(count: int, kept: int) -> Tensor:
+def even_mask(count: int, kept: int) -> Tensor:
     """Mask (count,) of `kept` tokens at even distances: the uniform baseline."""
     mask = torch.zeros(count, dtype=torch.bool)
     if kept:

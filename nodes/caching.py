@@ -5,14 +5,22 @@ model for both.
 from comfy_api.latest import io
 
 from ..quant.files.errors import FileRefused
-from .bridge.caching import calibrate as cached_calibration
-from .bridge.caching import calibration_file
-from .bridge.caching import sample as cached_sampling
-from .bridge.caching import settings as choices
-from .bridge.caching.apply import PRESETS
+from .bridge.caching import settings
+from .bridge.caching.apply import apply_and_show
+from .bridge.caching.calibrate import CalibrationJob, calibrate, stamp
+from .bridge.caching.calibration_file import open_calibration
+from .bridge.caching.measure import Measurement
+from .bridge.caching.models import DEPTHS
+from .bridge.caching.sample import SamplingJob, sample
+from .bridge.caching.settings import AUTO, NONE
 from .bridge.host import charts
-
-_DEPTHS = ["step", "block", "sublayer"]
+from .caching_inputs import (
+    calibration_widget,
+    expert_widgets,
+    teacache_expert_widgets,
+    teacache_widgets,
+    window_widgets,
+)
 
 
 class _Cached(io.ComfyNode):
@@ -27,15 +35,15 @@ class _Cached(io.ComfyNode):
                 " below end."
             )
         try:
-            if calibration is not None and calibration not in (choices.AUTO, choices.NONE):
-                calibration_file.open_calibration(calibration)
+            if calibration is not None and calibration not in (AUTO, NONE):
+                open_calibration(calibration)
         except FileRefused as refusal:
             return str(refusal)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, calibration=choices.AUTO, **_):
-        return cached_calibration.stamp(calibration)
+    def fingerprint_inputs(cls, calibration=AUTO, **_):
+        return stamp(calibration)
 
 
 class NibbleTeaCacheSampler(_Cached):
@@ -79,7 +87,7 @@ class NibbleTeaCacheSampler(_Cached):
                 io.Latent.Input(
                     "latent_image", tooltip="The empty or encoded latent to start from."
                 ),
-                *_teacache_widgets(),
+                *teacache_widgets(),
                 io.Boolean.Input(
                     "compare",
                     default=False,
@@ -88,7 +96,7 @@ class NibbleTeaCacheSampler(_Cached):
                         " faster and how close the cached run was. Takes the time of that run."
                     ),
                 ),
-                *_teacache_expert_widgets(),
+                *teacache_expert_widgets(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -113,21 +121,20 @@ class NibbleTeaCacheSampler(_Cached):
         )
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls, noise, guider, sampler, sigmas, latent_image, compare, vae=None, **widgets
     ) -> io.NodeOutput:
-        choice = choices.teacache(guider.model_patcher, **widgets)
-        done = cached_sampling.run(
-            cached_sampling.Job(
-                noise,
-                guider,
-                sampler,
-                sigmas,
-                latent_image,
-                choice,
-                compare,
-                vae,
-                cls.hidden.unique_id,
+        done = sample(
+            SamplingJob(
+                noise=noise,
+                guider=guider,
+                sampler=sampler,
+                sigmas=sigmas,
+                latent=latent_image,
+                choice=settings.teacache(guider.model_patcher, **widgets),
+                compare=compare,
+                vae=vae,
+                node_id=cls.hidden.unique_id,
             )
         )
         return io.NodeOutput(done.output, done.denoised, ui=charts.ui(done.chart))
@@ -159,8 +166,8 @@ class NibbleApplyTeaCache(_Cached):
                 io.Model.Input(
                     "model", tooltip="Any diffusion transformer, in 16 or 4 bits, with its LoRAs."
                 ),
-                *_teacache_widgets(),
-                *_teacache_expert_widgets(),
+                *teacache_widgets(),
+                *teacache_expert_widgets(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("model", tooltip="The model with TeaCache applied.")],
@@ -168,9 +175,8 @@ class NibbleApplyTeaCache(_Cached):
 
     @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
-        cached, chart = choices.apply(
-            model, choices.teacache(model, **widgets), cls.hidden.unique_id
-        )
+        choice = settings.teacache(model, **widgets)
+        cached, chart = apply_and_show(model, choice, cls.hidden.unique_id)
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
@@ -191,7 +197,7 @@ class NibbleApplySmoothCache(_Cached):
             search_aliases=["nibble", "smoothcache", "cache", "faster sampling", "static cache"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was calibrated, with any LoRAs."),
-                _calibration_widget(choices.AUTO),
+                calibration_widget(AUTO),
                 io.Float.Input(
                     "alpha",
                     default=0.15,
@@ -206,14 +212,14 @@ class NibbleApplySmoothCache(_Cached):
                 ),
                 io.Combo.Input(
                     "depth",
-                    options=_DEPTHS,
+                    options=list(DEPTHS),
                     default="step",
                     tooltip=(
                         "What is reused. step: all of the model's work. block: each kind of block"
                         " on its own. sublayer: attention and MLP, each on its own."
                     ),
                 ),
-                *_window_widgets(),
+                *window_widgets(),
                 io.Int.Input(
                     "budget",
                     default=0,
@@ -225,7 +231,7 @@ class NibbleApplySmoothCache(_Cached):
                         " calibration; alpha is ignored. 0: use alpha. Only for depth step."
                     ),
                 ),
-                *_expert_widgets(),
+                *expert_widgets(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("model", tooltip="The model with SmoothCache applied.")],
@@ -233,9 +239,8 @@ class NibbleApplySmoothCache(_Cached):
 
     @classmethod
     def execute(cls, model, **widgets) -> io.NodeOutput:
-        cached, chart = choices.apply(
-            model, choices.smoothcache(model, **widgets), cls.hidden.unique_id
-        )
+        choice = settings.smoothcache(model, **widgets)
+        cached, chart = apply_and_show(model, choice, cls.hidden.unique_id)
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
@@ -334,10 +339,10 @@ class NibbleCalibrateCache(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, filename, overwrite, **_):
         # unequal to itself: looks for its file each time
-        return cached_calibration.stamp(filename) if filename and not overwrite else float("nan")
+        return stamp(filename) if filename and not overwrite else float("nan")
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls,
         model,
         positive,
@@ -352,162 +357,20 @@ class NibbleCalibrateCache(io.ComfyNode):
         order,
         negative=None,
     ) -> io.NodeOutput:
-        name, chart = cached_calibration.run(
-            cached_calibration.Job(
-                model,
-                positive,
-                negative,
-                cfg,
-                sampler,
-                sigmas,
-                latent_image,
-                seed,
-                filename,
-                overwrite,
-                k_max,
-                order,
-                cls.hidden.unique_id,
-            )
+        setup = Measurement(
+            model=model,
+            positive=positive,
+            negative=negative,
+            cfg=cfg,
+            sampler=sampler,
+            sigmas=sigmas,
+            latent=latent_image,
+            seed=seed,
+            k_max=k_max,
+            order=order,
         )
+        name, chart = calibrate(CalibrationJob(setup, filename, overwrite, cls.hidden.unique_id))
         return io.NodeOutput(name, ui=charts.ui(chart))
-
-
-def _teacache_widgets() -> list:
-    """The inputs that everyone sees."""
-    return [
-        io.Combo.Input(
-            "preset",
-            options=[*PRESETS, choices.CUSTOM],
-            default="balanced",
-            tooltip=(
-                "Share of the steps computed on the demo model: quality about two thirds,"
-                " balanced about half, fast about a third. custom: set by the threshold"
-                " below."
-            ),
-        ),
-        io.Float.Input(
-            "threshold",
-            default=0.03,
-            min=0.0,
-            max=3.0,
-            step=0.005,
-            round=0.0001,
-            tooltip=(
-                "With preset custom: how much error (with rule teacache: change) may"
-                " build up before the model is computed again. 0: every step is computed,"
-                " bit for bit."
-            ),
-        ),
-        *_window_widgets(),
-        _calibration_widget(choices.AUTO, choices.NONE),
-    ]
-
-
-def _window_widgets() -> list:
-    return [
-        io.Float.Input(
-            "start",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Steps before this share of the run are always computed.",
-        ),
-        io.Float.Input(
-            "end",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Steps after this share of the run are always computed.",
-        ),
-    ]
-
-
-def _calibration_widget(*words: str):
-    also = (
-        " none: the published coefficients for this architecture." if choices.NONE in words else ""
-    )
-    return io.Combo.Input(
-        "calibration",
-        options=choices.calibration_names(*words),
-        default=words[0],
-        tooltip=(
-            f"A file from Calibrate Cache. auto: the newest one for this model.{also} Or connect"
-            " the output of Calibrate Cache."
-        ),
-    )
-
-
-def _teacache_expert_widgets() -> list:
-    return [
-        io.Combo.Input(
-            "rule",
-            options=[choices.AUTO, "teacache", "error"],
-            default=choices.AUTO,
-            advanced=True,
-            tooltip=(
-                "When to compute again. error: judged by how wrong the guess for the last"
-                " computed step was. teacache: judged by the change of the first block's"
-                " input, with thresholds as published. auto: the preset's rule."
-            ),
-        ),
-        io.Combo.Input(
-            "level",
-            options=["auto", "blocks", "step"],
-            default="auto",
-            advanced=True,
-            tooltip=(
-                "blocks: the first block decides, the rest is reused. step: decided"
-                " before the model runs, for torch.compile of the whole model. auto: as"
-                " deep as the model allows."
-            ),
-        ),
-        *_expert_widgets(),
-    ]
-
-
-def _expert_widgets() -> list:
-    """The collapsed inputs of every node that reuses results."""
-    return [
-        io.Combo.Input(
-            "extrapolation",
-            options=list(choices.ORDERS),
-            default="auto",
-            advanced=True,
-            tooltip=(
-                "What a skipped step uses: the last computed result (reuse), or a point"
-                " on the line or parabola through the last ones. auto: what was measured"
-                " to be closest."
-            ),
-        ),
-        io.Int.Input(
-            "first_steps",
-            default=1,
-            min=0,
-            max=100,
-            advanced=True,
-            tooltip="This many steps at the start are always computed.",
-        ),
-        io.Int.Input(
-            "last_steps",
-            default=1,
-            min=0,
-            max=100,
-            advanced=True,
-            tooltip="This many steps at the end are always computed.",
-        ),
-        io.Combo.Input(
-            "store",
-            options=["gpu", "cpu"],
-            default="gpu",
-            advanced=True,
-            tooltip=(
-                "Where results are kept for reuse. gpu: about 25 MB for each prompt of a"
-                " 1-megapixel FLUX. cpu: no VRAM, slower steps."
-            ),
-        ),
-    ]
 
 
 NODES = [NibbleTeaCacheSampler, NibbleApplyTeaCache, NibbleApplySmoothCache, NibbleCalibrateCache]

@@ -5,9 +5,7 @@ training, a SAMPLER and SIGMAS.
 from comfy_api.latest import io
 
 from ..quant.files.errors import FileRefused
-from .bridge.caf import load as caf_model
-from .bridge.caf import sample as caf_sampling
-from .bridge.caf import training_free as caf
+from .bridge.caf import invert, load, sample, training_free
 from .bridge.host import charts
 
 NO_FILES = "(no CAF files yet)"
@@ -46,7 +44,7 @@ class NibbleLoadCAF(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "caf_name",
-                    options=caf_model.files() or [NO_FILES],
+                    options=load.files() or [NO_FILES],
                     tooltip="A file in models/caf, from Train CAF.",
                 ),
             ],
@@ -65,19 +63,19 @@ class NibbleLoadCAF(io.ComfyNode):
     def validate_inputs(cls, caf_name=None):
         try:
             if caf_name is not None:  # a linked name is known only when the graph runs
-                caf_model.path_of(caf_name)
+                load.path_of(caf_name)
         except FileRefused as refusal:
             return str(refusal)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, caf_name, **_):
-        return caf_model.stamp(caf_name)
+        return load.stamp(caf_name)
 
     @classmethod
     def execute(cls, model, caf_name) -> io.NodeOutput:
-        worn = caf_model.load(model, caf_name)
-        return io.NodeOutput(worn, ui=charts.ui(caf_model.chart(caf_model.heads_of(worn))))
+        with_heads = load.load(model, caf_name)
+        return io.NodeOutput(with_heads, ui=charts.ui(load.chart(load.heads_of(with_heads))))
 
 
 class NibbleCAFSampler(io.ComfyNode):
@@ -150,11 +148,11 @@ class NibbleCAFSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, denoise, ahead, velocity=None) -> io.NodeOutput:
-        sigmas = caf_sampling.sigmas(model, steps, denoise)
+        sigmas = sample.sigmas(model, steps, denoise)
         return io.NodeOutput(
-            caf_sampling.sampler(velocity, ahead),
+            sample.sampler(velocity, ahead),
             sigmas,
-            ui=charts.ui(caf_sampling.chart(model, sigmas, velocity)),
+            ui=charts.ui(sample.chart(model, sigmas, velocity)),
         )
 
 
@@ -211,10 +209,8 @@ class NibbleCAFInvert(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent_image, steps, ahead) -> io.NodeOutput:
-        noise, velocity = caf_sampling.invert(model, positive, latent_image, steps, ahead)
-        return io.NodeOutput(
-            noise, velocity, ui=charts.ui(caf_sampling.inversion_chart(noise, velocity, steps))
-        )
+        noise, velocity = invert.invert(model, positive, latent_image, steps, ahead)
+        return io.NodeOutput(noise, velocity, ui=charts.ui(invert.chart(noise, velocity, steps)))
 
 
 class NibbleConstantAcceleration(io.ComfyNode):
@@ -244,7 +240,7 @@ class NibbleConstantAcceleration(io.ComfyNode):
             inputs=[
                 io.Float.Input(
                     "limit",
-                    default=caf.LIMIT,
+                    default=training_free.LIMIT,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -263,7 +259,7 @@ class NibbleConstantAcceleration(io.ComfyNode):
 
     @classmethod
     def execute(cls, limit) -> io.NodeOutput:
-        return io.NodeOutput(caf.sampler(limit))
+        return io.NodeOutput(training_free.sampler(limit))
 
 
 class NibbleCAFSigmas(io.ComfyNode):
@@ -307,14 +303,14 @@ class NibbleCAFSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, sigmas, h) -> io.NodeOutput:
-        moved = caf.retimed(sigmas, h)
-        return io.NodeOutput(moved, ui=charts.ui(caf.chart(sigmas, moved)))
+        moved = training_free.retimed(sigmas, h)
+        return io.NodeOutput(moved, ui=charts.ui(training_free.chart(sigmas, moved)))
 
 
 def _ahead() -> io.Float.Input:
     return io.Float.Input(
         "ahead",
-        default=caf_sampling.AHEAD,
+        default=sample.AHEAD,
         min=0.0,
         max=1.0,
         step=0.05,

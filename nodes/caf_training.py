@@ -4,12 +4,13 @@ from them.
 
 from comfy_api.latest import io
 
-from .bridge.caf import couplings as caf_couplings
+from . import training_inputs
 from .bridge.caf import load as caf_model
-from .bridge.caf import train as caf_training
-from .bridge.caf.train import OPTIMIZERS, RECIPE, Job, Options
+from .bridge.caf.couplings import make_couplings, stamp
+from .bridge.caf.teacher import DEFAULT, CouplingsJob
+from .bridge.caf.train import OPTIMIZERS, RECIPE, Options, TrainingJob, file_name, train
 from .bridge.host import charts
-from .bridge.training.session import DTYPES, Settings
+from .bridge.training.session import Settings
 from .widgets import patterns
 
 
@@ -50,28 +51,28 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename, **_):
-        return caf_couplings.stamp(filename[0] if isinstance(filename, list) else filename)
+        return stamp(filename[0] if isinstance(filename, list) else filename)
 
     @classmethod
     def execute(cls, positive, latent_image, negative=None, **widgets) -> io.NodeOutput:
         # the node takes lists of prompts, so everything comes as a list
         one = {name: values[0] for name, values in widgets.items()}
-        job = caf_couplings.Job(
-            one["model"],
-            positive,
-            latent_image,
-            one["sampler"],
-            one["sigmas"],
-            one["count"],
-            one["seed"],
-            one["filename"],
-            negative,
-            one["cfg"],
-            one["batch_size"],
-            one["overwrite"],
-            cls.hidden.unique_id,
+        job = CouplingsJob(
+            model=one["model"],
+            positive=positive,
+            latents=latent_image,
+            sampler=one["sampler"],
+            sigmas=one["sigmas"],
+            count=one["count"],
+            seed=one["seed"],
+            filename=one["filename"],
+            negative=negative,
+            cfg=one["cfg"],
+            batch=one["batch_size"],
+            overwrite=one["overwrite"],
+            node_id=cls.hidden.unique_id,
         )
-        couplings, chart = caf_couplings.run(job)
+        couplings, chart = make_couplings(job)
         return io.NodeOutput(couplings, ui=charts.ui(chart))
 
 
@@ -121,12 +122,12 @@ class NibbleTrainCAF(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename, **_):
-        name = caf_training.file_name(filename or "")
+        name = file_name(filename or "")
         # unequal to itself: the node runs until its file is there
         return caf_model.stamp(name) if name in caf_model.files() else float("nan")
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls,
         model,
         couplings,
@@ -162,22 +163,24 @@ class NibbleTrainCAF(io.ComfyNode):
             offloading=offloading,
             seed=seed,
         )
-        done = caf_training.run(
-            Job(
-                model,
-                couplings,
-                filename,
-                options,
-                settings,
-                rank,
-                h,
-                overwrite,
-                patterns(layers),
-                preview_every,
-                cls.hidden.unique_id,
+        trained = train(
+            TrainingJob(
+                model=model,
+                couplings=couplings,
+                filename=filename,
+                options=options,
+                settings=settings,
+                rank=rank,
+                h=h,
+                overwrite=overwrite,
+                layers=patterns(layers),
+                preview_every=preview_every,
+                node_id=cls.hidden.unique_id,
             )
         )
-        return io.NodeOutput(done.name, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart))
+        return io.NodeOutput(
+            trained.name, {"loss": trained.losses}, trained.steps, ui=charts.ui(trained.chart)
+        )
 
 
 def _couplings_inputs() -> list:
@@ -238,9 +241,7 @@ def _couplings_inputs() -> list:
             tooltip="Pair i starts from the noise of seed + i.",
         ),
         io.String.Input(
-            "filename",
-            default=caf_couplings.DEFAULT,
-            tooltip="Name of the folder in output/caf_couplings.",
+            "filename", default=DEFAULT, tooltip="Name of the folder in output/caf_couplings."
         ),
         io.Boolean.Input(
             "overwrite",
@@ -292,14 +293,7 @@ def _training_inputs() -> list:
             default="trained",
             tooltip="Name of the new file in models/caf. Ends in .caf.safetensors.",
         ),
-        io.Boolean.Input(
-            "overwrite",
-            default=False,
-            tooltip=(
-                "Replace an existing file of this name, and discard a stopped run that"
-                " had other inputs."
-            ),
-        ),
+        training_inputs.overwrite(),
         io.Int.Input(
             "steps",
             default=1000,
@@ -350,17 +344,7 @@ def _training_inputs() -> list:
             advanced=True,
             tooltip="Pairs per batch. They go through the model together.",
         ),
-        io.Int.Input(
-            "grad_accumulation_steps",
-            default=1,
-            min=1,
-            max=1024,
-            advanced=True,
-            tooltip=(
-                "Batches per step: works like a larger batch without its memory, because"
-                " the batches run one after another."
-            ),
-        ),
+        training_inputs.accumulation(),
         io.Combo.Input(
             "optimizer",
             options=list(OPTIMIZERS),
@@ -379,33 +363,7 @@ def _training_inputs() -> list:
                 "Seed for the heads' initial values and for the order of the pairs and times."
             ),
         ),
-        io.Combo.Input(
-            "training_dtype",
-            options=list(DTYPES),
-            default="bf16",
-            advanced=True,
-            tooltip=(
-                "Number format of the model while training. Use fp32 on a CPU and on"
-                " cards older than the RTX 30 series. none: the same as when sampling."
-            ),
-        ),
-        io.Boolean.Input(
-            "gradient_checkpointing",
-            default=True,
-            advanced=True,
-            tooltip=(
-                "Stores only the inputs of each block and computes the block twice: much"
-                " less memory, more time."
-            ),
-        ),
-        io.Boolean.Input(
-            "offloading",
-            default=False,
-            advanced=True,
-            tooltip=(
-                "Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."
-            ),
-        ),
+        *training_inputs.memory(),
         io.String.Input(
             "layers",
             default="",

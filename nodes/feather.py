@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..accel.feather import CRITERIA
-from .bridge.feather import report as image_patches
 from .bridge.feather.prune import MODES
+from .bridge.feather.report import PruneChoice, attach, report
 from .bridge.host import charts
 
 
@@ -110,12 +110,18 @@ class NibbleFeatherPrune(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(  # noqa: PLR0913 (the inputs)
         cls, clip, keep, mode, criterion, stride, first_layer, second_layer
     ) -> io.NodeOutput:
-        pruned, plan = image_patches.attach(
-            clip, keep, mode, criterion, stride, first_layer, second_layer, cls.hidden.unique_id
+        choice = PruneChoice(
+            keep=keep,
+            mode=mode,
+            criterion=criterion,
+            stride=stride,
+            first=first_layer,
+            second=second_layer,
         )
+        pruned, plan = attach(clip, choice, cls.hidden.unique_id)
         return io.NodeOutput(pruned, ui=charts.ui(plan))
 
 
@@ -153,7 +159,7 @@ class NibbleFeatherReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning) -> io.NodeOutput:
-        drawn, chart = image_patches.report(conditioning)
+        drawn, chart = report(conditioning)
         return io.NodeOutput(drawn, ui=charts.ui(chart))
 
 

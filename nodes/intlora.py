@@ -94,13 +94,13 @@ class NibbleConvertIntLoRA(io.ComfyNode):
     def execute(cls, model, lora_name, target_error, filename, overwrite, k) -> io.NodeOutput:
         done = intlora.run(
             intlora.Job(
-                model,
-                lora_name,
-                target_error,
-                None if k < 0 else k,
-                filename,
-                overwrite,
-                cls.hidden.unique_id,
+                model=model,
+                lora_name=lora_name,
+                target=target_error,
+                k=None if k < 0 else k,
+                filename=filename,
+                overwrite=overwrite,
+                node_id=cls.hidden.unique_id,
             )
         )
         return io.NodeOutput(done.name, ui=charts.ui(kept.conversion_chart(done, lora_name)))
@@ -239,7 +239,15 @@ class NibbleMergeIntLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename, branch, overwrite) -> io.NodeOutput:
-        done = merging.save(merging.Job(model, filename, branch, overwrite, cls.hidden.unique_id))
+        done = merging.save(
+            merging.Job(
+                model=model,
+                filename=filename,
+                branch=branch,
+                overwrite=overwrite,
+                node_id=cls.hidden.unique_id,
+            )
+        )
         return io.NodeOutput(done.name, ui=charts.ui(kept.merge_chart(done)))
 
 

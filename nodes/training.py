@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
+from . import training_inputs
 from .bridge.host import charts
 from .bridge.intlora import files as intlora
-from .bridge.intlora import train as intlora_training
-from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options
-from .bridge.training.session import DTYPES, LOSSES, Settings
+from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options, run
+from .bridge.training.dataset import LOSSES
+from .bridge.training.session import Settings
 from .widgets import patterns
 
 VARIANTS = ["shift_add", "mul", "shift"]
@@ -80,32 +81,36 @@ class NibbleTrainIntLoRA(io.ComfyNode):
             save_every=250,
         )
         settings = Settings(
-            one["batch_size"],
-            one["loss_function"],
-            one["training_dtype"],
-            one["gradient_checkpointing"],
-            one["offloading"],
-            one["seed"],
+            batch=one["batch_size"],
+            loss=one["loss_function"],
+            dtype=one["training_dtype"],
+            checkpointing=one["gradient_checkpointing"],
+            offloading=one["offloading"],
+            seed=one["seed"],
         )
-        done = intlora_training.run(
+        trained = run(
             Job(
-                model[0],
-                latents,
-                positive,
-                one["filename"],
-                options,
-                settings,
-                one["variant"],
-                one["rank"],
-                one["overwrite"],
-                one["existing_lora"],
-                patterns(one["layers"]),
-                one["preview_every"],
-                cls.hidden.unique_id,
+                model=model[0],
+                latents=latents,
+                positive=positive,
+                filename=one["filename"],
+                options=options,
+                settings=settings,
+                variant=one["variant"],
+                rank=one["rank"],
+                overwrite=one["overwrite"],
+                existing=one["existing_lora"],
+                layers=patterns(one["layers"]),
+                preview_every=one["preview_every"],
+                node_id=cls.hidden.unique_id,
             )
         )
         return io.NodeOutput(
-            done.name, done.lora, {"loss": done.losses}, done.steps, ui=charts.ui(done.chart)
+            trained.name,
+            trained.lora,
+            {"loss": trained.losses},
+            trained.steps,
+            ui=charts.ui(trained.chart),
         )
 
 
@@ -131,14 +136,7 @@ def _main_inputs() -> list:
             default="trained",
             tooltip="Name of the new file in models/intlora. Ends in .intlora.safetensors.",
         ),
-        io.Boolean.Input(
-            "overwrite",
-            default=False,
-            tooltip=(
-                "Replace an existing file of this name, and discard a stopped run that"
-                " had other inputs."
-            ),
-        ),
+        training_inputs.overwrite(),
         io.Int.Input(
             "steps",
             default=500,
@@ -195,17 +193,7 @@ def _expert_inputs() -> list:
                 " model together."
             ),
         ),
-        io.Int.Input(
-            "grad_accumulation_steps",
-            default=1,
-            min=1,
-            max=1024,
-            advanced=True,
-            tooltip=(
-                "Batches per step: works like a larger batch without its memory, because"
-                " the batches run one after another."
-            ),
-        ),
+        training_inputs.accumulation(),
         io.Combo.Input(
             "optimizer",
             options=list(OPTIMIZERS),
@@ -232,33 +220,7 @@ def _expert_inputs() -> list:
                 " times, the noise and the previews."
             ),
         ),
-        io.Combo.Input(
-            "training_dtype",
-            options=list(DTYPES),
-            default="bf16",
-            advanced=True,
-            tooltip=(
-                "Number format of the model while training. Use fp32 on a CPU and on"
-                " cards older than the RTX 30 series. none: the same as when sampling."
-            ),
-        ),
-        io.Boolean.Input(
-            "gradient_checkpointing",
-            default=True,
-            advanced=True,
-            tooltip=(
-                "Stores only the inputs of each block and computes the block twice: much"
-                " less memory, more time."
-            ),
-        ),
-        io.Boolean.Input(
-            "offloading",
-            default=False,
-            advanced=True,
-            tooltip=(
-                "Keeps the weights in RAM and streams them: for models larger than the VRAM. Slow."
-            ),
-        ),
+        *training_inputs.memory(),
         io.Combo.Input(
             "existing_lora",
             options=[*intlora.adapter_files(), NONE],

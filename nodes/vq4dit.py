@@ -237,7 +237,7 @@ def _file_input() -> io.Combo.Input:
 
 
 class NibbleLoadVQ(_VQFilePicker):
-    """Loads a model of codewords."""
+    """Loads a vector-quantized model."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -268,7 +268,7 @@ class NibbleLoadVQ(_VQFilePicker):
 
 
 class NibbleInspectVQ(_VQFilePicker):
-    """Shows what a file of codewords is made of."""
+    """Shows what a VQ file is made of."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -37,13 +37,13 @@ def _entries() -> tuple[dict, ...]:
 
 def _shipped(entry: dict) -> Shipped:
     return Shipped(
-        entry["model"],
-        entry["feature"],
-        Polynomial(tuple(entry["coefficients"])),
-        tuple(entry["thresholds"]),
-        entry["source"],
-        entry["date"],
-        entry.get("first", 1),
+        model=entry["model"],
+        feature=entry["feature"],
+        polynomial=Polynomial(tuple(entry["coefficients"])),
+        thresholds=tuple(entry["thresholds"]),
+        source=entry["source"],
+        date=entry["date"],
+        first=entry.get("first", 1),
     )
 
 
@@ -52,14 +52,15 @@ def every() -> list[Shipped]:
     return [_shipped(entry) for entry in _entries()]
 
 
-def lookup(classes: Iterable[str], facts: dict) -> Shipped | None:
-    """The first entry for one of a model's class names whose every condition is among the facts.
-    facts: name → value, lists compared as lists.
+def lookup(classes: Iterable[str], traits: dict) -> Shipped | None:
+    """The first entry for one of a model's class names whose every condition is among the traits.
+    traits: name → value, lists compared as lists.
     """
     names = set(classes)
     for entry in _entries():
         if entry["class"] in names and all(
-            name in facts and _plain(facts[name]) == value for name, value in entry["when"].items()
+            name in traits and _plain(traits[name]) == value
+            for name, value in entry["when"].items()
         ):
             return _shipped(entry)
     return None

@@ -3,7 +3,7 @@ guesses were.
 
 Whenever a step is computed, the guess that would have been made for it is compared with it.
 Lagrange's remainder says how that error grows with the distance to the steps it was made from, so
-the error of the next guesses can be foretold without looking at anything:
+the error of the next guesses can be predicted without looking at anything:
 
     rate = e_t / |prod_j (s_t - s_j)|,   e_i = rate * |prod_j (s_i - s_j)| * |s_i - s_{i+1}| / mean
       step,   reuse while sum e_i < threshold
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .extrapolate import Reuse, spread
+from .extrapolate import Reuse, node_product
 from .steps import Decision, Step, Window
 
 MOST = 5  # steps guessed in a row: further away than that, one measured rate says little
@@ -35,8 +35,8 @@ class ErrorControl:
     window: Window = Window()
     most: int = MOST
 
-    def stream(self) -> ErrorStream:
-        return ErrorStream(self)
+    def decider(self) -> ErrorDecider:
+        return ErrorDecider(self)
 
     def weight(self, step: Step) -> float:
         """The step's length over the mean one."""
@@ -44,7 +44,7 @@ class ErrorControl:
         return abs(self.sigmas[step.index] - self.sigmas[step.index + 1]) / mean if mean else 1.0
 
 
-class ErrorStream:
+class ErrorDecider:
     """The rule at work on one stream: the last measured rate, and the error summed up since the
     last computed step.
     """
@@ -56,19 +56,22 @@ class ErrorStream:
     def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
         """nodes: the sigmas of the computed steps that a guess would be made from, oldest first."""
         why = self.rule.window.forbids(step)
-        if why is None and len(nodes) < self.rule.reuse.order + 1:
+        if why is None and (self.rate is None or not self.can_guess(nodes)):
             why = "new"
         if why or self.rate is None:
             self.computed()
-            return Decision(True, why or "new")
-        reached = self.change + self.rate * spread(
-            nodes, step.sigma, self.rule.reuse
-        ) * self.rule.weight(step)
+            return Decision(True, why)
+        distance = node_product(nodes, step.sigma, self.rule.reuse)
+        reached = self.change + self.rate * distance * self.rule.weight(step)
         if reached < self.rule.threshold and self.row < self.rule.most:
             self.change, self.row = reached, self.row + 1
             return Decision(False, "reused", reached)
         self.computed()
         return Decision(True, "threshold", reached)
+
+    def can_guess(self, nodes: Sequence[float]) -> bool:
+        """Whether there are as many computed steps as a guess of the rule's order is made from."""
+        return len(nodes) > self.rule.reuse.order
 
     def computed(self) -> None:
         self.change, self.row = 0.0, 0
@@ -77,6 +80,6 @@ class ErrorStream:
         """A computed step differed from its guess, made from `nodes`, by the relative error
         `error`.
         """
-        far = spread(nodes, step.sigma, self.rule.reuse)
-        if far and len(nodes) >= self.rule.reuse.order + 1:
-            self.rate = error / far
+        distance = node_product(nodes, step.sigma, self.rule.reuse)
+        if distance and self.can_guess(nodes):
+            self.rate = error / distance

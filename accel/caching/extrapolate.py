@@ -44,18 +44,18 @@ def weights(nodes: Sequence[float], at: float, reuse: Reuse) -> list[float]:
     up for a guess at `at`.
     """
     used = list(nodes)[-(reuse.order + 1) :]
-    found = []
-    for i, here in enumerate(used):
+    out = []
+    for i, node in enumerate(used):
         weight = 1.0
         for j, other in enumerate(used):
             if j != i:
-                weight *= (at - other) / (here - other)
-        found.append(weight * reuse.damping)
-    found[-1] += 1 - reuse.damping
-    return found
+                weight *= (at - other) / (node - other)
+        out.append(weight * reuse.damping)
+    out[-1] += 1 - reuse.damping
+    return out
 
 
-def spread(nodes: Sequence[float], at: float, reuse: Reuse) -> float:
+def node_product(nodes: Sequence[float], at: float, reuse: Reuse) -> float:
     """|prod (at - s_i)| over the nodes that a guess uses: its error is this times a derivative
     (Lagrange's remainder).
     """
@@ -99,11 +99,11 @@ class History:
         """
         device = self.values[-1].device if like is None else like.device
         dtype = self.values[-1].dtype
-        found = weights(self.nodes, sigma, self.reuse)
-        if len(found) == 1:
+        factors = weights(self.nodes, sigma, self.reuse)
+        if len(factors) == 1:
             return self.values[-1].to(device)
-        total = self.values[-1].to(device).float() * found[-1]
-        for weight, value in zip(found[:-1], self.values[-len(found) : -1], strict=True):
+        total = self.values[-1].to(device).float() * factors[-1]
+        for weight, value in zip(factors[:-1], self.values[-len(factors) : -1], strict=True):
             total.add_(value.to(device).float(), alpha=weight)
         return total.to(dtype)
 

@@ -26,7 +26,7 @@ RESTARTS = 4
 
 
 @dataclass(frozen=True)
-class Fixed:
+class StepMask:
     """The rule that computes the steps of a mask (True: computed), known before the run: nothing is
     measured and nothing waited for.
     """
@@ -34,16 +34,16 @@ class Fixed:
     mask: tuple[bool, ...]
     window: Window = Window()
 
-    def stream(self) -> FixedStream:
-        return FixedStream(self)
+    def decider(self) -> MaskDecider:
+        return MaskDecider(self)
 
 
-class FixedStream:
+class MaskDecider:
     """The rule at work; every stream decides alike, but one that has nothing to reuse yet
     computes.
     """
 
-    def __init__(self, rule: Fixed):
+    def __init__(self, rule: StepMask):
         self.rule = rule
 
     def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
@@ -71,7 +71,7 @@ def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -
     """c of the formula above: how much of each step's velocity ends up in the error. float64
     (steps,). mask[0] is taken as computed.
     """
-    found = np.zeros(len(mask))
+    out = np.zeros(len(mask))
     computed: list[int] = []
     for i, wanted in enumerate(mask):
         if wanted or not computed:
@@ -80,13 +80,13 @@ def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -
         length = sigmas[i + 1] - sigmas[i]
         guess = weights([sigmas[j] for j in computed], sigmas[i], reuse)
         for j, weight in zip(computed[-len(guess) :], guess, strict=True):
-            found[j] += length * weight
-        found[i] -= length
-    return found
+            out[j] += length * weight
+        out[i] -= length
+    return out
 
 
 def error(mask: Sequence[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> float:
-    """The foretold error at the end of the run: root mean over prompts of |e|^4, to the fourth
+    """The predicted error at the end of the run: root mean over prompts of |e|^4, to the fourth
     root, so that the worst prompts weigh most.
 
     grams: float64 (prompts, steps, steps).
@@ -116,9 +116,9 @@ def search(
         if start:
             inner = set(rng.choice(np.arange(1, total - 1), computed - 2, replace=False).tolist())
             mask = [i in inner or i in (0, total - 1) for i in range(total)]
-        mask, found = _descend(mask, sigmas, grams, reuse)
-        if found < least:
-            best, least = mask, found
+        mask, reached = _descend(mask, sigmas, grams, reuse)
+        if reached < least:
+            best, least = mask, reached
     return best
 
 
@@ -129,10 +129,10 @@ def _descend(
     while True:
         inner = range(1, len(mask) - 1)
         swaps = [(i, j) for i in inner if mask[i] for j in inner if not mask[j]]
-        found = [(error(_swapped(mask, i, j), sigmas, grams, reuse), i, j) for i, j in swaps]
-        if not found or min(found)[0] >= least * 0.999:
+        candidates = [(error(_swapped(mask, i, j), sigmas, grams, reuse), i, j) for i, j in swaps]
+        if not candidates or min(candidates)[0] >= least * 0.999:
             return mask, least
-        least, i, j = min(found)
+        least, i, j = min(candidates)
         mask = _swapped(mask, i, j)
 
 
@@ -142,7 +142,9 @@ def _swapped(mask: list[bool], i: int, j: int) -> list[bool]:
     return out
 
 
-def spread(mask: Sequence[bool], known: Sequence[float], wanted: Sequence[float]) -> list[bool]:
+def transferred(
+    mask: Sequence[bool], known: Sequence[float], wanted: Sequence[float]
+) -> list[bool]:
     """A mask for another schedule of sigmas: as many of its steps computed as the share asks for,
     at the same places of the computed density.
 

@@ -20,7 +20,7 @@ import numpy as np
 FARTHEST = 3  # steps that a value is kept at most, the paper's choice for pictures
 
 
-def schedule(rows: Sequence[Sequence[float]], alpha: float) -> list[bool]:
+def greedy_mask(rows: Sequence[Sequence[float]], alpha: float) -> list[bool]:
     """The published greedy rule: from each computed step jump over as many steps as an error of at
     most alpha allows, the farthest first.
 
@@ -48,7 +48,7 @@ def schedule(rows: Sequence[Sequence[float]], alpha: float) -> list[bool]:
 @dataclass
 class Curve:
     """Mean errors of one kind of layer, and the half-width of their 95 % interval: [k - 1][i], as
-    in `schedule`.
+    in `greedy_mask`.
     """
 
     mean: list[list[float]]

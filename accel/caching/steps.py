@@ -135,11 +135,6 @@ class Record:
     def reused(self) -> int:
         return len(self.cells) - self.computed
 
-    @property
-    def speedup(self) -> float:
-        """Evaluations over computed ones: how many times less the model worked."""
-        return self.calls / self.work if self.work else 1.0
-
     def reasons(self) -> Counter:
         """How many steps were decided for which reason."""
         return Counter(cell.why for cell in self.cells.values())

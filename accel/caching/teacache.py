@@ -83,11 +83,11 @@ class TeaCache:
     threshold: float
     window: Window = Window()
 
-    def stream(self) -> TeaCacheStream:
-        return TeaCacheStream(self)
+    def decider(self) -> TeaCacheDecider:
+        return TeaCacheDecider(self)
 
 
-class TeaCacheStream:
+class TeaCacheDecider:
     """The rule at work on one stream: its accumulated change."""
 
     def __init__(self, rule: TeaCache):

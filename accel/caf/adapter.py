@@ -73,20 +73,20 @@ class Head(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Name in the file → tensor."""
-        found = {
+        branches = {
             f"{layer}.{kind}": tensor
             for layer, tensors in self.branches().items()
             for kind, tensor in tensors.items()
         }
-        return found if self.extra is None else found | {"extra": self.extra}
+        return branches if self.extra is None else branches | {"extra": self.extra}
 
 
-class Adapter(nn.Module):
+class CAFAdapter(nn.Module):
     """Both heads, h, how much of them acts half-way (`share`), the name of the input layer, and
     facts of the training (JSON). rank 0: whole differences.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (what a file holds)
         self,
         velocity: Head,
         acceleration: Head,
@@ -97,14 +97,13 @@ class Adapter(nn.Module):
         facts: dict | None = None,
     ):
         super().__init__()
-        self.velocity, self.acceleration = velocity, acceleration
-        self.h, self.rank, self.input_layer, self.middle, self.facts = (
-            h,
-            rank,
-            input_layer,
-            middle,
-            dict(facts or {}),
-        )
+        self.velocity = velocity
+        self.acceleration = acceleration
+        self.h = h
+        self.rank = rank
+        self.input_layer = input_layer
+        self.middle = middle
+        self.facts = dict(facts or {})
 
     @classmethod
     def create(
@@ -115,11 +114,12 @@ class Adapter(nn.Module):
         h: float,
         seed: int = 0,
         middle: float = MIDDLE,
-    ) -> Adapter:
+    ) -> CAFAdapter:
         """Heads that change nothing yet, for the linears `names` of a model. Raises ValueError for
         a layer, rank or model that cannot have them.
         """
-        generator, modules, layers = torch.Generator().manual_seed(seed), _modules(model), {}
+        generator, modules = torch.Generator().manual_seed(seed), _modules(model)
+        layers = {}
         for name in names:
             outputs, inputs = _linear_shape(modules[name])
             if not 0 <= rank <= min(outputs, inputs):
@@ -137,12 +137,12 @@ class Adapter(nn.Module):
                 layers[name] = {"difference": torch.zeros(outputs, inputs)}
         place = input_layer(model)
         return cls(
-            Head(layers, None),
-            Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))),
-            h,
-            rank,
-            place,
-            middle,
+            velocity=Head(layers, None),
+            acceleration=Head(_copied(layers), torch.zeros(_weight_shape(modules[place]))),
+            h=h,
+            rank=rank,
+            input_layer=place,
+            middle=middle,
         )
 
     def strength(self, sigma: Tensor) -> Tensor:
@@ -162,14 +162,14 @@ def _copied(layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """Of a linear, also a quantized one, or of a convolution."""
+    """The shape of a linear's weight, also a quantized one's, or a convolution's."""
     if hasattr(module, "in_features"):
         return _linear_shape(module)
     return tuple(cast("Tensor", module.weight).shape)
 
 
 def _linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs), also of a quantized linear, which is no nn.Linear."""
+    """(outputs, inputs), also of a quantized linear, which is not an nn.Linear."""
     return cast("int", linear.out_features), cast("int", linear.in_features)
 
 
@@ -303,7 +303,9 @@ def presented_by(model: nn.Module, place: str, call: Callable[[], object]) -> Te
     )
 
 
-def check(adapter: Adapter, model: nn.Module, file: str, what: str = "the connected model") -> None:
+def check(
+    adapter: CAFAdapter, model: nn.Module, file: str, what: str = "the connected model"
+) -> None:
     """Raises FileRefused unless every layer of the adapter is one of the model, of the same
     shape.
     """
@@ -335,7 +337,7 @@ def check(adapter: Adapter, model: nn.Module, file: str, what: str = "the connec
 # ---- on disk
 
 
-def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
+def save_file(adapter: CAFAdapter, path: str | os.PathLike) -> None:
     """Writes the adapter, whole or not at all. Raises FileRefused where the disk does not
     take it.
     """
@@ -355,7 +357,7 @@ def save_file(adapter: Adapter, path: str | os.PathLike) -> None:
     atomic.write(path, save(tensors, {"format": FORMAT, "caf": json.dumps(about)}))
 
 
-def read_file(path: str | os.PathLike) -> Adapter:
+def read_file(path: str | os.PathLike) -> CAFAdapter:
     """The adapter in a file, on the CPU in the file's dtypes. Raises FileRefused for anything that
     is not one.
     """
@@ -368,14 +370,14 @@ def read_file(path: str | os.PathLike) -> Adapter:
         velocity, acceleration = (
             _head(header, f"{kind}.") for kind in ("velocity", "acceleration")
         )
-        return Adapter(
-            velocity,
-            acceleration,
-            float(about["h"]),
-            int(about["rank"]),
-            str(about["input_layer"]),
-            float(about["middle"]),
-            about["facts"],
+        return CAFAdapter(
+            velocity=velocity,
+            acceleration=acceleration,
+            h=float(about["h"]),
+            rank=int(about["rank"]),
+            input_layer=str(about["input_layer"]),
+            middle=float(about["middle"]),
+            facts=about["facts"],
         )
     except FileRefused:
         raise

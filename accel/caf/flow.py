@@ -74,7 +74,7 @@ def uniform(steps: int) -> list[float]:
     return [i / steps for i in range(steps + 1)]
 
 
-def sample(
+def sample(  # noqa: PLR0913 (algorithm 2 with its options)
     velocity: Velocity,
     accelerate: Acceleration,
     noise: Tensor,
@@ -116,7 +116,7 @@ def invert(
     return _walk(accelerate, data, v, times, ahead, h), v
 
 
-def _walk(
+def _walk(  # noqa: PLR0913 (the arguments of sample)
     accelerate: Acceleration,
     x: Tensor,
     start: Tensor,
@@ -126,21 +126,23 @@ def _walk(
     report: Callable[[int, Tensor], None] = lambda step, x: None,
 ) -> Tensor:
     """x at times[0] → at times[-1], forwards or back; exact where the acceleration is constant."""
-    ahead = ahead if h else 0.0  # a path that begins at rest does not show where it leads
-    # not looked at where the acceleration is asked for at once
-    push = 2 * (1 - h) / h * start if ahead else start
-    for i, (now, then) in enumerate(zip(times, times[1:], strict=False)):
-        asked = now + ahead * (then - now)
-        x = _moved(x, start, push, now, asked)
-        push = accelerate(x, x.new_full((len(x),), asked), start)
-        x = _moved(x, start, push, asked, then)
+    if h == 0:
+        ahead = 0.0  # a path that begins at rest does not show where it leads
+    accel = start  # not looked at where the acceleration is asked for at once
+    if ahead:
+        accel = 2 * (1 - h) / h * start
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        t_eval = t + ahead * (t_next - t)
+        x = _moved(x, start, accel, t, t_eval)
+        accel = accelerate(x, x.new_full((len(x),), t_eval), start)
+        x = _moved(x, start, accel, t_eval, t_next)
         report(i, x)
     return x
 
 
-def _moved(x: Tensor, start: Tensor, push: Tensor, now: float, then: float) -> Tensor:
-    """x at time `now` → at `then` under a constant acceleration."""
-    return x if now == then else x + (then - now) * (start + (now + then) / 2 * push)
+def _moved(x: Tensor, start: Tensor, accel: Tensor, t: float, t_next: float) -> Tensor:
+    """x at time t → at t_next under a constant acceleration."""
+    return x if t == t_next else x + (t_next - t) * (start + (t + t_next) / 2 * accel)
 
 
 def retimed(t: Tensor, h: float) -> Tensor:

@@ -17,7 +17,7 @@ from . import flow
 # noise (batch, …), data of the same shape, condition: anything the nets understand
 Batch = tuple[Tensor, Tensor, Any]
 Batches = Callable[[Generator], Batch]
-# of `times`, for trainings of hundreds of steps: tests/bench/results/caf-distilled.json
+# `ends` of `times` for trainings of hundreds of steps: tests/bench/results/caf-distilled.json
 ENDS = {"velocity": (0.5, 0.15), "acceleration": (0.25, 0.15)}
 # t is one of 0, 1/1000, …, 1, as in the paper's code: both ends are asked for in sampling and
 # inversion
@@ -33,8 +33,8 @@ def times(
     """t (count,) float32, uniform over {0, 1/1000, …, 1}; the shares `ends` of all draws are t = 0
     and t = 1 instead.
 
-    Few steps ask for t = 0 most of all and inversion for t = 1: a short training had better spend
-    its time there. The paper's is (0, 0).
+    Few steps ask for t = 0 most of all and inversion for t = 1: a short training spends its
+    time best there. The paper's is (0, 0).
     """
     drawn = torch.randint(0, _TIMES + 1, (count,), generator=generator) / _TIMES
     if any(ends):

@@ -1,4 +1,5 @@
-"""The loop that every trainer uses: optimizer, checkpoints, resuming.
+"""Training of something small beside a frozen model; knows no method.
 
-loop.py
+loop.py       the optimizer's loop: warm-up, interruption, state files
+recompute.py  blocks trained through: checkpointing, blocks that write in place
 """

@@ -5,10 +5,8 @@ The loss is the caller's; it gets a random generator that depends on the seed an
 that a run that was interrupted and resumed ends, bit for bit, as one that was not.
 """
 
-import contextlib
 import json
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from ..files import atomic
 from ..files.errors import FileRefused
 from ..files.safetensors import read_header, read_tensor
+from .recompute import checkpointing
 
 OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,
@@ -38,7 +34,7 @@ _FREE = ("steps", "save_every", "lr")
 
 @dataclass(frozen=True)
 class Options:
-    """Of a training run. lr: constant after `warmup` steps, and falling to 0 over the last share
+    """Options of a training run. lr: constant after `warmup` steps, and falling to 0 over the last share
     `decay` of all steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate: losses a
     step.
     """
@@ -72,7 +68,7 @@ class Options:
         return self.lr * min(1.0, (done + 1) / max(1, self.warmup), left)
 
 
-def steps(
+def steps(  # noqa: PLR0913 (the loop's whole interface, each with a default)
     parameters: Mapping[str, nn.Parameter],
     loss: Callable[[torch.Generator], Tensor],
     options: Options,
@@ -97,13 +93,7 @@ def steps(
     """
     losses = [] if losses is None else losses
     names = {parameter: name for name, parameter in parameters.items()}
-    fixed = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    fixed = (
-        fixed | {"steps": options.steps}
-        if options.decay
-        else {name: value for name, value in fixed.items() if name != "decay"}
-    )
-    identity = json.dumps([identity, fixed])
+    identity = json.dumps([identity, _fixed(options)])
     decay = {"weight_decay": options.weight_decay} if options.optimizer == "AdamW" else {}
     optimizer = OPTIMIZERS[options.optimizer](names, lr=options.lr, **decay)
     if state is not None:
@@ -118,6 +108,15 @@ def steps(
     finally:
         if state is not None and losses:
             _save(Path(state), names, optimizer, identity, losses)
+
+
+def _fixed(options: Options) -> dict[str, object]:
+    """The options that must agree for a state to be resumed."""
+    fixed = {name: value for name, value in asdict(options).items() if name not in _FREE}
+    if options.decay:
+        return fixed | {"steps": options.steps}
+    del fixed["decay"]
+    return fixed
 
 
 def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, done: int) -> float:
@@ -148,126 +147,7 @@ def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, do
     return total
 
 
-# ---- the forward passes of blocks that were not written for training
-
-
-class _Kept:
-    """A tensor that the backward pass needs."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
-class _Keeper:
-    """Knows what is kept for the backward pass, by storage, and copies it before it is
-    written to.
-    """
-
-    def __init__(self):
-        self.kept: dict[int, weakref.WeakSet[_Kept]] = {}
-
-    def keep(self, tensor: Tensor) -> _Kept:
-        kept = _Kept(tensor.detach())
-        if type(tensor) is Tensor and tensor.is_floating_point():
-            if len(self.kept) > 4096:
-                self.kept = {place: still for place, still in self.kept.items() if still}
-            self.kept.setdefault(tensor.untyped_storage().data_ptr(), weakref.WeakSet()).add(kept)
-        return kept
-
-    def written(self, tensor: Tensor) -> None:
-        for kept in self.kept.pop(tensor.untyped_storage().data_ptr(), ()):
-            kept.tensor = kept.tensor.clone()
-
-
-class _Watched(TorchFunctionMode):
-    """Tells a keeper of every write: x += y, x.mul_(y), x[i] = y, out=x."""
-
-    def __init__(self, keeper: _Keeper):
-        super().__init__()
-        self.keeper = keeper
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        target = args[0] if writes and args else kwargs.get("out")
-        if type(target) is Tensor:
-            self.keeper.written(target)
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _wrapped(blocks: Iterable[nn.Module], wrap: Callable[[Callable], Callable]) -> Iterator[None]:
-    """While entered, each block's forward is wrap(forward)."""
-    blocks = list(blocks)
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = wrap(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-def allowing_writes(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """Lets blocks be trained through that write to tensors which the backward pass needs, as
-    ComfyUI's FLUX does with `img += ...`.
-
-    Autograd refuses that, and torch's recomputation does not even see it; here such a tensor is
-    copied before it is written to.
-    """
-    keeper = _Keeper()
-
-    def wrap(plain):
-        def forward(*args, **kwargs):
-            # in here and not around everything: both belong to a thread, and a CUDA backward pass,
-            # which computes blocks again, has its own
-            with (
-                _Watched(keeper),
-                torch.autograd.graph.saved_tensors_hooks(keeper.keep, lambda kept: kept.tensor),
-            ):
-                return plain(*args, **kwargs)
-
-        return forward
-
-    return _wrapped(blocks, wrap)
-
-
-def checkpointing(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
-    """Recomputes the blocks' activations in the backward pass while entered.
-
-    In torch's reentrant form, whose second pass is ordinary autograd: a tensor that was written to
-    after it was saved is an error there (and with `allowing_writes` none). The other form silently
-    uses what was written.
-    """
-
-    def wrap(plain):
-        def forward(*args, **kwargs):
-            if not torch.is_grad_enabled():
-                return plain(*args, **kwargs)
-            leaves, form = tree_flatten((args, kwargs))
-
-            def again(_, *leaves):
-                inputs, named = tree_unflatten([_copied(leaf) for leaf in leaves], form)
-                return plain(*inputs, **named)
-
-            # some input must ask for gradients: the first block's own do not
-            wanted = torch.zeros((), requires_grad=True)
-            return checkpoint(again, wanted, *leaves, use_reentrant=True)
-
-        return forward
-
-    return _wrapped(blocks, wrap)
-
-
-def _copied(value):
-    """What a block adds to in place must be as it was when the block is computed again."""
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+# ---- state files
 
 
 def _save(

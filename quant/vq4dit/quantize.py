@@ -27,7 +27,7 @@ from ..files.writer import Writer
 from ..monitor import BlockError, Monitor
 from ..report import LayerRow, Report
 from ..run_metadata import padded
-from ..training.loop import allowing_writes
+from ..training.recompute import allowing_writes
 from ..weights.vq import VQWeight
 from . import calibrate
 from . import fit as fitting

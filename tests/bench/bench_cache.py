@@ -152,7 +152,7 @@ def calibrate(bench: Bench, asked: list[str]):
     import comfy.samplers
 
     from nibble.demo import prompts
-    from nibble.nodes.bridge.caching import measure as cache_calibration
+    from nibble.nodes.bridge.caching.measure import Measurement, measure
     from nibble.nodes.bridge.host.progress import Progress
 
     tokens, pooled = prompts.embed(prompts.word_indices(asked))
@@ -160,22 +160,25 @@ def calibrate(bench: Bench, asked: list[str]):
         [tokens[i : i + 1], {"pooled_output": pooled[i : i + 1], "guidance": 3.5}]
         for i in range(len(asked))
     ]
-    return cache_calibration.calibrate(
-        bench.model,
-        entries,
-        None,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        bench.sigmas(STEPS),
-        {"samples": bench.torch.zeros(1, 16, 8, 8)},
-        CALIBRATION_SEED,
+    return measure(
+        Measurement(
+            model=bench.model,
+            positive=entries,
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=bench.sigmas(STEPS),
+            latent={"samples": bench.torch.zeros(1, 16, 8, 8)},
+            seed=CALIBRATION_SEED,
+        ),
         Progress("calibrating"),
     )
 
 
 def fixed_schedules(bench: Bench, calibration, few: slice):
     """(method, [(setting, measure)]): what is decided before the picture is drawn."""
-    from nibble.nodes.bridge.caching.apply import SmoothCacheSettings, apply_smoothcache
+    from nibble.nodes.bridge.caching.apply import apply_smoothcache
+    from nibble.nodes.bridge.caching.settings import SmoothCacheSettings
 
     def by_budget(name, order, given):
         def measure(budget):
@@ -217,7 +220,8 @@ def adaptive_rules(bench: Bench, calibration, few: slice):
     from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
     from nibble.accel.caching.teacache import IDENTITY, Polynomial
-    from nibble.nodes.bridge.caching.apply import TeaCacheSettings, apply_teacache
+    from nibble.nodes.bridge.caching.apply import apply_teacache
+    from nibble.nodes.bridge.caching.settings import TeaCacheSettings
 
     def ours(name, thresholds, given=None, **settings):
         return (
@@ -284,12 +288,8 @@ def overhead(bench: Bench, side: int) -> dict:
     import comfy.samplers
 
     from nibble.accel.caching.teacache import IDENTITY
-    from nibble.nodes.bridge.caching.apply import (
-        SmoothCacheSettings,
-        TeaCacheSettings,
-        apply_smoothcache,
-        apply_teacache,
-    )
+    from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
+    from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
 
     found = {"tokens": side * side // 4}
     noise = bench.torch.randn(1, 16, side, side, generator=bench.torch.Generator().manual_seed(0))

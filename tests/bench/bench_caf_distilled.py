@@ -96,7 +96,7 @@ class Student:
             for name, module in self.flux.named_modules()
             if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name
         ]
-        self.adapter = caf_adapter.Adapter.create(self.flux, names, rank, h, middle=middle)
+        self.adapter = caf_adapter.CAFAdapter.create(self.flux, names, rank, h, middle=middle)
 
     def model(self, head: str, x, sigma, start, words):
         def run(x):

@@ -86,12 +86,12 @@ def _settings(arm: str, keep: float, counts: list[int] | None, whole: int):
     """FEATHER's own stages, or an arm that keeps as many."""
     from bench import seeker
     from nibble.accel.feather import Stage
-    from nibble.nodes.bridge.feather.prune import Settings
+    from nibble.nodes.bridge.feather.prune import PruneSettings
 
     first, second = seeker.STAGES
     if counts is None:
-        return Settings((Stage(first, keep, 3), Stage(second, keep * keep)))
-    return Settings(
+        return PruneSettings((Stage(first, keep, 3), Stage(second, keep * keep)))
+    return PruneSettings(
         (Stage(first, counts[0] / whole), Stage(second, counts[1] / counts[0])), arm.split()[0]
     )
 
@@ -201,9 +201,10 @@ def _measure(clip, side: int, keep: float, rounds: int) -> dict:
 
     from nibble.accel import feather as accel
     from nibble.nodes.bridge.feather import prune as feather
+    from nibble.nodes.bridge.feather import record
 
     layers, text = SHAPE["num_hidden_layers"], 32
-    pruned = feather.prune(clip, feather.Settings(accel.stages(layers, keep), mode="drop"))
+    pruned = feather.prune(clip, feather.PruneSettings(accel.stages(layers, keep), mode="drop"))
     prompt = {
         "qwen25_7b": [
             [
@@ -220,8 +221,8 @@ def _measure(clip, side: int, keep: float, rounds: int) -> dict:
         seconds.append(time.process_time() - began)
     told = found.get(feather.KEY)
     tokens = (
-        feather.Prompt(
-            **{**told, "pictures": [feather.Picture(**p) for p in told["pictures"]]}
+        record.Prompt(
+            **{**told, "pictures": [record.Picture(**p) for p in told["pictures"]]}
         ).tokens()
         if told
         else [side * side + text] * layers

@@ -49,7 +49,7 @@ def test_charts_are_drawn_in_the_nodes_after_a_run(server, quantized, screen, re
     drawn = sorted(screen.page.evaluate(hosts))
     assert [count for count, _, _ in drawn] == [0, 5, 5, 5]
     assert all(wide for _, wide, _ in drawn)
-    assert all("Kept of the LoRA" in text and "Layers" in text for _, _, text in drawn[1:])
+    assert all("Share of the LoRA kept" in text and "Layers" in text for _, _, text in drawn[1:])
 
 
 def test_the_chart_holds_hundreds_of_layers_and_hostile_names(screen):

@@ -24,12 +24,12 @@ def linears(network: torch.nn.Module) -> list[str]:
 
 def heads(
     model, seed: int | None = 0, h: float = 1.0, rank: int = 2, middle: float = 1.0
-) -> adapter.Adapter:
+) -> adapter.CAFAdapter:
     """An adapter of all blocks of a MODEL, which acts alike at all noise levels; seed None: as
     before training.
     """
     network = model.model.diffusion_model
-    made = adapter.Adapter.create(network, linears(network), rank=rank, h=h, middle=middle)
+    made = adapter.CAFAdapter.create(network, linears(network), rank=rank, h=h, middle=middle)
     if seed is not None:
         draw = torch.Generator().manual_seed(seed)
         for head in (made.velocity, made.acceleration):
@@ -41,4 +41,4 @@ def heads(
 
 def worn(model, seed: int | None = 0, name: str = "test.caf.safetensors", **options):
     """The MODEL with such an adapter, without a file."""
-    return caf_model.wearing(model, heads(model, seed, **options), name)
+    return caf_model.with_heads(model, heads(model, seed, **options), name)

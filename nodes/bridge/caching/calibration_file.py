@@ -68,8 +68,10 @@ class Calibration:
     def polynomial(self) -> Polynomial | None:
         if self.teacache is None:
             return None
-        facts = self.teacache
-        return Polynomial(tuple(facts["coefficients"]), facts["x_min"], facts["x_max"], facts["r2"])
+        fitted = self.teacache
+        return Polynomial(
+            tuple(fitted["coefficients"]), fitted["x_min"], fitted["x_max"], fitted["r2"]
+        )
 
     @property
     def feature(self) -> str:
@@ -93,8 +95,9 @@ class Calibration:
         another one.
         """
         steps = len(self.sigmas) - 1
-        here = min(max(round(budget * steps / (len(sigmas) - 1)), 2), steps)
-        return mask_search.spread(_searched(self, here, reuse), self.sigmas, sigmas)
+        measured_budget = min(max(round(budget * steps / (len(sigmas) - 1)), 2), steps)
+        mask = _searched(self, measured_budget, reuse)
+        return mask_search.transferred(mask, self.sigmas, sigmas)
 
     def check(self, model: ModelPatcher) -> None:
         """Raises FileRefused for another model than the one that was measured."""
@@ -106,29 +109,30 @@ class Calibration:
 
     def fits(self, sigmas: torch.Tensor, sampler: str | None) -> list[str]:
         """Sentences about what differs from the measured run."""
-        found, levels = [], [float(s) for s in sigmas]
+        levels = [float(s) for s in sigmas]
+        sentences = []
         if len(levels) != len(self.sigmas):
-            found.append(
+            sentences.append(
                 f"{self.name} was measured with {len(self.sigmas) - 1} steps, this run has"
                 f" {len(levels) - 1}: the schedule is interpolated."
             )
         elif not np.allclose(levels, self.sigmas, rtol=0.02, atol=0.005):
-            found.append(
+            sentences.append(
                 f"{self.name} was measured with another scheduler or shift: the schedule is"
                 " interpolated."
             )
         if sampler and sampler != self.run["sampler"]:
-            found.append(
+            sentences.append(
                 f"{self.name} was measured with the sampler {self.run['sampler']}, this run uses"
                 f" {sampler}."
             )
         r2 = self.teacache and self.teacache["r2"]
         if r2 is not None and r2 < 0.5:
-            found.append(
+            sentences.append(
                 f"TeaCache's polynomial explains only {r2:.0%} of the change in {self.name}; the"
                 " rule 'error' does not need it."
             )
-        return found
+        return sentences
 
     def to_json(self) -> str:
         curves = {

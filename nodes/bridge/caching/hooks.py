@@ -1,6 +1,10 @@
-"""A visitor's hands on every block of a model for the length of one call: ComfyUI's block
-replacement where the model offers it, else its list of blocks shadowed in the instance. Existing
-replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes does not matter.
+"""Hooks at every block of a model, or at its sub-layers, for the length of one call.
+
+ComfyUI's block replacement where the model offers it, else its list of blocks shadowed in the
+instance. Existing replacements (SLG, PuLID, NAG, …) are called inside ours, so the order of nodes
+does not matter.
+
+What stands there is a pass (`Pass`): an object that lives as long as one call of the model.
 """
 
 from __future__ import annotations
@@ -12,11 +16,11 @@ from typing import Protocol
 
 import torch
 
-from .models import Adapter, Blocks, block_list
+from .models import Blocks, ModelFamily, block_list
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockSite:
     """A block among all blocks of a model."""
 
     blocks: Blocks
@@ -30,12 +34,12 @@ class Place:
         return self.blocks.kind, self.index
 
 
-class Visitor(Protocol):
-    """What stands at every block."""
+class Pass(Protocol):
+    """One call of the model, as seen from its blocks and sub-layers."""
 
     def block(
         self,
-        place: Place,
+        place: BlockSite,
         image: torch.Tensor,
         text: torch.Tensor | None,
         arguments: dict,
@@ -44,53 +48,78 @@ class Visitor(Protocol):
         """Returns what the block should have returned; compute() runs it."""
 
 
-def places(model: torch.nn.Module, adapter: Adapter) -> list[Place]:
+class SublayerPass(Pass, Protocol):
+    """The same where sub-layers are hooked too."""
+
+    def sublayer(
+        self, kind: str, index: int, compute: Callable, like: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Returns what the sub-layer of block `index` should have returned, as it should be on the
+        device of `like`; compute() runs it.
+        """
+
+
+def block_sites(network: torch.nn.Module, family: ModelFamily) -> list[BlockSite]:
     """All blocks in the order in which they run."""
-    found = [
+    modules = [
         (blocks, i, _real(module))
-        for blocks in adapter.blocks
-        for i, module in enumerate(block_list(model, blocks))
+        for blocks in family.blocks
+        for i, module in enumerate(block_list(network, blocks))
     ]
+    last = len(modules) - 1
     return [
-        Place(blocks, i, n == 0, n == len(found) - 1, module)
-        for n, (blocks, i, module) in enumerate(found)
+        BlockSite(blocks, i, first=n == 0, last=n == last, module=module)
+        for n, (blocks, i, module) in enumerate(modules)
     ]
 
 
 def _real(module: torch.nn.Module | ShadowedBlock) -> torch.nn.Module:
     """The block itself, while another stands in the list for it."""
-    return _real(module.place.module) if isinstance(module, ShadowedBlock) else module
+    return _real(module.site.module) if isinstance(module, ShadowedBlock) else module
 
 
 @contextmanager
-def visiting(
-    model: torch.nn.Module, adapter: Adapter, options: dict, visitor: Visitor
+def hooked_blocks(
+    network: torch.nn.Module, family: ModelFamily, options: dict, model_pass: Pass
 ) -> Iterator[dict]:
-    """transformer_options with the visitor at every block; the model is as before when this ends,
+    """transformer_options with the pass at every block; the model is as before when this ends,
     however it ends.
     """
-    options = options | {"patches_replace": dict(options.get("patches_replace", {}))}
-    replace = options["patches_replace"]["dit"] = dict(options["patches_replace"].get("dit", {}))
+    replace = dict(options.get("patches_replace", {}).get("dit", {}))
+    patches_replace = {**options.get("patches_replace", {}), "dit": replace}
     with ExitStack() as stack:
         shadows: dict[str, list] = {}
-        for place in places(model, adapter):
-            if place.blocks.replace:
-                key = (place.blocks.replace, place.index)
-                replace[key] = _replacement(place, replace.get(key), visitor)
+        for site in block_sites(network, family):
+            if site.blocks.replace:
+                key = (site.blocks.replace, site.index)
+                replace[key] = _replacement(site, replace.get(key), model_pass)
             else:
-                shadows.setdefault(place.blocks.attribute, []).append(ShadowedBlock(place, visitor))
-        for name, gates in shadows.items():
-            held = getattr(model, name)
-            shadow(
-                stack,
-                model,
-                name,
-                dict(zip(held.keys(), gates, strict=True)) if hasattr(held, "keys") else gates,
-            )
-        yield options
+                shadows.setdefault(site.blocks.attribute, []).append(
+                    ShadowedBlock(site, model_pass)
+                )
+        for name, blocks in shadows.items():
+            held = getattr(network, name)
+            keyed = dict(zip(held.keys(), blocks, strict=True)) if hasattr(held, "keys") else blocks
+            shadow_attr(stack, network, name, keyed)
+        yield options | {"patches_replace": patches_replace}
 
 
-def shadow(stack: ExitStack, module: torch.nn.Module, name: str, value: object) -> None:
+def shadow_sublayers(
+    stack: ExitStack, network: torch.nn.Module, family: ModelFamily, model_pass: SublayerPass
+) -> None:
+    """Puts the pass before every sub-layer that the family names and a block has, until the stack
+    is closed.
+    """
+    for site in block_sites(network, family):
+        for name in site.blocks.parts:
+            module = getattr(site.module, name, None)
+            if module is not None:
+                kind = f"{site.blocks.kind}.{name}"
+                shadow = ShadowedSublayer(model_pass, kind, site.index, module)
+                shadow_attr(stack, site.module, name, shadow)
+
+
+def shadow_attr(stack: ExitStack, module: torch.nn.Module, name: str, value: object) -> None:
     """Puts a value before a submodule for attribute access alone: parameters, state dict and LoRA
     keys do not see it. Undone by the stack.
     """
@@ -106,18 +135,18 @@ def shadow(stack: ExitStack, module: torch.nn.Module, name: str, value: object) 
     stack.callback(undo)
 
 
-def _replacement(place: Place, previous: Callable | None, visitor: Visitor) -> Callable:
-    image, text = place.blocks.image, place.blocks.text
+def _replacement(site: BlockSite, previous: Callable | None, model_pass: Pass) -> Callable:
+    image, text = site.blocks.image, site.blocks.text
 
     def gate(arguments: dict, extra: dict) -> dict:
         def compute():
             out = previous(arguments, extra) if previous else extra["original_block"](arguments)
             return out[image], out.get(text) if text else None
 
-        found, words = visitor.block(
-            place, arguments[image], arguments.get(text) if text else None, arguments, compute
+        image_out, text_out = model_pass.block(
+            site, arguments[image], arguments.get(text) if text else None, arguments, compute
         )
-        return {image: found} | ({text: words} if text else {})
+        return {image: image_out, text: text_out} if text else {image: image_out}
 
     return gate
 
@@ -127,39 +156,53 @@ class ShadowedBlock:
     attributes.
     """
 
-    def __init__(self, place: Place, visitor: Visitor):
-        self.place, self.visitor = place, visitor
+    def __init__(self, site: BlockSite, model_pass: Pass):
+        self.site = site
+        self.model_pass = model_pass
 
     def __getattr__(self, name: str):
-        return getattr(self.place.module, name)
+        return getattr(self.site.module, name)
 
     def __call__(self, *args, **kwargs):
-        blocks = self.place.blocks
+        blocks = self.site.blocks
 
-        def value(where):
-            return (
-                None
-                if where is None
-                else args[where]
-                if isinstance(where, int)
-                else kwargs.get(where)
-            )
+        def argument(where: str | int | None):
+            if where is None:
+                return None
+            return args[where] if isinstance(where, int) else kwargs.get(where)
 
         def compute():
-            out = self.place.module(*args, **kwargs)
+            out = self.site.module(*args, **kwargs)
             if len(blocks.returns) == 1:
                 return out, None
             return out[blocks.returns.index("img")], out[blocks.returns.index("txt")]
 
-        found = self.visitor.block(
-            self.place,
-            value(blocks.image),
-            value(blocks.text),
+        image, text = self.model_pass.block(
+            self.site,
+            argument(blocks.image),
+            argument(blocks.text),
             dict(enumerate(args)) | kwargs,
             compute,
         )
-        return (
-            found[0]
-            if len(blocks.returns) == 1
-            else tuple(found[0] if name == "img" else found[1] for name in blocks.returns)
+        if len(blocks.returns) == 1:
+            return image
+        return tuple(image if name == "img" else text for name in blocks.returns)
+
+
+class ShadowedSublayer:
+    """Stands before a sub-module: called as it is, and lends its attributes."""
+
+    def __init__(self, model_pass: SublayerPass, kind: str, index: int, module: torch.nn.Module):
+        self.model_pass = model_pass
+        self.kind = kind
+        self.index = index
+        self.module = module
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+    def __call__(self, *args, **kwargs):
+        like = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        return self.model_pass.sublayer(
+            self.kind, self.index, lambda: self.module(*args, **kwargs), like
         )

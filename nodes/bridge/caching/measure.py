@@ -29,29 +29,143 @@ from ....accel.caching.teacache import distance, fit
 from ..host.fingerprint import fingerprint, weights_of
 from ..host.progress import Progress
 from ..host.samplers import sampler_name
-from . import models as caching_models
-from .apply import shipped
 from .calibration_file import Calibration
-from .hooks import Place, places, shadow, visiting
-from .models import FEATURES
-from .run import KEY, Run, Stream, options_of, sampling, substitute
-from .wrap_sublayers import ShadowedPart
+from .hooks import BlockSite, hooked_blocks, shadow_sublayers
+from .models import DEPTHS, FEATURES, ModelFamily, family_of, published
+from .run import KEY, ModelCall, Run, model_call, sampling, substitute, uncached
 
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same
-DEPTHS = ("step", "block", "sublayer")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is run and watched: each entry of the CONDITIONING `positive` once, from its own noise
+    (seed + its number).
+
+    k_max: SmoothCache's longest run of reused steps; depths: of DEPTHS, what errors are measured
+        of; order: of TeaCache's polynomial; model_name: None for the model's class
+    """
+
+    model: ModelPatcher
+    positive: list
+    negative: list | None
+    cfg: float
+    sampler: comfy.samplers.Sampler
+    sigmas: torch.Tensor
+    latent: dict
+    seed: int
+    k_max: int = FARTHEST
+    depths: tuple[str, ...] = DEPTHS
+    order: int = 2
+    model_name: str | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+def measure(setup: Measurement, progress: Progress) -> Calibration:
+    """Runs it. Raises ValueError for a schedule too short to learn from."""
+    if setup.steps <= setup.k_max + 1:
+        raise ValueError(
+            f"{setup.steps} steps are too few to calibrate caching with; take the number of steps"
+            f" that you draw with, at least {setup.k_max + 2}."
+        )
+    family = family_of(setup.model.model.diffusion_model)
+    shipped = published(setup.model)
+    feature = family.feature if family else ""
+    if shipped is not None:
+        feature = shipped.feature
+    recorder = CalibrationRecorder(setup.steps, setup.k_max, setup.depths, feature)
+    samples = comfy.sample.fix_empty_latent_channels(setup.model, setup.latent["samples"][:1])
+    recorded = _recorded(setup.model, recorder, family)
+    for number in range(len(setup.positive)):
+        _sample(setup, recorded, number, samples, progress)
+        recorder.next_prompt()
+    return Calibration(
+        model=_about_model(setup),
+        run=_about_run(setup, samples),
+        teacache=_polynomial(recorder, setup.order),
+        curves={kind: errors.curve() for kind, errors in recorder.errors.items()},
+        grams=np.stack(recorder.grams),
+    )
+
+
+def _sample(
+    setup: Measurement, model: ModelPatcher, number: int, samples: torch.Tensor, progress: Progress
+) -> None:
+    """Samples the prompt of that number."""
+    prompt, prompts, steps = setup.positive[number], len(setup.positive), setup.steps
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds([prompt], setup.negative or [[torch.zeros_like(prompt[0]), prompt[1]]])
+    guider.set_cfg(setup.cfg)
+
+    def stepped(step, x0, x, total):
+        done = number * steps + step + 1
+        progress(done, prompts * steps, f"prompt {number + 1} of {prompts}")
+
+    seed = setup.seed + number
+    guider.sample(
+        comfy.sample.prepare_noise(samples, seed),
+        samples,
+        setup.sampler,
+        setup.sigmas,
+        callback=stepped,
+        disable_pbar=True,
+        seed=seed,
+    )
+
+
+def _about_model(setup: Measurement) -> dict:
+    return {
+        "class": type(setup.model.model.diffusion_model).__name__,
+        "fingerprint": fingerprint(setup.model),
+        "name": setup.model_name or type(setup.model.model).__name__,
+        "weights": weights_of(setup.model),
+    }
+
+
+def _about_run(setup: Measurement, samples: torch.Tensor) -> dict:
+    shift = getattr(setup.model.get_model_object("model_sampling"), "shift", None)
+    return {
+        "sampler": sampler_name(setup.sampler),
+        "steps": setup.steps,
+        "sigmas": [float(s) for s in setup.sigmas],
+        "shift": float(shift) if isinstance(shift, (int, float)) else None,
+        "cfg": setup.cfg,
+        "latent": list(samples.shape),
+        "prompts": len(setup.positive),
+        "seed": setup.seed,
+    }
+
+
+def _polynomial(recorder: CalibrationRecorder, order: int) -> dict | None:
+    """TeaCache's part of a calibration; None where there are too few points for a fit."""
+    points = recorder.points
+    if len(points) <= order + 1:
+        return None
+    fitted = fit([x for x, _ in points], [y for _, y in points], order)
+    return {
+        "feature": recorder.feature,
+        "coefficients": list(fitted.coefficients),
+        "x_min": fitted.x_min,
+        "x_max": fitted.x_max,
+        "r2": fitted.r2,
+        "points": [[round(x, 6), round(y, 6)] for x, y in points],
+    }
 
 
 @dataclass
-class Notebook:
-    """What the run writes down. recorders: kind → errors; points: TeaCache's (change of F, change
-    of the residual); velocities: of one prompt.
+class CalibrationRecorder:
+    """What the run teaches. errors: kind → its errors; points: TeaCache's (change of F, change of
+    the residual); velocities: those of one prompt; grams: of each prompt before.
     """
 
     steps: int
     farthest: int
     depths: tuple[str, ...]
     feature: str
-    recorders: dict[str, Recorder] = field(default_factory=dict)
+    errors: dict[str, Recorder] = field(default_factory=dict)
     points: list[tuple[float, float]] = field(default_factory=list)
     velocities: dict[int, torch.Tensor] = field(default_factory=dict)
     grams: list[np.ndarray] = field(default_factory=list)
@@ -64,10 +178,10 @@ class Notebook:
         """
         if seen and seen[-1][0] == step.index:
             return
-        recorder = self.recorders.setdefault(kind, Recorder(self.steps, self.farthest))
+        errors = self.errors.setdefault(kind, Recorder(self.steps, self.farthest))
         norm = value.abs().float().mean()
         for before, old in seen:
-            recorder.add(before, step.index, float((value - old).abs().float().mean() / norm))
+            errors.add(before, step.index, float((value - old).abs().float().mean() / norm))
         seen.append((step.index, value))
         del seen[: -self.farthest]
 
@@ -83,119 +197,36 @@ class Notebook:
         flat = torch.stack([self.velocities[i].flatten() for i in range(self.steps)]).double()
         gram = flat @ flat.T
         self.grams.append((gram / gram.diagonal().mean()).numpy())
-        seen: list = []
+        seen: list[tuple[int, torch.Tensor]] = []
         for i in range(self.steps):
             self.compare("step", seen, Step(i, self.steps, 0.0), flat[i])
         self.velocities = {}
 
 
-class _Rule:
-    """Decides nothing: the recording run is uncached."""
+class _ComputeAll:
+    """The rule of the recorded run, which is uncached."""
 
-    def stream(self):
+    def decider(self) -> _ComputeAll:
         return self
 
     def computed(self) -> None:
         """Nothing to start again."""
 
 
-def calibrate(
-    model: ModelPatcher,
-    prompts: list,
-    negative: list | None,
-    cfg: float,
-    sampler: object,
-    sigmas: torch.Tensor,
-    latent: dict,
-    seed: int,
-    progress: Progress,
-    k_max: int = FARTHEST,
-    depths: tuple[str, ...] = DEPTHS,
-    order: int = 2,
-    model_name: str = "",
-) -> Calibration:
-    """Draws each entry of a CONDITIONING once, from its own noise. ValueError for a schedule too
-    short to learn from.
-    """
-    steps = len(sigmas) - 1
-    if steps <= k_max + 1:
-        raise ValueError(
-            f"{steps} steps are too few to calibrate caching with; use the number of steps that"
-            f" you sample with, at least {k_max + 2}."
-        )
-    adapter = caching_models.adapter_of(model.model.diffusion_model)
-    published = shipped(model)
-    feature = published.feature if published else (adapter.feature if adapter else "")
-    book = Notebook(steps, k_max, depths, feature)
-    recording, samples = (
-        _recording(model, book, adapter),
-        comfy.sample.fix_empty_latent_channels(model, latent["samples"][:1]),
-    )
-    for number, prompt in enumerate(prompts):
-        guider = comfy.samplers.CFGGuider(recording)
-        guider.set_conds([prompt], negative or [[torch.zeros_like(prompt[0]), prompt[1]]])
-        guider.set_cfg(cfg)
-
-        def stepped(step, x0, x, total, number=number):
-            progress(
-                number * steps + step + 1,
-                len(prompts) * steps,
-                f"prompt {number + 1} of {len(prompts)}",
-            )
-
-        noise = comfy.sample.prepare_noise(samples, seed + number)
-        guider.sample(
-            noise, samples, sampler, sigmas, callback=stepped, disable_pbar=True, seed=seed + number
-        )
-        book.next_prompt()
-    facts = {
-        "class": type(model.model.diffusion_model).__name__,
-        "fingerprint": fingerprint(model),
-        "name": model_name or type(model.model).__name__,
-        "weights": weights_of(model),
-    }
-    run = {
-        "sampler": sampler_name(sampler),
-        "steps": steps,
-        "sigmas": [float(s) for s in sigmas],
-        "shift": _shift(model),
-        "cfg": cfg,
-        "latent": list(samples.shape),
-        "prompts": len(prompts),
-        "seed": seed,
-    }
-    curves = {kind: recorder.curve() for kind, recorder in book.recorders.items()}
-    return Calibration(facts, run, _polynomial(book, order), curves, np.stack(book.grams))
-
-
-def _shift(model: ModelPatcher) -> float | None:
-    found = getattr(model.get_model_object("model_sampling"), "shift", None)
-    return float(found) if isinstance(found, (int, float)) else None
-
-
-def _polynomial(book: Notebook, order: int) -> dict | None:
-    if len(book.points) <= order + 1:
-        return None
-    found = fit([x for x, _ in book.points], [y for _, y in book.points], order)
-    return {
-        "feature": book.feature,
-        "coefficients": list(found.coefficients),
-        "x_min": found.x_min,
-        "x_max": found.x_max,
-        "r2": found.r2,
-        "points": [[round(x, 6), round(y, 6)] for x, y in book.points],
-    }
-
-
-def _recording(
-    model: ModelPatcher, book: Notebook, adapter: caching_models.Adapter | None
+def _recorded(
+    model: ModelPatcher, recorder: CalibrationRecorder, family: ModelFamily | None
 ) -> ModelPatcher:
-    """A clone whose runs write into the notebook; other caching on the model is left out."""
+    """A clone whose runs are recorded; other caching on the model is left out."""
 
-    def make(guider, run_sampler, run_sigmas, run_latent) -> Run:
-        levels = [float(s) for s in run_sigmas]
+    def make(guider, sampler, sigmas, latent) -> Run:
         return Run(
-            levels, run_sampler, guider.model_patcher, _Rule(), Reuse(0), None, Record(book.steps)
+            sigmas=[float(s) for s in sigmas],
+            sampler=sampler,
+            patcher=guider.model_patcher,
+            rule=_ComputeAll(),
+            reuse=Reuse(0),
+            store=None,
+            record=Record(recorder.steps),
         )
 
     def predicted(executor, *args, **kwargs):
@@ -203,112 +234,93 @@ def _recording(
         run, x, sigma = args[2]["transformer_options"][KEY], args[0], args[1]
         denoised = executor(*args, **kwargs)
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        book.velocities.setdefault(run.step(sigma).index, ((x - denoised) / level).float().cpu())
+        velocity = ((x - denoised) / level).float().cpu()
+        recorder.velocities.setdefault(run.step(sigma).index, velocity)
         return denoised
 
-    patched = model.clone()
-    for kind in (
-        WrappersMP.OUTER_SAMPLE,
-        WrappersMP.CALC_COND_BATCH,
-        WrappersMP.APPLY_MODEL,
-        WrappersMP.DIFFUSION_MODEL,
-    ):
-        patched.remove_wrappers_with_key(kind, KEY)
+    patched = uncached(model)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling(make))
     patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predicted)
-    if adapter is not None and set(book.depths) & {"block", "sublayer"}:
-        hook = WrappersMP.DIFFUSION_MODEL if adapter.wrapper else WrappersMP.APPLY_MODEL
-        patched.add_wrapper_with_key(hook, KEY, _around_recorded(book, adapter))
+    if family is not None and set(recorder.depths) & {"block", "sublayer"}:
+        patched.add_wrapper_with_key(family.hook, KEY, _around_recorded(recorder, family))
     return patched
 
 
-def _around_recorded(book: Notebook, adapter: caching_models.Adapter) -> Callable:
+def _around_recorded(recorder: CalibrationRecorder, family: ModelFamily) -> Callable:
     def wrapper(executor, *args, **kwargs):
-        options = options_of(args, kwargs)
-        if options is None:
+        call = model_call(args, kwargs)
+        if call is None:
             return executor(*args, **kwargs)
-        run: Run = options[KEY]
-        step = run.step(options["sigmas"])
-        owner = executor.class_obj
-        network = owner if adapter.wrapper else owner.diffusion_model
-        visit = RecordingVisit(book, run.streams_of(options, step, args[0]), step, adapter)
+        network = family.network(executor.class_obj)
+        recording = RecordingPass(recorder, call, family)
         with ExitStack() as stack:
-            hooked = stack.enter_context(visiting(network, adapter, options, visit))
-            if "sublayer" in book.depths:
-                visit.shadow_parts(stack, network)
-            args, kwargs = substitute(args, kwargs, options, hooked)
+            options = stack.enter_context(hooked_blocks(network, family, call.options, recording))
+            if "sublayer" in recorder.depths:
+                shadow_sublayers(stack, network, family, recording)
+            args, kwargs = substitute(args, kwargs, call.options, options)
             out = executor(*args, **kwargs)
-        visit.keep_points()
+        recording.keep_points()
         return out
 
     return wrapper
 
 
-class RecordingVisit:
-    """One call of the model that is only looked at. Also what a ShadowedPart reports to."""
+class RecordingPass:
+    """One call of the model that is only looked at."""
 
-    def __init__(
-        self, book: Notebook, streams: list[Stream], step: Step, adapter: caching_models.Adapter
-    ):
-        self.book, self.streams, self.step, self.adapter = book, streams, step, adapter
+    def __init__(self, recorder: CalibrationRecorder, call: ModelCall, family: ModelFamily):
+        self.recorder = recorder
+        self.streams, self.step = call.streams, call.step
+        self.family = family
         self.feature: torch.Tensor | None = None
         self.entered: torch.Tensor | None = None
         self.left: torch.Tensor | None = None
 
     def block(
         self,
-        place: Place,
+        site: BlockSite,
         image: torch.Tensor,
         text: torch.Tensor | None,
         arguments: dict,
         compute: Callable,
     ):
-        before = _sparse(image).clone(), None if text is None else _sparse(text).clone()
-        if place.first:
+        image_before = _sparse(image).clone()
+        text_before = None if text is None else _sparse(text).clone()
+        if site.first:
             self.entered = image.clone()
-            if self.book.feature in FEATURES:
-                found = FEATURES[self.book.feature](
-                    place.module, image, arguments.get(place.blocks.vector), arguments
-                )
-                self.feature = (image if found is None else found).detach().clone()
+            self.feature = self._feature(site, image, arguments)
         out = compute()
-        if place.first and self.book.feature == "first_residual":
+        if site.first and self.recorder.feature == "first_residual":
             self.feature = out[0] - self.entered
-        if place.last:
+        if site.last:
             self.left = out[0]
-        if "block" in self.book.depths or "sublayer" in self.book.depths and not place.blocks.parts:
-            self._note(place.blocks.kind, (*place.key, "img"), _sparse(out[0]) - before[0])
+        depths = self.recorder.depths
+        if "block" in depths or ("sublayer" in depths and not site.blocks.parts):
+            kind, batch = site.blocks.kind, self.family.batch
+            self._note(kind, (*site.key, "img"), _sparse(out[0]) - image_before, batch)
             if text is not None and out[1] is not None and out[1].shape == text.shape:
-                self._note(place.blocks.kind, (*place.key, "txt"), _sparse(out[1]) - before[1])
+                self._note(kind, (*site.key, "txt"), _sparse(out[1]) - text_before, batch)
         return out
 
-    def shadow_parts(self, stack: ExitStack, network: torch.nn.Module) -> None:
-        """The gates of caching_parts, reporting here."""
-        for place in places(network, self.adapter):
-            for name in place.blocks.parts:
-                module = getattr(place.module, name, None)
-                if module is not None:
-                    shadow(
-                        stack,
-                        place.module,
-                        name,
-                        ShadowedPart(self, f"{place.blocks.kind}.{name}", place.index, module),
-                    )
+    def _feature(
+        self, site: BlockSite, image: torch.Tensor, arguments: dict
+    ) -> torch.Tensor | None:
+        if self.recorder.feature not in FEATURES:
+            return None
+        vector = arguments.get(site.blocks.vector)
+        feature = FEATURES[self.recorder.feature](site.module, image, vector, arguments)
+        return (image if feature is None else feature).detach().clone()
 
-    def part(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
+    def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         out = compute()
         for i, value in enumerate(out if isinstance(out, tuple) else (out,)):
-            self._note(kind, (kind, index, i), _sparse(value), batch=0)
+            self._note(kind, (kind, index, i), _sparse(value), 0)
         return out
 
-    def _note(self, kind: str, key: tuple, value: torch.Tensor, batch: int | None = None) -> None:
-        pieces = (
-            value.detach()
-            .clone()
-            .chunk(len(self.streams), self.adapter.batch if batch is None else batch)
-        )
+    def _note(self, kind: str, key: tuple, value: torch.Tensor, batch: int) -> None:
+        pieces = value.detach().clone().chunk(len(self.streams), batch)
         for stream, piece in zip(self.streams, pieces, strict=True):
-            self.book.compare(kind, stream.parts.setdefault(key, []), self.step, piece)
+            self.recorder.compare(kind, stream.parts.setdefault(key, []), self.step, piece)
 
     def keep_points(self) -> None:
         """TeaCache's points of this step: F and the residual of all blocks against the step
@@ -316,31 +328,21 @@ class RecordingVisit:
         """
         if self.feature is None or self.left is None:
             return
-        length = self.entered.shape[1]
-        left = (
-            self.left
-            if self.left.shape == self.entered.shape
-            else (self.left[:, -length:] if self.adapter.image_last else self.left[:, :length])
-        )
-        count, batch = len(self.streams), self.adapter.batch
-        dim = (
-            batch
-            if self.feature.ndim > batch and self.feature.shape[batch] == self.entered.shape[batch]
-            else 0
-        )
-        for stream, now, added in zip(
-            self.streams,
-            self.feature.chunk(count, dim),
-            (left - self.entered).chunk(count, batch),
-            strict=True,
-        ):
-            old = stream.parts.get("points")
-            if old is not None and old[0] != self.step.index:
-                self.book.points.append(
-                    (float(distance(now, old[1])), float(distance(added, old[2])))
-                )
-            if old is None or old[0] != self.step.index:
-                stream.parts["points"] = (self.step.index, now, added)
+        left, length = self.left, self.entered.shape[1]
+        if left.shape != self.entered.shape:
+            left = left[:, -length:] if self.family.image_last else left[:, :length]
+        count, batch = len(self.streams), self.family.batch
+        same = self.feature.ndim > batch and self.feature.shape[batch] == self.entered.shape[batch]
+        features = self.feature.chunk(count, batch if same else 0)
+        residuals = (left - self.entered).chunk(count, batch)
+        for stream, feature, residual in zip(self.streams, features, residuals, strict=True):
+            index, *last = stream.parts.get("points", (None,))
+            if index == self.step.index:
+                continue
+            if index is not None:
+                change = float(distance(feature, last[0]))
+                self.recorder.points.append((change, float(distance(residual, last[1]))))
+            stream.parts["points"] = (self.step.index, feature, residual)
 
 
 def _sparse(value: torch.Tensor) -> torch.Tensor:

@@ -12,20 +12,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
-LEVELS = ("sublayer", "blocks", "step")
+from ....accel.caching import coefficients
+
+# what a schedule reuses: the whole model's work, kinds of blocks, or the sub-layers inside them
+DEPTHS = ("step", "block", "sublayer")
 
 
 @dataclass(frozen=True)
 class Blocks:
     """One list of a model's blocks.
 
-    attribute: the list's name on the model. kind: what SmoothCache calls these blocks. replace: the
-        key of patches_replace["dit"] that reaches
-    them, or None where the list itself is shadowed in the instance. image, text, vector: the names
-    of the token streams and of the timestep's embedding among a block's arguments (a number:
-    position). returns: what a shadowed block returns. parts: sub-modules whose outputs can be kept
-    one by one.
+    attribute: the list's name on the model
+    kind: what SmoothCache calls these blocks
+    replace: the key of patches_replace["dit"] that reaches them, or None where the list itself is
+        shadowed in the instance
+    image, text, vector: the names of the token streams and of the timestep's embedding among a
+        block's arguments (a number: position)
+    returns: what a shadowed block returns
+    parts: sub-modules whose outputs can be kept one by one
     """
 
     attribute: str
@@ -39,14 +46,13 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class ModelFamily:
     """A family of models.
 
-    feature: TeaCache's F, one of FEATURES, where no published polynomial asks for another. batch:
-        the dimension of the batch in block tensors.
-    image_last: in a joined stream the image's tokens come after the text's. wrapper: the model
-        calls DIFFUSION_MODEL wrappers (else APPLY_MODEL
-    carries the hooks).
+    feature: TeaCache's F, one of FEATURES, where no published polynomial asks for another
+    batch: the dimension of the batch in block tensors
+    image_last: in a joined stream the image's tokens come after the text's
+    wrapper: the model calls DIFFUSION_MODEL wrappers (else APPLY_MODEL carries the hooks)
     """
 
     blocks: tuple[Blocks, ...]
@@ -56,18 +62,28 @@ class Adapter:
     wrapper: bool = True
 
     @property
+    def hook(self) -> str:
+        """The kind of wrapper that reaches the blocks."""
+        return WrappersMP.DIFFUSION_MODEL if self.wrapper else WrappersMP.APPLY_MODEL
+
+    def network(self, wrapped: torch.nn.Module) -> torch.nn.Module:
+        """The diffusion model, of the module that such a wrapper is around."""
+        return wrapped if self.wrapper else wrapped.diffusion_model
+
+    @property
     def level(self) -> str:
+        """The deepest level that the hooks allow: "sublayer" or "blocks"."""
         return "sublayer" if any(blocks.parts for blocks in self.blocks) else "blocks"
 
 
-_FLUX = Adapter(
+_FLUX = ModelFamily(
     (
         Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),
         Blocks("single_blocks", "single", "single_block", text=None),
     ),
     "modulated",
 )
-_WAN = Adapter(
+_WAN = ModelFamily(
     (
         Blocks(
             "blocks", "block", "double_block", text=None, parts=("self_attn", "cross_attn", "ffn")
@@ -75,16 +91,16 @@ _WAN = Adapter(
     ),
     "vector",
 )
-_LUMINA = Adapter(
+_LUMINA = ModelFamily(
     (Blocks("layers", "layer", image=0, text=None, vector=3, parts=("attention", "feed_forward")),),
     "first_residual",
 )
-TABLE: dict[str, Adapter] = {
+FAMILIES: dict[str, ModelFamily] = {
     "Flux": _FLUX,
-    "Chroma": Adapter(_FLUX.blocks, "tokens"),
-    "ChromaRadiance": Adapter(_FLUX.blocks, "tokens"),
+    "Chroma": ModelFamily(_FLUX.blocks, "tokens"),
+    "ChromaRadiance": ModelFamily(_FLUX.blocks, "tokens"),
     "HunyuanVideo": _FLUX,
-    "QwenImageTransformer2DModel": Adapter(
+    "QwenImageTransformer2DModel": ModelFamily(
         (
             Blocks(
                 "transformer_blocks", "block", "double_block", parts=("attn", "img_mlp", "txt_mlp")
@@ -93,7 +109,7 @@ TABLE: dict[str, Adapter] = {
         "modulated",
     ),
     "WanModel": _WAN,
-    "LTXVModel": Adapter(
+    "LTXVModel": ModelFamily(
         (
             Blocks(
                 "transformer_blocks",
@@ -106,7 +122,7 @@ TABLE: dict[str, Adapter] = {
         "modulated",
     ),
     "NextDiT": _LUMINA,
-    "HiDreamImageTransformer2DModel": Adapter(
+    "HiDreamImageTransformer2DModel": ModelFamily(
         (
             Blocks(
                 "double_stream_blocks",
@@ -127,7 +143,7 @@ TABLE: dict[str, Adapter] = {
         "vector",
         image_last=False,
     ),
-    "CogVideoXTransformer3DModel": Adapter(
+    "CogVideoXTransformer3DModel": ModelFamily(
         (
             Blocks(
                 "blocks",
@@ -140,10 +156,10 @@ TABLE: dict[str, Adapter] = {
         ),
         "vector",
     ),
-    "GeneralDIT": Adapter(
+    "GeneralDIT": ModelFamily(
         (Blocks("blocks", "block", image=0, text=None, vector=1),), "modulated", batch=3
     ),
-    "MiniTrainDIT": Adapter(
+    "MiniTrainDIT": ModelFamily(
         (
             Blocks(
                 "blocks",
@@ -156,22 +172,22 @@ TABLE: dict[str, Adapter] = {
         ),
         "tokens",
     ),
-    "AsymmDiTJoint": Adapter(
+    "AsymmDiTJoint": ModelFamily(
         (Blocks("blocks", "block", "double_block"),), "modulated", wrapper=False
     ),
     # SD3
-    "OpenAISignatureMMDITWrapper": Adapter(
+    "OpenAISignatureMMDITWrapper": ModelFamily(
         (Blocks("joint_blocks", "joint", "double_block"),), wrapper=False
     ),
     # AuraFlow
-    "MMDiT": Adapter(
+    "MMDiT": ModelFamily(
         (
             Blocks("double_layers", "double", "double_block"),
             Blocks("single_layers", "single", "single_block", text=None),
         )
     ),
     # its replacement cannot call the block
-    "Kandinsky5": Adapter(
+    "Kandinsky5": ModelFamily(
         (
             Blocks(
                 "visual_transformer_blocks",
@@ -183,40 +199,42 @@ TABLE: dict[str, Adapter] = {
             ),
         )
     ),
-    "LensTransformer2DModel": Adapter(
+    "LensTransformer2DModel": ModelFamily(
         (
             Blocks(
                 "transformer_blocks", "block", "double_block", parts=("attn", "img_mlp", "txt_mlp")
             ),
         )
     ),
-    "MageFlowTransformer2DModel": Adapter(
+    "MageFlowTransformer2DModel": ModelFamily(
         (
             Blocks(
                 "transformer_blocks", "block", "double_block", parts=("attn", "img_mlp", "txt_mlp")
             ),
         )
     ),
-    "JoyImageTransformer3DModel": Adapter(
+    "JoyImageTransformer3DModel": ModelFamily(
         (Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),)
     ),
-    "Hunyuan3Dv2": Adapter(_FLUX.blocks),
+    "Hunyuan3Dv2": ModelFamily(_FLUX.blocks),
     # Krea 2
-    "SingleStreamDiT": Adapter(
+    "SingleStreamDiT": ModelFamily(
         (Blocks("blocks", "block", image=0, text=None, vector=1, parts=("attn", "mlp")),)
     ),
-    "Ideogram4Transformer2DModel": Adapter(
+    "Ideogram4Transformer2DModel": ModelFamily(
         (
             Blocks(
                 "layers", "layer", image=0, text=None, vector=3, parts=("attention", "feed_forward")
             ),
         )
     ),
-    "PixArtMS": Adapter((Blocks("blocks", "block", image=0, text=None, vector=2),), wrapper=False),
-    "OmniGen2Transformer2DModel": Adapter(
+    "PixArtMS": ModelFamily(
+        (Blocks("blocks", "block", image=0, text=None, vector=2),), wrapper=False
+    ),
+    "OmniGen2Transformer2DModel": ModelFamily(
         (Blocks("layers", "layer", image=0, text=None, vector=3),), wrapper=False
     ),
-    "BooguTransformer2DModel": Adapter(
+    "BooguTransformer2DModel": ModelFamily(
         (
             Blocks(
                 "double_stream_layers", "double", image=0, text=1, vector=4, returns=("img", "txt")
@@ -225,15 +243,17 @@ TABLE: dict[str, Adapter] = {
         ),
         wrapper=False,
     ),
-    "ErnieImageModel": Adapter(
+    "ErnieImageModel": ModelFamily(
         (Blocks("layers", "layer", image=0, text=None, vector=2),), image_last=False, wrapper=False
     ),
-    "HunYuanDiT": Adapter((Blocks("blocks", "block", "double_block", text=None),), wrapper=False),
+    "HunYuanDiT": ModelFamily(
+        (Blocks("blocks", "block", "double_block", text=None),), wrapper=False
+    ),
     # Hunyuan3D 2.1
-    "HunYuanDiTPlain": Adapter(
+    "HunYuanDiTPlain": ModelFamily(
         (Blocks("blocks", "block", image=0, text=None, vector=1),), wrapper=False
     ),
-    "PixDiT_T2I": Adapter(
+    "PixDiT_T2I": ModelFamily(
         (Blocks("patch_blocks", "block", image=0, text=1, vector=2, returns=("img", "txt")),)
     ),
 }
@@ -241,23 +261,24 @@ TABLE: dict[str, Adapter] = {
 _BY_STEP = {"LTXAVModel", "CausalWanModel"}
 
 
-def adapter_of(diffusion_model: torch.nn.Module) -> Adapter | None:
+def family_of(diffusion_model: torch.nn.Module) -> ModelFamily | None:
     """The entry of a model's class or nearest base whose lists of blocks are all there; None: whole
     steps only.
     """
     for cls in type(diffusion_model).__mro__:
         if cls.__name__ in _BY_STEP:
             return None
-        found = TABLE.get(cls.__name__)
-        if found:
-            return (
-                found
-                if all(
-                    len(getattr(diffusion_model, blocks.attribute, ())) for blocks in found.blocks
-                )
-                else None
-            )
+        family = FAMILIES.get(cls.__name__)
+        if family is not None:
+            lists = (getattr(diffusion_model, blocks.attribute, ()) for blocks in family.blocks)
+            return family if all(len(blocks) for blocks in lists) else None
     return None
+
+
+def level_of(model: ModelPatcher) -> str:
+    """The deepest level that a model's hooks allow: "sublayer", "blocks" or "step"."""
+    family = family_of(model.model.diffusion_model)
+    return "step" if family is None else family.level
 
 
 def block_list(diffusion_model: torch.nn.Module, blocks: Blocks) -> list:
@@ -296,12 +317,13 @@ def modulated(
         return part.norm_state(image) * (1 + scale) + shift
     if not hasattr(block, "img_norm1"):
         return None
-    found = vector[0] if isinstance(vector, (tuple, list)) else block.img_mod(vector)
+    modulation = vector[0] if isinstance(vector, (tuple, list)) else block.img_mod(vector)
     # FLUX, HunyuanVideo
-    if isinstance(found, (tuple, list)):
-        return block.img_norm1(image) * (1 + found[0].scale[:, :1]) + found[0].shift[:, :1]
+    if isinstance(modulation, (tuple, list)):
+        scale, shift = modulation[0].scale[:, :1], modulation[0].shift[:, :1]
+        return block.img_norm1(image) * (1 + scale) + shift
     # Qwen-Image
-    shift, scale, _ = found.chunk(2, dim=-1)[0].chunk(3, dim=-1)
+    shift, scale, _ = modulation.chunk(2, dim=-1)[0].chunk(3, dim=-1)
     return block.img_norm1(image) * (1 + scale[: image.shape[0]].unsqueeze(1)) + shift[
         : image.shape[0]
     ].unsqueeze(1)
@@ -322,7 +344,7 @@ def tokens(
 
 
 # "first_residual", what the first block adds, is not here: it takes that block's output, see
-# caching_blocks.
+# wrap_blocks.
 FEATURES: dict[str, Callable[..., torch.Tensor | None]] = {
     "modulated": modulated,
     "vector": embedding,
@@ -330,26 +352,29 @@ FEATURES: dict[str, Callable[..., torch.Tensor | None]] = {
 }
 
 
-def facts_of(diffusion_model: torch.nn.Module) -> dict:
+def published(
+    model: ModelPatcher, reference: bool = False, large: bool = False
+) -> coefficients.Shipped | None:
+    """Published coefficients for a loaded model. reference: it edits a reference picture (Kontext);
+    large: 720p video.
+    """
+    network = model.model.diffusion_model
+    traits = traits_of(network) | {"reference": reference, "large": large}
+    return coefficients.lookup([cls.__name__ for cls in type(network).__mro__], traits)
+
+
+def traits_of(diffusion_model: torch.nn.Module) -> dict:
     """What published coefficients are chosen by: width, numbers of blocks, and what the family's
     own configuration says.
     """
-    adapter = adapter_of(diffusion_model)
+    family = family_of(diffusion_model)
     widths = (getattr(diffusion_model, name, None) for name in ("hidden_size", "dim", "inner_dim"))
-    width = next((value for value in widths if isinstance(value, int)), None)
-    found = {
-        "hidden": width,
-        "blocks": (
-            [len(getattr(diffusion_model, b.attribute)) for b in adapter.blocks] if adapter else []
-        ),
+    lists = family.blocks if family else ()
+    traits = {
+        "hidden": next((width for width in widths if isinstance(width, int)), None),
+        "blocks": [len(getattr(diffusion_model, blocks.attribute)) for blocks in lists],
     }
-    return found | {
-        name: getattr(diffusion_model, name)
-        for name in ("model_type", "patch_size_t", "in_channels")
-        if hasattr(diffusion_model, name)
-    }
-
-
-def classes_of(diffusion_model: torch.nn.Module) -> list[str]:
-    """Names of a model's class and its bases, nearest first."""
-    return [cls.__name__ for cls in type(diffusion_model).__mro__]
+    for name in ("model_type", "patch_size_t", "in_channels"):
+        if hasattr(diffusion_model, name):
+            traits[name] = getattr(diffusion_model, name)
+    return traits

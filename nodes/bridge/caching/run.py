@@ -10,11 +10,13 @@ state of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from comfy.model_patcher import create_model_options_clone
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching.extrapolate import History, Reuse
 from ....accel.caching.steps import Decision, Record, Step
@@ -22,6 +24,13 @@ from ..host.samplers import sampler_name
 from .controlnet import Deferred
 
 KEY = "nibble_cache"
+# the kinds of wrappers by which a model caches
+_WRAPPERS = (
+    WrappersMP.OUTER_SAMPLE,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.APPLY_MODEL,
+    WrappersMP.DIFFUSION_MODEL,
+)
 
 # Samplers that ask the model once a step: the step is known by counting, without reading a noise
 # level back from the GPU.
@@ -47,13 +56,12 @@ NOISY = ("ancestral", "sde", "lcm", "ddpm")
 
 @dataclass
 class Stream:
-    """One stream of conditioning. rule: its decider. history: what whole steps computed. parts: the
-    same for each part of the model.
-    feature: TeaCache's F of the last step. shape: of the latent, without the batch of other
-        streams.
+    """One stream of conditioning. decider: the rule at work on it. history: what whole steps
+    computed. parts: the same for each part of the model. feature: TeaCache's F of the last step.
+    shape: of the latent, without the batch of other streams.
     """
 
-    rule: object
+    decider: Any
     history: History
     first: bool = False
     feature: torch.Tensor | None = None
@@ -65,41 +73,33 @@ class Stream:
         self.history.clear()
         self.parts.clear()
         self.feature = None
-        self.rule.computed()
+        self.decider.computed()
 
 
+@dataclass(eq=False)
 class Run:
-    """sigmas: steps + 1. rule: what has .stream(). store: where kept tensors live (None: where they
-    are made). feature: TeaCache's F.
+    """sigmas: steps + 1. rule: what has .decider(). store: where kept tensors live (None: where
+    they are made). feature: TeaCache's F.
     """
 
-    def __init__(
-        self,
-        sigmas: list[float],
-        sampler: object,
-        patcher: object,
-        rule: object,
-        reuse: Reuse,
-        store: str | None,
-        record: Record,
-        watch: Callable[[Record], None] | None = None,
-        feature: str = "",
-    ):
-        self.sigmas, self.rule, self.feature = sigmas, rule, feature
-        self.reuse, self.store, self.record, self.watch, self.patcher = (
-            reuse,
-            store,
-            record,
-            watch,
-            patcher,
-        )
-        self.streams: dict[tuple, Stream] = {}
-        self.asked: dict[tuple, tuple[float, int]] = {}
-        self.finished = 0
-        self.noisy = any(word in sampler_name(sampler) for word in NOISY)
-        self.counted = sampler_name(sampler) in ONE_CALL_A_STEP and not getattr(
-            sampler, "extra_options", {}
-        ).get("s_churn")
+    sigmas: list[float]
+    sampler: object
+    patcher: object
+    rule: Any
+    reuse: Reuse
+    store: str | None
+    record: Record
+    watch: Callable[[Record], None] | None = None
+    feature: str = ""
+    streams: dict[tuple, Stream] = field(default_factory=dict, init=False)
+    steps_done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._asked: dict[tuple, tuple[float, int]] = {}
+        name = sampler_name(self.sampler)
+        self.noisy = any(word in name for word in NOISY)
+        churned = getattr(self.sampler, "extra_options", {}).get("s_churn")
+        self.counted = name in ONE_CALL_A_STEP and not churned
 
     @property
     def total(self) -> int:
@@ -110,7 +110,7 @@ class Run:
         waits for the GPU.
         """
         if self.counted:
-            index = min(self.finished, self.total - 1)
+            index = min(self.steps_done, self.total - 1)
             return Step(index, self.total, self.sigmas[index])
         level = float(sigma.max())
         index = min(range(self.total), key=lambda i: abs(self.sigmas[i] - level))
@@ -122,43 +122,43 @@ class Run:
         shape = (x.shape[0] // len(uuids), *x.shape[1:])
         call = (_window(options), _replaced(options), _hooks(self.patcher), str(x.device))
         times = self._times((tuple(uuids), *call), step.sigma)
-        found = []
+        streams = []
         for position, uuid in enumerate(uuids):
             key = (uuid, uuids[:position].count(uuid), times, *call)
             if key not in self.streams:
                 self.streams[key] = Stream(
-                    self.rule.stream(), History(self.reuse, self.store), first=not self.streams
+                    self.rule.decider(), History(self.reuse, self.store), first=not self.streams
                 )
             stream = self.streams[key]
             if stream.shape != shape:
                 if stream.shape:
                     stream.forget()
                 stream.shape = shape
-            found.append(stream)
-        return found
+            streams.append(stream)
+        return streams
 
     def _times(self, call: tuple, sigma: float) -> int:
-        last, times = self.asked.get(call, (None, 0))
+        last, times = self._asked.get(call, (None, 0))
         times = times + 1 if last == sigma else 0
-        self.asked[call] = (sigma, times)
+        self._asked[call] = (sigma, times)
         return times
 
-    def settle(self, step: Step, streams: list[Stream], decisions: list[Decision]) -> bool:
+    def commit(self, step: Step, streams: list[Stream], decisions: list[Decision]) -> bool:
         """One batch is computed or reused as a whole: computed if any of its streams asks for it.
         Records, and returns whether to compute.
         """
         compute = any(decision.compute for decision in decisions)
         for stream, decision in zip(streams, decisions, strict=True):
             if compute and not decision.compute:
-                stream.rule.computed()
+                stream.decider.computed()
                 decision = Decision(True, "batch", decision.change)
             self.record.add(step, decision, stream.first)
         return compute
 
     def stepped(self) -> None:
         """The sampler has finished a step."""
-        self.finished += 1
-        self.record.done = min(self.finished, self.total)
+        self.steps_done += 1
+        self.record.done = min(self.steps_done, self.total)
         if self.watch:
             self.watch(self.record)
 
@@ -196,26 +196,53 @@ def _counting(callback: Callable | None, run: Run) -> Callable:
     return counted
 
 
-def options_of(args: list, kwargs: dict) -> dict | None:
-    """The transformer_options of a call that belongs to a cached run: models differ in where they
-    pass them.
+def uncached(model: ModelPatcher) -> ModelPatcher:
+    """A clone without the caching that a node before this one may have put on it."""
+    model = model.clone()
+    for kind in _WRAPPERS:
+        model.remove_wrappers_with_key(kind, KEY)
+    return model
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the model in a cached run. options: its transformer_options; streams: those that
+    its batch is made of, in order.
+    """
+
+    run: Run
+    step: Step
+    streams: list[Stream]
+    options: dict
+
+
+def model_call(args: Sequence, kwargs: dict, sigma: torch.Tensor | None = None) -> ModelCall | None:
+    """What a wrapper's arguments are a call of; None where they belong to no cached run.
+
+    sigma: the noise level where the wrapper is given it; else it is that of transformer_options,
+        which models pass in different places.
     """
     dicts = (
         value
         for value in (*args, *kwargs.values())
         if isinstance(value, dict) and not isinstance(value, Deferred)
     )
-    return next((value for value in dicts if isinstance(value.get(KEY), Run)), None)
+    options = next((value for value in dicts if isinstance(value.get(KEY), Run)), None)
+    if options is None:
+        return None
+    run: Run = options[KEY]
+    step = run.step(options["sigmas"] if sigma is None else sigma)
+    return ModelCall(run, step, run.streams_of(options, step, args[0]), options)
 
 
-def substitute(args: list, kwargs: dict, old: object, new: object) -> tuple[list, dict]:
+def substitute(args: Sequence, kwargs: dict, old: object, new: object) -> tuple[list, dict]:
     """A call's arguments with one object, found by identity, in another's place."""
     return [new if value is old else value for value in args], {
         name: new if value is old else value for name, value in kwargs.items()
     }
 
 
-def deferred_control(args: list, kwargs: dict) -> Deferred | None:
+def deferred_control(args: Sequence, kwargs: dict) -> Deferred | None:
     """The ControlNet result of a call, not computed yet; None without a ControlNet."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Deferred)), None)
 
@@ -226,26 +253,23 @@ def _window(options: dict) -> tuple | None:
 
 
 def _name(function: object) -> str:
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{getattr(function, '__module__', '')}.{name}"
+    module = getattr(function, "__module__", "")
+    return f"{module}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _replaced(options: dict) -> frozenset:
     """What other nodes replace in this call: names, not identities, since some make new closures
     each step.
     """
-    found = {
-        (place, str(key), _name(function))
-        for place, entries in options.get("patches_replace", {}).items()
-        for key, function in entries.items()
-    }
-    found |= {
-        (place, _name(function))
-        for place, functions in options.get("patches", {}).items()
-        for function in functions
-    }
+    replaced: set[tuple] = set()
+    for where, entries in options.get("patches_replace", {}).items():
+        replaced |= {(where, str(key), _name(function)) for key, function in entries.items()}
+    for where, functions in options.get("patches", {}).items():
+        replaced |= {(where, _name(function)) for function in functions}
     override = options.get("optimized_attention_override")
-    return frozenset(found | ({("attention", _name(override))} if override else set()))
+    if override:
+        replaced.add(("attention", _name(override)))
+    return frozenset(replaced)
 
 
 def _hooks(patcher: object) -> tuple:
@@ -253,8 +277,6 @@ def _hooks(patcher: object) -> tuple:
     stream.
     """
     group = getattr(patcher, "current_hooks", None)
-    return (
-        tuple((id(hook.hook_ref), hook.strength) for hook in group.hooks)
-        if group is not None
-        else ()
-    )
+    if group is None:
+        return ()
+    return tuple((id(hook.hook_ref), hook.strength) for hook in group.hooks)

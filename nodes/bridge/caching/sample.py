@@ -8,11 +8,12 @@ button are exactly its own.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
+from dataclasses import dataclass
 
 import comfy.model_patcher
+import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -20,28 +21,28 @@ from comfy.patcher_extension import WrappersMP
 from ....accel.caching.steps import Record
 from ..host.progress import Progress
 from ..host.samplers import sampler_name
-from . import apply as caching
-from . import charts as caching_charts
-from . import run as caching_run
-from .settings import Choice
+from .apply import apply, notes
+from .charts import strip_chart
+from .run import uncached
+from .settings import CachingChoice
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run: SamplerCustomAdvanced's inputs, how to cache, and what to compare."""
+@dataclass(frozen=True)
+class SamplingJob:
+    """SamplerCustomAdvanced's inputs, how to cache, and what to compare."""
 
     noise: object
-    guider: object
-    sampler: object
+    guider: comfy.samplers.CFGGuider
+    sampler: comfy.samplers.Sampler
     sigmas: torch.Tensor
     latent: dict
-    choice: Choice
+    choice: CachingChoice
     compare: bool = False
     vae: object | None = None  # compare pictures and not latents
     node_id: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sampled:
     """What the node returns: two LATENTs as SamplerCustomAdvanced gives them, and the strip."""
 
@@ -50,51 +51,53 @@ class Sampled:
     chart: dict
 
 
-def run(job: Job) -> Sampled:
-    """Samples with caching. Raises ValueError and FileRefused of `Choice.on` before work starts."""
-    choice, progress, seen = job.choice, Progress(job.choice.title, job.node_id), []
+def sample(job: SamplingJob) -> Sampled:
+    """Samples with caching. Raises ValueError and FileRefused of `apply` before work starts."""
+    strip = _Strip(job)
     model = patcher_of(job.guider)
-    notes = [
-        ["note", note]
-        for note in caching.notes(
-            model, choice.settings, choice.calibration, job.sigmas, sampler_name(job.sampler)
-        )
-    ]
-
-    def draw(summary: list) -> dict:
-        return caching_charts.strip_chart(seen[-1], choice.title, choice.subtitle, summary)
-
-    def watch(record: Record) -> None:
-        seen[:] = [record]
-        progress.show(draw(notes))
-
-    output, denoised, seconds = _timed(job, choice.on(model, watch))
+    cached = apply(model, job.choice, strip.watch)
+    output, denoised, seconds = _timed(job, cached)
     summary = [["time", duration(seconds)]]
-    if job.compare and seen:
-        progress.show(
-            draw([*summary, ["against uncached", "sampling once more, to compare"], *notes])
-        )
+    if job.compare and strip.record is not None:
+        strip.show([*summary, ["against uncached", "sampling once more, to compare"]])
         plain, _, plain_seconds = _timed(job, uncached(model))
+        times = plain_seconds / max(seconds, 1e-9)
         summary = [
-            [
-                "time",
-                (
-                    f"{duration(seconds)}; uncached {duration(plain_seconds)},"
-                    f" {plain_seconds / max(seconds, 1e-9):.2f}×"
-                ),
-            ],
+            ["time", f"{duration(seconds)}; uncached {duration(plain_seconds)}, {times:.2f}×"],
             ["against uncached", difference(output["samples"], plain["samples"], job.vae)],
         ]
-    chart = (
-        draw(summary + notes)
-        if seen
-        else {
-            "kind": "facts",
-            "title": choice.title,
-            "summary": [["note", "there were no steps to sample"]],
-        }
-    )
-    return Sampled(output, denoised, chart)
+    return Sampled(output, denoised, strip.chart(summary))
+
+
+class _Strip:
+    """Draws the run in the node: its record so far, and what an artist should know."""
+
+    def __init__(self, job: SamplingJob):
+        self.choice = job.choice
+        self.record: Record | None = None
+        self._progress = Progress(job.choice.title, job.node_id)
+        sentences = notes(
+            patcher_of(job.guider),
+            job.choice.settings,
+            job.choice.calibration,
+            job.sigmas,
+            sampler_name(job.sampler),
+        )
+        self._notes = [["note", sentence] for sentence in sentences]
+
+    def watch(self, record: Record) -> None:
+        self.record = record
+        self.show([])
+
+    def show(self, summary: list) -> None:
+        self._progress.show(self.chart(summary))
+
+    def chart(self, summary: list) -> dict:
+        title, subtitle = self.choice.title, self.choice.subtitle
+        if self.record is None:
+            nothing = ["note", "there were no steps to sample"]
+            return {"kind": "facts", "title": title, "summary": [nothing]}
+        return strip_chart(self.record, title, subtitle, [*summary, *self._notes])
 
 
 def patcher_of(guider) -> ModelPatcher:
@@ -106,19 +109,6 @@ def patcher_of(guider) -> ModelPatcher:
     return model
 
 
-def uncached(model: ModelPatcher) -> ModelPatcher:
-    """A clone without the caching that a node before this one may have put on it."""
-    model = model.clone()
-    for kind in (
-        WrappersMP.OUTER_SAMPLE,
-        WrappersMP.CALC_COND_BATCH,
-        WrappersMP.APPLY_MODEL,
-        WrappersMP.DIFFUSION_MODEL,
-    ):
-        model.remove_wrappers_with_key(kind, caching_run.KEY)
-    return model
-
-
 def _on(guider, model: ModelPatcher):
     """The guider on another model; the original, which other nodes hold, stays as it is."""
     guider = copy.copy(guider)
@@ -126,7 +116,7 @@ def _on(guider, model: ModelPatcher):
     return guider
 
 
-def _timed(job: Job, model: ModelPatcher) -> tuple[dict, dict, float]:
+def _timed(job: SamplingJob, model: ModelPatcher) -> tuple[dict, dict, float]:
     """SamplerCustomAdvanced's two outputs with the guider on this model, and the seconds of the
     sampling loop alone, without loading the model.
     """

@@ -1,54 +1,154 @@
-"""From what an artist sets in a node to how a run caches: presets, calibrations, and the words for
-both.
+"""How to cache: what an artist sets in a node becomes checked settings, by presets and by what was
+calibrated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from comfy.model_patcher import ModelPatcher
 
-from ..host.progress import Progress
-from . import apply as caching
-from . import calibration_file
-from . import charts as caching_charts
+from ....accel.caching.extrapolate import Reuse
+from ....accel.caching.steps import Window
+from ....accel.caching.teacache import Polynomial
+from ..host.fingerprint import PLAIN, weights_of
+from .calibration_file import Calibration, calibration_files, find, open_calibration
+from .models import DEPTHS, FEATURES, published
 
 CUSTOM = "custom"
 AUTO, NONE = "auto", "none"
+RULES = ("error", "teacache")
+LEVELS = (AUTO, "blocks", "step")  # what TeaCache reuses
+STORES = {"gpu": None, "cpu": "cpu"}  # where reused results live; None: where they were made
+# how a skipped step's result is made of the computed ones
+ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
+HIGHEST_THRESHOLD = 3.0
+# Thresholds of error control; what they cost and give: tests/bench/results/cache-*.json. Rounding
+# makes a low-bit model's velocity rough from step to step, and a threshold below that roughness
+# skips nothing.
+PRESETS = {"quality": 0.01, "balanced": 0.03, "fast": 0.1}
+LOW_BIT_PRESETS = {"quality": 0.02, "balanced": 0.05, "fast": 0.1}
 # TeaCache's rule with a polynomial of one's own: the paper's slow and fast, and half of slow
 PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
-# how a skipped step's result is made of the computed ones
-ORDERS = {"auto": None, "reuse": 0, "line": 1, "parabola": 2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True)
+class ReuseSettings:
+    """What both methods share. start, end, first, last: the steps that may be reused, see `Window`;
+    order, damping: how a skipped result is guessed, see `Reuse`; store: a key of STORES.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    first: int = 1
+    last: int = 1
+    order: int = 1
+    damping: float = 1.0
+    store: str = "gpu"
+
+    def __post_init__(self) -> None:
+        _check("store", self.store, STORES)
+        # each refuses what it cannot be
+        Window(self.start, self.end, self.first, self.last)
+        Reuse(self.order, self.damping)
+
+    @property
+    def window(self) -> Window:
+        return Window(self.start, self.end, self.first, self.last)
+
+    @property
+    def reuse(self) -> Reuse:
+        return Reuse(self.order, self.damping)
+
+
+@dataclass(frozen=True)
+class TeaCacheSettings(ReuseSettings):
+    """rule: "error" predicts the error of a guess from the last ones (any model, no calibration),
+    "teacache" is the published rule with its polynomial. level: what is reused, the residual of all
+    blocks or the whole step; auto picks by rule. coefficients and feature: instead of published
+    ones.
+    """
+
+    threshold: float
+    rule: str = "error"
+    level: str = AUTO
+    coefficients: Polynomial | None = None
+    feature: str = AUTO
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= HIGHEST_THRESHOLD:
+            raise ValueError(
+                f"The threshold is 0 (reuse nothing) to {HIGHEST_THRESHOLD:g}, not"
+                f" {self.threshold:g}."
+            )
+        _check("rule", self.rule, RULES)
+        _check("level", self.level, LEVELS)
+        _check("feature", self.feature, (AUTO, "first_residual", *FEATURES))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class SmoothCacheSettings(ReuseSettings):
+    """alpha: the error that reusing may make. depth: one of DEPTHS. budget: instead of alpha, how
+    many steps are computed (depth "step" only), placed where calibration found the end least
+    disturbed.
+    """
+
+    alpha: float = 0.1
+    depth: str = "step"
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= HIGHEST_THRESHOLD:
+            raise ValueError(
+                f"alpha is 0 (reuse nothing) to {HIGHEST_THRESHOLD:g}, not {self.alpha:g}."
+            )
+        _check("depth", self.depth, DEPTHS)
+        if self.budget is not None and (self.depth != "step" or self.budget < 2):
+            raise ValueError(
+                "A budget is a number of computed steps, at least 2, and works with the depth"
+                " 'step' only."
+            )
+        super().__post_init__()
+
+
+def _check(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(allowed)}, not {value!r}.")
+
+
+def preset(name: str, model: ModelPatcher) -> TeaCacheSettings:
+    """What won in the bench: error control with linear extrapolation of whole steps, its threshold
+    by how the model's weights are held.
+    """
+    _check("preset", name, PRESETS)
+    thresholds = PRESETS if weights_of(model) == PLAIN else LOW_BIT_PRESETS
+    return TeaCacheSettings(thresholds[name])
+
+
+# ---- from widgets
+
+
+@dataclass(frozen=True)
+class CachingChoice:
     """How to cache, the measurements to go by, and a title for what is drawn."""
 
-    settings: caching.TeaCacheSettings | caching.SmoothCacheSettings
-    calibration: calibration_file.Calibration | None
+    settings: TeaCacheSettings | SmoothCacheSettings
+    calibration: Calibration | None
     title: str
     subtitle: str
-
-    def on(self, model: ModelPatcher, watch) -> ModelPatcher:
-        """A clone of the model with this caching. Raises ValueError and FileRefused where it cannot
-        be.
-        """
-        apply = (
-            caching.apply_teacache
-            if isinstance(self.settings, caching.TeaCacheSettings)
-            else caching.apply_smoothcache
-        )
-        return apply(model, self.settings, self.calibration, watch)
 
 
 def calibration_names(*others: str) -> list[str]:
     """What a calibration widget offers: the given words, then the files."""
-    return [*others, *calibration_file.calibration_files()]
+    return [*others, *calibration_files()]
 
 
-def teacache(
+def teacache(  # noqa: PLR0913 (the node's widgets, by their names)
     model: ModelPatcher,
+    *,
     preset: str,
     threshold: float,
     start: float,
@@ -60,55 +160,62 @@ def teacache(
     last_steps: int,
     level: str,
     store: str,
-) -> Choice:
+) -> CachingChoice:
     """TeaCache as the widgets say: a preset, or the own threshold under "custom"."""
-    found = _calibration(model, calibration)
-    settings = caching.preset("balanced" if preset == CUSTOM else preset, model)
-    changes = dict(
-        start=start, end=end, first=first_steps, last=last_steps, level=level, store=store
-    )
+    measured = _calibration(model, calibration)
+    settings = _preset_settings(preset, model)
+    changes: dict[str, object] = {
+        "start": start,
+        "end": end,
+        "first": first_steps,
+        "last": last_steps,
+        "level": level,
+        "store": store,
+    }
     if rule != AUTO:
         changes["rule"] = rule
     if preset == CUSTOM:
         changes["threshold"] = threshold
     elif rule == "teacache":
-        changes["threshold"] = _published(model, found, preset)
+        changes["threshold"] = _published_threshold(model, measured, preset)
     if ORDERS[extrapolation] is not None:
         changes["order"] = ORDERS[extrapolation]
     settings = dataclasses.replace(settings, **changes)
-    return Choice(
-        settings,
-        found,
-        "TeaCache" if preset == CUSTOM else f"TeaCache, {preset}",
-        _teacache_words(model, settings, found),
-    )
+    title = "TeaCache" if preset == CUSTOM else f"TeaCache, {preset}"
+    return CachingChoice(settings, measured, title, _teacache_words(model, settings, measured))
 
 
-def _published(model: ModelPatcher, calibration, preset: str) -> float:
+def _preset_settings(name: str, model: ModelPatcher) -> TeaCacheSettings:
+    return preset("balanced" if name == CUSTOM else name, model)
+
+
+def _published_threshold(model: ModelPatcher, calibration: Calibration | None, name: str) -> float:
     """A preset's threshold for TeaCache's own rule: its authors' for this model, unless the
     polynomial is the user's own.
     """
-    shipped = None if calibration is not None and calibration.polynomial else caching.shipped(model)
-    return shipped.thresholds[list(PAPER).index(preset)] if shipped else PAPER[preset]
+    if calibration is not None and calibration.polynomial:
+        return PAPER[name]
+    shipped = published(model)
+    return PAPER[name] if shipped is None else shipped.thresholds[list(PAPER).index(name)]
 
 
-def _teacache_words(model: ModelPatcher, settings, calibration) -> str:
+def _teacache_words(
+    model: ModelPatcher, settings: TeaCacheSettings, calibration: Calibration | None
+) -> str:
+    threshold = f"threshold {settings.threshold:g}"
     if settings.rule == "error":
-        return f"compares its guesses with what is computed; threshold {settings.threshold:g}"
-    own = calibration is not None and calibration.polynomial is not None
-    shipped = None if own else caching.shipped(model)
-    source = (
-        f"calibrated: {calibration.name}"
-        if own
-        else f"coefficients of {shipped.model}"
-        if shipped
-        else "no coefficients for this model"
-    )
-    return f"{source}, threshold {settings.threshold:g}"
+        return f"compares its guesses with what is computed; {threshold}"
+    if calibration is not None and calibration.polynomial is not None:
+        return f"calibrated: {calibration.name}, {threshold}"
+    shipped = published(model)
+    if shipped is None:
+        return f"no coefficients for this model, {threshold}"
+    return f"coefficients of {shipped.model}, {threshold}"
 
 
-def smoothcache(
+def smoothcache(  # noqa: PLR0913 (the node's widgets, by their names)
     model: ModelPatcher,
+    *,
     calibration: str,
     alpha: float,
     depth: str,
@@ -119,18 +226,17 @@ def smoothcache(
     first_steps: int,
     last_steps: int,
     store: str,
-) -> Choice:
+) -> CachingChoice:
     """SmoothCache as the widgets say. Raises ValueError where no calibration of this model is to be
     found.
     """
-    found = _calibration(model, calibration)
-    if found is None:
+    measured = _calibration(model, calibration)
+    if measured is None:
         raise ValueError(
             "SmoothCache needs a calibration of this model, and there is none yet: run Calibrate"
             " Cache on it and connect its output to 'calibration', or choose its file there."
         )
-    changes = {} if ORDERS[extrapolation] is None else {"order": ORDERS[extrapolation]}
-    settings = caching.SmoothCacheSettings(
+    settings = SmoothCacheSettings(
         alpha=alpha,
         depth=depth,
         start=start,
@@ -139,33 +245,14 @@ def smoothcache(
         last=last_steps,
         budget=budget or None,
         store=store,
-        **changes,
     )
+    if ORDERS[extrapolation] is not None:
+        settings = dataclasses.replace(settings, order=ORDERS[extrapolation])
     how = f"{budget} steps computed" if budget else f"α {alpha:g}"
-    return Choice(settings, found, f"SmoothCache, {how}", f"depth: {depth}")
+    return CachingChoice(settings, measured, f"SmoothCache, {how}", f"depth: {depth}")
 
 
-def _calibration(model: ModelPatcher, name: str):
+def _calibration(model: ModelPatcher, name: str) -> Calibration | None:
     if name == NONE:
         return None
-    return calibration_file.find(model) if name == AUTO else calibration_file.open_calibration(name)
-
-
-def apply(model: ModelPatcher, choice: Choice, node_id: str | None) -> tuple[ModelPatcher, dict]:
-    """The model with caching, and a chart of what it will do. While a sampler runs, the strip is
-    drawn in this node in place of that chart.
-    """
-    progress = Progress(choice.title, node_id)
-    cached = choice.on(
-        model,
-        lambda record: progress.show(
-            caching_charts.strip_chart(record, choice.title, choice.subtitle)
-        ),
-    )
-    notes = [["note", note] for note in caching.notes(model, choice.settings, choice.calibration)]
-    summary = [
-        ["how", choice.subtitle],
-        ["depth", caching_charts.LEVELS[caching.level_of(model)]],
-        *notes,
-    ]
-    return cached, {"kind": "facts", "title": choice.title, "summary": summary}
+    return find(model) if name == AUTO else open_calibration(name)

@@ -9,56 +9,55 @@ it was given, and the last one the first's input plus the guessed residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ....accel.caching.steps import Step
-from ....accel.caching.teacache import TeaCacheStream, distance
-from .hooks import Place, visiting
-from .models import FEATURES, Adapter
-from .run import KEY, Run, Stream, deferred_control, options_of, substitute
-from .wrap_steps import keep
+from ....accel.caching.teacache import TeaCacheDecider, distance
+from .controlnet import Deferred
+from .hooks import BlockSite, hooked_blocks
+from .models import FEATURES, ModelFamily
+from .run import ModelCall, deferred_control, model_call, substitute
+from .wrap_steps import remember
 
 
-def around_blocks(adapter: Adapter) -> Callable:
-    """The wrapper for a model of this family: DIFFUSION_MODEL where the model calls such wrappers,
-    else APPLY_MODEL.
-    """
+def around_blocks(family: ModelFamily) -> Callable:
+    """The wrapper for a model of this family, of the kind `family.hook`."""
 
     def wrapper(executor, *args, **kwargs):
-        options = options_of(args, kwargs)
-        if options is None:
+        call = model_call(args, kwargs)
+        if call is None:
             return executor(*args, **kwargs)
-        run: Run = options[KEY]
-        step = run.step(options["sigmas"])
-        owner = executor.class_obj
-        model = owner if adapter.wrapper else owner.diffusion_model
-        visit = Visit(run, run.streams_of(options, step, args[0]), step, adapter)
-        visit.decide_early()
-        visit.control = deferred_control(args, kwargs)
-        if visit.control is not None and visit.compute:
-            args, kwargs = substitute(args, kwargs, visit.control, visit.control.resolve())
-        with visiting(model, adapter, options, visit) as hooked:
-            hooked["patches"] = {
-                name: [visit.gated(patch) if name == "double_block" else patch for patch in patches]
-                for name, patches in hooked.get("patches", {}).items()
+        blocks = BlockPass(call, family, deferred_control(args, kwargs))
+        blocks.decide_early()
+        if blocks.control is not None and blocks.compute:
+            args, kwargs = substitute(args, kwargs, blocks.control, blocks.control.resolve())
+        network = family.network(executor.class_obj)
+        with hooked_blocks(network, family, call.options, blocks) as options:
+            options["patches"] = {
+                name: [
+                    blocks.gated(patch) if name == "double_block" else patch for patch in patches
+                ]
+                for name, patches in options.get("patches", {}).items()
             }
-            args, kwargs = substitute(args, kwargs, options, hooked)
+            args, kwargs = substitute(args, kwargs, call.options, options)
             out = executor(*args, **kwargs)
-        visit.keep()
+        blocks.keep_residual()
         return out
 
     return wrapper
 
 
-class Visit:
-    """One call of the model. compute: True, False, or None until the first block has been seen."""
+class BlockPass:
+    """One call of the model. compute: True, False, or None until the first block has been seen.
+    control: the ControlNet's result, not computed yet.
+    """
 
-    def __init__(self, run: Run, streams: list[Stream], step: Step, adapter: Adapter):
-        self.run, self.streams, self.step, self.adapter = run, streams, step, adapter
+    def __init__(self, call: ModelCall, family: ModelFamily, control: Deferred | None):
+        self.run, self.streams, self.step = call.run, call.streams, call.step
+        self.family = family
+        self.control = control
         self.compute: bool | None = None
-        self.control = None
         # a clone of the image's tokens before the first block
         self.entered: torch.Tensor | None = None
         # the last block's output, with the ControlNet once the model has returned
@@ -68,120 +67,118 @@ class Visit:
         """Before the model is called: by a rule that needs no feature, or because a step must be
         computed anyway.
         """
-        if isinstance(self.streams[0].rule, TeaCacheStream):
-            forced = [stream.rule.forced(self.step) for stream in self.streams]
-            if all(forced):
-                self.compute = self.run.settle(self.step, self.streams, forced)
+        deciders = [stream.decider for stream in self.streams]
+        if isinstance(deciders[0], TeaCacheDecider):
+            decisions = [decider.forced(self.step) for decider in deciders]
+            if not all(decisions):
+                return
         else:
-            self.compute = self.run.settle(
-                self.step,
-                self.streams,
-                [s.rule.decide(self.step, s.history.nodes) for s in self.streams],
-            )
+            decisions = [
+                stream.decider.decide(self.step, stream.history.nodes) for stream in self.streams
+            ]
+        self.compute = self.run.commit(self.step, self.streams, decisions)
 
     def block(
         self,
-        place: Place,
+        site: BlockSite,
         image: torch.Tensor,
         text: torch.Tensor | None,
         arguments: dict,
         compute: Callable,
     ):
         """At every block: decide at the first, then compute all or none."""
-        if place.first:
+        if site.first:
             self.entered = image.clone()
-            first = self._first_block(place, image, text, arguments, compute)
+            first = self._first_block(site, image, text, arguments, compute)
             if first is not None:
                 return first
         if self.compute:
             out = compute()
-            if place.last:
+            if site.last:
                 self.left = out[0]
             return out
-        return (self._leave(image), text) if place.last else (image, text)
+        return (self._reused(image) if site.last else image), text
 
-    def _first_block(self, place: Place, image, text, arguments: dict, compute: Callable):
+    def _first_block(self, site: BlockSite, image, text, arguments: dict, compute: Callable):
         """Observes F and decides. Where F is the first block's own residual, that block runs at
         every step and its output is returned.
         """
         probing = self.run.feature == "first_residual"
-        if not isinstance(self.streams[0].rule, TeaCacheStream):
+        if not isinstance(self.streams[0].decider, TeaCacheDecider):
             return None
         out = compute() if probing else None
-        feature = out[0] - self.entered if probing else self._feature(place, arguments, image)
+        feature = out[0] - self.entered if probing else self._feature(site, arguments, image)
         self._decide(feature)
-        if probing and place.last:
+        if probing and site.last:
             self.left = out[0]
         return out
 
-    def _feature(self, place: Place, arguments: dict, image: torch.Tensor) -> torch.Tensor:
-        found = FEATURES[self.run.feature](
-            place.module, image, arguments.get(place.blocks.vector), arguments
-        )
-        return image if found is None else found
+    def _feature(self, site: BlockSite, arguments: dict, image: torch.Tensor) -> torch.Tensor:
+        vector = arguments.get(site.blocks.vector)
+        feature = FEATURES[self.run.feature](site.module, image, vector, arguments)
+        return image if feature is None else feature
 
     def _decide(self, feature: torch.Tensor) -> None:
-        dim = (
-            self.adapter.batch
-            if feature.ndim > self.adapter.batch
-            and feature.shape[self.adapter.batch] == self._batch()
-            else 0
-        )
-        pieces = feature.detach().clone().chunk(len(self.streams), dim)
-        known = all(
-            len(s.history) and s.feature is not None and s.feature.shape == p.shape
-            for s, p in zip(self.streams, pieces, strict=True)
-        )
+        pieces = feature.detach().clone().chunk(len(self.streams), self._batch_dim(feature))
         if self.compute is None:
-            far = (
-                torch.stack(
-                    [distance(p, s.feature) for s, p in zip(self.streams, pieces, strict=True)]
-                ).tolist()
-                if known
-                else None
-            )
+            distances = self._distances(pieces)
             decisions = [
-                s.rule.decide(self.step, None if far is None else far[i])
-                for i, s in enumerate(self.streams)
+                stream.decider.decide(self.step, d)
+                for stream, d in zip(self.streams, distances, strict=True)
             ]
-            self.compute = self.run.settle(self.step, self.streams, decisions)
+            self.compute = self.run.commit(self.step, self.streams, decisions)
         for stream, piece in zip(self.streams, pieces, strict=True):
             stream.feature = piece
         if self.control is not None:
             self.control.skip = not self.compute
 
-    def _batch(self) -> int:
-        return self.entered.shape[self.adapter.batch]
+    def _distances(self, pieces: Sequence[torch.Tensor]) -> list[float] | list[None]:
+        """How far F moved in each stream since its last step, read from the GPU at once; None
+        where one has nothing to compare with.
+        """
+        pairs = list(zip(self.streams, pieces, strict=True))
+        for stream, piece in pairs:
+            if not len(stream.history) or stream.feature is None:
+                return [None] * len(pairs)
+            if stream.feature.shape != piece.shape:
+                return [None] * len(pairs)
+        return torch.stack([distance(piece, stream.feature) for stream, piece in pairs]).tolist()
+
+    def _batch_dim(self, feature: torch.Tensor) -> int:
+        """The dimension of F in which the streams lie."""
+        batch = self.family.batch
+        same = feature.ndim > batch and feature.shape[batch] == self.entered.shape[batch]
+        return batch if same else 0
 
     def _image_part(self, joined: torch.Tensor) -> slice:
         """Where the image's tokens are in the last block's stream, which may hold the
         text's too.
         """
         length, whole = self.entered.shape[1], joined.shape[1]
-        return slice(whole - length, whole) if self.adapter.image_last else slice(0, length)
+        return slice(whole - length, whole) if self.family.image_last else slice(0, length)
 
-    def _leave(self, image: torch.Tensor) -> torch.Tensor:
-        residual = [stream.history.guess(self.step.sigma, image) for stream in self.streams]
-        found = self.entered + (
-            residual[0] if len(residual) == 1 else torch.cat(residual, self.adapter.batch)
-        )
-        if image.shape == found.shape:
-            return found
+    def _reused(self, image: torch.Tensor) -> torch.Tensor:
+        """What the last block would have returned."""
+        guesses = [stream.history.guess(self.step.sigma, image) for stream in self.streams]
+        residual = guesses[0] if len(guesses) == 1 else torch.cat(guesses, self.family.batch)
+        out = self.entered + residual
+        if image.shape == out.shape:
+            return out
         where = self._image_part(image)
-        return torch.cat([image[:, : where.start], found, image[:, where.stop :]], 1)
+        return torch.cat([image[:, : where.start], out, image[:, where.stop :]], 1)
 
-    def keep(self) -> None:
+    def keep_residual(self) -> None:
         """After a computed call: the residual of each stream. Drops what it held."""
         if self.compute and self.left is not None and self.entered is not None:
-            left = (
-                self.left
-                if self.left.shape == self.entered.shape
-                else self.left[:, self._image_part(self.left)]
-            )
-            pieces = (left - self.entered).chunk(len(self.streams), self.adapter.batch)
+            left = self.left
+            if left.shape != self.entered.shape:
+                left = left[:, self._image_part(left)]
+            pieces = (left - self.entered).chunk(len(self.streams), self.family.batch)
             for stream, residual in zip(self.streams, pieces, strict=True):
-                keep(stream, self.step, residual)
-        self.entered = self.left = self.control = None
+                remember(stream, self.step, residual)
+        self.entered = None
+        self.left = None
+        self.control = None
 
     def gated(self, patch: Callable) -> Callable:
         """Another node's patch after a block, which has nothing to do on a reused step."""

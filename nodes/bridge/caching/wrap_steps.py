@@ -10,47 +10,45 @@ from __future__ import annotations
 
 import torch
 
-from ....accel.caching.error_control import ErrorStream
+from ....accel.caching.error_control import ErrorDecider
 from ....accel.caching.steps import Step
-from .run import KEY, Run, Stream, deferred_control, options_of, substitute
+from .run import Stream, deferred_control, model_call, substitute
 
 
 def around_model(executor, *args, **kwargs):
     """The APPLY_MODEL wrapper."""
-    options = options_of(args, kwargs)
-    if options is None:
+    sigma = args[1] if len(args) > 1 else None
+    call = model_call(args, kwargs, sigma)
+    if call is None:
         return executor(*args, **kwargs)
-    run: Run = options[KEY]
-    x, sigma = args[0], args[1]
-    step = run.step(sigma)
-    streams = run.streams_of(options, step, x)
-    decisions = [stream.rule.decide(step, stream.history.nodes) for stream in streams]
+    x, step, streams = args[0], call.step, call.streams
+    decisions = [stream.decider.decide(step, stream.history.nodes) for stream in streams]
     level = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    if not run.settle(step, streams, decisions):
+    if not call.run.commit(step, streams, decisions):
         guesses = [stream.history.guess(step.sigma, x) for stream in streams]
         guess = guesses[0].clone() if len(guesses) == 1 else torch.cat(guesses)
-        return guess if run.noisy else x - level * guess
+        return guess if call.run.noisy else x - level * guess
     control = deferred_control(args, kwargs)
     if control is not None:
         args, kwargs = substitute(args, kwargs, control, control.resolve())
     denoised = executor(*args, **kwargs)
-    value = denoised.clone() if run.noisy else (x - denoised) / level
+    value = denoised.clone() if call.run.noisy else (x - denoised) / level
     for stream, piece in zip(streams, value.chunk(len(streams)), strict=True):
-        keep(stream, step, piece)
+        remember(stream, step, piece)
     return denoised
 
 
-def keep(stream: Stream, step: Step, value: torch.Tensor) -> None:
-    """Remembers what a step computed; a rule that controls errors first learns how wrong the guess
+def remember(stream: Stream, step: Step, value: torch.Tensor) -> None:
+    """Keeps what a step computed; a decider that controls errors first learns how wrong the guess
     for it would have been.
     """
-    history = stream.history
+    history, decider = stream.history, stream.decider
     if (
-        isinstance(stream.rule, ErrorStream)
-        and len(history) > stream.rule.rule.reuse.order
+        isinstance(decider, ErrorDecider)
+        and decider.can_guess(history.nodes)
         and step.sigma not in history.nodes
     ):
         guess = history.guess(step.sigma, value)
         error = (guess - value).abs().float().mean() / value.abs().float().mean()
-        stream.rule.measured(step, history.nodes, float(error))
+        decider.measured(step, history.nodes, float(error))
     history.store(step.sigma, value)

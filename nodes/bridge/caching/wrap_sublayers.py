@@ -4,7 +4,7 @@ sub-layers inside them.
 A block's part is its residual, out - in, of the image's tokens and of the text's; a sub-layer's is
 its output. Reused parts are guessed from the last computed ones, so gates and norms around a
 sub-layer still follow the current step. The same gates record the errors that the schedules are
-made from (`cache_calibration.py`).
+made from (`measure.py`).
 """
 
 from __future__ import annotations
@@ -16,85 +16,78 @@ import torch
 
 from ....accel.caching.extrapolate import History
 from ....accel.caching.steps import Step, Window
-from .hooks import Place, places, shadow, visiting
-from .models import Adapter
-from .run import KEY, Run, Stream, options_of, substitute
-
-DEPTHS = ("step", "block", "sublayer")
+from .hooks import BlockSite, block_sites, hooked_blocks, shadow_sublayers
+from .models import Blocks, ModelFamily
+from .run import ModelCall, model_call, substitute
 
 
-def kinds(adapter: Adapter, depth: str) -> list[str]:
+def kinds(family: ModelFamily, depth: str) -> list[str]:
     """What a schedule of this depth has rows for: kinds of blocks, split into sub-layers where the
     family has them.
     """
-    found = []
-    for blocks in adapter.blocks:
-        found += (
-            [f"{blocks.kind}.{part}" for part in blocks.parts]
-            if depth == "sublayer" and blocks.parts
-            else [blocks.kind]
-        )
-    return found
+    return [kind for blocks in family.blocks for kind in _kinds(blocks, depth)]
 
 
-def shares(model: torch.nn.Module, adapter: Adapter, depth: str) -> dict[str, float]:
+def _kinds(blocks: Blocks, depth: str) -> list[str]:
+    if depth == "sublayer" and blocks.parts:
+        return [f"{blocks.kind}.{part}" for part in blocks.parts]
+    return [blocks.kind]
+
+
+def shares(network: torch.nn.Module, family: ModelFamily, depth: str) -> dict[str, float]:
     """kind → its share of the weights of all blocks: about its share of the work, since each weight
     is multiplied once a token.
     """
 
-    def size(module):
+    def weights(module: torch.nn.Module | None) -> int:
+        if module is None:
+            return 0
         return sum(parameter.numel() for parameter in module.parameters())
 
-    every = places(model, adapter)
-    whole, found = (
-        sum(size(place.module) for place in every),
-        dict.fromkeys(kinds(adapter, depth), 0.0),
-    )
-    for place in every:
-        for name, module in (
-            [(place.blocks.kind, place.module)]
-            if place.blocks.kind in found
-            else [
-                (f"{place.blocks.kind}.{part}", getattr(place.module, part, None))
-                for part in place.blocks.parts
-            ]
-        ):
-            found[name] += size(module) / max(whole, 1) if module is not None else 0.0
-    return found
+    sites = block_sites(network, family)
+    whole = max(sum(weights(site.module) for site in sites), 1)
+    out = dict.fromkeys(kinds(family, depth), 0.0)
+    for site in sites:
+        for kind in _kinds(site.blocks, depth):
+            part = kind.removeprefix(site.blocks.kind).removeprefix(".")
+            module = getattr(site.module, part, None) if part else site.module
+            out[kind] += weights(module) / whole
+    return out
 
 
-def around_parts(adapter: Adapter, depth: str) -> Callable:
-    """The wrapper for a model of this family; the run's rule is a PartSchedule."""
+def around_sublayers(family: ModelFamily, depth: str) -> Callable:
+    """The wrapper for a model of this family, of the kind `family.hook`; the run's rule is a
+    SublayerSchedule.
+    """
     weights: dict[str, float] = {}
 
     def wrapper(executor, *args, **kwargs):
-        options = options_of(args, kwargs)
-        if options is None:
+        call = model_call(args, kwargs)
+        if call is None:
             return executor(*args, **kwargs)
-        run: Run = options[KEY]
-        step = run.step(options["sigmas"])
-        owner = executor.class_obj
-        model = owner if adapter.wrapper else owner.diffusion_model
-        visit = PartVisit(run, run.streams_of(options, step, args[0]), step, adapter, depth)
-        weights.update({} if weights else shares(model, adapter, depth))
-        run.record.add_rows(step, {kind: visit.computes(kind) for kind in weights}, weights)
+        network = family.network(executor.class_obj)
+        sublayers = ScheduledPass(call, family, depth)
+        if not weights:
+            weights.update(shares(network, family, depth))
+        computed = {kind: sublayers.computes(kind) for kind in weights}
+        call.run.record.add_rows(call.step, computed, weights)
         with ExitStack() as stack:
-            hooked = stack.enter_context(visiting(model, adapter, options, visit))
+            options = stack.enter_context(hooked_blocks(network, family, call.options, sublayers))
             if depth == "sublayer":
-                visit.shadow_parts(stack, model)
-            args, kwargs = substitute(args, kwargs, options, hooked)
+                shadow_sublayers(stack, network, family, sublayers)
+            args, kwargs = substitute(args, kwargs, call.options, options)
             return executor(*args, **kwargs)
 
     return wrapper
 
 
-class PartSchedule:
-    """The rule: kind → mask over the run's steps."""
+class SublayerSchedule:
+    """The rule, and its own decider: kind → mask over the run's steps."""
 
     def __init__(self, masks: dict[str, list[bool]], window: Window):
         self.masks, self.window = masks, window
 
-    def stream(self) -> PartSchedule:
+    def decider(self) -> SublayerSchedule:
         return self
 
     def computes(self, kind: str, step: Step) -> bool:
@@ -107,70 +100,47 @@ class PartSchedule:
     def computed(self) -> None:
         """Nothing to start again."""
 
-    @staticmethod
-    def keep(key: tuple, history: History, step: Step, value: torch.Tensor) -> None:
-        """Remembers a computed part."""
-        history.store(step.sigma, value)
 
-
-class PartVisit:
+class ScheduledPass:
     """One call of the model: each part is computed and kept, or guessed."""
 
-    def __init__(self, run: Run, streams: list[Stream], step: Step, adapter: Adapter, depth: str):
-        self.run, self.streams, self.step, self.adapter, self.depth = (
-            run,
-            streams,
-            step,
-            adapter,
-            depth,
-        )
+    def __init__(self, call: ModelCall, family: ModelFamily, depth: str):
+        self.run, self.streams, self.step = call.run, call.streams, call.step
+        self.family = family
+        self.depth = depth
 
     def computes(self, kind: str) -> bool:
-        return self.streams[0].rule.computes(kind, self.step)
+        return self.streams[0].decider.computes(kind, self.step)
 
     def block(
         self,
-        place: Place,
+        site: BlockSite,
         image: torch.Tensor,
         text: torch.Tensor | None,
         arguments: dict,
         compute: Callable,
     ):
         """Around a whole block, where blocks are what is kept."""
-        if self.depth == "sublayer" and place.blocks.parts:
+        if self.depth == "sublayer" and site.blocks.parts:
             return compute()
-        batch = self.adapter.batch
-        found = (
-            None
-            if self.computes(place.blocks.kind)
-            else self._guess((*place.key, "img"), image, batch)
-        )
-        words = (
-            None if found is None or text is None else self._guess((*place.key, "txt"), text, batch)
-        )
-        if found is not None and (text is None or words is not None):
-            return image + found, None if text is None else text + words
-        before = image.clone(), None if text is None else text.clone()
+        batch = self.family.batch
+        image_key, text_key = (*site.key, "img"), (*site.key, "txt")
+        if not self.computes(site.blocks.kind):
+            change = self._guess(image_key, image, batch)
+            if change is not None and text is None:
+                return image + change, None
+            words = None if change is None else self._guess(text_key, text, batch)
+            if words is not None:
+                return image + change, text + words
+        image_before = image.clone()
+        text_before = None if text is None else text.clone()
         out = compute()
-        self._keep((*place.key, "img"), out[0] - before[0], batch)
-        if text is not None and out[1] is not None and out[1].shape == before[1].shape:
-            self._keep((*place.key, "txt"), out[1] - before[1], batch)
+        self._keep(image_key, out[0] - image_before, batch)
+        if text is not None and out[1] is not None and out[1].shape == text_before.shape:
+            self._keep(text_key, out[1] - text_before, batch)
         return out
 
-    def shadow_parts(self, stack: ExitStack, model: torch.nn.Module) -> None:
-        """Puts a gate before every sub-layer that the family names and this block has."""
-        for place in places(model, self.adapter):
-            for name in place.blocks.parts:
-                module = getattr(place.module, name, None)
-                if module is not None:
-                    shadow(
-                        stack,
-                        place.module,
-                        name,
-                        ShadowedPart(self, f"{place.blocks.kind}.{name}", place.index, module),
-                    )
-
-    def part(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
+    def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         """Around a sub-layer, whose output is a tensor or a tuple of tensors."""
         if not self.computes(kind):
             pieces = []
@@ -190,29 +160,11 @@ class PartVisit:
         histories = [stream.parts.get(key) for stream in self.streams]
         if not all(histories):
             return None
-        found = [history.guess(self.step.sigma, like) for history in histories]
+        guesses = [history.guess(self.step.sigma, like) for history in histories]
         # a model may write into what a part returned
-        return found[0].clone() if len(found) == 1 else torch.cat(found, batch)
+        return guesses[0].clone() if len(guesses) == 1 else torch.cat(guesses, batch)
 
     def _keep(self, key: tuple, value: torch.Tensor, batch: int) -> None:
         for stream, piece in zip(self.streams, value.chunk(len(self.streams), batch), strict=True):
-            stream.rule.keep(
-                key,
-                stream.parts.setdefault(key, History(self.run.reuse, self.run.store)),
-                self.step,
-                piece,
-            )
-
-
-class ShadowedPart:
-    """Stands before a sub-module: called as it is, and lends its attributes."""
-
-    def __init__(self, visit: PartVisit, kind: str, index: int, module: torch.nn.Module):
-        self.visit, self.kind, self.index, self.module = visit, kind, index, module
-
-    def __getattr__(self, name: str):
-        return getattr(self.module, name)
-
-    def __call__(self, *args, **kwargs):
-        like = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        return self.visit.part(self.kind, self.index, lambda: self.module(*args, **kwargs), like)
+            history = stream.parts.setdefault(key, History(self.run.reuse, self.run.store))
+            history.store(self.step.sigma, piece)

@@ -1,8 +1,12 @@
 """Constant Acceleration Flow around ComfyUI's sampling.
 
-training_free.py  the Adams-Bashforth sampler and its sigmas
-couplings.py      Make CAF Couplings
-train.py          Train CAF
-load.py           Load CAF Model: both nets on one MODEL
-sample.py         CAF Sampler and CAF Invert
+couplings.py      noise and the picture that a teacher made of it
+teacher.py        the model, sampler and sigmas that make those pictures
+train.py          the heads, learned from couplings
+training_job.py   what is asked for, and the charts of it
+student.py        the model in training, as both nets
+load.py           a CAF file on a MODEL
+sample.py         CAF Sampler
+invert.py         CAF Invert
+training_free.py  Adams-Bashforth steps, sigmas
 """

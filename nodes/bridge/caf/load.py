@@ -21,14 +21,15 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....accel.caf import adapter as caf_adapter
-from ....accel.caf import flow, heads
-from ..caching import run as caching_run
+from ....accel.caf import flow
+from ....accel.caf.adapter import ENDING, CAFAdapter, attached, check, presented_by, read_file
+from ....accel.caf.heads import Model
+from ..caching.run import KEY as CACHING
 from ..host import charts, folders
 from ..host.progress import Progress
-from . import training_free as caf
+from .training_free import check_model
 
-FOLDER, ENDING = "caf", caf_adapter.ENDING
+FOLDER = "caf"
 # of the heads on a MODEL (attachment, additional model, wrapper) and of the request in a call's
 # transformer_options
 KEY = "nibble_caf"
@@ -42,10 +43,10 @@ folders.register(FOLDER)
 
 @dataclass(frozen=True)
 class Heads:
-    """What a MODEL wears: an adapter and the name of its file."""
+    """The heads on a MODEL: an adapter and the name of its file."""
 
     name: str
-    adapter: caf_adapter.Adapter
+    adapter: CAFAdapter
 
 
 @dataclass(frozen=True)
@@ -88,47 +89,48 @@ def load(model: ModelPatcher, name: str) -> ModelPatcher:
     Raises FileRefused for a file that is none, or was made for another model, ValueError for a
     model that is no rectified flow or has heads already.
     """
-    caf.check_model(model.get_model_object("model_sampling"), "Load CAF Model")
-    if (worn := model.get_attachment(KEY)) is not None:
+    check_model(model.get_model_object("model_sampling"), "Load CAF Model")
+    heads = model.get_attachment(KEY)
+    if heads is not None:
         raise ValueError(
-            f"The connected model has the heads of {worn.name} already, and only one pair fits;"
+            f"The connected model has the heads of {heads.name} already, and only one pair fits;"
             f" connect {name} to the model before that node."
         )
-    adapter = caf_adapter.read_file(path_of(name))
-    caf_adapter.check(adapter, model.model.diffusion_model, name)
-    return wearing(model, adapter.to(model.model.get_dtype_inference()), name)
+    adapter = read_file(path_of(name))
+    check(adapter, model.model.diffusion_model, name)
+    return with_heads(model, adapter.to(model.model.get_dtype_inference()), name)
 
 
-def wearing(model: ModelPatcher, adapter: caf_adapter.Adapter, name: str) -> ModelPatcher:
+def with_heads(model: ModelPatcher, adapter: CAFAdapter, name: str) -> ModelPatcher:
     """A clone of the model with an adapter that fits it."""
-    worn = model.clone()
+    clone = model.clone()
     adapter = adapter.requires_grad_(False)
-    worn.set_additional_models(
+    clone.set_additional_models(
         KEY, [comfy.model_patcher.ModelPatcher(adapter, model.load_device, model.offload_device)]
     )
-    worn.set_attachments(KEY, Heads(name, adapter))
-    worn.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, Dressing(adapter))
-    return worn
+    clone.set_attachments(KEY, Heads(name, adapter))
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, AttachHead(adapter))
+    return clone
 
 
 def heads_of(model: ModelPatcher) -> Heads:
     """The heads on a MODEL. Raises ValueError for one without."""
-    worn = model.get_attachment(KEY)
-    if worn is None:
+    heads = model.get_attachment(KEY)
+    if heads is None:
         raise ValueError(
             "The connected model has no CAF heads, which this node needs; put Load CAF Model"
             " between, or use Constant-Acceleration Sampler, which needs none."
         )
-    return worn
+    return heads
 
 
-class Dressing:
+class AttachHead:
     """An APPLY_MODEL wrapper that puts the head on which the call asks for."""
 
-    def __init__(self, adapter: caf_adapter.Adapter):
+    def __init__(self, adapter: CAFAdapter):
         self.adapter = adapter
 
-    def __call__(
+    def __call__(  # noqa: PLR0913 (apply_model's)
         self,
         executor,
         x,
@@ -139,24 +141,20 @@ class Dressing:
         transformer_options={},  # noqa: B006 (comfy's own)
         **conds,
     ) -> Tensor:
-        request, options = transformer_options.get(KEY, Request()), _told_apart(transformer_options)
-        network, place, presented = (
-            executor.class_obj.diffusion_model,
-            self.adapter.input_layer,
-            None,
-        )
+        request = transformer_options.get(KEY, Request())
+        options = _told_apart(transformer_options)
+        network, place = executor.class_obj.diffusion_model, self.adapter.input_layer
+        presented = None
         if request.start is not None:
             start = _repeated(request.start, x, len(options.get("cond_or_uncond", [0])))
             inner = {name: value for name, value in options.items() if name not in _OUTER}
-            presented = caf_adapter.presented_by(
+            presented = presented_by(
                 network,
                 place,
                 lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds),
             )
         strength = self.adapter.strength(t[:1])  # samplers ask for one noise level at a time
-        with caf_adapter.attached(
-            network, self.adapter.head(request.head), place, presented, strength
-        ):
+        with attached(network, self.adapter.head(request.head), place, presented, strength):
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
 
 
@@ -182,7 +180,7 @@ def _repeated(start: Tensor, x: Tensor, prompts: int) -> Tensor:
     return start.to(x).repeat(prompts, *[1] * (x.dim() - 1))
 
 
-def asking(model, extra_args: dict) -> heads.Model:
+def asking(model, extra_args: dict) -> Model:
     """A guider's model as `accel/caf/heads.py` wants it: guidance, masks and prompts included.
 
     model: called as model(x, sigma (batch,), **extra_args) → the denoised latent, as samplers do;
@@ -193,28 +191,26 @@ def asking(model, extra_args: dict) -> heads.Model:
         Progress.check()
         sigma = sigma.clamp_min(LEAST_SIGMA)
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
-        told = options.setdefault("transformer_options", {})
-        told[KEY] = Request(start)
+        call_options = options.setdefault("transformer_options", {})
+        call_options[KEY] = Request(start)
         if start is None:
             # it has no steps before it from which to guess, and is not to be guessed from
-            told.pop(caching_run.KEY, None)
+            call_options.pop(CACHING, None)
         return (model(x, sigma, **extra_args | {"model_options": options}) - x) / flow.at(sigma, x)
 
     return ask
 
 
-def chart(worn: Heads) -> dict:
+def chart(heads: Heads) -> dict:
     """A chart of kind "facts" (`charts.py`): what a file holds."""
-    adapter, facts = worn.adapter, worn.adapter.facts
-    layers = (
-        f"{f'rank {adapter.rank}' if adapter.rank else 'whole layers'},"
-        f" {len(adapter.velocity.names)} layers"
-    )
+    adapter, about = heads.adapter, heads.adapter.facts
+    rank = f"rank {adapter.rank}" if adapter.rank else "whole layers"
+    layers = f"{rank}, {len(adapter.velocity.names)} layers"
     summary = [
         ["heads", f"velocity and acceleration, {layers} each"],
         ["pace", f"h = {adapter.h:g}"],
         ["size", charts.size(sum(tensor.nbytes for tensor in adapter.parameters()))],
     ]
-    if {"steps", "pairs"} <= facts.keys():
-        summary.insert(1, ["trained", f"{facts['steps']} steps each on {facts['pairs']} pairs"])
-    return {"kind": "facts", "title": worn.name, "summary": summary}
+    if {"steps", "pairs"} <= about.keys():
+        summary.insert(1, ["trained", f"{about['steps']} steps each on {about['pairs']} pairs"])
+    return {"kind": "facts", "title": heads.name, "summary": summary}

@@ -1,5 +1,5 @@
-"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS:
-`accel/caf/adams_bashforth.py` on any rectified-flow model.
+"""Constant acceleration without training as ComfyUI's SAMPLER and SIGMAS, on any rectified-flow
+model (`accel/caf/adams_bashforth.py`).
 
 For such a model x = (1 - sigma) data + sigma noise, so dx/dsigma = (x - denoised) / sigma, whatever
 guidance, LoRAs and masks are in `denoised`.
@@ -19,12 +19,12 @@ LIMIT = 0.05  # the default: see tests/bench/results/caf.json
 
 
 def sampler(limit: float) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER; limit as in `adams.average_velocity`."""
+    """A SAMPLER; limit as in `adams_bashforth.average_velocity`."""
     return comfy.samplers.KSAMPLER(constant_acceleration, {"limit": limit})
 
 
 @torch.no_grad()
-def constant_acceleration(
+def constant_acceleration(  # noqa: PLR0913 (as KSAMPLER calls it)
     model,
     x: torch.Tensor,
     sigmas: torch.Tensor,
@@ -78,8 +78,8 @@ def check_model(
 
 
 def retimed(sigmas: torch.Tensor, h: float) -> torch.Tensor:
-    """SIGMAS (steps + 1,), each moved by `adams.retime` between the first and the last, which stay:
-    denoise and Split Sigmas keep their meaning.
+    """SIGMAS (steps + 1,), each moved by `adams_bashforth.retime` between the first and the last,
+    which stay: denoise and Split Sigmas keep their meaning.
 
     Raises ValueError for sigmas that do not run between 1 and 0, or not in one direction.
     """

@@ -19,20 +19,22 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from comfy.patcher_extension import PatcherInjection
 
 from ....accel import feather
 from ....accel.feather import Stage
+from .record import KEY, Prompt, picture_of
+from .scoring import kept_tokens, positions_at, token_scores
 
+log = logging.getLogger("nibble")
 MODES = ("scatter", "drop")
-KEY = "nibble_feather"  # of the hooks on the patcher, and of what the run kept in the conditioning
 
 
 @dataclass(frozen=True)
-class Settings:
+class PruneSettings:
     """What to prune. criterion: one of feather.CRITERIA; mode: one of MODES. The grid of a stage is
     FEATHER's alone.
     """
@@ -48,58 +50,6 @@ class Settings:
             )
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
-
-
-@dataclass
-class Picture:
-    """One image in a prompt: its place in the sequence, its raster of tokens, and which of them
-    each stage kept.
-    """
-
-    start: int
-    height: int
-    width: int
-    pixels: torch.Tensor  # (1, H, W, 3) in [0, 1], as the prompt had it
-    masks: list[torch.Tensor] = field(default_factory=list)  # (height * width,) a stage
-
-    @property
-    def count(self) -> int:
-        """Tokens."""
-        return self.height * self.width
-
-    def kept(self, stages: int | None = None) -> torch.Tensor:
-        """Mask (count,) after so many stages; by default after all that have been decided."""
-        masks = self.masks[:stages]
-        return masks[-1] if masks else torch.ones(self.count, dtype=torch.bool)
-
-
-@dataclass
-class Prompt:
-    """One run of the encoder: tokens in all, the place of the last one that is not padding, the
-    images, and the model's sizes.
-    """
-
-    length: int
-    last: int
-    pictures: list[Picture]
-    layers: int
-    width: int
-    hidden: int
-    begins: tuple[int, ...]  # the layer that each stage begins with
-
-    def mask(self, stages: int | None = None) -> torch.Tensor:
-        """Which positions (length,) are still there: all text, and what was kept of the images."""
-        left = torch.ones(self.length, dtype=torch.bool)
-        for picture in self.pictures:
-            left[picture.start : picture.start + picture.count] = picture.kept(stages)
-        return left
-
-    def tokens(self) -> list[int]:
-        """The number of tokens that each layer works on."""
-        counts = [int(self.mask(stages).sum()) for stages in range(len(self.begins) + 1)]
-        return [
-            counts[sum(begin <= layer for begin in self.begins)] for layer in range(self.layers)
-        ]
 
 
 def encoder_of(clip) -> tuple[str, torch.nn.Module]:
@@ -145,25 +95,22 @@ class Pruner:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: PruneSettings,
         transformer: torch.nn.Module,
         watch: Callable[[Prompt], None] = lambda prompt: None,
     ):
         layers, least = len(transformer.model.layers), first_layer(transformer)
         for stage in settings.stages:
             if not least <= stage.layer < layers:
+                fed = f" and feeds the picture in until layer {least - 1}" if least > 1 else ""
                 raise ValueError(
                     f"layer {stage.layer} is not one that can be pruned before: this encoder has"
-                    f" {layers} layers"
-                    + (f" and feeds the picture in until layer {least - 1}" if least > 1 else "")
-                    + f"; choose from {least} to {layers - 1}."
+                    f" {layers} layers{fed}; choose from {least} to {layers - 1}."
                 )
-        self.settings, self.transformer, self.watch, self.layers = (
-            settings,
-            transformer,
-            watch,
-            layers,
-        )
+        self.settings = settings
+        self.transformer = transformer
+        self.watch = watch
+        self.layers = layers
         self.stages = sorted(
             (stage for stage in settings.stages if stage.keep < 1), key=lambda stage: stage.layer
         )
@@ -196,21 +143,21 @@ class Pruner:
             images = sorted((e for e in info if e.get("type") == "image"), key=lambda e: e["index"])
             self.reset()
             if data and (len(embeds) > 1 or len(data) != len(images)):
-                logging.warning(
+                log.warning(
                     "Nibble: FEATHER prunes one prompt at a time, whose images are all used; this"
                     " run is not pruned."
                 )
             elif data:
                 config = self.transformer.model.config
-                pictures = [_picture(e, pixels) for e, pixels in zip(images, data, strict=True)]
+                pictures = [picture_of(e, pixels) for e, pixels in zip(images, data, strict=True)]
                 self.prompt = Prompt(
-                    embeds.shape[1],
-                    int(attention[0].nonzero().max()),
-                    pictures,
-                    self.layers,
-                    config.hidden_size,
-                    config.intermediate_size,
-                    tuple(stage.layer for stage in self.stages),
+                    length=embeds.shape[1],
+                    last=int(attention[0].nonzero().max()),
+                    pictures=pictures,
+                    layers=self.layers,
+                    width=config.hidden_size,
+                    hidden=config.intermediate_size,
+                    begins=tuple(stage.layer for stage in self.stages),
                 )
                 self.running = True
             return embeds, attention, count, info
@@ -229,23 +176,9 @@ class Pruner:
                 self.reset()
                 raise
             if self.prompt is not None and self.settings.mode == "drop":
-                left, self.dropped = self.prompt.mask().to(z.device), True
-                z = z[..., left, :]
-                rest = [
-                    (
-                        {
-                            key: (
-                                value[..., left.to(value.device)]
-                                if key == "attention_mask"
-                                else value
-                            )
-                            for key, value in part.items()
-                        }
-                        if isinstance(part, dict)
-                        else part
-                    )
-                    for part in rest
-                ]
+                left = self.prompt.mask().to(z.device)
+                self.dropped = True
+                return z[..., left, :], *(_without(part, left) for part in rest)
             return z, *rest
 
         return encode_kept
@@ -272,25 +205,16 @@ class Pruner:
             self.reset()
             if prompt is None:
                 return out, pooled, *extra
-            facts = extra[0] if extra else {}
+            extras = extra[0] if extra else {}
             if self.settings.mode == "drop":
                 if not dropped:
                     raise ValueError(
                         "this encoder puts its conditioning together in a way of its own, so that"
                         " no token can be dropped; set mode to scatter."
                     )
-                _refuse_facts_of_pruned_tokens(facts, prompt, out.shape[-2])
-            return (
-                out,
-                pooled,
-                facts
-                | {
-                    KEY: {
-                        **vars(prompt),
-                        "pictures": [vars(picture) for picture in prompt.pictures],
-                    }
-                },
-            )
+                _refuse_entries_of_pruned_tokens(extras, prompt, out.shape[-2])
+            fields = {**vars(prompt), "pictures": [vars(picture) for picture in prompt.pictures]}
+            return out, pooled, extras | {KEY: fields}
 
         return encode_and_tell
 
@@ -339,13 +263,11 @@ class Pruner:
             x = kwargs.get("x")
             if not self._prefill(x):
                 return
-            scores = self._scores(layer, x, kwargs["freqs_cis"])
-            for picture in self.prompt.pictures:
-                picture.masks.append(
-                    self._kept(
-                        picture, scores[picture.start : picture.start + picture.count], stage
-                    )
-                )
+            prompt, criterion = self.prompt, self.settings.criterion
+            scores = token_scores(prompt, criterion, layer, x, kwargs["freqs_cis"])
+            for picture in prompt.pictures:
+                own = scores[picture.start : picture.start + picture.count]
+                picture.masks.append(kept_tokens(picture, own, stage, criterion))
             if number == len(self.stages) - 1:
                 self.watch(self.prompt)
 
@@ -367,83 +289,24 @@ class Pruner:
             rows = self.prompt.mask(begun).nonzero().flatten().to(device)
             short = None if mask is None else mask[..., rows[:, None], rows]
             # the last keeps the ids theirs
-            self._short = (source, (rows, short, _positions(freqs, rows)), (mask, freqs))
+            self._short = (source, (rows, short, positions_at(freqs, rows)), (mask, freqs))
         return self._short[1]
 
-    def _scores(self, layer, x: torch.Tensor, freqs) -> torch.Tensor:
-        """phi (length,) on the CPU, of the image tokens that are left; FastV's is its attention
-        among all tokens, rotated.
-        """
-        attention, scores, left = (
-            layer.self_attn,
-            torch.zeros(self.prompt.length),
-            self.prompt.mask(),
-        )
-        if self.settings.criterion == "uniform":
-            return scores
-        images = torch.zeros_like(left)
-        for picture in self.prompt.pictures:
-            images[picture.start : picture.start + picture.count] = True
-        rotated = self.settings.criterion == "fastv"
-        rows, last = (
-            (left if rotated else left & images).nonzero().flatten(),
-            torch.tensor([self.prompt.last]),
-        )
-        hidden = layer.input_layernorm(x[0, torch.cat([rows, last]).to(x.device)])
-        query = _heads(attention.q_proj(hidden[-1:]), attention.num_heads, attention.q_norm)
-        keys = _heads(attention.k_proj(hidden[:-1]), attention.num_kv_heads, attention.k_norm)
-        if rotated:
-            query, keys = (
-                _rotate(query, _positions(freqs, last.to(x.device))),
-                _rotate(keys, _positions(freqs, rows.to(x.device))),
-            )
-            scores[rows] = feather.last_token_scores(query[:, 0], keys).cpu()
-            return scores
-        # each image by itself: none loses its tokens to another
-        for picture in self.prompt.pictures:
-            mine = (rows >= picture.start) & (rows < picture.start + picture.count)
-            scores[rows[mine]] = feather.last_token_scores(
-                query[:, 0], keys[:, mine.to(keys.device)]
-            ).cpu()
-        return scores
 
-    def _kept(self, picture: Picture, scores: torch.Tensor, stage: Stage) -> torch.Tensor:
-        left = picture.kept()
-        if self.settings.criterion == "feather":
-            return feather.keep_mask(
-                scores, left, stage, feather.grid(picture.height, picture.width, stage.stride)
-            )
-        if self.settings.criterion == "fastv":
-            return feather.keep_mask(scores, left, stage)
-        count, mask = int(left.sum()), torch.zeros_like(left)
-        mask[
-            left.nonzero().flatten()[feather.spread(count, max(1, int(stage.keep * count + 1e-9)))]
-        ] = True
-        return mask
+def _without(part: object, left: torch.Tensor) -> object:
+    """One of the encoder's further results, its attention mask without the pruned tokens."""
+    if not isinstance(part, dict) or "attention_mask" not in part:
+        return part
+    mask = part["attention_mask"]
+    return {**part, "attention_mask": mask[..., left.to(mask.device)]}
 
 
-def _picture(info: dict, pixels: torch.Tensor) -> Picture:
-    """Raises ValueError where the encoder's raster is not the tokens it put in."""
-    extra = info["extra"]
-    grid = extra["grid"] if isinstance(extra, dict) else extra
-    picture = Picture(
-        info["index"], int(grid[0][1]) // 2, int(grid[0][2]) // 2, pixels[:1, ..., :3]
-    )
-    if picture.count != info["size"]:
-        raise ValueError(
-            f"this encoder makes {info['size']} tokens of an image of {picture.height} x"
-            f" {picture.width} patches, which FEATHER cannot place; take FEATHER Prune Vision"
-            " Tokens out of the workflow."
-        )
-    return picture
-
-
-def _refuse_facts_of_pruned_tokens(facts: dict, prompt: Prompt, length: int) -> None:
+def _refuse_entries_of_pruned_tokens(extras: dict, prompt: Prompt, length: int) -> None:
     """Raises ValueError where the conditioning holds a tensor with an entry for every token, pruned
     ones too.
     """
     pruned = prompt.length - int(prompt.mask().sum())
-    for key, value in facts.items():
+    for key, value in extras.items():
         if pruned and isinstance(value, torch.Tensor) and length + pruned in value.shape:
             raise ValueError(
                 f"the conditioning of this encoder also holds {key}, with an entry for each token,"
@@ -451,25 +314,7 @@ def _refuse_facts_of_pruned_tokens(facts: dict, prompt: Prompt, length: int) -> 
             )
 
 
-def _heads(x: torch.Tensor, heads: int, norm: torch.nn.Module | None) -> torch.Tensor:
-    """(n, heads * d) as (heads, n, d), normalised where the model does so."""
-    x = x.reshape(len(x), heads, -1).transpose(0, 1)
-    return x if norm is None else norm(x)
-
-
-def _positions(freqs: tuple, rows: torch.Tensor) -> tuple:
-    """The rotary embedding (cos, sin, -sin), each (…, length, d), at some positions."""
-    return tuple(part[..., rows, :] for part in freqs)
-
-
-def _rotate(x: torch.Tensor, freqs: tuple) -> torch.Tensor:
-    """Rotary embedding of x (heads, n, d) by halves, as the language model does it."""
-    cos, sin, negative = (part.reshape(-1, part.shape[-2], part.shape[-1])[-1] for part in freqs)
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([second * negative, first * sin], -1)
-
-
-def prune(clip, settings: Settings, watch: Callable[[Prompt], None] = lambda prompt: None):
+def prune(clip, settings: PruneSettings, watch: Callable[[Prompt], None] = lambda prompt: None):
     """A CLIP whose encoder prunes visual tokens, in place of any earlier pruning of this CLIP; the
     given one stays as it is.
 
@@ -479,15 +324,13 @@ def prune(clip, settings: Settings, watch: Callable[[Prompt], None] = lambda pro
     name, transformer = encoder_of(clip)
     pruner = Pruner(settings, transformer, watch)
     clip = clip.clone()
-    patcher, wraps = (
-        clip.patcher,
-        {
-            f"{name}.process_tokens": pruner.recording,
-            f"{name}.encode": pruner.encoding,
-            f"{name}.generate": pruner.generating,
-            "encode_token_weights": pruner.reporting,
-        },
-    )
+    patcher = clip.patcher
+    wraps = {
+        f"{name}.process_tokens": pruner.recording,
+        f"{name}.encode": pruner.encoding,
+        f"{name}.generate": pruner.generating,
+        "encode_token_weights": pruner.reporting,
+    }
     if patcher.injections.pop(KEY, None):
         for path in wraps:
             patcher.object_patches.pop(path, None)

@@ -6,72 +6,70 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from ....accel import feather
 from ..host.progress import Progress
-from .prune import KEY, Picture, Prompt, Settings, encoder_of, first_layer, prune
+from .prune import PruneSettings, encoder_of, first_layer, prune
+from .record import KEY, Picture, Prompt
 
 SIDE = 512  # pixels of the longer side of a picture in a chart
 DIM = 0.22  # what is left of the light of a pruned patch
 
 
-def attach(
-    clip,
-    keep: float,
-    mode: str,
-    criterion: str,
-    stride: int,
-    first: int,
-    second: int,
-    node_id: str | None,
-):
-    """(CLIP that prunes, chart of what it will do). Layers of 0 are a quarter and a half of the
-    depth; draws live in the node while it encodes.
-    """
+@dataclass(frozen=True)
+class PruneChoice:
+    """The node's widgets. first, second: layers; 0 is a quarter and a half of the depth."""
+
+    keep: float
+    mode: str
+    criterion: str
+    stride: int
+    first: int = 0
+    second: int = 0
+
+
+def attach(clip, choice: PruneChoice, node_id: str | None) -> tuple[object, dict]:
+    """(CLIP that prunes, chart of what it will do). Draws live in the node while it encodes."""
     _, transformer = encoder_of(clip)
     layers = len(transformer.model.layers)
     stages = feather.stages(
         layers,
-        keep,
-        stride if criterion == "feather" else 0,
-        first,
-        second,
+        choice.keep,
+        choice.stride if choice.criterion == "feather" else 0,
+        choice.first,
+        choice.second,
         first_layer(transformer),
     )
     progress = Progress("FEATHER", node_id)
-    pruned = prune(
-        clip, Settings(stages, criterion, mode), lambda prompt: progress.show(chart(prompt))
-    )
-    config = transformer.model.config
-    plan = [
-        ["layers", f"prunes before {stages[0].layer} and {stages[1].layer} of {layers}"],
-        [
-            "keeps",
-            (
-                "every token: the encoder stays as it is"
-                if keep == 1
-                else f"{stages[0].keep:.0%}"
-                + (f" and one patch in {stride} in both directions" if stages[0].stride else "")
-                + f", then {stages[1].keep:.1%} of those"
-            ),
-        ],
-        ["encoder", f"{layers} layers of width {config.hidden_size}"],
-    ]
+    settings = PruneSettings(stages, choice.criterion, choice.mode)
+    pruned = prune(clip, settings, lambda prompt: progress.show(chart(prompt)))
+    first, second = stages
+    if choice.keep == 1:
+        keeps = "every token: the encoder stays as it is"
+    else:
+        grid = f" and every {first.stride}. patch of a grid" if first.stride else ""
+        keeps = f"{first.keep:.0%}{grid}, then {second.keep:.1%} of those"
+    width = transformer.model.config.hidden_size
     return pruned, {
         "kind": "facts",
         "title": "FEATHER",
         "subtitle": "The picture appears here when a prompt with an image is encoded.",
-        "summary": plan,
+        "summary": [
+            ["layers", f"prunes before {first.layer} and {second.layer} of {layers}"],
+            ["keeps", keeps],
+            ["encoder", f"{layers} layers of width {width}"],
+        ],
     }
 
 
 def prompts_of(conditioning: list) -> list[Prompt]:
     """The runs that a CONDITIONING tells of. Raises ValueError where there are none."""
-    found = [facts[KEY] for _, facts in conditioning if KEY in facts]
-    if not found:
+    runs = [extras[KEY] for _, extras in conditioning if KEY in extras]
+    if not runs:
         raise ValueError(
             "this conditioning does not come from an encoder that FEATHER pruned: connect FEATHER"
             " Prune Vision Tokens between the CLIP loader and the text encoding, with keep below 1,"
@@ -79,7 +77,7 @@ def prompts_of(conditioning: list) -> list[Prompt]:
         )
     return [
         Prompt(**{**fields, "pictures": [Picture(**picture) for picture in fields["pictures"]]})
-        for fields in found
+        for fields in runs
     ]
 
 
@@ -155,5 +153,6 @@ def jpeg(pixels: torch.Tensor) -> str:
     """A picture (H, W, 3) in [0, 1] as a data URL, at most SIDE pixels long."""
     image = Image.fromarray((pixels.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
     image.thumbnail((SIDE, SIDE))
-    image.save(buffer := io.BytesIO(), "JPEG", quality=80)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -27,7 +27,8 @@ from ..host import folders
 from ..quantized import layouts
 from ..training import session as training
 from ..training.curve import curve_chart
-from ..training.watch import Watch, kept, resumable
+from ..training.dataset import Dataset, dataset_of
+from ..training.watch import Watch, resumable, what_is_kept
 from . import files as intlora
 
 NONE = "[None]"  # existing_lora: start anew
@@ -73,10 +74,7 @@ def run(job: Job) -> Trained:
     """Trains and saves. Raises FileRefused and ValueError in plain words before anything is loaded,
     and ComfyUI's interrupt.
     """
-    bases, pictures = (
-        intlora.Bases(job.model),
-        training.pictures_of(job.model, job.latents, job.positive),
-    )
+    bases, pictures = (intlora.Bases(job.model), dataset_of(job.model, job.latents, job.positive))
     names = _layers(bases, job)
     existing = _existing(job, bases, names)
     data = _data(job, pictures, names, bases)
@@ -106,7 +104,7 @@ def run(job: Job) -> Trained:
     except FileRefused:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
-        raise ValueError(kept(str(error), losses, state)) from error
+        raise ValueError(what_is_kept(str(error), losses, state)) from error
     steps = len(losses) + int(existing.facts.get("steps", 0) if existing else 0)
     facts = {
         "steps": steps,
@@ -126,7 +124,7 @@ def run(job: Job) -> Trained:
 def _work(
     session: training.Session,
     job: Job,
-    pictures: training.Pictures,
+    pictures: Dataset,
     names: list[str],
     existing: Adapter | None,
     state: Path,
@@ -247,7 +245,7 @@ def _fill(layers: dict[str, IntLoRALinear], adapter: Adapter) -> None:
             layer.lora_up.copy_(up)
 
 
-def _data(job: Job, pictures: training.Pictures, names: list[str], bases: intlora.Bases) -> str:
+def _data(job: Job, pictures: Dataset, names: list[str], bases: intlora.Bases) -> str:
     """All that the result depends on besides the options that may change."""
     # these change memory, not numbers
     settings = dataclasses.asdict(job.settings) | {"checkpointing": None, "offloading": None}

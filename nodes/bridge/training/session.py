@@ -1,11 +1,6 @@
-"""Training something small beside a MODEL's frozen weights, inside ComfyUI's own sampling; on
-LATENTs and CONDITIONINGs, or anything else.
+"""Training something small beside a MODEL's frozen weights, inside ComfyUI's own sampling.
 
-    loss = f(x0(x_t, t), x_0)     x_t = model_sampling.noise_scaling(sigma(t), noise, x_0),  t
-      uniform in 0..1, x0 the model's denoised picture
-
-the loss of ComfyUI's Train LoRA on `Pictures`; for a flow model x0 - x_0 = sigma (v* - v). The
-training is a `Sampler`: ComfyUI itself loads the model, encodes the conditioning and calls the
+The training is a `Sampler`: ComfyUI itself loads the model, encodes the conditioning and calls the
 model, so that whatever it can sample can be trained on.
 
 The MODEL that came in is never touched: its file is loaded once more (most of it is the same pages
@@ -14,35 +9,27 @@ of memory), outside of inference mode, and that copy is trained beside and throw
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import comfy.model_management
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ....quant.files.errors import FileRefused
-from ....quant.training.loop import allowing_writes
+from ....quant.training.recompute import allowing_writes
 from ..host.samplers import in_training, previewer
 
-LOSSES = {
-    "MSE": torch.nn.functional.mse_loss,
-    "L1": torch.nn.functional.l1_loss,
-    "Huber": torch.nn.functional.huber_loss,
-    "SmoothL1": torch.nn.functional.smooth_l1_loss,
-}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
-PREVIEW_STEPS = 8
 MOST_ENCODED = 64  # prompts whose encoded form is kept: 4 MB each for FLUX
-# of a prompt for part of a call
+# keys of a prompt for part of a call
 _ALONE = {
     "area",
     "mask",
@@ -54,18 +41,18 @@ _ALONE = {
     "timestep_end",
     "default",
 }
-_KEY = "nibble_training"  # of this room's wrapper on the copy of the model
+_KEY = "nibble_training"  # key of the wrapper on the copy of the model
 T = TypeVar("T")
-
-
-# ---- a model to train beside
 
 
 @dataclass(frozen=True)
 class Settings:
-    """batch: pictures a step; loss: a key of LOSSES; dtype: a key of DTYPES, what the model
-    computes in; checkpointing: compute blocks twice and keep less; offloading: keep weights in RAM
-    and stream them; seed: of previews (the training's own comes with each generator).
+    """batch: pictures a step
+    loss: a key of `dataset.LOSSES`
+    dtype: a key of DTYPES, what the model computes in
+    checkpointing: compute blocks twice and keep less
+    offloading: keep weights in RAM and stream them
+    seed: that of previews (the training's own comes with each generator)
     """
 
     batch: int = 1
@@ -104,13 +91,12 @@ class Session:
         settings: Settings,
         options: dict,
     ):
-        self.guider, self.captions, self.settings, self._options = (
-            guider,
-            captions,
-            settings,
-            options,
-        )
-        self.inner, self.device = guider.inner_model, guider.model_patcher.load_device
+        self.guider = guider
+        self.captions = captions
+        self.settings = settings
+        self._options = options
+        self.inner = guider.inner_model
+        self.device: torch.device = guider.model_patcher.load_device
         self.model: torch.nn.Module = self.inner.diffusion_model
         # (caption, latent shape) → conditioning, encoded for it
         self._encoded: OrderedDict[tuple, dict] = OrderedDict()
@@ -145,29 +131,26 @@ class Session:
         """Places in `captions`, in groups that can go through the model together: prompts that are
         encoded to tensors of the same shapes.
         """
-        found: dict[object, list[int]] = {}
+        groups: dict[object, list[int]] = {}
         for place, caption in enumerate(captions):
-            found.setdefault(_form(self._encode(caption, latent), caption), []).append(place)
-        return list(found.values())
+            form = _form(self._encode(caption, latent), caption)
+            groups.setdefault(form, []).append(place)
+        return list(groups.values())
 
     def prompt(self, captions: Sequence[int], latent: Tensor) -> dict:
         """What the model takes as the prompt of latents of this shape: one for all, or a row for
         each caption.
         """
-        entries = [
-            self._encode(caption, latent)
-            for caption in (captions if len(set(captions)) > 1 else captions[:1])
-        ]
+        rows = captions if len(set(captions)) > 1 else captions[:1]
+        entries = [self._encode(caption, latent) for caption in rows]
         first, *others = (entry["model_conds"] for entry in entries)
-        rows = (
-            {
-                name: type(cond)(cond.concat([other[name] for other in others]))
-                for name, cond in first.items()
-            }
-            if others
-            else first
-        )
-        return entries[0] | {"model_conds": rows}
+        if not others:
+            return dict(entries[0])
+        conds = {
+            name: type(cond)(cond.concat([other[name] for other in others]))
+            for name, cond in first.items()
+        }
+        return entries[0] | {"model_conds": conds}
 
     def _encode(self, caption: int, latent: Tensor) -> dict:
         """A caption as the model takes it, for latents of this shape."""
@@ -210,11 +193,11 @@ class Session:
         """What `draw` returns, a latent, as ComfyUI's (format, picture, largest side); None where
         this model has no preview.
         """
-        seen = previewer(self.device, self.inner.latent_format)
-        if seen is None:
+        chosen = previewer(self.device, self.inner.latent_format)
+        if chosen is None:
             return None
         with torch.no_grad():
-            return seen.decode_latent_to_preview_image("JPEG", draw())
+            return chosen.decode_latent_to_preview_image("JPEG", draw())
 
 
 def _form(entry: dict, caption: int) -> object:
@@ -224,14 +207,7 @@ def _form(entry: dict, caption: int) -> object:
     if _ALONE & entry.keys():
         return caption
     conds = {name: (type(cond), cond.cond) for name, cond in entry["model_conds"].items()}
-    if not all(
-        (
-            len(value) == 1
-            if isinstance(value, Tensor) and value.ndim
-            else value is None or isinstance(value, (bool, int, float, str))
-        )
-        for _, value in conds.values()
-    ):
+    if not all(_fits_one_row(value) for _, value in conds.values()):
         return caption
     return tuple(
         (name, kind, value.shape if isinstance(value, Tensor) else value)
@@ -239,14 +215,23 @@ def _form(entry: dict, caption: int) -> object:
     )
 
 
+def _fits_one_row(value: object) -> bool:
+    """Whether a model's condition is of one sample, or the same for all."""
+    if isinstance(value, Tensor) and value.ndim:
+        return len(value) == 1
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 class _Training(comfy.samplers.Sampler):
     """Calls `work` where ComfyUI would sample."""
 
     def __init__(self, work: Callable[[Session], T], captions: Sequence[list], settings: Settings):
-        self.work, self.captions, self.settings = work, captions, settings
-        self.result = None
+        self.work = work
+        self.captions = captions
+        self.settings = settings
+        self.result: T | None = None
 
-    def sample(
+    def sample(  # noqa: PLR0913 (ComfyUI's)
         self,
         model_wrap,
         sigmas,
@@ -330,147 +315,8 @@ def _copy(model: ModelPatcher, settings: Settings) -> ModelPatcher:
     return own
 
 
-def _thawed(value: T) -> T:
+def _thawed(tree: T) -> T:
     """A copy whose tensors can take part in training: those that other nodes made in inference mode
     cannot.
     """
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: _thawed(part) for name, part in value.items()}
-    return type(value)(_thawed(part) for part in value) if type(value) in (list, tuple) else value
-
-
-# ---- pictures to train on
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """latents: (1, C, [T,] h, w) each, as a VAE gives them; captions: ComfyUI's conditioning
-    entries, one for all or one for each.
-    """
-
-    latents: list[Tensor]
-    captions: list[list]
-
-    def digest(self) -> str:
-        """16 hex digits of all pictures and captions."""
-        sha = hashlib.sha256(repr([tuple(latent.shape) for latent in self.latents]).encode())
-        for tensor in [*self.latents, *_tensors(self.captions)]:
-            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()[:16]
-
-    def loss(self, session: Session, generator: torch.Generator) -> Tensor:
-        """The mean loss of a batch; pictures, times and noise are drawn from the generator, on the
-        CPU.
-        """
-        chosen = torch.randperm(len(self.latents), generator=generator)[
-            : session.settings.batch
-        ].tolist()
-        percents = torch.rand(len(chosen), generator=generator).tolist()
-        noises = [torch.randn(self.latents[i].shape, generator=generator) for i in chosen]
-        # pictures of one caption and size go through the model together
-        groups: dict[tuple, list[int]] = {}
-        for place, i in enumerate(chosen):
-            groups.setdefault((self._caption(i), self.latents[i].shape), []).append(place)
-        losses = [
-            self._loss(
-                session,
-                caption,
-                [chosen[p] for p in places],
-                [percents[p] for p in places],
-                [noises[p] for p in places],
-            )
-            * len(places)
-            for (caption, _), places in groups.items()
-        ]
-        return torch.stack(losses).sum() / len(chosen)
-
-    def _caption(self, picture: int) -> int:
-        return picture if len(self.captions) > 1 else 0
-
-    def _loss(
-        self,
-        session: Session,
-        caption: int,
-        chosen: list[int],
-        percents: list[float],
-        noises: list[Tensor],
-    ) -> Tensor:
-        sampling = session.inner.model_sampling
-        clean = session.inner.process_latent_in(torch.cat([self.latents[i] for i in chosen])).to(
-            session.device
-        )
-        sigmas = torch.tensor(
-            [float(sampling.percent_to_sigma(percent)) for percent in percents],
-            device=session.device,
-        )
-        noisy = sampling.noise_scaling(sigmas, torch.cat(noises).to(session.device), clean, False)
-        denoised = session.denoised(noisy, sigmas, [caption] * len(chosen), clean[:1])
-        return LOSSES[session.settings.loss](denoised.float(), clean.float())
-
-    def draw(self, session: Session) -> Tensor:
-        """The first caption drawn as the model now would, always from the same noise, as large as
-        the first picture.
-        """
-        noise = comfy.sample.prepare_noise(
-            torch.zeros_like(self.latents[0]), session.settings.seed
-        ).to(session.device)
-        return session.euler(noise, 0, PREVIEW_STEPS)
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for name in sorted(value, key=str):
-            yield from _tensors(value[name])
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-
-
-def pictures_of(model: ModelPatcher, latents: list[dict], positive: list[list]) -> Pictures:
-    """LATENTs and CONDITIONINGs, in the order of ComfyUI's dataset nodes. Raises ValueError in
-    plain words for what cannot be trained on.
-    """
-    form, found = model.get_model_object("latent_format"), []
-    for latent in latents:
-        samples = latent["samples"]
-        if samples.is_nested:
-            raise ValueError(
-                "The latents hold several streams (video with sound), which cannot be trained on"
-                " here; connect the pictures' latents alone."
-            )
-        if form.latent_dimensions == 3 and samples.ndim == 4:
-            samples = samples.unsqueeze(2)
-        _check(samples, form)
-        found += [samples[i : i + 1].detach().cpu().float().clone() for i in range(len(samples))]
-    captions = [entry for conditioning in positive for entry in conditioning]
-    if not found:
-        raise ValueError("There are no latents to train on; connect pictures through VAE Encode.")
-    if len(captions) not in (1, len(found)):
-        raise ValueError(
-            f"There are {len(found)} latents and {len(captions)} prompts; connect one prompt for"
-            " all pictures, or one for each."
-        )
-    return Pictures(found, captions)
-
-
-def _check(samples: Tensor, form) -> None:
-    if samples.ndim != 2 + form.latent_dimensions or samples.shape[1] != form.latent_channels:
-        raise ValueError(
-            f"The latents are {' x '.join(map(str, samples.shape))}, and this model's have"
-            f" {form.latent_channels} channels in {form.latent_dimensions} dimensions; encode the"
-            " pictures with this model's own VAE."
-        )
-    if not samples.isfinite().all():
-        raise ValueError(
-            "The latents hold values that are not finite; look at the pictures and the VAE that"
-            " they come from."
-        )
-    if not samples.any():
-        raise ValueError(
-            "The latents are empty; connect pictures through VAE Encode in place of an empty"
-            " latent."
-        )
+    return tree_map_only(Tensor, Tensor.clone, tree)

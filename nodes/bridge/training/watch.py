@@ -23,35 +23,33 @@ class Watch:
     """
 
     def __init__(self, node_id: str | None, chart: Callable[[list], dict], preview_every: int):
-        self.report, self.chart, self.preview_every = (
-            Progress("training", node_id),
-            chart,
-            preview_every,
-        )
-        self.drawn, self.began = 0.0, None
+        self.progress = Progress("training", node_id)
+        self.chart = chart
+        self.preview_every = preview_every
+        self._drawn = 0.0
+        self._began: tuple[float, int] | None = None  # when the first step was done, and which
 
     def __call__(
         self, step: int, steps: int, text: str, preview: Callable[[], tuple | None]
     ) -> None:
         """After each step, of `steps` in all. Raises ComfyUI's interrupt."""
-        self.began = (time.monotonic(), step) if self.began is None else self.began
-        self.report(step, steps, text)
-        if time.monotonic() - self.drawn > EVERY or step == steps:
-            self.report.show(self.chart([("speed", self.speed(step))]))
-            self.drawn = time.monotonic()
+        if self._began is None:
+            self._began = (time.monotonic(), step)
+        self.progress(step, steps, text)
+        if time.monotonic() - self._drawn > EVERY or step == steps:
+            self.progress.show(self.chart([("speed", self.speed(step))]))
+            self._drawn = time.monotonic()
         if self.preview_every and (step % self.preview_every == 0 or step == steps):
             picture = preview()
             if picture is not None:
-                self.report.picture(step, steps, picture)
+                self.progress.picture(step, steps, picture)
 
     def speed(self, step: int) -> str:
         """Seconds a step, since the first one of this run."""
-        seconds, first = self.began
-        return (
-            f"{(time.monotonic() - seconds) / (step - first):.3g} s per step"
-            if step > first
-            else "measuring"
-        )
+        began, first = self._began
+        if step == first:
+            return "measuring"
+        return f"{(time.monotonic() - began) / (step - first):.3g} s a step"
 
 
 def resumable(state: Path, data: str) -> bool:
@@ -59,13 +57,15 @@ def resumable(state: Path, data: str) -> bool:
     makes room for a new one where overwriting is allowed.
     """
     try:
-        identity = json.loads(read_header(state).metadata["identity"]) if state.exists() else [""]
+        if not state.exists():
+            return False
+        identity = json.loads(read_header(state).metadata["identity"])
         return json.loads(identity[0])[-1] == data
     except (FileRefused, KeyError, ValueError, TypeError):
         return False
 
 
-def kept(message: str, losses: Sequence[float], state: Path) -> str:
+def what_is_kept(message: str, losses: Sequence[float], state: Path) -> str:
     """An error's sentence, and what is left of the run."""
     if not losses or not state.exists():
         return message

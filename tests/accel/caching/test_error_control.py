@@ -19,7 +19,7 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
     sigma.
     """
     rule = ErrorControl(threshold, SIGMAS, Reuse(order), **more)
-    stream, nodes, computed, worst = rule.stream(), [], [], 0.0
+    stream, nodes, computed, worst = rule.decider(), [], [], 0.0
     for i in range(STEPS):
         step = Step(i, STEPS, SIGMAS[i])
         used = weights(nodes, step.sigma, rule.reuse) if nodes else []
@@ -80,6 +80,6 @@ def test_first_and_last_and_the_window_are_computed():
 def test_the_rate_is_lagranges_remainder():
     """A parabola guessed linearly: the error at s is |(s - a)(s - b)| exactly, whatever the gap."""
     rule = ErrorControl(1.0, SIGMAS, Reuse(1))
-    stream = rule.stream()
+    stream = rule.decider()
     stream.measured(Step(2, STEPS, 0.8), [1.0, 0.9], abs((0.8 - 1.0) * (0.8 - 0.9)))
     assert stream.rate == pytest.approx(1.0)

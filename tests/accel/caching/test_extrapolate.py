@@ -5,7 +5,7 @@ and what a history keeps.
 import pytest
 import torch
 
-from nibble.accel.caching.extrapolate import History, Reuse, spread, weights
+from nibble.accel.caching.extrapolate import History, Reuse, node_product, weights
 
 NODES = [1.0, 0.93, 0.81, 0.6]
 
@@ -43,8 +43,8 @@ def test_fewer_nodes_than_the_order_needs_lower_it():
 
 
 def test_the_spread_is_lagranges_product():
-    assert spread([1.0, 0.8], 0.6, Reuse(1)) == pytest.approx(0.4 * 0.2)
-    assert spread([1.0, 0.8], 0.6, Reuse(0)) == pytest.approx(0.2)
+    assert node_product([1.0, 0.8], 0.6, Reuse(1)) == pytest.approx(0.4 * 0.2)
+    assert node_product([1.0, 0.8], 0.6, Reuse(0)) == pytest.approx(0.2)
 
 
 def test_a_history_keeps_what_it_needs_and_starts_again_with_another_shape():

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from nibble.accel.caching.extrapolate import Reuse
-from nibble.accel.caching.mask_search import Fixed, contributions, error, search, spread, uniform
+from nibble.accel.caching.mask_search import (
+    StepMask,
+    contributions,
+    error,
+    search,
+    transferred,
+    uniform,
+)
 from nibble.accel.caching.steps import Step, Window
 
 
@@ -95,16 +102,13 @@ def test_the_search_repeats_itself():
 def test_a_mask_moves_to_another_number_of_steps_with_its_density():
     mask = [True] + [False] * 9 + [True] * 10
     sigmas = np.linspace(1, 0, 21).tolist()
-    assert spread(mask, sigmas, sigmas) == mask
-    other = spread(mask, sigmas, np.linspace(1, 0, 41).tolist())
-    assert other[0]
-    assert other[-1]
-    assert abs(sum(other) - 22) <= 1
-    assert sum(other[:18]) < 4
+    assert transferred(mask, sigmas, sigmas) == mask
+    other = transferred(mask, sigmas, np.linspace(1, 0, 41).tolist())
+    assert other[0] and other[-1] and abs(sum(other) - 22) <= 1 and sum(other[:18]) < 4
 
 
 def test_a_fixed_rule_computes_the_ends_and_what_it_has_nothing_for():
-    stream = Fixed((False,) * 6, Window(first=1, last=1)).stream()
+    stream = StepMask((False,) * 6, Window(first=1, last=1)).decider()
     assert [stream.decide(Step(i, 6, 1 - i / 6), [1.0][:i]).why for i in (0, 1, 5)] == [
         "first",
         "reused",

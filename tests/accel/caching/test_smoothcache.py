@@ -1,4 +1,4 @@
-"""SmoothCache's greedy schedule against the published loop, written here once more; curves that are
+"""SmoothCache's greedy greedy_mask against the published loop, written here once more; curves that are
 recorded, kept and moved to other schedules.
 """
 
@@ -7,11 +7,11 @@ import random
 
 import pytest
 
-from nibble.accel.caching.smoothcache import Curve, Recorder, schedule
+from nibble.accel.caching.smoothcache import Curve, Recorder, greedy_mask
 
 
 def published(rows: list[list[float]], alpha: float, steps: int) -> list[int]:
-    """The paper repository's generate-schedule loop: rows[j][i] is the mean error between step i
+    """The paper repository's generate-greedy_mask loop: rows[j][i] is the mean error between step i
     and step i + j + 1.
     """
     out, i = [None] * steps, 0
@@ -36,19 +36,19 @@ def test_schedules_are_the_published_ones(seed):
     steps, farthest = rng.randint(6, 50), rng.randint(1, 5)
     rows = [[rng.random() * k / farthest for _ in range(steps - k)] for k in range(1, farthest + 1)]
     for alpha in (0.0, 0.1, 0.3, 0.7, 2.0):
-        assert [int(value) for value in schedule(rows, alpha)] == published(rows, alpha, steps)
+        assert [int(value) for value in greedy_mask(rows, alpha)] == published(rows, alpha, steps)
 
 
 def test_a_schedule_worked_by_hand():
     """Six steps, k <= 2: step 0 may give 1 and 2 (0.1), step 3 only 4 (0.1), step 5 is the last."""
     rows = [[0.05, 0.9, 0.9, 0.1, 0.9], [0.1, 0.9, 0.9, 0.9]]
-    assert schedule(rows, 0.1) == [True, False, False, True, False, True]
+    assert greedy_mask(rows, 0.1) == [True, False, False, True, False, True]
 
 
 def test_alpha_zero_computes_everything_and_a_large_one_keeps_first_and_last():
     rows = [[0.5] * 9, [0.7] * 8]
-    assert all(schedule(rows, 0.0))
-    assert schedule(rows, 1.0) == [True, False, False] * 3 + [True]
+    assert all(greedy_mask(rows, 0.0))
+    assert greedy_mask(rows, 1.0) == [True, False, False] * 3 + [True]
 
 
 def test_a_recorder_averages_layers_and_samples():

@@ -44,7 +44,7 @@ def published(seen: list[torch.Tensor], poly: list[float], threshold: float) -> 
 def ours(
     seen: list[torch.Tensor], polynomial: Polynomial, threshold: float, window=None
 ) -> list[bool]:
-    stream, out, previous = TeaCache(polynomial, threshold, window or Window()).stream(), [], None
+    stream, out, previous = TeaCache(polynomial, threshold, window or Window()).decider(), [], None
     for index, now in enumerate(seen):
         d = None if previous is None else float(distance(now, previous))
         out.append(stream.decide(Step(index, len(seen), 1 - index / len(seen)), d).compute)

@@ -52,7 +52,7 @@ NAMES = ["blocks.0", "blocks.1"]
 
 def filled(net, rank=2):
     """An adapter that changes everything."""
-    made = adapter.Adapter.create(net, NAMES, rank, 1.5)
+    made = adapter.CAFAdapter.create(net, NAMES, rank, 1.5)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -62,7 +62,7 @@ def filled(net, rank=2):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_untrained_heads_change_no_bit(net, rank):
-    x, made = torch.randn(2, 3, 4, 4), adapter.Adapter.create(net, NAMES, rank, 1.5)
+    x, made = torch.randn(2, 3, 4, 4), adapter.CAFAdapter.create(net, NAMES, rank, 1.5)
     plain = net(x)
     shown = adapter.presented_by(net, made.input_layer, lambda: net(torch.ones_like(x)))
     for head in (made.velocity, made.acceleration):
@@ -218,6 +218,6 @@ def test_files_that_are_none_are_refused(net, tmp_path):
 
 def test_what_cannot_have_an_adapter_is_refused(net):
     with pytest.raises(ValueError, match="rank 7 is not between 0 and 6"):
-        adapter.Adapter.create(net, ["blocks.1"], 7, 1.5)
+        adapter.CAFAdapter.create(net, ["blocks.1"], 7, 1.5)
     with pytest.raises(ValueError, match="takes its latent in by none of"):
         adapter.input_layer(nn.Sequential(nn.Linear(2, 2)))

@@ -10,15 +10,16 @@ from comfy.patcher_extension import WrappersMP
 
 from caching_runs import STEPS, blocks_run, conditioning, draw, left_behind
 from nibble.accel.caching.teacache import IDENTITY
-from nibble.nodes.bridge.caching import apply as caching
-from nibble.nodes.bridge.caching.apply import (
+from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache, notes
+from nibble.nodes.bridge.caching.measure import Measurement, measure
+from nibble.nodes.bridge.caching.models import level_of, published
+from nibble.nodes.bridge.caching.run import KEY
+from nibble.nodes.bridge.caching.settings import (
+    PRESETS,
     SmoothCacheSettings,
     TeaCacheSettings,
-    apply_smoothcache,
-    apply_teacache,
+    preset,
 )
-from nibble.nodes.bridge.caching.measure import calibrate
-from nibble.nodes.bridge.caching.run import KEY
 from nibble.nodes.bridge.host.fingerprint import PLAIN, fingerprint
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.errors import FileRefused
@@ -34,15 +35,17 @@ def calibration(flux):
     sigmas = comfy.samplers.calculate_sigmas(
         flux.get_model_object("model_sampling"), "simple", STEPS
     )
-    return calibrate(
-        flux,
-        conditioning(3) + conditioning(4),
-        None,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        {"samples": torch.zeros(1, 16, 8, 8)},
-        5,
+    return measure(
+        Measurement(
+            model=flux,
+            positive=conditioning(3) + conditioning(4),
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas,
+            latent={"samples": torch.zeros(1, 16, 8, 8)},
+            seed=5,
+        ),
         Progress("calibrating"),
     )
 
@@ -234,15 +237,17 @@ def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense
     sigmas = comfy.samplers.calculate_sigmas(
         model.get_model_object("model_sampling"), "simple", STEPS
     )
-    found = calibrate(
-        model,
-        conditioning(3),
-        None,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        sigmas,
-        {"samples": torch.zeros(1, 16, 8, 8)},
-        5,
+    found = measure(
+        Measurement(
+            model=model,
+            positive=conditioning(3),
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas,
+            latent={"samples": torch.zeros(1, 16, 8, 8)},
+            seed=5,
+        ),
         Progress("calibrating"),
     )
     assert found.model["weights"] != PLAIN and found.model["fingerprint"] != fingerprint(
@@ -321,21 +326,17 @@ def test_smoothcache_says_what_it_needs(flux):
 
 
 def test_a_low_bit_models_presets_skip_more_easily(flux, model):
-    assert all(
-        caching.preset(name, model).threshold >= caching.preset(name, flux).threshold
-        for name in caching.PRESETS
-    )
-    assert caching.preset("quality", model) != caching.preset("quality", flux)
+    assert all(preset(name, model).threshold >= preset(name, flux).threshold for name in PRESETS)
+    assert preset("quality", model) != preset("quality", flux)
 
 
 def test_presets_and_notes(flux):
-    thresholds = [caching.preset(name, flux).threshold for name in ("quality", "balanced", "fast")]
-    assert thresholds == sorted(thresholds)
-    assert caching.level_of(flux) == "sublayer"
-    assert caching.shipped(flux) is None
-    said = caching.notes(
-        flux, TeaCacheSettings(0.3, rule="teacache"), sigmas=torch.linspace(1, 0, 5)
+    thresholds = [preset(name, flux).threshold for name in ("quality", "balanced", "fast")]
+    assert (
+        thresholds == sorted(thresholds)
+        and level_of(flux) == "sublayer"
+        and published(flux) is None
     )
-    assert "4 steps" in said[0]
-    assert "coefficients" in said[1]
-    assert caching.notes(flux, caching.preset("fast", flux), sigmas=torch.linspace(1, 0, 29)) == []
+    said = notes(flux, TeaCacheSettings(0.3, rule="teacache"), sigmas=torch.linspace(1, 0, 5))
+    assert "4 steps" in said[0] and "coefficients" in said[1]
+    assert notes(flux, preset("fast", flux), sigmas=torch.linspace(1, 0, 29)) == []

@@ -13,7 +13,7 @@ import torch
 from caching_runs import STEPS, conditioning
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge.caching import calibration_file
-from nibble.nodes.bridge.caching.measure import calibrate
+from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.host import fingerprint
 from nibble.nodes.bridge.host.progress import Progress
 from nibble.quant.files.errors import FileRefused
@@ -27,17 +27,19 @@ def sigmas(model, steps: int = STEPS) -> torch.Tensor:
 
 @pytest.fixture
 def calibration(dense_model):
-    return calibrate(
-        dense_model,
-        conditioning(3),
-        None,
-        1.0,
-        comfy.samplers.sampler_object("euler"),
-        sigmas(dense_model),
-        {"samples": torch.zeros(1, 16, 8, 8)},
-        5,
+    return measure(
+        Measurement(
+            model=dense_model,
+            positive=conditioning(3),
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=sigmas(dense_model),
+            latent={"samples": torch.zeros(1, 16, 8, 8)},
+            seed=5,
+            model_name="random-flux",
+        ),
         Progress("calibrating"),
-        model_name="random-flux",
     )
 
 
@@ -162,14 +164,16 @@ def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):
 
 def test_a_schedule_too_short_is_refused(dense_model):
     with pytest.raises(ValueError, match="too few to calibrate"):
-        calibrate(
-            dense_model,
-            conditioning(3),
-            None,
-            1.0,
-            comfy.samplers.sampler_object("euler"),
-            sigmas(dense_model, 4),
-            {"samples": torch.zeros(1, 16, 8, 8)},
-            5,
+        measure(
+            Measurement(
+                model=dense_model,
+                positive=conditioning(3),
+                negative=None,
+                cfg=1.0,
+                sampler=comfy.samplers.sampler_object("euler"),
+                sigmas=sigmas(dense_model, 4),
+                latent={"samples": torch.zeros(1, 16, 8, 8)},
+                seed=5,
+            ),
             Progress("calibrating"),
         )

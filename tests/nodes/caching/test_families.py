@@ -16,21 +16,18 @@ from caching_runs import traces
 from checkout import ROOT
 from nibble.accel.caching.smoothcache import Curve
 from nibble.accel.caching.teacache import Polynomial
-from nibble.nodes.bridge.caching import apply as caching
-from nibble.nodes.bridge.caching import models as caching_models
-from nibble.nodes.bridge.caching import wrap_sublayers as caching_parts
+from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
 from nibble.nodes.bridge.caching.calibration_file import Calibration
+from nibble.nodes.bridge.caching.models import family_of, level_of
+from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
+from nibble.nodes.bridge.caching.wrap_sublayers import kinds
 from nibble.nodes.bridge.host.fingerprint import fingerprint
 
 HELP = ROOT / "web" / "docs" / "NibbleApplyTeaCache.md"
 STEPS = 6
 # reuses wherever it may
-ALWAYS = caching.TeaCacheSettings(
-    threshold=3.0, rule="teacache", order=0, coefficients=Polynomial((0.0,))
-)
-NEVER = caching.TeaCacheSettings(
-    threshold=0.0, rule="teacache", coefficients=Polynomial((1.0, 0.0))
-)
+ALWAYS = TeaCacheSettings(threshold=3.0, rule="teacache", order=0, coefficients=Polynomial((0.0,)))
+NEVER = TeaCacheSettings(threshold=0.0, rule="teacache", coefficients=Polynomial((1.0, 0.0)))
 
 
 def latents(samples) -> list[torch.Tensor]:
@@ -43,15 +40,15 @@ def same(a, b) -> bool:
 
 
 # the same for a model of whole steps: its rule would look at errors first
-HALF = caching.SmoothCacheSettings(budget=3, order=0)
+HALF = SmoothCacheSettings(budget=3, order=0)
 
 
 def cached(model, settings):
     """The model with caching, and the list whose last entry is the run's record."""
     records = []
-    if settings is ALWAYS and caching.level_of(model) == "step":
-        return caching.apply_smoothcache(model, HALF, watch=records.append), records
-    return caching.apply_teacache(model, settings, watch=records.append), records
+    if settings is ALWAYS and level_of(model) == "step":
+        return apply_smoothcache(model, HALF, watch=records.append), records
+    return apply_teacache(model, settings, watch=records.append), records
 
 
 class Spy:
@@ -147,21 +144,13 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
 def measured(model, family, error: float) -> Calibration:
     """A calibration in which reusing any part costs the same error at any step."""
     sigmas = tiny_models.schedule(model, STEPS).tolist()
-    kinds = [
-        "step",
-        *(
-            kind
-            for depth in ("block", "sublayer")
-            for kind in caching_parts.kinds(
-                caching_models.adapter_of(model.model.diffusion_model), depth
-            )
-        ),
-    ]
+    blocks = family_of(model.model.diffusion_model)
+    every = ["step", *kinds(blocks, "block"), *kinds(blocks, "sublayer")]
     curves = {
         kind: Curve(
             [[error] * (STEPS - k) for k in (1, 2, 3)], [[0.0] * (STEPS - k) for k in (1, 2, 3)], 1
         )
-        for kind in kinds
+        for kind in every
     }
     return Calibration(
         {"class": "", "fingerprint": fingerprint(model), "name": family, "weights": ""},
@@ -173,17 +162,17 @@ def measured(model, family, error: float) -> Calibration:
 
 
 def test_blocks_and_their_parts_are_reused_by_a_schedule(model, family, plain):
-    level = caching.level_of(model)
+    level = level_of(model)
     if level == "step":
         return  # its whole steps are tested above
     before = traces(model)
     for depth in ("block", "sublayer") if level == "sublayer" else ("block",):
-        settings, records = caching.SmoothCacheSettings(alpha=0.1, depth=depth, order=0), []
-        exact = caching.apply_smoothcache(model, settings, measured(model, family, error=1.0))
+        settings, records = SmoothCacheSettings(alpha=0.1, depth=depth, order=0), []
+        exact = apply_smoothcache(model, settings, measured(model, family, error=1.0))
         assert same(tiny_models.sample(exact, family, STEPS), plain), (
             f"{depth}: where nothing may be reused, nothing changes"
         )
-        reusing = caching.apply_smoothcache(
+        reusing = apply_smoothcache(
             model, settings, measured(model, family, error=0.0), records.append
         )
         result = tiny_models.sample(reusing, family, STEPS)
@@ -253,7 +242,7 @@ def test_the_help_page_tells_every_family_and_its_depth():
     told = {name.strip().lower(): depth for name, depth in rows}
     found = {
         family: {"step": "whole steps", "blocks": "blocks", "sublayer": "blocks and their parts"}[
-            caching.level_of(tiny_models.build(family))
+            level_of(tiny_models.build(family))
         ]
         for family in tiny_models.FAMILIES
     }

@@ -11,17 +11,13 @@ import torch
 
 from caching_runs import STEPS, conditioning, draw
 from nibble.accel.caching.extrapolate import Reuse
-from nibble.accel.caching.mask_search import Fixed
+from nibble.accel.caching.mask_search import StepMask
 from nibble.accel.caching.steps import Record, Step
 from nibble.accel.caching.teacache import IDENTITY
-from nibble.nodes.bridge.caching.apply import (
-    SmoothCacheSettings,
-    TeaCacheSettings,
-    apply_smoothcache,
-    apply_teacache,
-)
+from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
 from nibble.nodes.bridge.caching.controlnet import Deferred
 from nibble.nodes.bridge.caching.run import Run
+from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
 
 
 @pytest.fixture
@@ -36,7 +32,7 @@ def half(model, watch=None):
 
 def a_run(patcher=None, sampler=None) -> Run:
     sigmas = [1 - i / 4 for i in range(5)]
-    return Run(sigmas, sampler, patcher, Fixed((True,) * 4), Reuse(1), None, Record(4))
+    return Run(sigmas, sampler, patcher, StepMask((True,) * 4), Reuse(1), None, Record(4))
 
 
 X = torch.zeros(2, 16, 8, 8)

@@ -15,7 +15,8 @@ import tiny_models
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings
-from nibble.nodes.bridge.caf.couplings import Job
+from nibble.nodes.bridge.caf import teacher
+from nibble.nodes.bridge.caf.teacher import CouplingsJob
 from nibble.quant.files.errors import FileRefused
 
 SIGMAS = torch.tensor([1.0, 0.7, 0.3, 0.0])
@@ -41,7 +42,7 @@ def euler(**options):
     return comfy.samplers.ksampler("euler", options)
 
 
-def job(model, **changes) -> Job:
+def job(model, **changes) -> CouplingsJob:
     defaults = {
         "positive": [prompts(2, 3)],
         "latents": [{"samples": torch.zeros(1, 16, 4, 4)}],
@@ -51,11 +52,11 @@ def job(model, **changes) -> Job:
         "seed": 7,
         "filename": "mine",
     }
-    return Job(model, **defaults | changes)
+    return CouplingsJob(model, **defaults | changes)
 
 
 def made(model, **changes) -> couplings.Couplings:
-    return caf_couplings.run(job(model, **changes))[0]
+    return caf_couplings.make_couplings(job(model, **changes))[0]
 
 
 def everything(found) -> list:
@@ -167,10 +168,12 @@ def test_stopped_anywhere_it_goes_on_and_ends_as_if_it_had_not_been(model, monke
 def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
     first = everything(made(model, count=2))
     calls = calls_of(model, monkeypatch)
-    again, chart = caf_couplings.run(job(model, count=2))
-    assert not calls
-    assert everything(again) == first
-    assert ["time per pair", "made already, with the same inputs"] in chart["summary"]
+    again, chart = caf_couplings.make_couplings(job(model, count=2))
+    assert (
+        not calls
+        and everything(again) == first
+        and ["time a pair", "made already, with the same inputs"] in chart["summary"]
+    )
     more = made(model, count=4)
     assert calls == [1] * 6
     assert everything(more)[:2] == first
@@ -297,11 +300,11 @@ def test_steps_pictures_and_facts_are_shown(model, monkeypatch):
         "picture",
         lambda self, done, total, preview: pictures.append((done, total, preview[1].size)),
     )
-    found, chart = caf_couplings.run(job(model, batch=2, count=3))
-    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
-    assert bars[0][2] == "pairs 1 to 2 of 3, step 1 of 3"
-    assert bars[3][2] == "pair 3 of 3, step 1 of 3"
-    assert pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
+    found, chart = caf_couplings.make_couplings(job(model, batch=2, count=3))
+    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)] and bars[
+        0
+    ][2] == "pairs 1 to 2 of 3, step 1 of 3"
+    assert bars[3][2] == "pair 3 of 3, step 1 of 3" and pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
     facts = dict(chart["summary"])
     assert chart["kind"] == "facts"
     assert chart["title"] == "mine"
@@ -358,10 +361,10 @@ def test_samplers_that_add_noise_are_refused_and_all_others_are_not(model, name)
         torch.random.get_rng_state(),
     )
     if not noisy:
-        caf_couplings._check_sampler(asked)
+        teacher.check_sampler(asked)
     else:
         with pytest.raises(ValueError, match="adds noise on its way.*euler"):
-            caf_couplings._check_sampler(asked)
+            teacher.check_sampler(asked)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -369,13 +372,13 @@ def test_samplers_are_judged_by_what_they_do(model):
     """Options count: Euler with churn adds noise, an ancestral one with eta 0 does not; a step size
     for the whole batch couples neighbours.
     """
-    caf_couplings._check_sampler(
+    teacher.check_sampler(
         job(model, sampler=comfy.samplers.ksampler("euler_ancestral", {"eta": 0.0}))
     )
     with pytest.raises(ValueError, match="The sampler euler adds noise"):
         made(model, sampler=euler(s_churn=1.0))
     adaptive = comfy.samplers.sampler_object("dpm_adaptive")
-    caf_couplings._check_sampler(job(model, sampler=adaptive))
+    teacher.check_sampler(job(model, sampler=adaptive))
     with pytest.raises(ValueError, match="depends on its neighbors; set batch_size to 1"):
         made(model, sampler=adaptive, batch=2)
 

@@ -272,8 +272,8 @@ def test_torch_compile_on_either_side(dense_model):
         return model
 
     for model in (
-        compiled(caf_model.wearing(dense_model, made, NAME)),
-        caf_model.wearing(compiled(dense_model), made, NAME),
+        compiled(caf_model.with_heads(dense_model, made, NAME)),
+        caf_model.with_heads(compiled(dense_model), made, NAME),
     ):
         torch._dynamo.reset()
         assert torch.equal(run(model, steps=1), expected)
@@ -288,17 +288,15 @@ def test_comfyui_counts_loads_and_frees_the_heads(dense_model):
     size = sum(tensor.nbytes for tensor in model.get_attachment(caf_model.KEY).adapter.parameters())
     run(model)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
-    mine = [patcher for patcher in loaded if isinstance(patcher.model, adapter.Adapter)]
-    assert len(mine) == 1
-    assert mine[0].model_size() == size
-    assert mine[0].loaded_size() == size
+    mine = [patcher for patcher in loaded if isinstance(patcher.model, adapter.CAFAdapter)]
+    assert len(mine) == 1 and mine[0].model_size() == size and mine[0].loaded_size() == size
     gone = weakref.ref(mine[0].model)
     del mine, loaded, model
     gc.collect()
     comfy.model_management.cleanup_models_gc()
     assert gone() is None
     assert not any(
-        isinstance(entry.model.model, adapter.Adapter)
+        isinstance(entry.model.model, adapter.CAFAdapter)
         for entry in comfy.model_management.current_loaded_models
         if entry.model is not None
     )

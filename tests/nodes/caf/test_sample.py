@@ -17,7 +17,9 @@ from caf_files import heads, worn
 from nibble.accel.caf import flow
 from nibble.accel.caf import heads as nets
 from nibble.nodes import caf as nodes
-from nibble.nodes.bridge.caching import apply as caching
+from nibble.nodes.bridge.caching.apply import apply_teacache
+from nibble.nodes.bridge.caching.settings import TeaCacheSettings
+from nibble.nodes.bridge.caf import invert as caf_invert
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.caf import sample as caf_sampling
 
@@ -310,26 +312,23 @@ def test_a_cache_on_either_side_sees_one_call_a_step(dense_model, level):
     plain = draw(model, caf_sampling.sampler(), sigmas)
 
     def cached(model, threshold: float):
-        return caching.apply_teacache(
-            model, caching.TeaCacheSettings(threshold, level=level), watch=records.append
-        )
+        return apply_teacache(model, TeaCacheSettings(threshold, level=level), watch=records.append)
 
     for threshold in (0.0, 1.0):
         for both in (
             cached(model, threshold),
-            caf_model.wearing(cached(dense_model, threshold), heads(dense_model), FILE),
+            caf_model.with_heads(cached(dense_model, threshold), heads(dense_model), FILE),
         ):
             found = draw(both, caf_sampling.sampler(), sigmas)
             assert len(records[-1].cells) == 8
             assert records[-1].calls == 8
             assert torch.equal(found, plain) == (threshold == 0)
             assert (records[-1].reused > 0) == (threshold > 0)
-    noise_, velocity = caf_sampling.invert(
+    noise_, velocity = caf_invert.invert(
         cached(model, 0.0), conditioning(), {"samples": noise(7)}, 4
     )
-    expected, start = caf_sampling.invert(model, conditioning(), {"samples": noise(7)}, 4)
-    assert torch.equal(noise_.noise, expected.noise)
-    assert torch.equal(velocity.start, start.start)
+    expected, start = caf_invert.invert(model, conditioning(), {"samples": noise(7)}, 4)
+    assert torch.equal(noise_.noise, expected.noise) and torch.equal(velocity.start, start.start)
 
 
 # ---- there and back again
@@ -366,7 +365,7 @@ def test_inverted_and_drawn_again_it_is_what_the_equations_give(dense_model, tra
     model, latent = worn(dense_model, seed=0 if trained else None, h=1.5), 0.5 * noise(7, batch=2)
     errors = []
     for steps in (2, 16):
-        found, velocity = caf_sampling.invert(model, conditioning(), {"samples": latent}, steps)
+        found, velocity = caf_invert.invert(model, conditioning(), {"samples": latent}, steps)
         again = draw(
             model,
             caf_sampling.sampler(velocity),
@@ -384,7 +383,7 @@ def test_inverted_and_drawn_again_it_is_what_the_equations_give(dense_model, tra
 
 def test_another_prompt_makes_another_picture_of_the_same_noise(model):
     latent = noise(7)
-    found, velocity = caf_sampling.invert(model, conditioning(), {"samples": latent}, 4)
+    found, velocity = caf_invert.invert(model, conditioning(), {"samples": latent}, 4)
     sigmas, start = caf_sampling.sigmas(model, 4), found.generate_noise({"samples": latent})
     again, edited = (
         draw(model, caf_sampling.sampler(velocity), sigmas, start, positive=conditioning(seed))
@@ -402,7 +401,7 @@ def test_other_latents_come_back_too(family):
     """
     model = worn(tiny_models.build(family), seed=None)
     latent = {"samples": tiny_models.latent(family)}
-    found, velocity = caf_sampling.invert(model, tiny_models.prompt(family), latent, 24)
+    found, velocity = caf_invert.invert(model, tiny_models.prompt(family), latent, 24)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(tiny_models.prompt(family), tiny_models.prompt(family))
     again = guider.sample(
@@ -419,15 +418,15 @@ def test_other_latents_come_back_too(family):
 def test_noise_that_a_model_scales_is_given_unscaled():
     model = worn(tiny_models.build("flux"))
     latent = {"samples": tiny_models.latent("flux")}
-    plain, _ = caf_sampling.invert(model, tiny_models.prompt("flux"), latent, 2)
+    plain, _ = caf_invert.invert(model, tiny_models.prompt("flux"), latent, 2)
     model.get_model_object("model_sampling").noise_scale = 8.0
-    scaled, _ = caf_sampling.invert(model, tiny_models.prompt("flux"), latent, 2)
+    scaled, _ = caf_invert.invert(model, tiny_models.prompt("flux"), latent, 2)
     torch.testing.assert_close(scaled.noise * 8, plain.noise)
 
 
 def test_what_does_not_fit_is_refused_in_words(model, dense_model):
     latent = noise(7)
-    found, velocity = caf_sampling.invert(model, conditioning(), {"samples": latent}, 1)
+    found, velocity = caf_invert.invert(model, conditioning(), {"samples": latent}, 1)
     with pytest.raises(
         ValueError,
         match="noise from CAF Invert is of a latent 1 x 16 x 8 x 8, and this one is 2 x 16 x 8 x 8",
@@ -438,7 +437,7 @@ def test_what_does_not_fit_is_refused_in_words(model, dense_model):
         match="velocity from CAF Invert is of a latent 1 x 16 x 8 x 8, and this one is 2 x",
     ):
         draw(model, caf_sampling.sampler(velocity), caf_sampling.sigmas(model, 1), noise(batch=2))
-    other = caf_model.wearing(dense_model, heads(dense_model), "other.caf.safetensors")
+    other = caf_model.with_heads(dense_model, heads(dense_model), "other.caf.safetensors")
     with pytest.raises(
         ValueError, match="found with test.caf.safetensors.*has other.caf.safetensors"
     ):
@@ -448,9 +447,9 @@ def test_what_does_not_fit_is_refused_in_words(model, dense_model):
         (noise()[:, :4], "1 x 4 x 8 x 8.*16 channels"),
     ):
         with pytest.raises(ValueError, match=words):
-            caf_sampling.invert(model, conditioning(), {"samples": wrong}, 1)
+            caf_invert.invert(model, conditioning(), {"samples": wrong}, 1)
     with pytest.raises(ValueError, match="no CAF heads"):
-        caf_sampling.invert(dense_model, conditioning(), {"samples": latent}, 1)
+        caf_invert.invert(dense_model, conditioning(), {"samples": latent}, 1)
 
 
 def test_the_nodes_tell_what_they_cost(model):
@@ -468,8 +467,9 @@ def test_the_nodes_tell_what_they_cost(model):
         model=model, positive=conditioning(), latent_image={"samples": noise()}, steps=1, ahead=0.5
     )
     noise_, velocity, ui = result[0], result[1], result.ui
-    assert ui["nibble_chart"][0]["title"] == "inverted in 1 step, 2 calls of the model"
-    assert isinstance(noise_, caf_sampling.InvertedNoise)
+    assert ui["nibble_chart"][0][
+        "title"
+    ] == "inverted in 1 step, 2 calls of the model" and isinstance(noise_, caf_invert.InvertedNoise)
     given = nodes.NibbleCAFSampler.execute(
         model=model, steps=1, denoise=1.0, ahead=0.0, velocity=velocity
     )

@@ -17,7 +17,7 @@ from nibble.accel.caf import couplings, flow
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.caf import sample as caf_sampling
 from nibble.nodes.bridge.caf import train as caf_training
-from nibble.nodes.bridge.caf.train import RECIPE, Job, Options, Student
+from nibble.nodes.bridge.caf.train import RECIPE, Options, Student, TrainingJob
 from nibble.nodes.bridge.quantized import loading
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
@@ -67,7 +67,7 @@ def data(tmp_path):
     return pairs(tmp_path / "pairs")
 
 
-def job(model, data, **changes) -> Job:
+def job(model, data, **changes) -> TrainingJob:
     steps = changes.pop("steps", 3)
     options = Options(
         **RECIPE | {"steps": steps, "lr": 5e-3, "warmup": 0} | changes.pop("options", {})
@@ -80,12 +80,12 @@ def job(model, data, **changes) -> Job:
         "h": 1.5,
         "preview_every": 0,
     }
-    return Job(model, data, **defaults | changes)
+    return TrainingJob(model, data, **defaults | changes)
 
 
 def trained(model, data, folder, **changes) -> tuple:
     """(what `run` returns, the adapter in the file)."""
-    done = caf_training.run(job(model, data, **changes))
+    done = caf_training.train(job(model, data, **changes))
     return done, caf_adapter.read_file(folder / done.name)
 
 
@@ -101,7 +101,7 @@ def in_session(model, data, work, settings=FP32, **options):
     """work(session, student of an untrained adapter) with the model loaded."""
 
     def entered(session):
-        made = caf_adapter.Adapter.create(
+        made = caf_adapter.CAFAdapter.create(
             session.model,
             caf_training._layers(job(model, data)),
             options.get("rank", 4),
@@ -348,7 +348,7 @@ def test_a_model_without_gradients_is_refused_in_words(tmp_path, folder):
     with pytest.raises(
         ValueError, match="ErnieImageModel uses an operation for which ComfyUI has no gradient"
     ):
-        caf_training.run(job(*of_family("ernie-image", tmp_path / "pairs"), rank=2))
+        caf_training.train(job(*of_family("ernie-image", tmp_path / "pairs"), rank=2))
 
 
 def test_whole_differences_and_chosen_layers(dense_model, data, folder):
@@ -426,10 +426,10 @@ def test_the_model_and_comfyui_are_as_before(model, data, folder, monkeypatch, h
     elif how == "failed":
         monkeypatch.setattr(flow, "acceleration_loss", lambda *_: 1 / 0)
     if how == "done":
-        caf_training.run(job(model, data))
+        caf_training.train(job(model, data))
     else:
         with pytest.raises({"stopped": Stop, "failed": ZeroDivisionError}[how]):
-            caf_training.run(job(model, data))
+            caf_training.train(job(model, data))
     after = model.model.diffusion_model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -472,7 +472,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(dense_model, data, f
         with monkeypatch.context() as patched:
             stopping_at(patched, stop)
             with pytest.raises(Stop):
-                caf_training.run(job(dense_model, data, filename="stopped"))
+                caf_training.train(job(dense_model, data, filename="stopped"))
         assert sorted(path.name for path in folder.glob("stopped*")) == left
     done, found = trained(dense_model, data, folder, filename="stopped")
     assert done.losses == whole.losses
@@ -487,7 +487,7 @@ def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
     with monkeypatch.context() as patched:
         stopping_at(patched, 4)
         with pytest.raises(Stop):
-            caf_training.run(job(dense_model, data))
+            caf_training.train(job(dense_model, data))
     others = pairs(tmp_path / "others", seed=5)
     for changes in (
         {"data": others},
@@ -500,7 +500,7 @@ def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
             FileRefused,
             match="mine.caf.velocity.state belongs to a training run with other options",
         ):
-            caf_training.run(job(dense_model, changes.pop("data", data), **changes))
+            caf_training.train(job(dense_model, changes.pop("data", data), **changes))
     done, _ = trained(dense_model, others, folder, overwrite=True)
     assert len(done.losses) == 6
     assert not list(folder.glob("*.state"))
@@ -509,13 +509,15 @@ def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
 def test_a_run_that_is_done_is_not_done_again(dense_model, data, folder, monkeypatch):
     done, _ = trained(dense_model, data, folder)
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
-    again = caf_training.run(job(dense_model, data))
-    assert again.name == done.name
-    assert again.steps == 6
-    assert again.losses == pytest.approx(done.losses, rel=1e-5)
+    again = caf_training.train(job(dense_model, data))
+    assert (
+        again.name == done.name
+        and again.steps == 6
+        and again.losses == pytest.approx(done.losses, rel=1e-5)
+    )
     for changes in ({"rank": 2}, {"options": {"lr": 1e-4}}, {"steps": 2}):
         with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
-            caf_training.run(job(dense_model, data, **changes))
+            caf_training.train(job(dense_model, data, **changes))
 
 
 def test_loras_on_the_model_belong_to_the_inputs(dense_model, data):
@@ -560,7 +562,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
                 " run again"
             ),
         ):
-            caf_training.run(job(dense_model, data))
+            caf_training.train(job(dense_model, data))
     done, _ = trained(dense_model, data, folder, options={"lr": 1e-3})
     assert len(done.losses) == 6
 
@@ -581,7 +583,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
 def test_wrong_inputs_are_refused_in_words(dense_model, data, folder, monkeypatch, changes, said):
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises((ValueError, FileRefused), match=said):
-        caf_training.run(job(dense_model, data, **changes))
+        caf_training.train(job(dense_model, data, **changes))
     assert not list(folder.iterdir())
 
 
@@ -592,9 +594,9 @@ def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_
             "couplings are of 4 x 4 x 4, and this model's latents have 16 channels in 2 dimensions"
         ),
     ):
-        caf_training.run(job(dense_model, pairs(tmp_path / "small", shape=(4, 4, 4))))
+        caf_training.train(job(dense_model, pairs(tmp_path / "small", shape=(4, 4, 4))))
     with pytest.raises(ValueError, match="couplings are of 16 x 1 x 4 x 4"):
-        caf_training.run(job(dense_model, pairs(tmp_path / "video", shape=(16, 1, 4, 4))))
+        caf_training.train(job(dense_model, pairs(tmp_path / "video", shape=(16, 1, 4, 4))))
     done, _ = trained(dense_model, data, folder)
     with pytest.raises(
         ValueError,
@@ -602,11 +604,11 @@ def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_
             "already has the heads of mine.caf.safetensors; connect the model from before Load CAF"
         ),
     ):
-        caf_training.run(job(caf_model.load(dense_model, done.name), data, filename="more"))
+        caf_training.train(job(caf_model.load(dense_model, done.name), data, filename="more"))
     epsilon = dense_model.clone()
     epsilon.add_object_patch("model_sampling", torch.nn.Identity())
     with pytest.raises(ValueError, match="Train CAF needs a rectified-flow model"):
-        caf_training.run(job(epsilon, data, filename="more"))
+        caf_training.train(job(epsilon, data, filename="more"))
     dense_model.cached_patcher_init = None
     with pytest.raises(
         FileRefused,
@@ -615,4 +617,4 @@ def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_
             " Diffusion Model"
         ),
     ):
-        caf_training.run(job(dense_model, data, filename="more"))
+        caf_training.train(job(dense_model, data, filename="more"))

@@ -130,7 +130,7 @@ def final(clip, x):
 @pytest.mark.parametrize("criterion", accel.CRITERIA)
 def test_pruning_is_dropping_bit_for_bit(clip, pictures, criterion):
     pairs = tokens(clip, SECOND if len(pictures) == 2 else "make the cup blue", pictures)
-    found = feather.prune(clip, feather.Settings(STAGES, criterion)).encode_from_tokens(
+    found = feather.prune(clip, feather.PruneSettings(STAGES, criterion)).encode_from_tokens(
         pairs, return_dict=True
     )
     assert [len(p["masks"]) for p in record(found)["pictures"]] == [2] * len(pictures)
@@ -143,9 +143,9 @@ def test_pruning_is_dropping_bit_for_bit(clip, pictures, criterion):
     assert torch.equal(
         found["cond"][0, left[left >= head] - head], final(clip, expected)[0, left >= head]
     )
-    short = feather.prune(clip, feather.Settings(STAGES, criterion, "drop")).encode_from_tokens(
-        pairs, return_dict=True
-    )
+    short = feather.prune(
+        clip, feather.PruneSettings(STAGES, criterion, "drop")
+    ).encode_from_tokens(pairs, return_dict=True)
     assert torch.equal(short["cond"][0], final(clip, expected)[0, left >= head])
 
 
@@ -158,7 +158,7 @@ def test_the_criterion_worked_out_without_the_bridge(clip):
     handle = layer.register_forward_pre_hook(
         lambda module, args, kwargs: caught.update(x=kwargs["x"].clone()), with_kwargs=True
     )
-    found = feather.prune(clip, feather.Settings(STAGES)).encode_from_tokens(
+    found = feather.prune(clip, feather.PruneSettings(STAGES)).encode_from_tokens(
         pairs, return_dict=True
     )
     handle.remove()
@@ -186,10 +186,10 @@ def test_the_criterion_worked_out_without_the_bridge(clip):
 def test_keeping_everything_is_the_unpatched_encoder(clip):
     plain = encode(clip)
     assert same(
-        encode(feather.prune(clip, feather.Settings((Stage(3, 1.0, 3), Stage(5, 1.0))))), plain
+        encode(feather.prune(clip, feather.PruneSettings((Stage(3, 1.0, 3), Stage(5, 1.0))))), plain
     )
     # hooks on, and the grid holds every token
-    grid_of_all = feather.prune(clip, feather.Settings((Stage(3, 0.4, 1),)))
+    grid_of_all = feather.prune(clip, feather.PruneSettings((Stage(3, 0.4, 1),)))
     found = encode(grid_of_all)
     assert hooks(clip) > 0
     assert record(found)["pictures"][0]["masks"][0].all()
@@ -201,7 +201,10 @@ def test_scatter_keeps_the_length_and_drop_shortens_it_by_the_pruned(clip):
         encode(c)
         for c in (
             clip,
-            *(feather.prune(clip, feather.Settings(STAGES, mode=mode)) for mode in feather.MODES),
+            *(
+                feather.prune(clip, feather.PruneSettings(STAGES, mode=mode))
+                for mode in feather.MODES
+            ),
         )
     )
     pruned = record(short)["length"] - len(kept(short, 1))
@@ -219,7 +222,7 @@ def test_drop_shortens_the_attention_mask_where_there_is_one(encoders):
     pairs = tokens(clip)
     pairs["qwen25_7b"][0].append((151643, 1.0))
     plain = clip.encode_from_tokens(pairs, return_dict=True)
-    short = feather.prune(clip, feather.Settings(STAGES, mode="drop")).encode_from_tokens(
+    short = feather.prune(clip, feather.PruneSettings(STAGES, mode="drop")).encode_from_tokens(
         pairs, return_dict=True
     )
     assert (plain["attention_mask"] == 0).sum() == (short["attention_mask"] == 0).sum() == 1
@@ -229,7 +232,7 @@ def test_drop_shortens_the_attention_mask_where_there_is_one(encoders):
 
 def test_text_without_an_image_runs_unpruned(clip):
     plain = clip.encode_from_tokens(clip.tokenize("a red cup"), return_dict=True)
-    pruned = feather.prune(clip, feather.Settings(STAGES, mode="drop"))
+    pruned = feather.prune(clip, feather.PruneSettings(STAGES, mode="drop"))
     encode(pruned)
     found = pruned.encode_from_tokens(clip.tokenize("a red cup"), return_dict=True)
     assert feather.KEY not in found
@@ -237,7 +240,7 @@ def test_text_without_an_image_runs_unpruned(clip):
 
 
 def test_pruned_and_unpruned_clips_of_the_same_weights_take_turns(clip):
-    plain, pruned = encode(clip), feather.prune(clip, feather.Settings(STAGES))
+    plain, pruned = encode(clip), feather.prune(clip, feather.PruneSettings(STAGES))
     first = encode(pruned)
     assert hooks(clip) == 2 + 2 * (vl.LAYERS - 3)
     assert same(encode(clip), plain)
@@ -245,15 +248,15 @@ def test_pruned_and_unpruned_clips_of_the_same_weights_take_turns(clip):
     assert same(encode(pruned), first)
     assert same(encode(pruned.clone()), first)
     assert not same(first, plain)
-    other = encode(feather.prune(pruned, feather.Settings((Stage(3, 0.1),), mode="drop")))
+    other = encode(feather.prune(pruned, feather.PruneSettings((Stage(3, 0.1),), mode="drop")))
     assert len(record(other)["pictures"][0]["masks"]) == 1, (
         "a second node takes the place of the first"
     )
-    assert same(encode(feather.prune(pruned, feather.Settings((Stage(3, 1.0),)))), plain)
+    assert same(encode(feather.prune(pruned, feather.PruneSettings((Stage(3, 1.0),)))), plain)
 
 
 def test_a_pruned_clip_that_is_forgotten_takes_its_hooks_with_it(clip):
-    plain, pruned = encode(clip), feather.prune(clip, feather.Settings(STAGES))
+    plain, pruned = encode(clip), feather.prune(clip, feather.PruneSettings(STAGES))
     encode(pruned)
     del pruned
     gc.collect()
@@ -262,16 +265,16 @@ def test_a_pruned_clip_that_is_forgotten_takes_its_hooks_with_it(clip):
 
 
 def test_unloading_takes_everything_off(clip):
-    pruned = feather.prune(clip, feather.Settings(STAGES))
+    pruned = feather.prune(clip, feather.PruneSettings(STAGES))
     encode(pruned)
     comfy.model_management.unload_all_models()
     assert hooks(clip) == 0
-    found, expected = encode(pruned), encode(feather.prune(clip, feather.Settings(STAGES)))
+    found, expected = encode(pruned), encode(feather.prune(clip, feather.PruneSettings(STAGES)))
     assert same(found, expected)
 
 
 def test_nothing_is_left_after_an_exception(clip):
-    plain, pruned = encode(clip), feather.prune(clip, feather.Settings(STAGES))
+    plain, pruned = encode(clip), feather.prune(clip, feather.PruneSettings(STAGES))
     expected = encode(pruned)
     layer = transformer(clip).model.layers[4]
 
@@ -300,7 +303,7 @@ def test_generation_goes_on_from_the_short_cache(encoders):
     """Against the same layers fed by hand with what is left, token by token, without a cache."""
     clip, drawn = encoders["qwen3"], []
     pairs = tokens(clip)
-    pruned = feather.prune(clip, feather.Settings(STAGES), lambda prompt: drawn.append(prompt))
+    pruned = feather.prune(clip, feather.PruneSettings(STAGES), lambda prompt: drawn.append(prompt))
     caches, model = [], transformer(clip).model
     handle = model.layers[6].register_forward_hook(
         lambda module, args, output: caches.append(output[1][2])
@@ -362,14 +365,14 @@ def best(whole, x) -> int:
 )
 def test_settings_out_of_range_are_refused(bad, words):
     with pytest.raises(ValueError, match=words):
-        feather.Settings(STAGES, **bad)
+        feather.PruneSettings(STAGES, **bad)
 
 
 def test_layers_that_are_not_there_or_get_the_picture_still_are_refused(encoders):
     with pytest.raises(ValueError, match="layer 8 .* has 8 layers; choose from 1 to 7"):
-        feather.prune(encoders["qwen2.5"], feather.Settings((Stage(8, 0.5),)))
+        feather.prune(encoders["qwen2.5"], feather.PruneSettings((Stage(8, 0.5),)))
     with pytest.raises(ValueError, match="feeds the picture in until layer 2; choose from 3 to 7"):
-        feather.prune(encoders["qwen3"], feather.Settings((Stage(2, 0.5),)))
+        feather.prune(encoders["qwen3"], feather.PruneSettings((Stage(2, 0.5),)))
 
 
 def test_an_encoder_without_visual_tokens_is_refused_by_its_name():
@@ -391,7 +394,7 @@ def test_an_encoder_without_visual_tokens_is_refused_by_its_name():
         with pytest.raises(
             ValueError, match=f"{type(model).__name__} has no vision tower.*Qwen2.5-VL"
         ):
-            feather.prune(Clip(model), feather.Settings(STAGES))
+            feather.prune(Clip(model), feather.PruneSettings(STAGES))
 
 
 # ---- a model whose answer is known (bench/seeker.py)
@@ -417,7 +420,9 @@ def test_feather_finds_the_square_wherever_it_stands_and_fastv_loses_it_at_the_t
     finds, heights = {}, {}
     for criterion in (None, "feather", "fastv"):
         pruned = (
-            clip if criterion is None else feather.prune(clip, feather.Settings(stages, criterion))
+            clip
+            if criterion is None
+            else feather.prune(clip, feather.PruneSettings(stages, criterion))
         )
         found = pruned.encode_from_tokens(world.prompt(pixels), return_dict=True)
         finds[criterion] = world.right(world.answer(found["cond"], 27, 27), corner)

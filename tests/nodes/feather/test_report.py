@@ -16,6 +16,7 @@ from PIL import Image
 import tiny_encoders as vl
 from nibble.nodes import feather as nodes
 from nibble.nodes.bridge.feather import prune as feather
+from nibble.nodes.bridge.feather import record
 from nibble.nodes.bridge.feather import report as image_patches
 from nibble.nodes.bridge.host import progress
 
@@ -99,7 +100,7 @@ def test_the_report_counts_tokens_and_operations_by_hand(clip, shown):
 def test_the_report_darkens_what_was_pruned_and_leaves_the_rest(clip, shown):
     conditioning = encode(prune(clip)[0], torch.ones(1, 300, 420, 3))
     drawn = nodes.NibbleFeatherReport.execute(conditioning).result[0]
-    picture = feather.Picture(**conditioning[0][1][feather.KEY]["pictures"][0])
+    picture = record.Picture(**conditioning[0][1][feather.KEY]["pictures"][0])
     height, width = drawn.shape[1] / picture.height, drawn.shape[2] / picture.width
     for index in range(picture.count):
         light = drawn[

@@ -14,13 +14,13 @@ import torch
 from nibble.nodes.bridge.intlora import files as intlora
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.intlora.train import Job
-from nibble.nodes.bridge.training import curve
+from nibble.nodes.bridge.training import curve, dataset
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
-from nibble.quant.training import loop
+from nibble.quant.training import loop, recompute
 from nibble.quant.training.loop import Options
 from training_runs import Stop, caption, latents
 
@@ -66,7 +66,7 @@ def same(a, b) -> bool:
 
 
 def session_of(model, work, settings=FP32, **data):
-    pictures = training.pictures_of(
+    pictures = dataset.dataset_of(
         model, data.get("latents", [latents()]), data.get("positive", [[caption()]])
     )
     return training.run(
@@ -189,7 +189,7 @@ def test_modulation_is_trained_when_asked_for(model, loras):
     assert adapter.layers and all("mod" in name for name in adapter.layers)
 
 
-@pytest.mark.parametrize("loss", list(training.LOSSES))
+@pytest.mark.parametrize("loss", list(dataset.LOSSES))
 def test_every_loss_is_finite_and_different(model, loss):
     draw = lambda session, pictures: pictures.loss(session, torch.Generator().manual_seed(1)).item()  # noqa: E731
     found = session_of(model, draw, dataclasses.replace(FP32, loss=loss))
@@ -212,7 +212,7 @@ def test_checkpointing_keeps_no_activation_of_a_block(model):
         layers = intlora_training.train.attach(
             session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model)
         )
-        with loop.checkpointing(session.checkpointed()):
+        with recompute.checkpointing(session.checkpointed()):
             value = pictures.loss(session, torch.Generator().manual_seed(1))
         found = sum(isinstance(thing, loop._Kept) for thing in gc.get_objects())
         intlora_training.train.detach(session.model, layers)
@@ -251,7 +251,7 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
     if how == "stopped":
         stopping_at(monkeypatch, 2)
     elif how == "failed":
-        monkeypatch.setitem(training.LOSSES, "MSE", lambda *_: 1 / 0)
+        monkeypatch.setitem(dataset.LOSSES, "MSE", lambda *_: 1 / 0)
     if how == "done":
         intlora_training.run(job(model))
     else:
@@ -372,13 +372,13 @@ def test_an_adapter_is_trained_further(model, loras):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, loras, monkeypatch):
-    plain, calls = training.LOSSES["MSE"], []
+    plain, calls = dataset.LOSSES["MSE"], []
 
     def spoilt(*values):
         calls.append(1)
         return plain(*values) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setitem(training.LOSSES, "MSE", spoilt)
+    monkeypatch.setitem(dataset.LOSSES, "MSE", spoilt)
     with pytest.raises(
         ValueError,
         match=(

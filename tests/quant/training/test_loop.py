@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nibble.quant.files.errors import FileRefused
-from nibble.quant.training import loop
+from nibble.quant.training import loop, recompute
 from nibble.quant.training.loop import Options
 
 
@@ -36,8 +36,8 @@ def gradients(in_place: bool, allowed: bool, twice: bool) -> list[torch.Tensor]:
     blocks, x = [Block(in_place), Block(in_place)], torch.linspace(-1, 1, 24).reshape(3, 8)
     start = nn.Parameter(torch.ones(8))
     with (
-        loop.allowing_writes(blocks if allowed else ()),
-        loop.checkpointing(blocks if twice else ()),
+        recompute.allowing_writes(blocks if allowed else ()),
+        recompute.checkpointing(blocks if twice else ()),
     ):
         y = x * start
         for block in blocks:
@@ -58,7 +58,7 @@ def test_blocks_that_write_to_their_inputs_get_the_gradients_of_those_that_do_no
 
 def test_inputs_of_a_block_that_is_computed_twice_are_left_alone():
     block, x = Block(True), torch.ones(2, 8)
-    with loop.checkpointing([block]):
+    with recompute.checkpointing([block]):
         block(x, extra={"more": 0})
     assert torch.equal(x, torch.ones(2, 8))
 
