@@ -6,7 +6,7 @@ ARCHS   ?= native
 MINUTES ?= 5
 RUN      = $(VENV)/bin/python
 CXX_HERE = $(shell command -v $(CXX) 2>/dev/null)
-SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmake/* kernels/csrc/*.* kernels/csrc/cpu/*)
+SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmake/* kernels/csrc/*.* kernels/csrc/cpu/*.* kernels/csrc/cpu/simd/*)
 
 .PHONY: demo test bench gpu check clean
 

@@ -1,5 +1,5 @@
 // The Python module nibble_kernels: numbers in, kernels started, nothing kept. It knows no torch;
-// kernels/launch.py flattens tensors.
+// kernels/backends flattens tensors.
 //
 // Every op takes the place first (device, stream, threads, isa), then sizes, then pointers as
 // integers. A wrong value raises ValueError (std::invalid_argument) before anything runs; CUDA's

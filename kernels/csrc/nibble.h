@@ -3,7 +3,7 @@
 //
 // Letters: M tokens, K in, N out, R rank, G = 64 columns of K that share one scale. Every tensor is
 // dense and row-major in the natural layout of the file, so a weight is computed with as it lies on
-// disk: nothing is repacked, nothing is kept. The formulas are those of kernels/reference.py; a
+// disk: nothing is repacked, nothing is kept. The formulas are those of kernels/reference; a
 // backend that differs from them is wrong.
 //
 // What the bindings have checked before a backend is called: sizes are not negative, K % 64 == 0
@@ -18,7 +18,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 3;  // of the Python module; kernels/native.py names the one it needs
+constexpr int ABI = 3;  // of the Python module; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 

@@ -340,7 +340,7 @@ print("clean")
 def test_no_access_out_of_bounds_and_nothing_undefined(emulated):
     from emulator import build
 
-    sources = "router gemm_w4a4_sm75 gemm_w4a4_sm80"  # 12.0 differs from 8.0 in arithmetic only
+    sources = "router gemm_w4a4/sm75 gemm_w4a4/sm80"  # 12.0 differs from 8.0 in arithmetic only
     # here, because the compiler should not run under the sanitizer too
     build.library(sources.split())
     environment = os.environ | {

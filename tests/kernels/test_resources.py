@@ -102,8 +102,8 @@ def test_file_names_decide_architectures():
         "sm90": {"90a"},
         "sm100": {"90a", "100f", "120f"},
     }.items():
-        assert {arch for path, arch in found if path.stem.endswith("_" + ending)} <= archs
-    assert {path.name for path, _ in found} == {path.name for path in (CSRC / "cuda").glob("*.cu")}
+        assert {arch for path, arch in found if ending in path.with_suffix("").parts} <= archs
+    assert {path for path, _ in found} == set((CSRC / "cuda").rglob("*.cu"))
 
 
 def test_every_bound_is_a_possible_one():

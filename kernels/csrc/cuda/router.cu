@@ -2,7 +2,7 @@
 // GPU has confirmed yet says so.
 #include <string>
 
-#include "gemm_w4a4.h"
+#include "gemm_w4a4/gemm_w4a4.h"
 #include "launch.cuh"
 
 namespace nibble::cuda {

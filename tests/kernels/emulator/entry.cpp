@@ -2,7 +2,7 @@
 // and returns null or the error's words.
 #include <string>
 
-#include "cuda/gemm_w4a4.h"
+#include "cuda/gemm_w4a4/gemm_w4a4.h"
 #include "emulator.h"
 #include "nibble.h"
 

@@ -1,4 +1,4 @@
-// What gemm_w4a4_sm90.cu does with finished sums: adds the low-rank branch and the bias, rounds,
+// What kernel.cu does with finished sums: adds the low-rank branch and the bias, rounds,
 // and writes rows of `out`.
 //
 // A warp has 16 weight rows of each block of 64, and all tokens of the tile. Element e of a chunk
@@ -6,7 +6,7 @@
 // so mma.sync adds the low-rank branch onto the sums where they lie.
 #pragma once
 
-#include "gemm_w4a4_sm90_tile.cuh"
+#include "tile.cuh"
 
 namespace nibble::cuda::sm90 {
 

@@ -9,7 +9,7 @@
 // turns for 8 bits and 4 columns, 1 a word for 6 bits and 2.
 #pragma once
 
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace nibble::cuda {
 

@@ -4,7 +4,7 @@
 // slow both, so the team is borrowed at run time, by name, and OpenMP is never linked: the module
 // loads where there is none.
 
-#include "parallel.h"
+#include "threads.h"
 
 #include <atomic>
 #include <condition_variable>

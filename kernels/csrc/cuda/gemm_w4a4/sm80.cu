@@ -1,5 +1,5 @@
 // Ampere and Ada: the matrix units have int4.
-#include "gemm_w4a4_launch.cuh"
+#include "launch.cuh"
 
 namespace nibble::cuda {
 

@@ -1,7 +1,7 @@
 // The doors to the products: one sibling an architecture. router.cu chooses.
 #pragma once
 
-#include "../nibble.h"
+#include "../../nibble.h"
 
 namespace nibble::cuda {
 

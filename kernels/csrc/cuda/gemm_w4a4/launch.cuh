@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "gemm_w4a4.h"
-#include "gemm_w4a4_gelu.cuh"
-#include "gemm_w4a4_store.cuh"
-#include "launch.cuh"
+#include "gelu.cuh"
+#include "store.cuh"
+#include "../launch.cuh"
 
 namespace nibble::cuda {
 

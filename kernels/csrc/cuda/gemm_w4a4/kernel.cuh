@@ -23,11 +23,11 @@
 // output NaN.
 #pragma once
 
-#include "../nibble.h"
-#include "gemm_w4a4_lowrank.cuh"
-#include "gemm_w4a4_mma.cuh"
-#include "gemm_w4a4_tile.cuh"
-#include "primitives.cuh"
+#include "../../nibble.h"
+#include "lowrank.cuh"
+#include "mma.cuh"
+#include "tile.cuh"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 

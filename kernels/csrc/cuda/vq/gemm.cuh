@@ -12,8 +12,8 @@
 // for 64 rows instead of 32: 768, and 512 more to read x. Not measured yet.
 #pragma once
 
-#include "vq_book.cuh"
-#include "w4a16_gemm.cuh"
+#include "book.cuh"
+#include "../w4a16/gemm.cuh"
 
 namespace nibble::cuda {
 

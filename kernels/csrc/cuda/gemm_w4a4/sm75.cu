@@ -1,5 +1,5 @@
 // Turing: int4 in quarters, and every copy passes registers.
-#include "gemm_w4a4_launch.cuh"
+#include "launch.cuh"
 
 namespace nibble::cuda {
 

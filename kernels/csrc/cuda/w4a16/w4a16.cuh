@@ -1,8 +1,8 @@
 // Which of the two kernels computes a linear whose weights alone are 4-bit.
 #pragma once
 
-#include "w4a16_gemm.cuh"
-#include "w4a16_gemv.cuh"
+#include "gemm.cuh"
+#include "gemv.cuh"
 
 namespace nibble::cuda {
 

@@ -1,7 +1,7 @@
 // How a block of 128 threads divides its tile, and what lies in shared memory.
 #pragma once
 
-#include "primitives.cuh"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 

@@ -13,7 +13,7 @@
 // while registers hold what is theirs of B.
 #pragma once
 
-#include "primitives.cuh"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 

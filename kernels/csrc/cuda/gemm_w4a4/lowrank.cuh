@@ -5,9 +5,9 @@
 // copies are under way meanwhile.
 #pragma once
 
-#include "../nibble.h"
-#include "gemm_w4a4_tile.cuh"
-#include "primitives.cuh"
+#include "../../nibble.h"
+#include "tile.cuh"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 

@@ -7,8 +7,8 @@
 // second small kernel adds the tiles up, in one order.
 #pragma once
 
-#include "gemm_w4a4.cuh"
-#include "launch.cuh"
+#include "kernel.cuh"
+#include "../launch.cuh"
 
 namespace nibble::cuda {
 

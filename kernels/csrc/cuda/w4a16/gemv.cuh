@@ -11,10 +11,10 @@
 // are 10.5 us at 3 TB/s (H100), 32 us at 1 TB/s (RTX 4090), 88 us at 360 GB/s (RTX 3060). 2304
 // warps, 17 a multiprocessor of an H100, all live at once: 70 KB under way on each. Three
 // instructions a code are 6, 4 and 29 us of arithmetic beside that. For more tokens the matrix unit
-// is better where it can be used (w4a16_gemm.cuh). Not measured yet.
+// is better where it can be used (gemm.cuh). Not measured yet.
 #pragma once
 
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace nibble::cuda {
 

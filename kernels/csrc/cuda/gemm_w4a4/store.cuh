@@ -2,7 +2,7 @@
 // bytes a lane, 64 or more a row.
 #pragma once
 
-#include "gemm_w4a4.cuh"
+#include "kernel.cuh"
 
 namespace nibble::cuda {
 

@@ -1,5 +1,5 @@
 // Blackwell, and by PTX whatever comes after it: int4 codes as bytes.
-#include "gemm_w4a4_launch.cuh"
+#include "launch.cuh"
 
 namespace nibble::cuda {
 

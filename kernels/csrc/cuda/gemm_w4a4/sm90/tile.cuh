@@ -1,9 +1,9 @@
-// What the warpgroups of gemm_w4a4_sm90.cu share: the tile, the ring of stages, and the warpgroup
+// What the warpgroups of kernel.cu share: the tile, the ring of stages, and the warpgroup
 // that fills it.
 #pragma once
 
-#include "launch.cuh"
-#include "primitives_sm90.cuh"
+#include "../../launch.cuh"
+#include "../../primitives_sm90.cuh"
 
 namespace nibble::cuda::sm90 {
 

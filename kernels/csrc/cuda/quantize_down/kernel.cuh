@@ -25,8 +25,8 @@
 
 #include <type_traits>
 
-#include "launch.cuh"
-#include "quantize_down_row.cuh"
+#include "../launch.cuh"
+#include "row.cuh"
 
 namespace nibble::cuda {
 

@@ -20,12 +20,12 @@
 // compute, each with half of the rows. A computing warpgroup has one chunk in flight and then adds
 // it; meanwhile the other's chunk runs. Blocks stay on their multiprocessor and take tile after
 // tile, so that loading never stops.
-#include "gemm_w4a4_sm90.cuh"
+#include "../gemm_w4a4.h"
 
 #include <algorithm>
 
-#include "gemm_w4a4_sm90_finish.cuh"
-#include "gemm_w4a4_sm90_tile.cuh"
+#include "finish.cuh"
+#include "tile.cuh"
 
 namespace nibble::cuda {
 namespace sm90 {

@@ -1,4 +1,4 @@
-#include "quantize_down.cuh"
+#include "kernel.cuh"
 
 namespace nibble::cuda {
 

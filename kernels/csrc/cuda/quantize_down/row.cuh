@@ -19,8 +19,8 @@
 // way.) Other groups, and those with a NaN, are done again, `careful`ly.
 #pragma once
 
-#include "../nibble.h"
-#include "primitives.cuh"
+#include "../../nibble.h"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 

@@ -1,8 +1,8 @@
 // Which kernel computes a codebook linear, for which layout.
 #pragma once
 
-#include "vq_gemm.cuh"
-#include "vq_gemv.cuh"
+#include "gemm.cuh"
+#include "gemv.cuh"
 
 namespace nibble::cuda {
 

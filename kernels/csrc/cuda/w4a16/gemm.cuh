@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "launch.cuh"
+#include "../launch.cuh"
 
 namespace nibble::cuda {
 

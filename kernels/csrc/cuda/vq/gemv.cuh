@@ -2,7 +2,7 @@
 // the indices and looking them up.
 //
 // A warp computes 8 outputs; of each its lanes read the indices of 32 neighbouring columns, so a
-// step covers 1024. x lies in shared memory as in w4a16_gemv.cuh, the codebook beside it. FLUX's
+// step covers 1024. x lies in shared memory as in w4a16/gemv.cuh, the codebook beside it. FLUX's
 // modulation at 2 bits, K = 3072, N = 18432: 14 MB of indices are 5 us at 3 TB/s (H100) and 14 us
 // at 1 TB/s (RTX 4090). A lookup serves 4 columns, so 14 M of them are 0.44 M a warp: at 3 turns
 // each 7 us on 132 multiprocessors of 1.7 GHz. Not measured yet.
@@ -10,8 +10,8 @@
 
 #include <type_traits>
 
-#include "vq_book.cuh"
-#include "w4a16_gemv.cuh"
+#include "book.cuh"
+#include "../w4a16/gemv.cuh"
 
 namespace nibble::cuda {
 
