@@ -30,8 +30,8 @@ HOSTS = {
 #    room              may import these rooms                       and these hosts
 RULES = {
     "kernels":         ({"kernels"},                                set()),
-    "kernels.kitchen": ({"kernels"},                                {"comfy_kitchen"}),
-    "kernels.native":  ({"kernels"},                                {"nibble_kernels"}),
+    "kernels.backends.kitchen": ({"kernels"},                       {"comfy_kitchen"}),
+    "kernels.backends.native": ({"kernels"},                        {"nibble_kernels"}),
     "quant":           ({"kernels", "quant.container", "quant.training"}, set()),
     "quant.container": (set(),                                      set()),
     "quant.training":  ({"quant.container"},                        set()),

@@ -1,9 +1,9 @@
 // The Python module nibble_kernels: numbers in, kernels started, nothing kept. It knows no torch;
 // kernels/backends flattens tensors.
 //
-// Every op takes the place first (device, stream, threads, isa), then sizes, then pointers as
-// integers. A wrong value raises ValueError (std::invalid_argument) before anything runs; CUDA's
-// own errors become RuntimeError. The GIL is free while an op works.
+// Every op takes its arguments by name: where it runs (device, stream, threads, isa), sizes, and
+// pointers as integers. A wrong value raises ValueError (std::invalid_argument) before anything
+// runs; CUDA's own errors become RuntimeError. The GIL is free while an op works.
 #include <pybind11/pybind11.h>
 
 #include <atomic>
@@ -58,8 +58,8 @@ int known_capability(int device) {
 }
 #endif
 
-Where where(const char* op, int device, Address stream, int threads, int isa) {
-    Where place;
+Target target_of(const char* op, int device, Address stream, int threads, int isa) {
+    Target place;
     if (device < -1)
         check::refuse(op, "device=" + std::to_string(device) +
                               " is neither -1 (the CPU) nor a CUDA device index");
@@ -72,20 +72,14 @@ Where where(const char* op, int device, Address stream, int threads, int isa) {
     return place;
 }
 
-bool on_cpu(const Where& place) { return place.device < 0; }
+bool on_cpu(const Target& place) { return place.device < 0; }
 
-// The names that backends know: an op whose activations come as 8-bit floats already may need less,
-// so it is asked for by its own name.
-std::string workspace_name(const char* op, Codes codes) {
-    return codes == Codes::packed ? op : std::string(op) + "/e4m3";
-}
-
-size_t workspace_of(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
+size_t workspace_of(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
                     int64_t R) {
 #ifdef NIBBLE_CUDA
-    if (capability) return cuda::workspace_bytes(op.c_str(), capability, M, N, K, R);
+    if (capability) return cuda::workspace_bytes(op, codes, capability, M, N, K, R);
 #endif
-    return cpu::workspace_bytes(op.c_str(), M, N, K, R);
+    return cpu::workspace_bytes(op, codes, M, N, K, R);
 }
 
 #ifdef NIBBLE_CUDA
@@ -100,7 +94,7 @@ void quantize_down(int device, Address stream, int threads, int isa, int64_t M, 
                    int param_dtype, bool act_unsigned, bool rotate, int codes, Address q,
                    Address ascales, Address h) {
     constexpr const char* op = "quantize_down";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     check::sizes(op, {{"M", M}, {"K", K}, {"R", R}});
     check::whole_groups(op, {"K", K});
     check::flags(op, act_unsigned, rotate);
@@ -170,13 +164,12 @@ void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, i
                   Address bias, int param_dtype, Address out, int out_dtype, Address workspace,
                   int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     GemmW4A4Up arguments = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride,
                                    weight, weight_scale, proj_up, bias, param_dtype);
     check::pointer(op, "out", out, M * N);
-    check::workspace(
-        op, workspace, workspace_size,
-        workspace_of(workspace_name(op, arguments.codes), place.capability, M, N, K, R));
+    check::workspace(op, workspace, workspace_size,
+                     workspace_of(Op::gemm_w4a4_up, arguments.codes, place.capability, M, N, K, R));
     arguments.out = at(out);
     arguments.out_dtype = check::dtype(op, "out_dtype", out_dtype);
     arguments.workspace = at(workspace);
@@ -194,7 +187,7 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
                                      Address ascales2, Address h2, Address workspace,
                                      int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up_gelu_quantize_down";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     GemmW4A4UpGeluQuantizeDown arguments{};
     arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight,
                               weight_scale, proj_up, bias, param_dtype);
@@ -207,9 +200,9 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
     check::pointer(op, "q2", q2, M * N);
     check::pointer(op, "ascales2", ascales2, M * N / GROUP);
     check::pointer(op, "h2", h2, check::product(op, "h2", {"M", M}, {"R2", R2}));
-    check::workspace(
-        op, workspace, workspace_size,
-        workspace_of(workspace_name(op, arguments.first.codes), place.capability, M, N, K, R2));
+    check::workspace(op, workspace, workspace_size,
+                     workspace_of(Op::gemm_w4a4_up_gelu_quantize_down, arguments.first.codes,
+                                  place.capability, M, N, K, R2));
     arguments.first.out_dtype = check::dtype(op, "mid_dtype", mid_dtype);
     arguments.R2 = R2;
     arguments.smooth2 = at(smooth2), arguments.proj_down2 = at(proj_down2);
@@ -251,7 +244,7 @@ W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dt
 void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
                 Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
                 Address bias, int param_dtype, Address out) {
-    const Where place = where("gemv_w4a16", device, stream, threads, isa);
+    const Target place = target_of("gemv_w4a16", device, stream, threads, isa);
     const W4A16 arguments = w4a16("gemv_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
                                   weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
@@ -261,7 +254,7 @@ void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int
 void gemm_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
                 Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
                 Address bias, int param_dtype, Address out) {
-    const Where place = where("gemm_w4a16", device, stream, threads, isa);
+    const Target place = target_of("gemm_w4a16", device, stream, threads, isa);
     const W4A16 arguments = w4a16("gemm_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
                                   weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
@@ -273,7 +266,7 @@ void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_
              int codebook_dtype, Address scale, Address bias, int param_dtype, Address addend,
              int addend_dtype, Address out, int out_dtype) {
     constexpr const char* op = "gemm_vq";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
     check::codebook(op, K, bits, vector);
     const int64_t mn = check::product(op, "out", {"M", M}, {"N", N});
@@ -305,18 +298,9 @@ void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_
     NIBBLE_RUN(gemm_vq, arguments, place);
 }
 
-// ---- questions
-// ---------------------------------------------------------------------------------------------------------
+// ---- questions ----------------------------------------------------------------------------------
 
 int capability(int device) { return device == -1 ? 0 : known_capability(device); }
-
-void known_op(const std::string& op) {
-    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
-                             "gemv_w4a16", "gemm_w4a16", "gemm_vq"}) {
-        if (op == name) return;
-    }
-    throw std::invalid_argument("unknown op '" + op + "'");
-}
 
 void known_gpu(int capability) {
     if (capability < 0)
@@ -326,27 +310,26 @@ void known_gpu(int capability) {
                                     ": built without CUDA");
 }
 
-std::pair<std::string, std::string> route(const std::string& op, int capability, int64_t M,
+std::pair<std::string, std::string> route(const std::string& name, int capability, int64_t M,
                                           int64_t N, int64_t K) {
-    known_op(op);
+    const Op op = op_named(name);
     known_gpu(capability);
     check::sizes("route", {{"M", M}, {"N", N}, {"K", K}});
 #ifdef NIBBLE_CUDA
-    const Route found =
-        capability ? cuda::route(op.c_str(), capability, M, N, K) : cpu::route(op.c_str(), M, N, K);
+    const Route found = capability ? cuda::route(op, capability, M, N, K) : cpu::route(op, M, N, K);
 #else
-    const Route found = cpu::route(op.c_str(), M, N, K);
+    const Route found = cpu::route(op, M, N, K);
 #endif
     return {found.path, found.reason};
 }
 
-size_t workspace_bytes(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
+size_t workspace_bytes(const std::string& name, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R, int codes) {
-    known_op(op);
+    const Op op = op_named(name);
     known_gpu(capability);
     check::sizes("workspace_bytes", {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
-    return workspace_of(workspace_name(op.c_str(), check::codes("workspace_bytes", "codes", codes)),
-                        capability, M, N, K, R);
+    return workspace_of(op, check::codes("workspace_bytes", "codes", codes), capability, M, N, K,
+                        R);
 }
 
 int codes(int capability) {
@@ -364,7 +347,7 @@ bool runs(Isa isa) {
     alignas(16) float scale[4], unused[4];
     alignas(16) int8_t q[GROUP / 2];
     for (float& value : smooth) value = 1;
-    Where place;
+    Target place;
     place.isa = isa;
     try {
         cpu::quantize_down({1, GROUP, 0, x, Dtype::f32, smooth, unused, Dtype::f32, false, false,
@@ -416,7 +399,8 @@ PYBIND11_MODULE(nibble_kernels, m) {
     m.attr("__version__") = NIBBLE_VERSION;
     m.attr("DEVICES") =
         HAS_CUDA ? py::tuple(py::make_tuple("cpu", "cuda")) : py::tuple(py::make_tuple("cpu"));
-#define NIBBLE_PLACE py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
+#define NIBBLE_PLACE \
+    py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
 #define NIBBLE_PRODUCT                                                                      \
     py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"), \
         py::arg("act_unsigned"), py::arg("ascales"), py::arg("h"), py::arg("h_stride"),     \

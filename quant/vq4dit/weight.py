@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ...kernels import ops, reference, reference_vq
+from ...kernels import ops, reference
+from ...kernels.reference import vq as reference_vq
 from ..container import CODEWORDS
 from ..packing import unpack_indices
 from ..stored import StoredLinear, StoredWeight

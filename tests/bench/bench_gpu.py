@@ -36,7 +36,8 @@ from bench.gpu import (
     transformer,
 )  # noqa: E402
 from bench.gpu.report import Report, read, write  # noqa: E402
-from nibble.kernels import native, which  # noqa: E402
+from nibble.kernels import which  # noqa: E402
+from nibble.kernels.backends import native  # noqa: E402
 
 SECTIONS = {
     "ceilings": 25,

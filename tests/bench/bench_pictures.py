@@ -25,7 +25,8 @@ if "nibble" not in sys.modules:
 from baselines import BASELINES  # noqa: E402
 
 from nibble.demo import metrics, pictures, run  # noqa: E402
-from nibble.kernels import native, which  # noqa: E402
+from nibble.kernels import which  # noqa: E402
+from nibble.kernels.backends import native  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
 from nibble.quant import linears  # noqa: E402
 from nibble.quant.architectures import plan, recognise  # noqa: E402

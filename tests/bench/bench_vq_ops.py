@@ -27,7 +27,8 @@ if "nibble" not in sys.modules:
     import conftest  # noqa: F401  loads the checkout as `nibble`
 
 from bench import machine, timer  # noqa: E402
-from nibble.kernels import ops, reference_vq, which  # noqa: E402
+from nibble.kernels import ops, which  # noqa: E402
+from nibble.kernels.reference import vq as reference_vq  # noqa: E402
 
 from cases import VQ_LAYOUTS, Case, make_input, make_vq  # noqa: E402
 from compare import relative_error  # noqa: E402

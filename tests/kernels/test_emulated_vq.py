@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nibble.kernels import reference_vq
+from nibble.kernels.reference import vq as reference_vq
 from nibble.quant.packing import pack_indices
 
 from cases import VQ_LAYOUTS, Case, make_input, make_vq

@@ -12,17 +12,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nibble.kernels import (
-    GROUP,
-    SHIFT,
-    dispatch,
-    hadamard64,
-    kitchen,
-    native,
-    ops,
-    reference,
-    which,
-)
+from nibble.kernels import GROUP, SHIFT, hadamard64, ops, reference, which
+from nibble.kernels.backends import choose, kitchen, native
+from nibble.kernels.ops import register, w4a4, w4a16
 from nibble.quant.packing import dequantize_groups, unpack_int4
 
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options, plain_w4a4
@@ -336,7 +328,7 @@ def test_fake_tensors_know_shape_and_dtype():
 @pytest.fixture
 def forget():
     """Clears what is remembered about installed modules, before and after."""
-    caches = (dispatch.choose, native.module)
+    caches = (choose.choose, native.module)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -413,8 +405,8 @@ def test_a_second_copy_of_the_package_uses_the_ops_of_the_first(monkeypatch):
     again = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "nibble_again", again)
     spec.loader.exec_module(again)
-    second = sys.modules["nibble_again.ops"]
-    assert second is not ops and second.linear_w4a4_op is ops.linear_w4a4_op
+    second = sys.modules["nibble_again.ops.w4a4"]
+    assert second is not w4a4 and second.linear_w4a4_op is w4a4.linear_w4a4_op
     x, parameters = make_input(PLAIN).requires_grad_(), make_w4a4(PLAIN)
     assert torch.equal(again.linear_w4a4(x, **parameters), ops.linear_w4a4(x, **parameters))
     again.linear_w4a4(x, **parameters).sum().backward()
@@ -422,7 +414,6 @@ def test_a_second_copy_of_the_package_uses_the_ops_of_the_first(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
 
 
-def test_a_second_copy_with_other_schemas_refuses_to_load(monkeypatch):
-    monkeypatch.setitem(ops.SCHEMAS, "gemv_w4a16", "(Tensor x) -> Tensor")
+def test_a_second_copy_with_other_schemas_refuses_to_load():
     with pytest.raises(ImportError, match="keep only one of the two installations"):
-        ops._register("gemv_w4a16", dispatch.gemv_w4a16, ops._fake_gemv_w4a16)
+        register.register("gemv_w4a16", "(Tensor x) -> Tensor", w4a16.gemv_w4a16, w4a16.gemv_w4a16)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nibble.kernels import launch, native, ops, reference, which
+from nibble.kernels import ops, reference, which
+from nibble.kernels.backends import native
 
+import flat_native
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
 from compare import assert_same, assert_twice_plain
 
@@ -131,7 +133,7 @@ def test_it_names_itself():
     )
     info = module.build_info()
     assert info["compiler"] and bool(info["cuda"]) == ("cuda" in module.DEVICES)
-    assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(launch.ISAS)
+    assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(native.ISAS)
 
 
 def test_it_links_neither_torch_nor_a_cuda_runtime():
@@ -140,7 +142,7 @@ def test_it_links_neither_torch_nor_a_cuda_runtime():
     assert b"libtorch" not in binary and b"libc10" not in binary and b"libcudart.so" not in binary
 
 
-@pytest.mark.parametrize("op", launch.OPS)
+@pytest.mark.parametrize("op", native.OPS)
 def test_every_op_has_a_route_and_a_workspace_on_every_architecture(op):
     for capability in (0, 75, 80, 86, 89, 90, 100, 120, 130) if "cuda" in module.DEVICES else (0,):
         path, why = module.route(op, capability, 4608, 3072, 3072)
@@ -272,7 +274,7 @@ def test_no_argument_brings_the_process_down(data):
     """Anything is either computed or refused with words. Sizes that memory cannot hold come with no
     memory.
     """
-    op = data.draw(st.sampled_from(launch.OPS))
+    op = data.draw(st.sampled_from(native.OPS))
     names = {
         "quantize_down": [
             "M",
@@ -336,10 +338,10 @@ ISAS = module.cpu_isas() if module else ()
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_every_instruction_set_gives_the_references_results(case, isa):
-    dtype, number = torch.float32, launch.ISAS[isa]
+    dtype, number = torch.float32, native.ISAS[isa]
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
-    found = launch.quantize_down(
+    found = flat_native.quantize_down(
         dtype, x, smooth, down, case.act_unsigned, case.rotation, isa=number
     )
     q, ascales, h = reference.quantize_down(x, smooth, down, **options(case))
@@ -347,7 +349,7 @@ def test_every_instruction_set_gives_the_references_results(case, isa):
         assert_same(found[0], q)
         assert_same(found[1], ascales)
     rest = {name: parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")}
-    y = launch.gemm_w4a4_up(
+    y = flat_native.gemm_w4a4_up(
         dtype, q, ascales, h, *rest.values(), case.act_unsigned, dtype, isa=number
     )
     exact = {
@@ -363,9 +365,9 @@ def test_every_instruction_set_gives_the_references_results(case, isa):
 
 
 def test_an_instruction_set_that_the_cpu_lacks_is_refused():
-    for name in set(launch.ISAS) - {"best", *ISAS}:
+    for name in set(native.ISAS) - {"best", *ISAS}:
         with pytest.raises((RuntimeError, ValueError)):
-            call("quantize_down", isa=launch.ISAS[name])
+            call("quantize_down", isa=native.ISAS[name])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ to float64, and to itself: neither the number of threads nor a token's company c
 import pytest
 import torch
 
-from nibble.kernels import SHIFT, launch, native, reference
+from nibble.kernels import SHIFT, reference
+from nibble.kernels.backends import native
 from nibble.quant.packing import pack_int4, unpack_int4
 
+import flat_native
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_same, assert_twice_plain, relative_error
 
@@ -31,7 +33,7 @@ def isa(request) -> int:
     """Every instruction set of this processor; sanitize/test_fuzz.py runs AVX-512 on those that
     lack it.
     """
-    return launch.ISAS[request.param]
+    return native.ISAS[request.param]
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def quantized(case: Case, dtype: torch.dtype, isa: int):
     parameters = make_w4a4(case, dtype)
     smooth, down = parameters.pop("smooth_factor"), parameters.pop("proj_down")
     return (
-        launch.quantize_down(
+        flat_native.quantize_down(
             dtype, make_input(case, dtype), smooth, down, **options(case), isa=isa
         ),
         parameters,
@@ -61,7 +63,7 @@ def quantized(case: Case, dtype: torch.dtype, isa: int):
 
 def product(q, ascales, h, parameters: dict, unsigned: bool, dtype: torch.dtype, isa: int):
     names = ("weight", "weight_scale", "proj_up", "bias")
-    return launch.gemm_w4a4_up(
+    return flat_native.gemm_w4a4_up(
         dtype, q, ascales, h, *(parameters[name] for name in names), unsigned, dtype, isa=isa
     )
 
@@ -84,7 +86,7 @@ def dense_w4a16(parameters: dict):
 def test_codes_and_scales_equal_the_reference(case, dtype, isa):
     x, parameters = make_input(case, dtype), make_w4a4(case, dtype)
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
-    q, ascales, h = launch.quantize_down(dtype, x, smooth, down, **options(case), isa=isa)
+    q, ascales, h = flat_native.quantize_down(dtype, x, smooth, down, **options(case), isa=isa)
     expected = reference.quantize_down(x, smooth, down, **options(case))
     # butterflies and a matrix product round differently: a value on the border of two codes may
     # take either
@@ -115,7 +117,7 @@ AWKWARD = {
 def test_awkward_values_quantize_like_the_reference(kind, unsigned, isa):
     x = AWKWARD[kind](torch.randn(9, 192, generator=torch.Generator().manual_seed(3)))
     smooth = torch.where(torch.arange(192) % 5 == 0, -1.5, 1.0)
-    q, ascales, _ = launch.quantize_down(
+    q, ascales, _ = flat_native.quantize_down(
         torch.float32, x, smooth, torch.ones(192, 1), unsigned, 0, isa=isa
     )
     expected = reference.quantize_down(x, smooth, torch.ones(192, 1), unsigned)
@@ -133,9 +135,9 @@ def test_a_bad_value_stays_in_its_group_and_token(bad, unsigned, isa):
     case = Case("bad", 6, 128, 40, R=4)
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
     smooth, down = parameters.pop("smooth_factor"), parameters.pop("proj_down")
-    clean = launch.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
+    clean = flat_native.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
     x[2, 70] = bad
-    dirty = launch.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
+    dirty = flat_native.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
     expected = reference.quantize_down(x, smooth, down, unsigned)
     assert_same(dirty[0], expected[0])
     assert torch.equal(dirty[1].nan_to_num(), expected[1].nan_to_num()) and torch.equal(
@@ -225,7 +227,7 @@ def test_every_code_lands_in_its_place(isa):
     assert torch.equal(y.t(), weight * scale.t().repeat_interleave(64, 1))
     flipped = parameters | {"weight": pack_int4(weight ^ -8)}
     for tokens in (torch.eye(k), torch.eye(k)[70:71], torch.eye(k)[5:8]):
-        y = launch.w4a16(
+        y = flat_native.w4a16(
             "gemm_w4a16", torch.float32, tokens, flipped["weight"], scale, None, None, isa=isa
         )
         assert torch.equal(y, tokens @ (weight * scale.t().repeat_interleave(64, 1)).t())
@@ -246,7 +248,7 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
     x = make_input(Case(case.name, tokens, case.K, case.N), dtype)
     parameters = make_w4a16(case, dtype)
     names = ("weight", "weight_scale", "weight_zeros", "bias")
-    y = launch.w4a16("gemv_w4a16", dtype, x, *(parameters[name] for name in names), isa=isa)
+    y = flat_native.w4a16("gemv_w4a16", dtype, x, *(parameters[name] for name in names), isa=isa)
     dense, bias = dense_w4a16(parameters), parameters["bias"]
     plain = torch.nn.functional.linear(x, dense.to(dtype), bias)
     assert_twice_plain(
@@ -261,7 +263,7 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
 def test_w4a16_keeps_very_small_and_very_large_tokens(size, tokens, isa):
     case = Case("range", tokens, 128, 24)
     x, parameters = make_input(case) * size, make_w4a16(case, torch.float32)
-    y = launch.w4a16(
+    y = flat_native.w4a16(
         "gemv_w4a16",
         torch.float32,
         x,
@@ -285,7 +287,7 @@ def test_the_fused_mlp_follows_its_reference(mid, unsigned2, rotation2, isa):
     (q, ascales, h), parameters = quantized(case, torch.bfloat16, isa)
     names = ("weight", "weight_scale", "proj_up", "bias")
     rest = (second["smooth_factor"], second["proj_down"], False, unsigned2, rotation2, mid)
-    ours = launch.gemm_w4a4_up_gelu_quantize_down(
+    ours = flat_native.gemm_w4a4_up_gelu_quantize_down(
         torch.bfloat16, q, ascales, h, *(parameters[name] for name in names), *rest, isa=isa
     )
     theirs = reference.gemm_w4a4_up_gelu_quantize_down(
@@ -311,11 +313,11 @@ def everything(case: Case, isa: int) -> list[torch.Tensor]:
     y = product(q, ascales, h, parameters, case.act_unsigned, torch.float32, isa)
     names = ("weight", "weight_scale", "weight_zeros", "bias")
     w4a16 = make_w4a16(case, dtype)
-    z = launch.w4a16(
+    z = flat_native.w4a16(
         "gemm_w4a16", dtype, make_input(case, dtype), *(w4a16[name] for name in names), isa=isa
     )
     second = make_w4a4(Case("second", case.M, case.N, 64, R=5), dtype, seed=7)
-    fused = launch.gemm_w4a4_up_gelu_quantize_down(
+    fused = flat_native.gemm_w4a4_up_gelu_quantize_down(
         dtype,
         q,
         ascales,
@@ -353,7 +355,7 @@ def test_a_token_alone_gets_the_bits_that_it_gets_in_company(case, isa):
     x, layer = make_input(case), make_w4a4(case, torch.float32)
     together = product(q, ascales, h, parameters, False, torch.float32, isa)
     for rows in (slice(0, 1), slice(5, 8), slice(case.M - 1, case.M)):
-        alone = launch.quantize_down(
+        alone = flat_native.quantize_down(
             torch.float32, x[rows], layer["smooth_factor"], layer["proj_down"], False, 0, isa=isa
         )
         for part, whole in zip(alone, (q[rows], ascales[:, rows], h[rows]), strict=True):
@@ -397,7 +399,7 @@ def test_results_round_to_the_nearest_even_number(dtype, isa):
         "bias": bias,
     }
     names = ("weight", "weight_scale", "proj_up", "bias")
-    y = launch.gemm_w4a4_up(
+    y = flat_native.gemm_w4a4_up(
         torch.float32,
         torch.zeros(1, 32, dtype=torch.int8),
         torch.ones(1, 1),
@@ -415,7 +417,7 @@ def test_results_round_to_the_nearest_even_number(dtype, isa):
 
 def test_eight_bit_codes_are_refused(isa):
     with pytest.raises(ValueError, match="codes are packed"):
-        launch.quantize_down(
+        flat_native.quantize_down(
             torch.float32,
             torch.ones(1, 64),
             torch.ones(64),
@@ -423,5 +425,5 @@ def test_eight_bit_codes_are_refused(isa):
             False,
             0,
             isa=isa,
-            codes=launch.E4M3,
+            codes=native.E4M3,
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nibble.kernels import native
+from nibble.kernels.backends import native
 
 import check_resources
 from check_resources import (

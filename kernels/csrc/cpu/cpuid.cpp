@@ -8,83 +8,88 @@
 #include "isa.h"
 
 #include <cstdint>
-#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
 
-#ifdef NIBBLE_X86
-#ifdef _MSC_VER
+#if defined(NIBBLE_X86) && defined(_MSC_VER)
 #include <intrin.h>
-#else
-#include <cpuid.h>
-#endif
 #endif
 
 namespace nibble::cpu {
 namespace {
 
-#ifdef NIBBLE_X86
-struct Leaf {
-    uint32_t a = 0, b = 0, c = 0, d = 0;
-};
+#if !defined(NIBBLE_X86)
 
-Leaf cpuid(uint32_t leaf) {
-    Leaf found;
-#ifdef _MSC_VER
-    int all[4];
-    __cpuidex(all, 0, 0);
-    if (static_cast<uint32_t>(all[0]) >= leaf) {
-        __cpuidex(all, static_cast<int>(leaf), 0);
-        found = {static_cast<uint32_t>(all[0]), static_cast<uint32_t>(all[1]),
-                 static_cast<uint32_t>(all[2]), static_cast<uint32_t>(all[3])};
-    }
+Isa best_isa() { return Isa::portable; }
+
 #else
-    if (!__get_cpuid_count(leaf, 0, &found.a, &found.b, &found.c, &found.d)) found = Leaf{};
-#endif
-    return found;
-}
+#if defined(_MSC_VER) && !defined(__clang__)
 
-// Which registers the operating system saves: bit 2 for the upper halves of AVX, bits 5-7 for
-// AVX-512.
-uint64_t saved_registers() {
-#ifdef _MSC_VER
-    return _xgetbv(0);
-#else
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return low | static_cast<uint64_t>(high) << 32;
-#endif
-}
-
-bool has(uint32_t word, std::initializer_list<int> bits) {
+// Bits of cpuid's leaves 1 and 7 and of XCR0, which tells the registers that the operating system
+// saves: bits 1-2 for AVX, bits 5-7 for AVX-512.
+bool has(int word, std::initializer_list<int> bits) {
     for (const int bit : bits)
         if (!(word >> bit & 1)) return false;
     return true;
 }
 
+bool has_avx2() {
+    int none[4], one[4], seven[4];
+    __cpuidex(none, 0, 0);
+    if (none[0] < 7) return false;
+    __cpuidex(one, 1, 0);
+    __cpuidex(seven, 7, 0);
+    const bool named = has(one[2], {12, 27, 28, 29}) && has(seven[1], {5});  // FMA AVX F16C, AVX2
+    return named && (_xgetbv(0) & 0x06) == 0x06;
+}
+
+bool has_avx512_vnni() {
+    int seven[4];
+    __cpuidex(seven, 7, 0);
+    const bool named = has(seven[1], {16, 17, 30, 31}) && has(seven[2], {11});  // F DQ BW VL, VNNI
+    return named && (_xgetbv(0) & 0xE6) == 0xE6;
+}
+
+#else
+
+// The compiler's runtime asks the processor and the operating system.
+bool has_avx2() {
+    __builtin_cpu_init();
+    const bool named = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 11
+    return named && __builtin_cpu_supports("f16c");
+#else
+    return named;  // older compilers do not know the name; every processor with both has F16C
+#endif
+}
+
+bool has_avx512_vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+#endif
+
 Isa best_isa() {
-    const Leaf one = cpuid(1), seven = cpuid(7);
-    if (!has(one.c, {12, 27, 28, 29})) return Isa::portable;  // FMA, OSXSAVE, AVX, F16C
-    const uint64_t saved = saved_registers();
-    if ((saved & 6) != 6 || !has(seven.b, {5})) return Isa::portable;  // AVX2
+    if (!has_avx2()) return Isa::portable;
 #ifdef NIBBLE_SIMDE
     return Isa::avx512_vnni;
-#endif
-    const bool wide = has(seven.b, {16, 17, 30, 31}) && has(seven.c, {11});  // F, DQ, BW, VL; VNNI
-    return wide && (saved & 0xE6) == 0xE6 ? Isa::avx512_vnni : Isa::avx2;
-}
 #else
-Isa best_isa() { return Isa::portable; }
+    return has_avx512_vnni() ? Isa::avx512_vnni : Isa::avx2;
+#endif
+}
+
 #endif
 
 const char* name_of(Isa isa) {
     return isa == Isa::avx512_vnni ? "AVX-512 VNNI" : isa == Isa::avx2 ? "AVX2" : "portable C++";
 }
 
-const Ops& ops(const Where& where) {
+const Ops& ops(const Target& target) {
     static const Isa best = best_isa();
-    const Isa isa = where.isa == Isa::best ? best : where.isa;
+    const Isa isa = target.isa == Isa::best ? best : target.isa;
     if (static_cast<int>(isa) > static_cast<int>(best)) {
         throw std::invalid_argument(std::string("this CPU has no ") + name_of(isa) +
                                     "; the best it has is " + name_of(best));
@@ -96,7 +101,7 @@ const Ops& ops(const Where& where) {
     return ops_portable;
 }
 
-int threads(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+int threads(const Target& target) { return target.threads > 1 ? target.threads : 1; }
 
 void only_packed(const char* op, Codes codes) {
     if (codes != Codes::packed)
@@ -106,38 +111,42 @@ void only_packed(const char* op, Codes codes) {
 
 }  // namespace
 
-void quantize_down(const QuantizeDown& op, const Where& where) {
+void quantize_down(const QuantizeDown& op, const Target& target) {
     only_packed("quantize_down", op.codes);
-    ops(where).quantize_down(op, threads(where));
+    ops(target).quantize_down(op, threads(target));
 }
 
-void gemm_w4a4_up(const GemmW4A4Up& op, const Where& where) {
+void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
     only_packed("gemm_w4a4_up", op.codes);
-    ops(where).gemm_w4a4_up(op, threads(where));
+    ops(target).gemm_w4a4_up(op, threads(target));
 }
 
-void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Where& where) {
+void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Target& target) {
     only_packed("gemm_w4a4_up_gelu_quantize_down", op.first.codes);
     only_packed("gemm_w4a4_up_gelu_quantize_down", op.codes2);
-    ops(where).gemm_w4a4_up_gelu_quantize_down(op, threads(where));
+    ops(target).gemm_w4a4_up_gelu_quantize_down(op, threads(target));
 }
 
-void gemv_w4a16(const W4A16& op, const Where& where) { ops(where).gemv_w4a16(op, threads(where)); }
+void gemv_w4a16(const W4A16& op, const Target& target) {
+    ops(target).gemv_w4a16(op, threads(target));
+}
 
-void gemm_w4a16(const W4A16& op, const Where& where) { ops(where).gemm_w4a16(op, threads(where)); }
+void gemm_w4a16(const W4A16& op, const Target& target) {
+    ops(target).gemm_w4a16(op, threads(target));
+}
 
-void gemm_vq(const GemmVQ& op, const Where& where) { ops(where).gemm_vq(op, threads(where)); }
+void gemm_vq(const GemmVQ& op, const Target& target) { ops(target).gemm_vq(op, threads(target)); }
 
-Route route(const char* op, int64_t M, int64_t, int64_t) {
+Route route(Op op, int64_t M, int64_t, int64_t) {
     const Isa isa = best_isa();
     const std::string path = std::string("cpu: ") + name_of(isa);
-    if (!std::strcmp(op, "gemv_w4a16") || !std::strcmp(op, "gemm_w4a16")) {
+    if (op == Op::gemv_w4a16 || op == Op::gemm_w4a16) {
         return M <= FEW_TOKENS ? Route{path + ", codes straight into the sum",
                                        "few tokens: reading the weights is what takes time"}
                                : Route{path + ", panels of weights decoded to floats",
                                        "many tokens share one decoding"};
     }
-    if (!std::strcmp(op, "gemm_vq")) {
+    if (op == Op::gemm_vq) {
         if (vq_by_rows(M, 4))
             return {path + ", codewords straight into the sum",
                     "few tokens: tables of products would not pay"};
@@ -146,8 +155,7 @@ Route route(const char* op, int64_t M, int64_t, int64_t) {
                 "than codewords, more than 256 codewords or single weights, panels of weights "
                 "decoded to floats"};
     }
-    if (!std::strcmp(op, "quantize_down"))
-        return {path + ", one read of x", "the only way there is"};
+    if (op == Op::quantize_down) return {path + ", one read of x", "the only way there is"};
     const char* product = isa == Isa::avx512_vnni ? ", vpdpbusd"
                           : isa == Isa::avx2      ? ", vpmaddubsw"
                                                   : ", 16-bit products";
@@ -155,8 +163,7 @@ Route route(const char* op, int64_t M, int64_t, int64_t) {
             "exact integer sums per group; the widest instruction set of this CPU"};
 }
 
-size_t workspace_bytes(const char*, int64_t, int64_t, int64_t, int64_t) {
-    return 0;
-}  // scratch is allocated inside a call
+// Scratch is allocated inside a call.
+size_t workspace_bytes(Op, Codes, int64_t, int64_t, int64_t, int64_t) { return 0; }
 
 }  // namespace nibble::cpu

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from bench.gpu.layer import Layer, Steps, compiled_for, in_order
 from bench.gpu.report import Report
-from nibble.kernels import ops, reference, reference_vq
+from nibble.kernels import ops, reference
+from nibble.kernels.reference import vq as reference_vq
 from nibble.quant.packing import unpack_int4
 
 from cases import (

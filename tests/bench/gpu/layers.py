@@ -13,7 +13,8 @@ from bench.gpu import timing
 from bench.gpu.layer import Layer, Steps, in_order
 from bench.gpu.report import Report
 from bench.timer import geometric_mean
-from nibble.kernels import ops, reference_vq
+from nibble.kernels import ops
+from nibble.kernels.reference import vq as reference_vq
 
 from cases import FLUX_MODULATION, VQ_LAYOUTS, Case, make_input, make_vq, make_w4a16
 

@@ -114,7 +114,11 @@ def sources(only: Sequence[str] = ()) -> list[Path]:
     return [
         HERE / "emulator.cpp",
         HERE / "entry.cpp",
-        *(kernel for kernel in kernels if not only or str(kernel.relative_to(CUDA).with_suffix("")) in only),
+        *(
+            kernel
+            for kernel in kernels
+            if not only or str(kernel.relative_to(CUDA).with_suffix("")) in only
+        ),
     ]
 
 

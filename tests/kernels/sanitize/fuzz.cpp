@@ -181,17 +181,17 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
            !std::memcmp(a.data(), b.data(), a.size() * 4);  // bits: a NaN equals itself
 }
 
-Quantized quantize(const QuantizeDown& given, Where where) {
+Quantized quantize(const QuantizeDown& given, Target target) {
     Quantized out{Bytes(static_cast<size_t>(given.M * given.K / 2)),
                   std::vector<float>(static_cast<size_t>(given.K / GROUP * given.M)),
                   std::vector<float>(static_cast<size_t>(given.M * given.R))};
     QuantizeDown op = given;
     op.q = out.q.data(), op.ascales = out.ascales.data(), op.h = out.h.data();
-    cpu::quantize_down(op, where);
+    cpu::quantize_down(op, target);
     return out;
 }
 
-void fuzz_quantize(Where where) {
+void fuzz_quantize(Target target) {
     const int64_t M = any(0, 40), K = GROUP * any(1, 5),
                   R = pick<int64_t>({0, 1, 3, 8, 16, 31, 32, 33, 160});
     const bool act_unsigned = coin(), rotate = !act_unsigned && coin();
@@ -217,9 +217,9 @@ void fuzz_quantize(Where where) {
                           nullptr,
                           nullptr,
                           nullptr};
-    const Quantized one = quantize(op, where);
-    where.threads = 3;
-    const Quantized three = quantize(op, where);
+    const Quantized one = quantize(op, target);
+    target.threads = 3;
+    const Quantized three = quantize(op, target);
     require(one.q == three.q && same(one.ascales, three.ascales) && same(one.h, three.h),
             "quantize_down with three threads");
     for (int64_t m = 0; m < M; ++m) {
@@ -316,16 +316,16 @@ struct Product {
     }
 };
 
-void fuzz_gemm(Where where) {
+void fuzz_gemm(Target target) {
     Product product(pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 17, 33}), any(1, 80), GROUP * any(1, 11),
                     pick<int64_t>({0, 1, 3, 8, 16, 31, 33, 257}));
     GemmW4A4Up op = product.op();
     op.out_dtype = any_dtype();
     Floats out(op.out_dtype, op.M * op.N), again(op.out_dtype, op.M * op.N);
     op.out = out.data();
-    cpu::gemm_w4a4_up(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_w4a4_up(op, where);
+    cpu::gemm_w4a4_up(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_w4a4_up(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "gemm_w4a4_up with three threads");
     for (int64_t m = 0; m < op.M; ++m)
@@ -336,7 +336,7 @@ void fuzz_gemm(Where where) {
         }
 }
 
-void fuzz_gelu(Where where) {
+void fuzz_gelu(Target target) {
     Product product(pick<int64_t>({0, 1, 5, 130}), GROUP * any(1, 2), GROUP * any(1, 2),
                     pick<int64_t>({0, 5, 16}));
     const int64_t M = product.M, N = product.N, R = pick<int64_t>({0, 1, 17});
@@ -352,8 +352,8 @@ void fuzz_gelu(Where where) {
     Quantized again = out;
     for (Quantized* to : {&out, &again}) {
         op.q2 = to->q.data(), op.ascales2 = to->ascales.data(), op.h2 = to->h.data();
-        cpu::gemm_w4a4_up_gelu_quantize_down(op, where);
-        where.threads = 3;
+        cpu::gemm_w4a4_up_gelu_quantize_down(op, target);
+        target.threads = 3;
     }
     require(out.q == again.q && out.ascales == again.ascales && out.h == again.h,
             "gemm_w4a4_up_gelu_quantize_down with three threads");
@@ -392,7 +392,7 @@ void fuzz_gelu(Where where) {
 // ---- w4a16
 // ------------------------------------------------------------------------------------------------------------------
 
-void fuzz_w4a16(Where where) {
+void fuzz_w4a16(Target target) {
     const int64_t M = pick<int64_t>({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20}), N = any(1, 80),
                   K = GROUP * any(1, 6);
     Bytes weight = random_bytes(N * K / 2);
@@ -412,9 +412,9 @@ void fuzz_w4a16(Where where) {
              has_bias ? bias.data() : nullptr,
              scale.dtype,
              out.data()};
-    cpu::gemv_w4a16(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_w4a16(op, where);
+    cpu::gemv_w4a16(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_w4a16(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "w4a16 with three threads");
     for (int64_t m = 0; m < M; ++m)
@@ -433,7 +433,7 @@ void fuzz_w4a16(Where where) {
 // ---- gemm_vq
 // ----------------------------------------------------------------------------------------------------------------
 
-void fuzz_vq(Where where) {
+void fuzz_vq(Target target) {
     const int bits = static_cast<int>(any(1, 12)), vector = pick({1, 2, 4, 8});
     const int64_t M = pick<int64_t>({0, 1, 3, 8, 17}), N = pick<int64_t>({1, 20, 75, 300}),
                   K = 64 * any(1, 5), row = K / vector * bits / 8;
@@ -460,9 +460,9 @@ void fuzz_vq(Where where) {
               addend.dtype,
               out.data(),
               out.dtype};
-    cpu::gemm_vq(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_vq(op, where);
+    cpu::gemm_vq(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_vq(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "gemm_vq with three threads");
     for (int64_t m = 0; m < M; ++m)
@@ -483,17 +483,17 @@ void fuzz_vq(Where where) {
         }
 }
 
-void check_refusals(Where where) {
+void check_refusals(Target target) {
     QuantizeDown op{};
     op.codes = Codes::e4m3;
     try {
-        cpu::quantize_down(op, where);
+        cpu::quantize_down(op, target);
         require(false, "8-bit floats are refused");
     } catch (const std::invalid_argument&) {
     }
     op.codes = Codes::packed;
     try {
-        cpu::quantize_down(op, where);  // nothing to do, in the instruction set that was asked for
+        cpu::quantize_down(op, target);  // nothing to do, in the instruction set that was asked for
         return;
     } catch (const std::invalid_argument& error) {
         std::fprintf(stderr, "%s\n", error.what());
@@ -508,14 +508,14 @@ int main(int count, char** arguments) {
         std::fprintf(stderr, "fuzz <isa> <rounds> <seed>\n");
         return 2;
     }
-    Where where;
-    where.isa = static_cast<Isa>(std::atoi(arguments[1]));
-    check_refusals(where);
+    Target target;
+    target.isa = static_cast<Isa>(std::atoi(arguments[1]));
+    check_refusals(target);
     for (int round = 0; round < std::atoi(arguments[2]); ++round) {
         const unsigned seed = static_cast<unsigned>(std::atoi(arguments[3]) + round);
         generator.seed(seed);
         where_it_is = "round with seed " + std::to_string(seed);
-        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(where);
+        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(target);
     }
     std::printf("%s rounds agree\n", arguments[2]);
 }

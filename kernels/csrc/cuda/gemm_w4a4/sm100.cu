@@ -3,13 +3,13 @@
 
 namespace nibble::cuda {
 
-void gemm_w4a4_up_sm100(const GemmW4A4Up& op, const Where& where, int rows) {
-    gemm_w4a4_up_by<Int8>(op, where, rows);
+void gemm_w4a4_up_sm100(const GemmW4A4Up& op, const Target& target, int rows) {
+    dispatch_rows<Int8>(op, target, rows);
 }
 
-void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown& op, const Where& where,
-                                           int rows) {
-    gelu_quantize_down_by<Int8>(op, where, rows);
+void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown& op,
+                                           const Target& target, int rows) {
+    dispatch_gelu_dtype<Int8>(op, target, rows);
 }
 
 }  // namespace nibble::cuda

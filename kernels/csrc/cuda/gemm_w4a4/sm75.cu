@@ -3,13 +3,13 @@
 
 namespace nibble::cuda {
 
-void gemm_w4a4_up_sm75(const GemmW4A4Up& op, const Where& where, int rows) {
-    gemm_w4a4_up_by<Turing>(op, where, rows);
+void gemm_w4a4_up_sm75(const GemmW4A4Up& op, const Target& target, int rows) {
+    dispatch_rows<Turing>(op, target, rows);
 }
 
-void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown& op, const Where& where,
-                                          int rows) {
-    gelu_quantize_down_by<Turing>(op, where, rows);
+void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown& op,
+                                          const Target& target, int rows) {
+    dispatch_gelu_dtype<Turing>(op, target, rows);
 }
 
 }  // namespace nibble::cuda

@@ -2,8 +2,8 @@
 
 namespace nibble::cuda {
 
-void quantize_down_f32(const QuantizeDown& a, const Where& where) {
-    quantize_down_of<float, Codes::packed>(a, where);
+void quantize_down_f32(const QuantizeDown& a, const Target& target) {
+    quantize_down_of<float, Codes::packed>(a, target);
 }
 
 }  // namespace nibble::cuda

@@ -2,6 +2,6 @@
 
 namespace nibble::cuda {
 
-void vq_f16(const GemmVQ& a, const Where& where) { vq_of<f16>(a, where); }
+void vq_f16(const GemmVQ& a, const Target& target) { vq_of<f16>(a, target); }
 
 }  // namespace nibble::cuda

@@ -2,6 +2,6 @@
 
 namespace nibble::cuda {
 
-void vq_f32(const GemmVQ& a, const Where& where) { vq_of<float>(a, where); }
+void vq_f32(const GemmVQ& a, const Target& target) { vq_of<float>(a, target); }
 
 }  // namespace nibble::cuda

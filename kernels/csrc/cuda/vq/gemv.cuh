@@ -120,14 +120,14 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 4 : 3)
 }
 
 template <class X, class L, int TOKENS>
-void start_vq_gemv(const GemmVQ& a, const Where& where) {
+void start_vq_gemv(const GemmVQ& a, const Target& target) {
     const int64_t outputs = GEMV_OUTPUTS * GEMV_WARPS,
                   whole = (a.K + GEMV_STEP - 1) / GEMV_STEP * GEMV_STEP * TOKENS * 4;
     const unsigned blocks = unsigned((a.N + outputs - 1) / outputs),
                    tokens = unsigned((a.M + TOKENS - 1) / TOKENS);
     const size_t x = size_t(whole < GEMV_SHARED / 2 ? whole : GEMV_SHARED / 2);
     launch(vq_gemv_kernel<X, L, TOKENS>, {blocks * tokens}, 32 * GEMV_WARPS, L::BOOK_BYTES + x,
-           where, a, int(tokens));
+           target, a, int(tokens));
 }
 
 }  // namespace nibble::cuda

@@ -2,9 +2,9 @@
 
 namespace nibble::cuda {
 
-void vq_bf16(const GemmVQ& a, const Where& where) { vq_of<bf16>(a, where); }
+void vq_bf16(const GemmVQ& a, const Target& target) { vq_of<bf16>(a, target); }
 
-void gemm_vq(const GemmVQ& a, const Where& where) {
+void gemm_vq(const GemmVQ& a, const Target& target) {
     if (a.codebook_dtype != Dtype::f16)
         throw std::invalid_argument("gemm_vq on a GPU takes a codebook in float16");
     if (a.K % GROUP) throw std::invalid_argument("gemm_vq on a GPU takes K in whole groups of 64");
@@ -13,11 +13,11 @@ void gemm_vq(const GemmVQ& a, const Where& where) {
     if (a.M == 0 || a.N == 0) return;
     switch (a.x_dtype) {
         case Dtype::bf16:
-            return vq_bf16(a, where);
+            return vq_bf16(a, target);
         case Dtype::f16:
-            return vq_f16(a, where);
+            return vq_f16(a, target);
         case Dtype::f32:
-            return vq_f32(a, where);
+            return vq_f32(a, target);
     }
 }
 

@@ -2,6 +2,6 @@
 
 namespace nibble::cuda {
 
-void w4a16_f16(const W4A16& a, const Where& where) { w4a16_of<f16>(a, where); }
+void w4a16_f16(const W4A16& a, const Target& target) { w4a16_of<f16>(a, target); }
 
 }  // namespace nibble::cuda

@@ -201,24 +201,24 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) w4a16_gemm_kernel(const
 }
 
 template <class T, class P, class S>
-void start_gemm(const W4A16& a, const Where& where) {
+void start_gemm(const W4A16& a, const Target& target) {
     // Blocks that follow one another share the rows of x, which are few, and read different
     // weights.
     const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
                    rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(w4a16_gemm_kernel<T, P, S>, {columns, rows}, S::THREADS, S::SHARED, where, a);
+    launch(w4a16_gemm_kernel<T, P, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
 }
 
 template <class T, class P>
-void gemm(const W4A16& a, const Where& where) {
+void gemm(const W4A16& a, const Target& target) {
     const int64_t large_tiles = (a.M + ManyTokens::ROWS - 1) / ManyTokens::ROWS *
                                 ((a.N + ManyTokens::COLUMNS - 1) / ManyTokens::COLUMNS);
-    if (a.M <= FewTokens::ROWS) return start_gemm<T, P, FewTokens>(a, where);
+    if (a.M <= FewTokens::ROWS) return start_gemm<T, P, FewTokens>(a, target);
     // A large tile decodes a weight for twice the tokens, where there are enough of them and tiles
     // for every multiprocessor.
-    if (a.M > SomeTokens::ROWS && large_tiles >= multiprocessors(where.device))
-        return start_gemm<T, P, ManyTokens>(a, where);
-    start_gemm<T, P, SomeTokens>(a, where);
+    if (a.M > SomeTokens::ROWS && large_tiles >= multiprocessors(target.device))
+        return start_gemm<T, P, ManyTokens>(a, target);
+    start_gemm<T, P, SomeTokens>(a, target);
 }
 
 }  // namespace nibble::cuda

@@ -2,22 +2,22 @@
 
 namespace nibble::cuda {
 
-void w4a16_bf16(const W4A16& a, const Where& where) { w4a16_of<bf16>(a, where); }
+void w4a16_bf16(const W4A16& a, const Target& target) { w4a16_of<bf16>(a, target); }
 
-static void w4a16(const W4A16& a, const Where& where) {
+static void w4a16(const W4A16& a, const Target& target) {
     if (a.M == 0 || a.N == 0) return;
     switch (a.x_dtype) {
         case Dtype::bf16:
-            return w4a16_bf16(a, where);
+            return w4a16_bf16(a, target);
         case Dtype::f16:
-            return w4a16_f16(a, where);
+            return w4a16_f16(a, target);
         case Dtype::f32:
-            return w4a16_f32(a, where);
+            return w4a16_f32(a, target);
     }
 }
 
 // Two names, one choice: both ops are right for any number of tokens.
-void gemv_w4a16(const W4A16& a, const Where& where) { w4a16(a, where); }
-void gemm_w4a16(const W4A16& a, const Where& where) { w4a16(a, where); }
+void gemv_w4a16(const W4A16& a, const Target& target) { w4a16(a, target); }
+void gemm_w4a16(const W4A16& a, const Target& target) { w4a16(a, target); }
 
 }  // namespace nibble::cuda

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from nibble.kernels import dispatch, launch, native, ops, reference, reference_vq, which
+from nibble.kernels import ops, reference, which
+from nibble.kernels.backends import choose, native
+from nibble.kernels.reference import vq as reference_vq
 
 from cases import SMALL, Case, make_input, make_vq, make_w4a4, make_w4a16, options
 from compare import assert_same
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def forget():
     """Clears what is remembered about installed modules, before and after."""
-    caches = (dispatch.choose, native.module, launch._gpu)
+    caches = (choose.choose, native.module, native._gpu)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -34,10 +36,7 @@ def compiled(request, forget, monkeypatch):
     module = StandIn(request.param)
     monkeypatch.setitem(sys.modules, native.MODULE, module)
     if request.param:  # a GPU's form of codes, on the CPU
-        monkeypatch.setattr(
-            launch, "_place", lambda device, isa: ((-1, 0, torch.get_num_threads(), isa), 0, 1)
-        )
-        monkeypatch.setattr(launch, "fuses", lambda device: False)
+        monkeypatch.setattr(native, "gpu", lambda device: (0, native.E4M3))
     return module
 
 
@@ -81,7 +80,7 @@ def test_every_pointer_arrives(case, dtype, compiled):
     )
     w4a16 = make_w4a16(case, dtype)
     assert_same(ops.linear_w4a16(x, **w4a16), reference.gemv_w4a16(x, **w4a16))
-    gem = "gemv_w4a16" if case.M <= dispatch.GEMV_TOKENS else "gemm_w4a16"
+    gem = "gemv_w4a16" if case.M <= choose.GEMV_TOKENS else "gemm_w4a16"
     assert compiled.calls == ["quantize_down", "gemm_w4a4_up", "quantize_down", "gemm_w4a4_up", gem]
 
 
@@ -231,7 +230,7 @@ def test_a_gpu_takes_16_bit_parameters_of_one_dtype(
     module = StandIn()
     module.DEVICES, module.capability = ("cpu", "cuda"), lambda device: capability
     monkeypatch.setitem(sys.modules, native.MODULE, module)
-    brought_to, reason = launch.serves(launch.OPS, torch.device("cuda", 0), dtype, parameters)
+    brought_to, reason = native.serves(native.OPS, torch.device("cuda", 0), dtype, parameters)
     assert brought_to == found and words in reason
 
 
@@ -243,7 +242,7 @@ def test_a_driver_that_is_too_old_leaves_the_gpu_to_others(forget, monkeypatch):
 
     module.DEVICES, module.capability = ("cpu", "cuda"), refuse
     monkeypatch.setitem(sys.modules, native.MODULE, module)
-    brought_to, reason = launch.serves(launch.OPS, torch.device("cuda", 0), BF16, (BF16,))
+    brought_to, reason = native.serves(native.OPS, torch.device("cuda", 0), BF16, (BF16,))
     assert (
         brought_to is None
         and reason
@@ -253,11 +252,11 @@ def test_a_driver_that_is_too_old_leaves_the_gpu_to_others(forget, monkeypatch):
 
 
 def test_a_module_without_cuda_or_without_an_op_is_passed_by(compiled):
-    assert launch.serves(("gemm_w8a16",), CPU, F32, (F32,)) == (
+    assert native.serves(("gemm_w8a16",), CPU, F32, (F32,)) == (
         None,
         "this nibble_kernels lacks gemm_w8a16",
     )
     assert (
         "built for cpu, not for cuda"
-        in launch.serves(launch.OPS, torch.device("cuda", 0), F32, (F32,))[1]
+        in native.serves(native.OPS, torch.device("cuda", 0), F32, (F32,))[1]
     )

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import functools
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
+
+if TYPE_CHECKING:
+    from ..ops.params import W4A4Params, W4A16Params
 
 _OPS = {
     "linear_w4a4": ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),
@@ -72,66 +76,56 @@ def _decide_for_gpu(kitchen: ModuleType, op: str, capability: tuple[int, int]) -
     if capability < (8, 0):
         return False, f"comfy_kitchen needs compute capability 8.0, this GPU has {gpu}"
     if op == "linear_w4a4" and capability[0] != 8:
-        return (
-            False,
-            (
-                f"comfy_kitchen's int4 instructions are emulated on {gpu}, slower than a 16-bit"
-                " product"
-            ),
-        )
+        reason = f"comfy_kitchen's int4 instructions are emulated on {gpu}, slower than a 16-bit"
+        return False, f"{reason} product"
     return True, f"comfy_kitchen's CUDA kernels are native on {gpu}"
 
 
-def linear_w4a4(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    smooth_factor: Tensor,
-    proj_down: Tensor,
-    proj_up: Tensor,
-    bias: Tensor | None = None,
-    act_unsigned: bool = False,
-    rotation: int = 0,
-) -> Tensor:
+def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
     """`reference.linear_w4a4` through comfy_kitchen's public ops. Shapes as there; x (M, K) with M
     > 0.
     """
-    kitchen = module()
+    kitchen = _loaded()
     dtype = x.dtype
-    x, smooth = x.contiguous(), smooth_factor.to(dtype)
-    main = x + reference.SHIFT if act_unsigned else x
-    if rotation:
-        main = reference.hadamard64(main.float() / smooth_factor.float()).to(dtype)
+    x = x.contiguous()
+    smooth = p.smooth_factor.to(dtype)
+    main = x + reference.SHIFT if p.act_unsigned else x
+    if p.rotation:
+        main = reference.hadamard64(main.float() / p.smooth_factor.float()).to(dtype)
         smooth = torch.ones_like(smooth)
     q, ascales, h = kitchen.quantize_svdquant_w4a4(
-        main, smooth=smooth, lora_down=proj_down.to(dtype), act_unsigned=act_unsigned, lora_x=x
+        main, smooth=smooth, lora_down=p.proj_down.to(dtype), act_unsigned=p.act_unsigned, lora_x=x
     )
     y = kitchen.scaled_mm_svdquant_w4a4(
         act=q,
-        wgt=weight,
+        wgt=p.weight,
         ascales=ascales,
-        wscales=weight_scale.to(dtype),
+        wscales=p.weight_scale.to(dtype),
         lora_act_in=h,
-        lora_up=proj_up.to(dtype),
-        bias=None if bias is None else bias.to(dtype),
-        act_unsigned=act_unsigned,
+        lora_up=p.proj_up.to(dtype),
+        bias=None if p.bias is None else p.bias.to(dtype),
+        act_unsigned=p.act_unsigned,
     )
     return y[: x.shape[0]]
 
 
-def gemv_w4a16(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
+def gemv_w4a16(x: Tensor, p: W4A16Params) -> Tensor:
     """`reference.gemv_w4a16` through comfy_kitchen's public op. Shapes as there; x (M, K) with M >
     0.
     """
     dtype = x.dtype
-    bias = None if bias is None else bias.to(dtype)
-    weight_zeros = torch.zeros_like(weight_scale) if weight_zeros is None else weight_zeros
-    return module().gemv_awq_w4a16(
-        x.contiguous(), weight, weight_scale.to(dtype), weight_zeros.to(dtype), bias=bias
+    zeros = torch.zeros_like(p.weight_scale) if p.weight_zeros is None else p.weight_zeros
+    return _loaded().gemv_awq_w4a16(
+        x.contiguous(),
+        p.weight,
+        p.weight_scale.to(dtype),
+        zeros.to(dtype),
+        bias=None if p.bias is None else p.bias.to(dtype),
     )
+
+
+def _loaded() -> ModuleType:
+    """comfy_kitchen, which `decide` has found."""
+    kitchen = module()
+    assert kitchen is not None
+    return kitchen

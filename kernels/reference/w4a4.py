@@ -1,14 +1,12 @@
-"""Every op in plain torch: the truth that the compiled versions are compared with, and the CPU path
-that users run.
+"""The W4A4 ops in plain torch: the truth that the compiled versions are compared with, and the path
+of users without them.
 
     y = Q(x / smooth) . (W4 * weight_scale)^T + (x . proj_down) . proj_up^T + bias
-      SVDQuant, arXiv 2411.05007, eq. 3 and 9
-    y = x . ((W4 - 8) * weight_scale + weight_zeros)^T + bias                                AWQ,
-      arXiv 2306.00978
+                                                     SVDQuant, arXiv 2411.05007, eq. 3 and 9
 
 Arithmetic is float32, or float64 where x is float64. On CUDA a bfloat16 x keeps bfloat16 *operands*
 for the large product, because tensor cores accumulate it in float32 anyway. Letters for shapes are
-explained in the package's docstring.
+explained in the docstring of `kernels`.
 
 The dequantized product is as exact as the integer one: a code times a bfloat16 scale has 4 + 8
 significant bits and is exact in float32, and an int4 x int4 sum over a group is at most 64 * 15 * 8
@@ -19,12 +17,24 @@ which the integer kernels have as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-GROUP = 64
-"""Columns of K that share one scale."""
+from .hadamard import hadamard64
+from .nibbles import (
+    GROUP,
+    compute_dtype,
+    dequantize_w4,
+    operand_dtype,
+    pack_nibbles,
+    per_group,
+    unpack_nibbles,
+)
+
+if TYPE_CHECKING:
+    from ..ops.params import W4A4Params
 
 SHIFT = 0.171875
 """Added to activations that follow a GELU (whose minimum is -0.17) so that codes 0..15 cover them;
@@ -33,78 +43,6 @@ exact in bfloat16.
 
 SIGNED_MAX = 7
 UNSIGNED_MAX = 15
-FLIP_HIGHEST_BITS = -120  # 0x88 as int8
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 input, float32 for every other."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def operand_dtype(x: Tensor) -> torch.dtype:
-    """dtype of the large product's operands. float16 is widened: a de-smoothed outlier may pass its
-    65504.
-    """
-    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else compute_dtype(x)
-
-
-# ---- nibbles -------------------------------------------------------------------------------------
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """(..., K) integers -> (..., K/2) int8; the low nibble is the even column. Only the lowest four
-    bits are read.
-    """
-    codes = codes.to(torch.int8)
-    return (codes[..., 0::2] & 0x0F) | (codes[..., 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor, signed: bool, dtype: torch.dtype = torch.int8) -> Tensor:
-    """Inverse of `pack_nibbles`: (..., K/2) int8 -> (..., K) in `dtype`, -8..7 if signed, else
-    0..15.
-    """
-    # Two shifts and two strided writes: as fast as a 256-entry table of pairs on CPU, and it needs
-    # no index tensor.
-    codes = packed.new_empty((*packed.shape, 2), dtype=dtype)
-    codes[..., 0] = (packed << 4) >> 4 if signed else packed & 0x0F
-    codes[..., 1] = packed >> 4 if signed else (packed >> 4) & 0x0F
-    return codes.flatten(-2)
-
-
-def _per_group(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """(K/64, N) -> (N, K/64, 1), ready to broadcast over groups of an (N, K/64, 64) view."""
-    return values.t().to(dtype).unsqueeze(-1)
-
-
-def dequantize_w4(
-    weight: Tensor, weight_scale: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """W4 * weight_scale.
-
-    Shapes: weight int8 (N, K/2), codes -8..7; weight_scale (K/64, N) -> (N, K) in `dtype`.
-    """
-    codes = unpack_nibbles(weight, True, dtype)
-    return codes.unflatten(-1, (-1, GROUP)).mul_(_per_group(weight_scale, dtype)).flatten(-2)
-
-
-def dequantize_w4_zeros(
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zeros: Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """(W4 - 8) * weight_scale + weight_zeros; without zeros the weights are symmetric.
-
-    Shapes: weight int8 (N, K/2), codes 0..15; weight_scale, weight_zeros (K/64, N) -> (N, K) in
-        `dtype`.
-    """
-    # Flipping the highest bit of a nibble turns an unsigned code u into the signed code u - 8: one
-    # pass over floats less.
-    codes = unpack_nibbles(weight ^ FLIP_HIGHEST_BITS, True, dtype).unflatten(-1, (-1, GROUP))
-    codes = codes.mul_(_per_group(weight_scale, dtype))
-    return (codes if weight_zeros is None else codes.add_(_per_group(weight_zeros, dtype))).flatten(
-        -2
-    )
 
 
 def check_flags(act_unsigned: bool, rotation: int) -> None:
@@ -123,38 +61,7 @@ def check_flags(act_unsigned: bool, rotation: int) -> None:
 # ---- activations ---------------------------------------------------------------------------------
 
 
-def _sylvester(device: torch.device | str) -> Tensor:
-    """H[i, j] = (-1)^popcount(i & j) / 8, (64, 64) float32, made on the device: no copy from the
-    host, so CUDA graphs can capture it.
-    """
-    i = torch.arange(GROUP, device=device)
-    bits = i[:, None] & i[None, :]
-    bits = bits ^ (bits >> 4)
-    bits = bits ^ (bits >> 2)
-    return (0.125 - 0.25 * ((bits ^ (bits >> 1)) & 1)).float()
-
-
-with torch.inference_mode(False):
-    _SYLVESTER_CPU = _sylvester("cpu")
-
-
-def hadamard64(x: Tensor) -> Tensor:
-    """Orthonormal 64-point Hadamard transform (Sylvester order) of each group of 64 along the last
-    axis; its own inverse.
-
-    Shapes: x (..., K) any float dtype -> (..., K) same dtype; 16-bit input is transformed in
-        float32.
-    """
-    # Making the matrix costs more than a small product on CPU. Fake and functional tensors must not
-    # meet a real constant.
-    matrix = (
-        _SYLVESTER_CPU if type(x) is Tensor and x.device.type == "cpu" else _sylvester(x.device)
-    )
-    dtype = compute_dtype(x)
-    return (x.to(dtype).unflatten(-1, (-1, GROUP)) @ matrix.to(dtype)).flatten(-2).to(x.dtype)
-
-
-def _quantize_groups_of(
+def _quantize_groups(
     x: Tensor, smooth_factor: Tensor, act_unsigned: bool, rotation: int
 ) -> tuple[Tensor, Tensor]:
     """Smoothed, rotated, rounded: x (M, K) in compute dtype -> float codes (M, K/64, 64), scale (M,
@@ -196,7 +103,7 @@ def quantize_down(
         from the raw x
     """
     x = x.to(compute_dtype(x))
-    codes, scale = _quantize_groups_of(x, smooth_factor, act_unsigned, rotation)
+    codes, scale = _quantize_groups(x, smooth_factor, act_unsigned, rotation)
     q = pack_nibbles(codes.nan_to_num_(0, UNSIGNED_MAX, -SIGNED_MAX).to(torch.int8).flatten(-2))
     return q, scale.squeeze(-1).t().contiguous(), x @ proj_down.to(x.dtype)
 
@@ -239,7 +146,7 @@ def gemm_w4a4_up(
     act = (
         unpack_nibbles(q, not act_unsigned, dtype)
         .unflatten(-1, (-1, GROUP))
-        .mul_(_per_group(ascales, dtype))
+        .mul_(per_group(ascales, dtype))
         .flatten(-2)
     )
     return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h.to(dtype), proj_up, bias)
@@ -272,29 +179,6 @@ def gemm_w4a4_up_gelu_quantize_down(
     y = gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned)
     hidden = torch.nn.functional.gelu(y.to(mid_dtype or y.dtype).to(y.dtype), approximate="tanh")
     return quantize_down(hidden, smooth_factor2, proj_down2, act_unsigned2, rotation2)
-
-
-def gemv_w4a16(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zeros: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """x . ((W4 - 8) * weight_scale + weight_zeros)^T + bias. The same formula for few tokens and,
-    under the name `gemm_w4a16`, for many.
-
-    Shapes: x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale (K/64, N) · weight_zeros
-        (K/64, N) or None · bias (N,) or None -> (M, N) in x.dtype
-    """
-    dtype = operand_dtype(x)
-    dense = dequantize_w4_zeros(weight, weight_scale, weight_zeros, compute_dtype(x)).to(dtype)
-    return torch.nn.functional.linear(
-        x.to(dtype), dense, None if bias is None else bias.to(dtype)
-    ).to(x.dtype)
-
-
-gemm_w4a16 = gemv_w4a16
 
 
 # ---- whole layers --------------------------------------------------------------------------------
@@ -336,13 +220,12 @@ def linear_w4a4_grouped(
         N) each, in x.dtype
     """
     xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
-    codes, scale = _quantize_groups_of(xc, smooth_factor, act_unsigned, rotation)
+    codes, scale = _quantize_groups(xc, smooth_factor, act_unsigned, rotation)
     act = codes.mul_(scale).flatten(-2).to(dtype)
+    layers = zip(weight, weight_scale, proj_down, proj_up, bias, strict=True)
     return [
-        _matmul_up(act, dequantize_w4(w, scale, dtype), xc @ down.to(xc.dtype), up, b).to(x.dtype)
-        for w, scale, down, up, b in zip(
-            weight, weight_scale, proj_down, proj_up, bias, strict=True
-        )
+        _matmul_up(act, dequantize_w4(w, ws, dtype), xc @ down.to(xc.dtype), up, b).to(x.dtype)
+        for w, ws, down, up, b in layers
     ]
 
 
@@ -370,15 +253,7 @@ def mlp_w4a4(
 
 
 def linear_w4a4_grad(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    smooth_factor: Tensor,
-    proj_down: Tensor,
-    proj_up: Tensor,
-    rotation: int,
-    needs: tuple[bool, bool, bool],
+    grad: Tensor, x: Tensor, p: W4A4Params, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear_w4a4` to (x, proj_down, proj_up), each only where `needs` asks for it.
 
@@ -386,29 +261,16 @@ def linear_w4a4_grad(
     """
     dtype = operand_dtype(x)
     grad, xd = grad.to(dtype), x.to(dtype)
-    down, up = proj_down.to(dtype), proj_up.to(dtype)
+    down, up = p.proj_down.to(dtype), p.proj_up.to(dtype)
     grad_x = grad_down = grad_up = None
     if needs[0] or needs[1]:
         grad_h = grad @ up
     if needs[0]:
-        main = grad @ dequantize_w4(weight, weight_scale, dtype)
-        main = (hadamard64(main) if rotation else main) / smooth_factor.to(dtype)
+        main = grad @ dequantize_w4(p.weight, p.weight_scale, dtype)
+        main = (hadamard64(main) if p.rotation else main) / p.smooth_factor.to(dtype)
         grad_x = (main + grad_h @ down.t()).to(x.dtype)
     if needs[1]:
-        grad_down = (xd.t() @ grad_h).to(proj_down.dtype)
+        grad_down = (xd.t() @ grad_h).to(p.proj_down.dtype)
     if needs[2]:
-        grad_up = (grad.t() @ (xd @ down)).to(proj_up.dtype)
+        grad_up = (grad.t() @ (xd @ down)).to(p.proj_up.dtype)
     return grad_x, grad_down, grad_up
-
-
-def linear_w4a16_grad(
-    grad: Tensor, weight: Tensor, weight_scale: Tensor, weight_zeros: Tensor | None
-) -> Tensor:
-    """Gradient of `gemv_w4a16` to x. Shapes: grad (M, N) -> (M, K) in grad's dtype, which is that
-    of x.
-    """
-    dtype = operand_dtype(grad)
-    return (
-        grad.to(dtype)
-        @ dequantize_w4_zeros(weight, weight_scale, weight_zeros, compute_dtype(grad)).to(dtype)
-    ).to(grad.dtype)

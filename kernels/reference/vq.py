@@ -1,22 +1,27 @@
 """The codebook ops in plain torch: the truth that the compiled versions are compared with, and the
 path of users without them.
 
-    W[n, j*D + e] = scale[n] * codebook[index[n, j], e]        y = x . W^T + bias        vector
-      quantization as in VQ4DiT, arXiv 2408.17131, eq. 2
+    W[n, j*D + e] = scale[n] * codebook[index[n, j], e]        y = x . W^T + bias
+                                                     VQ4DiT, arXiv 2408.17131, eq. 2
 
 An index has b = log2(C) bits. A row's indices follow one another in its bytes without gaps: index i
-occupies the bits i*b to (i+1)*b, bit 0 being the lowest of byte 0. Arithmetic is as in `reference`:
+occupies the bits i*b to (i+1)*b, bit 0 being the lowest of byte 0. Arithmetic is as in `w4a4`:
 float32, or float64 where x is float64.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, hadamard64, operand_dtype
+from .hadamard import hadamard64
+from .nibbles import compute_dtype, operand_dtype
+
+if TYPE_CHECKING:
+    from ..ops.params import VQParams
 
 INDEX_BITS = range(1, 17)
 """Bits that an index may have."""
@@ -123,15 +128,7 @@ def linear_vq(
 
 
 def linear_vq_grad(
-    grad: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    scale: Tensor | None,
-    proj_down: Tensor | None,
-    proj_up: Tensor | None,
-    rotation: int,
-    needs: tuple[bool, bool, bool],
+    grad: Tensor, x: Tensor, p: VQParams, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `linear_vq` to (x, proj_down, proj_up), each only where `needs` asks for it;
     indices, codebook and scale are constants.
@@ -140,14 +137,18 @@ def linear_vq_grad(
     """
     dtype = operand_dtype(x)
     grad, xd = grad.to(dtype), x.to(dtype)
-    down, up = (None if part is None else part.to(dtype) for part in (proj_down, proj_up))
     grad_x = grad_down = grad_up = None
     if needs[0]:
-        grad_x = grad @ dequantize_vq(indices, codebook, scale, compute_dtype(x)).to(dtype)
-        grad_x = hadamard64(grad_x) if rotation else grad_x
-        grad_x = (grad_x if down is None else grad_x + (grad @ up) @ down.t()).to(x.dtype)
-    if needs[1]:
-        grad_down = (xd.t() @ (grad @ up)).to(proj_down.dtype)
-    if needs[2]:
-        grad_up = (grad.t() @ (xd @ down)).to(proj_up.dtype)
-    return grad_x, grad_down, grad_up
+        dense = dequantize_vq(p.indices, p.codebook, p.scale, compute_dtype(x)).to(dtype)
+        grad_x = grad @ dense
+        grad_x = hadamard64(grad_x) if p.rotation else grad_x
+    if p.proj_down is not None and p.proj_up is not None:
+        down, up = p.proj_down.to(dtype), p.proj_up.to(dtype)
+        grad_h = grad @ up
+        if grad_x is not None:
+            grad_x = grad_x + grad_h @ down.t()
+        if needs[1]:
+            grad_down = (xd.t() @ grad_h).to(p.proj_down.dtype)
+        if needs[2]:
+            grad_up = (grad.t() @ (xd @ down)).to(p.proj_up.dtype)
+    return None if grad_x is None else grad_x.to(x.dtype), grad_down, grad_up
