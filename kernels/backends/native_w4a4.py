@@ -212,7 +212,7 @@ def gemm_w4a4_up_gelu_quantize_down(
 
 
 class LinearCall:
-    """One linear, flattened: both native calls' arguments but for the tokens'.
+    """One linear, flattened: the native call's arguments but for the tokens'.
 
     p: dense, aligned and of one dtype (`layer_operands`). Holds addresses and no tensor, so it is
     valid as long as whoever calls it makes sure that p's memory is what it was.
@@ -220,55 +220,41 @@ class LinearCall:
 
     def __init__(self, p: W4A4Params, device: torch.device, isa: int = 0):
         self.device, self.isa = device, isa
-        self.gpu, self.codes = native.gpu(device)
-        self.features, self.rank = p.proj_down.shape
+        self.run = native.loaded().linear_w4a4
         self.outputs = len(p.weight)
-        self.quantizer = quantizer_arguments(p.quantizer, self.codes)
-        self.product = product_arguments(p.product, self.codes, p.act_unsigned)
-        self._sizes = self._sizes_of(0)
-
-    def _sizes_of(self, m: int) -> tuple[int, int, int, int, int, int]:
-        """(M, offsets of ascales, h and the workspace, the workspace's bytes, bytes in all)."""
-        needed = _workspace("gemm_w4a4_up", self.gpu, m, self.product, self.rank)
-        codes, ascales, h = map(
-            native.aligned, native.activation_bytes(m, self.features, self.rank, self.codes)
-        )
-        end = codes + ascales + h
-        return m, codes, codes + ascales, end, needed, end + native.aligned(needed) + 255
+        gpu, codes = native.gpu(device)
+        quantizer = quantizer_arguments(p.quantizer, codes)
+        product = product_arguments(p.product, codes, p.act_unsigned)
+        del product["h_stride"]
+        self.arguments: Arguments = {**quantizer, **product}
+        self.sizes = {"capability": gpu, "codes": codes}
+        self.sizes |= {name: self.arguments[name] for name in "NKR"}
+        # Tokens of the last call, and the scratch that so many want.
+        self.last = (-1, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., K) on `device`, dense and aligned -> (..., N) in x.dtype."""
         leading = x.shape[:-1]
         m = leading.numel()
-        sizes = self._sizes
-        if sizes[0] != m:
-            sizes = self._sizes = self._sizes_of(m)
-        _, to_ascales, to_h, to_work, needed, size = sizes
-        scratch = x.new_empty(size, dtype=torch.uint8)
-        q = (scratch.data_ptr() + 255) & ~255
         out = x.new_empty((*leading, self.outputs))
-        place, kind, extension = (
-            native.place(self.device, self.isa),
-            DTYPES[x.dtype],
-            native.loaded(),
-        )
-        ascales, h = q + to_ascales, q + to_h
-        extension.quantize_down(
-            M=m, x=x.data_ptr(), x_dtype=kind, q=q, ascales=ascales, h=h, **place, **self.quantizer
-        )
-        extension.gemm_w4a4_up(
-            M=m,
-            q=q,
-            ascales=ascales,
-            h=h,
-            out=out.data_ptr(),
-            out_dtype=kind,
-            workspace=q + to_work,
-            workspace_size=needed,
-            **place,
-            **self.product,
+        tokens: Arguments = {"M": m, "x": x.data_ptr(), "x_dtype": DTYPES[x.dtype]}
+        if x.is_cuda:
+            # `scratch` lives until the call has returned; a GPU's work is ordered by its stream.
+            scratch = self._scratch(x, m)
+            tokens |= {"scratch": scratch.data_ptr(), "scratch_size": scratch.numel()}
+        self.run(
+            out=out.data_ptr(), **tokens, **native.place(self.device, self.isa), **self.arguments
         )
         return out
+
+    def _scratch(self, x: Tensor, m: int) -> Tensor:
+        """Memory from torch's allocator, so that a CUDA graph can capture the call. On the CPU the
+        call has its own.
+        """
+        last = self.last
+        if last[0] != m:
+            last = self.last = m, native.loaded().linear_w4a4_bytes(M=m, **self.sizes)
+        return x.new_empty(last[1], dtype=torch.uint8)
 
 
 def linear_w4a4(dtype: torch.dtype, x: Tensor, p: W4A4Params, isa: int = 0) -> Tensor:

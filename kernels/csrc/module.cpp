@@ -6,13 +6,15 @@
 // runs; CUDA's own errors become RuntimeError. The GIL is free while an op works.
 #include <pybind11/pybind11.h>
 
-#include <atomic>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "check.h"
 #include "nibble.h"
+#include "target.h"
 
 #ifndef NIBBLE_VERSION
 #define NIBBLE_VERSION "0"
@@ -29,133 +31,17 @@ namespace py = pybind11;
 namespace nibble {
 namespace {
 
-using check::Address;
-
-#ifdef NIBBLE_CUDA
-constexpr bool HAS_CUDA = true;
-#else
-constexpr bool HAS_CUDA = false;
-#endif
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-#ifdef NIBBLE_CUDA
-// Asked of the driver once a device; 0 means not asked yet. A device's capability never changes, so
-// a race writes the same number.
-int known_capability(int device) {
-    static std::atomic<int> known[64];
-    if (device < 0 || device >= 64)
-        throw std::invalid_argument("device " + std::to_string(device) +
-                                    " is no CUDA device index");
-    int found = known[device].load(std::memory_order_relaxed);
-    if (!found) known[device].store(found = cuda::capability(device), std::memory_order_relaxed);
-    return found;
-}
-#else
-int known_capability(int device) {
-    throw std::invalid_argument("device " + std::to_string(device) +
-                                ": this nibble_kernels was built without CUDA");
-}
-#endif
-
-Target target_of(const char* op, int device, Address stream, int threads, int isa) {
-    Target place;
-    if (device < -1)
-        check::refuse(op, "device=" + std::to_string(device) +
-                              " is neither -1 (the CPU) nor a CUDA device index");
-    if (threads < 1) check::refuse(op, "threads=" + std::to_string(threads) + " is less than 1");
-    place.device = device;
-    place.stream = at(stream);
-    place.threads = threads;
-    place.isa = check::isa(op, isa, device >= 0);
-    if (device >= 0) place.capability = known_capability(device);
-    return place;
-}
-
-bool on_cpu(const Target& place) { return place.device < 0; }
-
-size_t workspace_of(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
-                    int64_t R) {
-#ifdef NIBBLE_CUDA
-    if (capability) return cuda::workspace_bytes(op, codes, capability, M, N, K, R);
-#endif
-    return cpu::workspace_bytes(op, codes, M, N, K, R);
-}
-
-#ifdef NIBBLE_CUDA
-#define NIBBLE_RUN(op, arguments, place) \
-    (on_cpu(place) ? cpu::op(arguments, place) : cuda::op(arguments, place))
-#else
-#define NIBBLE_RUN(op, arguments, place) cpu::op(arguments, place)
-#endif
-
 void quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t K,
                    int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
                    int param_dtype, bool act_unsigned, bool rotate, int codes, Address q,
                    Address ascales, Address h) {
     constexpr const char* op = "quantize_down";
     const Target place = target_of(op, device, stream, threads, isa);
-    check::sizes(op, {{"M", M}, {"K", K}, {"R", R}});
-    check::whole_groups(op, {"K", K});
-    check::flags(op, act_unsigned, rotate);
-    const Codes form = check::codes(op, "codes", codes);
-    const int64_t mk = check::product(op, "x", {"M", M}, {"K", K});
-    check::pointer(op, "x", x, mk);
-    check::pointer(op, "smooth", smooth, K);
-    check::pointer(op, "proj_down", proj_down, check::product(op, "proj_down", {"K", K}, {"R", R}));
-    check::pointer(op, "q", q, mk);
-    check::pointer(op, "ascales", ascales, mk / GROUP);
-    check::pointer(op, "h", h, check::product(op, "h", {"M", M}, {"R", R}));
-    const QuantizeDown arguments{M,
-                                 K,
-                                 R,
-                                 at(x),
-                                 check::dtype(op, "x_dtype", x_dtype),
-                                 at(smooth),
-                                 at(proj_down),
-                                 check::dtype(op, "param_dtype", param_dtype),
-                                 act_unsigned,
-                                 rotate,
-                                 form,
-                                 at(q),
-                                 static_cast<float*>(at(ascales)),
-                                 static_cast<float*>(at(h))};
+    const QuantizeDown arguments =
+        quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype, act_unsigned, rotate,
+                  codes, q, ascales, h);
     py::gil_scoped_release release;
     NIBBLE_RUN(quantize_down, arguments, place);
-}
-
-// Everything of a product but where its result goes: the plain op and the fused one share it.
-GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, int codes, Address q,
-                   bool act_unsigned, Address ascales, Address h, int64_t h_stride, Address weight,
-                   Address weight_scale, Address proj_up, Address bias, int param_dtype) {
-    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}, {"h_stride", h_stride}});
-    check::whole_groups(op, {"K", K});
-    if (h_stride < R)
-        check::refuse(
-            op, check::shape({{"h_stride", h_stride}, {"R", R}}) + ": rows of h would overlap");
-    const int64_t mk = check::product(op, "q", {"M", M}, {"K", K}),
-                  nk = check::product(op, "weight", {"N", N}, {"K", K});
-    check::product(op, "out", {"M", M}, {"N", N});
-    check::product(op, "h", {"M", M}, {"h_stride", h_stride});
-    check::pointer(op, "q", q, mk);
-    check::pointer(op, "ascales", ascales, mk / GROUP);
-    check::pointer(op, "h", h, M * R);
-    check::pointer(op, "weight", weight, nk);
-    check::pointer(op, "weight_scale", weight_scale, nk / GROUP);
-    check::pointer(op, "proj_up", proj_up, check::product(op, "proj_up", {"N", N}, {"R", R}));
-    check::pointer(op, "bias", bias, 0);
-    GemmW4A4Up arguments{};
-    arguments.M = M, arguments.N = N, arguments.K = K, arguments.R = R;
-    arguments.codes = check::codes(op, "codes", codes);
-    arguments.q = at(q);
-    arguments.act_unsigned = act_unsigned;
-    arguments.ascales = static_cast<const float*>(at(ascales));
-    arguments.h = static_cast<const float*>(at(h));
-    arguments.h_stride = h_stride;
-    arguments.weight = at(weight), arguments.weight_scale = at(weight_scale);
-    arguments.proj_up = at(proj_up), arguments.bias = at(bias);
-    arguments.param_dtype = check::dtype(op, "param_dtype", param_dtype);
-    return arguments;
 }
 
 void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
@@ -216,29 +102,37 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
     NIBBLE_RUN(gemm_w4a4_up_gelu_quantize_down, arguments, place);
 }
 
-W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight,
-            Address weight_scale, Address weight_zeros, Address bias, int param_dtype,
-            Address out) {
-    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
-    check::whole_groups(op, {"K", K});
-    const int64_t nk = check::product(op, "weight", {"N", N}, {"K", K});
-    check::pointer(op, "x", x, check::product(op, "x", {"M", M}, {"K", K}));
-    check::pointer(op, "weight", weight, nk);
-    check::pointer(op, "weight_scale", weight_scale, nk / GROUP);
-    check::pointer(op, "weight_zeros", weight_zeros, 0);
-    check::pointer(op, "bias", bias, 0);
-    check::pointer(op, "out", out, check::product(op, "out", {"M", M}, {"N", N}));
-    return {M,
-            N,
-            K,
-            at(x),
-            check::dtype(op, "x_dtype", x_dtype),
-            at(weight),
-            at(weight_scale),
-            at(weight_zeros),
-            at(bias),
-            check::dtype(op, "param_dtype", param_dtype),
-            at(out)};
+// A whole linear: quantize_down and gemm_w4a4_up, with what goes between them in scratch memory. On
+// the CPU `scratch` may be null, and the call then allocates its own.
+void linear_w4a4(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+                 int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
+                 Address weight, Address weight_scale, Address proj_up, Address bias,
+                 int param_dtype, bool act_unsigned, bool rotate, int codes, Address out,
+                 Address scratch, int64_t scratch_size) {
+    constexpr const char* op = "linear_w4a4";
+    const Target target = target_of(op, device, stream, threads, isa);
+    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
+    const Codes form = check::codes(op, "codes", codes);
+    const LinearScratch layout = linear_scratch(target.capability, form, M, N, K, R);
+    std::unique_ptr<char[]> own;
+    if (!scratch && on_cpu(target)) {
+        own.reset(new char[layout.bytes + 255]);
+        scratch = (reinterpret_cast<Address>(own.get()) + 255) & ~Address(255);
+    } else {
+        check::workspace(op, scratch, scratch_size, layout.bytes);
+    }
+    const Address ascales = scratch + layout.ascales, h = scratch + layout.h;
+    const QuantizeDown first = quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype,
+                                         act_unsigned, rotate, codes, scratch, ascales, h);
+    GemmW4A4Up second = product(op, M, N, K, R, codes, scratch, act_unsigned, ascales, h, R, weight,
+                                weight_scale, proj_up, bias, param_dtype);
+    check::pointer(op, "out", out, M * N);
+    second.out = at(out);
+    second.out_dtype = first.x_dtype;
+    second.workspace = at(scratch + layout.workspace);
+    py::gil_scoped_release release;
+    NIBBLE_RUN(quantize_down, first, target);
+    NIBBLE_RUN(gemm_w4a4_up, second, target);
 }
 
 void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
@@ -332,6 +226,13 @@ size_t workspace_bytes(const std::string& name, int capability, int64_t M, int64
                         R);
 }
 
+size_t linear_w4a4_bytes(int capability, int64_t M, int64_t N, int64_t K, int64_t R, int codes) {
+    known_gpu(capability);
+    check::sizes("linear_w4a4_bytes", {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
+    const Codes form = check::codes("linear_w4a4_bytes", "codes", codes);
+    return linear_scratch(capability, form, M, N, K, R).bytes;
+}
+
 int codes(int capability) {
     known_gpu(capability);
 #ifdef NIBBLE_CUDA
@@ -421,6 +322,11 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("proj_down2"), py::arg("act_unsigned2"), py::arg("rotate2"), py::arg("codes2"),
           py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0,
           py::arg("workspace_size") = 0);
+    m.def("linear_w4a4", &linear_w4a4, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
+          py::arg("R"), py::arg("x"), py::arg("x_dtype"), py::arg("smooth"), py::arg("proj_down"),
+          py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), py::arg("bias"),
+          py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
+          py::arg("out"), py::arg("scratch") = 0, py::arg("scratch_size") = 0);
     m.def("gemv_w4a16", &gemv_w4a16, NIBBLE_W4A16);
     m.def("gemm_w4a16", &gemm_w4a16, NIBBLE_W4A16);
     m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
@@ -436,6 +342,9 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes") = 0,
           "Scratch that the caller gives; R is that of the h which the op writes, where it writes "
           "one.");
+    m.def("linear_w4a4_bytes", &linear_w4a4_bytes, py::arg("capability"), py::arg("M"),
+          py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"),
+          "Scratch that linear_w4a4 wants.");
     m.def("codes", &codes, py::arg("capability"),
           "The form of activation codes that this device's product reads fastest.");
     m.def("cpu_isas", &cpu_isas,

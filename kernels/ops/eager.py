@@ -59,9 +59,9 @@ def _watched() -> bool:
 
 def plain_facts(x: Tensor, tensors: tuple, options: tuple) -> tuple | None:
     """What has to stay as it is for a checked layer to be right; None where the call needs torch's
-    dispatcher. The sixth fact is the address of the first parameter.
+    dispatcher. The sixth fact is that of the first parameter.
     """
-    if _watched() or type(x) is not Tensor:
+    if _watched() or type(x) is not Tensor or tensors[0] is None:
         return None
     grad = torch.is_grad_enabled()
     try:
@@ -78,13 +78,9 @@ def plain_facts(x: Tensor, tensors: tuple, options: tuple) -> tuple | None:
             kind = type(tensor)
             if (kind is not Tensor and kind is not Parameter) or (grad and tensor.requires_grad):
                 return None
-            facts += (
-                tensor.data_ptr(),
-                tensor.shape,
-                tensor.dtype,
-                tensor.device,
-                tensor.is_contiguous(),
-            )
+            address = tensor.data_ptr()
+            dense = tensor.is_contiguous()
+            facts.append((address, tensor.shape, tensor.dtype, tensor.device, dense))
     # A tensor without an address or without an axis: the op says what is wrong with it.
     except (RuntimeError, IndexError):
         return None
@@ -109,13 +105,14 @@ class EagerOp:
     def __init__(self, op: Callable[..., Tensor], prepare: Prepare):
         self.op = op
         self.prepare = prepare
-        self._layers: dict[int | None, tuple[tuple, Call | None]] = {}
+        self._layers: dict[int, tuple[tuple, Call | None]] = {}
 
     def __call__(self, x: Tensor, tensors: tuple, options: tuple = ()) -> Tensor:
         facts = plain_facts(x, tensors, options)
         if facts is None:
             return self.op(x, *tensors, *options)
-        known = self._layers.get(facts[5])
+        weight = facts[5][0]  # its address
+        known = self._layers.get(weight)
         if known is not None and known[0] == facts:
             call = known[1]
             return self.op(x, *tensors, *options) if call is None else call(x)
@@ -123,5 +120,5 @@ class EagerOp:
         if len(self._layers) >= LAYERS:
             self._layers.clear()
         prepared = self.prepare(x, tensors, options) if _can_be_remembered(tensors) else None
-        self._layers[facts[5]] = facts, prepared
+        self._layers[weight] = facts, prepared
         return y

@@ -179,6 +179,40 @@ class StandIn:
         )
         at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, act_unsigned))
 
+    def linear_w4a4(
+        self, *, x, x_dtype, smooth, proj_down, rotate, out, scratch=0, scratch_size=0, **rest
+    ):
+        m, k, rank = rest["M"], rest["K"], rest["R"]
+        q, ascales, h, work = (
+            torch.empty(max(size, 1), dtype=torch.uint8)
+            for size in (m * k, m * k // 16, m * rank * 4, self.WORKSPACE)
+        )
+        place = {name: rest.pop(name) for name in ("device", "stream", "threads", "isa")}
+        between = {"q": q.data_ptr(), "ascales": ascales.data_ptr(), "h": h.data_ptr()}
+        shared = {
+            name: rest[name] for name in ("M", "K", "R", "param_dtype", "act_unsigned", "codes")
+        }
+        self.quantize_down(
+            **place,
+            **shared,
+            **between,
+            x=x,
+            x_dtype=x_dtype,
+            smooth=smooth,
+            proj_down=proj_down,
+            rotate=rotate,
+        )
+        self.gemm_w4a4_up(
+            **place,
+            **rest,
+            **between,
+            h_stride=rank,
+            out=out,
+            out_dtype=x_dtype,
+            workspace=work.data_ptr(),
+            workspace_size=self.WORKSPACE,
+        )
+
     def gemm_w4a4_up_gelu_quantize_down(
         self,
         *,
