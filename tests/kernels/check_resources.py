@@ -263,8 +263,8 @@ def table(kernels: list[Kernel]) -> str:
         )
         lines.append(
             f"{kernel.name:<{width}} "
-            f" {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}{kernel.stack:>7}{kernel.spills:>8}"
-            f"  {matrix}"
+            f" {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}"
+            f"{kernel.stack:>7}{kernel.spills:>8}  {matrix}"
         )
     return "\n".join(lines)
 

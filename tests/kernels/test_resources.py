@@ -29,7 +29,7 @@ PTXAS = f"""ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{MANGLED}' for 'sm_80'
 ptxas info    : Function properties for {MANGLED}
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 16 bytes stack, 2048 bytes smem, 360 bytes cmem[0]
+ptxas info    : Used 168 registers, used 1 barriers, 16 bytes stack, 2048 bytes smem
 ptxas info    : Compiling entry function '_Z5otherPf' for 'sm_90a'
 ptxas info    : Function properties for _Z5otherPf
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads

@@ -64,8 +64,7 @@ void work(Job& job) noexcept {
     release(scratch);
 }
 
-// ---- torch's team
-// ---------------------------------------------------------------------------------------------------
+// ---- torch's team -------------------------------------------------------------------------------
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
@@ -86,8 +85,7 @@ GompParallel gomp() {
     return process_id() == loaded_in ? found : nullptr;
 }
 
-// ---- a pool of our own
-// ------------------------------------------------------------------------------------------------
+// ---- a pool of our own --------------------------------------------------------------------------
 
 class Pool {
 public:

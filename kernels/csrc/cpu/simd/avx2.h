@@ -92,8 +92,7 @@ inline F butterflies(F x) {
     return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, s4));
 }
 
-// ---- the int4 product's inner loop
-// -----------------------------------------------------------------------------------
+// ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 4;      // tokens at once
 constexpr int FMA_ROWS = 6;  // and in floating point, where no register holds codes

@@ -114,8 +114,7 @@ inline F butterflies(F x) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x4, x4, 0x4E), _mm512_mask_blend_ps(0xFF00, x4, m4));
 }
 
-// ---- the int4 product's inner loop
-// -----------------------------------------------------------------------------------
+// ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 8;       // tokens at once
 constexpr int FMA_ROWS = 12;  // and in floating point

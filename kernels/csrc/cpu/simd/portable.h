@@ -174,8 +174,7 @@ inline F butterflies(F x) {
 
 #undef NIBBLE_EACH
 
-// ---- the int4 product's inner loop
-// -----------------------------------------------------------------------------------
+// ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;

@@ -13,8 +13,7 @@ namespace nibble::cuda::sm90 {
 template <int Blocks, int Chunks>
 using Sums = float[Blocks][Chunks][32];
 
-// ---- low-rank branch
-// -----------------------------------------------------------------------------------------------------
+// ---- low-rank branch ----------------------------------------------------------------------------
 
 // Elements column, column + 1 of a row of R; zeros past its end, or all of it where the row does
 // not exist.
@@ -114,8 +113,7 @@ NIBBLE_DEVICE void add_low_rank_float(Sums<Blocks, Chunks>& acc, const Parameter
     }
 }
 
-// ---- results
-// ----------------------------------------------------------------------------------------------------------
+// ---- results ------------------------------------------------------------------------------------
 
 template <int Blocks, int Chunks, class Param>
 NIBBLE_DEVICE void add_bias(Sums<Blocks, Chunks>& acc, const Parameters<Param>& p, int row) {

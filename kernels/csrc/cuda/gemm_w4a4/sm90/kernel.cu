@@ -30,8 +30,7 @@
 namespace nibble::cuda {
 namespace sm90 {
 
-// ---- computing
-// ---------------------------------------------------------------------------------------------------------
+// ---- computing ----------------------------------------------------------------------------------
 
 // A of one block of 64 rows and one group: two products' worth of e4m3, and the rows' scales as
 // tf32.
@@ -201,8 +200,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-// ---- packed codes
-// --------------------------------------------------------------------------------------------------------
+// ---- packed codes -------------------------------------------------------------------------------
 
 // 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives.
 template <bool Unsigned>
@@ -238,8 +236,7 @@ const void* widen(const GemmW4A4Up& p, const Target& target) {
     return p.workspace;
 }
 
-// ---- choice
-// --------------------------------------------------------------------------------------------------------------
+// ---- choice -------------------------------------------------------------------------------------
 
 template <class Param, int Blocks, int Tokens>
 void start(const GemmW4A4Up& p, const void* codes, const Target& target) {

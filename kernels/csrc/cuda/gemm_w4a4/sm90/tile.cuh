@@ -62,8 +62,7 @@ NIBBLE_DEVICE float4 tf32_terms(float x) {
     return {first, second, rest - second, 0.0f};
 }
 
-// ---- loading
-// -----------------------------------------------------------------------------------------------------------
+// ---- loading ------------------------------------------------------------------------------------
 
 template <class Shape, class Param>
 NIBBLE_DEVICE void load(char* shared, Barrier* full, Barrier* empty, const TensorMap& tokens,
