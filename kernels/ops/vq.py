@@ -97,7 +97,8 @@ def _check_linear(x: Tensor, p: VQParams) -> None:
 
 def _gemm_params(parameters: tuple) -> VQParams:
     """`gemm_vq`'s arguments after x: indices, codebook, scale, bias."""
-    return VQParams(*parameters[:3], bias=parameters[3] if len(parameters) > 3 else None)
+    indices, codebook, scale, bias = (*parameters, None, None)[:4]
+    return VQParams(indices, codebook, scale, bias=bias)
 
 
 def _fake_gemm(x: Tensor, *parameters) -> Tensor:
@@ -171,7 +172,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple:
     grad_x, grad_down, grad_up = reference_vq.linear_vq_grad(
         rows,
         x.reshape(-1, x.shape[-1]),
-        VQParams(*kept, rotation=ctx.rotation),
+        VQParams(*kept)._replace(rotation=ctx.rotation),
         (asked[0], asked[4], asked[5]),
     )
     grad_x = None if grad_x is None else grad_x.reshape(x.shape)

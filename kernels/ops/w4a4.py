@@ -176,7 +176,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     x, *kept = ctx.saved_tensors
     rows = grad.reshape(-1, grad.shape[-1])
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
-    p = W4A4Params(*kept, rotation=ctx.rotation)
+    p = W4A4Params(*kept)._replace(rotation=ctx.rotation)
     grad_x, grad_down, grad_up = reference.linear_w4a4_grad(
         rows, x.reshape(-1, x.shape[-1]), p, needs
     )
@@ -262,8 +262,8 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the schema's arguments
 
 def mlp_w4a4(  # noqa: PLR0913 - two layers, and two flags of each
     x: Tensor,
-    first: Sequence[Tensor | None],
-    second: Sequence[Tensor | None],
+    first: Sequence[Any],
+    second: Sequence[Any],
     act_unsigned: bool = False,
     rotation: int = 0,
     act_unsigned2: bool = False,
@@ -276,7 +276,8 @@ def mlp_w4a4(  # noqa: PLR0913 - two layers, and two flags of each
         The hidden activations of the compiled op are never stored. Where a gradient is needed, the
         two linears run one by one.
     """
-    p = MLPParams(*first, *second, act_unsigned, rotation, act_unsigned2, rotation2)
+    flags = (act_unsigned, rotation, act_unsigned2, rotation2)
+    p = MLPParams(*(*first, *second, *flags))
     if need_gradients(x, *first, *second):
         hidden = torch.nn.functional.gelu(linear_w4a4(x, *p.first), approximate="tanh")
         return linear_w4a4(hidden, *p.second)

@@ -112,7 +112,8 @@ def _new_activations(like: Tensor, m: int, k: int, rank: int, dtype: torch.dtype
 def _fake_quantize_down(x: Tensor, *parameters) -> tuple:
     p = QuantizeParams(*parameters)
     _check_quantize_down(x, p)
-    return _new_activations(x, *x.shape, p.proj_down.shape[1], reference.compute_dtype(x))
+    m, k = x.shape
+    return _new_activations(x, m, k, p.proj_down.shape[1], reference.compute_dtype(x))
 
 
 def _fake_gemm_w4a4_up(*arguments) -> Tensor:
@@ -154,7 +155,7 @@ def _run_gemm_w4a4_up(*arguments) -> Tensor:
     choice = choose("gemm_w4a4_up", act.q.device, dtype, dtypes)
     if choice.parameters is not None:
         return native_w4a4.gemm_w4a4_up(choice.parameters, act, p, out_dtype)
-    return reference.gemm_w4a4_up(*act[:3], *p, act.act_unsigned).to(out_dtype)
+    return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, act.act_unsigned).to(out_dtype)
 
 
 def _run_gelu(*arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,7 @@ def gemm_vq(
     return linear_vq(x, indices, codebook, scale, bias=bias)
 
 
-def linear_vq(
+def linear_vq(  # noqa: PLR0913 - the op's arguments
     x: Tensor,
     indices: Tensor,
     codebook: Tensor,
@@ -122,7 +122,7 @@ def linear_vq(
         dequantize_vq(indices, codebook, scale, xc.dtype).to(dtype),
         None if bias is None else bias.to(dtype),
     )
-    if proj_down is not None:
+    if proj_down is not None and proj_up is not None:
         y = y + (xc @ proj_down.to(xc.dtype)) @ proj_up.to(xc.dtype).t()
     return y.to(x.dtype)
 

@@ -17,7 +17,7 @@ which the integer kernels have as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def _matmul_up(
     return y.to(act.dtype).addmm_(act, weight.t())
 
 
-def gemm_w4a4_up(
+def gemm_w4a4_up(  # noqa: PLR0913 - the op's arguments
     q: Tensor,
     ascales: Tensor,
     h: Tensor,
@@ -152,7 +152,7 @@ def gemm_w4a4_up(
     return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h.to(dtype), proj_up, bias)
 
 
-def gemm_w4a4_up_gelu_quantize_down(
+def gemm_w4a4_up_gelu_quantize_down(  # noqa: PLR0913 - the op's arguments
     q: Tensor,
     ascales: Tensor,
     h: Tensor,
@@ -184,7 +184,7 @@ def gemm_w4a4_up_gelu_quantize_down(
 # ---- whole layers --------------------------------------------------------------------------------
 
 
-def linear_w4a4(
+def linear_w4a4(  # noqa: PLR0913 - the op's arguments
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -203,7 +203,7 @@ def linear_w4a4(
     return linear_w4a4_grouped(x, smooth_factor, *layers, act_unsigned, rotation)[0]
 
 
-def linear_w4a4_grouped(
+def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
     x: Tensor,
     smooth_factor: Tensor,
     weight: Sequence[Tensor],
@@ -231,8 +231,8 @@ def linear_w4a4_grouped(
 
 def mlp_w4a4(
     x: Tensor,
-    first: Sequence[Tensor | None],
-    second: Sequence[Tensor | None],
+    first: Sequence[Any],
+    second: Sequence[Any],
     flags: tuple = (False, 0),
     flags2: tuple = (False, 0),
 ) -> Tensor:
