@@ -4,9 +4,9 @@ tiny layer, beside torch's own linear: `python -m nibble bench call_overhead`.
     python tests/bench/bench_call_overhead.py
     python tests/bench/bench_call_overhead.py --before CHECKOUT --before-python PYTHON
 
-Each checkout is measured in processes of its own, taking turns; of all rounds the fastest counts,
-because everything else on a machine only adds to a time. The arithmetic of such a layer takes one
-or two microseconds, so what is seen is what surrounds it.
+Each checkout is measured in processes of its own, taking turns; of many short rounds the fastest
+counts, because everything else on a machine only adds to a time. The arithmetic of such a layer
+takes a few microseconds, so what is seen is what surrounds it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def work(checkout: Path, quick: bool) -> None:
     from nibble.kernels import which
 
     backends = {op: which(op, "cpu", torch.float32, (1, N, K))[0] for op in OURS}
-    rounds, number = (2, 20) if quick else (20, 2000)
+    rounds, number = (2, 20) if quick else (300, 50)
     print(json.dumps({"backend": backends, "us": measure(rounds, number)}))
 
 

@@ -84,7 +84,8 @@ Isa best_isa() {
 #endif
 
 const char* name_of(Isa isa) {
-    return isa == Isa::avx512_vnni ? "AVX-512 VNNI" : isa == Isa::avx2 ? "AVX2" : "portable C++";
+    if (isa == Isa::avx512_vnni) return "AVX-512 VNNI";
+    return isa == Isa::avx2 ? "AVX2" : "portable C++";
 }
 
 const Ops& ops(const Target& target) {
@@ -156,9 +157,9 @@ Route route(Op op, int64_t M, int64_t, int64_t) {
                 "decoded to floats"};
     }
     if (op == Op::quantize_down) return {path + ", one read of x", "the only way there is"};
-    const char* product = isa == Isa::avx512_vnni ? ", vpdpbusd"
-                          : isa == Isa::avx2      ? ", vpmaddubsw"
-                                                  : ", 16-bit products";
+    const char* product = ", 16-bit products";
+    if (isa == Isa::avx2) product = ", vpmaddubsw";
+    if (isa == Isa::avx512_vnni) product = ", vpdpbusd";
     return {path + product + ", panels of 32 outputs",
             "exact integer sums per group; the widest instruction set of this CPU"};
 }

@@ -104,7 +104,8 @@ struct LookupScratch {
 // How many tables are read together.
 inline int vq_together(const GemmVQ& op) {
     const int64_t table = vq_codewords(op) * LANES * 4;
-    return 8 * table <= VQ_TABLES / 2 ? 8 : 4 * table <= VQ_TABLES ? 4 : 2;
+    if (8 * table <= VQ_TABLES / 2) return 8;
+    return 4 * table <= VQ_TABLES ? 4 : 2;
 }
 
 // (C, LANES): each codeword's product with the tokens' sub-vectors.

@@ -39,7 +39,22 @@ int tile_rows(int64_t M, int64_t N, int multiprocessors) {
     // Two blocks live on a multiprocessor. A tall tile reads the weight half as often, which pays
     // only where all multiprocessors have work.
     const bool fills_the_gpu = tiles(M, N, 128) >= 2 * int64_t(multiprocessors);
-    return few_tokens ? 32 : one_tile || !fills_the_gpu ? 64 : 128;
+    if (few_tokens) return 32;
+    return one_tile || !fills_the_gpu ? 64 : 128;
+}
+
+std::string tile_in_words(Op op, const Family& gpu, int64_t M, int64_t N) {
+    if (M <= 32) return "32x128";
+    if (op != Op::gemm_w4a4_up) return gpu.turing || gpu.ampere ? "128x128" : "64x128";
+    if (M <= 64) return "64x128";
+    const int64_t largest = tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
+    return "128x128 on up to " + std::to_string(largest) + " multiprocessors, 64x128 on more";
+}
+
+const char* vq_kernel_in_words(const Family& gpu, int64_t M) {
+    if (M == 1) return "no matrix unit, one token";
+    if (M <= 16) return "tile 16x64";
+    return gpu.turing ? "tile 64x128" : "tile 64x128 or 128x128";
 }
 
 }  // namespace
@@ -84,29 +99,22 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     if (op == Op::gemm_w4a4_up && gpu.hopper)
         return {"sm90: wgmma on 8-bit floats", "wgmma is the fast path" + on};
     if (op == Op::gemm_w4a4_up || op == Op::gemm_w4a4_up_gelu_quantize_down) {
-        const char* path = gpu.turing   ? "sm75: int4 m8n8k32"
-                           : gpu.ampere ? "sm80: int4 m16n8k64"
-                                        : "sm100: int8 m16n8k32 on widened codes";
-        const char* why = gpu.turing   ? "the first int4 product"
-                          : gpu.ampere ? "a whole group an instruction"
-                                       : "no int4 in the matrix units";
-        const int64_t largest =
-            tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
-        const std::string tile = M <= 32 ? "32x128"
-                                 : op != Op::gemm_w4a4_up
-                                     ? (gpu.turing || gpu.ampere ? "128x128" : "64x128")
-                                 : M <= 64 ? "64x128"
-                                           : "128x128 on up to " + std::to_string(largest) +
-                                                 " multiprocessors, 64x128 on more";
+        const char* path = "sm100: int8 m16n8k32 on widened codes";
+        const char* why = "no int4 in the matrix units";
+        if (gpu.turing) {
+            path = "sm75: int4 m8n8k32";
+            why = "the first int4 product";
+        } else if (gpu.ampere) {
+            path = "sm80: int4 m16n8k64";
+            why = "a whole group an instruction";
+        }
+        const std::string tile = tile_in_words(op, gpu, M, N);
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
     if (op == Op::gemm_vq) {
-        const char* kernel = M == 1       ? "no matrix unit, one token"
-                             : M <= 16    ? "tile 16x64"
-                             : gpu.turing ? "tile 64x128"
-                                          : "tile 64x128 or 128x128";
-        return {"cuda: 16-bit mma on looked-up codewords, " + std::string(kernel),
-                "decoded where they are multiplied; not yet measured"};
+        return {
+            "cuda: 16-bit mma on looked-up codewords, " + std::string(vq_kernel_in_words(gpu, M)),
+            "decoded where they are multiplied; not yet measured"};
     }
     return {"cuda: " + std::string(name_of(op)), "one kernel for every GPU from 7.5 on"};
 }

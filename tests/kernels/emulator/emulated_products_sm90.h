@@ -29,7 +29,7 @@ struct WarpProducts {
     std::vector<uint64_t> history;  // what was asked for, to compare the four warps
 };
 
-// Of the running block: made anew where a block makes its barriers.
+// Belongs to the running block: made anew where a block makes its barriers.
 struct Products {
     std::map<int, WarpProducts> warps;
     std::map<int, std::vector<Store>> stores;

@@ -14,7 +14,7 @@ inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-// Of two operands, one of them NaN, the second comes out.
+// Where one of the two operands is NaN, the second comes out.
 inline F maximum(F a, F b) { return _mm512_max_ps(a, b); }
 inline F minimum(F a, F b) { return _mm512_min_ps(a, b); }
 

@@ -25,7 +25,7 @@ inline F sub(F a, F b) { NIBBLE_EACH(F, a.v[i] - b.v[i]); }
 inline F mul(F a, F b) { NIBBLE_EACH(F, a.v[i] * b.v[i]); }
 inline F div(F a, F b) { NIBBLE_EACH(F, a.v[i] / b.v[i]); }
 inline F fma(F a, F b, F c) { NIBBLE_EACH(F, a.v[i] * b.v[i] + c.v[i]); }
-// Of two operands, one of them NaN, the second comes out.
+// Where one of the two operands is NaN, the second comes out.
 inline F maximum(F a, F b) { NIBBLE_EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline F minimum(F a, F b) { NIBBLE_EACH(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 

@@ -90,7 +90,7 @@ struct Group {
     }
 };
 
-// BLOCKS that shall live on a multiprocessor, which bounds the registers (widened fragments need
+// BLOCKS that are to live on a multiprocessor, which bounds the registers (widened fragments need
 // more of them); STEP, the groups that are copied, waited for and computed together; and how many
 // such STAGES the ring has. All blocks' rings should fit into the 100 KB of 8.6, 8.9 and 12.0, and
 // 48 KB need no permission. The smallest tiles are for few tokens, when there are few blocks and

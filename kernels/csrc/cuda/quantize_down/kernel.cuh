@@ -12,9 +12,9 @@
 //   MB, 14 us.) L2        a block reads all of proj_down, 196 KB. 16 tokens a block would make that
 //   56 MB, twice what x is; 32 make it 28, 40 23. issue     18 instructions a value in the machine
 //   code (smooth and divide 7, unpack, maximum, round and pack 5, exchanges, addresses and
-//             product the rest); with the compiler's divisions it were 30. Blocks of 32 would give
-//             12 of 132 multiprocessors two, 16 us; of 40, one to each of 116: 10 us. So the host
-//             takes the size whose busiest multiprocessor has the fewest tokens.
+//             product the rest); with the compiler's divisions it would be 30. Blocks of 32 would
+//             give 12 of 132 multiprocessors two, 16 us; of 40, one to each of 116: 10 us. So the
+//             host takes the size whose busiest multiprocessor has the fewest tokens.
 //   loads     x of the next group is requested as soon as its registers are free, most of a group
 //   before it is needed. A multiprocessor's
 //             12 warps have up to 48 KB under way; 16 KB are what 700 ns of latency need.
