@@ -6,9 +6,10 @@ The shape alphabet, used in every signature, comment and test:
     M tokens · K in · N out · R rank · G group (64 columns share a scale) · C codewords · D
     sub-vector
 
-`ops` holds every op once, `dispatch` decides what runs it, `reference` is the truth in plain torch,
-`native` with `launch` and `kitchen` are the two ways to run faster. `which(op, device)` says which
-one is used and why.
+`ops` holds every op once, one file an op family; `reference` is the truth in plain torch;
+`backends` decides what runs an op and holds the two ways to run faster, compiled kernels and
+comfy-kitchen's. `which(op, device)` says which one is used and why. `environment` tells what a
+machine has.
 """
 
 from .ops import (

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from . import dispatch, native, ops
+from . import ops
+from .backends import choose, native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -60,8 +61,8 @@ def table(found: dict) -> str:
         reason = row["reason"]
         if row["backend"] == "native":  # that it is installed is among the facts
             reason = reason.removeprefix(f"{native.module()[1]}; ").removeprefix(f"{row['op']}: ")
-        if row["backend"] == "native" and row["op"] in dispatch.PARTS:
-            reason = f"through {' and '.join(dispatch.PARTS[row['op']])}"
+        if row["backend"] == "native" and row["op"] in choose.PARTS:
+            reason = f"through {' and '.join(choose.PARTS[row['op']])}"
         alike.setdefault((row["op"], row["device"], row["backend"], reason), []).append(
             row["dtype"]
         )

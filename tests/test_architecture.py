@@ -34,8 +34,6 @@ ROOMS_OF_COMFYUI = HOSTS - {"diffusers", "nibble_kernels"}
 #    room              may import these rooms                       and these hosts
 RULES = {
     "kernels":           ({"kernels"},                                   set()),
-    "kernels.kitchen":   ({"kernels"},                                   {"comfy_kitchen"}),
-    "kernels.native":    ({"kernels"},                                   {"nibble_kernels"}),
     "kernels.backends.kitchen": ({"kernels"},                            {"comfy_kitchen"}),
     "kernels.backends.native": ({"kernels"},                             {"nibble_kernels"}),
     "quant":             ({"kernels", "quant"},                          set()),
@@ -210,7 +208,8 @@ def test_compiled_sources_keep_to_their_side(path):
         {"pybind11", "Python.h"} if path.name != "module.cpp" else set()
     )
     assert not [name for name in included if name.split("/")[0] in strangers]
-    other = {"cpu": "cuda", "cuda": "cpu"}.get(path.parent.name)
+    side = path.relative_to(ROOT / "kernels" / "csrc").parts[0]
+    other = {"cpu": "cuda", "cuda": "cpu"}.get(side)
     assert not [name for name in included if other and other in name.split("/")[:-1]]
 
 

@@ -1,5 +1,5 @@
 # GPU architectures, a source at a time. CMAKE_CUDA_ARCHITECTURES is one list a target, and here every family has its own files:
-#   *_sm75.cu  75    *_sm80.cu  80 86 89    *_sm90.cu  90a    *_sm100.cu  90a 100f 120f and PTX    any other .cu  all, and PTX
+#   sm75.cu  75    sm80.cu  80 86 89    sm90.cu, sm90/*.cu  90a    sm100.cu  90a 100f 120f and PTX    any other .cu  all, and PTX
 # The PTX is compute_80: the driver compiles it for whatever comes after the newest architecture here (see README.md).
 set(CMAKE_CUDA_ARCHITECTURES OFF)
 include(CheckLanguage)
@@ -55,17 +55,16 @@ if(NOT archs)
     message(FATAL_ERROR "nibble: none of NIBBLE_CUDA_ARCHS=${NIBBLE_CUDA_ARCHS} is known to nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
 
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-file(GLOB cuda_host_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp)
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
 set(pattern_sm75 "^75$")
 set(pattern_sm80 "^8[0-9]$")
 set(pattern_sm90 "^90a?$")
 set(pattern_sm100 "^(90a?|1[0-9][0-9][af]?)$")  # Hopper runs what has no wgmma version, such as the fused GELU, through these
 foreach(source ${cuda_sources})
-    get_filename_component(name "${source}" NAME)
+    file(RELATIVE_PATH name "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda" "${source}")
     set(pattern ".*")
     set(ptx TRUE)
-    if(name MATCHES "_(sm75|sm80|sm90|sm100)\\.cu$")
+    if(name MATCHES "/(sm75|sm80|sm90|sm100)(/[a-z_0-9]+)?\\.cu$")
         set(pattern "${pattern_${CMAKE_MATCH_1}}")
         if(NOT CMAKE_MATCH_1 STREQUAL "sm100")
             set(ptx FALSE)
@@ -80,16 +79,16 @@ foreach(source ${cuda_sources})
     # A file without any architecture of its own still defines what the router links to, so it is compiled as PTX, never run.
     if(ptx OR NOT flags)
         set(floor 80)
-        if(NOT flags AND name MATCHES "_sm90\\.cu$")
+        if(NOT flags AND name MATCHES "/sm90")
             set(floor 90a)
-        elseif(NOT flags AND name MATCHES "_sm75\\.cu$")
+        elseif(NOT flags AND name MATCHES "/sm75")
             set(floor 75)
         endif()
         list(APPEND flags "-gencode=arch=compute_${floor},code=compute_${floor}")
     endif()
     set_source_files_properties("${source}" PROPERTIES COMPILE_OPTIONS "${flags}")
 endforeach()
-target_sources(nibble_kernels PRIVATE ${cuda_sources} ${cuda_host_sources})
+target_sources(nibble_kernels PRIVATE ${cuda_sources})
 
 # -Xptxas -v prints registers, shared memory and spills of every kernel into the build's log; check_resources.py bounds them.
 set(nvcc_flags -O3 --expt-relaxed-constexpr -Xptxas=-v,-warn-spills)

@@ -2,7 +2,7 @@
 //
 // A raw pointer says nothing of what it points to, so what can be checked is: sizes, their
 // products, presence, alignment and codes of enums. That buffers are as large as the sizes say is
-// checked one floor up, from the tensors' shapes (kernels/refuse.py).
+// checked one floor up, from the tensors' shapes (the checks in kernels/ops).
 #pragma once
 
 #include <cstdint>

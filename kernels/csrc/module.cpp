@@ -1,18 +1,20 @@
 // The Python module nibble_kernels: numbers in, kernels started, nothing kept. It knows no torch;
-// kernels/launch.py flattens tensors.
+// kernels/backends flattens tensors.
 //
-// Every op takes the place first (device, stream, threads, isa), then sizes, then pointers as
-// integers. A wrong value raises ValueError (std::invalid_argument) before anything runs; CUDA's
-// own errors become RuntimeError. The GIL is free while an op works.
+// Every op takes its arguments by name: where it runs (device, stream, threads, isa), sizes, and
+// pointers as integers. A wrong value raises ValueError (std::invalid_argument) before anything
+// runs; CUDA's own errors become RuntimeError. The GIL is free while an op works.
 #include <pybind11/pybind11.h>
 
-#include <atomic>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "check.h"
 #include "nibble.h"
+#include "target.h"
 
 #ifndef NIBBLE_VERSION
 #define NIBBLE_VERSION "0"
@@ -29,139 +31,17 @@ namespace py = pybind11;
 namespace nibble {
 namespace {
 
-using check::Address;
-
-#ifdef NIBBLE_CUDA
-constexpr bool HAS_CUDA = true;
-#else
-constexpr bool HAS_CUDA = false;
-#endif
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-#ifdef NIBBLE_CUDA
-// Asked of the driver once a device; 0 means not asked yet. A device's capability never changes, so
-// a race writes the same number.
-int known_capability(int device) {
-    static std::atomic<int> known[64];
-    if (device < 0 || device >= 64)
-        throw std::invalid_argument("device " + std::to_string(device) +
-                                    " is no CUDA device index");
-    int found = known[device].load(std::memory_order_relaxed);
-    if (!found) known[device].store(found = cuda::capability(device), std::memory_order_relaxed);
-    return found;
-}
-#else
-int known_capability(int device) {
-    throw std::invalid_argument("device " + std::to_string(device) +
-                                ": this nibble_kernels was built without CUDA");
-}
-#endif
-
-Where where(const char* op, int device, Address stream, int threads, int isa) {
-    Where place;
-    if (device < -1)
-        check::refuse(op, "device=" + std::to_string(device) +
-                              " is neither -1 (the CPU) nor a CUDA device index");
-    if (threads < 1) check::refuse(op, "threads=" + std::to_string(threads) + " is less than 1");
-    place.device = device;
-    place.stream = at(stream);
-    place.threads = threads;
-    place.isa = check::isa(op, isa, device >= 0);
-    if (device >= 0) place.capability = known_capability(device);
-    return place;
-}
-
-bool on_cpu(const Where& place) { return place.device < 0; }
-
-// The names that backends know: an op whose activations come as 8-bit floats already may need less,
-// so it is asked for by its own name.
-std::string workspace_name(const char* op, Codes codes) {
-    return codes == Codes::packed ? op : std::string(op) + "/e4m3";
-}
-
-size_t workspace_of(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
-                    int64_t R) {
-#ifdef NIBBLE_CUDA
-    if (capability) return cuda::workspace_bytes(op.c_str(), capability, M, N, K, R);
-#endif
-    return cpu::workspace_bytes(op.c_str(), M, N, K, R);
-}
-
-#ifdef NIBBLE_CUDA
-#define NIBBLE_RUN(op, arguments, place) \
-    (on_cpu(place) ? cpu::op(arguments, place) : cuda::op(arguments, place))
-#else
-#define NIBBLE_RUN(op, arguments, place) cpu::op(arguments, place)
-#endif
-
 void quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t K,
                    int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
                    int param_dtype, bool act_unsigned, bool rotate, int codes, Address q,
                    Address ascales, Address h) {
     constexpr const char* op = "quantize_down";
-    const Where place = where(op, device, stream, threads, isa);
-    check::sizes(op, {{"M", M}, {"K", K}, {"R", R}});
-    check::whole_groups(op, {"K", K});
-    check::flags(op, act_unsigned, rotate);
-    const Codes form = check::codes(op, "codes", codes);
-    const int64_t mk = check::product(op, "x", {"M", M}, {"K", K});
-    check::pointer(op, "x", x, mk);
-    check::pointer(op, "smooth", smooth, K);
-    check::pointer(op, "proj_down", proj_down, check::product(op, "proj_down", {"K", K}, {"R", R}));
-    check::pointer(op, "q", q, mk);
-    check::pointer(op, "ascales", ascales, mk / GROUP);
-    check::pointer(op, "h", h, check::product(op, "h", {"M", M}, {"R", R}));
-    const QuantizeDown arguments{M,
-                                 K,
-                                 R,
-                                 at(x),
-                                 check::dtype(op, "x_dtype", x_dtype),
-                                 at(smooth),
-                                 at(proj_down),
-                                 check::dtype(op, "param_dtype", param_dtype),
-                                 act_unsigned,
-                                 rotate,
-                                 form,
-                                 at(q),
-                                 static_cast<float*>(at(ascales)),
-                                 static_cast<float*>(at(h))};
+    const Target place = target_of(op, device, stream, threads, isa);
+    const QuantizeDown arguments =
+        quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype, act_unsigned, rotate,
+                  codes, q, ascales, h);
     py::gil_scoped_release release;
     NIBBLE_RUN(quantize_down, arguments, place);
-}
-
-// Everything of a product but where its result goes: the plain op and the fused one share it.
-GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, int codes, Address q,
-                   bool act_unsigned, Address ascales, Address h, int64_t h_stride, Address weight,
-                   Address weight_scale, Address proj_up, Address bias, int param_dtype) {
-    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}, {"h_stride", h_stride}});
-    check::whole_groups(op, {"K", K});
-    if (h_stride < R)
-        check::refuse(
-            op, check::shape({{"h_stride", h_stride}, {"R", R}}) + ": rows of h would overlap");
-    const int64_t mk = check::product(op, "q", {"M", M}, {"K", K}),
-                  nk = check::product(op, "weight", {"N", N}, {"K", K});
-    check::product(op, "out", {"M", M}, {"N", N});
-    check::product(op, "h", {"M", M}, {"h_stride", h_stride});
-    check::pointer(op, "q", q, mk);
-    check::pointer(op, "ascales", ascales, mk / GROUP);
-    check::pointer(op, "h", h, M * R);
-    check::pointer(op, "weight", weight, nk);
-    check::pointer(op, "weight_scale", weight_scale, nk / GROUP);
-    check::pointer(op, "proj_up", proj_up, check::product(op, "proj_up", {"N", N}, {"R", R}));
-    check::pointer(op, "bias", bias, 0);
-    GemmW4A4Up arguments{};
-    arguments.M = M, arguments.N = N, arguments.K = K, arguments.R = R;
-    arguments.codes = check::codes(op, "codes", codes);
-    arguments.q = at(q);
-    arguments.act_unsigned = act_unsigned;
-    arguments.ascales = static_cast<const float*>(at(ascales));
-    arguments.h = static_cast<const float*>(at(h));
-    arguments.h_stride = h_stride;
-    arguments.weight = at(weight), arguments.weight_scale = at(weight_scale);
-    arguments.proj_up = at(proj_up), arguments.bias = at(bias);
-    arguments.param_dtype = check::dtype(op, "param_dtype", param_dtype);
-    return arguments;
 }
 
 void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
@@ -170,13 +50,12 @@ void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, i
                   Address bias, int param_dtype, Address out, int out_dtype, Address workspace,
                   int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     GemmW4A4Up arguments = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride,
                                    weight, weight_scale, proj_up, bias, param_dtype);
     check::pointer(op, "out", out, M * N);
-    check::workspace(
-        op, workspace, workspace_size,
-        workspace_of(workspace_name(op, arguments.codes), place.capability, M, N, K, R));
+    check::workspace(op, workspace, workspace_size,
+                     workspace_of(Op::gemm_w4a4_up, arguments.codes, place.capability, M, N, K, R));
     arguments.out = at(out);
     arguments.out_dtype = check::dtype(op, "out_dtype", out_dtype);
     arguments.workspace = at(workspace);
@@ -194,7 +73,7 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
                                      Address ascales2, Address h2, Address workspace,
                                      int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up_gelu_quantize_down";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     GemmW4A4UpGeluQuantizeDown arguments{};
     arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight,
                               weight_scale, proj_up, bias, param_dtype);
@@ -207,9 +86,9 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
     check::pointer(op, "q2", q2, M * N);
     check::pointer(op, "ascales2", ascales2, M * N / GROUP);
     check::pointer(op, "h2", h2, check::product(op, "h2", {"M", M}, {"R2", R2}));
-    check::workspace(
-        op, workspace, workspace_size,
-        workspace_of(workspace_name(op, arguments.first.codes), place.capability, M, N, K, R2));
+    check::workspace(op, workspace, workspace_size,
+                     workspace_of(Op::gemm_w4a4_up_gelu_quantize_down, arguments.first.codes,
+                                  place.capability, M, N, K, R2));
     arguments.first.out_dtype = check::dtype(op, "mid_dtype", mid_dtype);
     arguments.R2 = R2;
     arguments.smooth2 = at(smooth2), arguments.proj_down2 = at(proj_down2);
@@ -223,35 +102,43 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
     NIBBLE_RUN(gemm_w4a4_up_gelu_quantize_down, arguments, place);
 }
 
-W4A16 w4a16(const char* op, int64_t M, int64_t N, int64_t K, Address x, int x_dtype, Address weight,
-            Address weight_scale, Address weight_zeros, Address bias, int param_dtype,
-            Address out) {
-    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
-    check::whole_groups(op, {"K", K});
-    const int64_t nk = check::product(op, "weight", {"N", N}, {"K", K});
-    check::pointer(op, "x", x, check::product(op, "x", {"M", M}, {"K", K}));
-    check::pointer(op, "weight", weight, nk);
-    check::pointer(op, "weight_scale", weight_scale, nk / GROUP);
-    check::pointer(op, "weight_zeros", weight_zeros, 0);
-    check::pointer(op, "bias", bias, 0);
-    check::pointer(op, "out", out, check::product(op, "out", {"M", M}, {"N", N}));
-    return {M,
-            N,
-            K,
-            at(x),
-            check::dtype(op, "x_dtype", x_dtype),
-            at(weight),
-            at(weight_scale),
-            at(weight_zeros),
-            at(bias),
-            check::dtype(op, "param_dtype", param_dtype),
-            at(out)};
+// A whole linear: quantize_down and gemm_w4a4_up, with what goes between them in scratch memory. On
+// the CPU `scratch` may be null, and the call then allocates its own.
+void linear_w4a4(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
+                 int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
+                 Address weight, Address weight_scale, Address proj_up, Address bias,
+                 int param_dtype, bool act_unsigned, bool rotate, int codes, Address out,
+                 Address scratch, int64_t scratch_size) {
+    constexpr const char* op = "linear_w4a4";
+    const Target target = target_of(op, device, stream, threads, isa);
+    check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
+    const Codes form = check::codes(op, "codes", codes);
+    const LinearScratch layout = linear_scratch(target.capability, form, M, N, K, R);
+    std::unique_ptr<char[]> own;
+    if (!scratch && on_cpu(target)) {
+        own.reset(new char[layout.bytes + 255]);
+        scratch = (reinterpret_cast<Address>(own.get()) + 255) & ~Address(255);
+    } else {
+        check::workspace(op, scratch, scratch_size, layout.bytes);
+    }
+    const Address ascales = scratch + layout.ascales, h = scratch + layout.h;
+    const QuantizeDown first = quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype,
+                                         act_unsigned, rotate, codes, scratch, ascales, h);
+    GemmW4A4Up second = product(op, M, N, K, R, codes, scratch, act_unsigned, ascales, h, R, weight,
+                                weight_scale, proj_up, bias, param_dtype);
+    check::pointer(op, "out", out, M * N);
+    second.out = at(out);
+    second.out_dtype = first.x_dtype;
+    second.workspace = at(scratch + layout.workspace);
+    py::gil_scoped_release release;
+    NIBBLE_RUN(quantize_down, first, target);
+    NIBBLE_RUN(gemm_w4a4_up, second, target);
 }
 
 void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
                 Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
                 Address bias, int param_dtype, Address out) {
-    const Where place = where("gemv_w4a16", device, stream, threads, isa);
+    const Target place = target_of("gemv_w4a16", device, stream, threads, isa);
     const W4A16 arguments = w4a16("gemv_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
                                   weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
@@ -261,7 +148,7 @@ void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int
 void gemm_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
                 Address x, int x_dtype, Address weight, Address weight_scale, Address weight_zeros,
                 Address bias, int param_dtype, Address out) {
-    const Where place = where("gemm_w4a16", device, stream, threads, isa);
+    const Target place = target_of("gemm_w4a16", device, stream, threads, isa);
     const W4A16 arguments = w4a16("gemm_w4a16", M, N, K, x, x_dtype, weight, weight_scale,
                                   weight_zeros, bias, param_dtype, out);
     py::gil_scoped_release release;
@@ -273,7 +160,7 @@ void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_
              int codebook_dtype, Address scale, Address bias, int param_dtype, Address addend,
              int addend_dtype, Address out, int out_dtype) {
     constexpr const char* op = "gemm_vq";
-    const Where place = where(op, device, stream, threads, isa);
+    const Target place = target_of(op, device, stream, threads, isa);
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}});
     check::codebook(op, K, bits, vector);
     const int64_t mn = check::product(op, "out", {"M", M}, {"N", N});
@@ -305,18 +192,9 @@ void gemm_vq(int device, Address stream, int threads, int isa, int64_t M, int64_
     NIBBLE_RUN(gemm_vq, arguments, place);
 }
 
-// ---- questions
-// ---------------------------------------------------------------------------------------------------------
+// ---- questions ----------------------------------------------------------------------------------
 
 int capability(int device) { return device == -1 ? 0 : known_capability(device); }
-
-void known_op(const std::string& op) {
-    for (const char* name : {"quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
-                             "gemv_w4a16", "gemm_w4a16", "gemm_vq"}) {
-        if (op == name) return;
-    }
-    throw std::invalid_argument("unknown op '" + op + "'");
-}
 
 void known_gpu(int capability) {
     if (capability < 0)
@@ -326,27 +204,33 @@ void known_gpu(int capability) {
                                     ": built without CUDA");
 }
 
-std::pair<std::string, std::string> route(const std::string& op, int capability, int64_t M,
+std::pair<std::string, std::string> route(const std::string& name, int capability, int64_t M,
                                           int64_t N, int64_t K) {
-    known_op(op);
+    const Op op = op_named(name);
     known_gpu(capability);
     check::sizes("route", {{"M", M}, {"N", N}, {"K", K}});
 #ifdef NIBBLE_CUDA
-    const Route found =
-        capability ? cuda::route(op.c_str(), capability, M, N, K) : cpu::route(op.c_str(), M, N, K);
+    const Route found = capability ? cuda::route(op, capability, M, N, K) : cpu::route(op, M, N, K);
 #else
-    const Route found = cpu::route(op.c_str(), M, N, K);
+    const Route found = cpu::route(op, M, N, K);
 #endif
     return {found.path, found.reason};
 }
 
-size_t workspace_bytes(const std::string& op, int capability, int64_t M, int64_t N, int64_t K,
+size_t workspace_bytes(const std::string& name, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R, int codes) {
-    known_op(op);
+    const Op op = op_named(name);
     known_gpu(capability);
     check::sizes("workspace_bytes", {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
-    return workspace_of(workspace_name(op.c_str(), check::codes("workspace_bytes", "codes", codes)),
-                        capability, M, N, K, R);
+    return workspace_of(op, check::codes("workspace_bytes", "codes", codes), capability, M, N, K,
+                        R);
+}
+
+size_t linear_w4a4_bytes(int capability, int64_t M, int64_t N, int64_t K, int64_t R, int codes) {
+    known_gpu(capability);
+    check::sizes("linear_w4a4_bytes", {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
+    const Codes form = check::codes("linear_w4a4_bytes", "codes", codes);
+    return linear_scratch(capability, form, M, N, K, R).bytes;
 }
 
 int codes(int capability) {
@@ -364,7 +248,7 @@ bool runs(Isa isa) {
     alignas(16) float scale[4], unused[4];
     alignas(16) int8_t q[GROUP / 2];
     for (float& value : smooth) value = 1;
-    Where place;
+    Target place;
     place.isa = isa;
     try {
         cpu::quantize_down({1, GROUP, 0, x, Dtype::f32, smooth, unused, Dtype::f32, false, false,
@@ -416,7 +300,8 @@ PYBIND11_MODULE(nibble_kernels, m) {
     m.attr("__version__") = NIBBLE_VERSION;
     m.attr("DEVICES") =
         HAS_CUDA ? py::tuple(py::make_tuple("cpu", "cuda")) : py::tuple(py::make_tuple("cpu"));
-#define NIBBLE_PLACE py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
+#define NIBBLE_PLACE \
+    py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
 #define NIBBLE_PRODUCT                                                                      \
     py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"), \
         py::arg("act_unsigned"), py::arg("ascales"), py::arg("h"), py::arg("h_stride"),     \
@@ -437,6 +322,11 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("proj_down2"), py::arg("act_unsigned2"), py::arg("rotate2"), py::arg("codes2"),
           py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0,
           py::arg("workspace_size") = 0);
+    m.def("linear_w4a4", &linear_w4a4, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
+          py::arg("R"), py::arg("x"), py::arg("x_dtype"), py::arg("smooth"), py::arg("proj_down"),
+          py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), py::arg("bias"),
+          py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
+          py::arg("out"), py::arg("scratch") = 0, py::arg("scratch_size") = 0);
     m.def("gemv_w4a16", &gemv_w4a16, NIBBLE_W4A16);
     m.def("gemm_w4a16", &gemm_w4a16, NIBBLE_W4A16);
     m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
@@ -452,6 +342,9 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes") = 0,
           "Scratch that the caller gives; R is that of the h which the op writes, where it writes "
           "one.");
+    m.def("linear_w4a4_bytes", &linear_w4a4_bytes, py::arg("capability"), py::arg("M"),
+          py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"),
+          "Scratch that linear_w4a4 wants.");
     m.def("codes", &codes, py::arg("capability"),
           "The form of activation codes that this device's product reads fastest.");
     m.def("cpu_isas", &cpu_isas,

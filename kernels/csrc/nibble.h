@@ -3,7 +3,7 @@
 //
 // Letters: M tokens, K in, N out, R rank, G = 64 columns of K that share one scale. Every tensor is
 // dense and row-major in the natural layout of the file, so a weight is computed with as it lies on
-// disk: nothing is repacked, nothing is kept. The formulas are those of kernels/reference.py; a
+// disk: nothing is repacked, nothing is kept. The formulas are those of kernels/reference; a
 // backend that differs from them is wrong.
 //
 // What the bindings have checked before a backend is called: sizes are not negative, K % 64 == 0
@@ -18,9 +18,34 @@
 
 namespace nibble {
 
-constexpr int ABI = 3;  // of the Python module; kernels/native.py names the one it needs
+constexpr int ABI = 4;  // of the Python module; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
+
+enum class Op : int {
+    quantize_down,
+    gemm_w4a4_up,
+    gemm_w4a4_up_gelu_quantize_down,
+    gemv_w4a16,
+    gemm_w4a16,
+    gemm_vq
+};
+
+// The names that Python knows, in the order of Op.
+constexpr const char* OP_NAMES[] = {
+    "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",    "gemm_w4a16",   "gemm_vq"};
+
+inline const char* name_of(Op op) { return OP_NAMES[static_cast<int>(op)]; }
+
+inline Op op_named(const std::string& name) {
+    int index = 0;
+    for (const char* known : OP_NAMES) {
+        if (name == known) return static_cast<Op>(index);
+        ++index;
+    }
+    throw std::invalid_argument("unknown op '" + name + "'");
+}
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -38,7 +63,7 @@ enum class Isa : int { best = 0, portable = 1, avx2 = 2, avx512_vnni = 3 };
 
 // Where an op runs. `stream` is a cudaStream_t; `capability` is 10 * major + minor, and 0 on the
 // CPU.
-struct Where {
+struct Target {
     int device = -1;  // CUDA device index, -1 for the CPU
     void* stream = nullptr;
     int capability = 0;
@@ -138,27 +163,28 @@ struct Route {
 };
 
 namespace cpu {
-void quantize_down(const QuantizeDown&, const Where&);
-void gemm_w4a4_up(const GemmW4A4Up&, const Where&);
-void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&);
-void gemv_w4a16(const W4A16&, const Where&);
-void gemm_w4a16(const W4A16&, const Where&);
-void gemm_vq(const GemmVQ&, const Where&);
-Route route(const char* op, int64_t M, int64_t N, int64_t K);
-size_t workspace_bytes(const char* op, int64_t M, int64_t N, int64_t K,
-                       int64_t R);  // what the caller must give; 0 where an op needs none
+void quantize_down(const QuantizeDown&, const Target&);
+void gemm_w4a4_up(const GemmW4A4Up&, const Target&);
+void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Target&);
+void gemv_w4a16(const W4A16&, const Target&);
+void gemm_w4a16(const W4A16&, const Target&);
+void gemm_vq(const GemmVQ&, const Target&);
+Route route(Op op, int64_t M, int64_t N, int64_t K);
+// What the caller must give, for this form of the codes that the op reads; 0 where it needs none.
+size_t workspace_bytes(Op op, Codes codes, int64_t M, int64_t N, int64_t K, int64_t R);
 }  // namespace cpu
 
 #ifdef NIBBLE_CUDA
 namespace cuda {
-void quantize_down(const QuantizeDown&, const Where&);
-void gemm_w4a4_up(const GemmW4A4Up&, const Where&);
-void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&);
-void gemv_w4a16(const W4A16&, const Where&);
-void gemm_w4a16(const W4A16&, const Where&);
-void gemm_vq(const GemmVQ&, const Where&);
-Route route(const char* op, int capability, int64_t M, int64_t N, int64_t K);
-size_t workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K, int64_t R);
+void quantize_down(const QuantizeDown&, const Target&);
+void gemm_w4a4_up(const GemmW4A4Up&, const Target&);
+void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Target&);
+void gemv_w4a16(const W4A16&, const Target&);
+void gemm_w4a16(const W4A16&, const Target&);
+void gemm_vq(const GemmVQ&, const Target&);
+Route route(Op op, int capability, int64_t M, int64_t N, int64_t K);
+size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
+                       int64_t R);
 int capability(int device);   // 10 * major + minor; throws std::runtime_error with CUDA's own words
 Codes codes(int capability);  // the activation format that this GPU's product reads fastest
 }  // namespace cuda

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import reference, reference_vq
+from ...kernels import reference
 from ...kernels.reference import GROUP
+from ...kernels.reference import vq as reference_vq
 
 INT4_MIN, INT4_MAX = -8, 7
 

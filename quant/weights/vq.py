@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...kernels import ops, reference, reference_vq
+from ...kernels import ops, reference
+from ...kernels.reference import vq as reference_vq
 from ..files.checkpoint import CODEWORDS
 from .base import StoredLinear, StoredWeight
 from .packing import unpack_indices

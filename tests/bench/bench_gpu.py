@@ -34,7 +34,8 @@ from bench.gpu import (
     transformer,
 )
 from bench.gpu.report import Report, read, write
-from nibble.kernels import native, which
+from nibble.kernels import which
+from nibble.kernels.backends import native
 
 SECTIONS = {
     "ceilings": 25,

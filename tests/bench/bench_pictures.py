@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from bench.baselines import BASELINES
 from nibble.demo import metrics, pictures, run
-from nibble.kernels import native, which
+from nibble.kernels import which
+from nibble.kernels.backends import native
 from nibble.quant import diffusers as models
 from nibble.quant.architectures import plan, recognise
 from nibble.quant.calibration import recorder

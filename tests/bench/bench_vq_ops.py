@@ -27,7 +27,8 @@ import checkout  # noqa: F401
 from bench import machine, timer
 from cases import VQ_LAYOUTS, Case, make_input, make_vq
 from compare import relative_error
-from nibble.kernels import ops, reference_vq, which
+from nibble.kernels import ops, which
+from nibble.kernels.reference import vq as reference_vq
 
 SHAPES = [(3072, 3072), (3072, 12288), (12288, 3072)]
 """(K, N) of FLUX.1's linears: attention output, the MLP's two layers."""

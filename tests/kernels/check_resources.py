@@ -4,7 +4,7 @@ instructions, bounded by a file.
     python tests/kernels/check_resources.py                      compile every .cu for every
       architecture and look (needs nvcc)
     python tests/kernels/check_resources.py --arch 90a           one architecture; --only sm90 for
-      files with that in their name
+      files with that in their path
     python tests/kernels/check_resources.py --module FILE        look into a built module instead
       (needs cuobjdump)
     python tests/kernels/check_resources.py --log FILE           read the log of a build (nvcc's
@@ -43,7 +43,7 @@ ARCHS = {
     "100f": ("sm100",),
     "120f": ("sm100",),
 }
-"""Architecture -> the endings of the files that are its own; files without any such ending are
+"""Architecture -> the names of files or folders that are its own; files under no such name are
 compiled for all.
 """
 MATRIX = re.compile(r"\b(IMMA|HMMA|QMMA|OMMA|IGMMA|HGMMA|QGMMA|UTCIMMA|UTCHMMA|UTCQMMA)\b")
@@ -155,14 +155,13 @@ def tool(name: str) -> str | None:
 
 def jobs(archs: list[str], only: str) -> list[tuple[Path, str]]:
     found = []
-    for path in sorted((CSRC / "cuda").glob("*.cu")):
-        own = next(
-            (ending for ending in sum(ARCHS.values(), ()) if path.stem.endswith("_" + ending)), None
-        )
+    for path in sorted((CSRC / "cuda").rglob("*.cu")):
+        places = path.relative_to(CSRC).with_suffix("").parts
+        own = next((name for name in sum(ARCHS.values(), ()) if name in places), None)
         found += [
             (path, arch)
             for arch in archs
-            if (own is None or own in ARCHS[arch]) and only in path.name
+            if (own is None or own in ARCHS[arch]) and only in str(path.relative_to(CSRC))
         ]
     return found
 
@@ -188,7 +187,7 @@ def compile_one(job: tuple[Path, str]) -> list[Kernel]:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"{path.name} for sm_{arch} does not compile:\n{result.stderr}")
-        kernels = read_ptxas(result.stderr, path.name)
+        kernels = read_ptxas(result.stderr, str(path.relative_to(CSRC / "cuda")))
         for kernel in kernels:
             kernel.arch = arch
         disassembler = tool("nvdisasm")
@@ -264,8 +263,8 @@ def table(kernels: list[Kernel]) -> str:
         )
         lines.append(
             f"{kernel.name:<{width}} "
-            f" {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}{kernel.stack:>7}{kernel.spills:>8}"
-            f"  {matrix}"
+            f" {kernel.arch:<5}{kernel.registers:>10}{kernel.shared:>8}"
+            f"{kernel.stack:>7}{kernel.spills:>8}  {matrix}"
         )
     return "\n".join(lines)
 
@@ -299,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", action="append", choices=ARCHS)
-    parser.add_argument("--only", default="", help="files with this in their name")
+    parser.add_argument("--only", default="", help="files with this in their path")
     parser.add_argument("--module", type=Path)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--jobs", type=int, default=2)

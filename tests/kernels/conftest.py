@@ -15,3 +15,36 @@ def emulated():
         pytest.skip(reason)
     emulated.library()
     return emulated
+
+
+# ---- layers that are remembered: test_eager_*.py -------------------------------------------------
+
+
+@pytest.fixture(params=["linear_w4a4", "linear_w4a16", "linear_vq"])
+def op(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def layer(op):
+    """(call, x, parameters): a layer that has been called, so that it is remembered."""
+    from cases import make_input
+    from eager_layers import CASE, make
+    from nibble.kernels import ops
+
+    x, parameters = make_input(CASE), make(op)
+    call = getattr(ops, op)
+    for _ in range(2):
+        call(x, **parameters)
+    return call, x, parameters
+
+
+@pytest.fixture
+def dispatched(op, monkeypatch):
+    """The calls that took torch's dispatcher."""
+    from eager_layers import EAGER
+
+    seen = []
+    real = EAGER[op].op
+    monkeypatch.setattr(EAGER[op], "op", lambda *a: seen.append(a) or real(*a))
+    return seen

@@ -7,9 +7,11 @@ import math
 
 import torch
 
-from nibble.kernels import native, reference, reference_vq
-from nibble.kernels.launch import DTYPES
-from nibble.quant.weights.packing import pack_int4, unpack_int4
+from nibble.kernels import reference
+from nibble.kernels.backends import native
+from nibble.kernels.backends.native import DTYPES
+from nibble.kernels.reference import vq as reference_vq
+from nibble.quant.packing import pack_int4, unpack_int4
 
 NAMES = {code: dtype for dtype, code in DTYPES.items()}
 E4M3 = torch.float8_e4m3fn
@@ -61,6 +63,7 @@ class StandIn:
 
     def quantize_down(
         self,
+        *,
         device,
         stream,
         threads,
@@ -127,6 +130,7 @@ class StandIn:
 
     def gemm_w4a4_up(
         self,
+        *,
         device,
         stream,
         threads,
@@ -175,8 +179,43 @@ class StandIn:
         )
         at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, act_unsigned))
 
+    def linear_w4a4(
+        self, *, x, x_dtype, smooth, proj_down, rotate, out, scratch=0, scratch_size=0, **rest
+    ):
+        m, k, rank = rest["M"], rest["K"], rest["R"]
+        q, ascales, h, work = (
+            torch.empty(max(size, 1), dtype=torch.uint8)
+            for size in (m * k, m * k // 16, m * rank * 4, self.WORKSPACE)
+        )
+        place = {name: rest.pop(name) for name in ("device", "stream", "threads", "isa")}
+        between = {"q": q.data_ptr(), "ascales": ascales.data_ptr(), "h": h.data_ptr()}
+        shared = {
+            name: rest[name] for name in ("M", "K", "R", "param_dtype", "act_unsigned", "codes")
+        }
+        self.quantize_down(
+            **place,
+            **shared,
+            **between,
+            x=x,
+            x_dtype=x_dtype,
+            smooth=smooth,
+            proj_down=proj_down,
+            rotate=rotate,
+        )
+        self.gemm_w4a4_up(
+            **place,
+            **rest,
+            **between,
+            h_stride=rank,
+            out=out,
+            out_dtype=x_dtype,
+            workspace=work.data_ptr(),
+            workspace_size=self.WORKSPACE,
+        )
+
     def gemm_w4a4_up_gelu_quantize_down(
         self,
+        *,
         device,
         stream,
         threads,
@@ -243,6 +282,7 @@ class StandIn:
 
     def _w4a16(
         self,
+        *,
         device,
         stream,
         threads,
@@ -270,16 +310,17 @@ class StandIn:
         )
         at(out, NAMES[x_dtype], M, N).copy_(y)
 
-    def gemv_w4a16(self, *arguments):
+    def gemv_w4a16(self, **arguments):
         self.calls.append("gemv_w4a16")
-        self._w4a16(*arguments)
+        self._w4a16(**arguments)
 
-    def gemm_w4a16(self, *arguments):
+    def gemm_w4a16(self, **arguments):
         self.calls.append("gemm_w4a16")
-        self._w4a16(*arguments)
+        self._w4a16(**arguments)
 
     def gemm_vq(
         self,
+        *,
         device,
         stream,
         threads,
@@ -288,7 +329,7 @@ class StandIn:
         N,
         K,
         bits,
-        D,
+        vector,
         x,
         x_dtype,
         indices,
@@ -304,14 +345,14 @@ class StandIn:
     ):
         self.calls.append("gemm_vq")
         kind = NAMES[param_dtype]
-        words = at(codebook, NAMES[codebook_dtype], 1 << bits, D)
+        words = at(codebook, NAMES[codebook_dtype], 1 << bits, vector)
         scales, added = (
             at(scale, kind, N) if scale else None,
             (at(addend, NAMES[addend_dtype], M, N) if addend else None),
         )
         y = reference_vq.gemm_vq(
             at(x, NAMES[x_dtype], M, K).float(),
-            at(indices, torch.uint8, N, K // D * bits // 8),
+            at(indices, torch.uint8, N, K // vector * bits // 8),
             words,
             scales,
             at(bias, kind, N) if bias else None,

@@ -16,7 +16,7 @@ import torch
 from cases import SMALL, Case, make_input, make_w4a4, options, plain_w4a4
 from compare import assert_same, assert_twice_plain
 from nibble.kernels import reference
-from nibble.quant.weights.packing import pack_int4, unpack_int4
+from nibble.quant.packing import pack_int4, unpack_int4
 
 FAMILIES = [75, 80, 120]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -321,17 +321,21 @@ def test_route_says_what_runs(emulated, capability, m, n, words):
 SANITIZED = """
 import torch
 from emulator import emulated
+SHAPES = ((3, 37, 192, 3, True), (33, 136, 64, 16, False), (40, 129, 128, 0, False),
+          (130, 1026, 64, 1, False))  # M, N, K, R, unsigned
 for capability in (75, 80):
-    for m, n, k, r, unsigned in ((3, 37, 192, 3, True), (33, 136, 64, 16, False), (40, 129, 128, 0, False), (130, 1026, 64, 1, False)):
+    for m, n, k, r, unsigned in SHAPES:
         q, weight = (torch.randint(-128, 128, (rows, k // 2), dtype=torch.int8) for rows in (m, n))
-        ascales, h, scale = torch.rand(k // 64, m), torch.randn(m, r), torch.rand(k // 64, n).bfloat16()
-        first = (q, ascales, h, weight, scale, torch.randn(n, r).bfloat16(), torch.randn(n).bfloat16(), unsigned)
+        ascales, h = torch.rand(k // 64, m), torch.randn(m, r)
+        layer = torch.rand(k // 64, n), torch.randn(n, r), torch.randn(n)
+        first = (q, ascales, h, weight, *(part.bfloat16() for part in layer), unsigned)
         for dtype in (torch.bfloat16, torch.float32)[: 1 if m > 100 else 2]:
             assert emulated.gemm_w4a4_up(*first, dtype, capability=capability).isfinite().all()
     q, weight = torch.zeros(5, 32, dtype=torch.int8), torch.zeros(192, 32, dtype=torch.int8)
     half = lambda *shape: torch.rand(*shape).bfloat16()
-    emulated.gemm_w4a4_up_gelu_quantize_down(q, torch.ones(1, 5), torch.ones(5, 2), weight, half(1, 192), half(192, 2), None, False,
-                                             half(192) + 1, half(192, 5), False, 64, torch.bfloat16, capability=capability)
+    emulated.gemm_w4a4_up_gelu_quantize_down(
+        q, torch.ones(1, 5), torch.ones(5, 2), weight, half(1, 192), half(192, 2), None, False,
+        half(192) + 1, half(192, 5), False, 64, torch.bfloat16, capability=capability)
 print("clean")
 """
 
@@ -339,7 +343,7 @@ print("clean")
 def test_no_access_out_of_bounds_and_nothing_undefined(emulated):
     from emulator import build
 
-    sources = "router gemm_w4a4_sm75 gemm_w4a4_sm80"  # 12.0 differs from 8.0 in arithmetic only
+    sources = "router gemm_w4a4/sm75 gemm_w4a4/sm80"  # 12.0 differs from 8.0 in arithmetic only
     # here, because the compiler should not run under the sanitizer too
     build.library(sources.split())
     environment = os.environ | {

@@ -8,8 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
 from compare import assert_sqnr, assert_twice_plain
-from nibble.kernels import dispatch, ops, reference
-from nibble.quant.weights.packing import dequantize_groups, pack_int4, unpack_int4
+from nibble.kernels import ops, reference
+from nibble.kernels.backends import choose
+from nibble.kernels.ops import w4a16
+from nibble.quant.packing import dequantize_groups, pack_int4, unpack_int4
 
 ORDER = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 LISTS = ("weight", "weight_scale", "proj_down", "proj_up", "bias")
@@ -33,8 +35,8 @@ def group(dtype=torch.float32, ranks=(8, 3, 0), outputs=(40, 5, 64)):
 
 
 def fused_arguments(first=FIRST, second=SECOND, dtype=torch.float32):
-    """Arguments of the fused op; its quantized input comes from the reference, so that every
-    backend starts from the same codes.
+    """Of the fused op; its quantized input comes from the reference, so that every backend starts
+    from the same codes.
     """
     weight, scale, smooth, down, up, bias = layer(first, dtype)
     _, _, smooth2, down2, _, _ = layer(second, dtype)
@@ -208,20 +210,18 @@ def test_w4a16_of_many_tokens(case, dtype):
         parameters["weight"], parameters["weight_scale"], parameters["weight_zeros"], dtype
     )
     y = ops.gemm_w4a16(x, **parameters)
-    assert y.dtype == dtype and case.M > dispatch.GEMV_TOKENS
+    assert y.dtype == dtype and case.M > choose.GEMV_TOKENS
     assert_twice_plain(y, exact, torch.nn.functional.linear(x, dense, parameters["bias"]))
 
 
 def test_w4a16_takes_the_many_token_op_beyond_the_threshold(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        dispatch,
-        "_tokens_w4a16",
-        lambda op, x, *parameters: calls.append(op) or reference.gemv_w4a16(x, *parameters),
+        w4a16, "_run_tokens", lambda op, x, p: calls.append(op) or reference.gemv_w4a16(x, *p)
     )
     parameters = make_w4a16(SMALL[0], torch.float32)
-    for m in (1, dispatch.GEMV_TOKENS, dispatch.GEMV_TOKENS + 1):
-        ops.linear_w4a16(torch.ones(1, m, 256), **parameters)
+    for m in (1, choose.GEMV_TOKENS, choose.GEMV_TOKENS + 1):
+        torch.ops.nibble.linear_w4a16(torch.ones(1, m, 256), **parameters)
     assert calls == ["gemv_w4a16", "gemv_w4a16", "gemm_w4a16"]
 
 

@@ -6,8 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_twice_plain, relative_error
-from nibble.kernels import dispatch, hadamard64, launch, ops, reference_vq, which
-from nibble.quant.weights.packing import pack_indices, unpack_indices
+from nibble.kernels import hadamard64, ops, which
+from nibble.kernels.backends import choose, native_vq
+from nibble.kernels.reference import vq as reference_vq
+from nibble.quant.packing import pack_indices, unpack_indices
 
 PLAIN, ROTATED, NO_BIAS = SMALL[0], SMALL[-1], SMALL[5]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -278,16 +280,16 @@ def test_layouts_without_a_kernel_go_through_plain_torch():
     cuda = torch.device("cuda", 0)
     half = make_vq(PLAIN)["codebook"]
     assert (
-        launch.has_vq_layout(cuda, 256, half)
-        and not launch.has_vq_layout(cuda, 72, half)
-        and not launch.has_vq_layout(cuda, 256, half.float())
+        native_vq.has_layout(cuda, 256, half)
+        and not native_vq.has_layout(cuda, 72, half)
+        and not native_vq.has_layout(cuda, 256, half.float())
     )
-    assert not launch.has_vq_layout(
+    assert not native_vq.has_layout(
         torch.device("cpu"), 256, torch.empty(64, 3)
-    ) and launch.has_vq_layout(torch.device("cpu"), 72, half)
+    ) and native_vq.has_layout(torch.device("cpu"), 72, half)
     backend, reason = which("linear_vq", "cpu")
     assert (backend, bool(reason)) == (
-        dispatch.choose("gemm_vq", torch.device("cpu"), torch.bfloat16, ()).backend,
+        choose.choose("gemm_vq", torch.device("cpu"), torch.bfloat16, ()).backend,
         True,
     )
     x, p = make_input(PLAIN, torch.float64), make_vq(PLAIN)

@@ -7,7 +7,9 @@ import torch
 
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options
 from compare import relative_error, sqnr_db
-from nibble.kernels import SHIFT, kitchen, ops
+from nibble.kernels import SHIFT, ops
+from nibble.kernels.backends import kitchen
+from nibble.kernels.ops.params import W4A4Params, W4A16Params
 
 comfy_kitchen = pytest.importorskip(
     "comfy_kitchen",
@@ -119,7 +121,7 @@ def test_the_way_through_their_ops_agrees_with_the_reference(case):
         pytest.skip("rank 0 never goes through comfy_kitchen")
     parameters = make_w4a4(case, torch.float32)
     x = make_input(case)
-    theirs = kitchen.linear_w4a4(x, **parameters, **options(case))
+    theirs = kitchen.linear_w4a4(x, W4A4Params(**parameters, **options(case)))
     assert (
         relative_error(theirs, ops.linear_w4a4(x, **parameters, **options(case))) < FLOAT32_ROUNDING
     )
@@ -146,4 +148,4 @@ def test_w4a16_gives_their_answer(case, dtype, rounding):
         parameters["bias"],
     )
     assert relative_error(ops.linear_w4a16(x, **parameters), theirs) < rounding
-    assert relative_error(kitchen.gemv_w4a16(x, **parameters), theirs) < rounding
+    assert relative_error(kitchen.gemv_w4a16(x, W4A16Params(**parameters)), theirs) < rounding

@@ -2,10 +2,6 @@
 tensors, a second copy of the package.
 """
 
-import importlib.util
-import logging
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -14,18 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_twice_plain, relative_error
-from nibble.kernels import (
-    GROUP,
-    SHIFT,
-    dispatch,
-    hadamard64,
-    kitchen,
-    native,
-    ops,
-    reference,
-    which,
-)
-from nibble.quant.weights.packing import dequantize_groups, unpack_int4
+from nibble.kernels import GROUP, SHIFT, hadamard64, ops, reference
+from nibble.quant.packing import dequantize_groups, unpack_int4
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -327,101 +313,3 @@ def test_fake_tensors_know_shape_and_dtype():
                     *leading,
                     case.N,
                 )
-
-
-# ---- which code runs -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def forget():
-    """Clears what is remembered about installed modules, before and after."""
-    caches = (dispatch.choose, native.module)
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
-def test_a_missing_extension_is_logged_once_with_what_to_install(forget, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, native.MODULE, None)
-    with caplog.at_level(logging.INFO, "nibble"):
-        for _ in range(3):
-            backend, reason = which("linear_w4a4", "cpu")
-    assert backend == "reference" and "nibble_kernels" in reason and "cpu" in reason
-    assert len(caplog.records) == 1 and "pip install ./kernels" in caplog.text
-
-
-def test_an_extension_of_another_interface_is_not_used(forget, monkeypatch):
-    monkeypatch.setitem(sys.modules, native.MODULE, types.SimpleNamespace(ABI=native.ABI + 1))
-    backend, reason = which("gemv_w4a16", "cpu")
-    assert backend == "reference" and f"has interface {native.ABI + 1}" in reason
-
-
-def test_which_refuses_an_unknown_op():
-    with pytest.raises(ValueError, match="unknown op 'gemm'"):
-        which("gemm", "cpu")
-
-
-@pytest.mark.parametrize(
-    ("op", "capability", "state", "use", "words"),
-    [
-        ("linear_w4a4", (8, 6), {}, True, "native on compute capability 8.6"),
-        ("linear_w4a4", (9, 0), {}, False, "emulated on compute capability 9.0"),
-        ("linear_w4a4", (12, 0), {}, False, "emulated"),
-        ("gemv_w4a16", (12, 0), {}, True, "native"),
-        ("linear_w4a4", (7, 5), {}, False, "needs compute capability 8.0"),
-        ("linear_w4a4", (8, 6), {"disabled": True}, False, "disabled by the host"),
-        (
-            "linear_w4a4",
-            (8, 6),
-            {"available": False, "unavailable_reason": "no driver"},
-            False,
-            "no driver",
-        ),
-        (
-            "linear_w4a4",
-            (8, 6),
-            {"capabilities": []},
-            False,
-            "has no quantize_svdquant_w4a4 and scaled_mm_svdquant_w4a4",
-        ),
-    ],
-)
-def test_comfy_kitchen_is_chosen_by_gpu_and_with_a_reason(op, capability, state, use, words):
-    everything = [function for functions in kitchen._OPS.values() for function in functions]
-    cuda = {
-        "available": True,
-        "disabled": False,
-        "unavailable_reason": None,
-        "capabilities": everything,
-    } | state
-    module = types.SimpleNamespace(list_backends=lambda: {"cuda": cuda})
-    chosen, reason = kitchen._decide_for_gpu(module, op, capability)
-    assert chosen == use and words in reason
-
-
-# ---- a second copy of the package ----------------------------------------------------------------
-
-
-def test_a_second_copy_of_the_package_uses_the_ops_of_the_first(monkeypatch):
-    room = ROOT / "kernels"
-    spec = importlib.util.spec_from_file_location(
-        "nibble_again", room / "__init__.py", submodule_search_locations=[str(room)]
-    )
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "nibble_again", again)
-    spec.loader.exec_module(again)
-    second = sys.modules["nibble_again.ops"]
-    assert second is not ops and second.linear_w4a4_op is ops.linear_w4a4_op
-    x, parameters = make_input(PLAIN).requires_grad_(), make_w4a4(PLAIN)
-    assert torch.equal(again.linear_w4a4(x, **parameters), ops.linear_w4a4(x, **parameters))
-    again.linear_w4a4(x, **parameters).sum().backward()
-    for name in [name for name in sys.modules if name.startswith("nibble_again.")]:
-        monkeypatch.delitem(sys.modules, name)
-
-
-def test_a_second_copy_with_other_schemas_refuses_to_load(monkeypatch):
-    monkeypatch.setitem(ops.SCHEMAS, "gemv_w4a16", "(Tensor x) -> Tensor")
-    with pytest.raises(ImportError, match="keep only one of the two installations"):
-        ops._register("gemv_w4a16", dispatch.gemv_w4a16, ops._fake_gemv_w4a16)

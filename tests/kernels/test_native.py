@@ -2,7 +2,6 @@
 stream or thread brings it down.
 """
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
-from compare import assert_same, assert_twice_plain
-from nibble.kernels import launch, native, ops, reference, which
+from nibble.kernels import which
+from nibble.kernels.backends import native
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")
@@ -130,7 +128,7 @@ def test_it_names_itself():
     )
     info = module.build_info()
     assert info["compiler"] and bool(info["cuda"]) == ("cuda" in module.DEVICES)
-    assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(launch.ISAS)
+    assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(native.ISAS)
 
 
 def test_it_links_neither_torch_nor_a_cuda_runtime():
@@ -139,7 +137,7 @@ def test_it_links_neither_torch_nor_a_cuda_runtime():
     assert b"libtorch" not in binary and b"libc10" not in binary and b"libcudart.so" not in binary
 
 
-@pytest.mark.parametrize("op", launch.OPS)
+@pytest.mark.parametrize("op", native.OPS)
 def test_every_op_has_a_route_and_a_workspace_on_every_architecture(op):
     for capability in (0, 75, 80, 86, 89, 90, 100, 120, 130) if "cuda" in module.DEVICES else (0,):
         path, why = module.route(op, capability, 4608, 3072, 3072)
@@ -224,6 +222,12 @@ def test_questions_refuse_too():
             ask()
 
 
+def test_an_instruction_set_that_the_cpu_lacks_is_refused():
+    for name in set(native.ISAS) - {"best", *module.cpu_isas()}:
+        with pytest.raises((RuntimeError, ValueError)):
+            call("quantize_down", isa=native.ISAS[name])
+
+
 @pytest.mark.skipif(module is not None and "cuda" in module.DEVICES, reason="this build has CUDA")
 def test_a_build_for_the_cpu_says_so():
     for ask in (
@@ -271,7 +275,7 @@ def test_no_argument_brings_the_process_down(data):
     """Anything is either computed or refused with words. Sizes that memory cannot hold come with no
     memory.
     """
-    op = data.draw(st.sampled_from(launch.OPS))
+    op = data.draw(st.sampled_from(native.OPS))
     names = {
         "quantize_down": [
             "M",
@@ -324,84 +328,3 @@ def test_no_argument_brings_the_process_down(data):
     # TypeError: a number that its C type cannot hold
     except (ValueError, TypeError, RuntimeError) as refusal:
         assert str(refusal)
-
-
-# ---- what it computes ----------------------------------------------------------------------------
-
-
-ISAS = module.cpu_isas() if module else ()
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_every_instruction_set_gives_the_references_results(case, isa):
-    dtype, number = torch.float32, launch.ISAS[isa]
-    x, parameters = make_input(case), make_w4a4(case, torch.float32)
-    smooth, down = parameters["smooth_factor"], parameters["proj_down"]
-    found = launch.quantize_down(
-        dtype, x, smooth, down, case.act_unsigned, case.rotation, isa=number
-    )
-    q, ascales, h = reference.quantize_down(x, smooth, down, **options(case))
-    if not case.rotation:
-        assert_same(found[0], q)
-        assert_same(found[1], ascales)
-    rest = {name: parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")}
-    y = launch.gemm_w4a4_up(
-        dtype, q, ascales, h, *rest.values(), case.act_unsigned, dtype, isa=number
-    )
-    exact = {
-        name: tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
-        for name, tensor in rest.items()
-    }
-    truth = reference.gemm_w4a4_up(
-        q, ascales.double(), h.double(), **exact, act_unsigned=case.act_unsigned
-    )
-    assert_twice_plain(
-        y, truth, reference.gemm_w4a4_up(q, ascales, h, **rest, act_unsigned=case.act_unsigned)
-    )
-
-
-def test_an_instruction_set_that_the_cpu_lacks_is_refused():
-    for name in set(launch.ISAS) - {"best", *ISAS}:
-        with pytest.raises((RuntimeError, ValueError)):
-            call("quantize_down", isa=launch.ISAS[name])
-
-
-@pytest.mark.parametrize(
-    "case", [SMALL[0], SMALL[3], SMALL[-1], Case("many", 70, 192, 300, R=20)], ids=str
-)
-def test_the_number_of_threads_does_not_change_a_bit(case, monkeypatch):
-    """The number is told, not set: torch's own solvers go wrong in a process that calls
-    set_num_threads.
-    """
-    x, w4a4, w4a16 = make_input(case, torch.bfloat16), make_w4a4(case), make_w4a16(case)
-    found = []
-    for threads in (1, 2, 3, 7):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(
-            (
-                ops.linear_w4a4(x, **w4a4, **options(case)),
-                ops.linear_w4a16(x, **w4a16),
-                ops.gemv_w4a16(x, **w4a16),
-            )
-        )
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
-
-
-def test_python_threads_run_ops_side_by_side():
-    case = SMALL[0]
-    x, parameters = make_input(case), make_w4a4(case)
-    expected, wrong = ops.linear_w4a4(x, **parameters), []
-
-    def work():
-        for _ in range(20):
-            if not torch.equal(ops.linear_w4a4(x, **parameters), expected):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

@@ -7,10 +7,13 @@ to float64, and to itself: neither the number of threads nor a token's company c
 import pytest
 import torch
 
+import flat_native
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_same, assert_twice_plain, relative_error
-from nibble.kernels import SHIFT, launch, native, reference
-from nibble.quant.weights.packing import pack_int4, unpack_int4
+from flat_native import dense_w4a16, double, product, quantized
+from nibble.kernels import SHIFT, reference
+from nibble.kernels.backends import native
+from nibble.quant.packing import pack_int4, unpack_int4
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")
@@ -30,49 +33,7 @@ def isa(request) -> int:
     """Every instruction set of this processor; sanitize/test_fuzz.py runs AVX-512 on those that
     lack it.
     """
-    return launch.ISAS[request.param]
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Sets what torch would say; torch itself stays as it is."""
-    return lambda count: monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-
-
-def double(parameters: dict) -> dict:
-    return {
-        name: t.double() if t is not None and t.is_floating_point() else t
-        for name, t in parameters.items()
-    }
-
-
-def quantized(case: Case, dtype: torch.dtype, isa: int):
-    """(q, ascales, h) from the module, and the parameters of the product that follows."""
-    parameters = make_w4a4(case, dtype)
-    smooth, down = parameters.pop("smooth_factor"), parameters.pop("proj_down")
-    return (
-        launch.quantize_down(
-            dtype, make_input(case, dtype), smooth, down, **options(case), isa=isa
-        ),
-        parameters,
-    )
-
-
-def product(q, ascales, h, parameters: dict, unsigned: bool, dtype: torch.dtype, isa: int):
-    names = ("weight", "weight_scale", "proj_up", "bias")
-    return launch.gemm_w4a4_up(
-        dtype, q, ascales, h, *(parameters[name] for name in names), unsigned, dtype, isa=isa
-    )
-
-
-def dense_w4a16(parameters: dict):
-    zeros = parameters["weight_zeros"]
-    return reference.dequantize_w4_zeros(
-        parameters["weight"],
-        parameters["weight_scale"].double(),
-        None if zeros is None else zeros.double(),
-        torch.float64,
-    )
+    return native.ISAS[request.param]
 
 
 # ---- quantize_down -------------------------------------------------------------------------------
@@ -83,7 +44,7 @@ def dense_w4a16(parameters: dict):
 def test_codes_and_scales_equal_the_reference(case, dtype, isa):
     x, parameters = make_input(case, dtype), make_w4a4(case, dtype)
     smooth, down = parameters["smooth_factor"], parameters["proj_down"]
-    q, ascales, h = launch.quantize_down(dtype, x, smooth, down, **options(case), isa=isa)
+    q, ascales, h = flat_native.quantize_down(dtype, x, smooth, down, **options(case), isa=isa)
     expected = reference.quantize_down(x, smooth, down, **options(case))
     # butterflies and a matrix product round differently: a value on the border of two codes may
     # take either
@@ -114,7 +75,7 @@ AWKWARD = {
 def test_awkward_values_quantize_like_the_reference(kind, unsigned, isa):
     x = AWKWARD[kind](torch.randn(9, 192, generator=torch.Generator().manual_seed(3)))
     smooth = torch.where(torch.arange(192) % 5 == 0, -1.5, 1.0)
-    q, ascales, _ = launch.quantize_down(
+    q, ascales, _ = flat_native.quantize_down(
         torch.float32, x, smooth, torch.ones(192, 1), unsigned, 0, isa=isa
     )
     expected = reference.quantize_down(x, smooth, torch.ones(192, 1), unsigned)
@@ -132,9 +93,9 @@ def test_a_bad_value_stays_in_its_group_and_token(bad, unsigned, isa):
     case = Case("bad", 6, 128, 40, R=4)
     x, parameters = make_input(case), make_w4a4(case, torch.float32)
     smooth, down = parameters.pop("smooth_factor"), parameters.pop("proj_down")
-    clean = launch.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
+    clean = flat_native.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
     x[2, 70] = bad
-    dirty = launch.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
+    dirty = flat_native.quantize_down(torch.float32, x, smooth, down, unsigned, 0, isa=isa)
     expected = reference.quantize_down(x, smooth, down, unsigned)
     assert_same(dirty[0], expected[0])
     assert torch.equal(dirty[1].nan_to_num(), expected[1].nan_to_num()) and torch.equal(
@@ -224,7 +185,7 @@ def test_every_code_lands_in_its_place(isa):
     assert torch.equal(y.t(), weight * scale.t().repeat_interleave(64, 1))
     flipped = parameters | {"weight": pack_int4(weight ^ -8)}
     for tokens in (torch.eye(k), torch.eye(k)[70:71], torch.eye(k)[5:8]):
-        y = launch.w4a16(
+        y = flat_native.w4a16(
             "gemm_w4a16", torch.float32, tokens, flipped["weight"], scale, None, None, isa=isa
         )
         assert torch.equal(y, tokens @ (weight * scale.t().repeat_interleave(64, 1)).t())
@@ -245,7 +206,7 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
     x = make_input(Case(case.name, tokens, case.K, case.N), dtype)
     parameters = make_w4a16(case, dtype)
     names = ("weight", "weight_scale", "weight_zeros", "bias")
-    y = launch.w4a16("gemv_w4a16", dtype, x, *(parameters[name] for name in names), isa=isa)
+    y = flat_native.w4a16("gemv_w4a16", dtype, x, *(parameters[name] for name in names), isa=isa)
     dense, bias = dense_w4a16(parameters), parameters["bias"]
     plain = torch.nn.functional.linear(x, dense.to(dtype), bias)
     assert_twice_plain(
@@ -260,7 +221,7 @@ def check_w4a16(case: Case, tokens: int, dtype: torch.dtype, isa: int) -> None:
 def test_w4a16_keeps_very_small_and_very_large_tokens(size, tokens, isa):
     case = Case("range", tokens, 128, 24)
     x, parameters = make_input(case) * size, make_w4a16(case, torch.float32)
-    y = launch.w4a16(
+    y = flat_native.w4a16(
         "gemv_w4a16",
         torch.float32,
         x,
@@ -284,7 +245,7 @@ def test_the_fused_mlp_follows_its_reference(mid, unsigned2, rotation2, isa):
     (q, ascales, h), parameters = quantized(case, torch.bfloat16, isa)
     names = ("weight", "weight_scale", "proj_up", "bias")
     rest = (second["smooth_factor"], second["proj_down"], False, unsigned2, rotation2, mid)
-    ours = launch.gemm_w4a4_up_gelu_quantize_down(
+    ours = flat_native.gemm_w4a4_up_gelu_quantize_down(
         torch.bfloat16, q, ascales, h, *(parameters[name] for name in names), *rest, isa=isa
     )
     theirs = reference.gemm_w4a4_up_gelu_quantize_down(
@@ -299,128 +260,3 @@ def test_the_fused_mlp_follows_its_reference(mid, unsigned2, rotation2, isa):
         relative_error(ours[1], theirs[1]) < 0.1 * unit + 1e-6
         and relative_error(ours[2], theirs[2]) < 0.1 * unit + 1e-6
     )
-
-
-# ---- the same bits, whatever else happens --------------------------------------------------------
-
-
-def everything(case: Case, isa: int) -> list[torch.Tensor]:
-    dtype = torch.bfloat16
-    (q, ascales, h), parameters = quantized(case, dtype, isa)
-    y = product(q, ascales, h, parameters, case.act_unsigned, torch.float32, isa)
-    names = ("weight", "weight_scale", "weight_zeros", "bias")
-    w4a16 = make_w4a16(case, dtype)
-    z = launch.w4a16(
-        "gemm_w4a16", dtype, make_input(case, dtype), *(w4a16[name] for name in names), isa=isa
-    )
-    second = make_w4a4(Case("second", case.M, case.N, 64, R=5), dtype, seed=7)
-    fused = launch.gemm_w4a4_up_gelu_quantize_down(
-        dtype,
-        q,
-        ascales,
-        h,
-        *(parameters[name] for name in ("weight", "weight_scale", "proj_up", "bias")),
-        second["smooth_factor"],
-        second["proj_down"],
-        case.act_unsigned,
-        False,
-        0,
-        dtype,
-        isa=isa,
-    )
-    return [q, ascales, h, y, z, *fused]
-
-
-@pytest.mark.parametrize(
-    "case", [Case("tall", 150, 128, 64, R=17), Case("wide", 3, 640, 448, R=40)], ids=str
-)
-def test_threads_and_repetition_change_no_bit(case, isa, threads):
-    threads(1)
-    first = everything(case, isa)
-    for count in (1, 2, 3, 7, 64):
-        threads(count)
-        for one, other in zip(first, everything(case, isa), strict=True):
-            assert_same(other, one)
-
-
-@pytest.mark.parametrize(
-    "case", [Case("tokens", 37, 320, 70, R=20), Case("one_more", 257, 64, 33, R=2)], ids=str
-)
-def test_a_token_alone_gets_the_bits_that_it_gets_in_company(case, isa):
-    """In the W4A4 ops. W4A16 sums a few tokens' products in another order than many tokens'."""
-    (q, ascales, h), parameters = quantized(case, torch.float32, isa)
-    x, layer = make_input(case), make_w4a4(case, torch.float32)
-    together = product(q, ascales, h, parameters, False, torch.float32, isa)
-    for rows in (slice(0, 1), slice(5, 8), slice(case.M - 1, case.M)):
-        alone = launch.quantize_down(
-            torch.float32, x[rows], layer["smooth_factor"], layer["proj_down"], False, 0, isa=isa
-        )
-        for part, whole in zip(alone, (q[rows], ascales[:, rows], h[rows]), strict=True):
-            assert_same(part, whole.contiguous())
-        assert_same(
-            product(*alone, parameters, False, torch.float32, isa), together[rows].contiguous()
-        )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_results_round_to_the_nearest_even_number(dtype, isa):
-    """The bias alone, in float32, against torch's own conversion: ties, subnormals, overflow,
-    infinities and NaN.
-    """
-    values = torch.tensor(
-        [
-            1.00390625,
-            1.01171875,
-            1.00048828125,
-            1.00146484375,
-            65519.0,
-            65520.0,
-            3.4e38,
-            1e-8,
-            3e-8,
-            6e-8,
-            1e-40,
-            0.0,
-            -0.0,
-            float("inf"),
-            float("-inf"),
-            float("nan"),
-        ]
-    )
-    bias = torch.cat([values, -values, torch.randn(1000) * torch.logspace(-12, 12, 1000)])
-    n = len(bias)
-    parameters = {
-        "weight": torch.zeros(n, 32, dtype=torch.int8),
-        "weight_scale": torch.ones(1, n),
-        "proj_up": torch.zeros(n, 0),
-        "bias": bias,
-    }
-    names = ("weight", "weight_scale", "proj_up", "bias")
-    y = launch.gemm_w4a4_up(
-        torch.float32,
-        torch.zeros(1, 32, dtype=torch.int8),
-        torch.ones(1, 1),
-        torch.zeros(1, 0),
-        *(parameters[name] for name in names),
-        False,
-        dtype,
-        isa=isa,
-    )[0]
-    expected = bias.to(dtype)
-    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(
-        y.nan_to_num(), expected.nan_to_num()
-    )
-
-
-def test_eight_bit_codes_are_refused(isa):
-    with pytest.raises(ValueError, match="codes are packed"):
-        launch.quantize_down(
-            torch.float32,
-            torch.ones(1, 64),
-            torch.ones(64),
-            torch.ones(64, 1),
-            False,
-            0,
-            isa=isa,
-            codes=launch.E4M3,
-        )

@@ -5,9 +5,11 @@ forms of codes, bit for bit the same.
 import pytest
 import torch
 
+import flat_native
 from cases import Case, make_input, make_w4a4, make_w4a16
 from compare import assert_twice_plain
-from nibble.kernels import launch, native, ops, reference, which
+from nibble.kernels import ops, reference, which
+from nibble.kernels.backends import native
 
 module, reason = native.module()
 BF16 = torch.bfloat16
@@ -116,10 +118,10 @@ def test_both_forms_of_codes_give_the_same_product(unsigned):
     x = make_input(CASE, BF16, device="cuda")
     own = module.codes(module.capability(torch.cuda.current_device()))
     results = []
-    for form in {launch.PACKED, own}:
-        q, ascales, h = launch.quantize_down(BF16, x, smooth, down, unsigned, 0, codes=form)
+    for form in {native.PACKED, own}:
+        q, ascales, h = flat_native.quantize_down(BF16, x, smooth, down, unsigned, 0, codes=form)
         results.append(
-            launch.gemm_w4a4_up(
+            flat_native.gemm_w4a4_up(
                 BF16, q, ascales, h, weight, scale, up, bias, unsigned, torch.float32
             )
         )

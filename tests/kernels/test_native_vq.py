@@ -5,10 +5,12 @@ tables and by panels.
 import pytest
 import torch
 
+import flat_native
 from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_twice_plain
-from nibble.kernels import launch, native, reference_vq
-from nibble.quant.weights.packing import pack_indices
+from nibble.kernels.backends import native
+from nibble.kernels.reference import vq as reference_vq
+from nibble.quant.packing import pack_indices
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(
@@ -41,7 +43,7 @@ SHAPES = [
 @pytest.fixture(params=module.cpu_isas() if module else ["portable"])
 def isa(request) -> int:
     """sanitize/test_fuzz.py runs AVX-512 on processors that lack it."""
-    return launch.ISAS[request.param]
+    return native.ISAS[request.param]
 
 
 def product(case: Case, bits: int, vector: int, dtype: torch.dtype):
@@ -67,7 +69,7 @@ def test_as_exact_as_plain_torch(case, bits, vector, dtype, isa):
     if not fits(case, bits, vector):
         pytest.skip("a row of this layout does not fill whole bytes")
     x, given, exact = product(case, bits, vector, dtype)
-    y = launch.gemm_vq(x, *given, isa=isa)
+    y = flat_native.gemm_vq(x, *given, isa=isa)
     dense = reference_vq.dequantize_vq(*exact[:3], torch.float64)
     plain = torch.nn.functional.linear(x, dense.to(dtype), given[3])
     assert y.dtype == dtype
@@ -81,7 +83,7 @@ def test_every_codeword_lands_in_its_place(bits, vector, isa):
     indices = torch.arange(n)[:, None] * 5 + torch.arange(k // vector) * 3
     codebook = torch.randn(1 << bits, vector, generator=torch.Generator().manual_seed(0)).half()
     packed = pack_indices(indices % (1 << bits), bits)
-    y = launch.gemm_vq(torch.eye(k), packed, codebook, None, None, isa=isa)
+    y = flat_native.gemm_vq(torch.eye(k), packed, codebook, None, None, isa=isa)
     assert torch.equal(y.t(), codebook.float()[indices % (1 << bits)].flatten(1))
 
 
@@ -91,7 +93,7 @@ def test_scale_bias_and_addend_come_before_one_rounding(out_dtype, addend_dtype,
     for case in (Case("by_tables", 5, 64, 300), Case("by_panels", 5, 64, 100)):
         x, given, exact = product(case, 8, 4, torch.bfloat16)
         addend = torch.randn(case.M, case.N).to(addend_dtype)
-        y = launch.gemm_vq(x, *given, addend, out_dtype, isa=isa)
+        y = flat_native.gemm_vq(x, *given, addend, out_dtype, isa=isa)
         wanted = reference_vq.gemm_vq(x.double(), *exact) + addend.double()
         assert y.dtype == out_dtype
         plain = reference_vq.gemm_vq(x.float(), *given) + addend
@@ -105,7 +107,9 @@ def test_a_codebook_may_have_any_of_the_three_dtypes(codebook_dtype, isa):
     wanted = reference_vq.gemm_vq(
         x.double(), *(t.double() if t.is_floating_point() else t for t in given)
     )
-    assert_twice_plain(launch.gemm_vq(x, *given, isa=isa), wanted, reference_vq.gemm_vq(x, *given))
+    assert_twice_plain(
+        flat_native.gemm_vq(x, *given, isa=isa), wanted, reference_vq.gemm_vq(x, *given)
+    )
 
 
 @pytest.mark.parametrize(("bits", "vector"), VQ_LAYOUTS.values(), ids=VQ_LAYOUTS)
@@ -119,24 +123,24 @@ def test_threads_and_company_change_no_bit(case, bits, vector, isa, monkeypatch)
     found = []
     for threads in (1, 2, 3, 7, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append(launch.gemm_vq(x, *given, isa=isa))
+        found.append(flat_native.gemm_vq(x, *given, isa=isa))
     for other in found[1:]:
         assert_same(other, found[0])
     # One or two tokens are summed in another order; more of them may come in any company.
     for rows in () if case.M == 3 else (slice(0, 3), slice(case.M - 5, case.M)):
-        assert_same(launch.gemm_vq(x[rows], *given, isa=isa), found[0][rows].contiguous())
+        assert_same(flat_native.gemm_vq(x[rows], *given, isa=isa), found[0][rows].contiguous())
 
 
 @pytest.mark.parametrize("n", [40, 300])
 def test_a_bad_value_stays_in_its_token_and_nothing_to_do_is_nothing(n, isa):
     x, given, _ = product(Case("bad", 6, 128, n), 8, 4, torch.float32)
-    clean = launch.gemm_vq(x, *given, isa=isa)
+    clean = flat_native.gemm_vq(x, *given, isa=isa)
     x[2, 70] = float("inf")
-    dirty = launch.gemm_vq(x, *given, isa=isa)
+    dirty = flat_native.gemm_vq(x, *given, isa=isa)
     others = torch.arange(6) != 2
     assert torch.equal(dirty[others], clean[others]) and not torch.isfinite(dirty[2]).any()
-    assert launch.gemm_vq(x[:0], *given, isa=isa).shape == (0, n)
-    empty = launch.gemm_vq(
+    assert flat_native.gemm_vq(x[:0], *given, isa=isa).shape == (0, n)
+    empty = flat_native.gemm_vq(
         torch.zeros(3, 0),
         torch.zeros(n, 0, dtype=torch.uint8),
         given[1],

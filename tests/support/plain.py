@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from nibble.kernels import dispatch, native
+from nibble.kernels.backends import choose, native
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """As if nibble_kernels were not installed."""
     with mock.patch.object(native, "module", lambda: (None, "left out for a comparison")):
-        dispatch.choose.cache_clear()
+        choose.choose.cache_clear()
         yield
-    dispatch.choose.cache_clear()
+    choose.choose.cache_clear()

@@ -41,8 +41,7 @@ size_t scratch_bytes(Sizes... sizes) {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- conversions
-// -------------------------------------------------------------------------------------------------------
+// ---- conversions --------------------------------------------------------------------------------
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
@@ -154,8 +153,7 @@ inline void to_panel(Dtype dtype, const void* source, int64_t stride, int64_t wi
         to_panel<Dtype::bf16>(source, stride, width, rows, panel);
 }
 
-// ---- C (rows, PANEL) += A (rows, k) . B (k, PANEL)
-// -----------------------------------------------------------------------
+// ---- C (rows, PANEL) += A (rows, k) . B (k, PANEL) ----------------------------------------------
 
 // A row's sums are added in the order of k and then to C, however many rows go together: a token's
 // result does not depend on its company.

@@ -1,4 +1,4 @@
-// The six ops as compiled for one instruction set. Each ops_*.cpp defines one table; dispatch.cpp
+// The six ops as compiled for one instruction set. Each ops_*.cpp defines one table; cpuid.cpp
 // picks.
 #pragma once
 

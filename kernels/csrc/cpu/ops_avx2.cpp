@@ -5,7 +5,7 @@
 #include <cstring>
 #include <immintrin.h>
 
-#include "parallel.h"
+#include "threads.h"
 
 // GCC would turn a group's additions into a tree, to shorten the chain, and run out of
 // registers: 1.7 times the time of this order.
@@ -16,12 +16,12 @@
 #define NIBBLE_IN_ORDER(a, b)
 #define NIBBLE_UNROLL_16
 #endif
-#define NIBBLE_DOT "dot_avx2.inl"
+#define NIBBLE_DOT "simd/dot_avx2.inl"
 
 namespace nibble::cpu {
 namespace {
-#include "simd_x86.h"
-#include "simd_avx2.h"
+#include "simd/x86.h"
+#include "simd/avx2.h"
 #include "kernels.inl"
 }  // namespace
 

@@ -15,14 +15,14 @@
 #include <immintrin.h>
 #endif
 
-#include "parallel.h"
+#include "threads.h"
 
-#define NIBBLE_DOT "dot_avx512.inl"
+#define NIBBLE_DOT "simd/dot_avx512.inl"
 
 namespace nibble::cpu {
 namespace {
-#include "simd_x86.h"
-#include "simd_avx512.h"
+#include "simd/x86.h"
+#include "simd/avx512.h"
 #include "kernels.inl"
 }  // namespace
 

@@ -3,13 +3,13 @@
 
 #include <cstring>
 
-#include "parallel.h"
+#include "threads.h"
 
-#define NIBBLE_DOT "dot_portable.inl"
+#define NIBBLE_DOT "simd/dot_portable.inl"
 
 namespace nibble::cpu {
 namespace {
-#include "simd_portable.h"
+#include "simd/portable.h"
 #include "kernels.inl"
 }  // namespace
 

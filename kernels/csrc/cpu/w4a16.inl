@@ -5,8 +5,7 @@
 
 constexpr int64_t MANY_CHUNK = 256;  // tokens converted at a time: bounds the scratch
 
-// ---- few tokens
-// ----------------------------------------------------------------------------------------------------------
+// ---- few tokens ---------------------------------------------------------------------------------
 
 // A dword holds 8 codes. Masking the code at bit 4 j without shifting it leaves code * 16^j, so
 // token values come divided by 16^j; only the highest code is shifted down. A token whose values
@@ -146,8 +145,7 @@ inline void few_tokens(const W4A16& op, int threads) {
     parallel(divide_up(op.N, COLUMNS * LANES), threads, 0, few_task, &few);
 }
 
-// ---- more tokens
-// ---------------------------------------------------------------------------------------------------------
+// ---- more tokens --------------------------------------------------------------------------------
 
 struct Many {
     const W4A16& op;

@@ -18,7 +18,7 @@ struct Grid {
 #ifdef NIBBLE_EMULATE
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Where&,
+void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Target&,
             Arguments... arguments) {
     emulator::run({grid.x, grid.y, grid.z}, threads, shared,
                   [=] { kernel(Parameters(arguments)...); });
@@ -51,13 +51,13 @@ private:
     bool changed_ = false;
 };
 
-// kernel<<<grid, threads, shared, stream>>>(arguments...) on where.device. More than 48 KB of
+// kernel<<<grid, threads, shared, stream>>>(arguments...) on target.device. More than 48 KB of
 // shared memory has to be allowed first, for each kernel and device; asking every time keeps no
 // state.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared,
-            const Where& where, Arguments... arguments) {
-    OnDevice on(where.device);
+            const Target& target, Arguments... arguments) {
+    OnDevice on(target.device);
     if (shared > 48 * 1024)
         check(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)),
@@ -72,7 +72,7 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared
     config.gridDim = dim3(grid.x, grid.y, grid.z);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(where.stream);
+    config.stream = static_cast<cudaStream_t>(target.stream);
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "starting a kernel");
 }
 

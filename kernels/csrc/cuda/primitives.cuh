@@ -28,8 +28,7 @@ namespace nibble {
 
 #define NIBBLE_DEVICE __device__ __forceinline__
 
-// ---- 16-bit floats, as bits: the toolkit's types do not compile outside of nvcc in every version
-// -----------------------
+// ---- 16-bit floats, as bits: the toolkit's types do not compile everywhere outside of nvcc -------
 
 struct bf16 {
     uint16_t bits;
@@ -97,8 +96,7 @@ NIBBLE_DEVICE int recomputed(int x) {
     return x;
 }
 
-// ---- threads
-// -------------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 NIBBLE_DEVICE char* dynamic_shared() {
     extern __shared__ __align__(1024) char shared[];
@@ -115,8 +113,7 @@ NIBBLE_DEVICE T shuffle(T x, int lane) {
     return __shfl_sync(0xFFFFFFFF, x, lane);
 }
 
-// ---- memory
-// --------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 NIBBLE_DEVICE uint32_t shared_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
@@ -180,8 +177,7 @@ NIBBLE_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) 
                  : "memory");
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
 NIBBLE_DEVICE bool any_in_warp(bool x) { return __any_sync(0xFFFFFFFF, x); }
 
@@ -231,8 +227,7 @@ NIBBLE_DEVICE uint32_t pack2_e4m3(float low, float high) {
 #endif
 }
 
-// ---- products: d = c + A . B; d may be c
-// ---------------------------------------------------------------------------
+// ---- products: d = c + A . B; d may be c --------------------------------------------------------
 
 // d and c apart, so that a constant c stays in its registers and costs no move each time.
 #define NIBBLE_INTEGER_MMA(shape, types)                                                          \

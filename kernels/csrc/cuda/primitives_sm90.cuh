@@ -21,8 +21,7 @@ namespace nibble {
 
 using Barrier = uint64_t;  // in shared memory, 8-byte aligned
 
-// ---- tiles of a matrix of bytes, copied by the copy engine
-// -----------------------------------------------------------
+// ---- tiles of a matrix of bytes, copied by the copy engine --------------------------------------
 
 using TensorMap = CUtensorMap;
 
@@ -67,8 +66,7 @@ NIBBLE_DEVICE void copy_tile(void* to, const TensorMap& map, int byte, int row, 
         : "memory");
 }
 
-// ---- barriers
-// ------------------------------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------
 
 // A phase ends when `count` threads have arrived and all bytes that were expected have come. Phases
 // count 0, 1, 0, 1 ...
@@ -120,8 +118,7 @@ NIBBLE_DEVICE void registers_claim() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
 }
 
-// ---- products of a warpgroup
-// -----------------------------------------------------------------------------------------
+// ---- products of a warpgroup --------------------------------------------------------------------
 
 // A store whose reader is the tensor core, which sees it once this thread has called
 // product_store_fence and arrived at a barrier.
@@ -198,8 +195,7 @@ NIBBLE_DEVICE void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t
 #undef NIBBLE_SUMS
 #undef NIBBLE_PRODUCT
 
-// ---- bytes
-// -----------------------------------------------------------------------------------------------------------
+// ---- bytes --------------------------------------------------------------------------------------
 
 // Byte i of the result is byte (nibble i of `selectors`) % 8 of {low, high}; where the nibble's bit
 // 3 is set, eight times that byte's highest bit.

@@ -2,13 +2,11 @@
 // GPU has confirmed yet says so.
 #include <string>
 
-#include "gemm_w4a4.h"
+#include "gemm_w4a4/gemm_w4a4.h"
 #include "launch.cuh"
 
 namespace nibble::cuda {
 namespace {
-
-bool is(const char* op, const char* name) { return std::string(op) == name; }
 
 std::string in_words(int capability) {
     return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
@@ -41,75 +39,84 @@ int tile_rows(int64_t M, int64_t N, int multiprocessors) {
     // Two blocks live on a multiprocessor. A tall tile reads the weight half as often, which pays
     // only where all multiprocessors have work.
     const bool fills_the_gpu = tiles(M, N, 128) >= 2 * int64_t(multiprocessors);
-    return few_tokens ? 32 : one_tile || !fills_the_gpu ? 64 : 128;
+    if (few_tokens) return 32;
+    return one_tile || !fills_the_gpu ? 64 : 128;
+}
+
+std::string tile_in_words(Op op, const Family& gpu, int64_t M, int64_t N) {
+    if (M <= 32) return "32x128";
+    if (op != Op::gemm_w4a4_up) return gpu.turing || gpu.ampere ? "128x128" : "64x128";
+    if (M <= 64) return "64x128";
+    const int64_t largest = tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
+    return "128x128 on up to " + std::to_string(largest) + " multiprocessors, 64x128 on more";
+}
+
+const char* vq_kernel_in_words(const Family& gpu, int64_t M) {
+    if (M == 1) return "no matrix unit, one token";
+    if (M <= 16) return "tile 16x64";
+    return gpu.turing ? "tile 64x128" : "tile 64x128 or 128x128";
 }
 
 }  // namespace
 
-void gemm_w4a4_up(const GemmW4A4Up& op, const Where& where) {
-    const Family gpu = family(where.capability);
+void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
+    const Family gpu = family(target.capability);
     // Only wgmma reaches the full rate of that matrix unit; the kernel takes both forms of codes.
-    if (gpu.hopper) return gemm_w4a4_up_sm90(op, where);
-    const int rows = tile_rows(op.M, op.N, multiprocessors(where.device));
-    if (gpu.turing) return gemm_w4a4_up_sm75(op, where, rows);
-    if (gpu.ampere) return gemm_w4a4_up_sm80(op, where, rows);
-    gemm_w4a4_up_sm100(op, where, rows);
+    if (gpu.hopper) return gemm_w4a4_up_sm90(op, target);
+    const int rows = tile_rows(op.M, op.N, multiprocessors(target.device));
+    if (gpu.turing) return gemm_w4a4_up_sm75(op, target, rows);
+    if (gpu.ampere) return gemm_w4a4_up_sm80(op, target, rows);
+    gemm_w4a4_up_sm100(op, target, rows);
 }
 
-void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Where& where) {
-    const Family gpu = family(where.capability);
+void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Target& target) {
+    const Family gpu = family(target.capability);
     const int rows =
         op.first.M <= 32 ? 32 : 128;  // such layers are wide: tall tiles fill every GPU
-    if (gpu.turing) return gemm_w4a4_up_gelu_quantize_down_sm75(op, where, rows);
-    if (gpu.ampere) return gemm_w4a4_up_gelu_quantize_down_sm80(op, where, rows);
+    if (gpu.turing) return gemm_w4a4_up_gelu_quantize_down_sm75(op, target, rows);
+    if (gpu.ampere) return gemm_w4a4_up_gelu_quantize_down_sm80(op, target, rows);
     gemm_w4a4_up_gelu_quantize_down_sm100(
-        op, where, rows);  // Hopper too: the wgmma product has no such epilogue
+        op, target, rows);  // Hopper too: the wgmma product has no such epilogue
 }
 
 // e4m3 holds -8..15 exactly and is what the wgmma product multiplies. Elsewhere the public format.
 Codes codes(int capability) { return family(capability).hopper ? Codes::e4m3 : Codes::packed; }
 
-size_t workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K, int64_t R) {
-    const bool product = is(op, "gemm_w4a4_up"), product_of_floats = is(op, "gemm_w4a4_up/e4m3");
-    if (family(capability).hopper && (product || product_of_floats))
-        return gemm_w4a4_up_sm90_workspace(product ? Codes::packed : Codes::e4m3, M, N, K);
-    // One h of (M, R2) for each tile of 128 columns.
-    if (is(op, "gemm_w4a4_up_gelu_quantize_down"))
+size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
+                       int64_t R) {
+    // A product that is given 8-bit floats may need less: it does not widen them first.
+    if (family(capability).hopper && op == Op::gemm_w4a4_up)
+        return gemm_w4a4_up_sm90_workspace(codes, M, N, K);
+    // One h of (M, R2) for each tile of 128 columns. This op reads packed codes alone.
+    if (op == Op::gemm_w4a4_up_gelu_quantize_down && codes == Codes::packed)
         return size_t(M) * size_t(R) * size_t((N + 127) / 128) * sizeof(float);
     return 0;
 }
 
-Route route(const char* op, int capability, int64_t M, int64_t N, int64_t) {
+Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     const Family gpu = family(capability);
     const std::string on = " on compute capability " + in_words(capability);
-    if (is(op, "gemm_w4a4_up") && gpu.hopper)
+    if (op == Op::gemm_w4a4_up && gpu.hopper)
         return {"sm90: wgmma on 8-bit floats", "wgmma is the fast path" + on};
-    if (is(op, "gemm_w4a4_up") || is(op, "gemm_w4a4_up_gelu_quantize_down")) {
-        const char* path = gpu.turing   ? "sm75: int4 m8n8k32"
-                           : gpu.ampere ? "sm80: int4 m16n8k64"
-                                        : "sm100: int8 m16n8k32 on widened codes";
-        const char* why = gpu.turing   ? "the first int4 product"
-                          : gpu.ampere ? "a whole group an instruction"
-                                       : "no int4 in the matrix units";
-        const int64_t largest =
-            tiles(M, N, 128) / 2;  // multiprocessors that tiles of 128 rows fill
-        const std::string tile = M <= 32 ? "32x128"
-                                 : !is(op, "gemm_w4a4_up")
-                                     ? (gpu.turing || gpu.ampere ? "128x128" : "64x128")
-                                 : M <= 64 ? "64x128"
-                                           : "128x128 on up to " + std::to_string(largest) +
-                                                 " multiprocessors, 64x128 on more";
+    if (op == Op::gemm_w4a4_up || op == Op::gemm_w4a4_up_gelu_quantize_down) {
+        const char* path = "sm100: int8 m16n8k32 on widened codes";
+        const char* why = "no int4 in the matrix units";
+        if (gpu.turing) {
+            path = "sm75: int4 m8n8k32";
+            why = "the first int4 product";
+        } else if (gpu.ampere) {
+            path = "sm80: int4 m16n8k64";
+            why = "a whole group an instruction";
+        }
+        const std::string tile = tile_in_words(op, gpu, M, N);
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
-    if (is(op, "gemm_vq")) {
-        const char* kernel = M == 1       ? "no matrix unit, one token"
-                             : M <= 16    ? "tile 16x64"
-                             : gpu.turing ? "tile 64x128"
-                                          : "tile 64x128 or 128x128";
-        return {"cuda: 16-bit mma on looked-up codewords, " + std::string(kernel),
-                "decoded where they are multiplied; not yet measured"};
+    if (op == Op::gemm_vq) {
+        return {
+            "cuda: 16-bit mma on looked-up codewords, " + std::string(vq_kernel_in_words(gpu, M)),
+            "decoded where they are multiplied; not yet measured"};
     }
-    return {"cuda: " + std::string(op), "one kernel for every GPU from 7.5 on"};
+    return {"cuda: " + std::string(name_of(op)), "one kernel for every GPU from 7.5 on"};
 }
 
 #ifdef NIBBLE_EMULATE

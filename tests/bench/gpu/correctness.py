@@ -36,7 +36,8 @@ from cases import (
     plain_w4a4,
 )
 from compare import relative_error, sqnr_db
-from nibble.kernels import ops, reference, reference_vq
+from nibble.kernels import ops, reference
+from nibble.kernels.reference import vq as reference_vq
 from nibble.quant.weights.packing import unpack_int4
 
 SMALL_SQNR, LARGE_SQNR, W4A16_SQNR = 35.0, 35.0, 45.0

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from cases import Case, options
-from nibble.kernels import launch, native, ops
-from nibble.kernels.launch import DTYPES
+from nibble.kernels import ops
+from nibble.kernels.backends import native
+from nibble.kernels.backends.native import DTYPES
+from nibble.kernels.backends.native_w4a4 import product_arguments, quantizer_arguments
+from nibble.kernels.ops.params import W4A4Params
 
 PARAMETERS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 
@@ -108,82 +111,45 @@ class Steps:
         self.module, why = native.module()
         if self.module is None or x.device.type not in self.module.DEVICES:
             raise ValueError(why)
-        self.place, capability, codes = launch._place(
-            x.device if x.is_cuda else torch.device("cpu"), route
-        )
-        if x.is_cuda:
-            self.place = (*self.place[:3], route)
-        kind, out_kind, (m, k, n, r) = (
-            DTYPES[p["proj_up"].dtype],
-            DTYPES[x.dtype],
-            (case.M, case.K, case.N, case.R),
-        )
+        self.device, self.route = x.device, route
+        capability, codes = native.gpu(x.device)
+        params = W4A4Params(**p, act_unsigned=case.act_unsigned, rotation=case.rotation)
+        kind, m, k, n, r = DTYPES[x.dtype], case.M, case.K, case.N, case.R
         needed = self.module.workspace_bytes("gemm_w4a4_up", capability, m, n, k, r, codes)
-        self.scratch, (q, ascales, h, work) = launch._scratch_of_activations(
-            x.device, m, k, r, codes, needed
+        self.scratch, (q, ascales, h, work) = native.scratch(
+            x.device, *native.activation_bytes(m, k, r, codes), needed
         )
         self.out = torch.empty((m, n), dtype=x.dtype, device=x.device)
         self.held = (layer, self.scratch)  # addresses below are bare numbers
+        activations = {"M": m, "q": q, "ascales": ascales, "h": h}
         self._quantize = (
-            m,
-            k,
-            r,
-            x.data_ptr(),
-            out_kind,
-            p["smooth_factor"].data_ptr(),
-            p["proj_down"].data_ptr(),
-            kind,
-            case.act_unsigned,
-            case.rotation != 0,
-            codes,
-            q,
-            ascales,
-            h,
+            quantizer_arguments(params.quantizer, codes)
+            | activations
+            | {"x": x.data_ptr(), "x_dtype": kind}
         )
         self._product = (
-            m,
-            n,
-            k,
-            r,
-            codes,
-            q,
-            case.act_unsigned,
-            ascales,
-            h,
-            r,
-            p["weight"].data_ptr(),
-            p["weight_scale"].data_ptr(),
-            p["proj_up"].data_ptr(),
-            launch._address(p["bias"]),
-            kind,
-            self.out.data_ptr(),
-            out_kind,
-            work,
-            needed,
+            product_arguments(params.product, codes, case.act_unsigned)
+            | activations
+            | {"out": self.out.data_ptr(), "out_dtype": kind}
+            | {"workspace": work, "workspace_size": needed}
         )
         # bytes that quantize_down must move: x once, codes and scales and h once
         self.quantize_bytes = (
             x.numel() * x.element_size()
-            + m * k // (2 if codes == launch.PACKED else 1)
+            + m * k // (2 if codes == native.PACKED else 1)
             + m * k // 64 * 4
             + m * r * 4
         )
 
-    def _where(self) -> tuple:
-        device, stream, threads, route = self.place
+    def _place(self) -> dict[str, int]:
         # A graph is captured on a stream of its own: the current one is asked for at every call.
-        return (
-            device,
-            torch.cuda.current_stream(device).cuda_stream if device >= 0 else 0,
-            threads,
-            route,
-        )
+        return native.place(self.device, self.route)
 
     def quantize(self) -> None:
-        self.module.quantize_down(*self._where(), *self._quantize)
+        self.module.quantize_down(**self._place(), **self._quantize)
 
     def product(self) -> Tensor:
-        self.module.gemm_w4a4_up(*self._where(), *self._product)
+        self.module.gemm_w4a4_up(**self._place(), **self._product)
         return self.out
 
     def both(self) -> Tensor:

@@ -14,7 +14,8 @@ from bench.gpu.layer import Layer, Steps, in_order
 from bench.gpu.report import Report
 from bench.timer import geometric_mean
 from cases import FLUX_MODULATION, VQ_LAYOUTS, Case, make_input, make_vq, make_w4a16
-from nibble.kernels import ops, reference_vq
+from nibble.kernels import ops
+from nibble.kernels.reference import vq as reference_vq
 
 SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 TOKENS = [4608, 1024, 256]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from bench.gpu.report import Report
-from nibble.kernels import native
+from nibble.kernels.backends import native
 
 PROGRAM = Path(__file__).resolve().parents[2] / "kernels" / "check_resources.py"
 REGISTERS, MOST_WARPS = 65536, {"75": 32, "86": 48, "89": 48, "120": 48, "120f": 48}

@@ -9,7 +9,7 @@ import torch
 from bench.gpu import layer, layers, timing
 from bench.gpu.report import Report
 from compare import relative_error
-from nibble.kernels import native
+from nibble.kernels.backends import native
 
 OPS = (
     "quantize_down",

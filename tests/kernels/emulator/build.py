@@ -109,12 +109,16 @@ def _object(source: Path, flags: list[str], folder: Path) -> Path:
 
 
 def sources(only: Sequence[str] = ()) -> list[Path]:
-    """What the library is made of: every kernel, or those of the named files."""
-    kernels = [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
+    """What the library is made of: every kernel, or those of the named files (gemm_w4a4/sm75)."""
+    kernels = sorted(CUDA.rglob("*.cu"))
     return [
         HERE / "emulator.cpp",
         HERE / "entry.cpp",
-        *(kernel for kernel in kernels if not only or kernel.stem in only),
+        *(
+            kernel
+            for kernel in kernels
+            if not only or str(kernel.relative_to(CUDA).with_suffix("")) in only
+        ),
     ]
 
 

@@ -34,7 +34,7 @@ def _struct(name: str, text: str) -> type[ctypes.Structure]:
     )
 
 
-Where = _struct("Where", "device:e stream:p capability:e threads:e isa:e")
+Target = _struct("Target", "device:e stream:p capability:e threads:e isa:e")
 QuantizeDown = _struct(
     "QuantizeDown",
     "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e"
@@ -85,7 +85,7 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     alike.
     """
     lib.emulated_size.restype = lib.emulated_workspace_bytes.restype = ctypes.c_size_t
-    lib.emulated_workspace_bytes.argtypes = [ctypes.c_char_p, _int, _size, _size, _size, _size]
+    lib.emulated_workspace_bytes.argtypes = [ctypes.c_char_p, *(_int, _int), *(_size,) * 4]
     lib.emulated_route.argtypes, lib.emulated_route.restype = (
         [ctypes.c_char_p, _int, _size, _size, _size],
         ctypes.c_char_p,
@@ -101,10 +101,10 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     for op, struct in ops.items():
         entry = getattr(lib, f"emulated_{op}")
         entry.argtypes, entry.restype = (
-            [ctypes.POINTER(struct), ctypes.POINTER(Where)],
+            [ctypes.POINTER(struct), ctypes.POINTER(Target)],
             ctypes.c_char_p,
         )
-    for struct in (Where, *ops.values()):
+    for struct in (Target, *ops.values()):
         assert ctypes.sizeof(struct) == lib.emulated_size(struct.__name__.encode()), (
             f"{struct.__name__} differs from nibble.h"
         )
@@ -117,7 +117,7 @@ class Failed(RuntimeError):
 
 def _call(op: str, arguments: ctypes.Structure, capability: int) -> None:
     error = getattr(library(), f"emulated_{op}")(
-        ctypes.byref(arguments), ctypes.byref(Where(device=0, capability=capability, threads=1))
+        ctypes.byref(arguments), ctypes.byref(Target(device=0, capability=capability, threads=1))
     )
     if error is not None:
         raise Failed(error.decode())
@@ -141,8 +141,7 @@ def codes(capability: int) -> int:
 def _workspace(
     op: str, capability: int, m: int, n: int, k: int, r: int, form: int = PACKED
 ) -> Tensor | None:
-    name = op if form == PACKED else f"{op}/e4m3"
-    size = library().emulated_workspace_bytes(name.encode(), capability, m, n, k, r)
+    size = library().emulated_workspace_bytes(op.encode(), form, capability, m, n, k, r)
     return torch.full((size,), -1, dtype=torch.int8) if size else None
 
 

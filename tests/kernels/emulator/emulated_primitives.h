@@ -25,8 +25,7 @@ struct alignas(8) float2 {
 
 namespace nibble {
 
-// ---- 16-bit floats
-// ---------------------------------------------------------------------------------------------------
+// ---- 16-bit floats ------------------------------------------------------------------------------
 
 struct bf16 {
     uint16_t bits;
@@ -79,8 +78,7 @@ uint32_t pack2(float low, float high) {
 
 inline int recomputed(int x) { return x; }
 
-// ---- threads
-// -------------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 inline char* dynamic_shared() { return emulator::block().shared; }
 inline void sync_block() { emulator::barrier(0, emulator::block().threads); }
@@ -105,8 +103,7 @@ T shuffle_xor(T x, int mask) {
     return shuffle(x, emulator::self().lane() ^ mask);
 }
 
-// ---- memory
-// --------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 inline uint32_t shared_address(const void* p) {
     return uint32_t(static_cast<const char*>(p) - emulator::block().shared);
@@ -172,8 +169,7 @@ inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
     load_matrix<4, true>(r, row, "ldmatrix.x4.trans");
 }
 
-// ---- numbers
-// ---------------------------------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------
 
 inline bool any_in_warp(bool x) {
     struct Lane {
@@ -214,8 +210,7 @@ inline uint32_t pack2_e4m3(float low, float high) {
     return byte(low) | byte(high) << 8;
 }
 
-// ---- products
-// --------------------------------------------------------------------------------------------------------
+// ---- products -----------------------------------------------------------------------------------
 
 inline int element(uint32_t packed, int i, int bits, bool is_unsigned) {
     uint32_t u = packed >> (bits * i) & ((1u << bits) - 1);

@@ -1,8 +1,8 @@
-// The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Where,
+// The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Target,
 // and returns null or the error's words.
 #include <string>
 
-#include "cuda/gemm_w4a4.h"
+#include "cuda/gemm_w4a4/gemm_w4a4.h"
 #include "emulator.h"
 #include "nibble.h"
 
@@ -23,9 +23,9 @@ const char* said(Work work) {
 
 }  // namespace
 
-#define NIBBLE_ENTRY(Op, name)                                                                 \
-    extern "C" const char* emulated_##name(const nibble::Op* op, const nibble::Where* where) { \
-        return said([&] { nibble::cuda::name(*op, *where); });                                 \
+#define NIBBLE_ENTRY(Op, name)                                                                   \
+    extern "C" const char* emulated_##name(const nibble::Op* op, const nibble::Target* target) { \
+        return said([&] { nibble::cuda::name(*op, *target); });                                  \
     }
 
 // A library of some of the sources lacks the others: a definition replaces these.
@@ -34,25 +34,26 @@ const char* said(Work work) {
         throw std::runtime_error("this library was built without that source"); \
     }
 namespace nibble::cuda {
-NIBBLE_ABSENT(void quantize_down(const QuantizeDown&, const Where&))
-NIBBLE_ABSENT(void gemm_w4a4_up(const GemmW4A4Up&, const Where&))
-NIBBLE_ABSENT(void gemm_w4a4_up_sm75(const GemmW4A4Up&, const Where&, int))
-NIBBLE_ABSENT(void gemm_w4a4_up_sm80(const GemmW4A4Up&, const Where&, int))
-NIBBLE_ABSENT(void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Where&))
-NIBBLE_ABSENT(void gemm_w4a4_up_sm100(const GemmW4A4Up&, const Where&, int))
+NIBBLE_ABSENT(void quantize_down(const QuantizeDown&, const Target&))
+NIBBLE_ABSENT(void gemm_w4a4_up(const GemmW4A4Up&, const Target&))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm75(const GemmW4A4Up&, const Target&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm80(const GemmW4A4Up&, const Target&, int))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Target&))
+NIBBLE_ABSENT(void gemm_w4a4_up_sm100(const GemmW4A4Up&, const Target&, int))
 NIBBLE_ABSENT(size_t gemm_w4a4_up_sm90_workspace(Codes, int64_t, int64_t, int64_t))
-NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Where&))
+NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&,
+                                                   const Target&))
 NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm75(const GemmW4A4UpGeluQuantizeDown&,
-                                                        const Where&, int))
+                                                        const Target&, int))
 NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuantizeDown&,
-                                                        const Where&, int))
+                                                        const Target&, int))
 NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&,
-                                                         const Where&, int))
-NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Where&))
-NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Where&))
-NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Where&))
-NIBBLE_ABSENT(Route route(const char*, int, int64_t, int64_t, int64_t))
-NIBBLE_ABSENT(size_t workspace_bytes(const char*, int, int64_t, int64_t, int64_t, int64_t))
+                                                         const Target&, int))
+NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Target&))
+NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Target&))
+NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Target&))
+NIBBLE_ABSENT(Route route(Op, int, int64_t, int64_t, int64_t))
+NIBBLE_ABSENT(size_t workspace_bytes(Op, Codes, int, int64_t, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(Codes codes(int))
 }  // namespace nibble::cuda
 
@@ -67,10 +68,13 @@ extern "C" {
 
 void emulated_seed(unsigned seed) { emulator::set_seed(seed); }
 
-size_t emulated_workspace_bytes(const char* op, int capability, int64_t M, int64_t N, int64_t K,
-                                int64_t R) {
+size_t emulated_workspace_bytes(const char* op, int codes, int capability, int64_t M, int64_t N,
+                                int64_t K, int64_t R) {
     size_t bytes = 0;  // also for a GPU that the router refuses: the op itself then says so
-    said([&] { bytes = nibble::cuda::workspace_bytes(op, capability, M, N, K, R); });
+    said([&] {
+        bytes = nibble::cuda::workspace_bytes(nibble::op_named(op), nibble::Codes(codes),
+                                              capability, M, N, K, R);
+    });
     return bytes;
 }
 
@@ -83,7 +87,7 @@ int emulated_codes(int capability) {
 // "path: reason", or "error: " and the words.
 const char* emulated_route(const char* op, int capability, int64_t M, int64_t N, int64_t K) {
     const char* error = said([&] {
-        nibble::Route route = nibble::cuda::route(op, capability, M, N, K);
+        nibble::Route route = nibble::cuda::route(nibble::op_named(op), capability, M, N, K);
         words = route.path + ": " + route.reason;
     });
     if (error) words = "error: " + words;
@@ -98,6 +102,6 @@ size_t emulated_size(const char* name) {
     if (n == "GemmW4A4UpGeluQuantizeDown") return sizeof(nibble::GemmW4A4UpGeluQuantizeDown);
     if (n == "W4A16") return sizeof(nibble::W4A16);
     if (n == "GemmVQ") return sizeof(nibble::GemmVQ);
-    return n == "Where" ? sizeof(nibble::Where) : 0;
+    return n == "Target" ? sizeof(nibble::Target) : 0;
 }
 }

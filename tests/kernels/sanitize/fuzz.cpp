@@ -4,134 +4,11 @@
 //
 // Every buffer has exactly the size of its tensor, so a sanitizer sees each byte that is read or
 // written beyond it.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "nibble.h"
-
-using namespace nibble;
+#include "fuzz.h"
 
 namespace {
 
-std::mt19937 generator;
-int64_t any(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
-bool coin() { return any(0, 1); }
-double normal() { return std::normal_distribution<double>()(generator); }
-template <class T>
-T pick(std::initializer_list<T> all) {
-    return all.begin()[any(0, static_cast<int64_t>(all.size()) - 1)];
-}
-
-std::string where_it_is;
-
-void require(bool good, const char* what) {
-    if (good) return;
-    std::fprintf(stderr, "FAILED: %s in %s\n", what, where_it_is.c_str());
-    std::exit(1);
-}
-
-// ---- 16-bit numbers, spelled out a second time so that the ops' own conversions are checked
-// --------------------------------
-
-double from_half(uint16_t h) {
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const double magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
-                             : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                            : std::ldexp(mantissa, -24);
-    return h & 0x8000 ? -magnitude : magnitude;
-}
-
-double from_bf16(uint16_t b) {
-    const uint32_t wide = static_cast<uint32_t>(b) << 16;
-    float x;
-    std::memcpy(&x, &wide, 4);
-    return x;
-}
-
-// A tensor of floats in any of the three dtypes, in a buffer of exactly its size.
-struct Floats {
-    Dtype dtype;
-    int64_t count;
-    std::unique_ptr<char[]> bytes;
-    Floats(Dtype dtype, int64_t count)
-        : dtype(dtype), count(count), bytes(new char[static_cast<size_t>(count * width())]) {}
-    int64_t width() const { return dtype == Dtype::f32 ? 4 : 2; }
-    void* data() { return bytes.get(); }
-    double operator[](int64_t i) const {
-        if (dtype == Dtype::f32) {
-            float x;
-            std::memcpy(&x, bytes.get() + 4 * i, 4);
-            return x;
-        }
-        uint16_t x;
-        std::memcpy(&x, bytes.get() + 2 * i, 2);
-        return dtype == Dtype::f16 ? from_half(x) : from_bf16(x);
-    }
-    void set(int64_t i, double value) {
-        if (dtype == Dtype::f32) {
-            const float x = static_cast<float>(value);
-            std::memcpy(bytes.get() + 4 * i, &x, 4);
-            return;
-        }
-        uint16_t best =
-            0;  // by search among the 16-bit numbers that bracket the value: slow and beyond doubt
-        if (std::isnan(value))
-            best = 0x7FFF;
-        else {
-            uint16_t low = 0, high = dtype == Dtype::f16 ? 0x7C00 : 0x7F80;
-            while (high - low > 1) {
-                const uint16_t middle = static_cast<uint16_t>((low + high) / 2);
-                ((dtype == Dtype::f16 ? from_half(middle) : from_bf16(middle)) <= std::fabs(value)
-                     ? low
-                     : high) = middle;
-            }
-            best = static_cast<uint16_t>((std::isinf(value) ? high : low) |
-                                         (std::signbit(value) ? 0x8000 : 0));
-        }
-        std::memcpy(bytes.get() + 2 * i, &best, 2);
-    }
-    void fill(double scale, double shift = 0) {
-        for (int64_t i = 0; i < count; ++i) set(i, normal() * scale + shift);
-    }
-    double rounding() const {
-        return dtype == Dtype::f32 ? 1e-7 : dtype == Dtype::f16 ? 5e-4 : 4e-3;
-    }
-};
-
-using Bytes = std::vector<uint8_t>;
-
-Bytes random_bytes(int64_t count) {
-    Bytes bytes(static_cast<size_t>(count));
-    bytes.shrink_to_fit();
-    for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(any(0, 255));
-    return bytes;
-}
-
-int code(const Bytes& packed, int64_t row, int64_t columns, int64_t k, bool is_unsigned) {
-    const int nibble = packed[static_cast<size_t>((row * columns + k) / 2)] >> (k % 2 * 4) & 15;
-    return is_unsigned || nibble < 8 ? nibble : nibble - 16;
-}
-
-Dtype any_dtype() { return pick({Dtype::f32, Dtype::f16, Dtype::bf16}); }
-
-// Closeness in units of what was added up: `magnitude` is the sum of the terms' absolute values.
-bool close(double found, double wanted, double magnitude, double rounding) {
-    if (std::isnan(wanted)) return std::isnan(found);
-    return std::fabs(found - wanted) <= 3e-6 * magnitude + rounding * std::fabs(wanted) + 1e-7;
-}
-
-// ---- quantize_down
-// ----------------------------------------------------------------------------------------------------------
+// ---- quantize_down ------------------------------------------------------------------------------
 
 struct Quantized {
     Bytes q;
@@ -181,17 +58,17 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
            !std::memcmp(a.data(), b.data(), a.size() * 4);  // bits: a NaN equals itself
 }
 
-Quantized quantize(const QuantizeDown& given, Where where) {
+Quantized quantize(const QuantizeDown& given, Target target) {
     Quantized out{Bytes(static_cast<size_t>(given.M * given.K / 2)),
                   std::vector<float>(static_cast<size_t>(given.K / GROUP * given.M)),
                   std::vector<float>(static_cast<size_t>(given.M * given.R))};
     QuantizeDown op = given;
     op.q = out.q.data(), op.ascales = out.ascales.data(), op.h = out.h.data();
-    cpu::quantize_down(op, where);
+    cpu::quantize_down(op, target);
     return out;
 }
 
-void fuzz_quantize(Where where) {
+void fuzz_quantize(Target target) {
     const int64_t M = any(0, 40), K = GROUP * any(1, 5),
                   R = pick<int64_t>({0, 1, 3, 8, 16, 31, 32, 33, 160});
     const bool act_unsigned = coin(), rotate = !act_unsigned && coin();
@@ -217,9 +94,9 @@ void fuzz_quantize(Where where) {
                           nullptr,
                           nullptr,
                           nullptr};
-    const Quantized one = quantize(op, where);
-    where.threads = 3;
-    const Quantized three = quantize(op, where);
+    const Quantized one = quantize(op, target);
+    target.threads = 3;
+    const Quantized three = quantize(op, target);
     require(one.q == three.q && same(one.ascales, three.ascales) && same(one.h, three.h),
             "quantize_down with three threads");
     for (int64_t m = 0; m < M; ++m) {
@@ -248,8 +125,7 @@ void fuzz_quantize(Where where) {
     }
 }
 
-// ---- gemm_w4a4_up and its fusion
-// --------------------------------------------------------------------------------------------
+// ---- gemm_w4a4_up and its fusion ----------------------------------------------------------------
 
 // A random product: owns what the op's pointers point to.
 struct Product {
@@ -316,16 +192,16 @@ struct Product {
     }
 };
 
-void fuzz_gemm(Where where) {
+void fuzz_gemm(Target target) {
     Product product(pick<int64_t>({0, 1, 2, 3, 5, 7, 8, 17, 33}), any(1, 80), GROUP * any(1, 11),
                     pick<int64_t>({0, 1, 3, 8, 16, 31, 33, 257}));
     GemmW4A4Up op = product.op();
     op.out_dtype = any_dtype();
     Floats out(op.out_dtype, op.M * op.N), again(op.out_dtype, op.M * op.N);
     op.out = out.data();
-    cpu::gemm_w4a4_up(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_w4a4_up(op, where);
+    cpu::gemm_w4a4_up(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_w4a4_up(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "gemm_w4a4_up with three threads");
     for (int64_t m = 0; m < op.M; ++m)
@@ -336,7 +212,7 @@ void fuzz_gemm(Where where) {
         }
 }
 
-void fuzz_gelu(Where where) {
+void fuzz_gelu(Target target) {
     Product product(pick<int64_t>({0, 1, 5, 130}), GROUP * any(1, 2), GROUP * any(1, 2),
                     pick<int64_t>({0, 5, 16}));
     const int64_t M = product.M, N = product.N, R = pick<int64_t>({0, 1, 17});
@@ -352,8 +228,8 @@ void fuzz_gelu(Where where) {
     Quantized again = out;
     for (Quantized* to : {&out, &again}) {
         op.q2 = to->q.data(), op.ascales2 = to->ascales.data(), op.h2 = to->h.data();
-        cpu::gemm_w4a4_up_gelu_quantize_down(op, where);
-        where.threads = 3;
+        cpu::gemm_w4a4_up_gelu_quantize_down(op, target);
+        target.threads = 3;
     }
     require(out.q == again.q && out.ascales == again.ascales && out.h == again.h,
             "gemm_w4a4_up_gelu_quantize_down with three threads");
@@ -389,10 +265,9 @@ void fuzz_gelu(Where where) {
     }
 }
 
-// ---- w4a16
-// ------------------------------------------------------------------------------------------------------------------
+// ---- w4a16 --------------------------------------------------------------------------------------
 
-void fuzz_w4a16(Where where) {
+void fuzz_w4a16(Target target) {
     const int64_t M = pick<int64_t>({0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20}), N = any(1, 80),
                   K = GROUP * any(1, 6);
     Bytes weight = random_bytes(N * K / 2);
@@ -412,9 +287,9 @@ void fuzz_w4a16(Where where) {
              has_bias ? bias.data() : nullptr,
              scale.dtype,
              out.data()};
-    cpu::gemv_w4a16(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_w4a16(op, where);
+    cpu::gemv_w4a16(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_w4a16(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "w4a16 with three threads");
     for (int64_t m = 0; m < M; ++m)
@@ -430,10 +305,9 @@ void fuzz_w4a16(Where where) {
         }
 }
 
-// ---- gemm_vq
-// ----------------------------------------------------------------------------------------------------------------
+// ---- gemm_vq ------------------------------------------------------------------------------------
 
-void fuzz_vq(Where where) {
+void fuzz_vq(Target target) {
     const int bits = static_cast<int>(any(1, 12)), vector = pick({1, 2, 4, 8});
     const int64_t M = pick<int64_t>({0, 1, 3, 8, 17}), N = pick<int64_t>({1, 20, 75, 300}),
                   K = 64 * any(1, 5), row = K / vector * bits / 8;
@@ -460,9 +334,9 @@ void fuzz_vq(Where where) {
               addend.dtype,
               out.data(),
               out.dtype};
-    cpu::gemm_vq(op, where);
-    op.out = again.data(), where.threads = 3;
-    cpu::gemm_vq(op, where);
+    cpu::gemm_vq(op, target);
+    op.out = again.data(), target.threads = 3;
+    cpu::gemm_vq(op, target);
     require(!std::memcmp(out.data(), again.data(), static_cast<size_t>(out.count * out.width())),
             "gemm_vq with three threads");
     for (int64_t m = 0; m < M; ++m)
@@ -483,17 +357,17 @@ void fuzz_vq(Where where) {
         }
 }
 
-void check_refusals(Where where) {
+void check_refusals(Target target) {
     QuantizeDown op{};
     op.codes = Codes::e4m3;
     try {
-        cpu::quantize_down(op, where);
+        cpu::quantize_down(op, target);
         require(false, "8-bit floats are refused");
     } catch (const std::invalid_argument&) {
     }
     op.codes = Codes::packed;
     try {
-        cpu::quantize_down(op, where);  // nothing to do, in the instruction set that was asked for
+        cpu::quantize_down(op, target);  // nothing to do, in the instruction set that was asked for
         return;
     } catch (const std::invalid_argument& error) {
         std::fprintf(stderr, "%s\n", error.what());
@@ -508,14 +382,14 @@ int main(int count, char** arguments) {
         std::fprintf(stderr, "fuzz <isa> <rounds> <seed>\n");
         return 2;
     }
-    Where where;
-    where.isa = static_cast<Isa>(std::atoi(arguments[1]));
-    check_refusals(where);
+    Target target;
+    target.isa = static_cast<Isa>(std::atoi(arguments[1]));
+    check_refusals(target);
     for (int round = 0; round < std::atoi(arguments[2]); ++round) {
         const unsigned seed = static_cast<unsigned>(std::atoi(arguments[3]) + round);
         generator.seed(seed);
         where_it_is = "round with seed " + std::to_string(seed);
-        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(where);
+        for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(target);
     }
     std::printf("%s rounds agree\n", arguments[2]);
 }

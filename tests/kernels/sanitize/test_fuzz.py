@@ -87,7 +87,7 @@ def fuzzer(compiler, tmp_path_factory) -> Path:
         compiler,
         tmp_path_factory.mktemp("fuzz"),
         (
-            {"ops_avx2": AVX2, "ops_avx512": wide, "dispatch": ["-DNIBBLE_SIMDE"] if simde else []}
+            {"ops_avx2": AVX2, "ops_avx512": wide, "cpuid": ["-DNIBBLE_SIMDE"] if simde else []}
             if X86
             else {}
         ),

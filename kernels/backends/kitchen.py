@@ -1,0 +1,131 @@
+"""comfy-kitchen's CUDA kernels as a fallback, and the only file that imports comfy_kitchen.
+
+What differs there, and what is done about it:
+- it pads tokens to a multiple of 256: the result is cut back to M;
+- it returns activation scales and h in x's dtype, inside buffers that its next call overwrites: so
+  only whole linears go through it, never `quantize_down` alone;
+- it leaves the unsigned shift to the caller: added here, to the main path only;
+- it has no rotation: x is smoothed and rotated here, then quantized there with a smoothing factor
+  of ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+if TYPE_CHECKING:
+    from ..ops.params import W4A4Params, W4A16Params
+
+_OPS = {
+    "linear_w4a4": ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),
+    "linear_w4a16": ("gemv_awq_w4a16",),
+    "gemv_w4a16": ("gemv_awq_w4a16",),
+    "gemm_w4a16": ("gemv_awq_w4a16",),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def module() -> ModuleType | None:
+    """comfy_kitchen, imported at the first CUDA tensor and not before, or None."""
+    try:
+        import comfy_kitchen
+    except ImportError:
+        return None
+    return comfy_kitchen
+
+
+def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether comfy_kitchen runs `op` for activations of `dtype` on `device`, and why or why not,
+    in one sentence.
+    """
+    if device.type != "cuda":
+        return False, f"comfy_kitchen is used for CUDA tensors only, and this is {device.type}"
+    if op not in _OPS:
+        return False, f"comfy_kitchen has no separate {op} with float32 scales"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False, f"comfy_kitchen computes in float16 and bfloat16, not {dtype}"
+    kitchen = module()
+    if kitchen is None:
+        return False, "comfy_kitchen is not installed"
+    if not torch.cuda.is_available():
+        return False, "torch finds no CUDA device"
+    return _decide_for_gpu(kitchen, op, torch.cuda.get_device_capability(device))
+
+
+def _decide_for_gpu(kitchen: ModuleType, op: str, capability: tuple[int, int]) -> tuple[bool, str]:
+    gpu = "compute capability {}.{}".format(*capability)
+    backend = kitchen.list_backends().get(
+        "cuda", {"available": False, "disabled": False, "unavailable_reason": "unknown"}
+    )
+    if not backend["available"]:
+        return (
+            False,
+            f"comfy_kitchen's CUDA backend is not available: {backend['unavailable_reason']}",
+        )
+    if backend["disabled"]:
+        return False, "comfy_kitchen's CUDA backend was disabled by the host program"
+    if not set(_OPS[op]) <= set(backend["capabilities"]):
+        return False, f"this comfy_kitchen's CUDA backend has no {' and '.join(_OPS[op])}"
+    if capability < (8, 0):
+        return False, f"comfy_kitchen needs compute capability 8.0, this GPU has {gpu}"
+    if op == "linear_w4a4" and capability[0] != 8:
+        reason = f"comfy_kitchen's int4 instructions are emulated on {gpu}, slower than a 16-bit"
+        return False, f"{reason} product"
+    return True, f"comfy_kitchen's CUDA kernels are native on {gpu}"
+
+
+def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
+    """`reference.linear_w4a4` through comfy_kitchen's public ops. Shapes as there; x (M, K) with M
+    > 0.
+    """
+    kitchen = _loaded()
+    dtype = x.dtype
+    x = x.contiguous()
+    smooth = p.smooth_factor.to(dtype)
+    main = x + reference.SHIFT if p.act_unsigned else x
+    if p.rotation:
+        main = reference.hadamard64(main.float() / p.smooth_factor.float()).to(dtype)
+        smooth = torch.ones_like(smooth)
+    q, ascales, h = kitchen.quantize_svdquant_w4a4(
+        main, smooth=smooth, lora_down=p.proj_down.to(dtype), act_unsigned=p.act_unsigned, lora_x=x
+    )
+    y = kitchen.scaled_mm_svdquant_w4a4(
+        act=q,
+        wgt=p.weight,
+        ascales=ascales,
+        wscales=p.weight_scale.to(dtype),
+        lora_act_in=h,
+        lora_up=p.proj_up.to(dtype),
+        bias=None if p.bias is None else p.bias.to(dtype),
+        act_unsigned=p.act_unsigned,
+    )
+    return y[: x.shape[0]]
+
+
+def gemv_w4a16(x: Tensor, p: W4A16Params) -> Tensor:
+    """`reference.gemv_w4a16` through comfy_kitchen's public op. Shapes as there; x (M, K) with M >
+    0.
+    """
+    dtype = x.dtype
+    zeros = torch.zeros_like(p.weight_scale) if p.weight_zeros is None else p.weight_zeros
+    return _loaded().gemv_awq_w4a16(
+        x.contiguous(),
+        p.weight,
+        p.weight_scale.to(dtype),
+        zeros.to(dtype),
+        bias=None if p.bias is None else p.bias.to(dtype),
+    )
+
+
+def _loaded() -> ModuleType:
+    """comfy_kitchen, which `decide` has found."""
+    kitchen = module()
+    assert kitchen is not None
+    return kitchen

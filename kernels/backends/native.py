@@ -1,0 +1,234 @@
+"""The seam for the compiled extension `nibble_kernels`: found if installed, never required; what it
+can take; and tensors made ready for it.
+
+The module takes bare pointers and sizes by name, knows no torch, and serves any torch. It offers
+`ABI` (an integer, equal to the one here), `__version__`, `DEVICES` (a tuple such as ("cpu",
+"cuda")), the ops under their own names, and answers about them (`capability`, `codes`, `route`,
+`workspace_bytes`, `cpu_isas`, `build_info`).
+
+The files native_*.py flatten tensors for it: operands are dense and aligned (copied only where they
+are not), the floating-point parameters of a layer are brought to one dtype, results and scratch are
+allocated with torch, so that torch's allocator owns all memory and a CUDA graph can capture every
+op, and torch's current stream or thread count is passed. Nothing waits for the GPU.
+
+One dtype a layer: the parameters' own where they agree; where they differ float32 on the CPU, which
+holds each of them exactly, and x's on a GPU. Its kernels multiply 16-bit parameters, so a layer
+with float32 or float64 among them is left to the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import GROUP
+
+MODULE = "nibble_kernels"
+ABI = 4
+OPS = (
+    "quantize_down",
+    "gemm_w4a4_up",
+    "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",
+    "gemm_w4a16",
+    "gemm_vq",
+)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HALVES = (torch.float16, torch.bfloat16)
+ISAS = {"best": 0, "portable": 1, "avx2": 2, "avx512_vnni": 3}
+PACKED = 0
+"""Activation codes as two nibbles a byte: the public form."""
+E4M3 = 1
+"""Activation codes as 8-bit floats: between compiled ops on Hopper."""
+WIDE = torch.float8_e4m3fn
+OLDEST_GPU = 75
+ALIGNMENT = 16
+"""Bytes that kernels load and store at once."""
+
+log = logging.getLogger("nibble")
+
+
+# ---- the module ----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def module() -> tuple[ModuleType | None, str]:
+    """The extension, or None, and the reason in one sentence. Looked for once; what is missing is
+    logged once, in one line.
+    """
+    try:
+        found = importlib.import_module(MODULE)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == MODULE
+        why = f"{MODULE} is not installed" if absent else f"{MODULE} cannot be loaded: {error}"
+    else:
+        if getattr(found, "ABI", None) == ABI:
+            return found, f"{MODULE} {found.__version__} is installed"
+        why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"
+    log.info(
+        "%s: 4-bit layers run through comfy_kitchen where it is faster and in plain torch"
+        " elsewhere, with the same numbers; a wheel from the release page, or `pip install"
+        " ./kernels` in the clone, makes them fast.",
+        why,
+    )
+    return None, why
+
+
+def loaded() -> Any:
+    """The extension, for whoever has asked `serves` before."""
+    extension = module()[0]
+    assert extension is not None
+    return extension
+
+
+# ---- what it can take ----------------------------------------------------------------------------
+
+
+def serves(
+    ops: Sequence[str], device: torch.device, dtype: torch.dtype, parameters: tuple
+) -> tuple[torch.dtype | None, str]:
+    """(dtype to bring a layer's parameters to, or None if the module cannot run these ops on such
+    tensors; why).
+
+    `parameters`: the dtypes of the layer's floating-point parameters, None for one that is absent.
+    """
+    extension, why = module()
+    if extension is None:
+        return None, why
+    if device.type not in extension.DEVICES:
+        return (
+            None,
+            f"this {MODULE} was built for {' and '.join(extension.DEVICES)}, not for {device.type}",
+        )
+    if dtype not in DTYPES:
+        return None, f"{MODULE} computes in float32, float16 and bfloat16, not {dtype}"
+    missing = [op for op in ops if not hasattr(extension, op)]
+    if missing:
+        return None, f"this {MODULE} lacks {' and '.join(missing)}"
+    if device.type == "cuda":
+        try:
+            found = capability(device)
+        # a driver older than the module's CUDA, or a GPU of another make behind torch's "cuda"
+        except (RuntimeError, ValueError) as error:
+            return None, f"{MODULE} cannot use {device}: {error}"
+        if found < OLDEST_GPU:
+            return (
+                None,
+                f"{MODULE} needs compute capability {OLDEST_GPU / 10}, and {device} has"
+                f" {found / 10}",
+            )
+    kinds = set(parameters) - {None}
+    if device.type == "cpu":
+        return (kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPES) else torch.float32), why
+    if not kinds <= set(HALVES):
+        return (
+            None,
+            (
+                f"{MODULE}'s GPU kernels take parameters in float16 or bfloat16, not"
+                f" {', '.join(sorted(map(str, kinds - set(HALVES))))}"
+            ),
+        )
+    if len(kinds) > 1 and dtype not in HALVES:
+        return None, f"{MODULE}'s GPU kernels take parameters of one dtype, and these are mixed"
+    return (kinds.pop() if len(kinds) == 1 else dtype), why
+
+
+def route(op: str, device: torch.device, shape: tuple[int, int, int]) -> str:
+    """The path that the module takes for (M, N, K) on a device, and why, in words."""
+    path, reason = loaded().route(op, capability(device), *shape)
+    return f"{path} ({reason})" if reason else path
+
+
+def capability(device: torch.device) -> int:
+    """10 * major + minor of a GPU; 0 for the CPU."""
+    return gpu(device)[0]
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether an MLP runs through the fused op. It takes and gives packed codes; where the product
+    reads another form faster (Hopper, whose fast product also has no such epilogue) two linears
+    with a GELU between them are ahead on paper; not yet measured.
+    """
+    return gpu(device)[1] == PACKED
+
+
+def gpu(device: torch.device) -> tuple[int, int]:
+    """(capability, form of activation codes that its product reads fastest); (0, PACKED) for the
+    CPU.
+    """
+    if device.type == "cpu":
+        return 0, PACKED
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.lru_cache(maxsize=64)
+def _gpu(index: int) -> tuple[int, int]:
+    extension = loaded()
+    found = extension.capability(index)
+    return found, extension.codes(found)
+
+
+# ---- operands ------------------------------------------------------------------------------------
+
+
+# What torch.compile's generated code calls; the public way makes a Stream object first, which takes
+# a microsecond more.
+_stream: Callable[[int | None], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+    lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def place(device: torch.device, isa: int = 0) -> dict[str, int]:
+    """Where a call runs, as the module's first four arguments."""
+    if device.type == "cpu":
+        return {"device": -1, "stream": 0, "threads": torch.get_num_threads(), "isa": isa}
+    assert device.index is not None  # the device of a tensor
+    return {"device": device.index, "stream": _stream(device.index), "threads": 1, "isa": isa}
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Contiguous and aligned: the tensor itself where it is so already."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return dense(tensor if tensor.dtype is dtype else tensor.to(dtype))
+
+
+def optional_as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else dense_as(tensor, dtype)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(size: int) -> int:
+    """Bytes of a piece of scratch memory, rounded up so that the next piece is aligned to 256."""
+    return (size + 255) & ~255
+
+
+def scratch(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
+    """One allocation cut into pieces of so many bytes, each aligned to 256: (its owner, their
+    addresses). The memory is valid as long as the owner lives.
+    """
+    owner = torch.empty(sum(map(aligned, sizes)) + 255, dtype=torch.uint8, device=device)
+    addresses = []
+    start = aligned(owner.data_ptr())
+    for size in sizes:
+        addresses.append(start)
+        start += aligned(size)
+    return owner, addresses
+
+
+def activation_bytes(m: int, k: int, rank: int, codes: int) -> tuple[int, int, int]:
+    """Bytes of codes, ascales and h between `quantize_down` and the product."""
+    return m * k // (2 if codes == PACKED else 1), m * k // GROUP * 4, m * rank * 4

@@ -1,0 +1,170 @@
+// Picks the instruction set and refuses what the CPU does not compute.
+//
+// Each ops_*.cpp is compiled with flags of its own, named in its first line; all other files, this
+// one too, for the platform's baseline. All of them want -O3 -ffp-contract=off (/O2 /fp:precise).
+// Code for a newer processor sits in unnamed namespaces and uses no inline function of the standard
+// library: the linker keeps one copy of such a function, which might be the one that an old
+// processor cannot run.
+#include "isa.h"
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#if defined(NIBBLE_X86) && defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
+namespace nibble::cpu {
+namespace {
+
+#if !defined(NIBBLE_X86)
+
+Isa best_isa() { return Isa::portable; }
+
+#else
+#if defined(_MSC_VER) && !defined(__clang__)
+
+// Bits of cpuid's leaves 1 and 7 and of XCR0, which tells the registers that the operating system
+// saves: bits 1-2 for AVX, bits 5-7 for AVX-512.
+bool has(int word, std::initializer_list<int> bits) {
+    for (const int bit : bits)
+        if (!(word >> bit & 1)) return false;
+    return true;
+}
+
+bool has_avx2() {
+    int none[4], one[4], seven[4];
+    __cpuidex(none, 0, 0);
+    if (none[0] < 7) return false;
+    __cpuidex(one, 1, 0);
+    __cpuidex(seven, 7, 0);
+    const bool named = has(one[2], {12, 27, 28, 29}) && has(seven[1], {5});  // FMA AVX F16C, AVX2
+    return named && (_xgetbv(0) & 0x06) == 0x06;
+}
+
+bool has_avx512_vnni() {
+    int seven[4];
+    __cpuidex(seven, 7, 0);
+    const bool named = has(seven[1], {16, 17, 30, 31}) && has(seven[2], {11});  // F DQ BW VL, VNNI
+    return named && (_xgetbv(0) & 0xE6) == 0xE6;
+}
+
+#else
+
+// The compiler's runtime asks the processor and the operating system.
+bool has_avx2() {
+    __builtin_cpu_init();
+    const bool named = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 11
+    return named && __builtin_cpu_supports("f16c");
+#else
+    return named;  // older compilers do not know the name; every processor with both has F16C
+#endif
+}
+
+bool has_avx512_vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+#endif
+
+Isa best_isa() {
+    if (!has_avx2()) return Isa::portable;
+#ifdef NIBBLE_SIMDE
+    return Isa::avx512_vnni;
+#else
+    return has_avx512_vnni() ? Isa::avx512_vnni : Isa::avx2;
+#endif
+}
+
+#endif
+
+const char* name_of(Isa isa) {
+    if (isa == Isa::avx512_vnni) return "AVX-512 VNNI";
+    return isa == Isa::avx2 ? "AVX2" : "portable C++";
+}
+
+const Ops& ops(const Target& target) {
+    static const Isa best = best_isa();
+    const Isa isa = target.isa == Isa::best ? best : target.isa;
+    if (static_cast<int>(isa) > static_cast<int>(best)) {
+        throw std::invalid_argument(std::string("this CPU has no ") + name_of(isa) +
+                                    "; the best it has is " + name_of(best));
+    }
+#ifdef NIBBLE_X86
+    if (isa == Isa::avx512_vnni) return ops_avx512;
+    if (isa == Isa::avx2) return ops_avx2;
+#endif
+    return ops_portable;
+}
+
+int threads(const Target& target) { return target.threads > 1 ? target.threads : 1; }
+
+void only_packed(const char* op, Codes codes) {
+    if (codes != Codes::packed)
+        throw std::invalid_argument(std::string(op) +
+                                    ": on the CPU activation codes are packed, not 8-bit floats");
+}
+
+}  // namespace
+
+void quantize_down(const QuantizeDown& op, const Target& target) {
+    only_packed("quantize_down", op.codes);
+    ops(target).quantize_down(op, threads(target));
+}
+
+void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
+    only_packed("gemm_w4a4_up", op.codes);
+    ops(target).gemm_w4a4_up(op, threads(target));
+}
+
+void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Target& target) {
+    only_packed("gemm_w4a4_up_gelu_quantize_down", op.first.codes);
+    only_packed("gemm_w4a4_up_gelu_quantize_down", op.codes2);
+    ops(target).gemm_w4a4_up_gelu_quantize_down(op, threads(target));
+}
+
+void gemv_w4a16(const W4A16& op, const Target& target) {
+    ops(target).gemv_w4a16(op, threads(target));
+}
+
+void gemm_w4a16(const W4A16& op, const Target& target) {
+    ops(target).gemm_w4a16(op, threads(target));
+}
+
+void gemm_vq(const GemmVQ& op, const Target& target) { ops(target).gemm_vq(op, threads(target)); }
+
+Route route(Op op, int64_t M, int64_t, int64_t) {
+    const Isa isa = best_isa();
+    const std::string path = std::string("cpu: ") + name_of(isa);
+    if (op == Op::gemv_w4a16 || op == Op::gemm_w4a16) {
+        return M <= FEW_TOKENS ? Route{path + ", codes straight into the sum",
+                                       "few tokens: reading the weights is what takes time"}
+                               : Route{path + ", panels of weights decoded to floats",
+                                       "many tokens share one decoding"};
+    }
+    if (op == Op::gemm_vq) {
+        if (vq_by_rows(M, 4))
+            return {path + ", codewords straight into the sum",
+                    "few tokens: tables of products would not pay"};
+        return {path + ", products with the codewords looked up",
+                "an addition instead of a sub-vector's products; where there are fewer outputs "
+                "than codewords, more than 256 codewords or single weights, panels of weights "
+                "decoded to floats"};
+    }
+    if (op == Op::quantize_down) return {path + ", one read of x", "the only way there is"};
+    const char* product = ", 16-bit products";
+    if (isa == Isa::avx2) product = ", vpmaddubsw";
+    if (isa == Isa::avx512_vnni) product = ", vpdpbusd";
+    return {path + product + ", panels of 32 outputs",
+            "exact integer sums per group; the widest instruction set of this CPU"};
+}
+
+// Scratch is allocated inside a call.
+size_t workspace_bytes(Op, Codes, int64_t, int64_t, int64_t, int64_t) { return 0; }
+
+}  // namespace nibble::cpu

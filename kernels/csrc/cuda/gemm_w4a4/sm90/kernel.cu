@@ -1,0 +1,307 @@
+// out = (codes . W^T, rescaled per group of 64) + h . proj_up^T + bias on Hopper (sm_90a).
+//
+// Hopper multiplies no int4. int4 values are exact in e4m3, and its e4m3 product keeps the sum of a
+// group (|sum| <= 7680) exact in float32 registers, so what remains is to scale group sums by
+// ascales[g, m] * weight_scale[g, n]. On 4096 8-bit multiply-adds a clock come 128 float32 lanes:
+// two instructions an element and group (times one scale, fused multiply-add with the other) would
+// fill every issue slot, and reading a thread's column scales would fill the shared memory's width
+// as well. So the tensor core makes the scales' products too: a product of rank one in tf32 gives
+// s[n, m] = weight_scale[g, n] * ascales[g, m] where the sums lie, and one instruction remains:
+//
+//     d = W_g . X_g^T  (e4m3, 64 columns: 64 clocks a 64 x 64 chunk)    s = ws_g . as_g^T  (tf32:
+//     32 clocks)    acc += d * s
+//
+// ascales has 24 significant bits and tf32 has 11, so it comes in three exact terms, in three of
+// the eight places along k.
+//
+// The product is computed transposed: weights are A, whose 4-bit codes each thread decodes straight
+// into its registers, and activations are B, which shared memory holds as the copy engine brings
+// them. A block has a tile of 128 * Blocks weight rows by Tokens; one warpgroup loads and two
+// compute, each with half of the rows. A computing warpgroup has one chunk in flight and then adds
+// it; meanwhile the other's chunk runs. Blocks stay on their multiprocessor and take tile after
+// tile, so that loading never stops.
+#include "../gemm_w4a4.h"
+
+#include <algorithm>
+
+#include "finish.cuh"
+#include "tile.cuh"
+
+namespace nibble::cuda {
+namespace sm90 {
+
+// ---- computing ----------------------------------------------------------------------------------
+
+// A of one block of 64 rows and one group: two products' worth of e4m3, and the rows' scales as
+// tf32.
+struct Operand {
+    uint32_t codes[2][4], scales[4];
+};
+
+// Eight codes -> eight e4m3. A nibble selects a byte of a table of eight, or zero where its bit 3
+// is set; so one table serves 0..7 and the other, with bit 3 flipped, -8..-1. The second holds
+// halves, as a table's byte must not have its highest bit set: doubled, they get their sign. An
+// instruction holds one constant, so each table's first word is a variable.
+struct Decoder {
+    uint32_t positive = 0x44403800, negative = 0x65666768;
+    NIBBLE_DEVICE uint32_t four(uint32_t codes, uint32_t flipped) const {
+        uint32_t halves = permute_bytes(negative, 0x5C606264, flipped);
+        return permute_bytes(positive, 0x4E4C4A48, codes) + halves + halves;
+    }
+    NIBBLE_DEVICE void operator()(uint32_t packed, uint32_t& low, uint32_t& high) const {
+        const uint32_t flipped = packed ^ 0x88888888;
+        low = four(packed, flipped);
+        high = four(packed >> 16, flipped >> 16);
+    }
+};
+
+// Where a lane finds its part of a stage's weights. One ldmatrix brings it eight neighbouring codes
+// of rows g and g + 8 for both halves of a group; what it calls columns 4t.. and 16 + 4t.. of a
+// product are then columns 8t.. and 8t + 4.. of the weight, and that is the order in which the
+// activations' bytes are stored (Codes::e4m3). `row` is the warp's first in the tile.
+template <class Shape>
+class OperandReader {
+public:
+    NIBBLE_DEVICE explicit OperandReader(int row) {
+        const int lane = threadIdx.x % 32, at = row + lane % 16;
+        codes_at_ = Shape::weights_at + at * (STEP / 2) + (lane / 16 ^ at / 2 % 4) * 16;
+        scales_at_ = Shape::wscales_at + (row + lane / 4) * 4;
+        // Zero, but the compiler cannot tell: else it keeps the tables in registers that all lanes
+        // share and copies them before each use.
+        const uint32_t zero = threadIdx.x * (threadIdx.x + 1) & 1;
+        decode_.positive += zero;
+        decode_.negative += zero;
+    }
+    NIBBLE_DEVICE void operator()(Operand& a, const char* stage, int group, int block) const {
+        uint32_t packed[4];
+        load_matrix_x4(packed, stage + (codes_at_ ^ group * 32) + block * 64 * (STEP / 2));
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                decode_(packed[2 * half + i], a.codes[half][i], a.codes[half][i + 2]);
+        const float* scales =
+            reinterpret_cast<const float*>(stage + scales_at_) + group * Shape::rows + block * 64;
+        a.scales[0] = as_int(scales[0]);
+        a.scales[1] = as_int(scales[8]);
+        a.scales[2] = a.scales[3] = 0;  // places 4..7 along k, where B repeats places 0..3
+    }
+
+private:
+    Decoder decode_;
+    int codes_at_, scales_at_;
+};
+
+// `always` is not zero. The compiler does not know that, and so does not move the decoding from
+// behind that branch to after the wait, where it would not overlap the product.
+template <class Shape, int Blocks>
+NIBBLE_DEVICE void multiply(Sums<Blocks, Shape::chunks>& acc, const char* shared, Barrier* full,
+                            Barrier* empty, Ring& ring, int steps, int row, int always) {
+    constexpr int OPERANDS = 2 * Blocks;
+    Operand a[2];
+    const OperandReader<Shape> read(row);
+    float d[32], s[32];
+    barrier_wait(&full[ring.stage], ring.parity);
+    read(a[0], shared + ring.stage * Shape::stage, 0, 0);
+    for (int step = 0; step < steps; step++) {
+        const char* stage = shared + ring.stage * Shape::stage;
+        Barrier* free = &empty[ring.stage];
+        ring.advance();
+#pragma unroll
+        for (int i = 0; i < OPERANDS; i++)
+#pragma unroll
+            for (int chunk = 0; chunk < Shape::chunks; chunk++) {
+                const int group = i / Blocks, block = i % Blocks;
+                const char* tokens = stage + chunk * CHUNK * STEP + group * GROUP;
+                const char* ascales =
+                    stage + Shape::ascales_at + (group * Shape::tokens + chunk * CHUNK) * 16;
+                product_fence();
+                product_e4m3_first(d, a[i % 2].codes[0], product_operand_swizzled(tokens));
+                product_e4m3_next(d, a[i % 2].codes[1], product_operand_swizzled(tokens + 32));
+                product_tf32(s, a[i % 2].scales, product_operand_repeated(ascales));
+                product_commit();
+                if (chunk == Shape::chunks - 1) {  // while that runs
+                    if (i + 1 < OPERANDS) {
+                        if (always) read(a[(i + 1) % 2], stage, (i + 1) / Blocks, (i + 1) % Blocks);
+                    } else if (step + 1 < steps) {
+                        barrier_wait(&full[ring.stage], ring.parity);
+                        read(a[0], shared + ring.stage * Shape::stage, 0, 0);
+                    }
+                }
+                product_wait<0>();
+                product_landed(d);
+                product_landed(s);
+                if (i == OPERANDS - 1 && chunk == Shape::chunks - 1) {
+                    sync_warp();
+                    if (threadIdx.x % 32 == 0) barrier_arrive(free);
+                }
+#pragma unroll
+                for (int e = 0; e < 32; e++)
+                    acc[block][chunk][e] = fmaf(d[e], s[e], acc[block][chunk][e]);
+                product_landed(acc[block][chunk]);
+            }
+    }
+}
+
+template <class Shape, int Blocks, class Param>
+NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
+                           const Parameters<Param>& p) {
+    constexpr int CHUNKS = Shape::chunks;
+    const int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x % WARPGROUP / 32,
+              steps = (p.K / GROUP + 1) / 2;
+    char* staging = shared + STAGES * Shape::stage + group * Shape::staging;
+    Ring ring;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+        const int row0 = tile % p.across * Shape::rows, token = tile / p.across * Shape::tokens;
+        const int in_tile = group * Shape::group_rows + 16 * warp, row = row0 + in_tile;
+        float acc[Blocks][CHUNKS][32] = {};
+        if (steps)
+            multiply<Shape, Blocks>(acc, shared, full, empty, ring, steps, in_tile, p.across);
+        if (p.out_dtype == Dtype::f32) {
+            add_low_rank_float<Blocks, CHUNKS>(acc, p, row, token);
+            add_bias<Blocks, CHUNKS>(acc, p, row);
+            write_float<Blocks, CHUNKS>(acc, p, row, token);
+        } else {
+            add_low_rank<Blocks, CHUNKS>(acc, p, row, token);
+            add_bias<Blocks, CHUNKS>(acc, p, row);
+            if (p.out_dtype == Dtype::bf16)
+                write<bf16, Blocks, CHUNKS>(acc, p, staging, row0 + group * Shape::group_rows,
+                                            token);
+            else
+                write<f16, Blocks, CHUNKS>(acc, p, staging, row0 + group * Shape::group_rows,
+                                           token);
+        }
+    }
+}
+
+// Registers: 65536 / 384 threads is 168 at the start; the loading warpgroup leaves most of its own
+// to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24).
+template <class Param, int Blocks, int Tokens>
+__global__ void __launch_bounds__(THREADS, 1)
+    gemm_kernel(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap weights,
+                const Parameters<Param> p) {
+    using Shape = Tile<Blocks, Tokens>;
+    char* shared = dynamic_shared();
+    Barrier *full = reinterpret_cast<Barrier*>(shared + Shape::barriers_at), *empty = full + STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(&full[i], WARPGROUP);            // every loading thread
+            barrier_init(&empty[i], 2 * WARPGROUP / 32);  // every computing warp
+        }
+        barrier_init_fence();
+    }
+    sync_block();
+    if (threadIdx.x < WARPGROUP) {
+        registers_release<24>();
+        load<Shape>(shared, full, empty, tokens, weights, p);
+    } else {
+        registers_claim<240>();
+        compute<Shape, Blocks>(shared, full, empty, p);
+    }
+}
+
+// ---- packed codes -------------------------------------------------------------------------------
+
+// 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives.
+template <bool Unsigned>
+__global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
+    for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < blocks;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        const uint4 from = packed[i];
+        const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+        uint32_t low[4], high[4];
+#pragma unroll
+        for (int w = 0; w < 4; w++) {
+            if constexpr (Unsigned) {  // the second table is 8..15
+                const uint32_t flipped = words[w] ^ 0x88888888;
+                low[w] = permute_bytes(0x44403800, 0x4E4C4A48, words[w]) +
+                         permute_bytes(0x53525150, 0x57565554, flipped);
+                high[w] = permute_bytes(0x44403800, 0x4E4C4A48, words[w] >> 16) +
+                          permute_bytes(0x53525150, 0x57565554, flipped >> 16);
+            } else {
+                Decoder()(words[w], low[w], high[w]);
+            }
+        }
+        wide[2 * i] = {low[0], low[1], low[2], low[3]};
+        wide[2 * i + 1] = {high[0], high[1], high[2], high[3]};
+    }
+}
+
+const void* widen(const GemmW4A4Up& p, const Target& target) {
+    const int64_t blocks = p.M * p.K / 32, threads = 256;
+    const Grid grid{unsigned(
+        std::min<int64_t>((blocks + threads - 1) / threads, 16 * multiprocessors(target.device)))};
+    launch(p.act_unsigned ? widen_kernel<true> : widen_kernel<false>, grid, int(threads), 0, target,
+           static_cast<const uint4*>(p.q), static_cast<uint4*>(p.workspace), blocks);
+    return p.workspace;
+}
+
+// ---- choice -------------------------------------------------------------------------------------
+
+template <class Param, int Blocks, int Tokens>
+void start(const GemmW4A4Up& p, const void* codes, const Target& target) {
+    using Shape = Tile<Blocks, Tokens>;
+    const int across = int((p.N + Shape::rows - 1) / Shape::rows),
+              tiles = across * int((p.M + Tokens - 1) / Tokens);
+    const bool paired =
+        p.R % 2 == 0 && p.h_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.h) % 8 == 0;
+    const Parameters<Param> parameters{int(p.M),
+                                       int(p.N),
+                                       int(p.K),
+                                       int(p.R),
+                                       across,
+                                       tiles,
+                                       p.ascales,
+                                       p.h,
+                                       p.h_stride,
+                                       static_cast<const Param*>(p.weight_scale),
+                                       static_cast<const Param*>(p.proj_up),
+                                       static_cast<const Param*>(p.bias),
+                                       p.out,
+                                       p.out_dtype,
+                                       paired};
+    launch(gemm_kernel<Param, Blocks, Tokens>,
+           {unsigned(std::min(tiles, multiprocessors(target.device)))}, THREADS, Shape::shared,
+           target, p.K ? tensor_map(codes, p.M, p.K, Tokens, STEP) : TensorMap{},
+           p.K ? tensor_map(p.weight, p.N, p.K / 2, Shape::rows, STEP / 2) : TensorMap{},
+           parameters);
+}
+
+// The tile that needs the least time by count: rounds over all multiprocessors, times a tile's
+// size, times what a smaller tile costs more for the bytes that it brings in for each
+// multiplication (an estimate, not a measurement).
+template <class Param>
+void choose(const GemmW4A4Up& p, const void* codes, const Target& target) {
+    const int64_t processors = multiprocessors(target.device);
+    auto cost = [&](int64_t rows, int64_t tokens, int64_t percent) {
+        const int64_t tiles = ((p.N + rows - 1) / rows) * ((p.M + tokens - 1) / tokens);
+        return (tiles + processors - 1) / processors * rows * tokens * percent;
+    };
+    const int64_t large = cost(256, 128, 100), middle = cost(128, 128, 110),
+                  small = cost(128, 64, 125);
+    if (large <= middle && large <= small)
+        start<Param, 2, 128>(p, codes, target);
+    else if (middle <= small)
+        start<Param, 1, 128>(p, codes, target);
+    else
+        start<Param, 1, 64>(p, codes, target);
+}
+
+}  // namespace sm90
+
+size_t gemm_w4a4_up_sm90_workspace(Codes codes, int64_t M, int64_t, int64_t K) {
+    return codes == Codes::packed ? size_t(M) * K : 0;
+}
+
+void gemm_w4a4_up_sm90(const GemmW4A4Up& p, const Target& target) {
+    if (!p.M || !p.N) return;
+    const void* codes = p.codes == Codes::packed && p.K ? sm90::widen(p, target) : p.q;
+    if (p.param_dtype == Dtype::bf16)
+        sm90::choose<bf16>(p, codes, target);
+    else if (p.param_dtype == Dtype::f16)
+        sm90::choose<f16>(p, codes, target);
+    else
+        throw std::invalid_argument("on a GPU parameters are bfloat16 or float16");
+}
+
+}  // namespace nibble::cuda

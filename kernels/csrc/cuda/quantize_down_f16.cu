@@ -1,9 +1,0 @@
-#include "quantize_down.cuh"
-
-namespace nibble::cuda {
-
-void quantize_down_f16(const QuantizeDown& a, const Where& where) {
-    quantize_down_of<f16, Codes::packed>(a, where);
-}
-
-}  // namespace nibble::cuda

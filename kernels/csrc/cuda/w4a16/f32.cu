@@ -1,0 +1,7 @@
+#include "w4a16.cuh"
+
+namespace nibble::cuda {
+
+void w4a16_f32(const W4A16& a, const Target& target) { w4a16_of<float>(a, target); }
+
+}  // namespace nibble::cuda

@@ -1,7 +1,0 @@
-#include "w4a16.cuh"
-
-namespace nibble::cuda {
-
-void w4a16_f32(const W4A16& a, const Where& where) { w4a16_of<float>(a, where); }
-
-}  // namespace nibble::cuda
