@@ -25,13 +25,13 @@ from .files.writer import TensorSpec, Writer, check_target, metadata_room
 from .interop.convert import open_source
 from .interop.names import families
 from .vq4dit.calibrate import Teacher
+from .weights import formats
 from .weights import modules as svdquant_linear
-from .weights import svdquant_w4a4 as svdquant_weight
 from .weights import vq as vq_weight
 from .weights.base import StoredLinear, StoredWeight
 from .weights.fuse import join_rows
 
-FORMATS = svdquant_weight.FORMATS | {vq_weight.VQWeight.FORMAT: vq_weight.VQWeight}
+FORMATS = formats.FORMATS | {vq_weight.VQWeight.FORMAT: vq_weight.VQWeight}
 TOKEN_STD = 0.25  # of T5's outputs
 SHIFT = 1.15  # of FLUX.1 dev's time schedule at small sizes, and ComfyUI's default for it
 

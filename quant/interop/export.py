@@ -17,7 +17,7 @@ from ..files.checkpoint import FORMAT_VERSION, FileRefused
 from ..files.writer import TensorSpec
 from ..report import LayerRow, Report
 from ..weights.base import json_tensor
-from ..weights.svdquant_w4a4 import FORMATS
+from ..weights.formats import FORMATS
 from .model import PublishedFile
 from .nunchaku_read import FACTS
 

@@ -18,7 +18,7 @@ from ..files.checkpoint import FORMATS, OPTIONAL, FileRefused, Header, read_tens
 from ..files.source import PREFIXES
 from ..files.writer import TensorSpec
 from ..weights.base import json_tensor
-from ..weights.svdquant_w4a4 import FORMATS as WEIGHTS
+from ..weights.formats import FORMATS as WEIGHTS
 from . import swizzle
 from .model import PublishedFile
 from .names import family_name

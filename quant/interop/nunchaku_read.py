@@ -28,9 +28,10 @@ from torch import Tensor
 from ..files.checkpoint import DTYPES, FileRefused, Header, read_header, read_tensor
 from ..files.source import PREFIXES
 from ..files.writer import TensorSpec
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.base import json_tensor
 from ..weights.fuse import join_columns, join_rows, smoothings
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from . import swizzle
 from .model import PublishedFile
 from .names import SUFFIXES, Part, Recipe, family_of, modern

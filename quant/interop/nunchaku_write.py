@@ -14,8 +14,9 @@ from torch import Tensor
 from ...kernels.reference import SHIFT
 from ..files.checkpoint import FileRefused
 from ..files.writer import TensorSpec
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.fuse import join_rows, split_columns, split_rows
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from . import swizzle
 from .export import Export, kept_facts, weight_of
 from .model import PublishedFile

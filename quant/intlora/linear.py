@@ -22,7 +22,7 @@ from ..merge.integer_grid import IntBase, rotate
 from . import factors as integer_factors
 from .adapter import LayerAdapter
 from .auxiliary import Noise, scales
-from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, finished
+from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, merged_weight
 
 # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive
 # at a time
@@ -60,19 +60,6 @@ def separated(
         if variant == Mul.NAME
         else Shift.fitting(base, noise)
     )
-
-
-def rebuilt(
-    weight: Tensor, use: LayerAdapter, bits: int = 4, group: int = 64, odd: bool = False
-) -> IntBase:
-    """The base that `separated` made of a 16-bit weight (N, K), from the weight and an adapter's R;
-    compare its digest with the adapter's.
-    """
-    noise = getattr(use.rule, "noise", None)
-    moved = (
-        weight if noise is None else weight.double() - noise.matrix(weight.shape[1], torch.float64)
-    )
-    return IntBase.from_weight(moved, bits, group, odd)
 
 
 def rule_for(base: IntBase, variant: str, k: int = 8, lora_bits: int = 8) -> Rule:
@@ -178,7 +165,7 @@ class IntLoRALinear(nn.Module):
                 yield rows, rule.change(base, delta), None
                 continue
             product = rule.product(base, delta, slope)
-            matrix = finished(base, product)
+            matrix = merged_weight(base, product)
             yield rows, matrix if self.inner is None else matrix - base.weight(), product.slope
 
     def adapter(self, base: str | None = None) -> LayerAdapter:

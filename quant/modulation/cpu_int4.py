@@ -11,8 +11,8 @@ order.
 import torch
 from torch import Tensor
 
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.packing import unpack_int4
-from ..weights.svdquant_w4a4 import W4A16Weight
 
 _ROWS = 16  # torch packs so many outputs together
 

@@ -4,8 +4,9 @@ branch that can be trained.
 
 from torch import nn
 
+from .awq_w4a16 import W4A16Weight
 from .base import StoredLinear
-from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from .svdquant_w4a4 import SVDQuantWeight
 
 
 class SVDQuantLinear(StoredLinear):

@@ -20,7 +20,7 @@ from nibble.kernels.reference import SHIFT
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.svdquant.gptq import gptq
-from nibble.quant.svdquant.lowrank_metric import svd_lowrank
+from nibble.quant.lowrank import svd_lowrank
 from nibble.quant.svdquant.smooth import InputSpace, exponents, smoothing_factors
 
 Linear = Callable[[Tensor], Tensor]

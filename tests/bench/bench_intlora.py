@@ -49,7 +49,7 @@ from nibble.quant.calibration import recorder  # noqa: E402
 from nibble.quant.intlora import file as files  # noqa: E402
 from nibble.quant.intlora import train  # noqa: E402
 from nibble.quant.merge.integer_grid import IntBase  # noqa: E402
-from nibble.quant.intlora.convert import Change, convert  # noqa: E402
+from nibble.quant.intlora.convert import ModuleChange, convert  # noqa: E402
 from nibble.quant.merge.refit import fold_into_branch  # noqa: E402
 from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
 from nibble.quant.weights.modules import as_module  # noqa: E402
@@ -329,7 +329,7 @@ def on_svdquant(bench: Bench, save) -> None:
         for name, layer in layers.items():
             weight = layer.inner.quantized()
             folded, share = fold_into_branch(
-                weight, *branch(layer.base, [(adapter.layers[name], 1.0)]), rank
+                weight, branch(layer.base, [(adapter.layers[name], 1.0)]), rank
             )
             recorder.replace(flux, name, as_module(folded))
             shares.append(share)
@@ -347,18 +347,23 @@ def conversion(bench: Bench, rows: list) -> dict:
     layers, _, _ = bench.teach(None)
     bases = {name: IntBase.from_weight(layer.weight, 4, 64) for name, layer in layers.items()}
     changes = [
-        Change(name, layer.lora_up.detach(), layer.lora_down.detach())
+        ModuleChange.of_lora(name, layer.lora_up.detach(), layer.lora_down.detach())
         for name, layer in layers.items()
     ]
     found = []
     for strength in (0.1, 0.3, 1.0):
-        result = convert(changes, bases, "the bench's LoRA", strength, ks=range(0, 13, 2))
+        result = convert(
+            changes,
+            bases,
+            "the bench's LoRA",
+            Options(strength=strength, ks=tuple(range(0, 13, 2))),
+        )
         found.append(
             {
                 "strength": strength,
                 "mean |D|/|W|": float(np.mean([r.size for r in result.rows])),
-                "kept": result.kept,
-                "kept, worst layer": min(r.kept for r in result.rows),
+                "kept": result.retention,
+                "kept, worst layer": min(r.retention for r in result.rows),
                 "nearest rounding keeps": float(np.mean([r.nearest for r in result.rows])),
                 "k chosen": sorted({r.k for r in result.rows}),
                 "merged bits": sorted({r.bits for r in result.rows}),

@@ -32,7 +32,7 @@ from nibble.quant.architectures import known_shapes, plan, recognise  # noqa: E4
 from nibble.quant.modulation.precompute import Bank  # noqa: E402
 from nibble.quant.modulation.cpu_int4 import HostMatrix  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-from nibble.quant.weights.svdquant_w4a4 import W4A16Weight  # noqa: E402
+from nibble.quant.weights.awq_w4a16 import W4A16Weight  # noqa: E402
 
 STEPS = 28
 

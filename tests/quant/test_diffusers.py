@@ -9,7 +9,7 @@ from nibble.quant.calibration.recorder import find_linears
 from nibble.quant.files.checkpoint import FileRefused, open_quantized
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
+from nibble.quant.weights.formats import FORMATS
 
 from published_files import METADATA, RandomFlux
 from published_others import LiteFlux

@@ -46,7 +46,8 @@ from ....quant.intlora.adapter import LayerAdapter
 from ....quant.merge import refit
 from ....quant.merge.integer_grid import IntBase
 from ....quant.merge.write import Edit, bake, branch_specs, found
-from ....quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ....quant.weights.awq_w4a16 import W4A16Weight
+from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host.progress import Progress
 from ..quantized import layouts, loading, lora, patches
 from . import files as intlora

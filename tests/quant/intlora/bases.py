@@ -6,8 +6,9 @@ from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.linear import rule_for, separated
 from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 from nibble.quant.weights.packing import pack_int4
-from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
 
 N, K = 48, 128
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nibble.quant.modulation.cpu_int4 import HostMatrix
-from nibble.quant.weights.svdquant_w4a4 import W4A16Weight
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 
 
 def weight(n, k, zeros, seed=0):
