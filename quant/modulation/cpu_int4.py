@@ -17,7 +17,7 @@ from ..weights.packing import unpack_int4
 _ROWS = 16  # torch packs so many outputs together
 
 
-class HostMatrix:
+class CpuInt4Matrix:
     """`weight` packed for `product` of inputs in `dtype`, in which scales and zero points are kept.
     Raises ValueError for outputs that are no multiple of 16, and where torch lacks the product.
     """

@@ -52,7 +52,7 @@ class WeightDelta:
     @property
     def is_empty(self) -> bool:
         """Whether it leaves a weight as it is."""
-        return not self.rank and self.dense is None and self.row_scale is None
+        return self.up is None and self.dense is None and self.row_scale is None
 
     def to(self, *args, **kwargs) -> WeightDelta:
         """The same with every tensor moved as by Tensor.to."""

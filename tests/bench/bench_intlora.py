@@ -49,7 +49,7 @@ from nibble.quant.calibration import recorder  # noqa: E402
 from nibble.quant.intlora import file as files  # noqa: E402
 from nibble.quant.intlora import train  # noqa: E402
 from nibble.quant.merge.integer_grid import IntBase  # noqa: E402
-from nibble.quant.intlora.convert import ModuleChange, convert  # noqa: E402
+from nibble.quant.intlora.convert import ModuleChange, Options, convert  # noqa: E402
 from nibble.quant.merge.refit import fold_into_branch  # noqa: E402
 from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
 from nibble.quant.weights.modules import as_module  # noqa: E402

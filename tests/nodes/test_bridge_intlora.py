@@ -25,14 +25,16 @@ from test_bridge_lora import (
 )
 
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge.intlora import charts as kept
-from nibble.nodes.bridge.intlora import files as intlora
-from nibble.nodes.bridge.intlora import merge as merging
+from nibble.nodes.bridge.intlora import charts, files
+from nibble.nodes.bridge.intlora.bases import Bases
+from nibble.nodes.bridge.intlora.convert import ConvertJob, convert_lora
+from nibble.nodes.bridge.intlora.merge import apply as apply_intlora
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.checkpoint import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
 from nibble.quant.intlora.factors import quantize
+from nibble.quant.intlora.merge import change
 from nibble.quant.intlora.variants import Mul, Shift
 from nibble.quant.merge.integer_grid import IntBase
 
@@ -44,29 +46,29 @@ def loras(tmp_path, monkeypatch, model):
     """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is
     empty.
     """
-    for kind in (intlora.LORAS, intlora.FOLDER):
+    for kind in (files.LORAS, files.FOLDER):
         (tmp_path / kind).mkdir()
         monkeypatch.setitem(
             folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"})
         )
         folder_paths.filename_list_cache.pop(kind, None)
-    save_file(lora_file(model), tmp_path / intlora.LORAS / STYLE)
-    save_file(lora_file(model, seed=40), tmp_path / intlora.LORAS / OTHER)
-    yield tmp_path / intlora.LORAS
-    for kind in (intlora.LORAS, intlora.FOLDER):
+    save_file(lora_file(model), tmp_path / files.LORAS / STYLE)
+    save_file(lora_file(model, seed=40), tmp_path / files.LORAS / OTHER)
+    yield tmp_path / files.LORAS
+    for kind in (files.LORAS, files.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
 
 
 def converted(model, name: str = STYLE, **options) -> str:
-    return intlora.run(intlora.Job(model, name, **options)).name
+    return convert_lora(ConvertJob(model, name, **options)).name
 
 
 def apply(model, *args):
-    return merging.apply(model, *args)[0]
+    return apply_intlora(model, *args)[0]
 
 
 def adapter_path(loras, name: str):
-    return loras.parent / intlora.FOLDER / name
+    return loras.parent / files.FOLDER / name
 
 
 def on(*patchers) -> dict:
@@ -78,11 +80,11 @@ def on(*patchers) -> dict:
 
 def handmade(model, folder, rule, name: str) -> str:
     """An adapter of one layer with another variant than SHIFT-ADD."""
-    base = intlora.Bases(model)[MLP]
+    base = Bases(model)[MLP]
     up, down = pair(*base.shape)
     layer = LayerAdapter(rule(base), base.digest(), quantize(up * 0.3, down))
     file.save(Adapter({MLP: layer}), adapter_path(folder, name))
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)
     return name
 
 
@@ -90,19 +92,19 @@ def handmade(model, folder, rule, name: str) -> str:
 
 
 def test_a_lora_is_converted_with_its_parts_of_fused_layers_and_reported(model, loras):
-    done = intlora.run(intlora.Job(model, STYLE))
+    done = convert_lora(ConvertJob(model, STYLE))
     assert (
         done.name == "style.intlora.safetensors"
-        and done.name in intlora.adapter_files()
-        and STYLE in intlora.ordinary_files()
+        and done.name in files.adapter_files()
+        and STYLE in files.ordinary_files()
     )
     adapter = file.read(adapter_path(loras, done.name))
     assert (
         adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"}
         and not done.left_out
     )
-    assert all(row.kept > 0.975 for row in done.conversion.rows)
-    chart = kept.conversion_chart(done, STYLE)
+    assert all(row.retention > 0.975 for row in done.conversion.rows)
+    chart = charts.conversion_chart(done, STYLE)
     assert chart["kind"] == "kept" and {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
     assert all(
         row["kept"] > 0.975 > row["nearest"] and "k = " in row["why"] for row in chart["rows"]
@@ -172,8 +174,8 @@ def test_in_branch_mode_it_lies_in_the_low_rank_branch(model, loras):
     base = layer_of(model, MLP).weight
     on(apply(model, converted(model), 1.0))
     patched = layer_of(model, MLP).weight
-    assert torch.equal(patched._qdata, base._qdata) and patched._params.delta is None
-    assert patched._params.proj_up.shape[1] == base._params.proj_up.shape[1] + 16
+    assert torch.equal(patched._qdata, base._qdata) and patched.params.delta is None
+    assert patched.params.proj_up.shape[1] == base.params.proj_up.shape[1] + 16
 
 
 def test_strength_zero_is_the_base_bit_for_bit(model, loras):
@@ -224,9 +226,7 @@ def test_partly_loaded_it_runs_beside_the_layer(model, loras):
 def test_mul_and_shift_are_applied_densely_and_not_twice(model, loras, rule):
     before, name = on(model), handmade(model, loras, rule, "trained.intlora.safetensors")
     patched = apply(model, name, 1.0)
-    dense = intlora.merge.change(
-        intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)]
-    )
+    dense = change(Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)])
     x, y = before[MLP]
     assert ((on(patched)[MLP][1] - y) - x @ dense.T).norm() < 6e-3 * (x @ dense.T).norm()
     with pytest.raises(
@@ -291,7 +291,7 @@ def test_an_ordinary_lora_and_no_lora_are_refused(model, loras):
     )
     name = converted(model)
     (loras / name).write_bytes(adapter_path(loras, name).read_bytes())
-    folder_paths.filename_list_cache.pop(intlora.LORAS, None)
+    folder_paths.filename_list_cache.pop(files.LORAS, None)
     refused(
         model,
         "is an IntLoRA already; use Apply IntLoRA",
@@ -333,16 +333,16 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_written(model, loras)
         "cut.safetensors cannot be read as a LoRA",
         lambda: converted(model, "cut.safetensors"),
     )
-    assert not intlora.adapter_files()
+    assert not files.adapter_files()
 
 
 def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
     up, down = pair(*layer_of(model, "img_in").weight.shape)
     extra = {"lora_unet_img_in.lora_up.weight": up, "lora_unet_img_in.lora_down.weight": down}
     save_file(lora_file(model) | extra, loras / STYLE)
-    done = intlora.run(intlora.Job(model, STYLE))
+    done = convert_lora(ConvertJob(model, STYLE))
     assert done.left_out == ["img_in.weight"] and "left out" in dict(
-        kept.conversion_chart(done, STYLE)["summary"]
+        charts.conversion_chart(done, STYLE)["summary"]
     )
 
 
@@ -351,16 +351,16 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
 
 def test_its_files_are_kept_from_the_stock_loader_and_found_in_both_folders(model, loras):
     name = converted(model)
-    assert name not in folder_paths.get_filename_list(intlora.LORAS), (
+    assert name not in folder_paths.get_filename_list(files.LORAS), (
         "Load LoRA would do nothing with it"
     )
     adapter_path(loras, name).rename(loras / name)
-    for kind in (intlora.LORAS, intlora.FOLDER):
+    for kind in (files.LORAS, files.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
     assert (
-        intlora.adapter_files() == [name]
-        and intlora.path_of(name) == loras / name
-        and name not in intlora.ordinary_files()
+        files.adapter_files() == [name]
+        and files.path_of(name) == loras / name
+        and name not in files.ordinary_files()
     )
 
 
@@ -389,4 +389,4 @@ def test_the_nodes_do_the_work(model, loras, monkeypatch):
     assert made.ui["nibble_chart"][0]["title"] == name
     assert nodes.NibbleApplyIntLoRA.execute(model, name, 1.0, "branch").result[0].patches
     assert nodes.NibbleApplyIntLoRA.validate_inputs(name) is True
-    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") == intlora.stamp(STYLE)
+    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") == files.stamp(STYLE)

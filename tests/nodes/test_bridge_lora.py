@@ -16,6 +16,7 @@ from comfy.model_patcher import LowVramPatch
 
 from nibble.kernels.reference import SHIFT
 from nibble.nodes.bridge.quantized import layouts, loading, lora
+from nibble.quant.lowrank import factors_of_lowest_rank
 
 QKV, MLP, POST_GELU, MODULATION = (
     "double_blocks.0.img_attn.qkv",
@@ -79,7 +80,7 @@ def with_lora(model, tensors, strength: float = 0.8):
 def inputs(model, name: str, exact: bool) -> torch.Tensor:
     """Random inputs of a layer; exact: such as 4-bit activations hold without rounding."""
     linear, draw = layer_of(model, name), torch.Generator().manual_seed(3)
-    shape, params = (1, 7, linear.in_features), linear.weight._params
+    shape, params = (1, 7, linear.in_features), linear.weight.params
     if not exact or name == MODULATION:
         return torch.randn(shape, generator=draw)
     codes = (
@@ -159,7 +160,7 @@ def test_on_rotated_layers_too(rotated_file):
     model = loading.load(rotated_file)
     comfy.model_management.load_models_gpu([model])
     before, tensors = outputs(model), lora_file(model)
-    assert layer_of(model, MLP).weight._params.rotation == 64
+    assert layer_of(model, MLP).weight.params.rotation == 64
     patched = with_lora(model, tensors)
     comfy.model_management.load_models_gpu([patched])
     assert_changed_by(before, outputs(model), changes(tensors, 0.8), 6e-3)
@@ -173,10 +174,10 @@ def test_it_lies_in_the_low_rank_branch_and_the_codes_stay(model):
     base = layer_of(model, MLP).weight
     comfy.model_management.load_models_gpu([with_lora(model, lora_file(model))])
     patched = layer_of(model, MLP).weight
-    rank = base._params.proj_up.shape[1]
-    assert patched._params.proj_up.shape[1] == rank + 16 and patched._params.delta is None
+    rank = base.params.proj_up.shape[1]
+    assert patched.params.proj_up.shape[1] == rank + 16 and patched.params.delta is None
     assert torch.equal(patched._qdata, base._qdata) and torch.equal(
-        patched._params.proj_up[:, :rank], base._params.proj_up
+        patched.params.proj_up[:, :rank], base.params.proj_up
     )
 
 
@@ -186,7 +187,7 @@ def test_taken_off_the_base_is_back_bit_for_bit(model):
     for seed in range(2):
         comfy.model_management.load_models_gpu([with_lora(model, lora_file(model, seed=seed))])
         assert (
-            layer_of(model, MLP).weight._params.proj_up.shape[1]
+            layer_of(model, MLP).weight.params.proj_up.shape[1]
             > before[f"diffusion_model.{MLP}.weight_proj_up"].shape[1]
         )
     comfy.model_management.load_models_gpu([model])
@@ -225,7 +226,7 @@ def test_a_change_without_low_rank_stays_dense_and_is_exact_too(model):
     patched = model.clone()
     patched.add_patches({f"diffusion_model.{MLP}.weight": ("diff", (delta,))}, 1.0)
     comfy.model_management.load_models_gpu([patched])
-    assert layer_of(model, MLP).weight._params.delta is not None
+    assert layer_of(model, MLP).weight.params.delta is not None
     assert_changed_by(before, outputs(model), {MLP: delta}, 6e-3)
 
 
@@ -237,14 +238,12 @@ def test_a_merge_with_the_16_bit_model_is_half_of_each(model, dense_model, name)
         merged.add_patches({key: patches[key]}, 0.5, 0.5)
     ours, dense = layer_of(model, name), layer_of(dense_model, name)
     base = layouts.unpack(ours.weight, ours.bias)
-    expected = 0.5 * layouts.effective_weight(base, ours.weight._params) + 0.5 * dense.weight
+    expected = 0.5 * layouts.effective_weight(ours.weight) + 0.5 * dense.weight
     bias = 0.5 * base.effective_bias() + 0.5 * dense.bias
     comfy.model_management.load_models_gpu([merged])
     now = layouts.unpack(ours.weight, ours.bias)
     assert torch.allclose(
-        layouts.effective_weight(now, ours.weight._params),
-        expected,
-        atol=2e-3 * expected.abs().max(),
+        layouts.effective_weight(ours.weight), expected, atol=2e-3 * expected.abs().max()
     )
     assert torch.allclose(now.effective_bias(), bias, atol=4e-3 * bias.abs().max())
 
@@ -375,7 +374,7 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
         patched.add_patches(
             {key: ("diff", (up @ down,))}, 0.7, 0.6 if kind == "scaled model" else 1.0
         )
-    original = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+    original = layouts.effective_weight(linear.weight)
     delta = comfy.lora.calculate_weight(patched.patches[key], original.clone(), key) - original
     # What scales the rows of the weight scales the layer's whole output, and with it what rounding
     # x to 4 bits did to it: the output then
@@ -432,7 +431,7 @@ def test_a_hook_on_the_bias_of_an_unsigned_layer_keeps_its_shift(model):
     )
     comfy.model_management.load_models_gpu([patcher])
     before, bias = outputs(model)[POST_GELU][1], linear.bias.clone()
-    assert linear.weight._params.act_unsigned, "its bias has the shift folded in"
+    assert linear.weight.params.act_unsigned, "its bias has the shift folded in"
     for _ in range(2):
         patcher.apply_hooks(hooks)
         assert torch.allclose(
@@ -450,14 +449,14 @@ def test_a_hook_on_the_bias_of_an_unsigned_layer_keeps_its_shift(model):
 def test_a_matrix_of_known_rank_is_found_exactly(rank):
     draw = torch.Generator().manual_seed(rank)
     delta = torch.randn(320, rank, generator=draw) @ torch.randn(rank, 256, generator=draw)
-    down, up = lora.factorise(delta, negligible=0.0)
+    down, up = factors_of_lowest_rank(delta, negligible=0.0)
     assert down.shape == (256, rank) and up.shape == (320, rank)
     assert (up @ down.T - delta).norm() / delta.norm() < 1.1e-3
 
 
 def test_a_matrix_of_full_rank_is_left_dense():
     assert (
-        lora.factorise(
+        factors_of_lowest_rank(
             torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), negligible=0.0
         )
         is None
@@ -466,5 +465,5 @@ def test_a_matrix_of_full_rank_is_left_dense():
 
 def test_rounding_is_no_change(model):
     linear = layer_of(model, MLP)
-    original = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
-    assert lora.change_of(linear.weight, original * (1 + 1e-7)) is None
+    original = layouts.effective_weight(linear.weight)
+    assert lora.dense_delta(linear.weight, original * (1 + 1e-7)) is None

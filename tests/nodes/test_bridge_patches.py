@@ -12,6 +12,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from nibble.nodes.bridge.quantized import layouts, loading, lora, patches
+from nibble.quant.weights.delta import WeightDelta
 
 N, K = 192, 128
 NAME = "double_blocks.0.img_mlp.0"
@@ -79,7 +80,9 @@ def adapter(kind: str, n: int = N, k: int = K, seed: int = 0):
 def error(entries: list[tuple], weight: torch.Tensor) -> float:
     """Relative error of the effect against the weight that ComfyUI computes."""
     expected = comfy.lora.calculate_weight(entries, weight.clone(), "weight")
-    found = patches.effect_of(entries, tuple(weight.shape), lambda: weight, "a layer").on(weight)
+    found = patches.effect_of(
+        entries, tuple(weight.shape), lambda: weight, "a layer"
+    ).delta.on_weight(weight)
     return float((found - expected).norm() / (expected - weight).norm())
 
 
@@ -126,7 +129,7 @@ def test_strength_zero_has_no_effect_and_costs_no_rank():
         lambda: pytest.fail("the weight is not needed"),
         "a layer",
     )
-    assert effect.rank() == 0 and effect.scale is None and effect.delta is None
+    assert effect.delta.is_empty
 
 
 @pytest.mark.parametrize("kind", ["oft", "boft", "glora"])
@@ -148,12 +151,13 @@ def test_a_lokr_of_known_rank_gets_that_rank_and_the_loss_is_the_one_that_is_tol
     )["weight"]
     effect = patches.effect_of([(1.0, kron, 1.0, None, None)], (128, 128), lambda: None, "a layer")
     whole = torch.kron(first, torch.kron(second, torch.ones(8, 8) / 8))
-    assert effect.rank() == 2, (
+    assert effect.delta.rank == 2, (
         "singular values 1, 0.5, 0.001, 0.0005: the last two are below the stated energy"
     )
     assert effect.lost == pytest.approx((1e-3**2 + 5e-4**2) / (1.25 * (1 + 1e-6)), rel=1e-3)
     assert float(
-        (effect.on(torch.zeros(128, 128)) - whole).square().sum() / whole.square().sum()
+        (effect.delta.on_weight(torch.zeros(128, 128)) - whole).square().sum()
+        / whole.square().sum()
     ) == pytest.approx(effect.lost, rel=1e-2)
 
 
@@ -243,22 +247,24 @@ def with_file(model, tensors: dict, strength: float = 0.8):
 
 def whole_load(patcher) -> None:
     """As a sampler has a model loaded."""
-    lora.announce(lambda model: comfy.model_management.load_models_gpu([model]), patcher)
+    lora.plan_patches(lambda model: comfy.model_management.load_models_gpu([model]), patcher)
 
 
 def effective(linear) -> torch.Tensor:
-    return layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+    return layouts.effective_weight(linear.weight)
 
 
 def test_a_sampler_loads_a_lora_s_own_factors(model, monkeypatch):
-    monkeypatch.setattr(lora, "factorise", lambda *_: pytest.fail("nothing is to be factorised"))
+    monkeypatch.setattr(
+        lora, "factors_of_lowest_rank", lambda *_: pytest.fail("nothing is to be factorised")
+    )
     monkeypatch.setattr(
         layouts, "effective_weight", lambda *_: pytest.fail("no whole weight is needed")
     )
     linear = layer(model)
-    rank, tensors = linear.weight._params.proj_up.shape[1], tensors_of("lora", *linear.weight.shape)
+    rank, tensors = linear.weight.params.proj_up.shape[1], tensors_of("lora", *linear.weight.shape)
     sampled(with_file(model, tensors, 2.0))
-    params = linear.weight._params
+    params = linear.weight.params
     assert params.proj_up.shape[1] == rank + 16 and not params.proj_up[:, rank + 4 :].any()
     assert torch.equal(
         params.proj_up[:, rank : rank + 4], tensors[f"{STEM}.lora_up.weight"].bfloat16()
@@ -492,7 +498,13 @@ def test_fifty_switches_leave_no_object_behind(model):
         kinds = [type(thing) for thing in gc.get_objects()]
         return [
             sum(issubclass(kind, sought) for kind in kinds)
-            for sought in (QuantizedTensor, ModelPatcher, lora.Change, patches.Effect, LoRAAdapter)
+            for sought in (
+                QuantizedTensor,
+                ModelPatcher,
+                WeightDelta,
+                patches.PatchEffect,
+                LoRAAdapter,
+            )
         ]
 
     whole_load(model)
