@@ -6,8 +6,8 @@ them made: `python -m nibble bench modulation`.
       route in turn in every round; in time of one core
             (the process's own, so that whoever else uses the machine hardly counts)
     run     28 steps and the same again through `ModulationCache`, at a share of FLUX's layers: how
-      many steps found their results made, and how long the steps waited. Between two steps the caller sleeps for --step seconds, in the place of
-            the GPU.
+      many steps found their results made, and how long the steps waited. Between two steps the
+      caller sleeps for --step seconds, in the place of the GPU.
 """
 
 from __future__ import annotations
