@@ -51,6 +51,7 @@ from nibble.quant.intlora import train  # noqa: E402
 from nibble.quant.merge.integer_grid import IntBase  # noqa: E402
 from nibble.quant.intlora.convert import ModuleChange, Options, convert  # noqa: E402
 from nibble.quant.merge.refit import fold_into_branch  # noqa: E402
+from nibble.quant.intlora.linear import Grid  # noqa: E402
 from nibble.quant.intlora.merge import branch, merge, unmerged  # noqa: E402
 from nibble.quant.weights.modules import as_module  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
@@ -184,7 +185,11 @@ class Bench:
         o = self.options
         if arm in ("mul", "shift", "shift_add"):
             return train.attach(
-                flux, names_of(flux), arm, o.rank, group=o.group, bits=o.bits, lora_bits=o.lora_bits
+                flux,
+                names_of(flux),
+                train.AdapterOptions(
+                    arm, o.rank, grid=Grid(bits=o.bits, group=o.group, lora_bits=o.lora_bits)
+                ),
             )
         layers = {}
         flux.requires_grad_(False)
@@ -312,7 +317,7 @@ def on_svdquant(bench: Bench, save) -> None:
     names = [
         name for name in names_of(flux) if hasattr(flux.get_submodule(name), "weight_proj_down")
     ]
-    layers = train.attach(flux, names, "shift_add", bench.options.rank)
+    layers = train.attach(flux, names, train.AdapterOptions("shift_add", bench.options.rank))
     train.train(
         layers,
         bench.loss(flux, 0.75, bench.options.batch),

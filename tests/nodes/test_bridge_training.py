@@ -229,7 +229,10 @@ def test_checkpointing_and_previews_change_no_number(model, loras):
 def test_checkpointing_keeps_no_activation_of_a_block(model):
     def kept(session, pictures):
         layers = intlora_training.train.attach(
-            session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=Bases(model)
+            session.model,
+            ["double_blocks.0.img_attn.qkv"],
+            intlora_training.train.AdapterOptions(rank=2),
+            Bases(model),
         )
         with loop.checkpointing(session.checkpointed()):
             value = pictures.loss(session, torch.Generator().manual_seed(1))

@@ -88,6 +88,7 @@ def run(job: Job) -> Trained:
     state = target.with_name(target.name.removesuffix(files.ENDING) + STATE)
     if job.overwrite and not resumable(state, data):
         state.unlink(missing_ok=True)
+    plan = _Plan(pictures, names, existing, state, data)
     losses: list[float] = []
     watch = Watch(
         job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every
@@ -98,9 +99,7 @@ def run(job: Job) -> Trained:
             pictures.captions,
             pictures.latents[0].shape,
             job.settings,
-            lambda session: _work(
-                session, job, pictures, names, existing, state, data, watch, losses
-            ),
+            lambda session: _work(session, job, plan, watch, losses),
         )
     except FileRefused:
         raise
@@ -126,46 +125,52 @@ def run(job: Job) -> Trained:
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before the model is loaded. names: of the layers; existing: the adapter to go
+    on with; state: where an interrupted run goes on from; data: all that the result depends on.
+    """
+
+    pictures: training.Pictures
+    names: list[str]
+    existing: Adapter | None
+    state: Path
+    data: str
+
+
 def _work(
-    session: training.Session,
-    job: Job,
-    pictures: training.Pictures,
-    names: list[str],
-    existing: Adapter | None,
-    state: Path,
-    data: str,
-    watch: Watch,
-    losses: list[float],
+    session: training.Session, job: Job, plan: _Plan, watch: Watch, losses: list[float]
 ) -> Adapter:
     """The training itself, while the model is loaded."""
     bases = {
         name: _near(base, session.device, job.variant)
         for name, base in Bases(session.guider.model_patcher).items()
-        if name in names
+        if name in plan.names
     }
-    layers = train.attach(
-        session.model, names, job.variant, job.rank, job.options.seed % 2**32, bases=bases
+    options = train.AdapterOptions(
+        variant=job.variant, rank=job.rank, seed=job.options.seed % 2**32
     )
+    layers = train.attach(session.model, plan.names, options, bases)
 
     def watched(step: int, steps: int, loss: float) -> None:
         watch(
             step,
             steps,
             f"step {step} of {steps}, loss {loss:.4f}",
-            lambda: session.preview(lambda: pictures.draw(session)),
+            lambda: session.preview(lambda: plan.pictures.draw(session)),
         )
 
     try:
-        if existing is not None:
-            _fill(layers, existing)
+        if plan.existing is not None:
+            _fill(layers, plan.existing)
         train.train(
             layers,
-            lambda generator: pictures.loss(session, generator),
+            lambda generator: plan.pictures.loss(session, generator),
             job.options,
-            state,
+            plan.state,
             session.checkpointed(),
             watched,
-            data,
+            plan.data,
             losses,
         )
         adapter = train.adapter(layers)
