@@ -2,7 +2,6 @@
 base never changes.
 """
 
-import comfy.hooks
 import comfy.lora
 import comfy.memory_management
 import comfy.model_management
@@ -16,7 +15,6 @@ from comfy.model_patcher import LowVramPatch
 
 from nibble.kernels.reference import SHIFT
 from nibble.nodes.bridge.quantized import layouts, loading, lora
-from nibble.quant.lowrank import factors_of_lowest_rank
 
 QKV, MLP, POST_GELU, MODULATION = (
     "double_blocks.0.img_attn.qkv",
@@ -384,83 +382,6 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
     before = outputs(model, exact)
     with Attached(patched):
         assert_changed_by(before, outputs(model, exact), {name: delta}, 1e-4)
-
-
-# ---- hooks
-
-
-@pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
-def test_a_lora_hook_is_switched_on_and_off_any_number_of_times(model, inference):
-    """Also as ComfyUI's server runs nodes, in inference mode, where torch hands `to(copy=True)` to
-    tensors in another way.
-    """
-    with torch.inference_mode(inference):
-        switch_a_hook(model)
-
-
-def switch_a_hook(model):
-    tensors = lora_file(model)
-    patcher, _, hooks = comfy.hooks.load_hook_lora_for_models(model, None, tensors, 0.8, 0)
-    patcher.register_all_hook_patches(
-        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    )
-    comfy.model_management.load_models_gpu([patcher])
-    before = outputs(model)
-    for _ in range(3):  # the second time comes from ComfyUI's cache of hooked weights
-        patcher.apply_hooks(hooks)
-        assert_changed_by(before, outputs(model), changes(tensors, 0.8), 6e-3)
-        patcher.apply_hooks(None)
-        assert all(torch.equal(y, before[name][1]) for name, (_, y) in outputs(model).items())
-    patcher.clean_hooks()
-
-
-def test_a_hook_on_the_bias_of_an_unsigned_layer_keeps_its_shift(model):
-    linear, delta = (
-        layer_of(model, POST_GELU),
-        torch.randn(128, generator=torch.Generator().manual_seed(2)) * 0.1,
-    )
-    hook = comfy.hooks.WeightHook(strength_model=1.0)
-    hook.weights, hook.need_weight_init = (
-        {f"diffusion_model.{POST_GELU}.bias": ("diff", (delta,))},
-        False,
-    )
-    hooks, patcher = comfy.hooks.HookGroup(), model.clone()
-    hooks.add(hook)
-    patcher.register_all_hook_patches(
-        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    )
-    comfy.model_management.load_models_gpu([patcher])
-    before, bias = outputs(model)[POST_GELU][1], linear.bias.clone()
-    assert linear.weight.params.act_unsigned, "its bias has the shift folded in"
-    for _ in range(2):
-        patcher.apply_hooks(hooks)
-        assert torch.allclose(
-            outputs(model)[POST_GELU][1] - before, delta.expand_as(before), atol=1e-3
-        )
-        patcher.apply_hooks(None)
-        assert torch.equal(linear.bias, bias)
-    patcher.clean_hooks()
-
-
-# ---- the range finder
-
-
-@pytest.mark.parametrize("rank", [1, 16, 40])
-def test_a_matrix_of_known_rank_is_found_exactly(rank):
-    draw = torch.Generator().manual_seed(rank)
-    delta = torch.randn(320, rank, generator=draw) @ torch.randn(rank, 256, generator=draw)
-    down, up = factors_of_lowest_rank(delta, negligible=0.0)
-    assert down.shape == (256, rank) and up.shape == (320, rank)
-    assert (up @ down.T - delta).norm() / delta.norm() < 1.1e-3
-
-
-def test_a_matrix_of_full_rank_is_left_dense():
-    assert (
-        factors_of_lowest_rank(
-            torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), negligible=0.0
-        )
-        is None
-    )
 
 
 def test_rounding_is_no_change(model):
