@@ -127,7 +127,7 @@ def train(  # noqa: PLR0913 - as `loop.steps`, and who watches
 
     progress(step, steps, loss) is called after each step; an exception raised in it stops the run,
     and the state is kept. data: a name for what `loss` depends on; a state is resumed with the same
-    only. For `state`, `checkpointed`, `losses` and the exceptions see `training.steps`.
+    only. For `state`, `checkpointed`, `losses` and the exceptions see `loop.steps`.
     """
     losses = [] if losses is None else losses
     running = steps(layers, loss, options, state, checkpointed, losses, data)
@@ -146,7 +146,7 @@ def steps(  # noqa: PLR0913 - as `loop.steps`
     losses: list[float] | None = None,
     data: str = "",
 ) -> Iterator[tuple[int, float]]:
-    """Trains, yielding (steps done, loss) after each step: `training.steps` on the factors of the
+    """Trains, yielding (steps done, loss) after each step: `loop.steps` on the factors of the
     layers.
     """
     parameters = {
