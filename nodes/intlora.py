@@ -6,9 +6,12 @@ from comfy_api.latest import io
 
 from ..quant.files.errors import FileRefused
 from .bridge.host import charts
-from .bridge.intlora import charts as kept
-from .bridge.intlora import files as intlora
-from .bridge.intlora import merge as merging
+from .bridge.intlora import files
+from .bridge.intlora.charts import conversion_chart, merge_chart
+from .bridge.intlora.convert import ConvertJob, convert_lora
+from .bridge.intlora.fold import BRANCHES
+from .bridge.intlora.merge import MODES, apply
+from .bridge.intlora.save import SaveJob, save_merged
 
 NO_LORAS = "(no LoRAs in models/loras)"
 NO_FILES = "(no IntLoRA files yet)"
@@ -38,7 +41,7 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=intlora.ordinary_files() or [NO_LORAS],
+                    options=files.ordinary_files() or [NO_LORAS],
                     tooltip="A LoRA in models/loras, made for this model.",
                 ),
                 io.Float.Input(
@@ -86,14 +89,14 @@ class NibbleConvertIntLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, filename, **_):
-        made = lora_name and intlora.file_name(lora_name, filename) in intlora.adapter_files()
+        made = lora_name and files.file_name(lora_name, filename) in files.adapter_files()
         # unequal to itself: the node runs until its file is there
-        return intlora.stamp(lora_name) if made else float("nan")
+        return files.stamp(lora_name) if made else float("nan")
 
     @classmethod
     def execute(cls, model, lora_name, target_error, filename, overwrite, k) -> io.NodeOutput:
-        done = intlora.run(
-            intlora.Job(
+        done = convert_lora(
+            ConvertJob(
                 model=model,
                 lora_name=lora_name,
                 target=target_error,
@@ -103,7 +106,7 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
-        return io.NodeOutput(done.name, ui=charts.ui(kept.conversion_chart(done, lora_name)))
+        return io.NodeOutput(done.name, ui=charts.ui(conversion_chart(done, lora_name)))
 
 
 class NibbleApplyIntLoRA(io.ComfyNode):
@@ -125,7 +128,7 @@ class NibbleApplyIntLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="The 4-bit model that the IntLoRA was made for."),
                 io.Combo.Input(
                     "intlora_name",
-                    options=intlora.adapter_files() or [NO_FILES],
+                    options=files.adapter_files() or [NO_FILES],
                     tooltip=(
                         "A file in models/intlora, from Convert LoRA to IntLoRA or Train IntLoRA."
                     ),
@@ -140,7 +143,7 @@ class NibbleApplyIntLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=list(merging.MODES),
+                    options=list(MODES),
                     default="branch",
                     tooltip=(
                         "branch: computed beside the 4-bit weights, exact, at a small cost."
@@ -157,21 +160,19 @@ class NibbleApplyIntLoRA(io.ComfyNode):
     def validate_inputs(cls, intlora_name=None):
         try:
             if intlora_name is not None:  # a linked name is known only when the graph runs
-                intlora.path_of(intlora_name)
+                files.path_of(intlora_name)
         except FileRefused as refusal:
             return str(refusal)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, intlora_name, **_):
-        return intlora.stamp(intlora_name)
+        return files.stamp(intlora_name)
 
     @classmethod
     def execute(cls, model, intlora_name, strength, mode) -> io.NodeOutput:
-        patched, done = merging.apply(model, intlora_name, strength, mode, cls.hidden.unique_id)
-        return io.NodeOutput(
-            patched, ui=None if done is None else charts.ui(kept.merge_chart(done))
-        )
+        patched, done = apply(model, intlora_name, strength, mode, cls.hidden.unique_id)
+        return io.NodeOutput(patched, ui=None if done is None else charts.ui(merge_chart(done)))
 
 
 class NibbleMergeIntLoRA(io.ComfyNode):
@@ -215,8 +216,8 @@ class NibbleMergeIntLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "branch",
-                    options=list(merging.BRANCHES),
-                    default=merging.BRANCHES[0],
+                    options=list(BRANCHES),
+                    default=BRANCHES[0],
                     tooltip=(
                         "wider: keeps all of the LoRA; the 16-bit branch grows by the LoRA's"
                         " rank. same size: fits it into the 4-bit weights, at no extra cost;"
@@ -239,8 +240,8 @@ class NibbleMergeIntLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename, branch, overwrite) -> io.NodeOutput:
-        done = merging.save(
-            merging.Job(
+        done = save_merged(
+            SaveJob(
                 model=model,
                 filename=filename,
                 branch=branch,
@@ -248,7 +249,7 @@ class NibbleMergeIntLoRA(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
-        return io.NodeOutput(done.name, ui=charts.ui(kept.merge_chart(done)))
+        return io.NodeOutput(done.name, ui=charts.ui(merge_chart(done)))
 
 
 NODES = [NibbleConvertIntLoRA, NibbleApplyIntLoRA, NibbleMergeIntLoRA]

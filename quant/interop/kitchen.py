@@ -18,7 +18,7 @@ from ..files.errors import FileRefused
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor
-from ..weights.svdquant_w4a4 import FORMATS as WEIGHTS
+from ..weights.formats import FORMATS as WEIGHTS
 from . import swizzle
 
 _ALIASES = {

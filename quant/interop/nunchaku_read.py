@@ -28,9 +28,10 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.base import json_tensor
 from ..weights.fuse import join_columns, join_rows, smoothings
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from . import swizzle
 from .names import SUFFIXES, Part, Recipe, checkpoint_prefix, family_of, modern
 from .nunchaku_affine import centred_zeros, shift_of_one

@@ -15,9 +15,10 @@ from ...kernels.reference import SHIFT
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.safetensors import TensorSpec
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.formats import weight_of
 from ..weights.fuse import join_rows, split_columns, split_rows
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from . import swizzle
 from .export import Export, kept_facts
 from .names import SUFFIXES, Family, Part, families

@@ -4,13 +4,13 @@
 
 The rounding error of an entry is at most half of s 2^-k, so the expected error is 2^-k rms(s) /
 sqrt(12) against rms(D); k is the smallest for which that, together with the error of the integer
-factors, stays under the target. "Kept" is 1 - |realised - wanted| / |wanted| in the space of the
-integers, measured.
+factors, stays under the target. The retention is 1 - |realised - wanted| / |wanted| in the space of
+the integers, measured.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,47 +18,61 @@ from torch import Tensor
 from ..files.errors import FileRefused
 from ..merge.integer_grid import IntBase
 from ..merge.refit import rounded_to_base
+from ..weights.delta import WeightDelta
 from .adapter import Adapter, LayerAdapter, key_of
 from .factors import Factors, balanced, quantize, thin_norm
-from .merge import BLOCK, Overflow, merge
+from .merge import BLOCK, INTEGERS, Overflow, merge
 from .variants import MAX_K, ShiftAdd, bits_needed
 
 
 @dataclass(frozen=True)
-class Change:
-    """What a LoRA does to one module, or to rows of it: up (N, r) and down (r, K) with alpha (None:
-    r), or dense float (N, K).
+class ModuleChange:
+    """What a LoRA does to one module, or to rows of it.
+
+    delta  low rank or dense, float, at strength 1 but for `scale`
+    scale  of the delta: alpha / r of a LoRA
+    rows   (start, stop) of a fused module; None: all of it
     """
 
     module: str
-    up: Tensor | None = None
-    down: Tensor | None = None
-    alpha: float | None = None
-    dense: Tensor | None = None
+    delta: WeightDelta
+    scale: float = 1.0
     rows: tuple[int, int] | None = None
+
+    @classmethod
+    def of_lora(
+        cls,
+        module: str,
+        up: Tensor,
+        down: Tensor,
+        alpha: float | None = None,
+        rows: tuple[int, int] | None = None,
+    ) -> "ModuleChange":
+        """Of a LoRA's up (N, r), down (r, K) and alpha (None: r)."""
+        rank = up.shape[1]
+        scale = 1.0 if alpha is None or not rank else alpha / rank
+        return cls(module, WeightDelta(down=down.T, up=up), scale, rows)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return (
-            tuple(self.dense.shape)
-            if self.dense is not None
-            else (self.up.shape[0], self.down.shape[1])
-        )
+        if self.delta.dense is not None:
+            return tuple(self.delta.dense.shape)
+        return self.delta.up.shape[0], self.delta.down.shape[0]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of the report. size: |D| / |W|; kept, nearest: shares of D that the adapter and
-    rounding to the base's own levels keep (0..1);
-    bits: of the merged integers; by_k: k → share kept, where it was asked for.
+class LayerRow:
+    """A line of the report. size: |D| / |W|; retention, nearest: shares of D that the adapter and
+    rounding to the base's own levels keep (0..1); bits: of the merged integers; by_k: k → share
+    kept, where it was asked for.
     """
 
     layer: str
     rank: int
     size: float
     k: int
-    kept: float
+    retention: float
     nearest: float
     bits: int
     note: str = ""
@@ -72,89 +86,100 @@ class Conversion:
     """
 
     adapter: Adapter
-    rows: list[Row]
+    rows: list[LayerRow]
     skipped: list[str]
 
     @property
-    def kept(self) -> float:
+    def retention(self) -> float:
         """The share kept in all layers, weighted alike."""
-        return sum(row.kept for row in self.rows) / len(self.rows)
+        return sum(row.retention for row in self.rows) / len(self.rows)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How closely a LoRA is to be kept. Raises ValueError for values out of range.
+
+    strength  the LoRA's
+    target    the error wanted, as a share of the change; k: instead of choosing one for it
+    bits      16 | 8: the widest merged integers allowed. A k that was chosen is lowered to fit,
+      with a note; a k that was given is refused
+    ks        values of k for which the report says what would be kept
+    """
+
+    strength: float = 1.0
+    target: float = 0.02
+    k: int | None = None
+    bits: int = 16
+    ks: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not (
+            0 < self.target < 1
+            and math.isfinite(self.strength)
+            and self.bits in (8, 16)
+            and (self.k is None or 0 <= self.k <= MAX_K)
+        ):
+            raise ValueError(
+                f"target={self.target}, strength={self.strength}, bits={self.bits}, k={self.k}:"
+                f" target is between 0 and 1, bits 8 or 16, k 0 to {MAX_K}"
+            )
 
 
 def convert(
-    changes: Iterable[Change],
+    changes: Iterable[ModuleChange],
     bases: Mapping[str, IntBase],
     file: str,
-    strength: float = 1.0,
-    target: float = 0.02,
-    k: int | None = None,
-    bits: int = 16,
-    ks: Iterable[int] = (),
+    options: Options | None = None,
     progress: Callable[[int, int, str], None] = lambda done, total, name: None,
     facts: dict | None = None,
 ) -> Conversion:
     """A LoRA on a model's integers.
 
     file     the LoRA's name, for messages
-    target   the error wanted, as a share of the change; k: instead of choosing one for it
-    bits     16 | 8: the widest merged integers allowed. A k that was chosen is lowered to fit, with
-      a note; a k that was given is refused
-    ks       values of k for which the report says what would be kept
     progress called before each layer; an exception raised in it stops the work
+    facts    what the adapter's file says besides source, strength and target
     Raises FileRefused for a LoRA that fits no layer, has other shapes, rank 0, or values that are
-    not finite; ValueError for options.
+    not finite.
     """
-    if not (
-        0 < target < 1
-        and math.isfinite(strength)
-        and bits in (8, 16)
-        and (k is None or 0 <= k <= MAX_K)
-    ):
-        raise ValueError(
-            f"target={target}, strength={strength}, bits={bits}, k={k}: target is between 0 and 1,"
-            f" bits 8 or 16, k 0 to {MAX_K}"
-        )
+    options = options or Options()
     changes = list(changes)
-    here = [change for change in changes if change.module in bases]
-    if not here:
+    fitting = [change for change in changes if change.module in bases]
+    if not fitting:
         raise FileRefused(
             f"{file} fits no 4-bit or int8 layer of this model (it has"
             f" {', '.join(c.module for c in changes[:3]) or 'no layers'}); choose a LoRA made for"
             " this model."
         )
-    for change in here:
+    for change in fitting:
         _check(change, bases[change.module], file)
-    layers, rows = {}, []
-    for done, change in enumerate(here):
-        progress(done, len(here), change.module)
+    layers: dict[str, LayerAdapter] = {}
+    rows = []
+    for done, change in enumerate(fitting):
+        progress(done, len(fitting), change.module)
         key = key_of(change.module, change.rows)
         if key in layers:
             raise FileRefused(
                 f"{file} changes {key} twice; convert the two parts one by one and stack them."
             )
-        layers[key], row = _convert(
-            change, bases[change.module], strength, target, k, bits, tuple(ks), file
-        )
+        layers[key], row = _convert_layer(change, bases[change.module], options, file)
         rows.append(row)
-    progress(len(here), len(here), "")
+    progress(len(fitting), len(fitting), "")
     skipped = sorted({change.module for change in changes} - set(bases))
-    return Conversion(
-        Adapter(layers, {"source": file, "strength": strength, "target": target} | (facts or {})),
-        rows,
-        skipped,
-    )
+    provenance = {"source": file, "strength": options.strength, "target": options.target}
+    return Conversion(Adapter(layers, provenance | (facts or {})), rows, skipped)
 
 
-def _check(change: Change, base: IntBase, file: str) -> None:
+def _check(change: ModuleChange, base: IntBase, file: str) -> None:
     n, k = base.shape
     start, stop = change.rows or (0, n)
-    if change.dense is None and (
-        change.up is None
-        or change.down is None
-        or change.up.dim() != 2
-        or change.down.dim() != 2
-        or change.up.shape[1] != change.down.shape[0]
-        or not change.up.shape[1]
+    up, down, dense = change.delta.up, change.delta.down, change.delta.dense
+    if dense is None and (
+        up is None
+        or down is None
+        or up.dim() != 2
+        or down.dim() != 2
+        or up.shape[1] != down.shape[1]
+        or not up.shape[1]
     ):
         raise FileRefused(
             f"{file} is damaged: the factors of {change.module} do not fit one another or have rank"
@@ -166,66 +191,65 @@ def _check(change: Change, base: IntBase, file: str) -> None:
             f" {change.shape[1]}, this model has {stop - start} x {k}; choose a LoRA made for this"
             " model."
         )
-    parts = (change.up, change.down, change.dense, torch.tensor(float(change.alpha or 0.0)))
-    if not all(part.isfinite().all() for part in parts if part is not None):
+    tensors = [tensor for tensor in (up, down, dense) if tensor is not None]
+    if not (math.isfinite(change.scale) and all(t.isfinite().all() for t in tensors)):
         raise FileRefused(
             f"{file} is damaged: {change.module} holds values that are not finite; download it"
             " again."
         )
 
 
-def _convert(
-    change: Change,
-    whole: IntBase,
-    strength: float,
-    target: float,
-    k: int | None,
-    bits: int,
-    ks: tuple[int, ...],
-    file: str,
-) -> tuple[LayerAdapter, Row]:
+def _convert_layer(
+    change: ModuleChange, whole: IntBase, options: Options, file: str
+) -> tuple[LayerAdapter, LayerRow]:
     base = whole.rows(*(change.rows or (0, whole.shape[0])))
-    job = _Job(change, base, strength, target)
-    chosen = job.choose(target) if k is None else k
-    layer, width = None, 0
-    for lower in range(chosen, -1, -1):
-        layer = job.layer(lower)
-        try:
-            width = merge(base, [(layer, 1.0)], bits, lower_k=False).base.bits
-            break
-        except Overflow as overflow:
-            if k is not None or overflow.largest_k < 0:
-                fix = (
-                    f"choose k <= {overflow.largest_k}"
-                    if overflow.largest_k >= 0
-                    else "lower the strength"
-                )
-                raise FileRefused(
-                    f"{file} does not fit int{bits} in {change.module} with k={chosen}; {fix}."
-                ) from overflow
+    conversion = _LayerConversion(change, base, options)
+    chosen = conversion.choose(options.target) if options.k is None else options.k
+    layer, width = _fit(conversion, change.module, chosen, options, file)
     used = layer.rule.k
-    note = (
-        ""
-        if used == chosen
-        else f"k lowered from {chosen} to {used}: the merged integers would not fit int{bits}"
+    note = ""
+    if used != chosen:
+        note = (
+            f"k lowered from {chosen} to {used}: the merged integers would not fit"
+            f" int{options.bits}"
+        )
+    retention = {k: conversion.retention(k) for k in {used, *options.ks}}
+    row = LayerRow(
+        layer=key_of(change.module, change.rows),
+        rank=layer.rank,
+        size=math.sqrt(conversion.energy / max(conversion.weight_energy, 1e-300)),
+        k=used,
+        retention=retention[used],
+        nearest=conversion.nearest,
+        bits=width,
+        note=note,
+        by_k={k: retention[k] for k in options.ks},
     )
-    kept = {value: job.kept(value) for value in {used, *ks}}
-    size = math.sqrt(job.energy / max(job.weight_energy, 1e-300))
-    row = Row(
-        key_of(change.module, change.rows),
-        layer.rank,
-        size,
-        used,
-        kept[used],
-        job.nearest,
-        width,
-        note,
-        {value: kept[value] for value in ks},
-    )
-    return LayerAdapter(layer.rule, layer.base, layer.factors, layer.dense, change.rows), row
+    return replace(layer, rows=change.rows), row
 
 
-class _Job:
+def _fit(
+    conversion: "_LayerConversion", module: str, chosen: int, options: Options, file: str
+) -> tuple[LayerAdapter, int]:
+    """(the adapter at the largest k up to `chosen` whose merged integers fit, their bits)."""
+    for k in range(chosen, -1, -1):
+        layer = conversion.layer(k)
+        try:
+            merged = merge(conversion.base, [(layer, 1.0)], options.bits, lower_k=False)
+            return layer, merged.base.bits
+        except Overflow as overflow:
+            if options.k is None and overflow.largest_k >= 0:
+                continue
+            fix = "lower the strength"
+            if overflow.largest_k >= 0:
+                fix = f"choose k <= {overflow.largest_k}"
+            raise FileRefused(
+                f"{file} does not fit int{options.bits} in {module} with k={chosen}; {fix}."
+            ) from overflow
+    raise AssertionError("a k of 0 either fits or has been refused")
+
+
+class _LayerConversion:
     """One layer's conversion: sums over blocks of rows, so that no float64 matrix of the whole
     layer is held. Integers are computed in float64, as when they are merged; what is only reported,
     in float32.
@@ -234,25 +258,26 @@ class _Job:
       share that rounding to the base keeps
     """
 
-    def __init__(self, change: Change, base: IntBase, strength: float, target: float):
-        self.base, self.digest, device = base, base.digest(), base.codes.device
-        if change.dense is not None:
-            self.factors, self.dense = None, change.dense.to(device)
-            self.scale = strength
+    def __init__(self, change: ModuleChange, base: IntBase, options: Options):
+        self.base, self.digest = base, base.digest()
+        self.factors: Factors | None = None
+        self.scale = options.strength * change.scale
+        device, delta = base.codes.device, change.delta
+        if delta.dense is not None:
+            self.dense = delta.dense.to(device)
         else:
-            rank = change.up.shape[1]
-            self.scale = strength * ((rank if change.alpha is None else change.alpha) / rank)
-            up, down = change.up.to(device).double() * self.scale, change.down.to(device).double()
-            self.factors, self.up, self.down = _factors(up, down, target), up.float(), down.float()
-        self.energy = self.weight_energy = self.lost = near = 0.0
+            up = delta.up.to(device).double() * self.scale
+            down = delta.down.T.to(device).double()
+            self.factors = _factors(up, down, options.target)
+            self.up, self.down = up.float(), down.float()
+        self.energy = self.weight_energy = self.lost = nearest_lost = 0.0
         for part, wanted, stored in self.blocks():
-            self.energy += wanted.square().sum(dtype=torch.float64).item()
-            self.weight_energy += part.weight().square().sum(dtype=torch.float64).item()
-            self.lost += (stored.float() - wanted).square().sum(dtype=torch.float64).item()
-            near += (
-                (rounded_to_base(part, wanted) - wanted).square().sum(dtype=torch.float64).item()
-            )
-        self.nearest = self._share(near)
+            nearest = rounded_to_base(part, wanted)
+            self.energy += _energy(wanted)
+            self.weight_energy += _energy(part.weight())
+            self.lost += _energy(stored.float() - wanted)
+            nearest_lost += _energy(nearest - wanted)
+        self.nearest = self._share(nearest_lost)
 
     def blocks(self) -> Iterator[tuple[IntBase, Tensor, Tensor]]:
         """(base, the change wanted, float32, and the change that the stored factors give, float64),
@@ -265,11 +290,8 @@ class _Job:
                 stored = part.into(self.dense[rows].double() * self.scale)
                 yield part, stored.float(), stored
             else:
-                yield (
-                    part,
-                    part.into(self.up[rows] @ self.down),
-                    part.into(self.factors.rows(start, start + step).delta()),
-                )
+                wanted = part.into(self.up[rows] @ self.down)
+                yield part, wanted, part.into(self.factors.rows(start, start + step).delta())
 
     def _share(self, lost: float) -> float:
         return 1.0 if self.energy == 0 else max(0.0, 1 - math.sqrt(lost / self.energy))
@@ -286,22 +308,14 @@ class _Job:
         step = self.base.scale.double().square().mean().sqrt().item() / math.sqrt(12)
         return min(MAX_K, max(0, math.ceil(math.log2(max(step / room, 1e-30)))))
 
-    def kept(self, k: int) -> float:
+    def retention(self, k: int) -> float:
         """The share of the change that is kept at k."""
-        return self._share(
-            sum(
-                (
-                    ShiftAdd(k).addend(part, stored).float()
-                    * part.spread(part.scale, torch.float32)
-                    * 2.0**-k
-                    - wanted
-                )
-                .square()
-                .sum(dtype=torch.float64)
-                .item()
-                for part, wanted, stored in self.blocks()
-            )
-        )
+        lost = 0.0
+        for part, wanted, stored in self.blocks():
+            steps = ShiftAdd(k).addend(part, stored).float()
+            realised = steps * part.spread(part.scale, torch.float32) * 2.0**-k
+            lost += _energy(realised - wanted)
+        return self._share(lost)
 
     def layer(self, k: int) -> LayerAdapter:
         """The adapter at k; its rows are those of the base."""
@@ -309,10 +323,12 @@ class _Job:
             return LayerAdapter(ShiftAdd(k), self.digest, self.factors)
         addend = torch.cat([ShiftAdd(k).addend(part, stored) for part, _, stored in self.blocks()])
         return LayerAdapter(
-            ShiftAdd(k),
-            self.digest,
-            dense=addend.to({8: torch.int8, 16: torch.int16, 32: torch.int32}[bits_needed(addend)]),
+            ShiftAdd(k), self.digest, dense=addend.to(INTEGERS[bits_needed(addend)])
         )
+
+
+def _energy(matrix: Tensor) -> float:
+    return matrix.square().sum(dtype=torch.float64).item()
 
 
 def _factors(up: Tensor, down: Tensor, target: float) -> Factors:
@@ -320,11 +336,9 @@ def _factors(up: Tensor, down: Tensor, target: float) -> Factors:
     thin products: no dense matrix.
     """
     up, down = balanced(up, down)
-    found = quantize(up, down, torch.int8)
-    stored_down, stored_up = found.floats()
+    narrow = quantize(up, down, torch.int8)
+    stored_down, stored_up = narrow.floats()
     error = thin_norm([(stored_up, stored_down, 1.0), (up, down.T, -1.0)])
-    return (
-        found
-        if error <= target / 2 * thin_norm([(up, down.T, 1.0)])
-        else quantize(up, down, torch.int16)
-    )
+    if error <= target / 2 * thin_norm([(up, down.T, 1.0)]):
+        return narrow
+    return quantize(up, down, torch.int16)

@@ -19,7 +19,7 @@ from ..files.errors import FileRefused
 from ..files.safetensors import Header, TensorSpec, checksum, read_header, read_tensor
 from ..files.writer import Writer, check_target, metadata_room
 from ..merge.integer_grid import IntBase
-from .adapter import Adapter, LayerAdapter, key_of, module_of
+from .adapter import Adapter, LayerAdapter, module_of
 from .auxiliary import Noise
 from .factors import Factors
 from .variants import MAX_K, Mul, Rule, Shift, ShiftAdd
@@ -282,18 +282,3 @@ def check_bases(
                 f"{file} was made for another 4-bit file than {model} ({key} has other integers);"
                 " choose the file that it was made for, or convert or train it again on this one."
             )
-
-
-def renamed(adapter: Adapter, names: Mapping[str, tuple[str, tuple[int, int] | None]]) -> Adapter:
-    """The adapter under other module names, e.g. a split model's parts as rows of the fused layers
-    that ComfyUI has.
-
-    names: module → (new module, rows of it or None)
-    """
-    layers = {}
-    for key, layer in adapter.layers.items():
-        module, rows = names[key]
-        layers[key_of(module, rows)] = LayerAdapter(
-            layer.rule, layer.base, layer.factors, layer.dense, rows
-        )
-    return Adapter(layers, adapter.facts)

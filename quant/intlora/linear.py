@@ -14,6 +14,7 @@ the base are x and the factors.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,65 +23,61 @@ from ..merge.integer_grid import IntBase, rotate
 from . import factors as integer_factors
 from .adapter import LayerAdapter
 from .auxiliary import Noise, scales
-from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, finished
+from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, merged_weight
 
 # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive
 # at a time
 BLOCK = {"cpu": 2**20}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How a 16-bit weight becomes a base, as the paper has it.
+
+    bits, group  of the integers; group 0: one scale a row
+    lora_bits    of MUL's U
+    rho, alpha   the size of R: see `auxiliary.scales`
+    odd          the integers are odd, so that none is zero
+    """
+
+    bits: int = 4
+    group: int = 64
+    lora_bits: int = 8
+    rho: float | None = 0.25
+    alpha: float | None = None
+    odd: bool = False
+
+
 def separated(
-    weight: Tensor,
-    variant: str,
-    seed: int,
-    name: str,
-    bits: int = 4,
-    group: int = 64,
-    lora_bits: int = 8,
-    rho: float | None = 0.25,
-    alpha: float | None = None,
-    odd: bool = False,
+    weight: Tensor, variant: str, seed: int, name: str, grid: Grid | None = None
 ) -> tuple[IntBase, Rule]:
     """Base and rule for a 16-bit weight (N, K), as the paper makes them: Z of Q[W - R], and U's
     quantizer found at D = 0.
 
     variant  mul | shift; shift_add needs no R and rounds the weight itself
-    rho, alpha  the size of R: see `noise.scales`
     """
+    _check_variant(variant)
+    grid = grid or Grid()
+    if variant == ShiftAdd.NAME:
+        return IntBase.from_weight(weight, grid.bits, grid.group, grid.odd), ShiftAdd()
+    noise = Noise(seed, name, scales(weight, grid.rho, grid.alpha))
+    moved = weight.double() - noise.matrix(weight.shape[1], torch.float64)
+    base = IntBase.from_weight(moved, grid.bits, grid.group, grid.odd)
+    if variant == Mul.NAME:
+        return base, Mul.calibrated(base, noise, grid.lora_bits)
+    return base, Shift.fitting(base, noise)
+
+
+def _check_variant(variant: str) -> None:
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
-    if variant == ShiftAdd.NAME:
-        return IntBase.from_weight(weight, bits, group, odd), ShiftAdd()
-    noise = Noise(seed, name, scales(weight, rho, alpha))
-    base = IntBase.from_weight(
-        weight.double() - noise.matrix(weight.shape[1], torch.float64), bits, group, odd
-    )
-    return base, (
-        Mul.calibrated(base, noise, lora_bits)
-        if variant == Mul.NAME
-        else Shift.fitting(base, noise)
-    )
-
-
-def rebuilt(
-    weight: Tensor, use: LayerAdapter, bits: int = 4, group: int = 64, odd: bool = False
-) -> IntBase:
-    """The base that `separated` made of a 16-bit weight (N, K), from the weight and an adapter's R;
-    compare its digest with the adapter's.
-    """
-    noise = getattr(use.rule, "noise", None)
-    moved = (
-        weight if noise is None else weight.double() - noise.matrix(weight.shape[1], torch.float64)
-    )
-    return IntBase.from_weight(moved, bits, group, odd)
 
 
 def rule_for(base: IntBase, variant: str, k: int = 8, lora_bits: int = 8) -> Rule:
     """The rule for a base that exists already, without R: at D = 0 the base is left as it is, bit
     for bit.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+    _check_variant(variant)
     if variant == ShiftAdd.NAME:
         return ShiftAdd(k)
     return Mul.anchored(base, lora_bits) if variant == Mul.NAME else Shift.fitting(base)
@@ -97,7 +94,7 @@ class IntLoRALinear(nn.Module):
     width       of the stored factors: torch.int8 | torch.int16
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a layer
         self,
         base: IntBase,
         rule: Rule,
@@ -108,14 +105,18 @@ class IntLoRALinear(nn.Module):
         width: torch.dtype = torch.int8,
     ):
         super().__init__()
-        (self.out_features, self.in_features), device = base.shape, base.scale.device
+        self.out_features, self.in_features = base.shape
+        device = base.scale.device
         if not 1 <= rank <= min(base.shape):
             raise ValueError(
                 f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a"
                 f" {base.shape[0]} x {base.shape[1]} layer"
             )
         self.register_buffer("bias", bias, persistent=False)
-        self.base, self.rule, self.inner, self.width = base, rule, inner, width
+        self.base = base
+        self.rule = rule
+        self.inner = inner
+        self.width = width
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA
         drawn = torch.rand(rank, self.in_features, generator=generator) * 2 * bound - bound
         self.lora_down = nn.Parameter(drawn.to(device))
@@ -144,11 +145,9 @@ class IntLoRALinear(nn.Module):
         """Integers and rule follow the factors to another device."""
         super()._apply(fn, recurse)
         device = self.lora_up.device
-        self.base, self.rule, self._working = (
-            self.base.to(device),
-            self.rule.to(device),
-            self._working.to(device),
-        )
+        self.base = self.base.to(device)
+        self.rule = self.rule.to(device)
+        self._working = self._working.to(device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,17 +167,15 @@ class IntLoRALinear(nn.Module):
         step = max(1, BLOCK.get(up.device.type, 2**22) // self.in_features)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            base, rule = (
-                self.base.rows(rows.start, rows.stop),
-                self._working.rows(rows.start, rows.stop),
-            )
+            base = self.base.rows(rows.start, rows.stop)
+            rule = self._working.rows(rows.start, rows.stop)
             delta = base.into(up[rows] @ down)
             # needs no code of the base, which may lie elsewhere
             if self.inner is not None and isinstance(rule, ShiftAdd):
                 yield rows, rule.change(base, delta), None
                 continue
             product = rule.product(base, delta, slope)
-            matrix = finished(base, product)
+            matrix = merged_weight(base, product)
             yield rows, matrix if self.inner is None else matrix - base.weight(), product.slope
 
     def adapter(self, base: str | None = None) -> LayerAdapter:
@@ -214,11 +211,9 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (x, up, down), layer = ctx.saved_tensors, ctx.layer
         inputs, flat = _inputs(layer.base, x).flatten(0, -2), grad.flatten(0, -2)
-        grad_inputs, grad_up, grad_down = (
-            torch.zeros_like(inputs),
-            torch.zeros_like(up),
-            torch.zeros_like(down),
-        )
+        grad_inputs = torch.zeros_like(inputs)
+        grad_up = torch.zeros_like(up)
+        grad_down = torch.zeros_like(down)
         for rows, matrix, slope in layer.blocks(up, down, slope=True):
             grad_inputs.addmm_(flat[:, rows], matrix.to(x.dtype))
             if slope is not None:
@@ -229,12 +224,9 @@ class _Product(torch.autograd.Function):
         if isinstance(layer.rule, ShiftAdd):
             raw_x, wide = x.flatten(0, -2).float(), flat.float()
             grad_up, grad_down = wide.T @ (raw_x @ down.T), (wide @ up).T @ raw_x
-        # the adjoint of `inputs`
-        raw = (
-            grad_inputs
-            if _plain(layer.base)
-            else layer.base.out_of(grad_inputs.float()).to(x.dtype)
-        )
+        raw = grad_inputs
+        if not _plain(layer.base):  # the adjoint of `inputs`
+            raw = layer.base.out_of(grad_inputs.float()).to(x.dtype)
         return raw.reshape(x.shape), grad_up, grad_down, None
 
 

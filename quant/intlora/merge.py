@@ -3,14 +3,12 @@
 Three ways, from the one that keeps everything to the one that costs nothing:
 
     merged       P in wider integers (int8 where it fits, else int16, else int32) under the scale of
-      `variants`. Exact: the merged weight and the
-                 one computed from base and adapter apart are equal bit for bit. No longer a 4-bit
-                 weight: an int4 kernel cannot read it.
+      `variants`. Exact: the merged weight and the one computed from base and adapter apart are
+      equal bit for bit. No longer a 4-bit weight: an int4 kernel cannot read it.
     beside       base as it is, plus x . change^T: dense, or (SHIFT-ADD) as low-rank factors, which
-      a layer's 16-bit branch takes up. The
-                 factors skip the rounding to 2^-k, so they differ from `merged` by at most half a
-                 step of s 2^-k a weight.
-    folded       into the format that the layer has: see `fold`.
+      a layer's 16-bit branch takes up. The factors skip the rounding to 2^-k, so they differ from
+      `merged` by at most half a step of s 2^-k a weight.
+    refitted     into the format that the layer has: see `quant/merge/refit.py`.
 """
 
 import itertools
@@ -22,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ..merge.integer_grid import IntBase
+from ..weights.delta import WeightDelta
 from .adapter import LayerAdapter
 from .variants import ShiftAdd, bits_needed
 
 BLOCK = 2**22  # weights at once
-_DTYPES = {8: torch.int8, 16: torch.int16, 32: torch.int32}
+INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 Uses = Sequence[tuple[LayerAdapter, float]]
 
 
@@ -53,9 +52,8 @@ def merge(base: IntBase, uses: Uses, bits: int = 16, lower_k: bool = True) -> Me
     """Adapters with their strengths into a base's integers.
 
     Several SHIFT-ADD adapters add up on the finest of their grids. MUL and SHIFT stand alone (a
-    strength of t scales the adapter's A B, not
-    R: at 0 an adapter with R still gives the model as it was before training), with SHIFT-ADD
-        adapters on top of what they give.
+    strength of t scales the adapter's A B, not R: at 0 an adapter with R still gives the model as
+    it was before training), with SHIFT-ADD adapters on top of what they give.
     bits     the widest integers allowed for SHIFT-ADD; lower_k: choose a smaller k where they do
       not suffice, and say so
     Raises Overflow where that is not allowed, ValueError for two MUL or SHIFT adapters on the same
@@ -64,18 +62,20 @@ def merge(base: IntBase, uses: Uses, bits: int = 16, lower_k: bool = True) -> Me
     if not all(math.isfinite(strength) for _, strength in uses):
         raise ValueError("a strength is not a finite number")
     cuts = sorted({0, base.shape[0], *(row for use, _ in uses for row in use.rows or ())})
-    runs, notes = [], []
+    notes: list[str] = []
+    runs = []
     for start, stop in itertools.pairwise(cuts):
-        here = [
+        on_rows = [
             (_within(use, start, stop), strength)
             for use, strength in uses
             if (strength != 0 or use.separated)
             and (use.rows is None or use.rows[0] <= start < use.rows[1])
         ]
-        runs.append(_run(base.rows(start, stop), here, bits, lower_k, notes))
-    p, scale = torch.cat([run[0] for run in runs]), torch.cat([run[1] for run in runs], 1)
+        runs.append(_merge_rows(base.rows(start, stop), on_rows, bits, lower_k, notes))
+    p = torch.cat([run[0] for run in runs])
+    scale = torch.cat([run[1] for run in runs], 1)
     width = bits_needed(p)
-    return Merged(_as_base(base, p.to(_DTYPES[width]), scale, width), tuple(notes))
+    return Merged(_as_base(base, p.to(INTEGERS[width]), scale, width), tuple(notes))
 
 
 def _within(use: LayerAdapter, start: int, stop: int) -> LayerAdapter:
@@ -115,7 +115,7 @@ def _sum(base: IntBase, ground: IntBase, uses: Uses, k: int) -> Tensor:
     return p.clamp(-(2**31), 2**31 - 1)
 
 
-def _run(
+def _merge_rows(
     base: IntBase, uses: Uses, bits: int, lower_k: bool, notes: list[str]
 ) -> tuple[Tensor, Tensor]:
     """P (int8, int16 or int32) and scale float32 of rows that share their adapters, at the
@@ -123,38 +123,35 @@ def _run(
     """
     wanted = max((use.rule.k for use, _ in uses if use.additive), default=None)
     if wanted is None:
-        return _at(base, uses, None, 32)
-    k, found = wanted, _at(base, uses, wanted, bits)
-    while found is None and k > 0:
+        return _merge_at(base, uses, None, 32)
+    k, merged = wanted, _merge_at(base, uses, wanted, bits)
+    while merged is None and k > 0:
         k -= 1
-        found = _at(base, uses, k, bits)
-    if found is None or (k < wanted and not lower_k):
-        raise Overflow(bits, wanted, -1 if found is None else k)
+        merged = _merge_at(base, uses, k, bits)
+    if merged is None or (k < wanted and not lower_k):
+        raise Overflow(bits, wanted, -1 if merged is None else k)
     if k < wanted:
         notes.append(
             f"k was lowered from {wanted} to {k}, for the merged integers to fit int{bits}"
         )
-    return found
+    return merged
 
 
-def _at(base: IntBase, uses: Uses, k: int | None, bits: int) -> tuple[Tensor, Tensor] | None:
+def _merge_at(base: IntBase, uses: Uses, k: int | None, bits: int) -> tuple[Tensor, Tensor] | None:
     """P and scale at k, a block of rows after another; None as soon as P does not fit."""
     pieces, step = [], max(1, BLOCK // base.shape[1])
     for row in range(0, base.shape[0], step):
         end = min(row + step, base.shape[0])
-        part, block = (
-            base.rows(row, end),
-            [(use.part(row, end), strength) for use, strength in uses],
-        )
+        part = base.rows(row, end)
+        block = [(use.part(row, end), strength) for use, strength in uses]
         ground = _ground(part, block)
-        p, scale = (
-            (ground.integers(), ground.scale.float())
-            if k is None
-            else (_sum(part, ground, block, k), ShiftAdd(k).scale(ground))
-        )
+        if k is None:
+            p, scale = ground.integers(), ground.scale.float()
+        else:
+            p, scale = _sum(part, ground, block, k), ShiftAdd(k).scale(ground)
         if bits_needed(p) > bits:
             return None
-        pieces.append((p.to(_DTYPES[bits]), scale))
+        pieces.append((p.to(INTEGERS[bits]), scale))
     return torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces], 1)
 
 
@@ -172,9 +169,8 @@ def change(base: IntBase, uses: Uses) -> Tensor:
     return base.out_of(merge(base, uses).base.weight() - base.weight())
 
 
-def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
-    """SHIFT-ADD adapters as one low-rank branch, (down float32 (K, R), up float32 (N, R)),
-    strengths inside: y += (x . down) . up^T.
+def branch(base: IntBase, uses: Uses) -> WeightDelta:
+    """SHIFT-ADD adapters as one low-rank branch, float32, strengths inside: y += (x . down) . up^T.
 
     Raises ValueError for adapters that have no low rank: MUL, SHIFT, and dense changes.
     """
@@ -188,21 +184,19 @@ def branch(base: IntBase, uses: Uses) -> tuple[Tensor, Tensor]:
         if strength:
             down, up = use.factors.floats()
             above = use.rows[0] if use.rows else 0
+            below = base.shape[0] - above - up.shape[0]
             downs.append(down)
-            ups.append(
-                torch.nn.functional.pad(
-                    up * strength, (0, 0, above, base.shape[0] - above - up.shape[0])
-                )
-            )
+            ups.append(torch.nn.functional.pad(up * strength, (0, 0, above, below)))
     if not downs:
-        empty = (
-            torch.zeros(base.shape[1], 0, device=base.codes.device),
-            torch.zeros(base.shape[0], 0, device=base.codes.device),
-        )
-        return empty
-    return torch.cat(downs, 1), torch.cat(ups, 1)
+        return WeightDelta()
+    return WeightDelta(down=torch.cat(downs, 1), up=torch.cat(ups, 1))
 
 
-def finished_weight(merged: Merged) -> Tensor:
-    """The merged weight on raw inputs, float32 (N, K)."""
-    return merged.base.out_of(merged.base.weight())
+def delta(base: IntBase, uses: Uses) -> WeightDelta:
+    """What adapters of any kind change of the weight on raw inputs, float32: those of low rank as a
+    branch, the others dense.
+    """
+    thin = [use for use in uses if use[0].thin]
+    whole = [use for use in uses if not use[0].thin]
+    change_of_thin = branch(base, thin)
+    return replace(change_of_thin, dense=change(base, whole)) if whole else change_of_thin

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,63 +21,83 @@ from ..training import loop
 from ..training.loop import Options
 from .adapter import Adapter
 from .factors import LARGEST
-from .linear import IntLoRALinear, rule_for, separated
+from .linear import Grid, IntLoRALinear, rule_for, separated
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What is trained.
+
+    variant  shift_add | mul | shift
+    rank     of the factors
+    seed     of the factors' start and of R
+    k        of SHIFT-ADD
+    width    of the stored factors: torch.int8 | torch.int16
+    grid     how a 16-bit linear becomes a base
+    """
+
+    variant: str = "shift_add"
+    rank: int = 16
+    seed: int = 0
+    k: int = 8
+    width: torch.dtype = torch.int8
+    grid: Grid = Grid()
+
+    def __post_init__(self):
+        if self.width not in LARGEST:
+            raise ValueError(f"width={self.width} is neither int8 nor int16")
 
 
 def attach(
     model: nn.Module,
     names: Iterable[str],
-    variant: str = "shift_add",
-    rank: int = 16,
-    seed: int = 0,
-    k: int = 8,
-    bits: int = 4,
-    group: int = 64,
-    lora_bits: int = 8,
-    rho: float | None = 0.25,
-    alpha: float | None = None,
-    odd: bool = False,
-    width: torch.dtype = torch.int8,
+    options: AdapterOptions | None = None,
     bases: Mapping[str, IntBase] | None = None,
 ) -> dict[str, IntLoRALinear]:
     """Replaces the named linears by IntLoRA layers and returns them; `detach` undoes it. All other
     parameters of the model are frozen.
 
     A linear that is quantized already (it has `quantized()`, or `bases` gives its integers) keeps
-    its arithmetic, and the change is computed beside it. A 16-bit linear becomes a plain base of
-    `bits` in groups of `group`, with R as the paper has it for MUL and SHIFT (rho, alpha).
+    its arithmetic, and the change is computed beside it. A 16-bit linear becomes a plain base on
+    the options' grid, with R as the paper has it for MUL and SHIFT.
     """
-    if width not in LARGEST:
-        raise ValueError(f"width={width} is neither int8 nor int16")
+    options = options or AdapterOptions()
     layers: dict[str, IntLoRALinear] = {}
     model.requires_grad_(False)
     for name in names:
         old = model.get_submodule(name)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + len(layers))
-        base = (bases or {}).get(name) or (
-            IntBase.of(old.quantized(), name) if hasattr(old, "quantized") else None
-        )
-        if base is not None:
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + len(layers))
+        base = (bases or {}).get(name)
+        if base is None and hasattr(old, "quantized"):
+            base = IntBase.of(old.quantized(), name)
+        if base is None:
+            layer = _plain_layer(old, name, options, generator)
+        else:
             layer = IntLoRALinear(
                 base,
-                rule_for(base, variant, k, lora_bits),
-                rank,
+                rule_for(base, options.variant, options.k, options.grid.lora_bits),
+                options.rank,
                 inner=old,
                 generator=generator,
-                width=width,
+                width=options.width,
             )
-        else:
-            base, rule = separated(
-                old.weight.detach(), variant, seed, name, bits, group, lora_bits, rho, alpha, odd
-            )
-            rule = rule if variant != "shift_add" else rule_for(base, variant, k)
-            bias = None if old.bias is None else old.bias.detach()
-            layer = IntLoRALinear(base, rule, rank, bias, generator=generator, width=width)
         # not a child: its weights stay out of the model while it is away
         object.__setattr__(layer, "replaced", old)
         recorder.replace(model, name, layer)
         layers[name] = layer
     return layers
+
+
+def _plain_layer(
+    old: nn.Module, name: str, options: AdapterOptions, generator: torch.Generator
+) -> IntLoRALinear:
+    """The layer for a 16-bit linear."""
+    weight = old.weight.detach()
+    base, rule = separated(weight, options.variant, options.seed, name, options.grid)
+    if options.variant == "shift_add":
+        rule = rule_for(base, options.variant, options.k)
+    bias = None if old.bias is None else old.bias.detach()
+    return IntLoRALinear(base, rule, options.rank, bias, generator=generator, width=options.width)
 
 
 def detach(model: nn.Module, layers: Mapping[str, IntLoRALinear]) -> None:
@@ -92,7 +113,7 @@ def adapter(layers: Mapping[str, IntLoRALinear], **facts) -> Adapter:
     return Adapter({name: layer.adapter() for name, layer in layers.items()}, facts)
 
 
-def train(
+def train(  # noqa: PLR0913 - as `loop.steps`, and who watches
     layers: Mapping[str, IntLoRALinear],
     loss: Callable[[torch.Generator], Tensor],
     options: Options,
@@ -106,7 +127,7 @@ def train(
 
     progress(step, steps, loss) is called after each step; an exception raised in it stops the run,
     and the state is kept. data: a name for what `loss` depends on; a state is resumed with the same
-    only. For `state`, `checkpointed`, `losses` and the exceptions see `training.steps`.
+    only. For `state`, `checkpointed`, `losses` and the exceptions see `loop.steps`.
     """
     losses = [] if losses is None else losses
     running = steps(layers, loss, options, state, checkpointed, losses, data)
@@ -116,7 +137,7 @@ def train(
     return losses
 
 
-def steps(
+def steps(  # noqa: PLR0913 - as `loop.steps`
     layers: Mapping[str, IntLoRALinear],
     loss: Callable[[torch.Generator], Tensor],
     options: Options,
@@ -125,7 +146,7 @@ def steps(
     losses: list[float] | None = None,
     data: str = "",
 ) -> Iterator[tuple[int, float]]:
-    """Trains, yielding (steps done, loss) after each step: `training.steps` on the factors of the
+    """Trains, yielding (steps done, loss) after each step: `loop.steps` on the factors of the
     layers.
     """
     parameters = {

@@ -108,7 +108,7 @@ class ShiftAdd:
         float32 (N, K).
         """
         total = base.integers().float() * 2.0**self.k + self.addend(base, delta).float()
-        return _finished(base, total, self.scale(base))
+        return _weight_from(base, total, self.scale(base))
 
     def rows(self, start: int, stop: int) -> "ShiftAdd":
         """The same rule: it has no values of rows."""
@@ -198,7 +198,9 @@ class Mul:
     def unmerged(self, base: IntBase, delta: Tensor) -> Tensor:
         """W' without P: (s t) (float(U) float(Z)), float32 (N, K)."""
         z = base.integers()
-        return _finished(base, self.levels(base, delta, z)[0].float() * z.float(), self.scale(base))
+        return _weight_from(
+            base, self.levels(base, delta, z)[0].float() * z.float(), self.scale(base)
+        )
 
     def rows(self, start: int, stop: int) -> "Mul":
         """The rule of outputs start..stop."""
@@ -274,7 +276,7 @@ class Shift:
         """W' without P: (s 2^(E - w)) (sign(u) 2^(w - d) float(Z)), float32 (N, K)."""
         z = base.integers()
         sign, left, top, _ = self.shifts(base, delta, z)
-        return _finished(
+        return _weight_from(
             base, sign.float() * power_of_two(left) * z.float(), self._scale(base, top)
         )
 
@@ -301,16 +303,16 @@ def _levels(u: Tensor, t: Tensor, zero: Tensor, bits: int) -> Tensor:
     return torch.minimum(torch.maximum((u / t).round(), -zero), 2**bits - 1 - zero)
 
 
-def _finished(base: IntBase, total: Tensor, scale: Tensor) -> Tensor:
+def _weight_from(base: IntBase, total: Tensor, scale: Tensor) -> Tensor:
     grouped = _grouped(base, total) * scale.T[..., None]
     return (grouped if base.zeros is None else grouped + base.zeros.T.float()[..., None]).flatten(1)
 
 
-def finished(base: IntBase, product: Product) -> Tensor:
+def merged_weight(base: IntBase, product: Product) -> Tensor:
     """W' of a product: scale float(P) + zeros, float32 (N, K): one rounding of P to float32 and one
     of the multiplication.
     """
-    return _finished(base, product.p.float(), product.scale)
+    return _weight_from(base, product.p.float(), product.scale)
 
 
 def bits_needed(p: Tensor) -> int:

@@ -6,27 +6,28 @@ and kernels can hold.
     cut         the same, cut back to a rank: its best approximation, in the smoothed space of the
       inputs, where the 4-bit part lives.
     refitted    codes and branch are fitted again to base + change, at the branch's own rank. No
-      run-time cost. What the cut branch leaves over
-                is part of what the codes are rounded from, so that much more of the change is kept
-                than by cutting alone.
-    rounded     plain 4-bit weights: base + change rounded to 4 bits again. Loses most of a small
-      change.
+      run-time cost. What the cut branch leaves over is part of what the codes are rounded from, so
+      that much more of the change is kept than by cutting alone.
 
-Each says what share of the change was kept: 1 - |lost| / |change| in the space of the integers, not
-below 0.
+Each says what share of the change is retained: 1 - |lost| / |change| in the space of the integers,
+not below 0.
 """
 
-import math
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..intlora.factors import balanced, thin_norm
-from ..intlora.merge import BLOCK
+from ..lowrank import leading_components
+from ..weights.awq_w4a16 import W4A16Weight
+from ..weights.delta import WeightDelta, round_rank
 from ..weights.packing import pack_int4
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .integer_grid import IntBase
 
+FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
 SHARES = (1.0, 0.94, 0.88, 0.82, 0.76)  # of a group's largest magnitude that are tried as its range
 # of float32 sums, relative to their result: adapters that cancel each other leave so much
 ROUNDING = 1e-6
@@ -35,31 +36,27 @@ EXTRA = 64  # components that a branch may grow by, for a change without low ran
 
 
 def fold_into_branch(
-    weight, down: Tensor, up: Tensor, rank: int | None = None, delta: Tensor | None = None
-):
-    """A change into the 16-bit branch of an `SVDQuantWeight` or `W4A16Weight`, whose 4-bit part
-    stays as it is, bit for bit.
+    weight: FourBitWeight, change: WeightDelta, rank: int | None = None
+) -> tuple[FourBitWeight, float]:
+    """A change into the 16-bit branch of a weight whose 4-bit part stays as it is, bit for bit.
 
-    down float (K, R), up float (N, R): the change's factors; R may be 0
-    rank   of the new branch: None joins the two (their ranks add up, to a multiple of 16; nothing
-      is lost beyond bf16). A number cuts the
-           joined branch to its best approximation of that rank, in the smoothed space of the
-           inputs: the layer's own rank costs nothing at run time.
-    delta  float (N, K) | None: the rest of a change, without low rank. Its EXTRA largest components
-      are added, or what `rank` has room for.
-    Returns the new weight and the share of the change that was kept (1 - |lost| / |change| in that
-    space, not below 0).
+    change  without a row scale; of a dense part the EXTRA largest components are added, or what
+      `rank` has room for
+    rank    of the new branch: None joins the two (their ranks add up, to a multiple of 16; nothing
+      is lost beyond bf16). A number cuts the joined branch to its best approximation of that rank,
+      in the smoothed space of the inputs: the layer's own rank costs nothing at run time.
+    Returns the new weight and the share of the change that is retained (1 - |lost| / |change| in
+    that space, not below 0).
     """
     old_down, old_up, smooth = _branch_of(weight)
-    down, up = down.to(old_down), up.to(old_up)
+    down, up, dense = _parts_of(change, old_down, old_up)
     joined_down, joined_up = torch.cat([old_down, down], 1), torch.cat([old_up, up], 1)
-    wanted = (
-        multiple(joined_down.shape[1] + (0 if delta is None else EXTRA)) if rank is None else rank
-    )
-    if delta is not None:
-        delta = delta.to(old_down)
-        joined_up, thin = _leading(
-            (delta + joined_up @ joined_down.T) * smooth, min(wanted, *weight.shape)
+    wanted = rank
+    if wanted is None:
+        wanted = round_rank(joined_down.shape[1] + (0 if dense is None else EXTRA))
+    if dense is not None:
+        joined_up, thin = leading_components(
+            (dense + joined_up @ joined_down.T) * smooth, min(wanted, *weight.shape)
         )
         joined_down = thin.T / smooth[:, None]
     elif rank is not None and rank < joined_down.shape[1]:
@@ -76,20 +73,15 @@ def fold_into_branch(
         (old_up, old_down, -1.0),
         (up, down, -1.0),
     ]
-    if delta is None:
+    if dense is None:
         lost, size = thin_norm(terms, smooth), thin_norm([(up, down, 1.0)], smooth)
     else:
-        lost = ((sum(sign * u @ d.T for u, d, sign in terms) - delta) * smooth).norm().item()
-        size = ((up @ down.T + delta) * smooth).norm().item()
+        lost = ((sum(sign * u @ d.T for u, d, sign in terms) - dense) * smooth).norm().item()
+        size = ((up @ down.T + dense) * smooth).norm().item()
     return new, 1.0 if size == 0 else max(0.0, 1 - lost / size)
 
 
-def multiple(rank: int) -> int:
-    """A rank rounded up to a multiple of 16, as kernels like it."""
-    return rank + -rank % 16
-
-
-def _branch_of(weight) -> tuple[Tensor, Tensor, Tensor]:
+def _branch_of(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor]:
     """(down (K, R), up (N, R), smoothing (K,)), float32, of a stored weight; a plain one has
     neither. Runs of rows that are smoothed unlike one another (P, K) are weighed by their mean.
     """
@@ -98,77 +90,70 @@ def _branch_of(weight) -> tuple[Tensor, Tensor, Tensor]:
         empty = weight.scale.new_zeros(1, dtype=torch.float32)
         return empty.expand(k, 1)[:, :0], empty.expand(n, 1)[:, :0], empty.new_ones(k)
     smooth = getattr(weight, "smooth_factor", None)
-    smooth = (
-        torch.ones(k, device=weight.scale.device)
-        if smooth is None
-        else smooth.float()
-        if smooth.dim() == 1
-        else smooth.float().abs().mean(0)
-    )
+    if smooth is None:
+        smooth = torch.ones(k, device=weight.scale.device)
+    elif smooth.dim() == 1:
+        smooth = smooth.float()
+    else:
+        smooth = smooth.float().abs().mean(0)
     return weight.proj_down.float(), weight.proj_up.float(), smooth
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest components of a matrix (N, K): up (N, rank), down (rank, K). Subspace iteration
-    from a fixed start (Halko, Martinsson, Tropp 2011, algorithm 4.4, arXiv:0909.4061).
+def _parts_of(
+    change: WeightDelta, old_down: Tensor, old_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(down (K, R), up (N, R), dense or None) of a change, as the old factors are; R is 0 without a
+    low-rank part.
     """
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    basis = torch.linalg.qr(
-        matrix
-        @ torch.randn(
-            matrix.shape[1],
-            min(rank + 16, *matrix.shape),
-            generator=generator,
-            device=matrix.device,
-        )
-    ).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    root = s[:rank].sqrt()
-    return basis @ (u[:, :rank] * root), root[:, None] * v[:rank]
+    if change.row_scale is not None:
+        raise ValueError("a row scale belongs into the weight's own scales before it is refitted")
+    dense = None if change.dense is None else change.dense.to(old_down)
+    if change.up is None:
+        return old_down.new_zeros(len(old_down), 0), old_up.new_zeros(len(old_up), 0), dense
+    return change.down.to(old_down), change.up.to(old_up), dense
 
 
-def refit(weight, down: Tensor, up: Tensor, delta: Tensor | None = None, rounds: int = 2):
-    """Base and change in one `SVDQuantWeight` of the base's own rank: branch, codes and scales are
-    fitted to their sum, data-free.
+def refit(
+    weight: SVDQuantWeight, change: WeightDelta, rounds: int = 2
+) -> tuple[SVDQuantWeight, float]:
+    """Base and change in one weight of the base's own rank: branch, codes and scales are fitted to
+    their sum, data-free.
 
-    down float (K, r), up float (N, r), delta float (N, K) | None: the change on raw inputs, as in
-    `fold_into_branch`
+    change  on raw inputs, as in `fold_into_branch`
     rounds  how often codes and branch are fitted in turns
-    Returns the new weight and the share of the change that was kept. A change below ROUNDING of the
-    weight gives the weight itself.
+    Returns the new weight and the share of the change that is retained. A change below ROUNDING of
+    the weight gives the weight itself.
     """
     base, (old_down, old_up, _) = IntBase.of(weight), _branch_of(weight)
-    down, up = down.to(old_down), up.to(old_up)
-    change = base.into(up @ down.T if delta is None else delta.to(old_down) + up @ down.T)
-    codes, size, new = base.weight(), change.norm().item(), weight
-    wanted = codes + old_up @ base.into(old_down.T.contiguous())
-    if size <= ROUNDING * wanted.norm().item():
+    down, up, dense = _parts_of(change, old_down, old_up)
+    wanted_change = base.into(up @ down.T if dense is None else dense + up @ down.T)
+    codes, size, new = base.weight(), wanted_change.norm().item(), weight
+    target = codes + old_up @ base.into(old_down.T.contiguous())
+    if size <= ROUNDING * target.norm().item():
         return weight, 1.0
-    wanted += change
+    target += wanted_change
     for _ in range(rounds):
-        part, thin = _leading(wanted - codes, weight.rank)
+        part, thin = leading_components(target - codes, weight.rank)
         new = replace(
             new,
             proj_up=part.to(weight.proj_up.dtype),
             proj_down=base.out_of(thin).T.contiguous().to(weight.proj_down.dtype),
         )
-        beside = new.proj_up.float() @ base.into(new.proj_down.float().T.contiguous())
-        new = _with_codes(new, wanted - beside)
+        branch = new.proj_up.float() @ base.into(new.proj_down.float().T.contiguous())
+        new = _with_codes(new, target - branch)
         codes = IntBase.of(new).weight()
-    lost = (codes + beside - wanted).norm().item()
+    lost = (codes + branch - target).norm().item()
     return same_bias(weight, new), max(0.0, 1 - lost / size)
 
 
-def _with_codes(weight, target: Tensor):
+def _with_codes(weight: SVDQuantWeight, target: Tensor) -> SVDQuantWeight:
     """An `SVDQuantWeight` whose 4-bit part is fitted to float32 (N, K) of the space of its
     integers; each group by its old scale or by a new one.
     """
     pieces, step = [], max(1, _BLOCK // target.shape[1])
     for row in range(0, target.shape[0], step):
         base = IntBase.of(weight).rows(row, row + step)
-        pieces.append(_closest(base, target[row : row + step], signed=True))
+        pieces.append(_closest(base, target[row : row + step]))
     return replace(
         weight,
         qweight=torch.cat([codes for codes, _ in pieces]),
@@ -176,7 +161,7 @@ def _with_codes(weight, target: Tensor):
     )
 
 
-def same_bias(old, new):
+def same_bias(old: SVDQuantWeight, new: SVDQuantWeight) -> SVDQuantWeight:
     """The new weight with the bias that the old one really has: unsigned activations fold a part of
     the codes into the stored one.
     """
@@ -191,60 +176,24 @@ def same_bias(old, new):
     )
 
 
-def fold_into_codes(weight, merged: IntBase):
-    """A merged plain base rounded to 4 bits again, in the form of a `W4A16Weight`: no run-time
-    cost, and most of a small change is lost.
-
-    Scales are searched anew where that is closer. Returns the new weight and the share of the
-    change that was kept, not below 0.
-    """
-    pieces, lost, size = [], 0.0, 0.0
-    step = max(1, BLOCK // merged.shape[1])
-    for row in range(0, merged.shape[0], step):
-        old, target = (
-            weight.rows(row, row + step),
-            merged.rows(row, row + step).weight(torch.float64),
-        )
-        pieces.append(_rounded_again(old, target))
-        lost += (IntBase.of(pieces[-1]).weight(torch.float64) - target).square().sum().item()
-        size += (IntBase.of(old).weight(torch.float64) - target).square().sum().item()
-    return weight.cat(pieces), 1.0 if size == 0 else max(0.0, 1 - math.sqrt(lost / size))
-
-
-def _rounded_again(weight, target: Tensor):
-    """Rows of a `W4A16Weight` moved to a target float64 (N, K), each group by its old scale or by a
-    new one, whichever is closer.
-    """
-    base = IntBase.of(weight)
-    codes, scale = _closest(
-        base,
-        target if weight.zeros is None else target - base.spread(weight.zeros, torch.float64),
-        signed=False,
-    )
-    return replace(weight, qweight=codes, scale=scale)
-
-
-def _closest(base: IntBase, target: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(packed codes, scale (G, N)) of the levels closest to a float target (N, K): each group by
-    its old scale, or by a new one where that is closer.
+def _closest(base: IntBase, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(packed signed codes, scale (G, N)) of the levels closest to a float target (N, K): each
+    group by its old scale, or by a new one where that is closer.
 
     A new scale puts the code -8 on the group's largest magnitude, whatever its sign, or on a share
     of it.
     """
     parts = target.unflatten(1, (-1, base.group))
     extreme = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))[..., 0]  # (N, G)
-    best, kept = None, None
-    for scale in (base.scale.T, *(-extreme * (share / 8) for share in SHARES)):
-        scale = scale.to(base.scale.dtype)
+    chosen = base.scale.T
+    least = _round(parts, chosen)[1].square_().sum(-1)
+    for share in SHARES:
+        scale = (-extreme * (share / 8)).to(base.scale.dtype)
         error = _round(parts, scale)[1].square_().sum(-1)
-        better = None if best is None else error < best
-        best, kept = (
-            (error, scale)
-            if better is None
-            else (torch.where(better, error, best), torch.where(better, scale, kept))
-        )
-    codes = _round(parts, kept)[0].flatten(1)
-    return pack_int4(codes.to(torch.int8) + (0 if signed else 8)), kept.T.contiguous()
+        better = error < least
+        least, chosen = torch.where(better, error, least), torch.where(better, scale, chosen)
+    codes = _round(parts, chosen)[0].flatten(1)
+    return pack_int4(codes.to(torch.int8)), chosen.T.contiguous()
 
 
 def _round(parts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

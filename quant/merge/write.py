@@ -44,7 +44,7 @@ def branch_specs(source: QuantizedFile, name: str, rank: int) -> list[TensorSpec
     return list(specs.values())
 
 
-def found(target: str | Path, identity: str) -> list[dict] | None:
+def existing_rows(target: str | Path, identity: str) -> list[dict] | None:
     """The rows of a finished file that this very run would make again; None where there is none."""
     try:
         last = json.loads(read_header(target).metadata.get(KEY, "[]"))[-1]
@@ -53,7 +53,7 @@ def found(target: str | Path, identity: str) -> list[dict] | None:
         return None
 
 
-def bake(
+def write_edits(
     source: QuantizedFile,
     target: str | Path,
     edits: Mapping[str, Edit],

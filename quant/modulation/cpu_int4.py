@@ -11,13 +11,13 @@ order.
 import torch
 from torch import Tensor
 
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.packing import unpack_int4
-from ..weights.svdquant_w4a4 import W4A16Weight
 
 _ROWS = 16  # torch packs so many outputs together
 
 
-class HostMatrix:
+class CpuInt4Matrix:
     """`weight` packed for `product` of inputs in `dtype`, in which scales and zero points are kept.
     Raises ValueError for outputs that are no multiple of 16, and where torch lacks the product.
     """

@@ -3,15 +3,15 @@
 All modulation layers of a transformer read one vector, a function of (timestep, guidance, pooled
 text). So, for every step of a run:
 
-1. `Bank.around` wraps the network (as ComfyUI's DIFFUSION_MODEL wrapper does). From its small
-  inputs (their bytes are the key) it knows the vector; for a new key it lets the network's own code
-  run up to its first modulation layer, which gives the vector to the bit. At the first step it does
-  so for every timestep of the run.
+1. `ModulationCache.around` wraps the network (as ComfyUI's DIFFUSION_MODEL wrapper does). From the
+  network's small inputs (their bytes are the key) it knows the vector; for a new key it lets the
+  network's own code run up to its first modulation layer, which gives the vector to the bit. At the
+  first step it does so for every timestep of the run.
 2. The products of all layers with all new vectors are made on the CPU, each weight being read once
   for all of them: first this step's, then, in a thread, those of the steps to come.
 3. One transfer brings a step's results to the device, side by side; during the step every layer
   takes its part, and nothing waits for the GPU.
-4. Each layer compares its input with the vector foretold, on the device; the answer is read after
+4. Each layer compares its input with the vector predicted, on the device; the answer is read after
   the step. Had any differed (a patch of another node that changes the vector), the step is done
   again with every layer looking at its own input, and so are all steps after it.
 
@@ -35,7 +35,7 @@ _CACHE_BYTES = 256 << 20  # of results: a hundred steps of FLUX
 _SMALL = 64 << 10
 
 
-class Vector(NamedTuple):
+class ModulationInput(NamedTuple):
     """What the layers read: rows (M, K) on the CPU, and the shape and device of the layer's input
     that they are.
     """
@@ -45,7 +45,7 @@ class Vector(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, input: torch.Tensor) -> Vector:
+    def of(cls, input: torch.Tensor) -> ModulationInput:
         return cls(input.detach().reshape(-1, input.shape[-1]).cpu(), input.shape, input.device)
 
     @property
@@ -54,20 +54,22 @@ class Vector(NamedTuple):
         return self.device.type != "cpu"
 
 
-class _Found(Exception):
+class _StopAtModulation(Exception):
     """Ends a run of the network at its first modulation layer."""
 
-    def __init__(self, vector: Vector):
+    def __init__(self, vector: ModulationInput):
         super().__init__()
         self.vector = vector
 
 
 class _Step:
     """One step's results on the device, and whether what the layers read was what had been
-    foretold.
+    predicted.
     """
 
-    def __init__(self, layers: Sequence, vector: Vector, results: torch.Tensor, buffers: dict):
+    def __init__(
+        self, layers: Sequence, vector: ModulationInput, results: torch.Tensor, buffers: dict
+    ):
         self._rows = _sent(vector.rows, vector.device, "vector", buffers)
         parts = _sent(results, vector.device, "results", buffers).split(
             [layer.out_features for layer in layers], -1
@@ -105,7 +107,7 @@ def _sent(tensor: torch.Tensor, device: torch.device, use: str, buffers: dict) -
     return buffers[key].copy_(source, non_blocking=True)
 
 
-class Bank:
+class ModulationCache:
     """Results of one model's layers. A layer has name, in_features, out_features, is_hooked and
     compute(rows, fast).
     """
@@ -118,34 +120,42 @@ class Bank:
         self.layers: list = []
         # products of a layer with a row; steps, and how many found their results made
         self.computed = self.steps = self.hits = 0
-        self._timesteps, self._limit, self._size = timesteps, limit, 0
+        self._timesteps = timesteps
+        self._limit = limit
+        self._size = 0
         self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._pending: dict[tuple, Future] = {}
-        self._vectors: OrderedDict[tuple, Vector] = OrderedDict()
+        self._vectors: OrderedDict[tuple, ModulationInput] = OrderedDict()
         # the layers that read the one vector, once that is known
         self._followers: list | None = None
         self._seen: dict | None = None
         self._step: _Step | None = None
         self._buffers: dict[tuple, torch.Tensor] = {}
-        self._probing, self._trusted, self._lock = False, True, Lock()
+        self._probing = False
+        self._trusted = True
+        self._lock = Lock()
         self._thread = ThreadPoolExecutor(1, "nibble-modulation")
 
     # ---- what a layer asks
 
     def output(self, layer, input: torch.Tensor) -> torch.Tensor:
-        """The layer's output for its input (…, K), there where the input is."""
+        """The layer's output for its input (…, K), on the input's device."""
         if self._probing and layer in self._followers:
-            raise _Found(Vector.of(input))
-        if self._step is not None and (ready := self._step.take(layer, input)) is not None:
+            raise _StopAtModulation(ModulationInput.of(input))
+        ready = None if self._step is None else self._step.take(layer, input)
+        if ready is not None:
             return ready
-        vector = Vector.of(input)
+        vector = ModulationInput.of(input)
         if self._seen is not None:
             self._seen.setdefault(_key(vector.rows), []).append(layer)
         if layer.is_hooked:
             y = layer.compute(vector.rows, vector.fast)
         else:
-            together = self._followers if self._followers and layer in self._followers else [layer]
-            y = self._rows([layer], self._asked(together, vector.rows, vector.fast)[0], vector)
+            together = [layer]
+            if self._followers and layer in self._followers:
+                together = self._followers
+            results, _ = self._requested(together, vector.rows, vector.fast)
+            y = self._rows([layer], results, vector)
         return y.reshape(*input.shape[:-1], -1).to(input.device, non_blocking=True)
 
     def clear(self) -> None:
@@ -154,7 +164,8 @@ class Bank:
             self._results.clear()
             self._pending = {}  # what a thread still computes belongs to the past
             self._vectors.clear()
-            self._size, self._trusted = 0, True
+            self._size = 0
+            self._trusted = True
 
     # ---- a step
 
@@ -174,7 +185,9 @@ class Bank:
 
     @contextmanager
     def _serving(self, step: _Step | None):
-        self._step, self._seen = step, {} if step is None and self._followers is None else None
+        self._step = step
+        # until it is known which layers read the one vector, they are watched
+        self._seen = {} if step is None and self._followers is None else None
         try:
             yield
             if self._seen:
@@ -192,24 +205,26 @@ class Bank:
             return None
         key = _key(*_small_inputs(args, kwargs))
         new = key not in self._vectors
-        if new and not self._foretell(key, executor, args, kwargs):
+        if new and not self._probe(key, executor, args, kwargs):
             return None
         vector = self._vectors[key]
-        found, made = self._asked(self._followers, vector.rows, vector.fast)
-        self.steps, self.hits = self.steps + 1, self.hits + (made == 0)
+        results, begun = self._requested(self._followers, vector.rows, vector.fast)
+        self.steps += 1
+        if begun == 0:
+            self.hits += 1
         if new:
-            self._foretell_run(executor, args, kwargs, vector)
+            self._probe_run(executor, args, kwargs, vector)
         return _Step(
-            self._followers, vector, self._rows(self._followers, found, vector), self._buffers
+            self._followers, vector, self._rows(self._followers, results, vector), self._buffers
         )
 
-    def _foretell(self, key: tuple, executor, args: tuple, kwargs: dict) -> bool:
+    def _probe(self, key: tuple, executor, args: tuple, kwargs: dict) -> bool:
         """Lets the network run up to its first modulation layer; whether there was one."""
         self._probing = True
         try:
             executor.original(*args, **kwargs)
-        except _Found as found:
-            self._vectors[key] = found.vector
+        except _StopAtModulation as stop:
+            self._vectors[key] = stop.vector
         finally:
             self._probing = False
         while len(self._vectors) > 4096:
@@ -217,17 +232,19 @@ class Bank:
         self._trusted = key in self._vectors
         return self._trusted
 
-    def _foretell_run(self, executor, args: tuple, kwargs: dict, now: Vector) -> None:
+    def _probe_run(self, executor, args: tuple, kwargs: dict, now: ModulationInput) -> None:
         """The vectors of the run's other steps, and in the thread their products."""
         vectors = []
         for timestep in self._others(args, kwargs):
             key = _key(*_small_inputs((args[0], timestep, *args[2:]), kwargs))
-            if key not in self._vectors and self._foretell(
+            if key not in self._vectors and self._probe(
                 key, executor, (args[0], timestep, *args[2:]), kwargs
             ):
                 vectors.append(self._vectors[key])
         if vectors:
-            self._asked(self._followers, torch.cat([vector.rows for vector in vectors]), now.fast)
+            self._requested(
+                self._followers, torch.cat([vector.rows for vector in vectors]), now.fast
+            )
 
     def _others(self, args: tuple, kwargs: dict) -> Iterable[torch.Tensor]:
         """The network's timestep input at every step of the run, as far as the sampler says it."""
@@ -237,7 +254,8 @@ class Bank:
         sigmas = options.get("sample_sigmas")
         if sigmas is None or self._timesteps is None or not isinstance(args[1], torch.Tensor):
             return []
-        now, row = args[1], sum(layer.out_features for layer in self._followers) * 4
+        now = args[1]
+        row = sum(layer.out_features for layer in self._followers) * 4  # bytes of a step's results
         # what is made ahead must still be there when it is asked for
         sigmas = sigmas[:-1][: max(1, self._limit // (4 * row))]
         return [
@@ -247,11 +265,11 @@ class Bank:
 
     # ---- products
 
-    def _asked(
+    def _requested(
         self, layers: Sequence, rows: torch.Tensor, fast: bool
     ) -> tuple[dict[tuple, torch.Tensor | Future], int]:
         """Key → result, or the future that brings it; and how many had to be begun."""
-        found: dict[tuple, torch.Tensor | Future] = {}
+        results: dict[tuple, torch.Tensor | Future] = {}
         new: dict[tuple, tuple] = {}
         with self._lock:
             for layer in layers:
@@ -259,25 +277,25 @@ class Bank:
                     key = self._key(layer, row, fast)
                     if key in self._results:
                         self._results.move_to_end(key)
-                        found[key] = self._results[key]
+                        results[key] = self._results[key]
                     elif key in self._pending:
-                        found[key] = self._pending[key]
+                        results[key] = self._pending[key]
                     else:
                         new[key] = (layer, row)
             if new:
                 future = self._thread.submit(self._compute, new, fast, self._pending)
                 self._pending.update(dict.fromkeys(new, future))
-                found.update(dict.fromkeys(new, future))
-        return found, len(new)
+                results.update(dict.fromkeys(new, future))
+        return results, len(new)
 
     def _rows(
-        self, layers: Sequence, found: dict[tuple, torch.Tensor | Future], vector: Vector
+        self, layers: Sequence, results: dict[tuple, torch.Tensor | Future], vector: ModulationInput
     ) -> torch.Tensor:
         """(M, sum of N): the layers' outputs side by side, once they are made."""
 
         def result(layer, row: torch.Tensor) -> torch.Tensor:
             key = self._key(layer, row, vector.fast)
-            return found[key].result()[key] if isinstance(found[key], Future) else found[key]
+            return results[key].result()[key] if isinstance(results[key], Future) else results[key]
 
         return torch.stack(
             [torch.cat([result(layer, row) for layer in layers]) for row in vector.rows]

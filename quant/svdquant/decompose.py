@@ -28,10 +28,11 @@ from torch import Tensor
 from ...kernels.reference import SHIFT
 from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
+from ..lowrank import svd_lowrank
 from ..weights.packing import dequantize_groups, pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .gptq import gptq, round_to_nearest
-from .lowrank_metric import Metric, parallel_sum, solve_blocks, svd_lowrank, times_blocks
+from .lowrank_metric import Metric, parallel_sum, solve_blocks, times_blocks
 from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
 from .smooth import InputSpace, smoothings, with_signs

@@ -3,40 +3,16 @@
     argmin_L  tr (W - L) M (W - L)^T  =  SVD_R(W M^1/2) M^-1/2          M block diagonal, symmetric,
       positive
 
-by a randomized SVD (Halko, Martinsson, Tropp, 2011, arXiv:0909.4061, algorithms 4.4 and 5.1). With
-M = identity it is SVDQuant's eq. 6.
+With M = identity it is SVDQuant's eq. 6.
 """
 
 import torch
 from torch import Tensor
 
+from ..lowrank import svd_lowrank
+
 # eigenvalues below this share of a metric's largest are raised to it: nothing is learned from them
 FLOOR = 1e-6
-
-
-def svd_lowrank(
-    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2
-) -> tuple[Tensor, Tensor]:
-    """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation,
-    singular values shared evenly.
-
-    The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K)
-    are filled with zeros.
-    """
-    n, k = matrix.shape
-    width = min(rank + oversample, n, k)
-    probe = torch.randn(k, width, generator=generator).to(matrix)
-    basis = torch.linalg.qr(matrix @ probe).Q
-    for _ in range(power):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    # basis^T matrix = small^T right^T: the SVD is of width x width only
-    right, small = torch.linalg.qr(matrix.T @ basis)
-    u, s, vh = torch.linalg.svd(small.T)
-    kept = min(rank, width)
-    root = s[:kept].sqrt()
-    up, down = (basis @ u[:, :kept]) * root, (right @ vh[:kept].T) * root
-    pad = (0, rank - kept)
-    return torch.nn.functional.pad(up, pad), torch.nn.functional.pad(down, pad)
 
 
 def times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """What a low-bit layer holds and computes, a file for each format.
 
 base.py           what all formats share
-svdquant_w4a4.py  4-bit weights and activations, a low-rank branch; and awq_w4a16
+svdquant_w4a4.py  4-bit weights and activations, a low-rank branch
+awq_w4a16.py      4-bit weights, 16-bit activations
 vq.py             codebooks and indices
+formats.py        the 4-bit formats by name
+delta.py          the change of a weight: row scale, low rank, dense
 packing.py        4-bit and index codecs, each with its inverse beside it
 fuse.py           several linears as one, and back
 modules.py        the formats as nn.Modules, for scripts

@@ -6,6 +6,7 @@ ComfyUI and `container` tell what X is.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -35,6 +36,7 @@ class StoredWeight:
     OPTIONAL: tuple[str, ...] = ("bias", "weight_zeros")  # names on disk that a layer may lack
     # facts that the tensors themselves tell; the others are options
     TOLD: tuple[str, ...] = ("format", "rank")
+    OUTPUT_DIM: dict[str, int] = {}  # field → the dimension of its tensor that counts outputs
 
     def facts(self) -> dict:
         """The layer's JSON."""
@@ -72,6 +74,47 @@ class StoredWeight:
         return {
             name: tensors.get(f"{prefix}.{suffix}") for name, suffix in cls.SUFFIXES.items()
         }, facts
+
+    @staticmethod
+    def _refuse_unknown(prefix: str, facts: dict, known: set[str]) -> None:
+        """Raises ValueError for options that this version does not know."""
+        unknown = facts.keys() - known
+        if unknown:
+            raise ValueError(
+                f"{prefix} uses {', '.join(sorted(unknown))}, which this version does not know;"
+                " please update"
+            )
+
+    def _check_shapes(self, linear: str, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises ValueError for a tensor of another shape than `linear`, in words, needs."""
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has the shape {tuple(tensor.shape)}; {linear} needs {shape}"
+                )
+
+    def _output_slices(self, start: int, stop: int) -> dict[str, Tensor | None]:
+        """The fields of OUTPUT_DIM for outputs start..stop, as views."""
+        slices: dict[str, Tensor | None] = {}
+        for name, dim in self.OUTPUT_DIM.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                slices[name] = None
+            elif dim == 0:
+                slices[name] = tensor[start:stop]
+            else:
+                slices[name] = tensor[:, start:stop]
+        return slices
+
+    @classmethod
+    def _joined_outputs(cls, pieces: Sequence["StoredWeight"]) -> dict[str, Tensor | None]:
+        """The inverse of `_output_slices` for pieces that have, or lack, the same tensors."""
+        joined: dict[str, Tensor | None] = {}
+        for name, dim in cls.OUTPUT_DIM.items():
+            tensors = [getattr(piece, name) for piece in pieces]
+            joined[name] = None if tensors[0] is None else torch.cat(tensors, dim)
+        return joined
 
     @property
     def nbytes(self) -> int:

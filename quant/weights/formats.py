@@ -1,7 +1,8 @@
 """Every format of a low-bit layer by its name, and a layer of a file as its dataclass."""
 
 from ..files.checkpoint import QuantizedFile
-from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from .awq_w4a16 import W4A16Weight
+from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQWeight
 
 Weight = SVDQuantWeight | W4A16Weight | VQWeight

@@ -2,8 +2,9 @@
 branch that can be trained.
 """
 
+from .awq_w4a16 import W4A16Weight
 from .base import StoredLinear, StoredWeight
-from .svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQLinear
 
 

@@ -1,17 +1,15 @@
-"""What a 4-bit linear is on disk and in memory: its tensors, their names, and the matrix that they
-stand for.
+"""A linear at 4-bit weights and activations, on disk and in memory: its tensors, their names, and
+the matrix that they stand for.
 
-    svdquant_w4a4   y = Q(x / smooth) . (codes * scale)^T + (x . proj_down) . proj_up^T + bias
-    awq_w4a16       y = x . ((codes - 8) * scale + zeros)^T + bias             [+ (x . proj_down) .
-      proj_up^T, where a LoRA was merged]
+    y = Q(x / smooth) . (codes * scale)^T + (x . proj_down) . proj_up^T + bias
 
-The first is SVDQuant (Li et al., 2024, arXiv:2411.05007, eq. 7), optionally with unsigned
-activations (a shift is folded into the bias), all of them or those from one column on, or a
-64-point Hadamard rotation after smoothing. Layouts are natural: row major, low nibble = even
-column.
+SVDQuant (Li et al., 2024, arXiv:2411.05007, eq. 7), optionally with unsigned activations (a shift
+is folded into the bias), all of them or those from one column on, or a 64-point Hadamard rotation
+after smoothing. Layouts are natural: row major, low nibble = even column.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -63,25 +61,27 @@ class SVDQuantWeight(StoredWeight):
         "smooth_factor": "weight_smooth_factor",
         "bias": "bias",
     }
+    OUTPUT_DIM = {"qweight": 0, "scale": 1, "proj_up": 0, "bias": 0}
 
     def __post_init__(self):
         n, k = self.shape
-        r, self.smooth_rows = self.proj_down.shape[-1], tuple(self.smooth_rows)
+        r = self.proj_down.shape[-1]
+        self.smooth_rows = tuple(self.smooth_rows)
         smooth = (len(self.smooth_rows), k) if self.smooth_rows else (k,)
-        expected = {
-            "scale": (k // 64, n),
-            "proj_down": (k, r),
-            "proj_up": (n, r),
-            "smooth_factor": smooth,
-            "bias": (n,),
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(tensor.shape)}; a {n} x {k} linear of rank {r}"
-                    f" needs {shape}"
-                )
+        self._check_shapes(
+            f"a {n} x {k} linear of rank {r}",
+            {
+                "scale": (k // 64, n),
+                "proj_down": (k, r),
+                "proj_up": (n, r),
+                "smooth_factor": smooth,
+                "bias": (n,),
+            },
+        )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        n, k = self.shape
         if k % 64:
             raise ValueError(f"K={k} is not a multiple of the group size 64")
         if self.rotation not in (0, 64) or (self.rotation and self.act_unsigned):
@@ -135,19 +135,8 @@ class SVDQuantWeight(StoredWeight):
         option that it does not know.
         """
         parts, facts = cls._read(tensors, prefix)
-        unknown = facts.keys() - {
-            "format",
-            "rank",
-            "act_unsigned",
-            "rotation",
-            "unsigned_from",
-            "smooth_rows",
-        }
-        if unknown:
-            raise ValueError(
-                f"{prefix} uses {', '.join(sorted(unknown))}, which this version does not know;"
-                " please update"
-            )
+        options = {"act_unsigned", "rotation", "unsigned_from", "smooth_rows"}
+        cls._refuse_unknown(prefix, facts, {"format", "rank"} | options)
         weight = cls(
             **parts,
             act_unsigned=bool(facts.get("act_unsigned", False)),
@@ -182,35 +171,10 @@ class SVDQuantWeight(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) → (..., N) in x's dtype, with 4-bit activations."""
+        codes: Tensor | tuple[Tensor, Tensor] = self.qweight
         if self.unsigned_from:
-            halves = split_columns(self.qweight, self.unsigned_from)
-            return linear_in_two(
-                x, *halves, self.scale, self.smooth_factor, self.proj_down, self.proj_up, self.bias
-            )
-        if self.smooth_rows:
-            return linear_in_runs(
-                x,
-                self.qweight,
-                self.scale,
-                self.smooth_factor,
-                self.proj_down,
-                self.proj_up,
-                self.bias,
-                self.smooth_rows,
-                self.act_unsigned,
-                self.rotation,
-            )
-        return ops.linear_w4a4(
-            x,
-            self.qweight,
-            self.scale,
-            self.smooth_factor,
-            self.proj_down,
-            self.proj_up,
-            self.bias,
-            self.act_unsigned,
-            self.rotation,
-        )
+            codes = split_columns(self.qweight, self.unsigned_from)
+        return linear_w4a4(x, codes, self, self.proj_down, self.proj_up, self.bias)
 
     def rows(self, start: int, stop: int) -> "SVDQuantWeight":
         """The linear that computes outputs start..stop; shares proj_down and smooth_factor with the
@@ -221,22 +185,13 @@ class SVDQuantWeight(StoredWeight):
             for i, (a, b) in enumerate(spans(self.smooth_rows))
             if min(b, stop) > max(a, start)
         }
-        smooth = (
-            self.smooth_factor[list(runs)]
-            if len(runs) > 1
-            else self.smooth_factor[next(iter(runs))]
-            if runs
-            else self.smooth_factor
-        )
-        return replace(
-            self,
-            qweight=self.qweight[start:stop],
-            scale=self.scale[:, start:stop],
-            proj_up=self.proj_up[start:stop],
-            bias=None if self.bias is None else self.bias[start:stop],
-            smooth_factor=smooth,
-            smooth_rows=tuple(runs.values()) if len(runs) > 1 else (),
-        )
+        smooth, heights = self.smooth_factor, ()
+        if len(runs) == 1:
+            smooth = self.smooth_factor[next(iter(runs))]
+        elif runs:
+            smooth, heights = self.smooth_factor[list(runs)], tuple(runs.values())
+        slices = self._output_slices(start, stop)
+        return replace(self, **slices, smooth_factor=smooth, smooth_rows=heights)
 
     @staticmethod
     def cat(pieces: list["SVDQuantWeight"]) -> "SVDQuantWeight":
@@ -258,170 +213,53 @@ class SVDQuantWeight(StoredWeight):
                     "only pieces with one proj_down, smooth_factor and set of options can be joined"
                     " along N"
                 )
-        bias = None if first.bias is None else torch.cat([p.bias for p in pieces])
-        return replace(
-            first,
-            qweight=torch.cat([p.qweight for p in pieces]),
-            scale=torch.cat([p.scale for p in pieces], 1),
-            proj_up=torch.cat([p.proj_up for p in pieces]),
-            bias=bias,
-        )
+        return replace(first, **SVDQuantWeight._joined_outputs(pieces))
 
 
-@dataclass
-class W4A16Weight(StoredWeight):
-    """A linear at 4-bit weights and 16-bit activations, for few tokens (modulation):
-    comfy-kitchen's awq_w4a16.
-
-    Shapes:
-        qweight  int8 (N, K/2)     two codes 0..15 a byte, low nibble = even column; W = (code - 8)
-          * scale + zeros
-        scale    bf16 (K/64, N)
-        zeros    bf16 (K/64, N) | None: symmetric, as Nibble's own files are
-        bias     bf16 (N,) | None
-        proj_down, proj_up  bf16 (K, R), (N, R) | None: what was merged beside the 4-bit weights;
-          comfy-kitchen's form has none
+class W4A4Options(Protocol):
+    """What decides how a linear's inputs become 4-bit numbers: the fields of that name of
+    `SVDQuantWeight`.
     """
 
-    qweight: Tensor
     scale: Tensor
-    zeros: Tensor | None = None
-    bias: Tensor | None = None
-    proj_down: Tensor | None = None
-    proj_up: Tensor | None = None
+    smooth_factor: Tensor
+    act_unsigned: bool
+    rotation: int
+    unsigned_from: int
+    smooth_rows: tuple[int, ...]
 
-    FORMAT = "awq_w4a16"
-    SUFFIXES = {
-        "qweight": "weight",
-        "scale": "weight_scale",
-        "zeros": "weight_zeros",
-        "bias": "bias",
-        "proj_down": "weight_proj_down",
-        "proj_up": "weight_proj_up",
-    }
-    OPTIONAL = ("bias", "weight_zeros", "weight_proj_down", "weight_proj_up")
 
-    def __post_init__(self):
-        n, k = self.shape
-        if (self.proj_down is None) != (self.proj_up is None):
-            raise ValueError("proj_down and proj_up go together; one of them is missing")
-        expected = {
-            "scale": (k // 64, n),
-            "zeros": (k // 64, n),
-            "bias": (n,),
-            "proj_down": (k, self.rank),
-            "proj_up": (n, self.rank),
-        }
-        for name, shape in expected.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(tensor.shape)}; a {n} x {k} linear needs {shape}"
-                )
-        if k % 64:
-            raise ValueError(f"K={k} is not a multiple of the group size 64")
+def linear_w4a4(
+    x: Tensor,
+    codes: Tensor | tuple[Tensor, Tensor],
+    options: W4A4Options,
+    proj_down: Tensor,
+    proj_up: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """x (..., K) → (..., N) in x's dtype, whatever kind of linear the options make it.
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K) of the linear."""
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        """R of what was merged beside the 4-bit weights; 0: nothing."""
-        return 0 if self.proj_down is None else self.proj_down.shape[1]
-
-    def facts(self) -> dict:
-        """The layer's JSON: the format, and the rank where there is one."""
-        return {"format": self.FORMAT} | ({"rank": self.rank} if self.proj_down is not None else {})
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "W4A16Weight":
-        """The inverse of `tensors`. Raises ValueError for a missing tensor, another format, or an
-        option that it does not know.
-        """
-        parts, facts = cls._read(tensors, prefix)
-        if facts.keys() - {"format", "rank"}:
-            unknown = ", ".join(sorted(facts.keys() - {"format", "rank"}))
-            raise ValueError(
-                f"{prefix} uses {unknown}, which this version does not know; please update"
-            )
-        weight = cls(**parts)
-        if facts.get("rank", 0) != weight.rank:
-            raise ValueError(
-                f"{prefix} says rank {facts.get('rank', 0)}, its factors have {weight.rank}"
-            )
-        return weight
-
-    def residual(self) -> Tensor:
-        """The 4-bit part on x, float32 (N, K)."""
-        codes = unpack_int4(self.qweight, signed=False)
-        n, k = self.shape
-        grouped = (codes.reshape(n, k // 64, 64).float() - 8) * self.scale.float().T[..., None]
-        return (
-            grouped if self.zeros is None else grouped + self.zeros.float().T[..., None]
-        ).reshape(n, k)
-
-    def dequantize(self) -> Tensor:
-        """The whole matrix on x, float32 (N, K)."""
-        dense = self.residual()
-        return (
-            dense
-            if self.proj_up is None
-            else dense + self.proj_up.float() @ self.proj_down.float().T
-        )
-
-    def effective_bias(self) -> Tensor | None:
-        """The bias in float32 (N,), or None."""
-        return None if self.bias is None else self.bias.float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) → (..., N) in x's dtype."""
-        y = ops.linear_w4a16(x, self.qweight, self.scale, self.zeros, self.bias)
-        return (
-            y
-            if self.proj_up is None
-            else y + (x @ self.proj_down.to(x.dtype)) @ self.proj_up.to(x.dtype).T
-        )
-
-    def rows(self, start: int, stop: int) -> "W4A16Weight":
-        """The linear that computes outputs start..stop; shares proj_down with the whole."""
-        return W4A16Weight(
-            self.qweight[start:stop],
-            self.scale[:, start:stop],
-            None if self.zeros is None else self.zeros[:, start:stop],
-            None if self.bias is None else self.bias[start:stop],
-            self.proj_down,
-            None if self.proj_up is None else self.proj_up[start:stop],
-        )
-
-    @staticmethod
-    def cat(pieces: list["W4A16Weight"]) -> "W4A16Weight":
-        """The inverse of `rows`. Raises ValueError when only some pieces have a bias or zero
-        points, or their proj_down differ.
-        """
-        if len({(p.bias is None, p.zeros is None) for p in pieces}) > 1:
-            raise ValueError(
-                "only pieces that all have, or all lack, a bias and zero points can be joined"
-                " along N"
-            )
-        down = pieces[0].proj_down
-        if any(
-            (p.proj_down is None) != (down is None)
-            or (down is not None and not torch.equal(p.proj_down, down))
-            for p in pieces
-        ):
-            raise ValueError("only pieces with one proj_down can be joined along N")
-        zeros = None if pieces[0].zeros is None else torch.cat([p.zeros for p in pieces], 1)
-        bias = None if pieces[0].bias is None else torch.cat([p.bias for p in pieces])
-        return W4A16Weight(
-            torch.cat([p.qweight for p in pieces]),
-            torch.cat([p.scale for p in pieces], 1),
-            zeros,
+    codes: packed, int8 (N, K/2); with unsigned_from the two that `split_columns` makes of them
+    """
+    o = options
+    if o.unsigned_from:
+        return linear_in_two(x, *codes, o.scale, o.smooth_factor, proj_down, proj_up, bias)
+    if o.smooth_rows:
+        return linear_in_runs(
+            x,
+            codes,
+            o.scale,
+            o.smooth_factor,
+            proj_down,
+            proj_up,
             bias,
-            down,
-            None if down is None else torch.cat([p.proj_up for p in pieces]),
+            o.smooth_rows,
+            o.act_unsigned,
+            o.rotation,
         )
+    return ops.linear_w4a4(
+        x, codes, o.scale, o.smooth_factor, proj_down, proj_up, bias, o.act_unsigned, o.rotation
+    )
 
 
 def spans(heights: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -456,7 +294,7 @@ def natural_columns(stored: Tensor, column: int) -> Tensor:
     return torch.cat(halves_of(stored, column), 1)
 
 
-def linear_in_two(
+def linear_in_two(  # noqa: PLR0913 - the operands of an op
     x: Tensor,
     signed: Tensor,
     unsigned: Tensor,
@@ -498,7 +336,7 @@ def linear_in_two(
     )
 
 
-def linear_in_runs(
+def linear_in_runs(  # noqa: PLR0913 - the operands of an op
     x: Tensor,
     qweight: Tensor,
     scale: Tensor,
@@ -531,6 +369,3 @@ def linear_in_runs(
         ],
         -1,
     )
-
-
-FORMATS = {cls.FORMAT: cls for cls in (SVDQuantWeight, W4A16Weight)}

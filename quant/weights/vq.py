@@ -54,6 +54,7 @@ class VQWeight(StoredWeight):
     }
     OPTIONAL = ("weight_scale", "weight_proj_down", "weight_proj_up", "bias")
     TOLD = ("format", "codewords", "vector", "rank")
+    OUTPUT_DIM = {"indices": 0, "scale": 0, "proj_up": 0, "bias": 0}
 
     def __post_init__(self):
         c = self.codebook.shape[0]
@@ -72,18 +73,10 @@ class VQWeight(StoredWeight):
                 f" {self.bits}-bit numbers in uint8"
             )
         (n, k), r = self.shape, 0 if self.proj_down is None else self.proj_down.shape[-1]
-        for name, shape in {
-            "scale": (n,),
-            "proj_down": (k, r),
-            "proj_up": (n, r),
-            "bias": (n,),
-        }.items():
-            tensor = getattr(self, name)
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has the shape {tuple(tensor.shape)}; a {n} x {k} linear of rank {r}"
-                    f" needs {shape}"
-                )
+        self._check_shapes(
+            f"a {n} x {k} linear of rank {r}",
+            {"scale": (n,), "proj_down": (k, r), "proj_up": (n, r), "bias": (n,)},
+        )
         if (self.proj_down is None) != (self.proj_up is None):
             raise ValueError("a low-rank branch needs both proj_down and proj_up")
         if self.rotation not in (0, 64) or (self.rotation and k % 64):
@@ -134,12 +127,7 @@ class VQWeight(StoredWeight):
         option that it does not know.
         """
         parts, facts = cls._read(tensors, prefix)
-        unknown = facts.keys() - {"format", "codewords", "vector", "rotation", "rank"}
-        if unknown:
-            raise ValueError(
-                f"{prefix} uses {', '.join(sorted(unknown))}, which this version does not know;"
-                " please update"
-            )
+        cls._refuse_unknown(prefix, facts, {"format", "codewords", "vector", "rotation", "rank"})
         weight = cls(**parts, rotation=int(facts.get("rotation", 0)))
         if weight.facts() != {
             key: value for key, value in facts.items() if value or key == "format"
@@ -155,11 +143,9 @@ class VQWeight(StoredWeight):
         """The whole matrix on raw x: un-rotated, with the low-rank branch. float32 (N, K)."""
         matrix = reference_vq.dequantize_vq(self.indices, self.codebook, self.scale)
         matrix = reference.hadamard64(matrix) if self.rotation else matrix
-        return (
-            matrix
-            if self.proj_up is None
-            else matrix + self.proj_up.float() @ self.proj_down.float().T
-        )
+        if self.proj_up is None:
+            return matrix
+        return matrix + self.proj_up.float() @ self.proj_down.float().T
 
     def effective_bias(self) -> Tensor | None:
         """The bias in float32 (N,), or None."""
@@ -182,18 +168,7 @@ class VQWeight(StoredWeight):
         """The linear that computes outputs start..stop; shares codebook and proj_down with the
         whole.
         """
-        return replace(
-            self,
-            indices=self.indices[start:stop],
-            **{
-                name: None if tensor is None else tensor[start:stop]
-                for name, tensor in (
-                    ("scale", self.scale),
-                    ("proj_up", self.proj_up),
-                    ("bias", self.bias),
-                )
-            },
-        )
+        return replace(self, **self._output_slices(start, stop))
 
     @staticmethod
     def cat(pieces: list["VQWeight"]) -> "VQWeight":
@@ -215,12 +190,7 @@ class VQWeight(StoredWeight):
                     "only pieces with one codebook, proj_down and set of options can be joined"
                     " along N"
                 )
-        joined = {
-            name: torch.cat([getattr(piece, name) for piece in pieces])
-            for name in ("scale", "proj_up", "bias")
-            if getattr(first, name) is not None
-        }
-        return replace(first, indices=torch.cat([piece.indices for piece in pieces]), **joined)
+        return replace(first, **VQWeight._joined_outputs(pieces))
 
 
 class VQLinear(StoredLinear):

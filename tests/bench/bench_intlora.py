@@ -44,7 +44,8 @@ from nibble.quant import diffusers as models
 from nibble.quant.calibration import recorder
 from nibble.quant.intlora import file as files
 from nibble.quant.intlora import train
-from nibble.quant.intlora.convert import Change, convert
+from nibble.quant.intlora.convert import ModuleChange, Options, convert  # noqa: E402
+from nibble.quant.intlora.linear import Grid  # noqa: E402
 from nibble.quant.intlora.merge import branch, merge, unmerged
 from nibble.quant.merge.integer_grid import IntBase
 from nibble.quant.merge.refit import fold_into_branch
@@ -180,7 +181,11 @@ class Bench:
         o = self.options
         if arm in ("mul", "shift", "shift_add"):
             return train.attach(
-                flux, names_of(flux), arm, o.rank, group=o.group, bits=o.bits, lora_bits=o.lora_bits
+                flux,
+                names_of(flux),
+                train.AdapterOptions(
+                    arm, o.rank, grid=Grid(bits=o.bits, group=o.group, lora_bits=o.lora_bits)
+                ),
             )
         layers = {}
         flux.requires_grad_(False)
@@ -308,7 +313,7 @@ def on_svdquant(bench: Bench, save) -> None:
     names = [
         name for name in names_of(flux) if hasattr(flux.get_submodule(name), "weight_proj_down")
     ]
-    layers = train.attach(flux, names, "shift_add", bench.options.rank)
+    layers = train.attach(flux, names, train.AdapterOptions("shift_add", bench.options.rank))
     train.train(
         layers,
         bench.loss(flux, 0.75, bench.options.batch),
@@ -325,7 +330,7 @@ def on_svdquant(bench: Bench, save) -> None:
         for name, layer in layers.items():
             weight = layer.inner.quantized()
             folded, share = fold_into_branch(
-                weight, *branch(layer.base, [(adapter.layers[name], 1.0)]), rank
+                weight, branch(layer.base, [(adapter.layers[name], 1.0)]), rank
             )
             recorder.replace(flux, name, as_module(folded))
             shares.append(share)
@@ -343,18 +348,23 @@ def conversion(bench: Bench, rows: list) -> dict:
     layers, _, _ = bench.teach(None)
     bases = {name: IntBase.from_weight(layer.weight, 4, 64) for name, layer in layers.items()}
     changes = [
-        Change(name, layer.lora_up.detach(), layer.lora_down.detach())
+        ModuleChange.of_lora(name, layer.lora_up.detach(), layer.lora_down.detach())
         for name, layer in layers.items()
     ]
     found = []
     for strength in (0.1, 0.3, 1.0):
-        result = convert(changes, bases, "the bench's LoRA", strength, ks=range(0, 13, 2))
+        result = convert(
+            changes,
+            bases,
+            "the bench's LoRA",
+            Options(strength=strength, ks=tuple(range(0, 13, 2))),
+        )
         found.append(
             {
                 "strength": strength,
                 "mean |D|/|W|": float(np.mean([r.size for r in result.rows])),
-                "kept": result.kept,
-                "kept, worst layer": min(r.kept for r in result.rows),
+                "kept": result.retention,
+                "kept, worst layer": min(r.retention for r in result.rows),
                 "nearest rounding keeps": float(np.mean([r.nearest for r in result.rows])),
                 "k chosen": sorted({r.k for r in result.rows}),
                 "merged bits": sorted({r.bits for r in result.rows}),

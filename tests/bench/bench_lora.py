@@ -223,7 +223,7 @@ def switch(options) -> dict:
         }
 
     def load(patcher):
-        lora.announce(lambda chosen: comfy.model_management.load_models_gpu([chosen]), patcher)
+        lora.plan_patches(lambda chosen: comfy.model_management.load_models_gpu([chosen]), patcher)
 
     def with_lora(strength):
         return comfy.sd.load_lora_for_models(model, None, tensors, strength, 0)[0]
@@ -238,7 +238,7 @@ def switch(options) -> dict:
         "bytes made": sum(
             tensor.nbytes
             for linear in linears.values()
-            for tensor in (linear.weight._params.proj_down, linear.weight._params.proj_up)
+            for tensor in (linear.weight.params.proj_down, linear.weight.params.proj_up)
         ),
         "bytes of the 4-bit weights": sum(
             linear.weight._qdata.nbytes for linear in linears.values()
@@ -253,14 +253,16 @@ def switch(options) -> dict:
     patches, key = with_lora(1.0).patches[f"diffusion_model.{name}.weight"], name
 
     def difference():
-        dense = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+        dense = layouts.effective_weight(linear.weight)
         return comfy.lora.calculate_weight(patches, dense, key)
 
     patched = difference()
     found["largest layer alone"] = {
         "shape": list(linear.weight.shape),
         "ComfyUI's new weight, dequantized": seconds(difference),
-        "its factors out of the difference": seconds(lambda: lora.absorb(linear.weight, patched)),
+        "its factors out of the difference": seconds(
+            lambda: lora.absorb_dense(linear.weight, patched)
+        ),
     }
     slow = seconds(lambda: comfy.model_management.load_models_gpu([with_lora(1.0)]))
     found["put on from the difference of weights"] = slow
@@ -422,7 +424,7 @@ def in_the_branch(path: Path, texts: list[str], with_lora) -> tuple:
 
     def effective(key):
         weight = comfy.utils.get_attr(ours.model, key)
-        return layouts.effective_weight(layouts.unpack(weight), weight._params)
+        return layouts.effective_weight(weight)
 
     patched = with_lora(ours)
     keys = [

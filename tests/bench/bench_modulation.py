@@ -5,10 +5,9 @@ them made: `python -m nibble bench modulation`.
     time    of all of them for one step, and for 28 steps at once (each weight read once), each
       route in turn in every round; in time of one core
             (the process's own, so that whoever else uses the machine hardly counts)
-    run     28 steps and the same again through `Bank`, at a share of FLUX's layers: how many steps
-      found their results made, and how long the
-            steps waited. Between two steps the caller sleeps for --step seconds, in the place of
-            the GPU.
+    run     28 steps and the same again through `ModulationCache`, at a share of FLUX's layers: how
+      many steps found their results made, and how long the steps waited. Between two steps the
+      caller sleeps for --step seconds, in the place of the GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +21,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-import checkout  # noqa: F401
-from bench import machine
-from nibble.kernels import ops, which
-from nibble.quant.architectures import known_shapes, plan, recognise
-from nibble.quant.modulation.cpu_int4 import HostMatrix
-from nibble.quant.modulation.precompute import Bank
-from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.weights.svdquant_w4a4 import W4A16Weight
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if "nibble" not in sys.modules:
+    import conftest  # noqa: F401  loads the checkout as `nibble`
+
+from bench import machine  # noqa: E402
+from nibble.kernels import ops, which  # noqa: E402
+from nibble.quant.architectures import known_shapes, plan, recognise  # noqa: E402
+from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix  # noqa: E402
+from nibble.quant.modulation.precompute import ModulationCache  # noqa: E402
+from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
+from nibble.quant.weights.awq_w4a16 import W4A16Weight  # noqa: E402
 
 STEPS = 28
 
@@ -81,7 +82,7 @@ def products(shapes: list[tuple[int, int]], rounds: int, copies: int) -> dict:
     for n, k in sorted(set(shapes)):
         weights, count = [matrix(n, k, seed) for seed in range(copies)], shapes.count((n, k))
         packed, dense = (
-            [HostMatrix(w, torch.bfloat16) for w in weights],
+            [CpuInt4Matrix(w, torch.bfloat16) for w in weights],
             [torch.randn(n, k).bfloat16() for _ in range(copies)],
         )
         for m in (1, STEPS):
@@ -104,7 +105,7 @@ def products(shapes: list[tuple[int, int]], rounds: int, copies: int) -> dict:
 
 
 class Layer:
-    """One of the bank's layers."""
+    """One of the cache's layers."""
 
     is_hooked = False
 
@@ -113,7 +114,7 @@ class Layer:
             name,
             k,
             n,
-            HostMatrix(matrix(n, k, seed), torch.bfloat16),
+            CpuInt4Matrix(matrix(n, k, seed), torch.bfloat16),
         )
 
     def compute(self, rows: torch.Tensor, fast: bool) -> torch.Tensor:
@@ -125,13 +126,13 @@ class Network:
     `seconds`.
     """
 
-    def __init__(self, bank: Bank, hidden: int, seconds: float):
-        self.bank, self.seconds = bank, seconds
+    def __init__(self, cache: ModulationCache, hidden: int, seconds: float):
+        self.cache, self.seconds = cache, seconds
         self.embed = torch.randn(1, hidden).bfloat16()
 
     def original(self, x, timestep, context, y, transformer_options=None):
         vector = (timestep[:, None] * self.embed + y).bfloat16()
-        return [self.bank.output(layer, vector) for layer in self.bank.layers]
+        return [self.cache.output(layer, vector) for layer in self.cache.layers]
 
     def __call__(self, *args, **kwargs):
         out = self.original(*args, **kwargs)
@@ -141,20 +142,20 @@ class Network:
 
 def run(shapes: list[tuple[int, int]], share: int, seconds: float) -> dict:
     """Hits and waits of two runs of 28 steps, on every share-th layer."""
-    bank = Bank(lambda sigmas: sigmas)
-    bank.layers += [Layer(f"blocks.{i}", n, k, i) for i, (n, k) in enumerate(shapes[::share])]
+    cache = ModulationCache(lambda sigmas: sigmas)
+    cache.layers += [Layer(f"blocks.{i}", n, k, i) for i, (n, k) in enumerate(shapes[::share])]
     network, y, sigmas = (
-        Network(bank, shapes[0][1], seconds),
+        Network(cache, shapes[0][1], seconds),
         torch.randn(1, shapes[0][1]),
         torch.linspace(1, 0, STEPS + 1),
     )
     runs = []
     with torch.no_grad():
         for _ in range(2):
-            before, waits = (bank.steps, bank.hits), []
+            before, waits = (cache.steps, cache.hits), []
             for sigma in sigmas[:-1]:
                 began = time.perf_counter()
-                bank.around(
+                cache.around(
                     network,
                     torch.zeros(1, 16, 64, 64),
                     sigma.reshape(1),
@@ -166,7 +167,7 @@ def run(shapes: list[tuple[int, int]], share: int, seconds: float) -> dict:
             runs.append(
                 {
                     "steps": STEPS,
-                    "ready": bank.hits - before[1],
+                    "ready": cache.hits - before[1],
                     "wait_ms": {
                         "first": 1e3 * waits[0],
                         "second": 1e3 * waits[1],
@@ -175,10 +176,10 @@ def run(shapes: list[tuple[int, int]], share: int, seconds: float) -> dict:
                 }
             )
     return {
-        "layers": len(bank.layers),
+        "layers": len(cache.layers),
         "of": len(shapes),
         "step_seconds": seconds,
-        "products": bank.computed,
+        "products": cache.computed,
         "runs": runs,
     }
 

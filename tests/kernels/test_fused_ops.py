@@ -35,8 +35,8 @@ def group(dtype=torch.float32, ranks=(8, 3, 0), outputs=(40, 5, 64)):
 
 
 def fused_arguments(first=FIRST, second=SECOND, dtype=torch.float32):
-    """Of the fused op; its quantized input comes from the reference, so that every backend starts
-    from the same codes.
+    """Arguments of the fused op; its quantized input comes from the reference, so that every
+    backend starts from the same codes.
     """
     weight, scale, smooth, down, up, bias = layer(first, dtype)
     _, _, smooth2, down2, _, _ = layer(second, dtype)

@@ -10,7 +10,7 @@ from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
+from nibble.quant.weights.formats import FORMATS
 from published_files import METADATA, RandomFlux
 from published_others import LiteFlux
 

@@ -79,8 +79,8 @@ def with_file(model, tensors: dict, strength: float = 0.8):
 
 def whole_load(patcher) -> None:
     """As a sampler has a model loaded."""
-    lora.announce(lambda model: comfy.model_management.load_models_gpu([model]), patcher)
+    lora.plan_patches(lambda model: comfy.model_management.load_models_gpu([model]), patcher)
 
 
 def effective(linear) -> torch.Tensor:
-    return layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+    return layouts.effective_weight(linear.weight)

@@ -69,7 +69,7 @@ def with_lora(model, tensors, strength: float = 0.8):
 def inputs(model, name: str, exact: bool) -> torch.Tensor:
     """Random inputs of a layer; exact: such as 4-bit activations hold without rounding."""
     linear, draw = layer_of(model, name), torch.Generator().manual_seed(3)
-    shape, params = (1, 7, linear.in_features), linear.weight._params
+    shape, params = (1, 7, linear.in_features), linear.weight.params
     if not exact or name == MODULATION:
         return torch.randn(shape, generator=draw)
     codes = (

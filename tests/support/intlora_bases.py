@@ -4,10 +4,11 @@ import torch
 
 from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.factors import quantize
-from nibble.quant.intlora.linear import rule_for, separated
+from nibble.quant.intlora.linear import Grid, rule_for, separated
 from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 from nibble.quant.weights.packing import pack_int4
-from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
 
 N, K = 48, 128
 
@@ -89,5 +90,5 @@ def paper(
 ) -> tuple[IntBase, LayerAdapter, torch.Tensor]:
     """Base with R, adapter, and the 16-bit weight."""
     weight = normal(N, K, size=0.03)
-    base, rule = separated(weight, variant, seed, "blocks.0.proj", bits, group)
+    base, rule = separated(weight, variant, seed, "blocks.0.proj", Grid(bits, group))
     return base, LayerAdapter(rule, base.digest(), factors(size=0.003)), weight

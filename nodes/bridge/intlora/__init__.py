@@ -1,7 +1,12 @@
 """IntLoRA's nodes.
 
-files.py   find, convert and apply IntLoRA files
-train.py   Train IntLoRA
-merge.py   into the layers, or into a file of their own
-charts.py  how much of a LoRA each layer keeps
+files.py    find and name IntLoRA files
+bases.py    the integers of a MODEL
+convert.py  an ordinary LoRA to an IntLoRA
+apply.py    an IntLoRA beside a MODEL's weights
+fold.py     IntLoRAs and patches into one layer
+merge.py    IntLoRAs into a MODEL's layers, in memory
+save.py     a MODEL with all that is on it, as a new file
+train.py    Train IntLoRA
+charts.py   how much of a LoRA each layer keeps
 """

@@ -1,5 +1,8 @@
-"""The charts of kind "kept": how much of a LoRA each layer keeps, once it is converted or
-merged.
+"""Charts of retention: how much of a LoRA each layer keeps, once it is converted or merged.
+
+{"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
+ "rows": [{"name", "action", "kept": the retention, "nearest": that of rounding alone or None,
+ "bytes", "why"}, …]}
 """
 
 from __future__ import annotations
@@ -7,28 +10,32 @@ from __future__ import annotations
 import statistics
 
 from ..host.charts import size
-from .files import Converted
-from .merge import Merged
+from .convert import Converted
+from .fold import MergeReport
 
 
 def conversion_chart(done: Converted, lora_name: str) -> dict:
     """A LoRA's conversion, beside what rounding to the base's own 4 bits would keep of it."""
-    found, layers = done.conversion, done.conversion.adapter.layers
+    conversion = done.conversion
+    layers = conversion.adapter.layers
     rows = [
         {
             "name": row.layer,
             "action": done.actions[row.layer],
-            "kept": row.kept,
+            "kept": row.retention,
             "nearest": row.nearest,
             "bytes": layers[row.layer].nbytes,
             "why": f"k = {row.k}, rank {row.rank}" + (f"; {row.note}" if row.note else ""),
         }
-        for row in found.rows
+        for row in conversion.rows
     ]
-    ks = sorted({row.k for row in found.rows})
+    ks = sorted({row.k for row in conversion.rows})
     summary = [
-        ["kept", _kept(rows)],
-        ["rounding alone would keep", f"{statistics.mean(row.nearest for row in found.rows):.1%}"],
+        ["kept", _retention(rows)],
+        [
+            "rounding alone would keep",
+            f"{statistics.mean(row.nearest for row in conversion.rows):.1%}",
+        ],
         ["k", f"{ks[0]}" if len(ks) == 1 else f"{ks[0]} to {ks[-1]}"],
         ["file", f"{size(done.nbytes)}, of a LoRA of {size(sum(done.bytes_before.values()))}"],
     ]
@@ -51,13 +58,13 @@ def conversion_chart(done: Converted, lora_name: str) -> dict:
     }
 
 
-def merge_chart(done: Merged) -> dict:
+def merge_chart(done: MergeReport) -> dict:
     """A merge, in memory or into a file."""
     rows = [
         {
             "name": row.name,
             "action": row.action,
-            "kept": row.kept,
+            "kept": row.retention,
             "nearest": None,
             "bytes": row.bytes_after,
             "why": (
@@ -66,11 +73,11 @@ def merge_chart(done: Merged) -> dict:
                 else "written with the change"
             ),
         }
-        for row in done.rows
+        for row in done.layers
     ]
-    ranks = sorted({row.rank for row in done.rows if row.action == "w4a4"})
+    ranks = sorted({row.rank for row in done.layers if row.action == "w4a4"})
     summary = [
-        ["kept", _kept(rows)],
+        ["kept", _retention(rows)],
         ["merged", done.sources],
         ["in all", f"{size(done.bytes_before)} → {size(done.bytes_after)}"],
     ]
@@ -89,16 +96,15 @@ def merge_chart(done: Merged) -> dict:
     return {
         "kind": "kept",
         "title": done.name,
-        "subtitle": f"branch: {done.how}",
+        "subtitle": f"branch: {done.branch}",
         "summary": summary,
         "rows": rows,
     }
 
 
-def _kept(rows: list[dict]) -> str:
+def _retention(rows: list[dict]) -> str:
+    """Mean and least, in words."""
     shares = [row["kept"] for row in rows]
-    return (
-        f"{statistics.mean(shares):.2%}, least {min(shares):.2%}"
-        if shares
-        else "nothing was asked for"
-    )
+    if not shares:
+        return "nothing was asked for"
+    return f"{statistics.mean(shares):.2%}, least {min(shares):.2%}"

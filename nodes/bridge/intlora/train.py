@@ -23,13 +23,16 @@ from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear
 from ....quant.merge.integer_grid import IntBase
 from ....quant.training.loop import OPTIMIZERS, Options
+from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host import folders
+from ..host.charts import size
 from ..quantized import layouts
 from ..training import session as training
 from ..training.curve import curve_chart
 from ..training.dataset import Dataset, dataset_of
 from ..training.watch import Watch, resumable, what_is_kept
-from . import files as intlora
+from . import files
+from .bases import MODEL, Bases
 
 NONE = "[None]"  # existing_lora: start anew
 STATE = ".intlora.state"
@@ -74,19 +77,19 @@ def run(job: Job) -> Trained:
     """Trains and saves. Raises FileRefused and ValueError in plain words before anything is loaded,
     and ComfyUI's interrupt.
     """
-    bases, pictures = (intlora.Bases(job.model), dataset_of(job.model, job.latents, job.positive))
+    bases = Bases(job.model)
+    pictures = dataset_of(job.model, job.latents, job.positive)
     names = _layers(bases, job)
     existing = _existing(job, bases, names)
     data = _data(job, pictures, names, bases)
-    done = _finished(job, data)
+    done = _existing_result(job, data)
     if done is not None:
         return done
-    target, name = folders.new_file(
-        intlora.file_name("", job.filename or "trained"), intlora.FOLDER, job.overwrite
-    )
-    state = target.with_name(target.name.removesuffix(intlora.ENDING) + STATE)
+    target, name = files.new_file(files.file_name("", job.filename or "trained"), job.overwrite)
+    state = target.with_name(target.name.removesuffix(files.ENDING) + STATE)
     if job.overwrite and not resumable(state, data):
         state.unlink(missing_ok=True)
+    plan = _Plan(pictures, names, existing, state, data)
     losses: list[float] = []
     watch = Watch(
         job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every
@@ -97,9 +100,7 @@ def run(job: Job) -> Trained:
             pictures.captions,
             pictures.latents[0].shape,
             job.settings,
-            lambda session: _work(
-                session, job, pictures, names, existing, state, data, watch, losses
-            ),
+            lambda session: _work(session, job, plan, watch, losses),
         )
     except FileRefused:
         raise
@@ -115,52 +116,62 @@ def run(job: Job) -> Trained:
     adapter = Adapter(adapter.layers, facts)
     file.save(adapter, target)
     state.unlink(missing_ok=True)
-    folders.refresh(intlora.FOLDER)
+    files.refresh()
     return Trained(
-        name, _as_lora(adapter), losses, steps, _chart(job, name, losses, _summary(adapter, target))
+        name=name,
+        lora=_as_lora(adapter),
+        losses=losses,
+        steps=steps,
+        chart=_chart(job, name, losses, _summary(adapter, target)),
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before the model is loaded. names: of the layers; existing: the adapter to go
+    on with; state: where an interrupted run goes on from; data: all that the result depends on.
+    """
+
+    pictures: Dataset
+    names: list[str]
+    existing: Adapter | None
+    state: Path
+    data: str
+
+
 def _work(
-    session: training.Session,
-    job: Job,
-    pictures: Dataset,
-    names: list[str],
-    existing: Adapter | None,
-    state: Path,
-    data: str,
-    watch: Watch,
-    losses: list[float],
+    session: training.Session, job: Job, plan: _Plan, watch: Watch, losses: list[float]
 ) -> Adapter:
     """The training itself, while the model is loaded."""
     bases = {
         name: _near(base, session.device, job.variant)
-        for name, base in intlora.Bases(session.guider.model_patcher).items()
-        if name in names
+        for name, base in Bases(session.guider.model_patcher).items()
+        if name in plan.names
     }
-    layers = train.attach(
-        session.model, names, job.variant, job.rank, job.options.seed % 2**32, bases=bases
+    options = train.AdapterOptions(
+        variant=job.variant, rank=job.rank, seed=job.options.seed % 2**32
     )
+    layers = train.attach(session.model, plan.names, options, bases)
 
     def watched(step: int, steps: int, loss: float) -> None:
         watch(
             step,
             steps,
             f"step {step} of {steps}, loss {loss:.4f}",
-            lambda: session.preview(lambda: pictures.draw(session)),
+            lambda: session.preview(lambda: plan.pictures.draw(session)),
         )
 
     try:
-        if existing is not None:
-            _fill(layers, existing)
+        if plan.existing is not None:
+            _fill(layers, plan.existing)
         train.train(
             layers,
-            lambda generator: pictures.loss(session, generator),
+            lambda generator: plan.pictures.loss(session, generator),
             job.options,
-            state,
+            plan.state,
             session.checkpointed(),
             watched,
-            data,
+            plan.data,
             losses,
         )
         adapter = train.adapter(layers)
@@ -173,17 +184,14 @@ def _near(base: IntBase, device: torch.device, variant: str) -> IntBase:
     """The base where training needs it: SHIFT-ADD never reads the codes, so those of a streamed
     layer may stay in RAM.
     """
-    return (
-        base.to(device)
-        if variant != "shift_add"
-        else dataclasses.replace(base.to(device), codes=base.codes)
-    )
+    near = base.to(device)
+    return near if variant != "shift_add" else dataclasses.replace(near, codes=base.codes)
 
 
 # ---- before anything is loaded
 
 
-def _layers(bases: intlora.Bases, job: Job) -> list[str]:
+def _layers(bases: Bases, job: Job) -> list[str]:
     """Names of the layers to train."""
     if job.layers:
         names = [
@@ -198,7 +206,7 @@ def _layers(bases: intlora.Bases, job: Job) -> list[str]:
         names = [
             name
             for name, weight in bases.weights.items()
-            if weight._layout_cls == layouts.NibbleSVDQuantLayout.__name__
+            if layouts.format_of(weight) == SVDQuantWeight.FORMAT
         ] or list(bases)
     small = min(names, key=lambda name: min(bases.weights[name].shape))
     if not 1 <= job.rank <= min(bases.weights[small].shape):
@@ -209,14 +217,14 @@ def _layers(bases: intlora.Bases, job: Job) -> list[str]:
     return names
 
 
-def _existing(job: Job, bases: intlora.Bases, names: list[str]) -> Adapter | None:
+def _existing(job: Job, bases: Bases, names: list[str]) -> Adapter | None:
     """The adapter to go on with. Raises FileRefused where it does not fit the model or what is
     asked for.
     """
     if job.existing == NONE:
         return None
-    adapter = file.read(intlora.path_of(job.existing))
-    file.check_bases(adapter, bases, job.existing, "the connected model")
+    adapter = file.read(files.path_of(job.existing))
+    file.check_bases(adapter, bases, job.existing, MODEL)
     for name in names:
         layer = adapter.layers.get(name)
         if (
@@ -245,7 +253,7 @@ def _fill(layers: dict[str, IntLoRALinear], adapter: Adapter) -> None:
             layer.lora_up.copy_(up)
 
 
-def _data(job: Job, pictures: Dataset, names: list[str], bases: intlora.Bases) -> str:
+def _data(job: Job, pictures: Dataset, names: list[str], bases: Bases) -> str:
     """All that the result depends on besides the options that may change."""
     # these change memory, not numbers
     settings = dataclasses.asdict(job.settings) | {"checkpointing": None, "offloading": None}
@@ -262,12 +270,12 @@ def _data(job: Job, pictures: Dataset, names: list[str], bases: intlora.Bases) -
     )
 
 
-def _finished(job: Job, data: str) -> Trained | None:
+def _existing_result(job: Job, data: str) -> Trained | None:
     """The result of a run with the same inputs that has been saved already."""
-    name = intlora.file_name("", job.filename or "trained")
-    if job.overwrite or folders.find(name, intlora.FOLDER) is None:
+    name = files.file_name("", job.filename or "trained")
+    if job.overwrite or folders.find(name, files.FOLDER) is None:
         return None
-    path = intlora.path_of(name)
+    path = files.path_of(name)
     adapter = file.read(path)
     facts = adapter.facts
     if facts.get("run") != data or len(facts.get("losses", ())) != job.options.steps:
@@ -279,7 +287,9 @@ def _finished(job: Job, data: str) -> Trained | None:
         "trained already, with the same inputs",
         _summary(adapter, path),
     )
-    return Trained(name, _as_lora(adapter), facts["losses"], facts["steps"], chart)
+    return Trained(
+        name=name, lora=_as_lora(adapter), losses=facts["losses"], steps=facts["steps"], chart=chart
+    )
 
 
 # ---- what it leaves behind
@@ -295,8 +305,6 @@ def _chart(job: Job, name: str, losses: list[float], summary: list[tuple[str, st
 
 
 def _summary(adapter: Adapter, target: Path) -> list[tuple[str, str]]:
-    from ..host.charts import size
-
     return [("layers", str(len(adapter.layers))), ("file", size(target.stat().st_size))]
 
 
@@ -304,13 +312,13 @@ def _as_lora(adapter: Adapter) -> dict[str, torch.Tensor]:
     """The factors under the names of ComfyUI's own training, for Load LoRA Model and Save LoRA
     Weights.
     """
-    found = {}
+    tensors = {}
     for name, layer in adapter.layers.items():
         down, up = layer.factors.floats()
         key = f"diffusion_model.{name}"
-        found |= {
+        tensors |= {
             f"{key}.lora_up.weight": up,
             f"{key}.lora_down.weight": down.T.contiguous(),
             f"{key}.alpha": torch.tensor(float(layer.rank)),
         }
-    return found
+    return tensors

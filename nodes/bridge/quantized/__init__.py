@@ -2,8 +2,7 @@
 
 loading.py      a file becomes a MODEL
 linear.py       the Linear that ComfyUI builds its models with (custom_operations)
-layouts.py      svdquant_w4a4 and awq_w4a16 as ComfyUI's quantized tensors
-vq_layout.py    and vq
+layouts/        every format as one of ComfyUI's quantized tensors
 patches.py      ComfyUI's patches, read as changes of a weight
 lora.py         those changes on a 4-bit layer: planned, absorbed, attached
 lora_report.py  what the LoRAs on a model do, layer by layer

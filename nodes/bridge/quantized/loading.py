@@ -85,7 +85,7 @@ def load(
     _check_complete(patcher, file)
     if modulation_in == "ram":
         modulation.keep_in_ram(patcher)
-    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.announce)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
     patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype, modulation_in))
     return patcher
 
@@ -159,7 +159,7 @@ def _check_complete(patcher: ModelPatcher, file: QuantizedFile) -> None:
 
 def ram_kept(patcher: ModelPatcher) -> int:
     """Bytes of modulation layers that stay in RAM."""
-    return sum(layer.nbytes for layer in modulation.hosted(patcher))
+    return sum(layer.nbytes for layer in modulation.cpu_layers(patcher))
 
 
 def vram_needed(patcher: ModelPatcher, pixels: int = 1024) -> tuple[int, int]:

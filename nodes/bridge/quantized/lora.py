@@ -1,23 +1,30 @@
 """LoRAs and other weight patches on a 4-bit layer, without touching its 4-bit codes.
 
-A patched layer computes y = ρ ⊙ base(x) + change(x). ComfyUI hands a patch over in one of three
-ways, and each ends here:
-- loaded whole, for a sampler: `announce` tells the layers their patches beforehand, so that they
-  take them as what they are (`patches`), low-rank factors into their own low-rank branch, and
-  ComfyUI computes the new weight on tensors without storage (`expected`, `take`);
-- loaded whole, for anything else: ComfyUI hands over the new weight W', whose change W' - W is
-  split into low-rank factors; what has no low rank stays beside the layer, dense, in 16 bit
-  (`absorb`). A hook that is switched on and off between steps is kept so, too (`change_of`);
-- attached for the forward pass (low VRAM, dynamic VRAM): the same as the first, joined to the
-  branch while the layer computes (`beside`).
+A patched layer computes y = ρ ⊙ base(x) + change(x): a WeightDelta. ComfyUI hands a patch over in
+one of three ways. Loaded whole, for a sampler, it is planned first, so that no whole weight is
+made:
 
-The factors of a W' - W come from a randomized range finder with growing rank: Halko, Martinsson,
-Tropp 2011, algorithm 4.2 (arXiv:0909.4061).
+    ComfyUI                       lora.py                          Linear (linear.py)
+    prepare_sampling(model) ────► plan_patches: checks, keeps
+      load_models_gpu             the patches of every layer
+        convert_weight(W) ───────────────────────────────────────► has_plan?
+                                  reads them as a WeightDelta ◄──┘
+                           ◄────────────────────────────────────── a tensor without storage
+        calculate_weight: arithmetic on nothing
+        set_weight(result) ──────────────────────────────────────► apply_plan
+                                  concat_branch: its factors ◄───┘
+                                  behind the layer's own, same codes
+    end of prepare_sampling ────► the plans are forgotten
+
+Loaded whole for anything else (no plan), `set_weight` gets the new weight W', and `absorb_dense`
+splits W' - W into factors; what has no low rank stays beside the layer, dense, in 16 bit. A hook
+that is switched on and off between steps keeps that change, too (`dense_delta`). Attached for the
+forward pass (low VRAM, dynamic VRAM), `PatchCache` reads the patches as a plan would, and the layer
+adds them to its branch while it computes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,277 +33,169 @@ from types import MappingProxyType
 import comfy.lora
 import comfy.utils
 import torch
-from comfy.model_management import cast_to_device
 from comfy.quant_ops import QuantizedTensor
 
+from ....quant.lowrank import ROUNDING, factors_of_lowest_rank
+from ....quant.weights.delta import WeightDelta, append_factors, pad_rank
 from . import layouts, patches
-from .patches import MOST, Effect
 
 WRAPPER = "nibble_lora"  # our key among a model's wrappers
-# energy of a change that its factors may leave out: below the rounding of 16-bit factors
-RESIDUAL = 1e-6
-# of float32 arithmetic on the whole weight, relative to its norm: such a change is no change
-ROUNDING = 4e-7
-RANK_STEP = 16  # the low-rank branch stays a multiple of this, as kernels like it
-FIRST_RANK = 32  # ranks tried double from the first
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """What a patch makes of a layer: rows times row_scale (N,), plus up (N, r) · down (K, r)ᵀ, plus
-    a dense delta (N, K).
-
-    row_fold (N,): what unsigned activations folded into the stored bias, needed to keep row_scale
-        off the bias; None: nothing.
+def computable(
+    delta: WeightDelta, dtype: torch.dtype, fold: Callable[[], torch.Tensor | None]
+) -> WeightDelta:
+    """A change in the form that layers compute with: in their dtype, at a rank that kernels like,
+    and with the layer's row_fold, which fold() gives.
     """
-
-    down: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    delta: torch.Tensor | None = None
-    row_scale: torch.Tensor | None = None
-    row_fold: torch.Tensor | None = None
-
-    def add_to(
-        self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The patched layer's output for x (…, K), of its plain output y (…, N) and its stored
-        bias, wherever the factors are.
-        """
-
-        def here(tensor, dtype=x.dtype):
-            return cast_to_device(tensor, x.device, dtype)
-
-        if self.row_scale is not None:
-            y = _with_scaled_rows(
-                y,
-                here(self.row_scale, torch.float32),
-                bias,
-                None if self.row_fold is None else here(self.row_fold),
-            )
-        if self.up is not None:
-            y = y + torch.nn.functional.linear(x @ here(self.down), here(self.up))
-        if self.delta is not None:
-            y = y + torch.nn.functional.linear(x, here(self.delta))
-        return y
-
-
-def _with_scaled_rows(y, scale, bias, fold) -> torch.Tensor:
-    """ρ ⊙ (y - b) + b, with b the bias that y really has: the stored one and what was folded into
-    it.
-    """
-    real = bias if fold is None else fold if bias is None else bias + fold
-    scaled = (
-        y * scale if real is None else torch.addcmul((1 - scale) * real.float(), y.float(), scale)
-    )
-    return scaled.to(y.dtype)
-
-
-def change_from(
-    effect: Effect, dtype: torch.dtype, fold: Callable[[], torch.Tensor | None]
-) -> Change:
-    """An effect in the form that layers compute with; fold() gives the layer's row_fold."""
     down = up = None
-    if effect.ups:
-        down, up = (
-            _padded(torch.cat(effect.downs).T).to(dtype),
-            _padded(torch.cat(effect.ups, 1)).to(dtype),
-        )
-    delta = None if effect.delta is None else effect.delta.to(dtype)
-    return Change(
-        down, up, delta, *(None, None) if effect.scale is None else (effect.scale[:, 0], fold())
+    if delta.up is not None:
+        down, up = pad_rank(delta.down).to(dtype), pad_rank(delta.up).to(dtype)
+    return WeightDelta(
+        down=down,
+        up=up,
+        dense=None if delta.dense is None else delta.dense.to(dtype),
+        row_scale=delta.row_scale,
+        row_fold=None if delta.row_scale is None else fold(),
     )
 
 
-def fold_of(weight: QuantizedTensor) -> torch.Tensor | None:
+def row_fold_of(weight: QuantizedTensor) -> torch.Tensor | None:
     """What a layer's unsigned activations add to its output beyond the stored bias, float32 (N,),
     or None.
     """
-    params = weight._params
-    if not (getattr(params, "act_unsigned", False) or getattr(params, "unsigned_from", 0)):
-        return None
-    return layouts.unpack(weight).effective_bias()
+    return layouts.unpack(weight).effective_bias() if weight.params.folds_bias else None
 
 
 # ---- loaded whole, for a sampler
 
-# id of a layer → [key, its patches, effect when asked for]
-_announced: ContextVar[dict] = ContextVar("nibble_announced", default=MappingProxyType({}))
+
+@dataclass
+class _Plan:
+    """A layer's patches until they are applied. effect: found by has_plan, used up by
+    apply_plan.
+    """
+
+    name: str
+    entries: list[tuple]
+    effect: patches.PatchEffect | None = None
 
 
-def announce(executor, model, *args, **kwargs):
+_plans: ContextVar = ContextVar(
+    "nibble_plans", default=MappingProxyType({})
+)  # id of a layer → plan
+
+
+def plan_patches(executor, model, *args, **kwargs):
     """ComfyUI's PREPARE_SAMPLING wrapper of our models. Refuses patches that cannot be right before
     anything is loaded.
     """
-    found = {}
+    plans = {}
     for key, entries in model.patches.items():
         layer = layer_of(model, key)
         if layer is not None:
             name = key.removeprefix("diffusion_model.").removesuffix(".weight")
             patches.check(entries, tuple(layer.weight.shape), name)
             patches.check_finite(entries, name)
-            found[id(layer)] = [name, entries, None]
-    token = _announced.set(found)
+            plans[id(layer)] = _Plan(name, entries)
+    token = _plans.set(plans)
     try:
         return executor(model, *args, **kwargs)
     finally:
-        _announced.reset(token)
+        _plans.reset(token)
 
 
 def layer_of(model, key: str) -> torch.nn.Module | None:
     """The module behind a patched key whose weight is one of ours, or None."""
-    module = (
-        comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
-        if key.endswith(".weight")
-        else None
-    )
-    return (
-        getattr(getattr(module, "convert_weight", None), "__self__", None)
-        if layouts.is_ours(getattr(module, "weight", None))
-        else None
-    )
+    if not key.endswith(".weight"):
+        return None
+    module = comfy.utils.get_attr(model.model, key.removesuffix(".weight"))
+    if not layouts.is_ours(getattr(module, "weight", None)):
+        return None
+    return getattr(getattr(module, "convert_weight", None), "__self__", None)
 
 
-def _dense(weight: QuantizedTensor) -> torch.Tensor:
-    return layouts.effective_weight(layouts.unpack(weight), weight._params)
-
-
-def expected(layer: torch.nn.Module, weight: QuantizedTensor) -> bool:
+def has_plan(layer: torch.nn.Module, weight: QuantizedTensor) -> bool:
     """Whether the patches about to be computed for a layer are known, and simple enough to need no
     whole weight. `weight`: its copy on their device.
     """
-    entry = _announced.get().get(id(layer))
-    if entry is None:
+    plan = _plans.get().get(id(layer))
+    if plan is None:
         return False
-    key, entries, _ = entry
-    effect = patches.effect_of(entries, weight.shape, lambda: _dense(weight), key, weight.device)
-    entry[2] = None if effect is None or effect.delta is not None else effect
-    return entry[2] is not None
+    plan.effect = _effect_on(weight, plan.entries, plan.name, weight.device)
+    if plan.effect is not None and plan.effect.delta.dense is not None:
+        plan.effect = None
+    return plan.effect is not None
 
 
-def take(layer: torch.nn.Module) -> QuantizedTensor:
-    """The layer's weight with what was `expected` of it, on the device where that was computed."""
-    entry = _announced.get()[id(layer)]
-    effect, entry[2] = entry[2], None
-    device = (
-        effect.ups[0].device
-        if effect.ups
-        else effect.scale.device
-        if effect.scale is not None
-        else layer.weight.device
-    )
+def apply_plan(layer: torch.nn.Module) -> QuantizedTensor:
+    """The layer's weight with what its plan says, on the device where that was computed."""
+    plan = _plans.get()[id(layer)]
+    delta, plan.effect = plan.effect.delta, None
+    device = layer.weight.device
+    if delta.up is not None:
+        device = delta.up.device
+    elif delta.row_scale is not None:
+        device = delta.row_scale.device
     weight = layer.weight.to(device=device)
-    return joined(weight, change_from(effect, weight._params.scale.dtype, lambda: fold_of(weight)))
+    dtype = weight.params.scale.dtype
+    return concat_branch(weight, computable(delta, dtype, lambda: row_fold_of(weight)))
+
+
+def _effect_on(
+    weight: QuantizedTensor, entries: list[tuple], name: str, device: torch.device
+) -> patches.PatchEffect | None:
+    def dense() -> torch.Tensor:
+        return layouts.effective_weight(weight)
+
+    return patches.effect_of(entries, weight.shape, dense, name, device)
 
 
 # ---- loaded whole, for anything else
 
 
-def factorise(delta: torch.Tensor, negligible: float) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """delta float32 (N, K) → (down (K, r), up (N, r)) with up·downᵀ ≈ delta, or None where no low
-    rank is enough.
-
-    negligible: the squared error that rounding excuses; beyond it, RESIDUAL of the energy may be
-        missing.
-    """
-    energy = delta.square().sum().item()
-    allowed = max(negligible, RESIDUAL * energy)
-    generator = torch.Generator(delta.device).manual_seed(0)
-    basis, left = delta.new_zeros(delta.shape[0], 0), energy
-    rank = FIRST_RANK
-    while left > allowed:
-        if rank > min(delta.shape) // MOST:
-            return None
-        probe = torch.randn(
-            delta.shape[1], rank - basis.shape[1], generator=generator, device=delta.device
-        )
-        sketch = delta @ probe
-        # twice: where the sketch holds nothing new, the first pass leaves rounding errors along the
-        # old basis
-        for _ in range(2):
-            sketch = torch.linalg.qr(sketch - basis @ (basis.T @ sketch)).Q
-        basis = torch.cat([basis, sketch], dim=1)
-        rows = basis.T @ delta
-        left = (delta - basis @ rows).square().sum().item()
-        rank *= 2
-    return _truncate(basis, basis.T @ delta, allowed - left)
-
-
-def _truncate(
-    basis: torch.Tensor, rows: torch.Tensor, spare: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """basis (N, r) · rows (r, K) → balanced factors (K, r'), (N, r') of the smallest rank that
-    loses at most `spare` energy.
-    """
-    u, s, v = torch.linalg.svd(rows, full_matrices=False)
-    lost = s.square().flip(0).cumsum(0).flip(0)
-    rank = int((lost > spare).sum())
-    root = s[:rank].sqrt()
-    return v[:rank].T * root, (basis @ u[:, :rank]) * root
-
-
-def change_of(weight: QuantizedTensor, patched: torch.Tensor) -> Change | None:
+def dense_delta(weight: QuantizedTensor, patched: torch.Tensor) -> WeightDelta | None:
     """What a patch did: `patched` float (N, K) against the weight itself; None for nothing beyond
     rounding.
     """
-    dtype = weight._params.scale.dtype
-    original = _dense(weight.to(device=patched.device))
-    delta = patched.float() - original
+    dtype = weight.params.scale.dtype
+    original = layouts.effective_weight(weight.to(device=patched.device))
+    difference = patched.float() - original
     negligible = original.square().sum().item() * ROUNDING**2
-    if delta.square().sum().item() <= negligible:
+    if difference.square().sum().item() <= negligible:
         return None
-    factors = factorise(delta, negligible)
+    factors = factors_of_lowest_rank(difference, negligible)
     if factors is None:
-        return Change(delta=delta.to(dtype))
-    return Change(*(_padded(factor).to(dtype) for factor in factors))
+        return WeightDelta(dense=difference.to(dtype))
+    down, up = (pad_rank(factor).to(dtype) for factor in factors)
+    return WeightDelta(down=down, up=up)
 
 
-def _padded(factor: torch.Tensor) -> torch.Tensor:
-    """(…, r) with zero columns up to a multiple of RANK_STEP."""
-    return torch.nn.functional.pad(factor, (0, -factor.shape[1] % RANK_STEP))
-
-
-def absorb(weight: QuantizedTensor, patched: torch.Tensor) -> QuantizedTensor:
+def absorb_dense(weight: QuantizedTensor, patched: torch.Tensor) -> QuantizedTensor:
     """The weight with a patch in its low-rank branch, on `patched`'s device: same codes, same
     scales, longer factors.
     """
-    change, base = change_of(weight, patched), weight.to(device=patched.device)
-    return base if change is None else joined(base, change)
+    change = dense_delta(weight, patched)
+    base = weight.to(device=patched.device)
+    return base if change is None else concat_branch(base, change)
 
 
-def joined(base: QuantizedTensor, change: Change) -> QuantizedTensor:
+def concat_branch(base: QuantizedTensor, change: WeightDelta) -> QuantizedTensor:
     """A weight with a change in its own tensors: a new one, that shares the codes."""
-    p, fields = base._params, {}
+    params, fields = base.params, {}
     if change.row_scale is not None:
-        fields = {
-            "row_scale": change.row_scale,
-            "row_fold": change.row_fold,
-            "side_down": change.down,
-            "side_up": change.up,
-        }
+        fields["row_scale"], fields["row_fold"] = change.row_scale, change.row_fold
+        fields["side_down"], fields["side_up"] = change.down, change.up
     elif change.up is not None:
-        down, up = (
-            (change.down, change.up)
-            if p.proj_up is None
-            else longer(p.proj_down, p.proj_up, change, p.proj_up.dtype)
-        )
-        fields = {"proj_down": down, "proj_up": up}
-    if change.delta is not None:
-        fields["delta"] = change.delta if p.delta is None else p.delta + change.delta
-    return layouts.NibbleTensor(
-        base._qdata,
-        base._layout_cls,
-        dataclasses.replace(p, hook=layouts.HookCell(), hook_seen=None, **fields),
-    )
-
-
-def longer(
-    down: torch.Tensor, up: torch.Tensor, change: Change, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A low-rank branch (K, R), (N, R) with a change's factors appended."""
-    return tuple(
-        torch.cat([own.to(dtype), cast_to_device(new, own.device, dtype)], 1)
-        for own, new in ((down, change.down), (up, change.up))
-    )
+        down, up = change.down, change.up
+        if params.proj_up is not None:
+            dtype = params.proj_up.dtype
+            down, up = append_factors(params.proj_down, params.proj_up, change, dtype)
+        fields["proj_down"], fields["proj_up"] = down, up
+    if change.dense is not None:
+        before = params.delta
+        fields["delta"] = change.dense if before is None else before + change.dense
+    return layouts.with_fields(base, **fields)
 
 
 # ---- attached
@@ -326,7 +225,7 @@ class SidePatch:
         return self.patch(weight)
 
 
-def entries_of(function: Callable) -> tuple[str, list[tuple]] | None:
+def patches_of(function: Callable) -> tuple[str, list[tuple]] | None:
     """(key, patches) of a weight function that only applies ComfyUI's patches; None for any other
     function.
     """
@@ -337,33 +236,32 @@ def entries_of(function: Callable) -> tuple[str, list[tuple]] | None:
     return patch.key, prepared if prepared is not None else patch.patches[patch.key]
 
 
-class Beside:
+class PatchCache:
     """What a layer's attached patches change, remembered where it takes work to find out (a DoRA's
     norms, the cut of a LoHa or LoKr).
     """
 
     def __init__(self):
-        self._known: dict[int, tuple[Callable, torch.dtype, torch.device, Change]] = {}
+        self._known: dict[int, tuple[Callable, torch.dtype, torch.device, WeightDelta]] = {}
 
-    def forget(self) -> None:
+    def clear(self) -> None:
+        """Forgets everything, as when patches change."""
         self._known.clear()
 
-    def change(self, function: Callable, weight: QuantizedTensor, x: torch.Tensor) -> Change:
-        """The change of one weight function that `entries_of` knows, in x's dtype and on its
+    def delta(self, function: Callable, weight: QuantizedTensor, x: torch.Tensor) -> WeightDelta:
+        """The change of one weight function that `patches_of` knows, in x's dtype and on its
         device.
         """
         known = self._known.get(id(function))
         if known is not None and known[:3] == (function, x.dtype, x.device):
             return known[3]
-        key, entries = entries_of(function)
-        effect = patches.effect_of(entries, weight.shape, lambda: _dense(weight), key, x.device)
+        key, entries = patches_of(function)
+        effect = _effect_on(weight, entries, key, x.device)
         if effect is None:
-            return Change(delta=_difference(key, entries, _dense(weight)).to(x.dtype))
-        change = change_from(effect, x.dtype, lambda: fold_of(weight))
-        if effect.delta is None and not patches.all_plain(entries):
-            self._known[id(function)] = (function, x.dtype, x.device, change)
-        return change
-
-
-def _difference(key: str, entries: list[tuple], original: torch.Tensor) -> torch.Tensor:
-    return comfy.lora.calculate_weight(entries, original.clone(), key) - original
+            original = layouts.effective_weight(weight)
+            patched = comfy.lora.calculate_weight(entries, original.clone(), key)
+            return WeightDelta(dense=(patched - original).to(x.dtype))
+        delta = computable(effect.delta, x.dtype, lambda: row_fold_of(weight))
+        if delta.dense is None and not patches.all_plain(entries):
+            self._known[id(function)] = (function, x.dtype, x.device, delta)
+        return delta

@@ -13,6 +13,7 @@ from collections import Counter
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ....quant.weights.delta import round_rank
 from ..host import charts
 from . import layouts, lora, patches
 
@@ -67,7 +68,7 @@ def _of_4bit(weight, name: str, entries: list[tuple]) -> dict:
     """
     n, k = weight.shape
     effect = patches.effect_of(entries, (n, k), lambda: torch.ones(1, 1).expand(n, k), name)
-    size = weight._params.scale.element_size()
+    size = weight.params.scale.element_size()
     if effect is None:
         return {
             "how": "dense",
@@ -77,18 +78,21 @@ def _of_4bit(weight, name: str, entries: list[tuple]) -> dict:
             ),
             "bytes": n * k * size,
         }
-    rank = -(-effect.rank() // lora.RANK_STEP) * lora.RANK_STEP
-    how = "rows" if effect.scale is not None else "dense" if effect.delta is not None else "branch"
-    loss = (
-        f"factors leave out {effect.lost:.1g} of its energy" if effect.lost else "exact to 16 bits"
-    )
-    scale = 0 if effect.scale is None else 4 * n
+    delta = effect.delta
+    how, added = "branch", (n + k) * round_rank(delta.rank) * size
+    if delta.dense is not None:
+        how, added = "dense", added + n * k * size
+    if delta.row_scale is not None:
+        how, added = "rows", added + 4 * n
+    loss = "exact to 16 bits"
+    if effect.lost:
+        loss = f"factors leave out {effect.lost:.1g} of its energy"
     return {
         "how": how,
-        "why": f"{' + '.join(effect.kinds) or 'strength 0'}: rank {effect.rank()}, {loss}",
-        "rank": effect.rank(),
+        "why": f"{' + '.join(effect.kinds) or 'strength 0'}: rank {delta.rank}, {loss}",
+        "rank": delta.rank,
         "lost": effect.lost,
-        "bytes": (n + k) * rank * size + scale + (0 if effect.delta is None else n * k * size),
+        "bytes": added,
     }
 
 
@@ -108,10 +112,8 @@ def _summary(rows: list[dict]) -> list[tuple[str, str]]:
                 ),
             )
         ]
-    counts, reached = (
-        Counter(row["how"] for row in rows),
-        [row for row in rows if row["how"] not in ("comfyui", "refused")],
-    )
+    counts = Counter(row["how"] for row in rows)
+    reached = [row for row in rows if row["how"] not in ("comfyui", "refused")]
     summary = [
         (HOW[how], f"{counts[how]} {'layer' if counts[how] == 1 else 'layers'}")
         for how in HOW
@@ -120,22 +122,10 @@ def _summary(rows: list[dict]) -> list[tuple[str, str]]:
     refused = [("refused", row["why"]) for row in rows if row["how"] == "refused"][:1]
     if not reached:
         return [*summary, ("result", "No 4-bit layer is changed."), *refused]
-    ranks, worst = (
-        sorted({row["rank"] for row in reached if row["rank"]}),
-        max(row["lost"] for row in reached),
-    )
+    worst = max(row["lost"] for row in reached)
     return [
         *summary,
-        (
-            "rank added",
-            (
-                "none"
-                if not ranks
-                else str(ranks[0])
-                if len(ranks) == 1
-                else f"{ranks[0]} to {ranks[-1]}"
-            ),
-        ),
+        ("rank added", _span(sorted({row["rank"] for row in reached if row["rank"]}))),
         ("memory added", charts.size(sum(row["bytes"] for row in reached))),
         (
             "left out",
@@ -143,3 +133,10 @@ def _summary(rows: list[dict]) -> list[tuple[str, str]]:
         ),
         *refused,
     ]
+
+
+def _span(ranks: list[int]) -> str:
+    """Ascending ranks, in words."""
+    if not ranks:
+        return "none"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

@@ -26,27 +26,48 @@ from flux_loras import (
 )
 from intlora_runs import OTHER, STYLE, adapter_path, apply, converted, handmade, on, refused
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge.intlora import charts as kept
-from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import charts, files
+from nibble.nodes.bridge.intlora.bases import Bases
+from nibble.nodes.bridge.intlora.convert import ConvertJob, convert_lora
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
+from nibble.quant.intlora.merge import change
 from nibble.quant.intlora.variants import Mul, Shift
 from nibble.quant.merge.integer_grid import IntBase
+
+
+@pytest.fixture
+def loras(tmp_path, monkeypatch, model):
+    """ComfyUI's LoRA folder, with two LoRAs of the model in it; the IntLoRA folder beside it is
+    empty.
+    """
+    for kind in (files.LORAS, files.FOLDER):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], {".safetensors"})
+        )
+        folder_paths.filename_list_cache.pop(kind, None)
+    save_file(lora_file(model), tmp_path / files.LORAS / STYLE)
+    save_file(lora_file(model, seed=40), tmp_path / files.LORAS / OTHER)
+    yield tmp_path / files.LORAS
+    for kind in (files.LORAS, files.FOLDER):
+        folder_paths.filename_list_cache.pop(kind, None)
+
 
 # ---- convert
 
 
 def test_a_lora_is_converted_with_its_parts_of_fused_layers_and_reported(model, loras):
-    done = intlora.run(intlora.Job(model, STYLE))
+    done = convert_lora(ConvertJob(model, STYLE))
     assert done.name == "style.intlora.safetensors"
-    assert done.name in intlora.adapter_files()
-    assert STYLE in intlora.ordinary_files()
+    assert done.name in files.adapter_files()
+    assert STYLE in files.ordinary_files()
     adapter = file.read(adapter_path(loras, done.name))
     assert adapter.layers.keys() == {MLP, POST_GELU, MODULATION, f"{QKV}@128-256"}
     assert not done.left_out
-    assert all(row.kept > 0.975 for row in done.conversion.rows)
-    chart = kept.conversion_chart(done, STYLE)
+    assert all(row.retention > 0.975 for row in done.conversion.rows)
+    chart = charts.conversion_chart(done, STYLE)
     assert chart["kind"] == "kept"
     assert {row["action"] for row in chart["rows"]} == {"w4a4", "w4a16"}
     assert all(
@@ -116,8 +137,8 @@ def test_in_branch_mode_it_lies_in_the_low_rank_branch(model, loras):
     on(apply(model, converted(model), 1.0))
     patched = layer_of(model, MLP).weight
     assert torch.equal(patched._qdata, base._qdata)
-    assert patched._params.delta is None
-    assert patched._params.proj_up.shape[1] == base._params.proj_up.shape[1] + 16
+    assert patched.params.delta is None
+    assert patched.params.proj_up.shape[1] == base.params.proj_up.shape[1] + 16
 
 
 def test_strength_zero_is_the_base_bit_for_bit(model, loras):
@@ -168,9 +189,7 @@ def test_partly_loaded_it_runs_beside_the_layer(model, loras):
 def test_mul_and_shift_are_applied_densely_and_not_twice(model, loras, rule):
     before, name = on(model), handmade(model, loras, rule, "trained.intlora.safetensors")
     patched = apply(model, name, 1.0)
-    dense = intlora.merge.change(
-        intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)]
-    )
+    dense = change(Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)])
     x, y = before[MLP]
     assert ((on(patched)[MLP][1] - y) - x @ dense.T).norm() < 6e-3 * (x @ dense.T).norm()
     with pytest.raises(
@@ -227,7 +246,7 @@ def test_an_ordinary_lora_and_no_lora_are_refused(model, loras):
     )
     name = converted(model)
     (loras / name).write_bytes(adapter_path(loras, name).read_bytes())
-    folder_paths.filename_list_cache.pop(intlora.LORAS, None)
+    folder_paths.filename_list_cache.pop(files.LORAS, None)
     refused(
         model,
         "is an IntLoRA already; use Apply IntLoRA",
@@ -269,16 +288,16 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_written(model, loras)
         "cut.safetensors cannot be read as a LoRA",
         lambda: converted(model, "cut.safetensors"),
     )
-    assert not intlora.adapter_files()
+    assert not files.adapter_files()
 
 
 def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
     up, down = pair(*layer_of(model, "img_in").weight.shape)
     extra = {"lora_unet_img_in.lora_up.weight": up, "lora_unet_img_in.lora_down.weight": down}
     save_file(lora_file(model) | extra, loras / STYLE)
-    done = intlora.run(intlora.Job(model, STYLE))
+    done = convert_lora(ConvertJob(model, STYLE))
     assert done.left_out == ["img_in.weight"]
-    assert "left out" in dict(kept.conversion_chart(done, STYLE)["summary"])
+    assert "left out" in dict(charts.conversion_chart(done, STYLE)["summary"])
 
 
 # ---- nodes
@@ -286,15 +305,15 @@ def test_what_is_not_in_4_bits_is_left_out_and_said(model, loras):
 
 def test_its_files_are_kept_from_the_stock_loader_and_found_in_both_folders(model, loras):
     name = converted(model)
-    assert name not in folder_paths.get_filename_list(intlora.LORAS), (
+    assert name not in folder_paths.get_filename_list(files.LORAS), (
         "Load LoRA would do nothing with it"
     )
     adapter_path(loras, name).rename(loras / name)
-    for kind in (intlora.LORAS, intlora.FOLDER):
+    for kind in (files.LORAS, files.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
-    assert intlora.adapter_files() == [name]
-    assert intlora.path_of(name) == loras / name
-    assert name not in intlora.ordinary_files()
+    assert files.adapter_files() == [name]
+    assert files.path_of(name) == loras / name
+    assert name not in files.ordinary_files()
 
 
 def test_layers_are_hashed_once_for_as_long_as_they_live(model, loras, monkeypatch):
@@ -322,4 +341,4 @@ def test_the_nodes_do_the_work(model, loras, monkeypatch):
     assert made.ui["nibble_chart"][0]["title"] == name
     assert nodes.NibbleApplyIntLoRA.execute(model, name, 1.0, "branch").result[0].patches
     assert nodes.NibbleApplyIntLoRA.validate_inputs(name) is True
-    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") == intlora.stamp(STYLE)
+    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") == files.stamp(STYLE)

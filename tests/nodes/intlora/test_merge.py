@@ -27,13 +27,13 @@ from flux_loras import (
 )
 from intlora_runs import OTHER, adapter_path, apply, converted, handmade, on, refused
 from nibble.nodes import intlora as nodes
-from nibble.nodes.bridge.intlora import charts as kept
-from nibble.nodes.bridge.intlora import files as intlora
-from nibble.nodes.bridge.intlora import merge as merging
+from nibble.nodes.bridge.intlora import charts, fold, merge, save
+from nibble.nodes.bridge.intlora.bases import Bases
 from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
+from nibble.quant.intlora.merge import change
 from nibble.quant.intlora.variants import Mul, Shift
 
 
@@ -66,41 +66,38 @@ def weights(patcher) -> dict[str, torch.Tensor]:
         for name, module in modules
         if layouts.is_ours(getattr(module, "weight", None))
     }
-    return {
-        name: layouts.effective_weight(layouts.unpack(weight), weight._params)
-        for name, weight in ours.items()
-    }
+    return {name: layouts.effective_weight(weight) for name, weight in ours.items()}
 
 
 def test_merged_in_memory_nothing_is_larger_and_the_base_is_not_touched(model, loras):
     before = bits(model)
-    patched, done = merging.apply(model, converted(model), 1.0, "merge")
+    patched, done = merge.apply(model, converted(model), 1.0, "merge")
     assert_untouched(model, before)
     assert not model.patches
     assert patched.model is not model.model
     assert not patched.patches
     one, two = weights(model), weights(patched)
-    merged = {row.name: row for row in done.rows}
+    merged = {row.name: row for row in done.layers}
     assert merged.keys() == {MLP, "double_blocks.0.img_mlp.2", MODULATION, QKV}
     for name in one:
         if name not in merged:
             assert torch.equal(one[name], two[name])
         elif merged[name].action == "w4a4":
-            assert merged[name].rank == layer_of(model, name).weight._params.proj_up.shape[1]
+            assert merged[name].rank == layer_of(model, name).weight.params.proj_up.shape[1]
             assert merged[name].bytes_before == merged[name].bytes_after
-    assert merged[MODULATION].kept > 0.99
-    assert all(row.kept > 0.3 for row in done.rows)
-    chart = kept.merge_chart(done)
+    assert merged[MODULATION].retention > 0.99
+    assert all(row.retention > 0.3 for row in done.layers)
+    chart = charts.merge_chart(done)
     assert chart["kind"] == "kept"
     assert chart["summary"][0][1].count("%") == 2
 
 
 def test_it_does_what_the_branch_does_as_far_as_it_says(model, loras):
     name = converted(model)
-    patched, done = merging.apply(model, name, 0.8, "merge")
+    patched, done = merge.apply(model, name, 0.8, "merge")
     before, beside = weights(model), changes(lora_file(model), 0.8)
-    for row in done.rows:
-        delta, lost = beside[row.name], 1 - row.kept
+    for row in done.layers:
+        delta, lost = beside[row.name], 1 - row.retention
         assert (weights(patched)[row.name] - before[row.name] - delta).norm() < (
             lost * 1.6 + 0.02
         ) * delta.norm(), row
@@ -122,7 +119,7 @@ def test_its_outputs_are_those_of_its_weights(model, loras):
 
 def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, loras):
     before = on(model)
-    patched, done = merging.apply(model, converted(model), 0.0, "merge")
+    patched, done = merge.apply(model, converted(model), 0.0, "merge")
     assert done is None
     assert all(torch.equal(y, before[name][1]) for name, (_, y) in on(patched).items())
 
@@ -175,14 +172,12 @@ def test_comfyui_s_own_copies_are_merged_too(model, loras):
 @pytest.mark.parametrize("rule", [Mul.anchored, Shift.fitting])
 def test_mul_and_shift_are_merged_as_near_as_the_layer_allows(model, loras, rule):
     name = handmade(model, loras, rule, "trained.intlora.safetensors")
-    patched, done = merging.apply(model, name, 1.0, "merge")
-    wanted = intlora.merge.change(
-        intlora.Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)]
-    )
+    patched, done = merge.apply(model, name, 1.0, "merge")
+    wanted = change(Bases(model)[MLP], [(file.read(adapter_path(loras, name)).layers[MLP], 1.0)])
     got = weights(patched)[MLP] - weights(model)[MLP]
-    assert [row.name for row in done.rows] == [MLP]
-    assert done.rows[0].kept > 0.2
-    assert (got - wanted).norm() < (1 - done.rows[0].kept) * 1.6 * wanted.norm()
+    assert [row.name for row in done.layers] == [MLP]
+    assert done.layers[0].retention > 0.2
+    assert (got - wanted).norm() < (1 - done.layers[0].retention) * 1.6 * wanted.norm()
     refused(
         patched,
         "multiplies the integers of double_blocks.0.img_mlp.0, and so does trained",
@@ -193,15 +188,15 @@ def test_mul_and_shift_are_merged_as_near_as_the_layer_allows(model, loras, rule
 # ---- into a file
 
 
-def saved(patcher, **options) -> merging.Merged:
-    return merging.save(merging.Job(patcher, **options))
+def saved(patcher, **options) -> fold.MergeReport:
+    return save.save_merged(save.SaveJob(patcher, **options))
 
 
 def reloaded(home, done) -> "loading.ModelPatcher":
     return loading.load(home / done.name)
 
 
-@pytest.mark.parametrize("how", merging.BRANCHES)
+@pytest.mark.parametrize("how", fold.BRANCHES)
 def test_a_saved_merge_is_the_model_that_was_merged(based, home, how):
     base = (source := next(home.iterdir())).read_bytes()
     before, lora = on(based), lora_file(based)
@@ -210,9 +205,13 @@ def test_a_saved_merge_is_the_model_that_was_merged(based, home, how):
     assert source.read_bytes() == base
     assert not list(home.glob("*.partial*"))
     again, old = weights(reloaded(home, done)), weights(based)
-    rows = {row.name: row for row in done.rows}
+    rows = {row.name: row for row in done.layers}
     for name, delta in changes(lora, 0.8).items():
-        limit = 0.02 if how == "wider" or name == MODULATION else (1 - rows[name].kept) * 1.6 + 0.02
+        limit = (
+            0.02
+            if how == "wider" or name == MODULATION
+            else (1 - rows[name].retention) * 1.6 + 0.02
+        )
         assert (again[name] - old[name] - delta).norm() < limit * delta.norm(), name
     assert all(torch.equal(again[name], weight) for name, weight in old.items() if name not in rows)
     assert all(y.isfinite().all() for _, y in on(reloaded(home, done)).values())
@@ -249,7 +248,7 @@ def test_the_file_says_what_is_in_it_and_a_second_run_is_done_at_once(based, hom
     assert any("merged" in row["why"] for row in opened.fact("report")["rows"])
     written = (home / done.name).stat().st_mtime_ns
     again = saved(with_lora(patched, lora_file(based, seed=40), 0.5))
-    assert again == replace(done, rows=[replace(row, seconds=0.0) for row in done.rows])
+    assert again == replace(done, layers=[replace(row, seconds=0.0) for row in done.layers])
     assert (home / done.name).stat().st_mtime_ns == written
     with pytest.raises(
         FileRefused, match="exists already and holds something else; switch 'overwrite' on"
@@ -270,7 +269,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(based, home, monke
     class Stop(Exception):
         pass
 
-    make = merging._Layer.make
+    make = save._EditedLayer.make
 
     def counted(layer):
         made.append(layer.name)
@@ -278,7 +277,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(based, home, monke
             raise Stop
         return make(layer)
 
-    monkeypatch.setattr(merging._Layer, "make", counted)
+    monkeypatch.setattr(save._EditedLayer, "make", counted)
     with pytest.raises(Stop):
         saved(patched, filename="parts")
     assert not (home / "parts.safetensors").exists()
@@ -316,10 +315,10 @@ def test_other_patches_are_merged_as_comfyui_would(based, home):
     for kind, tensors in kinds.items():
         patched = with_lora(based, tensors, 1.0)
         entries = patched.patches[f"diffusion_model.{MLP}.weight"]
-        wanted = merging.comfy.lora.calculate_weight(entries, old.clone(), "x")
+        wanted = fold.comfy.lora.calculate_weight(entries, old.clone(), "x")
         done = saved(patched, filename=kind)
         got = weights(reloaded(home, done))[MLP]
-        kept_here = next(row.kept for row in done.rows if row.name == MLP)
+        kept_here = next(row.retention for row in done.layers if row.name == MLP)
         assert (got - wanted).norm() < ((1 - kept_here) * 1.6 + 0.03) * (wanted - old).norm(), kind
         assert kept_here > (0.5 if kind == "diff" else 0.98), kind
     real = [
@@ -348,7 +347,7 @@ def test_16_bit_tensors_are_written_with_their_patches_and_unknown_ones_are_told
     )
     assert (got - up @ down).norm() < 0.02 * (up @ down).norm()
     assert done.left_out == ("gone.weight",)
-    assert "left out" in dict(kept.merge_chart(done)["summary"])
+    assert "left out" in dict(charts.merge_chart(done)["summary"])
 
 
 # ---- refused
@@ -360,7 +359,7 @@ def test_what_cannot_be_merged_is_refused(based, dense_model, home, loras):
     with pytest.raises(FileRefused, match="does not come from Load SVDQuant Model"):
         saved(dense_model)
     with pytest.raises(FileRefused, match="has no integers for an IntLoRA"):
-        merging.apply(dense_model, name, 1.0, "merge")
+        merge.apply(dense_model, name, 1.0, "merge")
     patched = apply(based, name, 1.0)
     with pytest.raises(FileRefused, match="outside ComfyUI's diffusion_models folder"):
         saved(patched, filename="../escaped")
@@ -377,7 +376,7 @@ def test_a_base_that_changed_on_disk_is_refused(based, home, rotated_file):
     name, path = converted(based), next(home.iterdir())
     path.write_bytes(rotated_file.read_bytes())
     with pytest.raises(FileRefused, match="was made for another 4-bit file than"):
-        merging.apply(based, name, 1.0, "merge")
+        merge.apply(based, name, 1.0, "merge")
 
 
 def test_the_nodes_do_the_work(based, home, monkeypatch):

@@ -11,8 +11,10 @@ import folder_paths
 import pytest
 import torch
 
-from nibble.nodes.bridge.intlora import files as intlora
+from nibble.nodes.bridge.intlora import files
 from nibble.nodes.bridge.intlora import train as intlora_training
+from nibble.nodes.bridge.intlora.apply import apply_beside
+from nibble.nodes.bridge.intlora.bases import Bases
 from nibble.nodes.bridge.intlora.train import Job
 from nibble.nodes.bridge.training import curve, dataset
 from nibble.nodes.bridge.training import session as training
@@ -31,11 +33,11 @@ FP32 = Settings(dtype="fp32")
 def loras(tmp_path, monkeypatch):
     """ComfyUI's IntLoRA folder, empty."""
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, intlora.FOLDER, ([str(tmp_path)], {".safetensors"})
+        folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"})
     )
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)
     yield tmp_path
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)
 
 
 def job(model, **changes) -> Job:
@@ -98,13 +100,13 @@ def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
     idle, _ = trained(model, loras, filename="idle", options=Options(lr=1e-9, **long), **one)
     done, adapter = trained(model, loras, options=Options(lr=2e-2, **long), **one)
     assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:]), "the same pictures, times and noise"
-    bases = intlora.Bases(model)
+    bases = Bases(model)
     assert adapter.layers.keys() == {
         name for name, weight in bases.weights.items() if "SVDQuant" in weight._layout_cls
     }
     file.check_bases(adapter, bases, done.name)
     assert done.steps == adapter.facts["steps"] == 24
-    assert done.name in intlora.adapter_files()
+    assert done.name in files.adapter_files()
     assert not list(loras.glob("*.state*"))
     assert done.lora.keys() == {
         f"diffusion_model.{name}.{part}"
@@ -170,7 +172,7 @@ def test_the_paper_s_variants_train_too(model, loras, variant):
     )
     assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant}
     assert len(set(done.losses)) == 3
-    patched = intlora.beside(model, done.name, 1.0)
+    patched = apply_beside(model, done.name, 1.0)
     assert len(patched.patches) == len(adapter.layers)
 
 
@@ -210,7 +212,10 @@ def test_checkpointing_and_previews_change_no_number(model, loras):
 def test_checkpointing_keeps_no_activation_of_a_block(model):
     def kept(session, pictures):
         layers = intlora_training.train.attach(
-            session.model, ["double_blocks.0.img_attn.qkv"], rank=2, bases=intlora.Bases(model)
+            session.model,
+            ["double_blocks.0.img_attn.qkv"],
+            intlora_training.train.AdapterOptions(rank=2),
+            Bases(model),
         )
         with recompute.checkpointing(session.checkpointed()):
             value = pictures.loss(session, torch.Generator().manual_seed(1))
@@ -285,7 +290,7 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
 
 def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, loras):
     with torch.inference_mode():
-        model = intlora_training.intlora.loading.load(quantized_file)
+        model = files.loading.load(quantized_file)
         comfy.model_management.load_models_gpu([model])
         data, words = latents(), caption()
         done, adapter = trained(model, loras, latents=[data], positive=[[words]])
@@ -299,13 +304,13 @@ def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, lora
 
 def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, loras):
     done, _ = trained(model, loras)
-    patched = intlora.beside(model, done.name, 3.0)
+    patched = apply_beside(model, done.name, 3.0)
     more, adapter = trained(
         patched, loras, filename="more", options=Options(steps=4, lr=1e-9, warmup=0)
     )
     plain, _ = trained(model, loras, filename="plain", options=Options(steps=4, lr=1e-9, warmup=0))
     assert more.losses != plain.losses, "it trains beside the model as it was connected"
-    file.check_bases(adapter, intlora.Bases(model), more.name)
+    file.check_bases(adapter, Bases(model), more.name)
 
 
 # ---- stop, go on

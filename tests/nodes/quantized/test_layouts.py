@@ -8,7 +8,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from nibble.nodes.bridge.quantized import layouts
 from nibble.quant.files import checkpoint, safetensors
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
+from nibble.quant.weights.formats import FORMATS
 
 W4A4, W4A16 = "double_blocks.0.img_mlp.0", "double_blocks.0.img_mod.lin"
 

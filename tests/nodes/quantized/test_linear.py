@@ -25,7 +25,7 @@ def test_comfyui_detects_the_model_that_was_quantized(model, dense_model):
 def test_each_layer_runs_the_op(model):
     for name, op in ((W4A4, kernels.linear_w4a4), (W4A16, kernels.linear_w4a16)):
         linear = model.model.diffusion_model.get_submodule(name)
-        x, p, codes = torch.randn(2, 5, 128), linear.weight._params, linear.weight._qdata
+        x, p, codes = torch.randn(2, 5, 128), linear.weight.params, linear.weight._qdata
         if name == W4A4:
             expected = op(
                 x,
@@ -147,7 +147,7 @@ def test_gradients_reach_the_input_and_stop_at_the_weight(model):
     linear = model.model.diffusion_model.get_submodule(W4A4)
     x = torch.randn(3, 128, requires_grad=True)
     linear(x).sum().backward()
-    expected = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params).sum(0)
+    expected = layouts.effective_weight(linear.weight).sum(0)
     assert torch.allclose(x.grad, expected.expand(3, -1), rtol=1e-3, atol=1e-3)
     assert not linear.weight.requires_grad
 
@@ -157,11 +157,7 @@ def test_a_weight_wrapper_of_another_node_sees_the_whole_weight(model, caplog):
     name = f"diffusion_model.{W4A4}.weight"
     linear = model.model.diffusion_model.get_submodule(W4A4)
     x = torch.randn(3, 128)
-    dense = torch.nn.functional.linear(
-        x,
-        layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params) * 2,
-        linear.bias,
-    )
+    dense = torch.nn.functional.linear(x, layouts.effective_weight(linear.weight) * 2, linear.bias)
     wrapped = model.clone()
     wrapped.add_weight_wrapper(name, lambda weight: weight * 2)
     loaded(wrapped)

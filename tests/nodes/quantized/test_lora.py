@@ -2,7 +2,6 @@
 base never changes.
 """
 
-import comfy.hooks
 import comfy.lora
 import comfy.memory_management
 import comfy.model_management
@@ -70,7 +69,7 @@ def test_on_rotated_layers_too(rotated_file):
     model = loading.load(rotated_file)
     comfy.model_management.load_models_gpu([model])
     before, tensors = outputs(model), lora_file(model)
-    assert layer_of(model, MLP).weight._params.rotation == 64
+    assert layer_of(model, MLP).weight.params.rotation == 64
     patched = with_lora(model, tensors)
     comfy.model_management.load_models_gpu([patched])
     assert_changed_by(before, outputs(model), changes(tensors, 0.8), 6e-3)
@@ -84,11 +83,11 @@ def test_it_lies_in_the_low_rank_branch_and_the_codes_stay(model):
     base = layer_of(model, MLP).weight
     comfy.model_management.load_models_gpu([with_lora(model, lora_file(model))])
     patched = layer_of(model, MLP).weight
-    rank = base._params.proj_up.shape[1]
-    assert patched._params.proj_up.shape[1] == rank + 16
-    assert patched._params.delta is None
+    rank = base.params.proj_up.shape[1]
+    assert patched.params.proj_up.shape[1] == rank + 16
+    assert patched.params.delta is None
     assert torch.equal(patched._qdata, base._qdata)
-    assert torch.equal(patched._params.proj_up[:, :rank], base._params.proj_up)
+    assert torch.equal(patched.params.proj_up[:, :rank], base.params.proj_up)
 
 
 def test_taken_off_the_base_is_back_bit_for_bit(model):
@@ -97,7 +96,7 @@ def test_taken_off_the_base_is_back_bit_for_bit(model):
     for seed in range(2):
         comfy.model_management.load_models_gpu([with_lora(model, lora_file(model, seed=seed))])
         assert (
-            layer_of(model, MLP).weight._params.proj_up.shape[1]
+            layer_of(model, MLP).weight.params.proj_up.shape[1]
             > before[f"diffusion_model.{MLP}.weight_proj_up"].shape[1]
         )
     comfy.model_management.load_models_gpu([model])
@@ -136,7 +135,7 @@ def test_a_change_without_low_rank_stays_dense_and_is_exact_too(model):
     patched = model.clone()
     patched.add_patches({f"diffusion_model.{MLP}.weight": ("diff", (delta,))}, 1.0)
     comfy.model_management.load_models_gpu([patched])
-    assert layer_of(model, MLP).weight._params.delta is not None
+    assert layer_of(model, MLP).weight.params.delta is not None
     assert_changed_by(before, outputs(model), {MLP: delta}, 6e-3)
 
 
@@ -148,14 +147,12 @@ def test_a_merge_with_the_16_bit_model_is_half_of_each(model, dense_model, name)
         merged.add_patches({key: patches[key]}, 0.5, 0.5)
     ours, dense = layer_of(model, name), layer_of(dense_model, name)
     base = layouts.unpack(ours.weight, ours.bias)
-    expected = 0.5 * layouts.effective_weight(base, ours.weight._params) + 0.5 * dense.weight
+    expected = 0.5 * layouts.effective_weight(ours.weight) + 0.5 * dense.weight
     bias = 0.5 * base.effective_bias() + 0.5 * dense.bias
     comfy.model_management.load_models_gpu([merged])
     now = layouts.unpack(ours.weight, ours.bias)
     assert torch.allclose(
-        layouts.effective_weight(now, ours.weight._params),
-        expected,
-        atol=2e-3 * expected.abs().max(),
+        layouts.effective_weight(ours.weight), expected, atol=2e-3 * expected.abs().max()
     )
     assert torch.allclose(now.effective_bias(), bias, atol=4e-3 * bias.abs().max())
 
@@ -288,7 +285,7 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
         patched.add_patches(
             {key: ("diff", (up @ down,))}, 0.7, 0.6 if kind == "scaled model" else 1.0
         )
-    original = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+    original = layouts.effective_weight(linear.weight)
     delta = comfy.lora.calculate_weight(patched.patches[key], original.clone(), key) - original
     # What scales the rows of the weight scales the layer's whole output, and with it what rounding
     # x to 4 bits did to it: the output then
@@ -300,85 +297,7 @@ def test_any_other_patch_changes_the_weight_as_comfyui_computes_it(model, kind, 
         assert_changed_by(before, outputs(model, exact), {name: delta}, 1e-4)
 
 
-# ---- hooks
-
-
-@pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])
-def test_a_lora_hook_is_switched_on_and_off_any_number_of_times(model, inference):
-    """Also as ComfyUI's server runs nodes, in inference mode, where torch hands `to(copy=True)` to
-    tensors in another way.
-    """
-    with torch.inference_mode(inference):
-        switch_a_hook(model)
-
-
-def switch_a_hook(model):
-    tensors = lora_file(model)
-    patcher, _, hooks = comfy.hooks.load_hook_lora_for_models(model, None, tensors, 0.8, 0)
-    patcher.register_all_hook_patches(
-        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    )
-    comfy.model_management.load_models_gpu([patcher])
-    before = outputs(model)
-    for _ in range(3):  # the second time comes from ComfyUI's cache of hooked weights
-        patcher.apply_hooks(hooks)
-        assert_changed_by(before, outputs(model), changes(tensors, 0.8), 6e-3)
-        patcher.apply_hooks(None)
-        assert all(torch.equal(y, before[name][1]) for name, (_, y) in outputs(model).items())
-    patcher.clean_hooks()
-
-
-def test_a_hook_on_the_bias_of_an_unsigned_layer_keeps_its_shift(model):
-    linear, delta = (
-        layer_of(model, POST_GELU),
-        torch.randn(128, generator=torch.Generator().manual_seed(2)) * 0.1,
-    )
-    hook = comfy.hooks.WeightHook(strength_model=1.0)
-    hook.weights, hook.need_weight_init = (
-        {f"diffusion_model.{POST_GELU}.bias": ("diff", (delta,))},
-        False,
-    )
-    hooks, patcher = comfy.hooks.HookGroup(), model.clone()
-    hooks.add(hook)
-    patcher.register_all_hook_patches(
-        hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
-    )
-    comfy.model_management.load_models_gpu([patcher])
-    before, bias = outputs(model)[POST_GELU][1], linear.bias.clone()
-    assert linear.weight._params.act_unsigned, "its bias has the shift folded in"
-    for _ in range(2):
-        patcher.apply_hooks(hooks)
-        assert torch.allclose(
-            outputs(model)[POST_GELU][1] - before, delta.expand_as(before), atol=1e-3
-        )
-        patcher.apply_hooks(None)
-        assert torch.equal(linear.bias, bias)
-    patcher.clean_hooks()
-
-
-# ---- the range finder
-
-
-@pytest.mark.parametrize("rank", [1, 16, 40])
-def test_a_matrix_of_known_rank_is_found_exactly(rank):
-    draw = torch.Generator().manual_seed(rank)
-    delta = torch.randn(320, rank, generator=draw) @ torch.randn(rank, 256, generator=draw)
-    down, up = lora.factorise(delta, negligible=0.0)
-    assert down.shape == (256, rank)
-    assert up.shape == (320, rank)
-    assert (up @ down.T - delta).norm() / delta.norm() < 1.1e-3
-
-
-def test_a_matrix_of_full_rank_is_left_dense():
-    assert (
-        lora.factorise(
-            torch.randn(256, 256, generator=torch.Generator().manual_seed(0)), negligible=0.0
-        )
-        is None
-    )
-
-
 def test_rounding_is_no_change(model):
     linear = layer_of(model, MLP)
-    original = layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
-    assert lora.change_of(linear.weight, original * (1 + 1e-7)) is None
+    original = layouts.effective_weight(linear.weight)
+    assert lora.dense_delta(linear.weight, original * (1 + 1e-7)) is None

@@ -31,7 +31,7 @@ def test_what_it_tells_is_what_the_layer_then_holds(model, kind, how):
     )
     assert row["how"] == how
     whole_load(patched)
-    params = layer(model).weight._params
+    params = layer(model).weight.params
     held = sum(tensor.nbytes for tensor in layer(model).state_dict().values())
     if how == "dense":
         assert (params.delta is None) == (params.proj_up.shape[1] > 16)

@@ -10,7 +10,7 @@ import torch
 from flux_runs import little_for_weights, run, sampled
 from nibble import kernels
 from nibble.nodes.bridge.quantized import layouts, loading, modulation
-from nibble.quant.modulation.precompute import Bank, Vector
+from nibble.quant.modulation.precompute import ModulationCache, ModulationInput
 
 LIN = "double_blocks.0.img_mod.lin"
 
@@ -36,7 +36,7 @@ def lora(model, name, seed=0):
 
 
 def test_the_picture_is_the_same(model, in_ram):
-    assert {layer.name for layer in modulation.hosted(in_ram)} == {
+    assert {layer.name for layer in modulation.cpu_layers(in_ram)} == {
         LIN,
         "double_blocks.0.txt_mod.lin",
         "single_blocks.0.modulation.lin",
@@ -51,15 +51,15 @@ def test_comfyui_neither_counts_nor_moves_them(model, in_ram):
     held = loading.ram_kept(in_ram)
     expected = sum(
         comfy.model_management.module_size(model.model.diffusion_model.get_submodule(layer.name))
-        for layer in modulation.hosted(in_ram)
+        for layer in modulation.cpu_layers(in_ram)
     )
     assert held == expected > 0
     assert in_ram.model_size() == model.model_size() - held == in_ram.clone().model_size()
     names = {entry[-2] for entry in in_ram._load_list()}
-    assert not any(isinstance(module, modulation.HostLinear) for module in names)
+    assert not any(isinstance(module, modulation.CpuLinear) for module in names)
     on(in_ram)
     in_ram.model.to(torch.device("meta"))  # as ComfyUI moves a whole model to a GPU
-    assert all(layer.weight.device.type == "cpu" for layer in modulation.hosted(in_ram))
+    assert all(layer.weight.device.type == "cpu" for layer in modulation.cpu_layers(in_ram))
 
 
 def test_the_state_dict_keeps_all_names_and_bits(model, in_ram):
@@ -73,26 +73,26 @@ def test_the_state_dict_keeps_all_names_and_bits(model, in_ram):
 
 
 def test_equal_inputs_are_computed_once_and_others_never_mixed_up(in_ram):
-    layer = next(layer for layer in modulation.hosted(in_ram) if layer.name == LIN)
-    bank = layer._bank
-    a = torch.randn(1, 1, 128)
+    layer = next(layer for layer in modulation.cpu_layers(in_ram) if layer.name == LIN)
+    cache = layer._cache
+    a = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(0))
     b = a.clone()
     b[0, 0, 77] = torch.nextafter(b[0, 0, 77], torch.tensor(9.0))  # differs in the last bit
     first, second = layer(a), layer(b)
     assert torch.equal(first, layer.compute(a))
     assert torch.equal(second, layer.compute(b))
     assert not torch.equal(first, second)
-    count = _settled(bank)
+    count = _settled(cache)
     buffer = a.clone()
     assert torch.equal(layer(buffer), first)
     buffer.copy_(b)  # the same memory, other contents: what identity would get wrong
     assert torch.equal(layer(buffer), second)
-    assert _settled(bank) == count
+    assert _settled(cache) == count
 
 
-def _settled(bank):
-    bank._thread.submit(lambda: None).result()
-    return bank.computed
+def _settled(cache):
+    cache._thread.submit(lambda: None).result()
+    return cache.computed
 
 
 # ---- ahead of the step
@@ -103,18 +103,18 @@ class Layer:
 
     is_hooked, in_features, out_features = False, 8, 8
 
-    def __init__(self, name, bank):
+    def __init__(self, name, cache):
         self.name, self.calls = name, []
-        bank.layers.append(self)
+        cache.layers.append(self)
 
     def compute(self, rows, fast):
         self.calls.append((len(rows), fast))
         return rows * 2
 
 
-def bank_of(count=3, **options):
-    bank = Bank(lambda sigmas: sigmas * 10, **options)
-    return bank, [Layer(f"blocks.{i}", bank) for i in range(count)]
+def cache_of(count=3, **options):
+    cache = ModulationCache(lambda sigmas: sigmas * 10, **options)
+    return cache, [Layer(f"blocks.{i}", cache) for i in range(count)]
 
 
 class Network:
@@ -122,14 +122,14 @@ class Network:
     reads.
     """
 
-    def __init__(self, bank, layers):
-        self.bank, self.layers, self.change, self.runs, self.reads = bank, layers, 0.0, 0, []
+    def __init__(self, cache, layers):
+        self.cache, self.layers, self.change, self.runs, self.reads = cache, layers, 0.0, 0, []
 
     def original(self, x, timestep, context, y, transformer_options=None):
         self.runs += 1
         vector = timestep[:, None] + y
         outputs = [
-            self.bank.output(layer, vector + self.change * (layer is self.layers[-1]))
+            self.cache.output(layer, vector + self.change * (layer is self.layers[-1]))
             for layer in self.layers
         ]
         return torch.stack(outputs)
@@ -139,7 +139,7 @@ class Network:
     def step(self, timestep, y, sigmas=None):
         x = torch.zeros(1, 16)
         with torch.no_grad():
-            return self.bank.around(
+            return self.cache.around(
                 self,
                 x,
                 timestep,
@@ -157,26 +157,26 @@ def expected(network, timestep, y):
 
 
 def test_a_run_s_results_are_made_before_its_steps_ask():
-    bank, layers = bank_of()
-    network, y, sigmas = Network(bank, layers), torch.rand(1, 8), torch.linspace(1, 0, 29)
+    cache, layers = cache_of()
+    network, y, sigmas = Network(cache, layers), torch.rand(1, 8), torch.linspace(1, 0, 29)
     for sigma in sigmas[:-1]:
         t = (sigma * 10).reshape(1)
         assert torch.equal(network.step(t, y, sigmas), expected(network, t, y))
-    assert (bank.steps, bank.hits) == (27, 26), (
+    assert (cache.steps, cache.hits) == (27, 26), (
         "the first step learns; the second finds out about the rest"
     )
-    assert _settled(bank) == 28 * 3
-    assert len(bank._followers) == 3
+    assert _settled(cache) == 28 * 3
+    assert len(cache._followers) == 3
     for sigma in sigmas[:-1]:
         network.step((sigma * 10).reshape(1), y, sigmas)
-    assert (bank.steps, bank.hits, _settled(bank)) == (55, 54, 28 * 3), (
+    assert (cache.steps, cache.hits, _settled(cache)) == (55, 54, 28 * 3), (
         "the same prompt again: nothing is computed"
     )
 
 
 def test_another_prompt_and_a_sampler_s_own_timesteps_are_computed_anew():
-    bank, layers = bank_of()
-    network, sigmas = Network(bank, layers), torch.linspace(1, 0, 5)
+    cache, layers = cache_of()
+    network, sigmas = Network(cache, layers), torch.linspace(1, 0, 5)
     # the second with both signs of guidance in one batch
     for y in (torch.rand(1, 8), torch.rand(2, 8)):
         for value in (10.0, 8.75, 7.5):
@@ -185,55 +185,55 @@ def test_another_prompt_and_a_sampler_s_own_timesteps_are_computed_anew():
 
 
 def test_a_vector_that_something_changes_on_the_way_is_noticed():
-    bank, layers = bank_of()
-    network, y = Network(bank, layers), torch.rand(1, 8)
+    cache, layers = cache_of()
+    network, y = Network(cache, layers), torch.rand(1, 8)
     t = torch.tensor([5.0])
     network.step(t, y)
     assert torch.equal(network.step(t, y), expected(network, t, y))
-    assert bank._trusted
+    assert cache._trusted
     network.change = 0.125
     before = network.runs
     assert torch.equal(network.step(t, y), expected(network, t, y))
     assert network.runs == before + 2, "done again, every layer looking for itself"
-    assert not bank._trusted, "done again, every layer looking for itself"
+    assert not cache._trusted, "done again, every layer looking for itself"
     assert torch.equal(network.step(t, y), expected(network, t, y))
     assert network.runs == before + 3
 
 
 def test_a_layer_that_reads_something_else_is_no_follower():
-    bank, layers = bank_of()
-    network, y = Network(bank, layers), torch.rand(1, 8)
+    cache, layers = cache_of()
+    network, y = Network(cache, layers), torch.rand(1, 8)
     network.change = 1.0
     for value in (3.0, 2.0, 2.0):
         t = torch.tensor([value])
         assert torch.equal(network.step(t, y), expected(network, t, y))
-    assert bank._followers == layers[:2]
-    assert bank._trusted
+    assert cache._followers == layers[:2]
+    assert cache._trusted
 
 
 def test_for_a_gpu_every_weight_is_read_once_for_all_steps():
-    bank, layers = bank_of()
+    cache, layers = cache_of()
     rows = torch.rand(5, 8)
-    found, new = bank._asked(layers, rows, True)
-    vector = Vector(rows, rows.shape, torch.device("meta"))
+    found, new = cache._requested(layers, rows, True)
+    vector = ModulationInput(rows, rows.shape, torch.device("meta"))
     assert new == 15
-    assert torch.equal(bank._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1))
+    assert torch.equal(cache._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1))
     assert all(layer.calls == [(5, True)] for layer in layers)
 
 
 def test_the_cache_is_bounded():
-    bank, (layer,) = bank_of(1, limit=3 * 32)
+    cache, (layer,) = cache_of(1, limit=3 * 32)
     for i in range(10):
         assert torch.equal(
-            bank.output(layer, torch.full((8,), float(i))), torch.full((8,), 2.0 * i)
+            cache.output(layer, torch.full((8,), float(i))), torch.full((8,), 2.0 * i)
         )
-    assert len(bank._results) == 3
-    assert bank._size == 96
+    assert len(cache._results) == 3
+    assert cache._size == 96
 
 
 def test_an_interrupted_step_leaves_nothing_behind():
-    bank, layers = bank_of()
-    network, y, t = Network(bank, layers), torch.rand(1, 8), torch.tensor([1.0])
+    cache, layers = cache_of()
+    network, y, t = Network(cache, layers), torch.rand(1, 8), torch.tensor([1.0])
     network.step(t, y)
 
     def stop(*_, **__):
@@ -242,21 +242,21 @@ def test_an_interrupted_step_leaves_nothing_behind():
     network.__class__ = type("Stopping", (Network,), {"__call__": stop})
     with pytest.raises(KeyboardInterrupt):
         network.step(t, y)
-    assert bank._step is None
-    assert bank._seen is None
-    assert not bank._probing
+    assert cache._step is None
+    assert cache._seen is None
+    assert not cache._probing
 
 
 def test_sampling_finds_its_results_made(in_ram, model):
-    bank = modulation.hosted(in_ram)[0]._bank
+    cache = modulation.cpu_layers(in_ram)[0]._cache
     assert torch.equal(sampled(in_ram), sampled(model))
-    assert len(bank._followers) == 5
+    assert len(cache._followers) == 5
     assert torch.equal(sampled(in_ram), sampled(model))
-    assert (bank.steps, bank.hits, bank._trusted) == (3, 2, True)
+    assert (cache.steps, cache.hits, cache._trusted) == (3, 2, True)
 
 
 def test_the_product_for_a_gpu_s_input_is_the_layer_s(in_ram):
-    for layer in modulation.hosted(in_ram):
+    for layer in modulation.cpu_layers(in_ram):
         x = torch.randn(2, 1, layer.in_features)
         plain, fast = layer.compute(x), layer.compute(x, fast=True)
         # then no second copy of the weight is packed
@@ -334,7 +334,7 @@ def test_gradients_pass_through(in_ram):
         torch.randn(1, 128, requires_grad=True),
     )
     layer(x).sum().backward()
-    expected = layouts.effective_weight(layouts.unpack(layer.weight), layer.weight._params).sum(0)
+    expected = layouts.effective_weight(layer.weight).sum(0)
     assert torch.allclose(x.grad[0], expected, rtol=1e-3, atol=1e-3)
 
 

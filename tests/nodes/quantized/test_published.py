@@ -90,7 +90,7 @@ def test_the_modulation_has_its_zero_points(paths):
         load(paths["first"]).model.diffusion_model.get_submodule(MODULATION),
         RandomFlux().mods["single_transformer_blocks.0.norm.linear"],
     )
-    assert torch.equal(linear.weight._params.zeros, part["weight_zeros"])
+    assert torch.equal(linear.weight.params.zeros, part["weight_zeros"])
     x = torch.randn(2, 128)
     raw = part["weight"].view(torch.uint8)
     codes = torch.stack([raw & 15, raw >> 4], -1).flatten(1).float()
@@ -104,7 +104,7 @@ def test_the_modulation_has_its_zero_points(paths):
 
 def test_a_linear_of_two_signs_computes_the_sum_of_its_halves(paths):
     linear = load(paths["first"]).model.diffusion_model.get_submodule(LINEAR2)
-    p, x = linear.weight._params, torch.randn(2, 5, 640)
+    p, x = linear.weight.params, torch.randn(2, 5, 640)
     x[..., 128:] = torch.nn.functional.gelu(x[..., 128:], approximate="tanh")
     assert p.unsigned_from == 128
     base = layouts.unpack(linear.weight, linear.bias)

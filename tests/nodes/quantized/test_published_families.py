@@ -77,7 +77,7 @@ def test_linears_of_several_smoothings_are_their_pieces_take_loras_and_go_back_t
     patcher, name = load(lite_paths[0]), "single_blocks.0.linear1"
     linear = loaded(patcher).model.diffusion_model.get_submodule(name)
     x, base = torch.randn(2, 5, 128), layouts.unpack(linear.weight, linear.bias)
-    assert linear.weight._params.smooth_rows == (128, 128, 128, 512)
+    assert linear.weight.params.smooth_rows == (128, 128, 128, 512)
     assert torch.equal(linear(x), base.forward(x))
     exact = torch.nn.functional.linear(x, base.dequantize(), base.effective_bias())
     assert 10 * torch.log10(exact.square().mean() / (exact - linear(x)).square().mean()) > 15

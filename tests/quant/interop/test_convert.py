@@ -125,7 +125,7 @@ def test_nibble_to_nunchaku_and_back(quantized, tmp_path):
 
 
 def test_only_the_sign_of_inputs_behind_a_gelu_changes_on_the_way(quantized, tmp_path):
-    from nibble.quant.weights.svdquant_w4a4 import FORMATS
+    from nibble.quant.weights.formats import FORMATS
 
     convert(quantized, tmp_path / "n.safetensors", "nunchaku")
     convert(tmp_path / "n.safetensors", tmp_path / "own.safetensors", "nibble")
@@ -177,7 +177,7 @@ def test_kitchen_s_own_layout_reads_what_is_written_for_it(quantized, tmp_path):
         **{key: t[f"{name}.weight_{key}"] for key in ("proj_down", "proj_up", "smooth_factor")},
     )
     weight = kitchen.QuantizedTensor(t[f"{name}.weight"], layout.__name__, params)
-    from nibble.quant.weights.svdquant_w4a4 import FORMATS
+    from nibble.quant.weights.formats import FORMATS
 
     own = FORMATS["svdquant_w4a4"].from_tensors(open_quantized(quantized).layer(name), name)
     x = torch.randn(16, 2 * half).bfloat16()
@@ -326,7 +326,7 @@ def test_layers_that_nunchaku_keeps_are_written_in_16_bit(quantized, tmp_path):
         for _, value in lines
     )
     back = load_file(tmp_path / "n.safetensors")["norm_out.linear.weight"]
-    from nibble.quant.weights.svdquant_w4a4 import FORMATS
+    from nibble.quant.weights.formats import FORMATS
 
     name = "final_layer.adaLN_modulation.1"
     dense = (

@@ -13,8 +13,8 @@ from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.interop.names import families
 from nibble.quant.interop.opening import is_4bit, open_4bit
 from nibble.quant.weights.base import tensor_json
+from nibble.quant.weights.formats import FORMATS
 from nibble.quant.weights.fuse import join_rows, split_rows
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
 from published_files import METADATA, RandomFlux, random_linear, svdquant
 from published_others import LITE_CONFIG, LiteFlux, fused_flux, sdxl_modules
 

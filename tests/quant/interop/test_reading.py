@@ -14,7 +14,7 @@ from nibble.quant.files.errors import FileRefused
 from nibble.quant.interop import swizzle
 from nibble.quant.interop.opening import is_4bit, open_4bit
 from nibble.quant.weights.base import json_tensor, tensor_json
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
+from nibble.quant.weights.formats import FORMATS
 from published_files import RandomFlux, awq, random_linear, random_w4a16, svdquant
 
 

@@ -246,11 +246,3 @@ def test_other_models_are_refused():
     against(known | {"dense": bases()["int4"].rows(0, 16)}, "48 x 128", "16 x 128")
     other = replace(known["fused"], scale=known["fused"].scale * 2)
     against(known | {"fused": other}, "fused@0-16 has other integers")
-
-
-def test_parts_can_be_renamed_into_fused_layers():
-    before, known = everything()
-    part = replace(before.layers["fused@0-16"], rows=None)
-    back = file.renamed(Adapter({"to_q": part}), {"to_q": ("fused", (0, 16))})
-    assert back.layers.keys() == {"fused@0-16"}
-    file.check_bases(back, known, "a")

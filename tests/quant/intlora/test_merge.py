@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from intlora_bases import K, N, adapters, bases, factors, normal, paper, svdquant, w4a16
+from intlora_bases import K, N, adapters, bases, factors, paper, svdquant
 from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.merge import Overflow, branch, change, merge, unmerged
 from nibble.quant.intlora.variants import ShiftAdd
 from nibble.quant.merge.integer_grid import IntBase
-from nibble.quant.merge.refit import fold_into_branch, fold_into_codes, rounded_to_base
+from nibble.quant.merge.refit import fold_into_branch, rounded_to_base
+from nibble.quant.weights.delta import WeightDelta
 
 every_base = pytest.mark.parametrize("kind", list(bases()))
 
@@ -70,7 +71,8 @@ def test_fused_projections_are_merged_part_by_part(kind):
     assert torch.equal(
         merged.weight()[32:], merge(base.rows(32, 48), [(alone[1], 1.0)]).base.weight()
     )
-    down, up = branch(base, [(q, 1.0), (v, 0.5)])
+    low_rank = branch(base, [(q, 1.0), (v, 0.5)])
+    down, up = low_rank.down, low_rank.up
     assert up[16:32].abs().max() == 0
     torch.testing.assert_close((up @ down.T)[:16].double(), q.factors.delta(), rtol=1e-4, atol=1e-6)
 
@@ -124,7 +126,8 @@ def test_beside_the_kernel_is_what_merging_changes(kind, variant):
         atol=1e-6,
     )
     if variant == "shift_add":
-        down, up = branch(base, [(adapter, 1.0)])
+        low_rank = branch(base, [(adapter, 1.0)])
+        down, up = low_rank.down, low_rank.up
         step = base.spread(base.scale, torch.float32).abs() * 2.0**-adapter.rule.k
         assert ((base.into(up @ down.T) - base.into(dense)).abs() <= 0.5 * step + 1e-6).all()
     else:
@@ -150,7 +153,7 @@ def test_dense_changes_merge_to_what_they_say():
 )
 def test_folding_into_the_branch_keeps_the_integers_and_the_change(options):
     weight, (down, up) = svdquant(**options), factors(size=0.01).floats()
-    joined, kept = fold_into_branch(weight, down, up)
+    joined, kept = fold_into_branch(weight, WeightDelta(down, up))
     assert joined.rank == 32
     assert kept > 0.99
     assert torch.equal(joined.qweight, weight.qweight)
@@ -158,10 +161,10 @@ def test_folding_into_the_branch_keeps_the_integers_and_the_change(options):
     torch.testing.assert_close(
         joined.dequantize() - weight.dequantize(), up @ down.T, rtol=0.02, atol=2e-3
     )
-    same, share = fold_into_branch(weight, down, up, rank=16)
+    same, share = fold_into_branch(weight, WeightDelta(down, up), rank=16)
     assert same.rank == 16
     assert 0 <= share < kept
-    none, everything = fold_into_branch(weight, down * 0, up)
+    none, everything = fold_into_branch(weight, WeightDelta(down * 0, up))
     assert everything == 1.0
     assert torch.equal(none.dequantize(), weight.dequantize())
 
@@ -169,22 +172,11 @@ def test_folding_into_the_branch_keeps_the_integers_and_the_change(options):
 def test_cutting_the_branch_back_keeps_a_large_change_better():
     weight = svdquant()
     shares = [
-        fold_into_branch(weight, *factors(rank=2, size=size).floats(), rank=16)[1]
+        fold_into_branch(weight, WeightDelta(*factors(rank=2, size=size).floats()), rank=16)[1]
         for size in (0.003, 0.03, 0.3)
     ]
     assert shares == sorted(shares)
     assert shares[-1] > 0.9
-
-
-def test_rounding_to_four_bits_again_loses_a_small_change():
-    weight = w4a16()
-    base = IntBase.of(weight)
-    small, large = (merge(base, [(use(base, 8, size=size), 1.0)]).base for size in (0.0005, 0.02))
-    (new, few), (_, most) = fold_into_codes(weight, small), fold_into_codes(weight, large)
-    assert few < 0.2 < most
-    assert type(new) is type(weight)
-    assert new.facts() == weight.facts()
-    assert torch.equal(new.forward(normal(3, K)), new.forward(normal(3, K)))
 
 
 def test_nearest_rounding_loses_what_is_smaller_than_half_a_step():

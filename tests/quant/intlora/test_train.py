@@ -9,8 +9,9 @@ from torch import nn
 from intlora_bases import K, N, bases, factors, normal, svdquant, w4a16
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import train
-from nibble.quant.intlora.linear import IntLoRALinear, rebuilt, rule_for, separated
+from nibble.quant.intlora.linear import Grid, IntLoRALinear, rule_for, separated
 from nibble.quant.intlora.merge import change, merge
+from nibble.quant.intlora.train import AdapterOptions
 from nibble.quant.intlora.variants import multiplier
 from nibble.quant.merge.integer_grid import IntBase
 from nibble.quant.weights.modules import as_module
@@ -81,13 +82,12 @@ def test_with_an_auxiliary_matrix_too(variant):
 @every_variant
 def test_the_base_of_an_adapter_is_made_again_from_the_weight(variant):
     weight = normal(N, K, size=0.03)
-    base, rule = separated(weight, variant, 3, "a", bits=4, group=32)
+    base, rule = separated(weight, variant, 3, "a", Grid(bits=4, group=32))
     use = IntLoRALinear(base, rule, 4).adapter()
-    assert (
-        rebuilt(weight, use, 4, 32).digest()
-        == use.base
-        != rebuilt(weight + 0.01, use, 4, 32).digest()
-    )
+    again, _ = separated(weight, variant, 3, "a", Grid(bits=4, group=32))
+    other, _ = separated(weight + 0.01, variant, 3, "a", Grid(bits=4, group=32))
+    assert again.digest() == use.base
+    assert other.digest() != use.base
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_training_learns_and_the_merged_model_is_as_good(variant):
     net = Net()
     loss = problem(net)
     before = loss(torch.Generator().manual_seed(1)).item()
-    layers = train.attach(net, NAMES, variant, rank=8)
+    layers = train.attach(net, NAMES, AdapterOptions(variant, rank=8))
     losses = train.train(layers, loss, train.Options(steps=30, lr=1e-2))
     trained = loss(torch.Generator().manual_seed(1)).item()
     assert len(losses) == 30
@@ -190,7 +190,7 @@ def test_training_learns_and_the_merged_model_is_as_good(variant):
 def test_attach_and_detach_leave_the_model_as_it_was():
     net, x = Net(), normal(3, 64)
     before = net(x)
-    layers = train.attach(net, NAMES[:1], "mul", rank=2)
+    layers = train.attach(net, NAMES[:1], AdapterOptions("mul", rank=2))
     assert [name for name, p in net.named_parameters() if p.requires_grad] == [
         "blocks.0.0.lora_down",
         "blocks.0.0.lora_up",
@@ -205,7 +205,7 @@ def test_quantized_models_are_trained_beside_their_kernels():
     )
     x, y = normal(16, 128, size=1.0), normal(16, 32, seed=1)
     before = nn.functional.mse_loss(net(x), y).item()
-    layers = train.attach(net, ["0", "2"], "shift_add", rank=4)
+    layers = train.attach(net, ["0", "2"], AdapterOptions("shift_add", rank=4))
     assert layers["0"].inner is not None
     losses = train.train(
         layers,
@@ -218,7 +218,7 @@ def test_quantized_models_are_trained_beside_their_kernels():
 
 def run(folder=None, steps=12, stop=None, checkpointed=False, **options):
     net = Net()
-    layers = train.attach(net, NAMES, "shift_add", rank=4)
+    layers = train.attach(net, NAMES, AdapterOptions("shift_add", rank=4))
 
     def progress(step, total, value):
         if step == stop:
@@ -256,7 +256,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
 def test_checkpointing_changes_nothing_but_memory():
     assert run(checkpointed=True)[0] == run()[0]
     net = Net()
-    layers = train.attach(net, NAMES, rank=2)
+    layers = train.attach(net, NAMES, AdapterOptions(rank=2))
     train.train(layers, problem(net), train.Options(steps=1), checkpointed=net.blocks)
     assert not any("forward" in vars(block) for block in net.blocks)
 
@@ -275,7 +275,7 @@ def test_states_of_other_runs_are_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    layers = train.attach(Net(), NAMES, rank=2)
+    layers = train.attach(Net(), NAMES, AdapterOptions(rank=2))
     with pytest.raises(ValueError, match="lower the learning rate"):
         train.train(
             layers,
@@ -289,9 +289,9 @@ def test_wrong_options_are_refused():
         with pytest.raises(ValueError, match=next(iter(wrong))):
             train.Options(**wrong)
     with pytest.raises(ValueError, match="rank=65 is not between 1 and 64"):
-        train.attach(Net(), NAMES, rank=65)
+        train.attach(Net(), NAMES, AdapterOptions(rank=65))
     with pytest.raises(ValueError, match="variant='x'"):
-        train.attach(Net(), NAMES, "x")
+        train.attach(Net(), NAMES, AdapterOptions("x"))
 
 
 def test_layers_follow_the_model_to_its_device(device):

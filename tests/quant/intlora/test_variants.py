@@ -13,7 +13,7 @@ from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.auxiliary import Noise
 from nibble.quant.intlora.factors import Factors, balanced, fake_quantize, quantize
 from nibble.quant.intlora.merge import merge, unmerged
-from nibble.quant.intlora.variants import Mul, Shift, ShiftAdd, finished, multiplier
+from nibble.quant.intlora.variants import Mul, Shift, ShiftAdd, merged_weight, multiplier
 from nibble.quant.merge.integer_grid import IntBase
 
 every_base = pytest.mark.parametrize("kind", list(bases()))
@@ -61,7 +61,7 @@ def test_nothing_added_is_the_base_bit_for_bit(kind, variant):
 @pytest.mark.parametrize("variant, most", [("mul", 0.2), ("shift", 0.28)])
 def test_the_paper_s_base_starts_near_the_weight(variant, most):
     base, use, weight = paper(variant)
-    start = finished(base, use.rule.product(base, torch.zeros(N, K, dtype=torch.float64)))
+    start = merged_weight(base, use.rule.product(base, torch.zeros(N, K, dtype=torch.float64)))
     assert (start - weight).norm() / weight.norm() < most
     # the integers alone are those of W - R, not of W
     assert (base.weight() - weight).norm() / weight.norm() > 0.2
@@ -146,7 +146,7 @@ def test_known_answer_of_shift_add():
     base = IntBase(torch.full((1, 64), 3, dtype=torch.int8), torch.full((1, 1), 0.5), bits=8)
     product = ShiftAdd(4).product(base, torch.full((1, 64), 0.3, dtype=torch.float64))
     assert product.p.unique().tolist() == [58]
-    assert finished(base, product).unique().tolist() == [58 / 32]
+    assert merged_weight(base, product).unique().tolist() == [58 / 32]
 
 
 def test_a_group_of_scale_zero_is_left_alone():

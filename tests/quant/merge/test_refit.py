@@ -9,8 +9,10 @@ import torch
 
 from intlora_bases import K, N, factors, normal, svdquant, w4a16
 from nibble.quant.merge.integer_grid import IntBase
-from nibble.quant.merge.refit import EXTRA, fold_into_branch, multiple, refit
-from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from nibble.quant.merge.refit import EXTRA, fold_into_branch, refit
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
+from nibble.quant.weights.delta import WeightDelta, round_rank
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
 
 KINDS = {
     "plain": {},
@@ -40,8 +42,8 @@ def quantized(**options) -> SVDQuantWeight:
 @pytest.mark.parametrize("kind", KINDS)
 def test_fitting_again_costs_nothing_and_keeps_more_than_cutting(kind):
     weight, (down, up) = quantized(**KINDS[kind]), factors(size=0.02).floats()
-    new, kept = refit(weight, down, up)
-    _, cut = fold_into_branch(weight, down, up, rank=weight.rank)
+    new, kept = refit(weight, WeightDelta(down, up))
+    _, cut = fold_into_branch(weight, WeightDelta(down, up), rank=weight.rank)
     assert new.nbytes == weight.nbytes
     assert new.facts() == weight.facts()
     assert kept > cut + 0.02
@@ -50,12 +52,12 @@ def test_fitting_again_costs_nothing_and_keeps_more_than_cutting(kind):
         1 - ((space(new) - space(weight) - change).norm() / change.norm()).item(), abs=2e-3
     )
     torch.testing.assert_close(new.effective_bias(), weight.effective_bias(), rtol=0.02, atol=0.02)
-    assert torch.equal(refit(weight, down, up)[0].qweight, new.qweight)
+    assert torch.equal(refit(weight, WeightDelta(down, up))[0].qweight, new.qweight)
 
 
 def test_more_rounds_fit_no_worse():
     weight, (down, up) = quantized(), factors(size=0.02).floats()
-    kept = [refit(weight, down, up, rounds=rounds)[1] for rounds in (1, 2, 6)]
+    kept = [refit(weight, WeightDelta(down, up), rounds=rounds)[1] for rounds in (1, 2, 6)]
     assert kept[0] <= kept[1] + 5e-3 <= kept[2] + 1e-2
 
 
@@ -64,38 +66,38 @@ def test_a_change_that_the_branch_has_room_for_is_kept_whole():
         quantized(), proj_up=torch.zeros(N, 16).bfloat16(), proj_down=torch.zeros(K, 16).bfloat16()
     )
     down, up = factors(size=0.02).floats()
-    assert refit(weight, down, up)[1] > 0.99
-    assert fold_into_branch(weight, down, up, rank=16)[1] > 0.99
+    assert refit(weight, WeightDelta(down, up))[1] > 0.99
+    assert fold_into_branch(weight, WeightDelta(down, up), rank=16)[1] > 0.99
 
 
 def test_nothing_asked_for_is_the_weight_itself():
     weight, (down, up) = quantized(), factors().floats()
-    assert refit(weight, down * 0, up) == (weight, 1.0)
-    assert refit(weight, torch.cat([down, down], 1), torch.cat([up, -up], 1))[0] is weight, (
-        "two that cancel each other"
-    )
+    assert refit(weight, WeightDelta(down * 0, up)) == (weight, 1.0)
+    assert (
+        refit(weight, WeightDelta(torch.cat([down, down], 1), torch.cat([up, -up], 1)))[0] is weight
+    ), "two that cancel each other"
 
 
 @pytest.mark.parametrize("make", [quantized, w4a16])
 def test_a_change_without_low_rank_gets_the_components_that_there_is_room_for(make):
     weight, delta = make(), normal(N, K, size=0.003, seed=20)
-    joined, kept = fold_into_branch(weight, torch.zeros(K, 0), torch.zeros(N, 0), delta=delta)
-    assert joined.rank == multiple(weight.rank + EXTRA), "48 components are all that there are"
+    joined, kept = fold_into_branch(weight, WeightDelta(dense=delta))
+    assert joined.rank == round_rank(weight.rank + EXTRA), "48 components are all that there are"
     assert kept > 0.95, "48 components are all that there are"
     torch.testing.assert_close(
         joined.dequantize() - weight.dequantize(), delta, rtol=0.05, atol=2e-3
     )
-    large = fold_into_branch(weight, torch.zeros(K, 0), torch.zeros(N, 0), 16, delta)
+    large = fold_into_branch(weight, WeightDelta(dense=delta), 16)
     assert large[0].rank == 16
     assert large[1] < kept
     if isinstance(weight, SVDQuantWeight):
-        assert 0 <= refit(weight, torch.zeros(K, 0), torch.zeros(N, 0), delta)[1] < 1
+        assert 0 <= refit(weight, WeightDelta(dense=delta))[1] < 1
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_a_plain_layer_takes_factors_beside_its_codes_and_round_trips(zeros):
     weight, (down, up), x = w4a16(zeros=zeros), factors(size=0.01).floats(), normal(5, K, size=1.0)
-    joined, kept = fold_into_branch(weight, down, up)
+    joined, kept = fold_into_branch(weight, WeightDelta(down, up))
     assert kept > 0.99
     assert joined.rank == 16
     assert torch.equal(joined.qweight, weight.qweight)
@@ -115,7 +117,7 @@ def test_a_plain_layer_takes_factors_beside_its_codes_and_round_trips(zeros):
     assert torch.equal(W4A16Weight.cat(parts).dequantize(), joined.dequantize())
     with pytest.raises(ValueError, match="one proj_down"):
         W4A16Weight.cat([parts[0], weight.rows(16, N)])
-    twice, _ = fold_into_branch(joined, down, up)
+    twice, _ = fold_into_branch(joined, WeightDelta(down, up))
     torch.testing.assert_close(
         twice.dequantize() - weight.dequantize(), 2 * up @ down.T, rtol=0.03, atol=2e-3
     )
@@ -138,7 +140,7 @@ def _none(tensors):
     ],
 )
 def test_plain_layers_with_wrong_factors_are_refused(spoil, words):
-    tensors = fold_into_branch(w4a16(), *factors().floats())[0].tensors("a.b")
+    tensors = fold_into_branch(w4a16(), WeightDelta(*factors().floats()))[0].tensors("a.b")
     spoil(tensors)
     with pytest.raises(ValueError, match=words):
         W4A16Weight.from_tensors(tensors, "a.b")

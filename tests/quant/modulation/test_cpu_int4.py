@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nibble.quant.modulation.cpu_int4 import HostMatrix
-from nibble.quant.weights.svdquant_w4a4 import W4A16Weight
+from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 
 
 def weight(n, k, zeros, seed=0):
@@ -24,7 +24,7 @@ def weight(n, k, zeros, seed=0):
 def test_it_is_the_product_with_the_matrix(n, k, zeros, shape):
     w, x = weight(n, k, zeros), torch.randn(*shape, k)
     expected = torch.nn.functional.linear(x.double(), w.dequantize().double(), w.bias.double())
-    y = HostMatrix(w).product(x, w.bias)
+    y = CpuInt4Matrix(w).product(x, w.bias)
     assert y.shape == expected.shape
     assert y.dtype == x.dtype
     assert (y - expected).norm() < 2e-6 * expected.norm()
@@ -34,16 +34,16 @@ def test_it_is_the_product_with_the_matrix(n, k, zeros, shape):
 def test_16_bit_products_are_as_exact_as_their_results(dtype, error):
     w, x = weight(64, 128, True), torch.randn(2, 128).to(dtype)
     exact = torch.nn.functional.linear(x.double(), w.dequantize().double(), w.bias.double())
-    y = HostMatrix(w, dtype).product(x, w.bias)
+    y = CpuInt4Matrix(w, dtype).product(x, w.bias)
     assert y.dtype == dtype
     assert (y - exact).norm() < error * exact.norm()
 
 
 def test_what_torch_cannot_pack_is_said():
-    assert not HostMatrix.supports(weight(37, 64, False))
+    assert not CpuInt4Matrix.supports(weight(37, 64, False))
     with pytest.raises(ValueError, match="37 outputs"):
-        HostMatrix(weight(37, 64, False))
+        CpuInt4Matrix(weight(37, 64, False))
 
 
 def test_its_size_is_that_of_codes_and_float32_scales():
-    assert HostMatrix(weight(64, 128, False)).nbytes == 64 * 64 + 2 * 2 * 64 * 4
+    assert CpuInt4Matrix(weight(64, 128, False)).nbytes == 64 * 64 + 2 * 2 * 64 * 4

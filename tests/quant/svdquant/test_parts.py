@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nibble.kernels import reference
+from nibble.quant.lowrank import svd_lowrank
 from nibble.quant.svdquant.gptq import (
     gptq,
     group_scales,
@@ -17,7 +18,7 @@ from nibble.quant.svdquant.gptq import (
     round_to_nearest,
     rounding_order,
 )
-from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, svd_lowrank, times_blocks
+from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
 from nibble.quant.weights.packing import dequantize_groups
 

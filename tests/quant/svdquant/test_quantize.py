@@ -27,7 +27,7 @@ from nibble.quant.report import LayerRow, Report
 from nibble.quant.svdquant import quantize as pipeline
 from nibble.quant.svdquant.quantize import layout, predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
-from nibble.quant.weights.svdquant_w4a4 import FORMATS
+from nibble.quant.weights.formats import FORMATS
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
 FAST = Recipe.from_preset("fast", rank=16, smoothing_grid=1, iterations=1)

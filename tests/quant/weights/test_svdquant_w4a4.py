@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from nibble.kernels.reference import SHIFT, hadamard64
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 from nibble.quant.weights.base import json_tensor, tensor_json
+from nibble.quant.weights.formats import FORMATS
 from nibble.quant.weights.modules import SVDQuantLinear, W4A16Linear, as_module
 from nibble.quant.weights.packing import pack_int4
-from nibble.quant.weights.svdquant_w4a4 import FORMATS, SVDQuantWeight, W4A16Weight
+from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
 
 OPTIONS = {"plain": {}, "unsigned": {"act_unsigned": True}, "rotated": {"rotation": 64}}
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

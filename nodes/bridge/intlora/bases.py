@@ -1,0 +1,89 @@
+"""The integers of a 4-bit MODEL, which IntLoRAs are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ....quant.files.errors import FileRefused
+from ....quant.interop.convert import open_4bit
+from ....quant.interop.export import weight_of
+from ....quant.merge.integer_grid import IntBase, refuse_format
+from ..quantized import layouts
+
+PREFIX = "diffusion_model."
+MODEL = "the connected model"
+# attachment of a MODEL: (path of the base file, names of the layers in which IntLoRAs were merged)
+MERGED = "nibble_merged"
+# weight → rows of it → digest: a layer is hashed once for as long as its tensor lives
+_digests: dict = WeakIdKeyDictionary()
+
+
+class Bases(Mapping):
+    """Module name → integers of a 4-bit MODEL's base, made when asked for: also while patches are
+    on the model, and where IntLoRAs were merged into it before (read from the file then).
+
+    weights: module name → the model's own weight, without patches
+    """
+
+    def __init__(self, model: ModelPatcher, device: torch.device | None = None):
+        named = [
+            (name, getattr(module, "weight", None))
+            for name, module in model.model.diffusion_model.named_modules()
+        ]
+        backups = {
+            name: model.backup.get(f"{PREFIX}{name}.weight")
+            for name, weight in named
+            if layouts.is_ours(weight)
+        }
+        self.weights = {
+            name: backups[name].weight if backups[name] else weight
+            for name, weight in named
+            if name in backups
+        }
+        path, self._merged = model.get_attachment(MERGED) or (None, ())
+        self._file = None if path is None else open_4bit(path)
+        self._device = device
+        if not self.weights:
+            _refuse_model(named)
+
+    def __getitem__(self, name: str) -> IntBase:
+        if name in self._merged:
+            stored = weight_of(self._file, name)
+        else:
+            stored = layouts.unpack(self.weights[name])
+        base = IntBase.of(stored, name, MODEL)
+        return base if self._device is None else base.to(self._device)
+
+    def digest(self, name: str, rows: tuple[int, int]) -> str:
+        """`IntBase.digest` of rows of a layer."""
+        digests = _digests.setdefault(self.weights[name], {})
+        if rows not in digests:
+            digests[rows] = self[name].rows(*rows).digest()
+        return digests[rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+
+def _refuse_model(named: list[tuple[str, torch.Tensor | None]]) -> None:
+    """Raises FileRefused for a model without any layer of ours, naming the format that it has."""
+    for name, weight in named:
+        if isinstance(weight, QuantizedTensor):
+            refuse_format(str(weight._layout_cls), name, MODEL.capitalize())
+        if weight is not None and weight.element_size() == 1:
+            refuse_format(str(weight.dtype).removeprefix("torch."), name, MODEL.capitalize())
+    raise FileRefused(
+        f"{MODEL.capitalize()} is in 16 bits and has no integers for an IntLoRA; connect Load"
+        " SVDQuant Model, or apply the LoRA with Load LoRA."
+    )

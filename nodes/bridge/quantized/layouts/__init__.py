@@ -1,0 +1,136 @@
+"""Nibble's formats as ComfyUI quantized tensors: everything a low-bit linear owns travels as one
+tensor.
+
+tensor.py         the tensor and its parameters, and a LoRA hook's place in them
+base.py           what every format does alike
+svdquant_w4a4.py  4-bit weights and activations
+awq_w4a16.py      4-bit weights, 16-bit activations
+vq.py             codewords
+
+ComfyUI streams, pins, offloads and counts only `.weight` and `.bias` of a linear; a scale or a
+low-rank factor kept as a parameter of its own would stay in VRAM for ever. So codes, scales,
+low-rank factors and smoothing live in the `Params` of one `comfy_kitchen` QuantizedTensor whose
+logical shape is (N, K): model detection and LoRA code see an ordinary weight.
+
+Additions to what a file holds, only in memory, of a patched weight:
+- `proj_down`/`proj_up` are longer than the file's: an adapter's low-rank factors are appended to
+  them.
+- `LayoutParams.side`, a WeightDelta in five fields (ComfyUI streams only fields that are tensors):
+  `delta`, dense, for a patch that has no low rank; `row_scale` of a DoRA, float32, with its
+  factors, which are not to be scaled, in `side_down` and `side_up`, and `row_fold`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from comfy.quant_ops import QuantizedTensor, register_layout_class
+
+from .....quant.weights.base import StoredWeight, json_tensor
+from .....quant.weights.delta import WeightDelta
+from .awq_w4a16 import NibbleW4A16Layout
+from .base import Layout
+from .svdquant_w4a4 import NibbleSVDQuantLayout
+from .tensor import HookCell, HookSeen, LayoutParams, NibbleTensor, Tensors
+from .vq import NibbleVQLayout
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "NibbleTensor",
+    "effective_weight",
+    "format_of",
+    "is_ours",
+    "linear",
+    "live",
+    "pack",
+    "settings_tensor",
+    "unpack",
+    "with_fields",
+    "with_hook",
+]
+
+LAYOUTS = {
+    layout.FORMAT: layout for layout in (NibbleSVDQuantLayout, NibbleW4A16Layout, NibbleVQLayout)
+}
+
+# by name: loading the pack twice in a process registers the same thing again
+for _layout in LAYOUTS.values():
+    register_layout_class(_layout.__name__, _layout)
+
+
+def is_ours(weight: object) -> bool:
+    """Whether a parameter is one of Nibble's quantized weights."""
+    return isinstance(weight, QuantizedTensor) and isinstance(weight.params, LayoutParams)
+
+
+def format_of(weight: object) -> str | None:
+    """The format's name, None for a weight that is not one of ours."""
+    return weight.layout_cls.FORMAT if is_ours(weight) else None
+
+
+def pack(tensors: Tensors, settings: dict, dtype: torch.dtype) -> NibbleTensor:
+    """A layer's tensors under the file's short names (`weight`, `weight_scale`, …) → one tensor of
+    logical shape (N, K).
+
+    Raises ValueError for a format that this version does not know.
+    """
+    layout = LAYOUTS.get(settings.get("format"))
+    if layout is None:
+        raise ValueError(
+            f"layer format {settings.get('format')!r} is not known to this version of Nibble (it"
+            f" knows {', '.join(LAYOUTS)})"
+        )
+    params = layout.read(tensors, settings, dtype)
+    return NibbleTensor(layout.pack(tensors["weight"], params), layout.__name__, params)
+
+
+def unpack(weight: QuantizedTensor, bias: torch.Tensor | None = None) -> StoredWeight:
+    """The weight as the arithmetic knows it; what a patch added outside the format stays in
+    `weight.params.side`.
+    """
+    return weight.layout_cls.stored(weight._qdata, weight.params, bias)
+
+
+def effective_weight(weight: QuantizedTensor) -> torch.Tensor:
+    """float32 (N, K): what raw x is multiplied by, with everything a patch added."""
+    return weight.params.side.on_weight(unpack(weight).dequantize().float())
+
+
+def linear(
+    x: torch.Tensor,
+    weight: QuantizedTensor,
+    bias: torch.Tensor | None,
+    changes: Sequence[WeightDelta] = (),
+) -> torch.Tensor:
+    """`Layout.linear` of the weight's own format."""
+    return weight.layout_cls.linear(x, weight, bias, changes)
+
+
+def settings_tensor(weight: QuantizedTensor) -> torch.Tensor:
+    """The layer's `comfy_quant`: its JSON as uint8 bytes."""
+    return json_tensor(weight.layout_cls.settings(weight.params))
+
+
+def live(weight: torch.Tensor) -> torch.nn.Parameter:
+    """The parameter that a module computes with."""
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    if is_ours(parameter):
+        parameter._params = dataclasses.replace(parameter.params, hook_seen=HookSeen.LIVE)
+    return parameter
+
+
+def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | None) -> NibbleTensor:
+    """The weight with other tensors beside the same codes, and a hook cell of its own."""
+    params = dataclasses.replace(weight.params, hook=HookCell(), hook_seen=None, **fields)
+    return NibbleTensor(weight._qdata, weight._layout_cls, params)
+
+
+def with_hook(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTensor:
+    """A copy with codes and hook cell of its own, the cell holding `change`: ComfyUI may write its
+    backup over it in place.
+    """
+    params = dataclasses.replace(weight.params, hook=HookCell(change))
+    return NibbleTensor(weight._qdata.clone(), weight._layout_cls, params)

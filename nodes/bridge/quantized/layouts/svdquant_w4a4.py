@@ -1,0 +1,107 @@
+"""SVDQuant: 4-bit weights and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .....quant.weights.delta import WeightDelta, append_factors
+from .....quant.weights.svdquant_w4a4 import (
+    SVDQuantWeight,
+    halves_first,
+    halves_of,
+    linear_w4a4,
+    natural_columns,
+)
+from .base import Layout, nibble_shape, shared_fields
+from .tensor import LayoutParams, Tensors
+
+
+class NibbleSVDQuantLayout(Layout):
+    """`svdquant_w4a4`: qdata int8 (N, K/2); scale (K/64, N); proj_down (K, R); proj_up (N, R);
+    smooth_factor (K,), or (P, K) for P runs of rows.
+
+    With unsigned_from the codes lie in memory as `halves_first` puts them, so that computing with
+    the two halves copies nothing.
+    """
+
+    FORMAT = SVDQuantWeight.FORMAT
+
+    @dataclass(frozen=True)
+    class Params(LayoutParams):
+        smooth_factor: torch.Tensor | None = None
+        act_unsigned: bool = False
+        rotation: int = 0
+        unsigned_from: int = 0
+        smooth_rows: tuple[int, ...] = ()
+
+        def options(self) -> dict:
+            """The fields that `SVDQuantWeight` has by the same names."""
+            return {
+                "act_unsigned": self.act_unsigned,
+                "rotation": self.rotation,
+                "unsigned_from": self.unsigned_from,
+                "smooth_rows": self.smooth_rows,
+            }
+
+    @classmethod
+    def pack(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
+        return halves_first(qdata, params.unsigned_from) if params.unsigned_from else qdata
+
+    @classmethod
+    def natural(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
+        return natural_columns(qdata, params.unsigned_from) if params.unsigned_from else qdata
+
+    @classmethod
+    def read(cls, tensors: Tensors, settings: dict, dtype: torch.dtype) -> Params:
+        branch = {name: tensors[f"weight_{name}"] for name in ("proj_down", "proj_up")}
+        return cls.Params(
+            scale=tensors["weight_scale"],
+            orig_shape=nibble_shape(tensors["weight"]),
+            smooth_factor=tensors["weight_smooth_factor"],
+            act_unsigned=bool(settings.get("act_unsigned", False)),
+            rotation=int(settings.get("rotation", 0)),
+            unsigned_from=int(settings.get("unsigned_from", 0)),
+            smooth_rows=tuple(settings.get("smooth_rows", ())),
+            **(shared_fields(tensors, dtype) | branch),
+        )
+
+    @classmethod
+    def settings(cls, params: Params) -> dict:
+        options = {name: value for name, value in params.options().items() if value}
+        if params.smooth_rows:
+            options["smooth_rows"] = list(params.smooth_rows)
+        return {"format": cls.FORMAT, "rank": params.proj_down.shape[1]} | options
+
+    @classmethod
+    def stored(
+        cls, qdata: torch.Tensor, params: Params, bias: torch.Tensor | None = None
+    ) -> SVDQuantWeight:
+        return SVDQuantWeight(
+            qweight=cls.natural(qdata, params),
+            scale=params.scale,
+            proj_down=params.proj_down,
+            proj_up=params.proj_up,
+            smooth_factor=params.smooth_factor,
+            bias=bias,
+            **params.options(),
+        )
+
+    @classmethod
+    def product(cls, x, weight, bias, changes):
+        """The changes' factors join the low-rank branch, up to the first change with more than
+        factors: one that scales rows would scale theirs, too.
+        """
+        params, codes, rest = weight.params, weight._qdata, []
+        down, up = params.proj_down, params.proj_up
+        for change in changes:
+            scaled = change.row_scale is not None or params.row_scale is not None
+            if change.up is not None and not scaled and not rest:
+                down, up = append_factors(down, up, change, x.dtype)
+                change = WeightDelta(dense=change.dense)
+            if not change.is_empty:
+                rest.append(change)
+        if params.unsigned_from:
+            codes = halves_of(codes, params.unsigned_from)
+        return linear_w4a4(x, codes, params, down, up, bias), rest

@@ -1,0 +1,107 @@
+"""Low-rank factors of a matrix by randomized SVD (Halko, Martinsson, Tropp, 2011, arXiv:0909.4061).
+
+    A (N, K)  ≈  Q Qᵀ A,   Q = orth((A Aᵀ)^q A Ω)        Ω random (K, R + oversampling)
+
+Three questions, one range finder (algorithms 4.4 and 5.1): the best approximation of a rank
+(`svd_lowrank`), the largest components (`leading_components`), and the smallest rank that loses no
+more than rounding does (`factors_of_lowest_rank`, where Q grows as in algorithm 4.2). All start
+from a fixed seed, so that the same matrix has the same factors.
+"""
+
+import torch
+from torch import Tensor
+
+# share of a change's energy that its factors may lack: below the rounding of 16-bit factors
+RESIDUAL = 1e-6
+# error of float32 arithmetic on a whole weight, relative to its norm: a smaller change is none
+ROUNDING = 4e-7
+FIRST_RANK = 32  # ranks that are tried double from the first
+MOST = 4  # factors of more than min(N, K) / MOST columns cost more than the dense matrix saves
+
+
+def _range_finder(matrix: Tensor, probe: Tensor, power: int) -> Tensor:
+    """Q (N, width), orthonormal, that spans the range of matrix (N, K) best, of a random probe (K,
+    width).
+    """
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(power):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    return basis
+
+
+def svd_lowrank(
+    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2
+) -> tuple[Tensor, Tensor]:
+    """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation,
+    singular values shared evenly.
+
+    The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K)
+    are filled with zeros.
+    """
+    n, k = matrix.shape
+    width = min(rank + oversample, n, k)
+    basis = _range_finder(matrix, torch.randn(k, width, generator=generator).to(matrix), power)
+    # basis^T matrix = small^T right^T: the SVD is of width x width only
+    right, small = torch.linalg.qr(matrix.T @ basis)
+    u, s, vh = torch.linalg.svd(small.T)
+    least = min(rank, width)
+    root = s[:least].sqrt()
+    up, down = (basis @ u[:, :least]) * root, (right @ vh[:least].T) * root
+    pad = (0, rank - least)
+    return torch.nn.functional.pad(up, pad), torch.nn.functional.pad(down, pad)
+
+
+def leading_components(
+    matrix: Tensor, rank: int, oversample: int = 16, power: int = 4
+) -> tuple[Tensor, Tensor]:
+    """The largest components of a matrix (N, K): up (N, R), down (R, K), from a fixed start on the
+    matrix's device. R: at most min(N, K).
+    """
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    width = min(rank + oversample, *matrix.shape)
+    probe = torch.randn(matrix.shape[1], width, generator=generator, device=matrix.device)
+    basis = _range_finder(matrix, probe, power)
+    u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    root = s[:rank].sqrt()
+    return basis @ (u[:, :rank] * root), root[:, None] * v[:rank]
+
+
+def factors_of_lowest_rank(matrix: Tensor, negligible: float) -> tuple[Tensor, Tensor] | None:
+    """matrix float32 (N, K) → (down (K, R), up (N, R)) with up . down^T ≈ matrix, or None where no
+    low rank is enough.
+
+    negligible: the squared error that rounding excuses; beyond it, RESIDUAL of the energy may be
+        missing.
+    """
+    energy = matrix.square().sum().item()
+    allowed = max(negligible, RESIDUAL * energy)
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    basis, left = matrix.new_zeros(matrix.shape[0], 0), energy
+    rank = FIRST_RANK
+    while left > allowed:
+        if rank > min(matrix.shape) // MOST:
+            return None
+        probe = torch.randn(
+            matrix.shape[1], rank - basis.shape[1], generator=generator, device=matrix.device
+        )
+        sketch = matrix @ probe
+        # twice: where the sketch holds nothing new, the first pass leaves rounding errors along the
+        # old basis
+        for _ in range(2):
+            sketch = torch.linalg.qr(sketch - basis @ (basis.T @ sketch)).Q
+        basis = torch.cat([basis, sketch], dim=1)
+        rows = basis.T @ matrix
+        left = (matrix - basis @ rows).square().sum().item()
+        rank *= 2
+    return _truncate(basis, basis.T @ matrix, allowed - left)
+
+
+def _truncate(basis: Tensor, rows: Tensor, spare: float) -> tuple[Tensor, Tensor]:
+    """basis (N, r) . rows (r, K) → balanced factors (K, R), (N, R) of the smallest rank that loses
+    at most `spare` energy.
+    """
+    u, s, v = torch.linalg.svd(rows, full_matrices=False)
+    lost = s.square().flip(0).cumsum(0).flip(0)
+    rank = int((lost > spare).sum())
+    root = s[:rank].sqrt()
+    return v[:rank].T * root, (basis @ u[:, :rank]) * root
