@@ -100,7 +100,7 @@ def work(checkout: Path, quick: bool) -> None:
     from nibble.kernels import which
 
     backends = {op: which(op, "cpu", torch.float32, (1, N, K))[0] for op in OURS}
-    rounds, number = (2, 20) if quick else (300, 50)
+    rounds, number = (2, 20) if quick else (150, 50)
     print(json.dumps({"backend": backends, "us": measure(rounds, number)}))
 
 
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--before-python", default=sys.executable, help="what runs it")
+    parser.add_argument("--processes", type=int, default=3, help="of each checkout")
     parser.add_argument("--quick", action="store_true", help="a look, not a measurement")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     if options.before:
         sides = {"before": (options.before_python, options.before.resolve()), **sides}
     runs: dict[str, list[dict]] = {side: [] for side in sides}
-    for _ in range(1 if options.quick else 3):
+    for _ in range(1 if options.quick else options.processes):
         for side, (python, checkout) in sides.items():
             runs[side].append(in_its_own_process(python, checkout, options.quick))
     found: dict = {
