@@ -1,7 +1,7 @@
 """accel/ - less work: which steps of a sampling run, which layers and which tokens need not be
 computed. Pure algorithms: no model, no host.
 
-caching/    TeaCache, SmoothCache, and a rule of our own: results that are reused
-caf/        Constant Acceleration Flow: few steps along curves
-feather.py  FEATHER: visual tokens that a vision-language model may forget
+caching/    steps and layers that are reused: TeaCache, SmoothCache, error control
+caf/        few-step sampling along curves of constant acceleration
+feather.py  visual tokens that a text encoder may forget
 """

@@ -92,7 +92,7 @@ def train(job: TrainingJob) -> Trained:
     except FileRefused:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
-        phase = PHASES[bool(phases.losses["acceleration"])]
+        phase = "acceleration" if phases.losses["acceleration"] else "velocity"
         raise ValueError(what_is_kept(str(error), phases.losses[phase], states[phase])) from error
     adapter.facts |= phases.facts()
     save_file(adapter, target)

@@ -501,7 +501,8 @@ def test_nothing_is_left_on_the_model(model):
 
 def test_the_node_hands_lists_on(model, monkeypatch):
     seen = []
-    monkeypatch.setattr(caf_couplings, "run", lambda job: (seen.append(job), {"kind": "facts"}))
+    facts = {"kind": "facts"}
+    monkeypatch.setattr(nodes, "make_couplings", lambda job: (seen.append(job), facts))
     monkeypatch.setattr(
         nodes.NibbleMakeCAFCouplings,
         "hidden",

@@ -508,7 +508,7 @@ def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
 
 def test_a_run_that_is_done_is_not_done_again(dense_model, data, folder, monkeypatch):
     done, _ = trained(dense_model, data, folder)
-    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(caf_training, "run_session", lambda *_: pytest.fail("trained again"))
     again = caf_training.train(job(dense_model, data))
     assert (
         again.name == done.name
@@ -581,7 +581,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
     ],
 )
 def test_wrong_inputs_are_refused_in_words(dense_model, data, folder, monkeypatch, changes, said):
-    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr(caf_training, "run_session", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises((ValueError, FileRefused), match=said):
         caf_training.train(job(dense_model, data, **changes))
     assert not list(folder.iterdir())

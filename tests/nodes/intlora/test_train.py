@@ -16,13 +16,14 @@ from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.intlora.apply import apply_beside
 from nibble.nodes.bridge.intlora.bases import Bases
 from nibble.nodes.bridge.intlora.train import Job
+from nibble.nodes.bridge.quantized import loading
 from nibble.nodes.bridge.training import curve, dataset
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
 from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
-from nibble.quant.training import loop, recompute
+from nibble.quant.training import recompute
 from nibble.quant.training.loop import Options
 from training_runs import Stop, caption, latents
 
@@ -219,7 +220,7 @@ def test_checkpointing_keeps_no_activation_of_a_block(model):
         )
         with recompute.checkpointing(session.checkpointed()):
             value = pictures.loss(session, torch.Generator().manual_seed(1))
-        found = sum(isinstance(thing, loop._Kept) for thing in gc.get_objects())
+        found = sum(isinstance(thing, recompute._Saved) for thing in gc.get_objects())
         intlora_training.train.detach(session.model, layers)
         return value.isfinite().item() and found
 
@@ -290,7 +291,7 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
 
 def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, loras):
     with torch.inference_mode():
-        model = files.loading.load(quantized_file)
+        model = loading.load(quantized_file)
         comfy.model_management.load_models_gpu([model])
         data, words = latents(), caption()
         done, adapter = trained(model, loras, latents=[data], positive=[[words]])
