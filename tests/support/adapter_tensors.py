@@ -2,12 +2,14 @@
 model with them.
 """
 
+import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
+import comfy.samplers
 import comfy.sd
 import torch
 
-from nibble.nodes.bridge.quantized import layouts, lora
+from nibble.nodes.bridge.quantized import layouts, lora, patches
 
 NAME = "double_blocks.0.img_mlp.0"
 STEM = "lora_unet_" + NAME.replace(".", "_")
@@ -84,3 +86,16 @@ def whole_load(patcher) -> None:
 
 def effective(linear) -> torch.Tensor:
     return layouts.effective_weight(layouts.unpack(linear.weight), linear.weight._params)
+
+
+EXACT, CUT = 1e-5, 1.1 * patches.ENERGY**0.5
+
+KINDS = {
+    "lora": EXACT,
+    "dora lora": EXACT,
+    "loha": CUT,
+    "dora loha": CUT,
+    "lokr": CUT,
+    "dora lokr": CUT,
+    "lokr of one matrix": CUT,
+}
