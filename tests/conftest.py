@@ -13,6 +13,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="run as if nibble_kernels were not installed: plain torch",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
 def pytest_configure(config):
@@ -21,7 +22,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Emulated GPU kernels do not ask what is installed: run once is enough."""
+    """Emulated GPU kernels do not ask what is installed: run once is enough. Slow tests are run on
+    request.
+    """
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="it takes minutes: run with --slow"))
     if config.getoption("--without-extension"):
         items[:] = [item for item in items if "emulated" not in item.fixturenames]
 

@@ -67,7 +67,8 @@ def test_equal_scores_go_to_the_first_and_one_token_always_stays():
 
 def test_uniform_keeps_even_distances():
     assert feather.even_mask(10, 5).nonzero().flatten().tolist() == [0, 2, 4, 6, 8]
-    assert feather.even_mask(7, 7).all() and not feather.even_mask(7, 0).any()
+    assert feather.even_mask(7, 7).all()
+    assert not feather.even_mask(7, 0).any()
 
 
 def test_default_stages_are_a_quarter_and_a_half_of_the_depth():

@@ -38,7 +38,8 @@ def load(checkout: Path) -> None:
     spec = importlib.util.spec_from_file_location(
         "nibble", checkout / "__init__.py", submodule_search_locations=[str(checkout)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules["nibble"] = package
     spec.loader.exec_module(package)

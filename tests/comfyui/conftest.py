@@ -12,6 +12,7 @@ import browser
 from comfyui_server import COMFYUI, Server
 from demo_graphs import FLUX, QUANTIZED, WEIGHTS, Graph, furnish
 from demo_loras import lora_file
+from demo_prompts import SEEKER_FLAGS, add_seeker_nodes
 
 HERE = Path(__file__).parent
 
@@ -39,6 +40,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     with furnish(Server(tmp_path_factory.mktemp("comfyui"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def seeker(tmp_path_factory):
+    """A server that also has the nodes of seeker_nodes/."""
+    home = tmp_path_factory.mktemp("seeker")
+    add_seeker_nodes(home)
+    with Server(home, *SEEKER_FLAGS) as running:
         yield running
 
 

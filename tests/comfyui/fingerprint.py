@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 import comfyui_server
 from comfyui_launch import make_torchvision_importable
-from comfyui_server import ROOT, Server
+from comfyui_server import Server
+from demo_prompts import SEEKER_FLAGS, add_seeker_nodes, furnish, prompts
 
-HERE = Path(__file__).resolve().parent
-PROMPTS = HERE / "prompts"
 COMMANDS = [
     "quantize flux-demo.safetensors cli.safetensors --rank 16 --rotation off",
     "quantize flux-demo.safetensors cli-vq.safetensors --method vq --bits 3",
@@ -33,41 +32,7 @@ COMMANDS = [
     "convert cli.safetensors svdq-int4_r16-cli.safetensors --to nunchaku",
     "convert svdq-int4_r16-cli.safetensors cli-back.safetensors",
 ]
-LORA = "style.safetensors"
 SECONDS = re.compile(r"\b\d+(\.\d+)? ?(s|ms|min|h)\b")  # a run's own time is no result
-
-
-def prompts() -> list[Path]:
-    """The prompts in the order in which they are run; later ones use the files of earlier ones."""
-    return sorted(PROMPTS.glob("*.json"))
-
-
-def furnish(server) -> None:
-    """The demo model and a LoRA, as the prompts name them."""
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    weights = ROOT / "demo" / "weights"
-    shutil.copy(weights / "flux-demo.safetensors", server.folder("diffusion_models"))
-    shutil.copy(weights / "vae-demo.safetensors", server.folder("vae"))
-    draw, tensors = torch.Generator().manual_seed(5), {}
-    base = load_file(weights / "flux-demo.safetensors")
-    for layer in (
-        "double_blocks.0.img_attn.qkv",
-        "double_blocks.0.img_mlp.0",
-        "double_blocks.1.img_mlp.2",
-        "double_blocks.0.img_mod.lin",
-    ):
-        rows, columns = base[f"{layer}.weight"].shape
-        stem = f"lora_unet_{layer.replace('.', '_')}"
-        size = 0.4 if "mod" in layer else 4.0
-        tensors |= {
-            f"{stem}.lora_up.weight": torch.randn(rows, 8, generator=draw) * size / 8**0.5,
-            f"{stem}.lora_down.weight": torch.randn(8, columns, generator=draw) / columns**0.5,
-        }
-    save_file(tensors, server.folder("loras") / LORA)
 
 
 def digest(path: Path) -> str:
@@ -101,11 +66,8 @@ def run(out: Path) -> dict[str, str]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        (home / "custom_nodes").mkdir()
-        (home / "custom_nodes" / "seeker_nodes").symlink_to(
-            HERE / "seeker_nodes", target_is_directory=True
-        )
-        with Server(home, "--whitelist-custom-nodes", "ComfyUI-Nibble", "seeker_nodes") as server:
+        add_seeker_nodes(home)
+        with Server(home, *SEEKER_FLAGS) as server:
             furnish(server)
             for path in prompts():
                 outputs = server.run(json.loads(path.read_text(encoding="utf-8")))

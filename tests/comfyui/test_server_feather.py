@@ -1,12 +1,10 @@
 """FEATHER's nodes in a running ComfyUI: over HTTP, and drawn in the browser."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 import browser
-from comfyui_server import Refused, Server
+from comfyui_server import Refused
 
 LOOKS = ("classic-dark", "nodes2-light")
 MAKE_GRAPH = """([height, keep]) => {
@@ -29,18 +27,6 @@ DRAWN = """() => {
   return app.lastExecutionError?.exception_message
     ?? (charts.length === 2 && charts.every((chart) => chart.shadowRoot.querySelector("img")));
 }"""
-
-
-@pytest.fixture(scope="module")
-def seeker(tmp_path_factory):
-    """A server that also has the nodes of seeker_nodes/."""
-    home = tmp_path_factory.mktemp("seeker")
-    (home / "custom_nodes").mkdir()
-    (home / "custom_nodes" / "seeker_nodes").symlink_to(
-        Path(__file__).with_name("seeker_nodes"), target_is_directory=True
-    )
-    with Server(home, "--whitelist-custom-nodes", "ComfyUI-Nibble", "seeker_nodes") as running:
-        yield running
 
 
 def graph(height: float = 0.0, keep: float = 0.3, image: bool = True, **changes) -> dict:

@@ -1,5 +1,6 @@
 """ComfyUI's own library in this process, on the CPU, and a random FLUX of 16 and of 4 bits."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,30 @@ def dense_model(flux_file):
     import comfy.sd
 
     return comfy.sd.load_diffusion_model(str(flux_file))
+
+
+@pytest.fixture(scope="session")
+def codeword_file(flux_file) -> Path:
+    """The random FLUX at 3 bits, from its weights."""
+    from nibble.nodes.bridge.quantize import vq4dit
+    from nibble.quant.vq4dit.quantize import quantize_checkpoint
+
+    target = flux_file.with_name("codewords.safetensors")
+    quantize_checkpoint(flux_file, target, vq4dit.recipe_of("fast", 3, turns=0))
+    return target
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, flux_file):
+    """ComfyUI's diffusion_models folder, with the 16-bit model in it."""
+    import folder_paths
+
+    from nibble.nodes.bridge.quantized import loading
+
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
+    shutil.copy(flux_file, tmp_path / "flux.safetensors")
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(loading.FOLDER, None)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from published_files import RandomFlux, _stored, awq, pack_vector, random_linear, svdquant
+from nunchaku_packers import pack_vector
+from published_files import RandomFlux, _stored, awq, random_linear, svdquant
 
 LITE_CONFIG = (
     '{"_class_name": "FluxTransformer2DModel", "quantization_config": {"quant_method":'

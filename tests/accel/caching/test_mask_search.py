@@ -104,7 +104,10 @@ def test_a_mask_moves_to_another_number_of_steps_with_its_density():
     sigmas = np.linspace(1, 0, 21).tolist()
     assert transferred(mask, sigmas, sigmas) == mask
     other = transferred(mask, sigmas, np.linspace(1, 0, 41).tolist())
-    assert other[0] and other[-1] and abs(sum(other) - 22) <= 1 and sum(other[:18]) < 4
+    assert other[0]
+    assert other[-1]
+    assert abs(sum(other) - 22) <= 1
+    assert sum(other[:18]) < 4
 
 
 def test_a_fixed_rule_computes_the_ends_and_what_it_has_nothing_for():

@@ -143,7 +143,8 @@ def test_a_crash_at_any_write_is_gone_on_from(tmp_path, monkeypatch, late, repla
             for i in range(len(done))
         )
         assert contents(make(folder, 3, batch=2)) == wanted == contents(couplings.read(folder))
-        assert len(list(folder.glob("captions-*"))) == 1 and not list(folder.glob("*.part*"))
+        assert len(list(folder.glob("captions-*"))) == 1
+        assert not list(folder.glob("*.part*"))
     assert crashes >= 10 + 2 * replacing
 
 

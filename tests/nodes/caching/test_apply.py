@@ -50,34 +50,30 @@ def calibration(flux):
     )
 
 
+BLOCK_0 = {"rule": "teacache", "coefficients": IDENTITY, "feature": "first_residual"}
 ZERO = {
-    "error, steps": lambda m, c, w: apply_teacache(m, TeaCacheSettings(0.0), watch=w),
-    "error, blocks": lambda m, c, w: apply_teacache(
-        m, TeaCacheSettings(0.0, level="blocks"), watch=w
-    ),
-    "TeaCache": lambda m, c, w: apply_teacache(
-        m, TeaCacheSettings(0.0, rule="teacache", coefficients=IDENTITY), watch=w
-    ),
-    "block-0 probe": lambda m, c, w: apply_teacache(
-        m,
-        TeaCacheSettings(0.0, rule="teacache", coefficients=IDENTITY, feature="first_residual"),
-        watch=w,
-    ),
-    "SmoothCache step": lambda m, c, w: apply_smoothcache(m, SmoothCacheSettings(0.0), c, w),
-    "SmoothCache block": lambda m, c, w: apply_smoothcache(
-        m, SmoothCacheSettings(0.0, "block"), c, w
-    ),
-    "SmoothCache sublayer": lambda m, c, w: apply_smoothcache(
-        m, SmoothCacheSettings(0.0, "sublayer"), c, w
-    ),
+    "error, steps": TeaCacheSettings(0.0),
+    "error, blocks": TeaCacheSettings(0.0, level="blocks"),
+    "TeaCache": TeaCacheSettings(0.0, rule="teacache", coefficients=IDENTITY),
+    "block-0 probe": TeaCacheSettings(0.0, **BLOCK_0),
+    "SmoothCache step": SmoothCacheSettings(0.0),
+    "SmoothCache block": SmoothCacheSettings(0.0, "block"),
+    "SmoothCache sublayer": SmoothCacheSettings(0.0, "sublayer"),
 }
+
+
+def cached(model, settings, calibration, watch):
+    """The MODEL with the cache of these settings; SmoothCache's with a calibration."""
+    if isinstance(settings, TeaCacheSettings):
+        return apply_teacache(model, settings, watch=watch)
+    return apply_smoothcache(model, settings, calibration, watch)
 
 
 @pytest.mark.parametrize("cfg", [None, 3.0])
 @pytest.mark.parametrize("method", ZERO)
 def test_a_threshold_of_zero_is_bit_identical(flux, calibration, method, cfg):
     seen = []
-    found = draw(ZERO[method](flux, calibration, seen.append), cfg)
+    found = draw(cached(flux, ZERO[method], calibration, seen.append), cfg)
     assert torch.equal(found, draw(flux, cfg))
     assert seen[-1].reused == 0
     assert seen[-1].done == STEPS
@@ -85,36 +81,24 @@ def test_a_threshold_of_zero_is_bit_identical(flux, calibration, method, cfg):
 
 
 USED = {
-    "error, steps": lambda m, c, w: apply_teacache(m, TeaCacheSettings(0.5), watch=w),
-    "error, blocks": lambda m, c, w: apply_teacache(
-        m, TeaCacheSettings(1.0, level="blocks"), watch=w
-    ),
-    "TeaCache": lambda m, c, w: apply_teacache(
-        m, TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY), watch=w
-    ),
-    "block-0 probe": lambda m, c, w: apply_teacache(
-        m,
-        TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY, feature="first_residual"),
-        watch=w,
-    ),
-    "budget": lambda m, c, w: apply_smoothcache(m, SmoothCacheSettings(budget=5), c, w),
-    "budget without calibration": lambda m, c, w: apply_smoothcache(
-        m, SmoothCacheSettings(budget=5), None, w
-    ),
-    "SmoothCache step": lambda m, c, w: apply_smoothcache(m, SmoothCacheSettings(0.6), c, w),
-    "SmoothCache block": lambda m, c, w: apply_smoothcache(
-        m, SmoothCacheSettings(0.6, "block"), c, w
-    ),
-    "SmoothCache sublayer": lambda m, c, w: apply_smoothcache(
-        m, SmoothCacheSettings(0.6, "sublayer"), c, w
-    ),
+    "error, steps": TeaCacheSettings(0.5),
+    "error, blocks": TeaCacheSettings(1.0, level="blocks"),
+    "TeaCache": TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY),
+    "block-0 probe": TeaCacheSettings(0.5, **BLOCK_0),
+    "budget": SmoothCacheSettings(budget=5),
+    "budget without calibration": SmoothCacheSettings(budget=5),
+    "SmoothCache step": SmoothCacheSettings(0.6),
+    "SmoothCache block": SmoothCacheSettings(0.6, "block"),
+    "SmoothCache sublayer": SmoothCacheSettings(0.6, "sublayer"),
 }
 
 
 @pytest.mark.parametrize("method", USED)
 def test_reuse_saves_work_keeps_the_ends_and_stays_close(flux, calibration, method):
     seen, count, plain = [], blocks_run(flux), draw(flux)
-    patched, count[0] = USED[method](flux, calibration, seen.append), 0
+    known = None if method.endswith("without calibration") else calibration
+    patched = cached(flux, USED[method], known, seen.append)
+    count[0] = 0
     found = draw(patched)
     record = seen[-1]
     assert record.reused > 0
@@ -142,7 +126,7 @@ def test_computed_steps_return_what_the_plain_model_returns(flux, calibration, m
 
     outside = flux.clone()
     outside.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "noted", noted)
-    draw(USED[method](outside, calibration, seen.append))
+    draw(cached(outside, USED[method], calibration, seen.append))
     comfy.model_management.load_models_gpu([flux])
     checked = 0
     for (x, t, args, kwargs, out), cell in zip(calls, seen[-1].cells.values(), strict=True):
@@ -218,14 +202,14 @@ def test_an_exception_in_a_reused_step_leaves_nothing(flux, calibration):
     class Stop(Exception):
         pass
 
-    for make in (USED["SmoothCache block"], USED["SmoothCache sublayer"], USED["TeaCache"]):
+    for method in ("SmoothCache block", "SmoothCache sublayer", "TeaCache"):
         seen, plain = [], draw(flux)
 
         def stop(step, *_, seen=seen):
             if seen and seen[-1].reused:
                 raise Stop
 
-        patched = make(flux, calibration, seen.append)
+        patched = cached(flux, USED[method], calibration, seen.append)
         with pytest.raises(Stop):
             draw(patched, callback=stop)
         assert left_behind(flux) == []
@@ -250,9 +234,8 @@ def test_a_quantized_model_is_calibrated_and_cached_by_its_own_file(model, dense
         ),
         Progress("calibrating"),
     )
-    assert found.model["weights"] != PLAIN and found.model["fingerprint"] != fingerprint(
-        dense_model
-    )
+    assert found.model["weights"] != PLAIN
+    assert found.model["fingerprint"] != fingerprint(dense_model)
     seen, plain = [], draw(model)
     assert torch.equal(draw(apply_teacache(model, TeaCacheSettings(0.0))), plain)
     drawn = draw(apply_smoothcache(model, SmoothCacheSettings(budget=6), found, seen.append))
@@ -332,11 +315,10 @@ def test_a_low_bit_models_presets_skip_more_easily(flux, model):
 
 def test_presets_and_notes(flux):
     thresholds = [preset(name, flux).threshold for name in ("quality", "balanced", "fast")]
-    assert (
-        thresholds == sorted(thresholds)
-        and level_of(flux) == "sublayer"
-        and published(flux) is None
-    )
+    assert thresholds == sorted(thresholds)
+    assert level_of(flux) == "sublayer"
+    assert published(flux) is None
     said = notes(flux, TeaCacheSettings(0.3, rule="teacache"), sigmas=torch.linspace(1, 0, 5))
-    assert "4 steps" in said[0] and "coefficients" in said[1]
+    assert "4 steps" in said[0]
+    assert "coefficients" in said[1]
     assert notes(flux, preset("fast", flux), sigmas=torch.linspace(1, 0, 29)) == []

@@ -137,17 +137,14 @@ def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model
 
     again = comfy.sd.load_diffusion_model(str(flux_file))
     print_ = fingerprint.fingerprint(dense_model)
-    assert (
-        fingerprint.fingerprint(again) == print_
-        and fingerprint.fingerprint(dense_model.clone()) == print_
-    )
+    assert fingerprint.fingerprint(again) == print_
+    assert fingerprint.fingerprint(dense_model.clone()) == print_
     with torch.no_grad():
         # as an applied LoRA would
         again.model.diffusion_model.double_blocks[0].img_mlp[0].weight.add_(1.0)
     assert fingerprint.fingerprint(again) == print_
-    assert fingerprint.fingerprint(model) != print_ and fingerprint.weights_of(
-        dense_model
-    ) == fingerprint.PLAIN != fingerprint.weights_of(model)
+    assert fingerprint.fingerprint(model) != print_
+    assert fingerprint.weights_of(dense_model) == fingerprint.PLAIN != fingerprint.weights_of(model)
 
 
 def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):

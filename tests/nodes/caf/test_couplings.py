@@ -1,5 +1,5 @@
 """Make CAF Couplings inside ComfyUI: pairs in the model's own units, the same in any batch and
-after any stop; what it refuses, in words.
+after any stop; and what it shows.
 """
 
 import dataclasses
@@ -7,74 +7,22 @@ import dataclasses
 import comfy.latent_formats
 import comfy.model_sampling
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 
 import tiny_models
+from coupling_runs import SIGMAS, calls_of, euler, everything, job, made, prompts
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings
-from nibble.nodes.bridge.caf import teacher
-from nibble.nodes.bridge.caf.teacher import CouplingsJob
 from nibble.quant.files.errors import FileRefused
 
-SIGMAS = torch.tensor([1.0, 0.7, 0.3, 0.0])
-
-
-@pytest.fixture(autouse=True)
-def output(tmp_path, monkeypatch):
-    """ComfyUI's output folder, empty."""
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    return tmp_path / "output" / "caf_couplings"
+pytestmark = pytest.mark.usefixtures("output")
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_models.build("flux")
-
-
-def prompts(*seeds: int, name: str = "flux") -> list:
-    return [entry for seed in seeds for entry in tiny_models.prompt(name, seed)]
-
-
-def euler(**options):
-    return comfy.samplers.ksampler("euler", options)
-
-
-def job(model, **changes) -> CouplingsJob:
-    defaults = {
-        "positive": [prompts(2, 3)],
-        "latents": [{"samples": torch.zeros(1, 16, 4, 4)}],
-        "sampler": euler(),
-        "sigmas": SIGMAS,
-        "count": 5,
-        "seed": 7,
-        "filename": "mine",
-    }
-    return CouplingsJob(model, **defaults | changes)
-
-
-def made(model, **changes) -> couplings.Couplings:
-    return caf_couplings.make_couplings(job(model, **changes))[0]
-
-
-def everything(found) -> list:
-    return [
-        (noise.tolist(), data.tolist(), caption)
-        for noise, data, caption in map(found.pair, range(len(found)))
-    ]
-
-
-def calls_of(model, monkeypatch) -> list[int]:
-    """Batch sizes of the calls of the diffusion model, as they come."""
-    calls, plain = [], model.model.diffusion_model.forward
-    monkeypatch.setattr(
-        model.model.diffusion_model,
-        "forward",
-        lambda x, *args, **options: (calls.append(len(x)), plain(x, *args, **options))[1],
-    )
-    return calls
 
 
 class Stop(Exception):
@@ -169,11 +117,9 @@ def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
     first = everything(made(model, count=2))
     calls = calls_of(model, monkeypatch)
     again, chart = caf_couplings.make_couplings(job(model, count=2))
-    assert (
-        not calls
-        and everything(again) == first
-        and ["time a pair", "made already, with the same inputs"] in chart["summary"]
-    )
+    assert not calls
+    assert everything(again) == first
+    assert ["time a pair", "made already, with the same inputs"] in chart["summary"]
     more = made(model, count=4)
     assert calls == [1] * 6
     assert everything(more)[:2] == first
@@ -301,10 +247,10 @@ def test_steps_pictures_and_facts_are_shown(model, monkeypatch):
         lambda self, done, total, preview: pictures.append((done, total, preview[1].size)),
     )
     found, chart = caf_couplings.make_couplings(job(model, batch=2, count=3))
-    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)] and bars[
-        0
-    ][2] == "pairs 1 to 2 of 3, step 1 of 3"
-    assert bars[3][2] == "pair 3 of 3, step 1 of 3" and pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
+    assert [bar[:2] for bar in bars] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
+    assert bars[0][2] == "pairs 1 to 2 of 3, step 1 of 3"
+    assert bars[3][2] == "pair 3 of 3, step 1 of 3"
+    assert pictures == [(6, 9, (4, 4)), (9, 9, (4, 4))]
     facts = dict(chart["summary"])
     assert chart["kind"] == "facts"
     assert chart["title"] == "mine"
@@ -340,149 +286,6 @@ def test_the_node_runs_again_while_its_folder_is_not_there(model, output):
         nodes.NibbleMakeCAFCouplings.fingerprint_inputs(filename=["mine"], seed=[0])
         == (output / "mine").stat().st_mtime
     )
-
-
-# ---- what it refuses
-
-
-@pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
-def test_samplers_that_add_noise_are_refused_and_all_others_are_not(model, name):
-    noisy = (
-        "ancestral" in name
-        or "sde" in name
-        or name in ("ddpm", "lcm", "seeds_2", "seeds_3", "sa_solver", "sa_solver_pece")
-    )
-    asked, before = (
-        job(
-            model,
-            sampler=comfy.samplers.sampler_object(name),
-            sigmas=tiny_models.schedule(model, 6),
-        ),
-        torch.random.get_rng_state(),
-    )
-    if not noisy:
-        teacher.check_sampler(asked)
-    else:
-        with pytest.raises(ValueError, match="adds noise on its way.*euler"):
-            teacher.check_sampler(asked)
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_samplers_are_judged_by_what_they_do(model):
-    """Options count: Euler with churn adds noise, an ancestral one with eta 0 does not; a step size
-    for the whole batch couples neighbours.
-    """
-    teacher.check_sampler(
-        job(model, sampler=comfy.samplers.ksampler("euler_ancestral", {"eta": 0.0}))
-    )
-    with pytest.raises(ValueError, match="The sampler euler adds noise"):
-        made(model, sampler=euler(s_churn=1.0))
-    adaptive = comfy.samplers.sampler_object("dpm_adaptive")
-    teacher.check_sampler(job(model, sampler=adaptive))
-    with pytest.raises(ValueError, match="depends on its neighbors; set batch_size to 1"):
-        made(model, sampler=adaptive, batch=2)
-
-    class Strange(comfy.samplers.Sampler):
-        def sample(self, *_):
-            raise KeyError("its own things")
-
-    with pytest.raises(
-        ValueError,
-        match="Strange could not be tried out .KeyError: 'its own things'.; connect KSamplerSelect",
-    ):
-        made(model, sampler=Strange())
-
-
-class Video:
-    """A latent of pictures and sound."""
-
-    is_nested = True
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"sigmas": torch.tensor([])}, "no steps; connect a scheduler"),
-        ({"sigmas": torch.tensor([0.8, 0.4, 0.0])}, "begin at 0.8.*denoise 1, not split"),
-        ({"sigmas": torch.tensor([14.6, 1.0, 0.0])}, "begin at 14.6"),
-        ({"sigmas": torch.tensor([1.0, 0.4])}, "end at 0.4.*end at 0"),
-        ({"sigmas": torch.tensor([1.0, 0.4, 0.6, 0.0])}, "rise on their way"),
-        ({"positive": [[]]}, "no prompts"),
-        ({"cfg": 2.0}, "no negative prompt to guide away from; connect one, or set cfg to 1"),
-        (
-            {"positive": [[[torch.zeros(1, 7, 24), {"start_percent": 0.2}]]]},
-            "Prompt 1 is for a part .*start_percent",
-        ),
-        (
-            {"positive": [[[torch.zeros(1, 7, 24), {"control": object()}]]]},
-            "prompt 1: control is a object, which cannot be kept in a file",
-        ),
-        ({"latents": [{"samples": Video()}]}, "several streams"),
-        (
-            {"latents": [{"samples": torch.ones(1, 4, 4, 4)}]},
-            "1 x 4 x 4 x 4, and this model's have 16",
-        ),
-        (
-            {
-                "latents": [
-                    {"samples": torch.zeros(1, 16, 4, 4)},
-                    {"samples": torch.zeros(1, 16, 6, 4)},
-                ]
-            },
-            "several sizes .1 x 16 x 4 x 4, 1 x 16 x 6 x 4",
-        ),
-        (
-            {"latents": [{"samples": torch.zeros(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}]},
-            "has a mask",
-        ),
-        ({"filename": "../mine"}, "'../mine' cannot be the name of a folder"),
-        ({"filename": ".."}, "cannot be the name"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_the_model_is_asked(
-    model, monkeypatch, output, changes, said
-):
-    calls = calls_of(model, monkeypatch)
-    with pytest.raises(ValueError, match=said):
-        made(model, **changes)
-    assert not calls
-    assert not output.exists()
-
-
-@pytest.mark.parametrize(
-    "sampling, said",
-    [
-        ("EPS", "Make CAF Couplings needs a rectified-flow model.*There is no flow to learn"),
-        ("V_PREDICTION", "rectified-flow"),
-        ("IMG_TO_IMG_FLOW", "turns one picture into another"),
-    ],
-)
-def test_models_that_are_no_flow_from_noise_are_refused(model, sampling, said):
-    own = model.clone()
-    own.add_object_patch("model_sampling", getattr(comfy.model_sampling, sampling)())
-    with pytest.raises(ValueError, match=said):
-        made(own)
-
-
-def test_a_picture_that_is_no_number_ends_the_run_and_the_others_are_kept(model, monkeypatch):
-    plain, calls = model.model.diffusion_model.forward, []
-
-    def broken(x, *args, **options):
-        calls.append(1)
-        return plain(x, *args, **options) / (0.0 if len(calls) == 9 else 1.0)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.model.diffusion_model, "forward", broken)
-        with pytest.raises(
-            ValueError,
-            match=(
-                "pair 2 holds values that are not finite; load the model in bf16 or fp32.*The 2"
-                " pairs before are kept"
-            ),
-        ):
-            made(model)
-    assert len(couplings.read(caf_couplings.folder_of("mine"))) == 2
-    assert everything(made(model)) == everything(made(model, filename="whole"))
 
 
 def test_nothing_is_left_on_the_model(model):

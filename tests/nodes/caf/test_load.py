@@ -289,7 +289,9 @@ def test_comfyui_counts_loads_and_frees_the_heads(dense_model):
     run(model)
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     mine = [patcher for patcher in loaded if isinstance(patcher.model, adapter.CAFAdapter)]
-    assert len(mine) == 1 and mine[0].model_size() == size and mine[0].loaded_size() == size
+    assert len(mine) == 1
+    assert mine[0].model_size() == size
+    assert mine[0].loaded_size() == size
     gone = weakref.ref(mine[0].model)
     del mine, loaded, model
     gc.collect()

@@ -1,4 +1,4 @@
-"""Train CAF on a MODEL: two heads learn from couplings, stop, go on bit for bit, and leave neither
+"""Train CAF on a MODEL: two heads learn from couplings, and leave neither
 the model nor ComfyUI otherwise than they were.
 """
 
@@ -7,94 +7,21 @@ import dataclasses
 
 import comfy.model_management
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 
 import tiny_models
+from caf_training_runs import FP32, SHAPE, job, pairs, same, stopping_at, trained
 from nibble.accel.caf import adapter as caf_adapter
 from nibble.accel.caf import couplings, flow
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.caf import sample as caf_sampling
 from nibble.nodes.bridge.caf import train as caf_training
-from nibble.nodes.bridge.caf.train import RECIPE, Options, Student, TrainingJob
+from nibble.nodes.bridge.caf.train import Student
 from nibble.nodes.bridge.quantized import loading
 from nibble.nodes.bridge.training import session as training
 from nibble.nodes.bridge.training import watch as training_watch
-from nibble.nodes.bridge.training.session import Settings
-from nibble.quant.files.errors import FileRefused
 from training_runs import Stop, caption
-
-FP32 = Settings(dtype="fp32")
-SHAPE = (16, 4, 4)
-
-
-def pairs(
-    where, count: int = 9, prompts: list | None = None, seed: int = 0, shape=SHAPE
-) -> couplings.Couplings:
-    """Couplings that can be learned: every picture is its prompt's, and a little of its noise."""
-    prompts = [[caption(1)]] if prompts is None else prompts
-    found = couplings.create(
-        where, {"seed": seed, "shape": list(shape)}, [prompt[0] for prompt in prompts]
-    )
-    for i in range(count):
-        noise = couplings.noise(seed, i, shape)
-        found.add(
-            i,
-            noise,
-            0.3 * noise + couplings.noise(seed + 1000, i % len(prompts), shape),
-            [i % len(prompts)],
-        )
-    return couplings.read(where)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """ComfyUI's folder of CAF files, empty."""
-    (tmp_path / caf_model.FOLDER).mkdir()
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths,
-        caf_model.FOLDER,
-        ([str(tmp_path / caf_model.FOLDER)], {".safetensors"}),
-    )
-    folder_paths.filename_list_cache.pop(caf_model.FOLDER, None)
-    yield tmp_path / caf_model.FOLDER
-    folder_paths.filename_list_cache.pop(caf_model.FOLDER, None)
-
-
-@pytest.fixture
-def data(tmp_path):
-    return pairs(tmp_path / "pairs")
-
-
-def job(model, data, **changes) -> TrainingJob:
-    steps = changes.pop("steps", 3)
-    options = Options(
-        **RECIPE | {"steps": steps, "lr": 5e-3, "warmup": 0} | changes.pop("options", {})
-    )
-    defaults = {
-        "filename": "mine",
-        "options": options,
-        "settings": FP32,
-        "rank": 4,
-        "h": 1.5,
-        "preview_every": 0,
-    }
-    return TrainingJob(model, data, **defaults | changes)
-
-
-def trained(model, data, folder, **changes) -> tuple:
-    """(what `run` returns, the adapter in the file)."""
-    done = caf_training.train(job(model, data, **changes))
-    return done, caf_adapter.read_file(folder / done.name)
-
-
-def same(a, b) -> bool:
-    return all(
-        torch.equal(tensor, b.head(kind).tensors()[name])
-        for kind in caf_training.PHASES
-        for name, tensor in a.head(kind).tensors().items()
-    )
 
 
 def in_session(model, data, work, settings=FP32, **options):
@@ -121,18 +48,6 @@ def in_session(model, data, work, settings=FP32, **options):
     return training.run(
         model, data.captions, (1, *data.shape), settings, entered, data.captions[:1]
     )
-
-
-def stopping_at(monkeypatch, step: int) -> None:
-    """The user presses Stop after a step, counted over both nets; 0: never."""
-    calls = []
-
-    def watched(self, done, *rest):
-        calls.append(done)
-        if done == step:
-            raise Stop
-
-    monkeypatch.setattr(training_watch.Watch, "__call__", watched)
 
 
 class Spy(comfy.samplers.Sampler):
@@ -460,161 +375,3 @@ def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(dense_model, data, f
     again, plain = trained(dense_model, data, folder, filename="again")
     assert done.losses == again.losses
     assert same(adapter, plain)
-
-
-# ---- stop, go on
-
-
-def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(dense_model, data, folder, monkeypatch):
-    whole, wanted = trained(dense_model, data, folder)
-    states = ["stopped.caf.acceleration.state", "stopped.caf.velocity.state"]
-    for stop, left in ((2, states[1:]), (3, states[1:]), (4, states), (6, states)):
-        with monkeypatch.context() as patched:
-            stopping_at(patched, stop)
-            with pytest.raises(Stop):
-                caf_training.train(job(dense_model, data, filename="stopped"))
-        assert sorted(path.name for path in folder.glob("stopped*")) == left
-    done, found = trained(dense_model, data, folder, filename="stopped")
-    assert done.losses == whole.losses
-    assert same(found, wanted)
-    assert found.facts == wanted.facts
-    assert not list(folder.glob("*.state"))
-
-
-def test_a_stopped_run_of_other_inputs_is_refused_or_forgotten(
-    dense_model, data, tmp_path, folder, monkeypatch
-):
-    with monkeypatch.context() as patched:
-        stopping_at(patched, 4)
-        with pytest.raises(Stop):
-            caf_training.train(job(dense_model, data))
-    others = pairs(tmp_path / "others", seed=5)
-    for changes in (
-        {"data": others},
-        {"steps": 4},
-        {"rank": 2},
-        {"h": 1.0},
-        {"options": {"seed": 1}},
-    ):
-        with pytest.raises(
-            FileRefused,
-            match="mine.caf.velocity.state belongs to a training run with other options",
-        ):
-            caf_training.train(job(dense_model, changes.pop("data", data), **changes))
-    done, _ = trained(dense_model, others, folder, overwrite=True)
-    assert len(done.losses) == 6
-    assert not list(folder.glob("*.state"))
-
-
-def test_a_run_that_is_done_is_not_done_again(dense_model, data, folder, monkeypatch):
-    done, _ = trained(dense_model, data, folder)
-    monkeypatch.setattr(caf_training, "run_session", lambda *_: pytest.fail("trained again"))
-    again = caf_training.train(job(dense_model, data))
-    assert (
-        again.name == done.name
-        and again.steps == 6
-        and again.losses == pytest.approx(done.losses, rel=1e-5)
-    )
-    for changes in ({"rank": 2}, {"options": {"lr": 1e-4}}, {"steps": 2}):
-        with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
-            caf_training.train(job(dense_model, data, **changes))
-
-
-def test_loras_on_the_model_belong_to_the_inputs(dense_model, data):
-    def patched(value):
-        own = dense_model.clone()
-        own.add_patches(
-            {
-                "diffusion_model.double_blocks.0.img_attn.proj.weight": (
-                    "diff",
-                    (torch.full((128, 128), value),),
-                )
-            },
-            0.5,
-        )
-        return own
-
-    names = caf_training._layers(job(dense_model, data))
-    told = [
-        caf_training._data(job(which, data), names)
-        for which in (dense_model, dense_model, patched(1.0), patched(1.0), patched(2.0))
-    ]
-    assert told[0] == told[1]
-    assert told[2] == told[3]
-    assert len(set(told)) == 3
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
-    dense_model, data, folder, monkeypatch
-):
-    plain, calls = flow.acceleration_loss, []
-
-    def spoilt(*values):
-        calls.append(1)
-        return plain(*values) * (float("nan") if len(calls) == 3 else 1)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(flow, "acceleration_loss", spoilt)
-        with pytest.raises(
-            ValueError,
-            match=(
-                "the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept:"
-                " run again"
-            ),
-        ):
-            caf_training.train(job(dense_model, data))
-    done, _ = trained(dense_model, data, folder, options={"lr": 1e-3})
-    assert len(done.losses) == 6
-
-
-# ---- what is refused before anything is loaded
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"rank": -1}, "rank -1 is not between 0"),
-        ({"rank": 4000}, "rank 4000 is not between 0 and 128"),
-        ({"h": 2.5}, "h = 2.5 is outside 0 to 2"),
-        ({"layers": ("nothing.*",)}, "No linear layer of the model is called nothing"),
-        ({"filename": "../mine"}, "outside"),
-    ],
-)
-def test_wrong_inputs_are_refused_in_words(dense_model, data, folder, monkeypatch, changes, said):
-    monkeypatch.setattr(caf_training, "run_session", lambda *_: pytest.fail("loaded the model"))
-    with pytest.raises((ValueError, FileRefused), match=said):
-        caf_training.train(job(dense_model, data, **changes))
-    assert not list(folder.iterdir())
-
-
-def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_path, folder):
-    with pytest.raises(
-        ValueError,
-        match=(
-            "couplings are of 4 x 4 x 4, and this model's latents have 16 channels in 2 dimensions"
-        ),
-    ):
-        caf_training.train(job(dense_model, pairs(tmp_path / "small", shape=(4, 4, 4))))
-    with pytest.raises(ValueError, match="couplings are of 16 x 1 x 4 x 4"):
-        caf_training.train(job(dense_model, pairs(tmp_path / "video", shape=(16, 1, 4, 4))))
-    done, _ = trained(dense_model, data, folder)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "already has the heads of mine.caf.safetensors; connect the model from before Load CAF"
-        ),
-    ):
-        caf_training.train(job(caf_model.load(dense_model, done.name), data, filename="more"))
-    epsilon = dense_model.clone()
-    epsilon.add_object_patch("model_sampling", torch.nn.Identity())
-    with pytest.raises(ValueError, match="Train CAF needs a rectified-flow model"):
-        caf_training.train(job(epsilon, data, filename="more"))
-    dense_model.cached_patcher_init = None
-    with pytest.raises(
-        FileRefused,
-        match=(
-            "cannot load it a second time; connect Load SVDQuant Model, Load VQ Model or Load"
-            " Diffusion Model"
-        ),
-    ):
-        caf_training.train(job(dense_model, data, filename="more"))

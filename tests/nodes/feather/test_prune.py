@@ -12,29 +12,12 @@ import tiny_encoders as vl
 from nibble.accel import feather as accel
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
+from pruned_encoders import STAGES, dropped, hooks, record, tokens, transformer
 
-STAGES = (Stage(3, 0.4, 3), Stage(5, 0.5))
 SECOND = (
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> and"
     " <|vision_start|><|image_pad|><|vision_end|> swap them<|im_end|>\n"
 )
-
-
-@pytest.fixture(scope="module")
-def encoders():
-    return {"qwen2.5": vl.qwen_image(), "qwen3": vl.qwen3_vl()}
-
-
-@pytest.fixture(params=["qwen2.5", "qwen3"])
-def clip(request, encoders):
-    return encoders[request.param]
-
-
-def tokens(clip, text="make the cup blue", pictures=((140, 196),), **options):
-    """Pictures of 28 (Qwen2.5) or 32 (Qwen3) pixels a token."""
-    return clip.tokenize(
-        text, images=[vl.image(*size, seed) for seed, size in enumerate(pictures)], **options
-    )
 
 
 def encode(clip, *args, **kwargs) -> dict:
@@ -47,66 +30,8 @@ def same(found: dict, expected: dict) -> bool:
     } == expected.keys() - {feather.KEY}
 
 
-def transformer(clip):
-    return feather.encoder_of(clip)[1]
-
-
-def hooks(clip) -> int:
-    return sum(
-        len(layer._forward_pre_hooks) + len(layer._forward_hooks)
-        for layer in transformer(clip).model.layers
-    )
-
-
 # ---- the oracle: the layers one after another on a sequence that tokens are taken out of, written
 # without the bridge
-
-
-def inputs(clip, pairs):
-    """Embeddings and what Llama2_ is given of a prompt, caught at its door."""
-    name, model = feather.encoder_of(clip)
-    caught = {}
-
-    def catch(_module, args, kwargs):
-        caught.update(kwargs, embeds=kwargs["embeds"].clone())
-
-    handle = model.model.register_forward_pre_hook(catch, with_kwargs=True)
-    clip.encode_from_tokens(pairs)
-    handle.remove()
-    return caught
-
-
-def dropped(clip, pairs, picked: dict[int, torch.Tensor]):
-    """(last hidden states of what is left, the indices of what is left): before each layer of
-    `picked` only those positions go on.
-    """
-    model, given = transformer(clip).model, inputs(clip, pairs)
-    x, left = given["embeds"], torch.arange(given["embeds"].shape[1])
-    positions = given["position_ids"]
-    attention = comfy.ldm.modules.attention.optimized_attention_for_device(
-        x.device, mask=True, small_input=True
-    )
-    with torch.no_grad():
-        for i, layer in enumerate(model.layers):
-            if i in picked:
-                keep = torch.isin(left, picked[i])
-                x, left, positions = x[:, keep], left[keep], positions[:, keep]
-            length = x.shape[1]
-            mask = torch.full((length, length), torch.finfo(x.dtype).min / 4).triu_(1)[None, None]
-            x = layer(
-                x=x,
-                attention_mask=mask,
-                freqs_cis=model.compute_freqs_cis(positions, x.device),
-                optimized_attention=attention,
-                past_key_value=None,
-            )[0]
-            if given.get("deepstack_embeds") is not None and i < len(given["deepstack_embeds"]):
-                x[given["visual_pos_masks"]] += given["deepstack_embeds"][i]
-    return x, left
-
-
-def record(found: dict) -> dict:
-    return found[feather.KEY]
 
 
 def kept(found: dict, stage: int) -> torch.Tensor:
@@ -292,71 +217,6 @@ def test_nothing_is_left_after_an_exception(clip):
     assert same(encode(clip), plain)
 
 
-# ---- text generation: Qwen3-VL, whose encoder ComfyUI lets describe a picture
-
-
-def generate(clip, pairs, length=4):
-    return clip.generate(pairs, do_sample=False, max_length=length, seed=0)
-
-
-def test_generation_goes_on_from_the_short_cache(encoders):
-    """Against the same layers fed by hand with what is left, token by token, without a cache."""
-    clip, drawn = encoders["qwen3"], []
-    pairs = tokens(clip)
-    pruned = feather.prune(clip, feather.PruneSettings(STAGES), lambda prompt: drawn.append(prompt))
-    caches, model = [], transformer(clip).model
-    handle = model.layers[6].register_forward_hook(
-        lambda module, args, output: caches.append(output[1][2])
-    )
-    found = generate(pruned, pairs)
-    handle.remove()
-    (prompt,) = drawn
-    assert caches == [int(prompt.mask().sum()) + step for step in range(4)], (
-        "the cache of a late layer holds only what was kept"
-    )
-    assert found[:2] == by_hand(clip, pairs, prompt)
-    assert generate(clip, pairs) == generate(clip, pairs)
-    assert hooks(clip) == 0
-
-
-def by_hand(clip, pairs, prompt):
-    """The first two tokens: the last state of a pruned prompt, then of the prompt and the first
-    token together.
-    """
-    whole, given = transformer(clip), inputs(clip, pairs)
-    picked = {3: prompt.mask(1).nonzero().flatten(), 5: prompt.mask(2).nonzero().flatten()}
-    first = best(whole, dropped(clip, pairs, picked)[0])
-    after = int(given["position_ids"][:, -1].max()) + 1
-    x, left, positions = (
-        given["embeds"],
-        torch.arange(prompt.length + 1),
-        torch.cat([given["position_ids"], torch.full((3, 1), after)], 1),
-    )
-    x = torch.cat([x, whole.model.embed_tokens(torch.tensor([[first]]))], 1)
-    with torch.no_grad():
-        for i, layer in enumerate(whole.model.layers):
-            if i in picked:
-                keep = torch.isin(left, torch.cat([picked[i], torch.tensor([prompt.length])]))
-                x, left, positions = x[:, keep], left[keep], positions[:, keep]
-            mask = torch.full((x.shape[1],) * 2, torch.finfo(x.dtype).min / 4).triu_(1)
-            x = layer(
-                x=x,
-                attention_mask=mask,
-                freqs_cis=whole.model.compute_freqs_cis(positions, x.device),
-                past_key_value=None,
-                optimized_attention=comfy.ldm.modules.attention.optimized_attention_for_device(
-                    x.device, mask=True, small_input=True
-                ),
-            )[0]
-            if i < 3:
-                x[:, :-1][given["visual_pos_masks"]] += given["deepstack_embeds"][i]
-    return [first, best(whole, x)]
-
-
-def best(whole, x) -> int:
-    return int(whole.logits(whole.model.norm(x))[0, -1].argmax())
-
-
 # ---- refusals
 
 
@@ -395,56 +255,3 @@ def test_an_encoder_without_visual_tokens_is_refused_by_its_name():
             ValueError, match=f"{type(model).__name__} has no vision tower.*Qwen2.5-VL"
         ):
             feather.prune(Clip(model), feather.PruneSettings(STAGES))
-
-
-# ---- a model whose answer is known (bench/seeker.py)
-
-
-@pytest.fixture(scope="module")
-def seeker():
-    from bench import seeker
-
-    return seeker, seeker.build()
-
-
-@pytest.mark.parametrize("height, fastv_finds", [(0.0, False), (1.0, True)])
-def test_feather_finds_the_square_wherever_it_stands_and_fastv_loses_it_at_the_top(
-    seeker, height, fastv_finds
-):
-    """24 of 729 tokens are left, as in the paper; FastV's lie at the bottom (0.8 of the height in
-    the paper).
-    """
-    world, clip = seeker
-    pixels, (corner, *_) = world.picture(27, 27, 3, height)
-    stages = (Stage(world.STAGES[0], 0.3, 3), Stage(world.STAGES[1], 0.09))
-    finds, heights = {}, {}
-    for criterion in (None, "feather", "fastv"):
-        pruned = (
-            clip
-            if criterion is None
-            else feather.prune(clip, feather.PruneSettings(stages, criterion))
-        )
-        found = pruned.encode_from_tokens(world.prompt(pixels), return_dict=True)
-        finds[criterion] = world.right(world.answer(found["cond"], 27, 27), corner)
-        if criterion:
-            heights[criterion] = accel.mean_row(record(found)["pictures"][0]["masks"][-1], 27, 27)
-    assert finds == {None: True, "feather": True, "fastv": fastv_finds}
-    assert heights["fastv"] > 0.8 > heights["feather"]
-
-
-def test_the_bench_gives_every_arm_as_many_tokens(monkeypatch):
-    from bench import bench_feather
-
-    monkeypatch.setattr(bench_feather, "KEEPS", (0.3,))
-    rows = {row["arm"]: row for row in bench_feather.find(2, 15)["rows"]}
-    assert rows["none"]["accuracy"] == rows["feather"]["accuracy"] == 1
-    assert rows["fastv"]["accuracy_top"] == 0
-    assert (
-        len(
-            {
-                tuple(rows[arm]["tokens"])
-                for arm in ("feather", "feather without grid", "fastv", "uniform")
-            }
-        )
-        == 1
-    )

@@ -1,5 +1,5 @@
-"""Train IntLoRA on a MODEL: it learns, stops, goes on bit for bit, and leaves neither the model nor
-ComfyUI otherwise than they were.
+"""Train IntLoRA on a MODEL: it learns, refuses wrong inputs in words, and leaves neither the model
+nor ComfyUI otherwise than they were.
 """
 
 import copy
@@ -11,23 +11,19 @@ import folder_paths
 import pytest
 import torch
 
+from intlora_training_runs import FP32, job, same, stopping_at, trained
 from nibble.nodes.bridge.intlora import files
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.intlora.apply import apply_beside
 from nibble.nodes.bridge.intlora.bases import Bases
-from nibble.nodes.bridge.intlora.train import Job
 from nibble.nodes.bridge.quantized import loading
-from nibble.nodes.bridge.training import curve, dataset
+from nibble.nodes.bridge.training import dataset
 from nibble.nodes.bridge.training import session as training
-from nibble.nodes.bridge.training import watch as training_watch
-from nibble.nodes.bridge.training.session import Settings
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.training import recompute
 from nibble.quant.training.loop import Options
 from training_runs import Stop, caption, latents
-
-FP32 = Settings(dtype="fp32")
 
 
 @pytest.fixture
@@ -41,33 +37,6 @@ def loras(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop(files.FOLDER, None)
 
 
-def job(model, **changes) -> Job:
-    defaults = {
-        "latents": [latents()],
-        "positive": [[caption()]],
-        "filename": "mine",
-        "options": Options(steps=4, lr=5e-3, warmup=0),
-        "settings": FP32,
-        "rank": 4,
-        "preview_every": 0,
-    }
-    return Job(model, **defaults | changes)
-
-
-def trained(model, loras, **changes) -> tuple:
-    """(what `run` returns, the adapter in the file)."""
-    done = intlora_training.run(job(model, **changes))
-    return done, file.read(loras / done.name)
-
-
-def same(a, b) -> bool:
-    return a.layers.keys() == b.layers.keys() and all(
-        torch.equal(tensor, b.layers[key].tensors()[name])
-        for key, layer in a.layers.items()
-        for name, tensor in layer.tensors().items()
-    )
-
-
 def session_of(model, work, settings=FP32, **data):
     pictures = dataset.dataset_of(
         model, data.get("latents", [latents()]), data.get("positive", [[caption()]])
@@ -79,18 +48,6 @@ def session_of(model, work, settings=FP32, **data):
         settings,
         lambda session: work(session, pictures),
     )
-
-
-def stopping_at(monkeypatch, step: int) -> None:
-    """The user presses Stop after a step."""
-
-    def check():
-        stopping_at.calls += 1
-        if stopping_at.calls == step:
-            raise Stop
-
-    stopping_at.calls = 0
-    monkeypatch.setattr(training_watch.Progress, "check", staticmethod(check))
 
 
 # ---- what it does
@@ -314,91 +271,6 @@ def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model
     file.check_bases(adapter, Bases(model), more.name)
 
 
-# ---- stop, go on
-
-
-def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, loras, monkeypatch):
-    options = Options(steps=6, lr=5e-3)
-    whole, wanted = trained(model, loras, options=options)
-    for stop in (2, 3):
-        stopping_at(monkeypatch, stop)
-        with pytest.raises(Stop):
-            intlora_training.run(job(model, filename="stopped", options=options))
-        assert [path.name for path in loras.glob("stopped*")] == ["stopped.intlora.state"]
-    stopping_at(monkeypatch, 0)
-    done, found = trained(model, loras, filename="stopped", options=options)
-    assert done.losses == whole.losses
-    assert same(found, wanted)
-    assert not list(loras.glob("*.state"))
-
-
-def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, monkeypatch):
-    stopping_at(monkeypatch, 2)
-    with pytest.raises(Stop):
-        intlora_training.run(job(model))
-    stopping_at(monkeypatch, 0)
-    with pytest.raises(
-        FileRefused, match="mine.intlora.state belongs to a training run with other options"
-    ):
-        intlora_training.run(job(model, latents=[latents(seed=9)]))
-    done, _ = trained(model, loras, latents=[latents(seed=9)], overwrite=True)
-    assert len(done.losses) == 4
-
-
-def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
-    done, _ = trained(model, loras)
-    monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
-    again = intlora_training.run(job(model))
-    assert again.name == done.name
-    assert again.steps == 4
-    assert again.losses == pytest.approx(done.losses, rel=1e-5)
-    assert all(torch.equal(tensor, again.lora[key]) for key, tensor in done.lora.items())
-    with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
-        intlora_training.run(job(model, rank=2))
-
-
-def test_an_adapter_is_trained_further(model, loras):
-    done, first = trained(model, loras)
-    more, second = trained(
-        model,
-        loras,
-        filename="more",
-        existing=done.name,
-        options=Options(steps=2, lr=1e-9, warmup=0),
-    )
-    assert more.steps == 6
-    assert more.losses[0] != done.losses[0]
-    key = next(iter(first.layers))
-    before, after = first.layers[key].factors.delta(), second.layers[key].factors.delta()
-    assert (after - before).norm() < 0.02 * before.norm()
-    with pytest.raises(
-        FileRefused, match="has rank 4 and variant shift_add .* set rank, variant and layers"
-    ):
-        intlora_training.run(job(model, filename="other", existing=done.name, rank=2))
-
-
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, loras, monkeypatch):
-    plain, calls = dataset.LOSSES["MSE"], []
-
-    def spoilt(*values):
-        calls.append(1)
-        return plain(*values) * (float("nan") if len(calls) == 3 else 1)
-
-    monkeypatch.setitem(dataset.LOSSES, "MSE", spoilt)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "the loss is nan at step 3; lower the learning rate.* The 2 steps before are kept: run"
-            " again"
-        ),
-    ):
-        intlora_training.run(job(model))
-    done, adapter = trained(model, loras, options=Options(steps=4, lr=1e-3, warmup=0))
-    assert len(done.losses) == 4
-    assert len(calls) == 5
-    assert all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
-
-
 # ---- what is refused before anything is loaded
 
 
@@ -439,39 +311,3 @@ def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
         FileRefused, match="cannot load it a second time; connect Load SVDQuant Model"
     ):
         intlora_training.run(job(model))
-
-
-# ---- the chart
-
-
-def test_the_curve_is_thinned_and_its_lowest_point_is_of_all_steps():
-    losses = [1.0] * 700 + [0.0] * 100 + [1.0] * 200
-    chart = curve.curve_chart(losses, 2000, "t")
-    assert chart["kind"] == "curve"
-    assert len(chart["points"]) == len(chart["smooth"]) == 250
-    assert chart["points"][-1] == [1000, 1.0]
-    assert chart["lowest"][0] == 800
-    assert chart["lowest"][1] < 0.2
-    assert ["step", "1000 of 2000"] in chart["summary"]
-    assert curve.curve_chart([], 5, "t")["points"] == []
-    assert curve.smoothed([2.0, 2.0, 2.0], 5) == pytest.approx([2.0, 2.0, 2.0])
-    assert curve.smoothed([3.0, 1.0], 1) == [3.0, 1.0]
-
-
-def test_each_phase_of_the_curve_is_smoothed_on_its_own():
-    losses = [1.0] * 500 + [5.0] * 499
-    chart = curve.curve_chart(losses, 1000, "t", phases=[("velocity", 0), ("acceleration", 500)])
-    assert chart["phases"] == [["velocity", 0], ["acceleration", 500]]
-    assert {mean for step, mean in chart["smooth"] if step <= 500} == {1.0}
-    assert [500, 1.0] in chart["points"]
-    assert [mean for step, mean in chart["smooth"] if step > 500] == pytest.approx([5.0] * 125)
-    assert chart["lowest"][0] > 500
-    assert chart["summary"][1:3] == [["velocity loss", "1"], ["acceleration loss", "5"]]
-    begun = curve.curve_chart(
-        losses[:20], 1000, "t", phases=[("velocity", 0), ("acceleration", 500)]
-    )
-    assert [label for label, _ in begun["summary"]] == ["step", "velocity loss", "lowest"]
-    assert "phases" not in curve.curve_chart([1.0], 5, "t")
-    assert (
-        curve.curve_chart([], 6, "t", phases=[("velocity", 0), ("acceleration", 3)])["points"] == []
-    )

@@ -1,6 +1,4 @@
-"""Codewords in ComfyUI: from a model to a file (measured, calibrated, interrupted), one tensor a
-layer, LoRAs.
-"""
+"""Codewords in ComfyUI: from a model to a file, measured, calibrated, interrupted; and bad input."""
 
 import errno
 import hashlib
@@ -16,39 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.nodes.bridge.host import charts
-from nibble.nodes.bridge.quantize import charts as vq_charts
+from codewords import LAYER
 from nibble.nodes.bridge.quantize import job as quantizing
 from nibble.nodes.bridge.quantize import record_inputs
 from nibble.nodes.bridge.quantize import vq4dit as vq
-from nibble.nodes.bridge.quantized import layouts, loading, lora
-from nibble.nodes.bridge.quantized import linear as ops
+from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import checkpoint, writer
 from nibble.quant.files.errors import FileRefused
-from nibble.quant.monitor import BlockError
-from nibble.quant.vq4dit.codebook_usage import inspect, use_of
-from nibble.quant.weights.vq import VQWeight
-
-LAYER = "double_blocks.0.img_mlp.0"
-SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch, flux_file):
-    """ComfyUI's diffusion_models folder, with the 16-bit model in it."""
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"})
-    )
-    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
-    shutil.copy(flux_file, tmp_path / "flux.safetensors")
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
-
-
-@pytest.fixture
-def unmeasured(monkeypatch):
-    """No memory to run the 16-bit model: weights alone, which is quick."""
-    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
 
 
 def request(
@@ -65,6 +37,15 @@ def request(
     )
 
 
+SMALL = {"samples": torch.zeros(1, 16, 8, 8)}
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """No memory to run the 16-bit model: weights alone, which is quick."""
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
+
+
 def prompts(count: int) -> list:
     draw = torch.Generator().manual_seed(1)
     return [
@@ -74,203 +55,6 @@ def prompts(count: int) -> list:
         ]
         for _ in range(count)
     ]
-
-
-@pytest.fixture(scope="module")
-def codeword_file(flux_file):
-    """The random FLUX at 3 bits, from its weights."""
-    from nibble.quant.vq4dit.quantize import quantize_checkpoint
-
-    target = flux_file.with_name("codewords.safetensors")
-    quantize_checkpoint(flux_file, target, vq.recipe_of("fast", 3, turns=0))
-    return target
-
-
-def output(patcher, seed: int = 0) -> torch.Tensor:
-    """One call of the diffusion model, loaded as a sampler loads it."""
-    comfy.model_management.load_models_gpu([patcher])
-    draw = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=draw)
-
-    with torch.no_grad():
-        return patcher.model.diffusion_model(
-            random(1, 16, 8, 8),
-            torch.tensor([0.7]),
-            random(1, 6, 64),
-            random(1, 64),
-            torch.tensor([3.5]),
-        )
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).float().norm() / b.float().norm()).item()
-
-
-# ---- one tensor a layer
-
-
-@pytest.fixture(params=[dict(), dict(scale=False), dict(rank=16), dict(rotation=64)], ids=str)
-def weight(request) -> VQWeight:
-    """A random 3-bit layer, 256 outputs of 128 inputs, in each of the format's forms."""
-    options = {"scale": True, "rank": 0, "rotation": 0} | request.param
-    draw = torch.Generator().manual_seed(0)
-    indices = torch.randint(0, 256, (256, 48), generator=draw, dtype=torch.uint8)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=draw) * 0.1
-
-    down, up = (
-        (random(128, options["rank"]), random(256, options["rank"]))
-        if options["rank"]
-        else (None, None)
-    )
-    return VQWeight(
-        indices,
-        random(64, 2).half(),
-        random(256).half() if options["scale"] else None,
-        down,
-        up,
-        rotation=options["rotation"],
-    )
-
-
-def packed(weight: VQWeight, dtype=torch.float32):
-    tensors = {key.removeprefix("a."): tensor for key, tensor in weight.tensors("a").items()}
-    tensors.pop("a.comfy_quant", None)
-    return layouts.pack(tensors, weight.facts(), dtype)
-
-
-def test_a_layer_is_one_tensor_of_the_16_bit_shape_and_streams_whole(weight):
-    tensor = packed(weight)
-    assert tensor.shape == (256, 128)
-    assert torch.equal(tensor.dequantize(), weight.dequantize())
-    buffer = torch.empty(comfy.memory_management.vram_aligned_size(tensor), dtype=torch.uint8)
-    view = comfy.memory_management.interpret_gathered_like([tensor], buffer)[0]
-    view.copy_(tensor)
-    assert torch.equal(view.dequantize(), weight.dequantize())
-    assert view.params.codebook.data_ptr() - buffer.data_ptr() in range(len(buffer)), (
-        "the codebook lies in the streamed buffer"
-    )
-
-
-def test_a_layer_computes_what_the_format_says_and_saves_what_it_was_made_of(weight):
-    tensor, x = packed(weight), torch.randn(5, 128, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(
-        layouts.linear(x, tensor, None),
-        weight.forward(x) if weight.scale is not None else packed_forward(weight, x),
-    )
-    stored = tensor.state_dict("a.weight") | {"a.comfy_quant": layouts.settings_tensor(tensor)}
-    again = VQWeight.from_tensors(stored, "a")
-    assert torch.equal(again.indices, weight.indices)
-    assert torch.equal(again.codebook, weight.codebook)
-    assert again.facts() == weight.facts()
-
-
-def packed_forward(weight: VQWeight, x: torch.Tensor) -> torch.Tensor:
-    """The same with the scale of ones that a layer without one has in memory."""
-    return VQWeight(
-        weight.indices, weight.codebook, torch.ones(256).half(), rotation=weight.rotation
-    ).forward(x)
-
-
-def test_a_lora_joins_the_branch_and_leaves_codes_and_codebook_alone(weight):
-    tensor = packed(weight)
-    draw = torch.Generator().manual_seed(4)
-    delta = torch.randn(256, 4, generator=draw) @ torch.randn(4, 128, generator=draw) * 0.02
-    patched = lora.absorb_dense(tensor, weight.dequantize() + delta)
-    assert patched._qdata is tensor._qdata or torch.equal(patched._qdata, tensor._qdata)
-    assert torch.equal(patched.params.codebook, tensor.params.codebook)
-    assert patched.params.proj_up.shape[1] == weight.rank + 16
-    x = torch.randn(5, 128, generator=draw)
-    assert relative(layouts.linear(x, patched, None), x @ (weight.dequantize() + delta).T) < 2e-2
-    assert (
-        relative(layouts.linear(x, patched, None) - layouts.linear(x, tensor, None), x @ delta.T)
-        < 2e-2
-    )
-
-
-# ---- loading
-
-
-def test_the_loaded_model_is_comfyui_s_own_and_saves_the_file_s_tensors(codeword_file):
-    patcher, file = loading.load(codeword_file), checkpoint.open_quantized(codeword_file)
-    saved = patcher.model.diffusion_model.state_dict()
-    for name in file.layers:
-        for key, tensor in file.layer(name).items():
-            if not key.endswith("comfy_quant"):
-                assert torch.equal(saved[key], tensor), key
-    module = patcher.model.diffusion_model.get_submodule(LAYER)
-    assert type(module) is ops.NibbleOperations.Linear
-    assert (
-        patcher.model_size()
-        < 0.5 * checkpoint.open_quantized(codeword_file).fact("source")["bytes"]
-    )
-
-
-def test_its_output_is_that_of_the_dequantized_weights(codeword_file, flux_file, tmp_path):
-    file, state = checkpoint.open_quantized(codeword_file), load_file(flux_file)
-    for name in file.layers:
-        state[f"{name}.weight"] = VQWeight.from_tensors(file.layer(name), name).dequantize()
-    save_file(state, tmp_path / "dense.safetensors")
-    dense = comfy.sd.load_diffusion_model(
-        str(tmp_path / "dense.safetensors"), {"dtype": torch.float32}
-    )
-    ours = loading.load(codeword_file, dtype="fp32")
-    assert relative(output(ours), output(dense)) < 1e-4
-
-
-@pytest.mark.parametrize("memory", [0, 1], ids=["whole", "streamed"])
-def test_a_stock_lora_acts_as_on_the_dequantized_model_and_leaves_no_trace(codeword_file, memory):
-    draw = torch.Generator().manual_seed(2)
-    name = f"diffusion_model.{LAYER}"
-    up, down = torch.randn(512, 4, generator=draw), torch.randn(4, 128, generator=draw) * 0.1
-    patch = {
-        f"{name}.lora_up.weight": up,
-        f"{name}.lora_down.weight": down,
-        f"{name}.alpha": torch.tensor(4.0),
-    }
-    base = loading.load(codeword_file, dtype="fp32", disable_dynamic=True)
-    module, given = (
-        base.model.diffusion_model.get_submodule(LAYER),
-        torch.randn(3, 128, generator=draw),
-    )
-    with torch.no_grad():
-        plain, codes = module(given), module.weight._qdata.clone()
-        patched, _ = comfy.sd.load_lora_for_models(base, None, patch, 0.7, 0)
-        patched.patch_model(patched.load_device, lowvram_model_memory=memory)
-        assert bool(module.weight_function) == bool(memory), (
-            "attached to a streamed layer, else in its low-rank branch"
-        )
-        assert relative(module(given) - plain, given @ (0.7 * up @ down).T) < 1e-2
-        assert torch.equal(module.weight._qdata, codes)
-        patched.detach()
-        assert torch.equal(module(given), plain), (
-            "taken away, the output is the old one bit for bit"
-        )
-
-
-def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_s(
-    folder, codeword_file, quantized_file
-):
-    from nibble.nodes import svdquant
-    from nibble.nodes import vq4dit as nodes
-
-    shutil.copy(codeword_file, folder / "codes.safetensors")
-    shutil.copy(quantized_file, folder / "four.safetensors")
-    folder_paths.filename_list_cache.pop(loading.FOLDER, None)
-    assert loading.quantized_files("vq") == ["codes.safetensors"]
-    assert loading.quantized_files("svdquant") == ["four.safetensors"]
-    assert quantizing.sources() == ["flux.safetensors"]
-    assert "load it with the node Load VQ Model" in svdquant.NibbleLoadSVDQuant.validate_inputs(
-        "codes.safetensors"
-    )
-    assert "load it with the node Load SVDQuant Model" in nodes.NibbleLoadVQ.validate_inputs(
-        "four.safetensors"
-    )
-    assert nodes.NibbleLoadVQ.validate_inputs("codes.safetensors") is True
-    assert nodes.NibbleInspectVQ.validate_inputs("codes.safetensors") is True
 
 
 # ---- making a file
@@ -478,53 +262,3 @@ def test_the_node_refuses_options_that_do_not_go_together(inputs, said):
     )
     assert said in nodes.NibbleQuantizeVQ.validate_inputs(**(asked | inputs))
     assert nodes.NibbleQuantizeVQ.validate_inputs(**asked) is True
-
-
-# ---- what is shown
-
-
-def test_codebook_use_counts_codewords_and_entropy():
-    even = torch.arange(64, dtype=torch.uint8).repeat(2, 1)
-    codes = VQWeight(even, torch.randn(256, 2).half())
-    use = use_of(codes)
-    assert (use.used, use.codewords, use.entropy) == (64, 256, 6.0)
-    assert use.share == 0.75
-    assert (
-        use_of(VQWeight(torch.zeros(2, 64, dtype=torch.uint8), torch.randn(256, 2).half())).entropy
-        == 0
-    )
-
-
-def test_charts_have_the_agreed_shape(codeword_file):
-    file, model = checkpoint.open_quantized(codeword_file), loading.load(codeword_file)
-    facts = vq_charts.model_chart(file, loading.vram_needed(model), model.load_device)
-    told = dict(facts["summary"])
-    assert facts["kind"] == "facts"
-    assert 3.0 < float(told["bits per weight"]) < 3.6
-    assert "64 codewords of 2" in told["layers"]
-    uses = inspect(file)
-    mean = sum(use.bits_per_weight * use.weights for use in uses) / sum(use.weights for use in uses)
-    assert vq_charts.bits_per_weight(file) == pytest.approx(mean)
-    chart = vq_charts.inspect_chart(file, uses)
-    assert chart["kind"] == "codebooks"
-    assert len([row for row in chart["rows"] if "use" in row]) == len(file.layers)
-    assert chart.keys() == charts.layers_chart(vq_charts._report(file), "", "").keys()
-
-
-def test_the_live_chart_has_a_curve_for_each_block():
-    shown = []
-
-    class Shown:
-        title = "calibrating"
-        say = staticmethod(lambda text: None)
-        show = shown.append
-
-    live = vq_charts.LiveBlocks("model", "best", Shown)
-    for number in range(2):
-        for step, db in ((1, 10.0), (10, 12.0), (20, 14.0)):
-            live(BlockError(number, 3, f"blocks.{number}", step, 20, db))
-    last = shown[-1]
-    assert last["kind"] == "blocks"
-    assert last["blocks"] == 3
-    assert [row["points"][-1] for row in last["rows"]] == [[1.0, 14.0]] * 2
-    assert dict(last["summary"])["gain per block"] == "+4.0 dB"

@@ -4,6 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nibble.quant.architectures import flux1_shapes
+from nibble.quant.svdquant.quantize import quantize_checkpoint
+from nibble.quant.svdquant.recipe import Recipe
 from published_files import METADATA, RandomFlux
 
 
@@ -43,3 +46,29 @@ def files(flux, tmp_path_factory) -> dict:
         "modern": modern,
         "nibble": _save(flux.nibble(), folder.parent / "own.safetensors", METADATA),
     }
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """A FLUX as the pipeline quantizes it, with what Nunchaku keeps in 16 bit kept; biases of
+    modulations are exact with 1 added.
+    """
+    folder = tmp_path_factory.mktemp("own")
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+        for name, shape in flux1_shapes(1, 1, 128, 64, 64).items()
+    }
+    state |= {
+        name: (t * 128).round() / 128
+        for name, t in state.items()
+        if name.endswith(("mod.lin.bias", "modulation.lin.bias"))
+    }
+    save_file(state, folder / "m.safetensors")
+    keep = ("final_layer.*", "guidance_in.*", "vector_in.*")
+    quantize_checkpoint(
+        folder / "m.safetensors",
+        folder / "q.safetensors",
+        Recipe.from_preset("fast", rank=16, rotation="off", solver="svd", keep=keep),
+    )
+    return folder / "q.safetensors"

@@ -7,7 +7,7 @@ import torch
 
 from compare import assert_same
 from nibble.quant.interop import swizzle
-from published_files import pack_awq, pack_down, pack_scale, pack_up, pack_vector, pack_weight
+from nunchaku_packers import pack_awq, pack_down, pack_scale, pack_up, pack_vector, pack_weight
 
 SIZES = [(128, 128), (256, 128), (128, 384), (384, 256)]
 

@@ -83,7 +83,8 @@ def watch(monkeypatch):
 
         def opened(file, mode="r", *args, **kwargs):
             if seen.saw(file, "open"):
-                assert mode == "rb" and kwargs == {"buffering": 0}
+                assert mode == "rb"
+                assert kwargs == {"buffering": 0}
                 return WatchedFile(file, seen.ranges)
             return python_open(file, mode, *args, **kwargs)
 
@@ -191,7 +192,8 @@ def test_a_replaced_file_is_opened_again(folder, quantized_file, rotated_file):
     assert loading.opened(path.name, "svdquant") is before
     shutil.copy(rotated_file, path)
     after = loading.opened(path.name, "svdquant")
-    assert after.layers != before.layers and not before.is_current()
+    assert after.layers != before.layers
+    assert not before.is_current()
     assert loading.quantized_files("svdquant") == [path.name]
     path.write_bytes(b"x" * 100)
     assert loading.quantized_files() == []
@@ -239,6 +241,7 @@ def test_nothing_stays_open_and_memory_is_bounded(folder, quantized_file):
     opened = [files.open(path) for path in paths]
     assert all(stored._handle is None for file in opened for stored in file.files)
     assert len(files._files) == 3
-    assert files.open(paths[4]) is opened[4] and files.open(paths[0]) is not opened[0]
+    assert files.open(paths[4]) is opened[4]
+    assert files.open(paths[0]) is not opened[0]
     files.methods([])
     assert not files._methods
