@@ -232,7 +232,8 @@ def _file_input() -> io.Combo.Input:
     return widgets.model_file_input(
         "vq",
         NO_FILES,
-        "A file made by VQ Quantize Checkpoint, in models/diffusion_models. Other files are not listed.",
+        "A file made by VQ Quantize Checkpoint, in models/diffusion_models. Other files are not"
+        " listed.",
     )
 
 

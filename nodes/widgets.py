@@ -154,7 +154,7 @@ def keep_layers_input() -> io.String.Input:
 
 
 def measuring_options(steps: str, memory_gb: float, memory: str, seed: str) -> list[io.Input]:
-    """Sampling steps, memory and seed of what is sampled while measuring; steps, memory, seed: their
+    """Sampling steps, memory and seed of the calibration pictures. steps, memory, seed: their
     tooltips.
     """
     return [

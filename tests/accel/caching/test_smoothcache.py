@@ -1,4 +1,4 @@
-"""SmoothCache's greedy greedy_mask against the published loop, written here once more; curves that are
+"""SmoothCache's greedy mask against the published loop, written here once more; curves that are
 recorded, kept and moved to other schedules.
 """
 

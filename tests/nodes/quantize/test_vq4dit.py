@@ -1,4 +1,4 @@
-"""Codewords in ComfyUI: from a model to a file, measured, calibrated, interrupted; and bad input."""
+"""VQ in ComfyUI: from a model to a file, measured, calibrated, interrupted; and bad input."""
 
 import errno
 import hashlib
