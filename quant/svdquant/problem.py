@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..calibration.hessian import covariance, diagonal_blocks
 from ..calibration.statistics import InputStats
-from ..weights.svdquant_w4a4 import SVDQuantWeight, W4A16Weight
+from ..weights.awq_w4a16 import W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 
 SYNTHETIC_ROWS = 128
 EXACT_DB = 150.0  # reported for errors of (almost) nothing, where the ratio has no meaning

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
+from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.packing import dequantize_groups, pack_int4
-from ..weights.svdquant_w4a4 import W4A16Weight
 from .gptq import gptq, round_to_nearest
 from .problem import layer_problem, sqnr
 from .recipe import Recipe

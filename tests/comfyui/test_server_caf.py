@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from comfyui_server import Refused
 from demo_graphs import FLUX, WEIGHTS, Graph
-from nibble.accel.caf.adapter import Adapter, Head, save_file
+from nibble.accel.caf.adapter import CAFAdapter, Head, save_file
 
 
 def drawn(
@@ -97,7 +97,7 @@ def heads(server, name: str, seed: int | None) -> str:
         extra = 0.05 * torch.randn(shapes["img_in"], generator=draw) * (seed is not None)
         return Head(layers, extra if conditioned else None)
 
-    save_file(Adapter(head(False), head(True), 1.5, 4, "img_in"), server.folder("caf") / name)
+    save_file(CAFAdapter(head(False), head(True), 1.5, 4, "img_in"), server.folder("caf") / name)
     return name
 
 

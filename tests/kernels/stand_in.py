@@ -11,7 +11,7 @@ from nibble.kernels import reference
 from nibble.kernels.backends import native
 from nibble.kernels.backends.native import DTYPES
 from nibble.kernels.reference import vq as reference_vq
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 NAMES = {code: dtype for dtype, code in DTYPES.items()}
 E4M3 = torch.float8_e4m3fn

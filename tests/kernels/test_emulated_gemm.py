@@ -16,7 +16,7 @@ import torch
 from cases import SMALL, Case, make_input, make_w4a4, options, plain_w4a4
 from compare import assert_same, assert_twice_plain
 from nibble.kernels import reference
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 FAMILIES = [75, 80, 120]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from cases import SMALL, Case, make_input, make_w4a4, plain_w4a4
 from compare import assert_same, assert_twice_plain
 from nibble.kernels import reference
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 HOPPER = 90
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from cases import SMALL, Case, make_input, make_w4a4, options
 from compare import assert_same, assert_twice_plain
 from nibble.kernels import reference
-from nibble.quant.packing import unpack_int4
+from nibble.quant.weights.packing import unpack_int4
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 HALVES = FLOATS[:2]

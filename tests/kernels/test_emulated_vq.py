@@ -13,7 +13,7 @@ from torch import Tensor
 from cases import VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_sqnr, assert_twice_plain
 from nibble.kernels.reference import vq as reference_vq
-from nibble.quant.packing import pack_indices
+from nibble.quant.weights.packing import pack_indices
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 LAYOUTS = pytest.mark.parametrize(("bits", "vector"), VQ_LAYOUTS.values(), ids=VQ_LAYOUTS)

@@ -11,7 +11,7 @@ from compare import assert_sqnr, assert_twice_plain
 from nibble.kernels import ops, reference
 from nibble.kernels.backends import choose
 from nibble.kernels.ops import w4a16
-from nibble.quant.packing import dequantize_groups, pack_int4, unpack_int4
+from nibble.quant.weights.packing import dequantize_groups, pack_int4, unpack_int4
 
 ORDER = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 LISTS = ("weight", "weight_scale", "proj_down", "proj_up", "bias")

@@ -9,7 +9,7 @@ from compare import assert_twice_plain, relative_error
 from nibble.kernels import hadamard64, ops, which
 from nibble.kernels.backends import choose, native_vq
 from nibble.kernels.reference import vq as reference_vq
-from nibble.quant.packing import pack_indices, unpack_indices
+from nibble.quant.weights.packing import pack_indices, unpack_indices
 
 PLAIN, ROTATED, NO_BIAS = SMALL[0], SMALL[-1], SMALL[5]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

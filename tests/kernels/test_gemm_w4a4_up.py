@@ -6,7 +6,7 @@ import torch
 from cases import SMALL, Case, make_input, make_w4a4, options, plain_w4a4
 from compare import assert_twice_plain
 from nibble.kernels import ops
-from nibble.quant.packing import pack_int4
+from nibble.quant.weights.packing import pack_int4
 
 
 def empty_branch(m, n):

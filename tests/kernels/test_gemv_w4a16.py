@@ -6,7 +6,7 @@ import torch
 from cases import SMALL, make_input, make_w4a16
 from compare import assert_twice_plain
 from nibble.kernels import ops
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 
 def test_the_zero_point_of_the_codes_is_eight():

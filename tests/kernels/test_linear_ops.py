@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cases import SMALL, make_input, make_w4a4, make_w4a16, options, plain_w4a4
 from compare import assert_twice_plain, relative_error
 from nibble.kernels import GROUP, SHIFT, hadamard64, ops, reference
-from nibble.quant.packing import dequantize_groups, unpack_int4
+from nibble.quant.weights.packing import dequantize_groups, unpack_int4
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

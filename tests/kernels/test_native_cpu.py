@@ -13,7 +13,7 @@ from compare import assert_same, assert_twice_plain, relative_error
 from flat_native import dense_w4a16, double, product, quantized
 from nibble.kernels import SHIFT, reference
 from nibble.kernels.backends import native
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")

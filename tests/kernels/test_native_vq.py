@@ -10,7 +10,7 @@ from cases import SMALL, VQ_LAYOUTS, Case, make_input, make_vq
 from compare import assert_same, assert_twice_plain
 from nibble.kernels.backends import native
 from nibble.kernels.reference import vq as reference_vq
-from nibble.quant.packing import pack_indices
+from nibble.quant.weights.packing import pack_indices
 
 module, reason = native.module()
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from nibble.demo import metrics, pictures, prompts  # noqa: E402
 from nibble.kernels import which  # noqa: E402
 from nibble.kernels.backends import native  # noqa: E402
 from nibble.quant import diffusers as models  # noqa: E402
-from nibble.quant.svdquant.pipeline import quantize_checkpoint  # noqa: E402
+from nibble.quant.svdquant.quantize import quantize_checkpoint  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
 from plain import plain_torch  # noqa: E402
 

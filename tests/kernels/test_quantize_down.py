@@ -6,7 +6,7 @@ import torch
 from cases import SMALL, make_input, make_w4a4, options
 from compare import assert_same, assert_sqnr, assert_twice_plain
 from nibble.kernels import SHIFT, hadamard64, ops, reference
-from nibble.quant.packing import pack_int4, unpack_int4
+from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

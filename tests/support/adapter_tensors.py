@@ -4,10 +4,11 @@ model with them.
 
 import comfy.lora_convert
 import comfy.model_management
+import comfy.samplers
 import comfy.sd
 import torch
 
-from nibble.nodes.bridge.quantized import layouts, lora
+from nibble.nodes.bridge.quantized import layouts, lora, patches
 
 NAME = "double_blocks.0.img_mlp.0"
 STEM = "lora_unet_" + NAME.replace(".", "_")
@@ -84,3 +85,37 @@ def whole_load(patcher) -> None:
 
 def effective(linear) -> torch.Tensor:
     return layouts.effective_weight(linear.weight)
+
+
+EXACT, CUT = 1e-5, 1.1 * patches.ENERGY**0.5
+KINDS = {
+    "lora": EXACT,
+    "dora lora": EXACT,
+    "loha": CUT,
+    "dora loha": CUT,
+    "lokr": CUT,
+    "dora lokr": CUT,
+    "lokr of one matrix": CUT,
+}
+
+
+def sampled(patcher, positive: dict | None = None, seed: int = 0) -> torch.Tensor:
+    """Four steps of ComfyUI's own sampler."""
+    draw = torch.Generator().manual_seed(seed)
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.inner_set_conds(
+        {
+            "positive": [
+                [
+                    torch.randn(1, 6, 64, generator=draw),
+                    {"pooled_output": torch.randn(1, 64, generator=draw)} | (positive or {}),
+                ]
+            ]
+        }
+    )
+    noise = torch.randn(1, 16, 8, 8, generator=draw)
+    sampler, sigmas = (
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
+    )
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True)

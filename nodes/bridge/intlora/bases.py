@@ -11,8 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ....quant.files.errors import FileRefused
 from ....quant.interop.convert import open_4bit
-from ....quant.interop.export import weight_of
 from ....quant.merge.integer_grid import IntBase, refuse_format
+from ....quant.weights.formats import weight_of
 from ..quantized import layouts
 
 PREFIX = "diffusion_model."

@@ -4,7 +4,8 @@ import comfy.hooks
 import comfy.model_management
 import pytest
 import torch
-from test_bridge_lora import POST_GELU, assert_changed_by, changes, layer_of, lora_file, outputs
+
+from flux_loras import POST_GELU, assert_changed_by, changes, layer_of, lora_file, outputs
 
 
 @pytest.mark.parametrize("inference", [False, True], ids=["plain", "inference mode"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from adapter_tensors import NAME, STEM, normal, tensors_of
+from adapter_tensors import KINDS, NAME, STEM, normal, tensors_of
 from nibble.nodes.bridge.quantized import patches
 
 N, K = 192, 128
@@ -28,18 +28,6 @@ def error(entries: list[tuple], weight: torch.Tensor) -> float:
         entries, tuple(weight.shape), lambda: weight, "a layer"
     ).delta.on_weight(weight)
     return float((found - expected).norm() / (expected - weight).norm())
-
-
-EXACT, CUT = 1e-5, 1.1 * patches.ENERGY**0.5
-KINDS = {
-    "lora": EXACT,
-    "dora lora": EXACT,
-    "loha": CUT,
-    "dora loha": CUT,
-    "lokr": CUT,
-    "dora lokr": CUT,
-    "lokr of one matrix": CUT,
-}
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6, -1.5])
@@ -156,25 +144,3 @@ def test_numbers_that_are_not_finite_are_refused(value):
 
 
 # ---- into a model
-
-
-def sampled(patcher, positive: dict | None = None, seed: int = 0) -> torch.Tensor:
-    """Four steps of ComfyUI's own sampler."""
-    draw = torch.Generator().manual_seed(seed)
-    guider = comfy.samplers.CFGGuider(patcher)
-    guider.inner_set_conds(
-        {
-            "positive": [
-                [
-                    torch.randn(1, 6, 64, generator=draw),
-                    {"pooled_output": torch.randn(1, 64, generator=draw)} | (positive or {}),
-                ]
-            ]
-        }
-    )
-    noise = torch.randn(1, 16, 8, 8, generator=draw)
-    sampler, sigmas = (
-        comfy.samplers.sampler_object("euler"),
-        torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]),
-    )
-    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True)

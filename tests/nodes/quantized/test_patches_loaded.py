@@ -8,7 +8,8 @@ import comfy.sd
 import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from test_bridge_patches import (
+
+from adapter_tensors import (
     KINDS,
     NAME,
     STEM,
@@ -20,7 +21,6 @@ from test_bridge_patches import (
     whole_load,
     with_file,
 )
-
 from nibble.nodes.bridge.quantized import layouts, loading, lora, patches
 from nibble.quant.weights.delta import WeightDelta
 
