@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from ..quant import diffusers as models
-from ..quant import methods
-from ..quant.calibration.measurement import Measurement
-from ..quant.checkpoint_run import QuantizeJob
-from ..quant.monitor import Monitor, ignore
-from ..quant.report import Report
+from ..quant.cli import methods
+from ..quant.files.report import Report
+from ..quant.job.checkpoint_run import QuantizeJob
+from ..quant.job.measurement import Measurement
+from ..quant.job.monitor import Monitor, ignore
 from ..quant.svdquant.recipe import Recipe
 from ..quant.vq4dit.recipe import Recipe as VQRecipe
 from . import metrics, pictures, prompts, scorer, world

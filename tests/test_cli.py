@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nibble.quant.architectures import flux1_shapes
+from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from published_files import RandomFlux
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import reference
 
 if TYPE_CHECKING:
-    from ..ops.params import W4A4Params, W4A16Params
+    from ..params import W4A4Params, W4A16Params
 
 _OPS = {
     "linear_w4a4": ("quantize_svdquant_w4a4", "scaled_mm_svdquant_w4a4"),

@@ -15,7 +15,7 @@ from . import native
 from .native import DTYPES, dense, optional_as
 
 if TYPE_CHECKING:
-    from ..ops.params import VQParams
+    from ..params import VQParams
 
 GPU_LAYOUTS = ((8, 4), (6, 2), (8, 2))
 """(bits of an index, sub-vector length) that GPU kernels are made for: 2, 3 and 4 bits a weight."""

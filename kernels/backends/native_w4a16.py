@@ -11,7 +11,7 @@ from . import native
 from .native import DTYPES, dense, dense_as, optional_as
 
 if TYPE_CHECKING:
-    from ..ops.params import W4A16Params
+    from ..params import W4A16Params
 
 
 def layer_operands(p: W4A16Params, dtype: torch.dtype) -> W4A16Params:

@@ -18,7 +18,7 @@ from . import native
 from .native import DTYPES, E4M3, PACKED, WIDE, dense, dense_as, optional_as
 
 if TYPE_CHECKING:
-    from ..ops.params import (
+    from ..params import (
         Activations,
         GeluArguments,
         GroupParams,

@@ -16,10 +16,10 @@ from torch import Tensor
 from .. import reference
 from ..backends import native_vq
 from ..backends.choose import choose
+from ..params import VQParams
 from ..reference import vq as reference_vq
 from . import checks
 from .eager import Call, EagerOp
-from .params import VQParams
 from .register import Gradient, grad_bias, register
 
 SCHEMAS = {

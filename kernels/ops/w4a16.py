@@ -15,10 +15,10 @@ from torch import Tensor
 from .. import reference
 from ..backends import kitchen, native_w4a16
 from ..backends.choose import GEMV_TOKENS, choose
+from ..params import W4A16Params, float_dtypes
 from ..reference import GROUP
 from . import checks
 from .eager import Call, EagerOp
-from .params import W4A16Params, float_dtypes
 from .register import Gradient, grad_bias, register
 
 _ARGUMENTS = (

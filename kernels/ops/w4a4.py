@@ -24,10 +24,10 @@ from torch import Tensor
 from .. import reference
 from ..backends import kitchen, native, native_w4a4
 from ..backends.choose import choose
+from ..params import GroupParams, MLPParams, W4A4Params, float_dtypes
 from ..reference import GROUP
 from . import checks
 from .eager import Call, EagerOp
-from .params import GroupParams, MLPParams, W4A4Params, float_dtypes
 from .register import Gradient, grad_bias, need_gradients, register
 from .w4a4_parts import FLAGS, check_product, check_quantizer
 

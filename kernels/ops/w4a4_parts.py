@@ -16,9 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import native, native_w4a4
 from ..backends.choose import choose
-from ..reference import GROUP
-from . import checks
-from .params import (
+from ..params import (
     Activations,
     GeluArguments,
     GemmArguments,
@@ -26,6 +24,8 @@ from .params import (
     QuantizeParams,
     float_dtypes,
 )
+from ..reference import GROUP
+from . import checks
 from .register import register
 
 FLAGS = "bool act_unsigned=False, int rotation=0"

@@ -21,7 +21,7 @@ from .hadamard import hadamard64
 from .nibbles import compute_dtype, operand_dtype
 
 if TYPE_CHECKING:
-    from ..ops.params import VQParams
+    from ..params import VQParams
 
 INDEX_BITS = range(1, 17)
 """Bits that an index may have."""

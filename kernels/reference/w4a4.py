@@ -34,7 +34,7 @@ from .nibbles import (
 )
 
 if TYPE_CHECKING:
-    from ..ops.params import W4A4Params
+    from ..params import W4A4Params
 
 SHIFT = 0.171875
 """Added to activations that follow a GELU (whose minimum is -0.17) so that codes 0..15 cover them;

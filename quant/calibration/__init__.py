@@ -1,7 +1,7 @@
 """What layers read while a model runs.
 
-recorder.py     finds linears in any model, replaces them, records their inputs
+recorder.py     finds linears in any model, records their inputs
 statistics.py   second moments and extremes, merged as they come
-measurement.py  recorded inputs, or the model at work: what a quantization is given
+teacher.py      the 16-bit model that a quantized one is calibrated against
 hessian.py      the Hessian of a layer's squared output error, and its Cholesky factor
 """

@@ -1,5 +1,4 @@
-"""Hands on any nn.Module: find its linear layers, replace one, and record what they read while the
-model runs.
+"""What the linear layers of any nn.Module read while the model runs.
 
 Recording takes as many runs of the model as the memory cap demands: each run records a part of the
 layers, and since every layer draws its sample rows with a seed of its own, the result does not
@@ -36,19 +35,6 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
 def inputs(linear: nn.Module) -> int:
     """K of a linear, also of one that only looks like nn.Linear."""
     return cast("int", linear.in_features)
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Puts a module in the place called name and returns the one that was there. Raises ValueError
-    when there is none.
-    """
-    parent_name, _, child = name.rpartition(".")
-    try:
-        old = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"the model has no module called {name!r}") from error
-    setattr(model.get_submodule(parent_name), child, module)
-    return old
 
 
 class Recorder:

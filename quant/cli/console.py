@@ -2,7 +2,7 @@
 
 import sys
 
-from ..monitor import BlockError, Monitor
+from ..job.monitor import BlockError, Monitor
 
 
 def print_summary(title: object, lines: list[tuple[str, str]]) -> None:

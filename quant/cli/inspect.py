@@ -4,17 +4,17 @@ import argparse
 import json
 from pathlib import Path
 
-from ..architectures import KNOWN_MODELS, known_shapes
+from ..files.architectures import KNOWN_MODELS, known_shapes
 from ..files.checkpoint import is_quantized, open_quantized
 from ..files.errors import FileRefused
+from ..files.report import LayerRow, Report
 from ..files.source import Source
 from ..interop.convert import facts_of as published_summary
 from ..interop.opening import is_4bit
-from ..methods import JOBS
-from ..report import LayerRow, Report
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from .console import Bar, print_summary
+from .methods import JOBS
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import methods
-from ..calibration.measurement import Measurement
-from ..checkpoint_run import QuantizeJob
 from ..files.errors import FileRefused
 from ..files.safetensors import checksum, read_header, read_tensor
+from ..job.checkpoint_run import QuantizeJob
+from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
+from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})

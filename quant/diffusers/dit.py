@@ -11,11 +11,11 @@ import diffusers
 import torch
 from torch import nn
 
-from ..calibration import recorder
+from ..calibration.teacher import Teacher
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.source import StateDictSource
-from ..vq4dit.calibrate import Teacher
+from ..weights import linears
 from ..weights.formats import weight_of
 from ..weights.modules import as_module
 
@@ -97,7 +97,7 @@ def load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:
     with file:
         for name in file.units:
             if name in file.layers:
-                recorder.replace(model, name, as_module(weight_of(file, name), train))
+                linears.replace(model, name, as_module(weight_of(file, name), train))
             else:
                 state |= {key: tensor.to(dtype) for key, tensor in file.unit(name).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

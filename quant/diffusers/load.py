@@ -13,6 +13,7 @@ from ..files.errors import FileRefused
 from ..files.safetensors import TensorSpec
 from ..files.writer import Writer, check_target, metadata_room
 from ..interop.opening import open_4bit
+from ..weights import linears
 from ..weights.base import StoredLinear
 from ..weights.formats import FORMATS, weight_of
 from ..weights.fuse import join_rows
@@ -98,7 +99,7 @@ def _load_flux(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Modul
         whole = swap_rows(name, weight_of(file, name))
         start = 0
         for part in diffusers_parts(name):
-            recorder.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
+            linears.replace(model, part, as_module(whole.rows(start, start + rows[part]), train))
             start += rows[part]
     tensors = {name: tensor.to(dtype) for unit in units for name, tensor in file.unit(unit).items()}
     state = to_diffusers_names(tensors, rows)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..calibration import recorder
 from ..calibration.statistics import InputStats
-from ..vq4dit.calibrate import Teacher
+from ..calibration.teacher import Teacher
 from .load import flux_transformer
 from .names import diffusers_parts
 

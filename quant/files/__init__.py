@@ -1,8 +1,11 @@
-"""Safetensors files on disk; knows no method.
+"""Model files on disk; knows no method.
 
-errors.py       the error that tells a person what is wrong with a file
-safetensors.py  header, tensors and checksums of any safetensors file, read and checked
-checkpoint.py   a file of low-bit layers: one protocol, and Nibble's own format
-writer.py       a file written layer by layer, atomic, resumable
-source.py       the 16-bit model that is quantized
+errors.py         the error that tells a person what is wrong with a file
+safetensors.py    header, tensors and checksums of any safetensors file, read and checked
+checkpoint.py     a file of low-bit layers: one protocol, and Nibble's own format
+writer.py         a file written layer by layer, atomic, resumable
+atomic.py         whole or not there; one run at a time
+source.py         the 16-bit model that is quantized
+architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
+report.py         what a run did, layer by layer
 """

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architectures import family_name
+from .architectures import family_name
 from .errors import FileRefused
 from .safetensors import Header, SafetensorsFile, TensorSpec, checksum, read_header
 

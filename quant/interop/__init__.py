@@ -12,5 +12,6 @@ swizzle.py         orders of a linear's numbers, to and from natural order
 unfuse_norms.py    smoothing that was fused upstream, taken out again
 convert.py         one file from another, whatever their formats
 export.py          what a converted file holds, for each target format
+edits.py           a file with some of its layers changed
 nunchaku_write.py  the target format of Nunchaku
 """

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
 from ..files.errors import FileRefused
+from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
-from ..report import LayerRow, Report
 from ..weights.base import json_tensor
 from .nunchaku_read import FACTS
 

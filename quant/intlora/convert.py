@@ -19,8 +19,9 @@ from ..files.errors import FileRefused
 from ..merge.integer_grid import IntBase
 from ..merge.refit import rounded_to_base
 from ..weights.delta import WeightDelta
+from ..weights.lowrank import balanced, thin_norm
 from .adapter import Adapter, LayerAdapter, key_of
-from .factors import Factors, balanced, quantize, thin_norm
+from .factors import Factors, quantize
 from .merge import BLOCK, INTEGERS, Overflow, merge
 from .variants import MAX_K, ShiftAdd, bits_needed
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..calibration import recorder
 from ..merge.integer_grid import IntBase
 from ..training import loop
 from ..training.loop import Options
+from ..weights import linears
 from .adapter import Adapter
 from .factors import LARGEST
 from .linear import Grid, IntLoRALinear, rule_for, separated
@@ -83,7 +83,7 @@ def attach(
             )
         # not a child: its weights stay out of the model while it is away
         object.__setattr__(layer, "replaced", old)
-        recorder.replace(model, name, layer)
+        linears.replace(model, name, layer)
         layers[name] = layer
     return layers
 
@@ -103,7 +103,7 @@ def _plain_layer(
 def detach(model: nn.Module, layers: Mapping[str, IntLoRALinear]) -> None:
     """Puts the linears back that `attach` replaced."""
     for name, layer in layers.items():
-        recorder.replace(model, name, layer.replaced)
+        linears.replace(model, name, layer.replaced)
 
 
 def adapter(layers: Mapping[str, IntLoRALinear], **facts) -> Adapter:

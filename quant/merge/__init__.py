@@ -2,5 +2,4 @@
 
 integer_grid.py  the integers, scales and zero points of a layer, as one grid
 refit.py         a change fitted into the codes and the branch at unchanged rank
-write.py         the edited layers as a new file
 """

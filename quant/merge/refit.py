@@ -19,10 +19,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..intlora.factors import balanced, thin_norm
-from ..lowrank import leading_components
 from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.delta import WeightDelta, round_rank
+from ..weights.lowrank import balanced, leading_components, thin_norm
 from ..weights.packing import pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .integer_grid import IntBase

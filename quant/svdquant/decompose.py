@@ -28,7 +28,7 @@ from torch import Tensor
 from ...kernels.reference import SHIFT
 from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
-from ..lowrank import svd_lowrank
+from ..weights.lowrank import svd_lowrank
 from ..weights.packing import dequantize_groups, pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .gptq import gptq, round_to_nearest

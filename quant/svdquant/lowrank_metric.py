@@ -9,7 +9,7 @@ With M = identity it is SVDQuant's eq. 6.
 import torch
 from torch import Tensor
 
-from ..lowrank import svd_lowrank
+from ..weights.lowrank import svd_lowrank
 
 # eigenvalues below this share of a metric's largest are raised to it: nothing is learned from them
 FLOOR = 1e-6

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..architectures import LayerPlan
-from ..calibration.measurement import Measurement
-from ..checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
+from ..files.architectures import LayerPlan
 from ..files.checkpoint import FORMATS
+from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
 from ..files.writer import Writer
-from ..monitor import Monitor
-from ..report import LayerRow, Report
-from ..run_metadata import JSON_BYTES, WHY_ROOM, padded
+from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
+from ..job.measurement import Measurement
+from ..job.monitor import Monitor
+from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .recipe import Recipe
 from .w4a16 import quantize_w4a16

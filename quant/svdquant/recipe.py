@@ -5,7 +5,7 @@ makes.
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from ..recipe import FromPreset
+from ..job.recipe import FromPreset
 
 PRESETS = {
     "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),

@@ -35,8 +35,8 @@ _FREE = ("steps", "save_every", "lr")
 @dataclass(frozen=True)
 class Options:
     """Options of a training run. lr: constant after `warmup` steps, and falling to 0 over the last
-    share `decay` of all steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate: losses a
-    step.
+    share `decay` of all steps; weight_decay: AdamW's; clip: of the gradient's norm; accumulate:
+    losses a step.
     """
 
     steps: int = 500

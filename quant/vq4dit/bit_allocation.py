@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..architectures import LayerPlan
+from ..files.architectures import LayerPlan
 from . import fit as fitting
 from .recipe import LAYOUTS, Recipe
 

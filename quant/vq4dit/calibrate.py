@@ -39,9 +39,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..calibration import recorder as linears
-from ..calibration.measurement import Teacher
+from ..calibration import recorder
 from ..calibration.statistics import InputStats
+from ..calibration.teacher import Teacher
+from ..weights import linears
 from . import trajectory
 from .recipe import Recipe
 from .student import HardVQLinear, RowSlice, SoftVQLinear
@@ -107,7 +108,7 @@ class BlockCalibrator:
     def __init__(self, teacher: Teacher, layers: Iterable[str]):
         self.teacher = teacher
         layers = list(layers)
-        known = linears.find_linears(teacher.model)
+        known = recorder.find_linears(teacher.model)
         unknown = [part for layer in layers for part in teacher.parts(layer) if part not in known]
         if unknown:
             raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
@@ -134,13 +135,15 @@ class BlockCalibrator:
         if block not in self.times:
             return [], {}
         readers = {layer: self.teacher.parts(layer)[0] for layer in self.blocks[block]}
-        with linears.Recorder(
+        with recorder.Recorder(
             self.student, readers.values(), samples=samples, seed=seed
-        ) as recorder:
+        ) as recording:
             given = trajectory.inputs_of(
                 self.student, block, self.times[block], self.calls, self.teacher.device
             )
-        return given, {layer: recorder.stats[reader].to("cpu") for layer, reader in readers.items()}
+        return given, {
+            layer: recording.stats[reader].to("cpu") for layer, reader in readers.items()
+        }
 
     def targets(self, block: str, inputs: list[trajectory.Call]) -> BlockTargets:
         """The same with the teacher's outputs; thinned out evenly where the cap demands it."""

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from .. import architectures
-from ..architectures import Architecture, LayerPlan
-from ..checkpoint_run import ShapesOnly
+from ..files import architectures
+from ..files.architectures import Architecture, LayerPlan
 from ..files.source import Source, StateDictSource
 from ..files.writer import TensorSpec
-from ..run_metadata import JSON_BYTES
+from ..job.checkpoint_run import ShapesOnly
+from ..job.run_metadata import JSON_BYTES
 from . import bit_allocation, calibrate
 from .recipe import Recipe
 

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference import hadamard64
-from ..architectures import LayerPlan
-from ..calibration.measurement import Measurement, Teacher
 from ..calibration.statistics import InputStats
-from ..checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
+from ..calibration.teacher import Teacher
+from ..files.architectures import LayerPlan
+from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
 from ..files.writer import Writer
-from ..monitor import BlockError, Monitor
-from ..report import LayerRow, Report
-from ..run_metadata import padded
+from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
+from ..job.measurement import Measurement
+from ..job.monitor import BlockError, Monitor
+from ..job.run_metadata import padded
 from ..training.recompute import allowing_writes
 from ..weights.vq import VQWeight
 from . import calibrate

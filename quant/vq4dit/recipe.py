@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..files.checkpoint import CODEWORDS
-from ..recipe import FromPreset
+from ..job.recipe import FromPreset
 from . import codebook as codebooks
 from .fit import LayerOptions
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nibble.kernels.reference import SHIFT
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.lowrank import svd_lowrank
 from nibble.quant.svdquant.gptq import gptq
 from nibble.quant.svdquant.smooth import InputSpace, exponents, smoothing_factors
+from nibble.quant.weights.lowrank import svd_lowrank
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
 Linear = Callable[[Tensor], Tensor]

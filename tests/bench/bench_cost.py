@@ -159,7 +159,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure, options.preset, options.rank, options.threads)))
         return
-    from nibble.quant.architectures import flux1_shapes
+    from nibble.quant.files.architectures import flux1_shapes
 
     small, large = flux1_shapes(options.double, options.single), flux1_shapes()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -50,6 +50,7 @@ from nibble.quant.intlora.merge import branch, merge, unmerged
 from nibble.quant.merge.integer_grid import IntBase
 from nibble.quant.merge.refit import fold_into_branch
 from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.weights import linears
 from nibble.quant.weights.modules import as_module
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -199,7 +200,7 @@ class Bench:
             layers[name] = FloatLoRA(
                 weight, old.bias.detach(), o.rank, torch.Generator().manual_seed(i)
             )
-            recorder.replace(flux, name, layers[name])
+            linears.replace(flux, name, layers[name])
         return layers
 
     def teach(self, arm: str | None) -> tuple[dict, torch.nn.Module, list[float]]:
@@ -225,7 +226,7 @@ def plain(flux, weights: dict) -> None:
             torch.nn.Parameter(weight, False),
             torch.nn.Parameter(bias, False),
         )
-        recorder.replace(flux, name, layer)
+        linears.replace(flux, name, layer)
 
 
 def teach_all(bench: Bench, save) -> list[dict]:
@@ -332,7 +333,7 @@ def on_svdquant(bench: Bench, save) -> None:
             folded, share = fold_into_branch(
                 weight, branch(layer.base, [(adapter.layers[name], 1.0)]), rank
             )
-            recorder.replace(flux, name, as_module(folded))
+            linears.replace(flux, name, as_module(folded))
             shares.append(share)
         rows.append(
             {"arm": f"folded into the branch, {label}", "change kept": float(np.mean(shares))}

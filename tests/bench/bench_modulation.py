@@ -27,7 +27,7 @@ if "nibble" not in sys.modules:
 
 from bench import machine  # noqa: E402
 from nibble.kernels import ops, which  # noqa: E402
-from nibble.quant.architectures import known_shapes, plan, recognise  # noqa: E402
+from nibble.quant.files.architectures import known_shapes, plan, recognise  # noqa: E402
 from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix  # noqa: E402
 from nibble.quant.modulation.precompute import ModulationCache  # noqa: E402
 from nibble.quant.svdquant.recipe import Recipe  # noqa: E402

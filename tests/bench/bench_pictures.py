@@ -24,10 +24,11 @@ from nibble.demo import metrics, pictures, run
 from nibble.kernels import which
 from nibble.kernels.backends import native
 from nibble.quant import diffusers as models
-from nibble.quant.architectures import plan, recognise
 from nibble.quant.calibration import recorder
+from nibble.quant.files.architectures import plan, recognise
 from nibble.quant.files.source import Source
 from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.weights import linears
 from plain import plain_torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -54,7 +55,7 @@ def baseline(name: str) -> torch.nn.Module:
     found = recorder.find_linears(flux)
     for layer in (layer for layer in layers if layer.action == "w4a4"):
         for part in models.diffusers_parts(layer.name):
-            recorder.replace(
+            linears.replace(
                 flux,
                 part,
                 Lambda(BASELINES[name](found[part].weight.detach(), found[part].bias.detach())),

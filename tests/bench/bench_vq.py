@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
-from nibble.quant.architectures import known_shapes
 from nibble.quant.calibration import recorder
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.files.architectures import known_shapes
 from nibble.quant.files.source import Source
 from nibble.quant.vq4dit import fit as fitting
 from nibble.quant.vq4dit import quantize as pipeline

@@ -7,7 +7,7 @@ import torch
 from cases import Case, make_input, make_w4a4, options
 from nibble.kernels import reference
 from nibble.kernels.backends import native_vq, native_w4a4, native_w4a16
-from nibble.kernels.ops.params import (
+from nibble.kernels.params import (
     Activations,
     GeluArguments,
     ProductParams,

@@ -9,7 +9,7 @@ from cases import SMALL, make_input, make_w4a4, make_w4a16, options
 from compare import relative_error, sqnr_db
 from nibble.kernels import SHIFT, ops
 from nibble.kernels.backends import kitchen
-from nibble.kernels.ops.params import W4A4Params, W4A16Params
+from nibble.kernels.params import W4A4Params, W4A16Params
 
 comfy_kitchen = pytest.importorskip(
     "comfy_kitchen",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nibble.quant.architectures import flux1_shapes, known_shapes, natural, plan, recognise
+from nibble.quant.files.architectures import flux1_shapes, known_shapes, natural, plan, recognise
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import predict
 from nibble.quant.svdquant.recipe import Recipe

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nibble.quant.lowrank import factors_of_lowest_rank, leading_components
+from nibble.quant.weights.lowrank import factors_of_lowest_rank, leading_components
 
 
 def of_rank(rank: int) -> torch.Tensor:

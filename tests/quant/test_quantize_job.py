@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from calls import planned_and_opened_once
-from nibble.quant import methods
-from nibble.quant.architectures import flux1_shapes
-from nibble.quant.calibration.measurement import Measurement
-from nibble.quant.checkpoint_run import LayerQuantizer
+from nibble.quant.cli import methods
+from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.job.checkpoint_run import LayerQuantizer
+from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant import recipe as svdquant
 from nibble.quant.vq4dit import recipe as vq
 

@@ -31,7 +31,7 @@ def planned_and_opened_once(target, *functions: Callable) -> Iterator[dict[str, 
     """Asserts of one quantization: the plan is made once, and a target that exists is opened once
     in all. Records the calls of other functions beside.
     """
-    from nibble.quant.architectures import plan
+    from nibble.quant.files.architectures import plan
     from nibble.quant.files.safetensors import read_header
 
     existed = os.path.exists(target)

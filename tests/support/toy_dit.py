@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from nibble.quant.architectures import LayerPlan
-from nibble.quant.calibration.measurement import Teacher
+from nibble.quant.calibration.teacher import Teacher
+from nibble.quant.files.architectures import LayerPlan
 from nibble.quant.vq4dit.calibrate import BlockCalibrator, learn
 from nibble.quant.vq4dit.fit import fit
 from nibble.quant.vq4dit.recipe import Recipe

@@ -20,10 +20,11 @@ from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching.extrapolate import History, Reuse
 from ....accel.caching.steps import Decision, Record, Step
+from ..host import keys
 from ..host.samplers import sampler_name
 from .controlnet import Deferred
 
-KEY = "nibble_cache"
+KEY = keys.CACHING
 # the kinds of wrappers by which a model caches
 _WRAPPERS = (
     WrappersMP.OUTER_SAMPLE,

@@ -24,8 +24,7 @@ from torch import Tensor
 from ....accel.caf import flow
 from ....accel.caf.adapter import ENDING, CAFAdapter, attached, check, presented_by, read_file
 from ....accel.caf.heads import Model
-from ..caching.run import KEY as CACHING
-from ..host import charts, folders
+from ..host import charts, folders, keys
 from ..host.progress import Progress
 from .training_free import check_model
 
@@ -195,7 +194,7 @@ def asking(model, extra_args: dict) -> Model:
         call_options[KEY] = Request(start)
         if start is None:
             # it has no steps before it from which to guess, and is not to be guessed from
-            call_options.pop(CACHING, None)
+            call_options.pop(keys.CACHING, None)
         return (model(x, sigma, **extra_args | {"model_options": options}) - x) / flow.at(sigma, x)
 
     return ask

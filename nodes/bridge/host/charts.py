@@ -35,7 +35,7 @@ import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
-from ....quant.report import Report
+from ....quant.files.report import Report
 
 KEY = "nibble_chart"
 

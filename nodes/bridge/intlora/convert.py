@@ -22,8 +22,8 @@ from ....quant.files.errors import FileRefused
 from ....quant.intlora import file
 from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of, module_of
 from ....quant.intlora.convert import Conversion, ModuleChange, Options, convert
-from ....quant.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.weights.delta import WeightDelta
+from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized import layouts

@@ -23,11 +23,11 @@ import torch
 
 from ....quant.intlora import file, merge
 from ....quant.intlora.adapter import Adapter, LayerAdapter
-from ....quant.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.merge import refit
 from ....quant.merge.integer_grid import IntBase
 from ....quant.weights.awq_w4a16 import W4A16Weight
 from ....quant.weights.delta import WeightDelta
+from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..quantized import patches
 from .bases import PREFIX

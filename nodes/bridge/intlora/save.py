@@ -20,9 +20,9 @@ from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import FileRefused
 from ....quant.files.safetensors import tensor_bytes
 from ....quant.files.writer import TensorSpec
+from ....quant.interop.edits import Edit, branch_specs, existing_rows, write_edits
 from ....quant.interop.opening import open_4bit
 from ....quant.merge import refit
-from ....quant.merge.write import Edit, branch_specs, existing_rows, write_edits
 from ....quant.weights.delta import WeightDelta, round_rank
 from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight

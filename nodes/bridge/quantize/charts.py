@@ -17,8 +17,8 @@ import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
-from ....quant.monitor import BlockError
-from ....quant.report import LayerRow, Report
+from ....quant.files.report import LayerRow, Report
+from ....quant.job.monitor import BlockError
 from ....quant.vq4dit.codebook_usage import LayerUse
 from ..host import charts
 from ..host.progress import Progress

@@ -19,12 +19,12 @@ import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.calibration.measurement import Measurement
-from ....quant.checkpoint_run import QuantizeJob
 from ....quant.files.errors import FileRefused
+from ....quant.files.report import Report
 from ....quant.files.source import Source, StateDictSource
-from ....quant.monitor import Monitor
-from ....quant.report import Report
+from ....quant.job.checkpoint_run import QuantizeJob
+from ....quant.job.measurement import Measurement
+from ....quant.job.monitor import Monitor
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER, quantized_files

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.calibration.measurement import Measurement, Teacher
-from ....quant.checkpoint_run import QuantizeJob
-from ....quant.monitor import Monitor
-from ....quant.report import Report
+from ....quant.calibration.teacher import Teacher
+from ....quant.files.report import Report
+from ....quant.job.checkpoint_run import QuantizeJob
+from ....quant.job.measurement import Measurement
+from ....quant.job.monitor import Monitor
 from ....quant.vq4dit.quantize import VQJob
 from ....quant.vq4dit.recipe import Recipe
 from ..host.progress import Progress

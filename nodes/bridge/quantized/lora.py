@@ -35,8 +35,8 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
-from ....quant.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.weights.delta import WeightDelta, append_factors, pad_rank
+from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
 from . import layouts, patches
 
 WRAPPER = "nibble_lora"  # our key among a model's wrappers

@@ -24,7 +24,7 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from .... import kernels
-from ....quant.architectures import recognise
+from ....quant.files.architectures import recognise
 from ....quant.modulation.cpu_int4 import CpuInt4Matrix
 from ....quant.modulation.precompute import ModulationCache
 from ....quant.weights.awq_w4a16 import W4A16Weight

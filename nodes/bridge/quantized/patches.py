@@ -25,8 +25,8 @@ import torch
 from comfy.model_management import cast_to_device
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 
-from ....quant.lowrank import MOST
 from ....quant.weights.delta import WeightDelta
+from ....quant.weights.lowrank import MOST
 
 # share of a LoHa's or LoKr's energy that its factors may leave out, 50 dB below the change. On the
 # demo model, with changes half as large as the weights: at least 57 dB below a layer's output,

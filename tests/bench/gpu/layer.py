@@ -14,7 +14,7 @@ from nibble.kernels import ops
 from nibble.kernels.backends import native
 from nibble.kernels.backends.native import DTYPES
 from nibble.kernels.backends.native_w4a4 import product_arguments, quantizer_arguments
-from nibble.kernels.ops.params import W4A4Params
+from nibble.kernels.params import W4A4Params
 
 PARAMETERS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 

@@ -7,7 +7,7 @@ from nibble.nodes.bridge.host import charts
 from nibble.nodes.bridge.quantize import charts as vq_charts
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import checkpoint
-from nibble.quant.monitor import BlockError
+from nibble.quant.job.monitor import BlockError
 from nibble.quant.vq4dit.codebook_usage import inspect, use_of
 from nibble.quant.weights.vq import VQWeight
 

@@ -21,10 +21,10 @@ from nibble.nodes.bridge.quantize import patched_weights, record_inputs, vq4dit
 from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.checkpoint_run import LayerQuantizer
 from nibble.quant.files import checkpoint, safetensors
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.source import Source, StateDictSource
+from nibble.quant.job.checkpoint_run import LayerQuantizer
 from nibble.quant.svdquant.recipe import Recipe
 
 QUICK = dict(rank=16, solver="svd", rotation="off")

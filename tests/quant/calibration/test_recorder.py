@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from nibble.quant.calibration.recorder import Recorder, collect, find_linears, replace
+from nibble.quant.calibration.recorder import Recorder, collect, find_linears
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.weights.linears import replace
 
 
 def model() -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nibble.quant.architectures import flux1_shapes
+from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.source import Source, StateDictSource
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from intlora_bases import K, N, adapters, bases, factors, normal, paper
 from nibble.quant.intlora.adapter import LayerAdapter
 from nibble.quant.intlora.auxiliary import Noise
-from nibble.quant.intlora.factors import Factors, balanced, fake_quantize, quantize
+from nibble.quant.intlora.factors import Factors, fake_quantize, quantize
 from nibble.quant.intlora.merge import merge, unmerged
 from nibble.quant.intlora.variants import Mul, Shift, ShiftAdd, merged_weight, multiplier
 from nibble.quant.merge.integer_grid import IntBase
+from nibble.quant.weights.lowrank import balanced
 
 every_base = pytest.mark.parametrize("kind", list(bases()))
 every_variant = pytest.mark.parametrize("variant", ["shift_add", "mul", "shift"])

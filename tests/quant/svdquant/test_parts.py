@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nibble.kernels import reference
-from nibble.quant.lowrank import svd_lowrank
 from nibble.quant.svdquant.gptq import (
     gptq,
     group_scales,
@@ -20,6 +19,7 @@ from nibble.quant.svdquant.gptq import (
 )
 from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
+from nibble.quant.weights.lowrank import svd_lowrank
 from nibble.quant.weights.packing import dequantize_groups
 
 ROOT = Path(__file__).resolve().parents[3]

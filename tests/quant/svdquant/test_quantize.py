@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant import checkpoint_run
-from nibble.quant.architectures import flux1_shapes, plan, recognise
-from nibble.quant.calibration.measurement import Measurement
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.files.architectures import flux1_shapes, plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.report import LayerRow, Report
 from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import StateDictSource
-from nibble.quant.monitor import Monitor
-from nibble.quant.report import LayerRow, Report
+from nibble.quant.job import checkpoint_run
+from nibble.quant.job.measurement import Measurement
+from nibble.quant.job.monitor import Monitor
 from nibble.quant.svdquant import quantize as pipeline
 from nibble.quant.svdquant.quantize import layout, predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe

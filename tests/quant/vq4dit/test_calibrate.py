@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import toy_dit as toy
-from nibble.quant.calibration.measurement import Teacher
+from nibble.quant.calibration.teacher import Teacher
 from nibble.quant.vq4dit import calibrate, trajectory
 from nibble.quant.vq4dit.calibrate import BlockCalibrator, BlockTargets, block_of, learn
 from nibble.quant.vq4dit.fit import LayerOptions, fit

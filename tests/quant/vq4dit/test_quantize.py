@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toy_dit as toy
-from nibble.quant import checkpoint_run
-from nibble.quant.architectures import flux1_shapes, known_shapes, recognise
-from nibble.quant.calibration.measurement import Measurement, Teacher
+from nibble.quant.calibration.teacher import Teacher
 from nibble.quant.files import writer
+from nibble.quant.files.architectures import flux1_shapes, known_shapes, recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.report import Report
 from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import Source, StateDictSource
-from nibble.quant.monitor import Monitor
-from nibble.quant.report import Report
+from nibble.quant.job import checkpoint_run
+from nibble.quant.job.measurement import Measurement
+from nibble.quant.job.monitor import Monitor
 from nibble.quant.vq4dit import quantize as pipeline
 from nibble.quant.vq4dit.bit_allocation import allocate
 from nibble.quant.vq4dit.quantize import VQJob, plan, predict, quantize_checkpoint

@@ -23,15 +23,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from . import architectures
-from .architectures import Architecture, LayerPlan, recognise
-from .calibration.measurement import Measurement
-from .files.checkpoint import QuantizedFile, open_quantized
-from .files.errors import FileRefused
-from .files.source import Source, StateDictSource
-from .files.writer import TensorSpec, Writer, check_path, check_target
+from ..files import architectures
+from ..files.architectures import Architecture, LayerPlan, recognise
+from ..files.checkpoint import QuantizedFile, open_quantized
+from ..files.errors import FileRefused
+from ..files.report import LayerRow, Report
+from ..files.source import Source, StateDictSource
+from ..files.writer import TensorSpec, Writer, check_path, check_target
+from .measurement import Measurement
 from .monitor import Monitor
-from .report import LayerRow, Report
 from .run_metadata import (
     file_metadata,
     identity_of,

@@ -8,6 +8,8 @@ more than rounding does (`factors_of_lowest_rank`, where Q grows as in algorithm
 from a fixed seed, so that the same matrix has the same factors.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,35 @@ def _truncate(basis: Tensor, rows: Tensor, spare: float) -> tuple[Tensor, Tensor
     rank = int((lost > spare).sum())
     root = s[:rank].sqrt()
     return v[:rank].T * root, (basis @ u[:, :rank]) * root
+
+
+def balanced(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """Other factors of up . down whose r components are alike in size, so that integers lose least;
+    optionally of a smaller rank.
+
+    up (N, r), down (r, K) → float32, same product. SVD of the thin product, then an orthonormal
+    Hartley matrix across the components.
+    """
+    qu, ru = torch.linalg.qr(up.double())
+    qd, rd = torch.linalg.qr(down.double().T)
+    u, s, vh = torch.linalg.svd(ru @ rd.T)
+    kept = min(rank or len(s), len(s))
+    angle = torch.outer(torch.arange(kept), torch.arange(kept)).to(u) * (2 * math.pi / kept)
+    hartley = (angle.cos() + angle.sin()) / math.sqrt(kept)
+    root = s[:kept].sqrt()[:, None] * hartley
+    return (qu @ (u[:, :kept] @ root)).float(), (root.T @ vh[:kept] @ qd.T).float()
+
+
+def thin_norm(terms: list[tuple[Tensor, Tensor, float]], smooth: Tensor | None = None) -> float:
+    """Frobenius norm of the sum of sign * up . (down * smooth)^T over (up (N, r), down (K, r),
+    sign), without the dense sum.
+    """
+    up = torch.cat([u.double() * sign for u, _, sign in terms], 1)
+    down = torch.cat(
+        [
+            d.double() if smooth is None else d.double() * smooth.double()[:, None]
+            for _, d, _ in terms
+        ],
+        1,
+    )
+    return ((up.T @ up) * (down.T @ down)).sum().clamp_min(0).sqrt().item()

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
-from .files.errors import FileRefused
+from .errors import FileRefused
 
 GROUP = 64
 

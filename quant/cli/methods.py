@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from .checkpoint_run import QuantizeJob
-from .files.source import Source, StateDictSource
-from .svdquant.quantize import SVDQuantJob
-from .svdquant.recipe import Recipe as SVDQuantRecipe
-from .vq4dit.quantize import VQJob
-from .vq4dit.recipe import Recipe as VQRecipe
+from ..files.source import Source, StateDictSource
+from ..job.checkpoint_run import QuantizeJob
+from ..svdquant.quantize import SVDQuantJob
+from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..vq4dit.quantize import VQJob
+from ..vq4dit.recipe import Recipe as VQRecipe
 
 JOBS: dict[type, type[QuantizeJob]] = {SVDQuantRecipe: SVDQuantJob, VQRecipe: VQJob}
 

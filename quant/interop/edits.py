@@ -18,7 +18,7 @@ from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.safetensors import TensorSpec, read_header
 from ..files.writer import Writer, check_target, metadata_room
-from ..interop.export import ToNibble
+from .export import ToNibble
 
 KEY = "merged"  # of the metadata: a list, one entry a run
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .architectures import LayerPlan
-from .files.checkpoint import FORMAT_VERSION
-from .files.source import Source, StateDictSource
-from .files.writer import metadata_room
+from ..files.architectures import LayerPlan
+from ..files.checkpoint import FORMAT_VERSION
+from ..files.report import LayerRow, Report
+from ..files.source import Source, StateDictSource
+from ..files.writer import metadata_room
 from .recipe import FromPreset
-from .report import LayerRow, Report
 
 # a layer's JSON is padded with blanks to this length, for the file is laid out before its options
 # are known
