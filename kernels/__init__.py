@@ -6,10 +6,10 @@ The shape alphabet, used in every signature, comment and test:
     M tokens · K in · N out · R rank · G group (64 columns share a scale) · C codewords · D
     sub-vector
 
-`ops` holds every op once, one file an op family; `reference` is the truth in plain torch;
-`backends` decides what runs an op and holds the two ways to run faster, compiled kernels and
-comfy-kitchen's. `which(op, device)` says which one is used and why. `environment` tells what a
-machine has.
+`ops` holds every op once, one file an op family; `params` the parameters of each op as a record;
+`reference` is the truth in plain torch; `backends` decides what runs an op and holds the two ways
+to run faster, compiled kernels and comfy-kitchen's. `which(op, device)` says which one is used and
+why. `environment` tells what a machine has.
 """
 
 from .ops import (

@@ -3,7 +3,8 @@ curves of constant acceleration.
 
 flow.py               the equations: the path, sampling, inversion
 heads.py              both nets from one flow model with two heads
-adapter.py            the heads beside a model, and as a file
+adapter.py            the heads beside a model
+heads_file.py         the heads as a file
 objectives.py         what to minimise for the two nets
 couplings.py          noise and a teacher's data, in a folder that grows
 couplings_files.py    the files of that folder

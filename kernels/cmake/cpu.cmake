@@ -1,5 +1,6 @@
-# Instruction sets of the CPU sources, by file name: *_avx2.cpp and *_avx512.cpp are compiled for theirs and called only where the
-# CPU has it; everything else, the module too, for the platform's baseline, so that one binary runs on any machine.
+# Instruction sets of the CPU sources, by file name: *_avx2.cpp and *_avx512.cpp are compiled for
+# theirs and called only where the CPU has it; everything else, the module too, for the platform's
+# baseline, so that one binary runs on any machine.
 string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}" processor)
 set(x86 FALSE)
 if(processor MATCHES "^(x86_64|amd64)$" AND NOT CMAKE_OSX_ARCHITECTURES MATCHES "arm64")
@@ -13,7 +14,8 @@ if(MSVC)
 else()
     set(avx2_flags -mavx2 -mfma -mf16c)
     set(avx512_flags -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mf16c)
-    # No contraction: a*b+c rounds twice wherever the source does not ask for an fma, so that every instruction set rounds alike.
+    # No contraction: a*b+c rounds twice wherever the source does not ask for an fma, so that every
+    # instruction set rounds alike.
     set(cpu_flags -O3 -ffp-contract=off -Wall -Wextra)
 endif()
 
@@ -34,7 +36,9 @@ if(x86)
 endif()
 
 if(NIBBLE_SANITIZE)
-    target_compile_options(nibble_kernels PRIVATE -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g)
+    target_compile_options(nibble_kernels PRIVATE
+                           -fsanitize=address,undefined -fno-sanitize-recover=undefined
+                           -fno-omit-frame-pointer -g)
     target_link_options(nibble_kernels PRIVATE -fsanitize=address,undefined)
 endif()
 if(NIBBLE_STATIC_STDCXX AND UNIX AND NOT APPLE)

@@ -1,5 +1,6 @@
 """The terminal's commands of quant: python -m nibble {quantize,inspect,convert}.
 
+methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
 inspect.py   what a file holds, or what quantizing it would give
 convert.py   a 4-bit file in another program's format
@@ -10,11 +11,13 @@ console.py   a progress bar, and lines for people
 EXAMPLES = """examples:
   python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
   python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
-  python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 --preset best
+  python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 \
+--preset best
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
   python -m nibble inspect --plan flux1-dev --method vq --bits 2
-  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
+  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors \
+flux1-dev-nibble.safetensors --to nibble
   python -m nibble demo --out demo.png
   python -m nibble bench --env
-"""  # noqa: E501  (commands are copied whole)
+"""  # a backslash at the end of a line: commands are printed whole

@@ -1,10 +1,8 @@
-"""A quantization, whatever the method: planned, measured, written, reported.
+"""A quantization, whatever the method: planned, measured, written.
 
-architectures.py   which layers of which model are quantized (architectures.json)
 recipe.py          options from a preset, and back from a file
 checkpoint_run.py  prepare, measure, write: what every method shares
 measurement.py     what a method learns from the model at work
 monitor.py         progress, notes and Stop of a run
 run_metadata.py    what a file says of the run that made it
-report.py          error and size of every layer
 """

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from comfyui_server import Refused
 from demo_graphs import FLUX, WEIGHTS, Graph
-from nibble.accel.caf.adapter import CAFAdapter, Head, save_file
+from nibble.accel.caf.adapter import CAFAdapter, Head
+from nibble.accel.caf.heads_file import save_file
 
 
 def drawn(

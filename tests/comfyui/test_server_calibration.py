@@ -1,5 +1,5 @@
-"""Calibrations of caching in a real ComfyUI: measured, found by their model, told of other schedules,
-and wrong files.
+"""Calibrations of caching in a real ComfyUI: measured, found by their model, told of other
+schedules, and wrong files.
 """
 
 import json

@@ -40,9 +40,14 @@ READY = (
 )
 MAKE_GRAPH = """([source, target]) => {
   app.graph.clear();
-  const [quantize, load, text] = ["NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "PreviewAny"].map((type) => LiteGraph.createNode(type));
-  [quantize, load, text].forEach((node, i) => { app.graph.add(node); node.pos = [20 + 460 * i, 60]; });
-  const set = (name, value) => { quantize.widgets.find((widget) => widget.name === name).value = value; };
+  const [quantize, load, text] = ["NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "PreviewAny"].map(
+    (type) => LiteGraph.createNode(type));
+  [quantize, load, text].forEach((node, i) => {
+    app.graph.add(node); node.pos = [20 + 460 * i, 60];
+  });
+  const set = (name, value) => {
+    quantize.widgets.find((widget) => widget.name === name).value = value;
+  };
   set("model_name", source); set("filename", target); set("solver", "svd"); set("rotation", "off");
   quantize.connect(0, load, "model_name"); load.connect(0, text, 0);
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [60, 40]; app.canvas.setDirty(true, true);

@@ -2,8 +2,7 @@
 
 import torch
 
-from nibble.accel.caf import adapter as caf_adapter
-from nibble.accel.caf import couplings
+from nibble.accel.caf import couplings, heads_file
 from nibble.nodes.bridge.caf import train as caf_training
 from nibble.nodes.bridge.caf.train import RECIPE, Options, TrainingJob
 from nibble.nodes.bridge.training import watch as training_watch
@@ -53,7 +52,7 @@ def job(model, data, **changes) -> TrainingJob:
 def trained(model, data, folder, **changes) -> tuple:
     """(what `run` returns, the adapter in the file)."""
     done = caf_training.train(job(model, data, **changes))
-    return done, caf_adapter.read_file(folder / done.name)
+    return done, heads_file.read_file(folder / done.name)
 
 
 def same(a, b) -> bool:

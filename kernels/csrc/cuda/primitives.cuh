@@ -28,7 +28,7 @@ namespace nibble {
 
 #define NIBBLE_DEVICE __device__ __forceinline__
 
-// ---- 16-bit floats, as bits: the toolkit's types do not compile everywhere outside of nvcc -------
+// ---- 16-bit floats, as bits: the toolkit's types do not compile everywhere outside of nvcc -----
 
 struct bf16 {
     uint16_t bits;

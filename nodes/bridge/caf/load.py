@@ -22,8 +22,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....accel.caf import flow
-from ....accel.caf.adapter import ENDING, CAFAdapter, attached, check, presented_by, read_file
+from ....accel.caf.adapter import CAFAdapter, attached, check, presented_by
 from ....accel.caf.heads import Model
+from ....accel.caf.heads_file import ENDING, read_file
 from ..host import charts, folders, keys
 from ..host.progress import Progress
 from .training_free import check_model

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ....accel.caf import objectives
-from ....accel.caf.adapter import ENDING, MIDDLE, CAFAdapter, read_file, save_file
+from ....accel.caf.adapter import MIDDLE, CAFAdapter
+from ....accel.caf.heads_file import ENDING, read_file, save_file
 from ....quant.calibration.recorder import find_linears
 from ....quant.files.errors import FileRefused
 from ....quant.training import loop

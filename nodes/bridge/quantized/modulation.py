@@ -33,7 +33,8 @@ from .linear import patched_linear
 
 KEY = "nibble_modulation"
 _PASSED_ON = re.compile(
-    r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+|(set|convert)_(weight|bias)|(in|out)_features)$"
+    r"(weight|bias|comfy_quant|weight_(?!function|lowvram)\w+"
+    r"|(set|convert)_(weight|bias)|(in|out)_features)$"
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nibble.accel.caf import adapter
+from nibble.accel.caf import adapter, heads_file
 from nibble.quant.files.errors import FileRefused
 
 
@@ -162,8 +162,8 @@ def test_gradients_reach_a_head_and_not_the_model(net):
 def test_a_file_gives_the_same_adapter(net, tmp_path, rank):
     made = filled(net, rank)
     made.facts["steps"], made.middle = 7, 0.25
-    adapter.save_file(made, tmp_path / "a.caf.safetensors")
-    read = adapter.read_file(tmp_path / "a.caf.safetensors")
+    heads_file.save_file(made, tmp_path / "a.caf.safetensors")
+    read = heads_file.read_file(tmp_path / "a.caf.safetensors")
     assert (read.h, read.rank, read.input_layer, read.middle, read.facts) == (
         1.5,
         rank,
@@ -200,20 +200,20 @@ def test_files_that_are_none_are_refused(net, tmp_path):
     path = tmp_path / "a.caf.safetensors"
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(FileRefused, match="no CAF file"):
-        adapter.read_file(path)
-    adapter.save_file(filled(net), path)
+        heads_file.read_file(path)
+    heads_file.save_file(filled(net), path)
     tensors = load_file(path)
     about = {"h": 1.5, "rank": 2, "input_layer": "img_in", "middle": 0.0, "facts": {}}
     save_file(
         {name: tensor for name, tensor in tensors.items() if name != "velocity.blocks.0.up"},
         path,
-        {"format": adapter.FORMAT, "caf": json.dumps(about)},
+        {"format": heads_file.FORMAT, "caf": json.dumps(about)},
     )
     with pytest.raises(FileRefused, match=r"damaged \(blocks\.0 has down"):
-        adapter.read_file(path)
-    save_file(tensors, path, {"format": adapter.FORMAT, "caf": "{}"})
+        heads_file.read_file(path)
+    save_file(tensors, path, {"format": heads_file.FORMAT, "caf": "{}"})
     with pytest.raises(FileRefused, match="damaged"):
-        adapter.read_file(path)
+        heads_file.read_file(path)
 
 
 def test_what_cannot_have_an_adapter_is_refused(net):

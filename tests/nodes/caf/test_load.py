@@ -19,7 +19,7 @@ import tiny_models
 from caching_runs import traces
 from caf_files import heads, linears, worn
 from flux_loras import lora_file, with_lora
-from nibble.accel.caf import adapter
+from nibble.accel.caf import adapter, heads_file
 from nibble.nodes import caf as nodes
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.quantize import vq4dit as vq
@@ -324,7 +324,7 @@ def folder(tmp_path, monkeypatch):
 def saved(folder, model, name: str = NAME, **options) -> str:
     made = heads(model, **options)
     made.facts |= {"steps": 300, "pairs": 64}
-    adapter.save_file(made, folder / name)
+    heads_file.save_file(made, folder / name)
     return name
 
 

@@ -13,7 +13,7 @@ import torch
 import tiny_models
 from caf_training_runs import FP32, SHAPE, job, pairs, same, stopping_at, trained
 from nibble.accel.caf import adapter as caf_adapter
-from nibble.accel.caf import couplings, flow
+from nibble.accel.caf import couplings, flow, heads_file
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.caf import sample as caf_sampling
 from nibble.nodes.bridge.caf import train as caf_training
@@ -95,7 +95,7 @@ def test_the_sampler_draws_what_the_training_does(dense_model, data, folder):
     noise, drawn = data.pair(8)[0], []
 
     def here(session, student):
-        caf_adapter.save_file(student.adapter, folder / "own.caf.safetensors")
+        heads_file.save_file(student.adapter, folder / "own.caf.safetensors")
         return student.sample(noise, [0])
 
     with torch.no_grad():
