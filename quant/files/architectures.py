@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .errors import FileRefused
 
@@ -233,7 +234,8 @@ def flux1_shapes(
     def linear(name: str, n: int, k: int) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": (n, k), f"{name}.bias": (n,)}
 
-    h, shapes = hidden, {}
+    h = hidden
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, k in [("time_in", 256), ("vector_in", vector)] + [("guidance_in", 256)] * guidance:
         shapes |= linear(f"{name}.in_layer", h, k) | linear(f"{name}.out_layer", h, h)
     shapes |= linear("img_in", h, channels) | linear("txt_in", h, context)
@@ -261,7 +263,7 @@ def flux1_shapes(
     return shapes
 
 
-KNOWN_MODELS = {
+KNOWN_MODELS: dict[str, dict[str, Any]] = {  # name → arguments of `flux1_shapes`
     "flux1-dev": {},
     "flux1-schnell": {"guidance": False},
     "flux1-fill-dev": {"channels": 384},

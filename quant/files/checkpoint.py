@@ -374,7 +374,7 @@ def _sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             if width % 32 == 0
             else None
         )
-    c, d, r = config.get("codewords"), config.get("vector"), config.get("rank", 0)
+    c, d, r = config.get("codewords"), config.get("vector", 0), config.get("rank", 0)
     if (
         not all(type(number) is int for number in (c, d, r))
         or c not in CODEWORDS

@@ -17,7 +17,6 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -167,7 +166,7 @@ class SafetensorsFile:
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        self._fill(memoryview(buffer.numpy()), info.start)
+        self._fill(buffer.numpy().data, info.start)
         return buffer.view(info.dtype).reshape(info.shape)
 
     def read_bytes(self, names: Iterable[str]) -> dict[str, bytes]:
@@ -212,12 +211,12 @@ def read_tensor(header: Header, name: str) -> Tensor:
 
 def checksum(tensor: Tensor) -> str:
     """crc32 of a tensor's bytes, as 8 hex digits."""
-    return f"{zlib.crc32(memoryview(tensor_bytes(tensor))):08x}"
+    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"
 
 
-def tensor_bytes(tensor: Tensor) -> numpy.ndarray:
-    """A tensor's bytes in row-major order, as a numpy uint8 array."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _open(path: Path) -> FileIO:

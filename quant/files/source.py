@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Format: comfy-kitchen's layout, suffixes of the tensors that its Params take (by field), options
 # of the layer's JSON that they take.
-_LAYOUTS = {
+# format → comfy-kitchen's layout, its fields → names on disk, its options → their defaults
+_LAYOUTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {}),
     "nvfp4": (
         "TensorCoreNVFP4Layout",
@@ -246,11 +247,11 @@ class _Model(ABC):
         """Through comfy-kitchen's layout of this format, as ComfyUI's comfy/ops.py
         (_load_quantized_module) sets it up.
         """
-        layout, fields, options = _LAYOUTS[facts["format"]]
+        layout_name, fields, options = _LAYOUTS[facts["format"]]
         try:
             from comfy_kitchen import tensor as kitchen
 
-            layout = getattr(kitchen, layout)
+            layout = getattr(kitchen, layout_name)
         except (ImportError, AttributeError):
             raise FileRefused(
                 f"{self.name} is in ComfyUI's format {facts['format']}, which needs the package"

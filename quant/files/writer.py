@@ -17,8 +17,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ class Writer:
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}; {spec.dtype}"
                     f" {tuple(spec.shape)} was planned"
                 )
-            self._put(self._data + self._places[name], memoryview(tensor_bytes(tensor)))
+            self._put(self._data + self._places[name], tensor_bytes(tensor))
             sums[name] = checksum(tensor)
         with self._disk_errors():
             self._log.write(json.dumps({"unit": unit, "row": row, "sums": sums}) + "\n")
@@ -160,7 +160,9 @@ class Writer:
     def read(self, name: str) -> Tensor:
         """A tensor that is written already, in this run or an earlier one."""
         spec = self._specs[name]
-        return self._stored(name).view(spec.dtype).reshape(spec.shape)
+        stored = self._stored(name)
+        assert stored is not None  # the file has its final size from the start
+        return stored.view(spec.dtype).reshape(spec.shape)
 
     def names(self, unit: str) -> list[str]:
         """The tensors of the linear called unit, by the layout."""
@@ -200,7 +202,7 @@ class Writer:
         self.partial.unlink(missing_ok=True)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        table = {"__metadata__": dict(sorted(metadata.items()))}
+        table: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
         for name, spec in self._specs.items():
             start = self._places[name]
             table[name] = {
@@ -210,7 +212,7 @@ class Writer:
             }
         return json.dumps(table, separators=(",", ":")).encode()
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         """The partial file, made where there is none, and not cut where there is one."""
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         return os.fdopen(os.open(self.partial, flags, 0o666), "r+b", buffering=0)
@@ -256,7 +258,7 @@ class Writer:
         """The bytes of a tensor in the unfinished file; None where it is cut off."""
         buffer = torch.empty(self._specs[name].nbytes, dtype=torch.uint8)
         self._file.seek(self._data + self._places[name])
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         while done < len(view) and (count := self._file.readinto(view[done:])):
             done += count
         return buffer if done == len(view) else None

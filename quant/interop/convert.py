@@ -9,11 +9,15 @@ from pathlib import Path
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.writer import Writer, check_target, metadata_room
-from .export import ToKitchen, ToNibble
+from .export import Export, ToKitchen, ToNibble
 from .nunchaku_write import ToNunchaku
 from .opening import open_4bit
 
-TARGETS = {"nibble": ToNibble, "kitchen": ToKitchen, "nunchaku": ToNunchaku}
+TARGETS: dict[str, Callable[[QuantizedFile], Export]] = {
+    "nibble": ToNibble,
+    "kitchen": ToKitchen,
+    "nunchaku": ToNunchaku,
+}
 _KINDS = {"nibble": "Nibble", "kitchen": "comfy-kitchen SVDQuant", "nunchaku": "Nunchaku INT4"}
 _LARGEST = 10**15  # stands in for a file's size while it is not known
 
@@ -60,7 +64,7 @@ def convert(
     return summary(target, to, export)
 
 
-def _made(export, unit: str, writer: Writer) -> dict:
+def _made(export: Export, unit: str, writer: Writer) -> dict:
     """A unit's tensors; when they cannot be made, no later run could finish either, and the
     unfinished file goes.
     """
@@ -79,7 +83,7 @@ def _identity(file: QuantizedFile, to: str) -> str:
     )
 
 
-def summary(target: str | Path, to: str, export) -> list[tuple[str, str]]:
+def summary(target: str | Path, to: str, export: Export) -> list[tuple[str, str]]:
     """(label, value) lines about a conversion."""
     layers = export.source.layers.values()
     counts = {

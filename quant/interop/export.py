@@ -83,7 +83,8 @@ class ToNibble(Export):
             size, weight = sum(spec.nbytes for spec in specs.values()), specs.get("weight")
             if name in self.source.layers:
                 kind = "w4a16" if self.source.layers[name]["format"] == "awq_w4a16" else "w4a4"
-                before = 2 * weight.shape[0] * (2 * weight.shape[1] + ("bias" in specs))
+                n, packed = specs["weight"].shape  # two codes a byte
+                before = 2 * n * (2 * packed + ("bias" in specs))
                 rows.append(LayerRow(name, kind, f"from {self.source.kind}", None, before, size))
             elif weight is not None and len(weight.shape) == 2:
                 rows.append(

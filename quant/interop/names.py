@@ -161,21 +161,24 @@ def _part(text: str) -> Part:
 def families() -> tuple[Family, ...]:
     """Every family, in the order in which they are tried."""
     data = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-    lists, tables = (
-        ("unsigned", "swapped", "scale", "four_bit", "refiners"),
-        ("first_version", "kinds", "fused", "adanorm"),
-    )
     return tuple(
         Family(
-            entry["name"],
-            entry["model_class"],
-            entry["has"],
-            entry["modules"],
+            name=entry["name"],
+            model_class=entry["model_class"],
+            has=entry["has"],
+            modules=entry["modules"],
+            first_version=entry.get("first_version", {}),
             first_suffixes=entry.get("first_suffixes", False),
             block=entry.get("block", ""),
+            kinds=entry.get("kinds", {}),
+            fused=entry.get("fused", {}),
+            unsigned=tuple(entry.get("unsigned", ())),
+            adanorm=entry.get("adanorm", {}),
+            swapped=tuple(entry.get("swapped", ())),
+            scale=tuple(entry.get("scale", ())),
+            four_bit=tuple(entry.get("four_bit", ())),
+            refiners=tuple(entry.get("refiners", ())),
             rest=entry["rest"],
-            **{key: entry.get(key, {}) for key in tables},
-            **{key: tuple(entry.get(key, ())) for key in lists},
         )
         for entry in data["families"]
     )

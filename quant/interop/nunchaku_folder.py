@@ -36,10 +36,10 @@ def _shards(folder: Path) -> list[Path]:
     is missing.
     """
     found = {
-        path: _SHARDS.fullmatch(path.name)
+        path: match
         for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+        if (match := _SHARDS.fullmatch(path.name))
     }
-    found = {path: match for path, match in found.items() if match}
     wanted = max((int(match[2] or 1) for match in found.values()), default=0)
     if len(found) != wanted:
         raise FileRefused(

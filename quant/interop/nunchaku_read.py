@@ -29,7 +29,8 @@ from torch import Tensor
 from ..files.checkpoint import QuantizedFile
 from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
 from ..weights.awq_w4a16 import W4A16Weight
-from ..weights.base import json_tensor
+from ..weights.base import StoredWeight, json_tensor
+from ..weights.formats import FourBitWeight
 from ..weights.fuse import join_columns, join_rows, smoothings
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from . import swizzle
@@ -289,15 +290,12 @@ class NunchakuFile(QuantizedFile):
 
     def _layer(self, name: str, recipe: Recipe) -> dict[str, Tensor]:
         try:
+            weight: StoredWeight
             if self.layers[name]["format"] == W4A16Weight.FORMAT:
-                weight = self._w4a16(recipe.parts[0])
+                weight = self._in_order(name, self._w4a16(recipe.parts[0]))
             else:
-                weight = (join_columns if recipe.axis else join_rows)(
-                    [self._w4a4(part) for part in recipe.parts]
-                )
-            if name in self._family.swapped:
-                n = weight.shape[0]
-                weight = weight.cat([weight.rows(n // 2, n), weight.rows(0, n // 2)])
+                join = join_columns if recipe.axis else join_rows
+                weight = self._in_order(name, join([self._w4a4(part) for part in recipe.parts]))
         except ValueError as error:
             raise self.refusal(
                 f"has pieces of {name} that do not fit together ({error})"
@@ -305,6 +303,13 @@ class NunchakuFile(QuantizedFile):
         if weight.facts() != self.layers[name]:
             raise self.refusal(f"changed while {name} was read; close the program that writes it")
         return weight.tensors(name)
+
+    def _in_order(self, name: str, weight: FourBitWeight) -> FourBitWeight:
+        """The weight, its halves exchanged where the file has them the other way round."""
+        if name not in self._family.swapped:
+            return weight
+        n = weight.shape[0]
+        return weight.cat([weight.rows(n // 2, n), weight.rows(0, n // 2)])
 
     def _w4a4(self, part: Part) -> SVDQuantWeight:
         def tensor(suffix: str) -> Tensor:
@@ -385,7 +390,7 @@ class NunchakuFile(QuantizedFile):
         return torch.cat(tensor.chunk(2)[::-1]) if name in self._family.swapped else tensor
 
 
-def _piece(weight, part: Part):
+def _piece(weight: FourBitWeight, part: Part) -> FourBitWeight:
     height = weight.shape[0] // part.pieces
     return (
         weight if part.pieces == 1 else weight.rows(part.piece * height, (part.piece + 1) * height)

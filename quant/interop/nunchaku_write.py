@@ -34,7 +34,7 @@ class _Provider(NamedTuple):
     target: str
     parts: tuple[Part, ...]
     axis: int
-    index: int
+    place: int  # of the part that it is
 
 
 class ToNunchaku(Export):
@@ -78,7 +78,7 @@ class ToNunchaku(Export):
                     _Provider(name, parts, way.axis if way else 0, index)
                 )
         return {
-            module: sorted(made, key=lambda p: p.parts[p.index].piece)
+            module: sorted(made, key=lambda p: p.parts[p.place].piece)
             for module, made in found.items()
         }
 
@@ -175,12 +175,14 @@ class ToNunchaku(Export):
         target = self._providers[name][0].target
         weight = weight_of(self.source, target)
         if splits := self._family.splits(name):
+            assert isinstance(weight, W4A16Weight)  # `_check` refuses any other
             return self._named(name, self._w4a16(weight, splits))
+        if weight.scale is None:
+            raise self.refused(target, f"has the format {weight.FORMAT}", _GAIN)
+        dtype = weight.scale.dtype
         self._note(f"{target}: 4-bit weights that Nunchaku keeps in 16 bit were written as such")
-        bias = {} if weight.bias is None else {"bias": weight.bias.to(weight.scale.dtype)}
-        return self._unquantized(
-            target, {"weight": weight.dequantize().to(weight.scale.dtype)} | bias
-        )
+        bias = {} if weight.bias is None else {"bias": weight.bias.to(dtype)}
+        return self._unquantized(target, {"weight": weight.dequantize().to(dtype)} | bias)
 
     def _named(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed = _FIRST_SUFFIX if self._family.first_suffixes else {}
@@ -192,13 +194,14 @@ class ToNunchaku(Export):
     def _weight(self, module: str) -> SVDQuantWeight:
         pieces = []
         for provider in self._providers[module]:
-            weight = weight_of(self.source, provider.target)
+            target = provider.target
+            weight = SVDQuantWeight.from_tensors(self.source.layer(target), target)
             if len(provider.parts) > 1:
                 n, k = weight.shape
                 # attention comes first: q, k and v, each as wide as the model; or their one result
                 sizes = [n, k - n] if provider.axis else [3 * k, n - 3 * k]
                 weight = (split_columns if provider.axis else split_rows)(weight, sizes)[
-                    provider.index
+                    provider.place
                 ]
             pieces.append(weight)
         try:

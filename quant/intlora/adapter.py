@@ -46,7 +46,10 @@ class LayerAdapter:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.factors.shape if self.dense is None else tuple(self.dense.shape)
+        if self.dense is not None:
+            return self.dense.shape[0], self.dense.shape[1]
+        assert self.factors is not None  # it has one of the two
+        return self.factors.shape
 
     @property
     def rank(self) -> int:
@@ -100,8 +103,10 @@ class LayerAdapter:
         rotation, in one order everywhere.
         """
         if self.dense is not None:
+            assert isinstance(self.rule, ShiftAdd)  # no other takes a dense change
             step = base.scale.T.double()[..., None] * 2.0**-self.rule.k
             return (self.dense.double().unflatten(1, (-1, base.group)) * step).flatten(1) * strength
+        assert self.factors is not None  # it has one of the two
         return base.into(self.factors.delta() * strength)
 
     def part(self, start: int, stop: int) -> "LayerAdapter":

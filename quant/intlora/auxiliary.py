@@ -192,7 +192,7 @@ def laplace(
     return picked.reshape(len(rows), per_row * 4)[:, :k].contiguous()
 
 
-def scales(weight: Tensor, rho: float | None = 0.25, alpha: float | None = None) -> Tensor:
+def scales(weight: Tensor, rho: float = 0.25, alpha: float | None = None) -> Tensor:
     """Variance matching: the factor of T for each row of a weight (N, K), float32 (N,).
 
     rho    sigma(R) is this share of the row's sigma(W): does not depend on the weight's unit

@@ -55,11 +55,13 @@ class ModuleChange:
         return cls(module, WeightDelta(down=down.T, up=up), scale, rows)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
+    def shape(self) -> tuple[int, ...]:
+        """(N, K); what a damaged LoRA has instead."""
         if self.delta.dense is not None:
             return tuple(self.delta.dense.shape)
-        return self.delta.up.shape[0], self.delta.down.shape[0]
+        assert self.delta.factors is not None  # `convert` refuses a change without
+        down, up = self.delta.factors
+        return up.shape[0], down.shape[0]
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,7 @@ def _convert_layer(
     base = whole.rows(*(change.rows or (0, whole.shape[0])))
     conversion = _LayerConversion(change, base, options)
     chosen = conversion.choose(options.target) if options.k is None else options.k
-    layer, width = _fit(conversion, change.module, chosen, options, file)
-    used = layer.rule.k
+    layer, used, width = _fit(conversion, change.module, chosen, options, file)
     note = ""
     if used != chosen:
         note = (
@@ -231,13 +232,15 @@ def _convert_layer(
 
 def _fit(
     conversion: "_LayerConversion", module: str, chosen: int, options: Options, file: str
-) -> tuple[LayerAdapter, int]:
-    """(the adapter at the largest k up to `chosen` whose merged integers fit, their bits)."""
+) -> tuple[LayerAdapter, int, int]:
+    """(the adapter at the largest k up to `chosen` whose merged integers fit, this k, their
+    bits).
+    """
     for k in range(chosen, -1, -1):
         layer = conversion.layer(k)
         try:
             merged = merge(conversion.base, [(layer, 1.0)], options.bits, lower_k=False)
-            return layer, merged.base.bits
+            return layer, k, merged.base.bits
         except Overflow as overflow:
             if options.k is None and overflow.largest_k >= 0:
                 continue
@@ -267,8 +270,9 @@ class _LayerConversion:
         if delta.dense is not None:
             self.dense = delta.dense.to(device)
         else:
-            up = delta.up.to(device).double() * self.scale
-            down = delta.down.T.to(device).double()
+            assert delta.factors is not None  # `convert` refuses a change without
+            up = delta.factors[1].to(device).double() * self.scale
+            down = delta.factors[0].T.to(device).double()
             self.factors = _factors(up, down, options.target)
             self.up, self.down = up.float(), down.float()
         self.energy = self.weight_energy = self.lost = nearest_lost = 0.0

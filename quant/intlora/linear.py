@@ -43,7 +43,7 @@ class Grid:
     bits: int = 4
     group: int = 64
     lora_bits: int = 8
-    rho: float | None = 0.25
+    rho: float = 0.25
     alpha: float | None = None
     odd: bool = False
 

@@ -109,7 +109,7 @@ def _sum(base: IntBase, ground: IntBase, uses: Uses, k: int) -> Tensor:
     """
     p = ground.integers().long() << k
     for use, strength in uses:
-        if use.additive:
+        if isinstance(use.rule, ShiftAdd):
             own = min(use.rule.k, k)
             p += ShiftAdd(own).addend(ground, use.change(base, strength)).long() << (k - own)
     return p.clamp(-(2**31), 2**31 - 1)
@@ -121,9 +121,11 @@ def _merge_rows(
     """P (int8, int16 or int32) and scale float32 of rows that share their adapters, at the
     adapters' largest k, lowered until P fits.
     """
-    wanted = max((use.rule.k for use, _ in uses if use.additive), default=None)
+    wanted = max((use.rule.k for use, _ in uses if isinstance(use.rule, ShiftAdd)), default=None)
     if wanted is None:
-        return _merge_at(base, uses, None, 32)
+        product = _merge_at(base, uses, None, 32)
+        assert product is not None  # int32 holds every one
+        return product
     k, merged = wanted, _merge_at(base, uses, wanted, bits)
     while merged is None and k > 0:
         k -= 1
@@ -176,7 +178,7 @@ def branch(base: IntBase, uses: Uses) -> WeightDelta:
     """
     downs, ups = [], []
     for use, strength in uses:
-        if not use.thin:
+        if use.factors is None or not use.additive:
             kind = "a dense change" if use.additive else use.rule.NAME.upper()
             raise ValueError(
                 f"{kind} has no low rank; merge it, or compute it densely beside the layer"

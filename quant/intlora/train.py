@@ -9,8 +9,9 @@ resumed ends as one that was not.
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,16 @@ from ..weights import linears
 from .adapter import Adapter
 from .factors import LARGEST
 from .linear import Grid, IntLoRALinear, rule_for, separated
+
+
+class _Trained(Protocol):
+    """A layer with the two factors that are trained; an ordinary LoRA's too."""
+
+    @property
+    def lora_up(self) -> Tensor: ...
+
+    @property
+    def lora_down(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,11 @@ def attach(
         old = model.get_submodule(name)
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + len(layers))
         base = (bases or {}).get(name)
-        if base is None and hasattr(old, "quantized"):
-            base = IntBase.of(old.quantized(), name)
+        quantized = getattr(old, "quantized", None)
+        if base is None and quantized is not None:
+            base = IntBase.of(quantized(), name)
         if base is None:
-            layer = _plain_layer(old, name, options, generator)
+            layer = _plain_layer(cast(nn.Linear, old), name, options, generator)
         else:
             layer = IntLoRALinear(
                 base,
@@ -89,7 +101,7 @@ def attach(
 
 
 def _plain_layer(
-    old: nn.Module, name: str, options: AdapterOptions, generator: torch.Generator
+    old: nn.Linear, name: str, options: AdapterOptions, generator: torch.Generator
 ) -> IntLoRALinear:
     """The layer for a 16-bit linear."""
     weight = old.weight.detach()
@@ -145,7 +157,7 @@ def steps(  # noqa: PLR0913 - as `loop.steps`
     checkpointed: Iterable[nn.Module] = (),
     losses: list[float] | None = None,
     data: str = "",
-) -> Iterator[tuple[int, float]]:
+) -> Generator[tuple[int, float], None, None]:
     """Trains, yielding (steps done, loss) after each step: `loop.steps` on the factors of the
     layers.
     """
@@ -154,12 +166,12 @@ def steps(  # noqa: PLR0913 - as `loop.steps`
         for name, layer in layers.items()
         for which in ("lora_up", "lora_down")
     }
-    return loop.steps(
-        parameters, loss, options, _identity(layers, data), state, checkpointed, losses
-    )
+    identity = _identity(layers, data)
+    running = loop.steps(parameters, loss, options, identity, state, checkpointed, losses)
+    return cast(Generator[tuple[int, float], None, None], running)  # it can be closed
 
 
-def _identity(layers: Mapping[str, nn.Module], data: str) -> str:
+def _identity(layers: Mapping[str, _Trained], data: str) -> str:
     """What must agree for a state to be resumed: every layer's rule and shapes, the first base, the
     data. Floats of an ordinary LoRA have no base.
     """

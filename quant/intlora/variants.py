@@ -158,16 +158,16 @@ class Mul:
             torch.where(live, u, 1.0).amin(1, keepdim=True),
             torch.where(live, u, 1.0).amax(1, keepdim=True),
         )
-        best, kept = torch.full_like(low, torch.inf), (torch.ones_like(low), torch.zeros_like(low))
+        best = torch.full_like(low, torch.inf)
+        kept_low, kept_high = torch.ones_like(low), torch.zeros_like(low)
         for share in STEPS:
             t, zero = _affine(low * share, high * share, bits)
             error = ((_levels(u, t, zero, bits) * t - u).square() * weight).sum(1, keepdim=True)
-            kept = tuple(
-                torch.where(error < best, new, old)
-                for new, old in zip((low * share, high * share), kept, strict=True)
-            )
+            better = error < best
+            kept_low = torch.where(better, low * share, kept_low)
+            kept_high = torch.where(better, high * share, kept_high)
             best = torch.minimum(error, best)
-        middle, half = (kept[0] + kept[1]) / 2, (kept[1] - kept[0]) / 2 * room
+        middle, half = (kept_low + kept_high) / 2, (kept_high - kept_low) / 2 * room
         t, zero = _affine(middle - half, middle + half, bits)
         return cls(t[:, 0].float(), zero[:, 0].to(torch.int16), bits, noise)
 

@@ -15,6 +15,7 @@ results agree to the bit on every device.
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def rotate(x: Tensor) -> Tensor:
     return x.reshape(shape) * 0.125
 
 
-def refuse_format(kind: str, layer: str, model: str) -> None:
+def refuse_format(kind: str, layer: str, model: str) -> NoReturn:
     """Raises FileRefused, with the reason, for a weight format that no integer adapter can be put
     on.
     """
@@ -132,7 +133,7 @@ class IntBase:
             return cls(
                 weight.qweight, weight.scale, smooth=weight.smooth_factor, rotation=weight.rotation
             )
-        return refuse_format(facts["format"], layer, model)
+        refuse_format(facts["format"], layer, model)
 
     @classmethod
     def from_weight(
@@ -244,7 +245,7 @@ class IntBase:
             None if self.zeros is None else self.zeros.T.float(),
             None if self.smooth is None else self.smooth.float(),
         ):
-            sha.update(b"-" if tensor is None else memoryview(tensor_bytes(tensor)))
+            sha.update(b"-" if tensor is None else tensor_bytes(tensor))
         return sha.hexdigest()[:16]
 
 

@@ -14,19 +14,17 @@ not below 0.
 """
 
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.delta import WeightDelta, round_rank
+from ..weights.formats import FourBitWeight
 from ..weights.lowrank import balanced, leading_components, thin_norm
 from ..weights.packing import pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .integer_grid import IntBase
 
-FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
 SHARES = (1.0, 0.94, 0.88, 0.82, 0.76)  # of a group's largest magnitude that are tried as its range
 # of float32 sums, relative to their result: adapters that cancel each other leave so much
 ROUNDING = 1e-6
@@ -62,13 +60,11 @@ def fold_into_branch(
         joined_up, thin = balanced(joined_up, (joined_down * smooth[:, None]).T, rank)
         joined_down = thin.T / smooth[:, None]
     pad, dtype = (0, wanted - joined_down.shape[1]), weight.scale.dtype
-    new = replace(
-        weight,
-        proj_down=torch.nn.functional.pad(joined_down, pad).to(dtype),
-        proj_up=torch.nn.functional.pad(joined_up, pad).to(dtype),
-    )
+    stored_down = torch.nn.functional.pad(joined_down, pad).to(dtype)
+    stored_up = torch.nn.functional.pad(joined_up, pad).to(dtype)
+    new = replace(weight, proj_down=stored_down, proj_up=stored_up)
     terms = [
-        (new.proj_up.float(), new.proj_down.float(), 1.0),
+        (stored_up.float(), stored_down.float(), 1.0),
         (old_up, old_down, -1.0),
         (up, down, -1.0),
     ]
@@ -85,7 +81,7 @@ def _branch_of(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor]:
     neither. Runs of rows that are smoothed unlike one another (P, K) are weighed by their mean.
     """
     n, k = weight.shape
-    if weight.proj_down is None:
+    if weight.factors is None:
         empty = weight.scale.new_zeros(1, dtype=torch.float32)
         return empty.expand(k, 1)[:, :0], empty.expand(n, 1)[:, :0], empty.new_ones(k)
     smooth = getattr(weight, "smooth_factor", None)
@@ -95,7 +91,8 @@ def _branch_of(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor]:
         smooth = smooth.float()
     else:
         smooth = smooth.float().abs().mean(0)
-    return weight.proj_down.float(), weight.proj_up.float(), smooth
+    down, up = weight.factors
+    return down.float(), up.float(), smooth
 
 
 def _parts_of(
@@ -107,9 +104,10 @@ def _parts_of(
     if change.row_scale is not None:
         raise ValueError("a row scale belongs into the weight's own scales before it is refitted")
     dense = None if change.dense is None else change.dense.to(old_down)
-    if change.up is None:
+    if change.factors is None:
         return old_down.new_zeros(len(old_down), 0), old_up.new_zeros(len(old_up), 0), dense
-    return change.down.to(old_down), change.up.to(old_up), dense
+    down, up = change.factors
+    return down.to(old_down), up.to(old_up), dense
 
 
 def refit(
@@ -166,13 +164,10 @@ def same_bias(old: SVDQuantWeight, new: SVDQuantWeight) -> SVDQuantWeight:
     """
     if not (old.act_unsigned or old.unsigned_from):
         return new
-    fold = replace(new, bias=None).effective_bias()
-    return replace(
-        new,
-        bias=(old.effective_bias() - fold).to(
-            old.scale.dtype if old.bias is None else old.bias.dtype
-        ),
-    )
+    fold, real = replace(new, bias=None).effective_bias(), old.effective_bias()
+    assert fold is not None and real is not None  # unsigned inputs fold something into any bias
+    dtype = old.scale.dtype if old.bias is None else old.bias.dtype
+    return replace(new, bias=(real - fold).to(dtype))
 
 
 def _closest(base: IntBase, target: Tensor) -> tuple[Tensor, Tensor]:

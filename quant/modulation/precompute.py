@@ -126,8 +126,7 @@ class ModulationCache:
         self._results: OrderedDict[tuple, torch.Tensor] = OrderedDict()
         self._pending: dict[tuple, Future] = {}
         self._vectors: OrderedDict[tuple, ModulationInput] = OrderedDict()
-        # the layers that read the one vector, once that is known
-        self._followers: list | None = None
+        self._followers: list = []  # the layers that read the one vector, once that is known
         self._seen: dict | None = None
         self._step: _Step | None = None
         self._buffers: dict[tuple, torch.Tensor] = {}
@@ -152,7 +151,7 @@ class ModulationCache:
             y = layer.compute(vector.rows, vector.fast)
         else:
             together = [layer]
-            if self._followers and layer in self._followers:
+            if layer in self._followers:
                 together = self._followers
             results, _ = self._requested(together, vector.rows, vector.fast)
             y = self._rows([layer], results, vector)
@@ -187,7 +186,7 @@ class ModulationCache:
     def _serving(self, step: _Step | None):
         self._step = step
         # until it is known which layers read the one vector, they are watched
-        self._seen = {} if step is None and self._followers is None else None
+        self._seen = {} if step is None and not self._followers else None
         try:
             yield
             if self._seen:
@@ -295,7 +294,8 @@ class ModulationCache:
 
         def result(layer, row: torch.Tensor) -> torch.Tensor:
             key = self._key(layer, row, vector.fast)
-            return results[key].result()[key] if isinstance(results[key], Future) else results[key]
+            made = results[key]
+            return made.result()[key] if isinstance(made, Future) else made
 
         return torch.stack(
             [torch.cat([result(layer, row) for layer in layers]) for row in vector.rows]
@@ -308,7 +308,7 @@ class ModulationCache:
         groups: dict[int, list[tuple]] = {}
         for key, (layer, _) in new.items():
             groups.setdefault(id(layer), []).append(key)
-        made = {}
+        made: dict[tuple, torch.Tensor] = {}
         with torch.no_grad():  # a mode of the thread, not of the program
             for keys in groups.values():
                 layer = new[keys[0]][0]

@@ -10,11 +10,10 @@ nibble = even column.
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ...kernels import ops
-from .base import StoredWeight
+from .base import StoredWeight, same_tensor
 from .packing import unpack_int4
 
 
@@ -112,9 +111,10 @@ class W4A16Weight(StoredWeight):
     def dequantize(self) -> Tensor:
         """The whole matrix on x, float32 (N, K)."""
         dense = self.residual()
-        if self.proj_up is None:
+        if self.factors is None:
             return dense
-        return dense + self.proj_up.float() @ self.proj_down.float().T
+        down, up = self.factors
+        return dense + up.float() @ down.float().T
 
     def effective_bias(self) -> Tensor | None:
         """The bias in float32 (N,), or None."""
@@ -123,9 +123,10 @@ class W4A16Weight(StoredWeight):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) → (..., N) in x's dtype."""
         y = ops.linear_w4a16(x, self.qweight, self.scale, self.zeros, self.bias)
-        if self.proj_up is None:
+        if self.factors is None:
             return y
-        return y + (x @ self.proj_down.to(x.dtype)) @ self.proj_up.to(x.dtype).T
+        down, up = self.factors
+        return y + (x @ down.to(x.dtype)) @ up.to(x.dtype).T
 
     def rows(self, start: int, stop: int) -> "W4A16Weight":
         """The linear that computes outputs start..stop; shares proj_down with the whole."""
@@ -142,10 +143,6 @@ class W4A16Weight(StoredWeight):
                 "only pieces that all have, or all lack, a bias and zero points can be joined"
                 " along N"
             )
-        if any(
-            (p.proj_down is None) != (first.proj_down is None)
-            or (first.proj_down is not None and not torch.equal(p.proj_down, first.proj_down))
-            for p in pieces
-        ):
+        if not all(same_tensor(p.proj_down, first.proj_down) for p in pieces):
             raise ValueError("only pieces with one proj_down can be joined along N")
         return replace(first, **W4A16Weight._joined_outputs(pieces))

@@ -7,10 +7,15 @@ ComfyUI and `container` tell what X is.
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+# A weight's fields → their tensors, None for those that it lacks: as keywords of its dataclass,
+# which are of many types.
+Parts = dict[str, Any]
 
 
 def json_tensor(facts: dict) -> Tensor:
@@ -31,12 +36,29 @@ class StoredWeight:
     and options.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+    proj_down: Tensor | None
+    proj_up: Tensor | None
+
     FORMAT = ""
     SUFFIXES: dict[str, str] = {}  # field → name on disk
     OPTIONAL: tuple[str, ...] = ("bias", "weight_zeros")  # names on disk that a layer may lack
     # facts that the tensors themselves tell; the others are options
     TOLD: tuple[str, ...] = ("format", "rank")
     OUTPUT_DIM: dict[str, int] = {}  # field → the dimension of its tensor that counts outputs
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the linear."""
+        raise NotImplementedError
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(proj_down (K, R), proj_up (N, R)) of the low-rank branch; None without one."""
+        if self.proj_up is None:
+            return None
+        assert self.proj_down is not None  # each format checks that they go together
+        return self.proj_down, self.proj_up
 
     def facts(self) -> dict:
         """The layer's JSON."""
@@ -53,9 +75,7 @@ class StoredWeight:
         return stored | {f"{prefix}.comfy_quant": json_tensor(self.facts())}
 
     @classmethod
-    def _read(
-        cls, tensors: dict[str, Tensor], prefix: str
-    ) -> tuple[dict[str, Tensor | None], dict]:
+    def _read(cls, tensors: dict[str, Tensor], prefix: str) -> tuple[Parts, dict]:
         facts = tensor_json(tensors[f"{prefix}.comfy_quant"])
         if facts.get("format") != cls.FORMAT:
             raise ValueError(
@@ -94,9 +114,9 @@ class StoredWeight:
                     f"{name} has the shape {tuple(tensor.shape)}; {linear} needs {shape}"
                 )
 
-    def _output_slices(self, start: int, stop: int) -> dict[str, Tensor | None]:
+    def _output_slices(self, start: int, stop: int) -> Parts:
         """The fields of OUTPUT_DIM for outputs start..stop, as views."""
-        slices: dict[str, Tensor | None] = {}
+        slices: Parts = {}
         for name, dim in self.OUTPUT_DIM.items():
             tensor = getattr(self, name)
             if tensor is None:
@@ -108,13 +128,17 @@ class StoredWeight:
         return slices
 
     @classmethod
-    def _joined_outputs(cls, pieces: Sequence["StoredWeight"]) -> dict[str, Tensor | None]:
+    def _joined_outputs(cls, pieces: Sequence["StoredWeight"]) -> Parts:
         """The inverse of `_output_slices` for pieces that have, or lack, the same tensors."""
-        joined: dict[str, Tensor | None] = {}
+        joined: Parts = {}
         for name, dim in cls.OUTPUT_DIM.items():
             tensors = [getattr(piece, name) for piece in pieces]
             joined[name] = None if tensors[0] is None else torch.cat(tensors, dim)
         return joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) → (..., N) in x's dtype."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +163,13 @@ class StoredWeight:
         return replace(
             self, **{name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}
         )
+
+
+def same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two optional tensors hold the same values, or both are None."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 class StoredLinear(nn.Module):

@@ -50,6 +50,14 @@ class WeightDelta:
         return 0 if self.up is None else self.up.shape[1]
 
     @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(down, up) of the low-rank part; None without one."""
+        if self.up is None:
+            return None
+        assert self.down is not None  # both or neither
+        return self.down, self.up
+
+    @property
     def is_empty(self) -> bool:
         """Whether it leaves a weight as it is."""
         return self.up is None and self.dense is None and self.row_scale is None
@@ -66,8 +74,9 @@ class WeightDelta:
         """The changed weight, float32 (N, K), of the float32 one."""
         if self.row_scale is not None:
             weight = weight * self.row_scale[:, None]
-        if self.up is not None:
-            weight = weight + self.up.float() @ self.down.float().T
+        if self.factors is not None:
+            down, up = self.factors
+            weight = weight + up.float() @ down.float().T
         if self.dense is not None:
             weight = weight + self.dense.float()
         return weight
@@ -85,8 +94,9 @@ class WeightDelta:
                 fold = like_x(self.row_fold)
                 bias = fold if bias is None else bias + fold
             y = _scale_rows_of_output(y, like_x(self.row_scale, torch.float32), bias)
-        if self.up is not None:
-            y = y + torch.nn.functional.linear(x @ like_x(self.down), like_x(self.up))
+        if self.factors is not None:
+            down, up = self.factors
+            y = y + torch.nn.functional.linear(x @ like_x(down), like_x(up))
         if self.dense is not None:
             y = y + torch.nn.functional.linear(x, like_x(self.dense))
         return y
@@ -111,10 +121,15 @@ class WeightDelta:
 def append_factors(
     down: Tensor, up: Tensor, change: WeightDelta, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A low-rank branch (K, R), (N, R) with a change's factors behind its own, in `dtype`."""
+    """A low-rank branch (K, R), (N, R) with a change's factors behind its own, in `dtype`. Raises
+    ValueError for a change without low-rank part.
+    """
+    if change.factors is None:
+        raise ValueError("a change without low-rank part has no factors to append")
+    more_down, more_up = change.factors
     return (
-        torch.cat([down.to(dtype), change.down.to(down.device, dtype)], 1),
-        torch.cat([up.to(dtype), change.up.to(up.device, dtype)], 1),
+        torch.cat([down.to(dtype), more_down.to(down.device, dtype)], 1),
+        torch.cat([up.to(dtype), more_up.to(up.device, dtype)], 1),
     )
 
 

@@ -1,10 +1,13 @@
 """Every format of a low-bit layer by its name, and a layer of a file as its dataclass."""
 
+from typing import TypeVar
+
 from ..files.checkpoint import QuantizedFile
 from .awq_w4a16 import W4A16Weight
 from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQWeight
 
+FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
 Weight = SVDQuantWeight | W4A16Weight | VQWeight
 FORMATS: dict[str, type[Weight]] = {
     SVDQuantWeight.FORMAT: SVDQuantWeight,

@@ -12,6 +12,7 @@ Nothing is rounded: the joined linear computes what its parts do, and comes apar
 numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -63,7 +64,7 @@ def join_rows(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
 
 
 def smoothings(
-    factors: list[Tensor], rows: list[tuple[int, ...]]
+    factors: Sequence[Tensor], rows: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """smooth_factor and smooth_rows of pieces one above another, from those of each: neighbours
     that smooth alike are one run.

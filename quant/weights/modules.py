@@ -2,6 +2,9 @@
 branch that can be trained.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from .awq_w4a16 import W4A16Weight
 from .base import StoredLinear, StoredWeight
 from .svdquant_w4a4 import SVDQuantWeight
@@ -28,7 +31,10 @@ class W4A16Linear(StoredLinear):
         super().__init__(weight, ("bias",) if train else ())
 
 
-_MODULES = {module.weight_class: module for module in (SVDQuantLinear, W4A16Linear, VQLinear)}
+# weight → its module, whose first argument is a weight of that very class
+_MODULES: dict[type[StoredWeight], Callable[[Any, bool], StoredLinear]] = {
+    module.weight_class: module for module in (SVDQuantLinear, W4A16Linear, VQLinear)
+}
 
 
 def as_module(weight: StoredWeight, train: bool = False) -> StoredLinear:

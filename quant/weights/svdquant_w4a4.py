@@ -8,6 +8,7 @@ is folded into the bias), all of them or those from one column on, or a 64-point
 after smoothing. Layouts are natural: row major, low nibble = even column.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -185,7 +186,8 @@ class SVDQuantWeight(StoredWeight):
             for i, (a, b) in enumerate(spans(self.smooth_rows))
             if min(b, stop) > max(a, start)
         }
-        smooth, heights = self.smooth_factor, ()
+        smooth = self.smooth_factor
+        heights: tuple[int, ...] = ()
         if len(runs) == 1:
             smooth = self.smooth_factor[next(iter(runs))]
         elif runs:
@@ -243,7 +245,11 @@ def linear_w4a4(
     """
     o = options
     if o.unsigned_from:
-        return linear_in_two(x, *codes, o.scale, o.smooth_factor, proj_down, proj_up, bias)
+        signed, unsigned = codes
+        return linear_in_two(
+            x, signed, unsigned, o.scale, o.smooth_factor, proj_down, proj_up, bias
+        )
+    assert isinstance(codes, Tensor)  # two only with unsigned_from
     if o.smooth_rows:
         return linear_in_runs(
             x,
@@ -262,7 +268,7 @@ def linear_w4a4(
     )
 
 
-def spans(heights: tuple[int, ...]) -> list[tuple[int, int]]:
+def spans(heights: Sequence[int]) -> list[tuple[int, int]]:
     """(start, stop) of runs of these heights, one behind the other."""
     return [(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
 

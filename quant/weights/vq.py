@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels import ops, reference
 from ...kernels.reference import vq as reference_vq
 from ..files.checkpoint import CODEWORDS
-from .base import StoredLinear, StoredWeight
+from .base import StoredLinear, StoredWeight, same_tensor
 from .packing import unpack_indices
 
 
@@ -143,9 +143,10 @@ class VQWeight(StoredWeight):
         """The whole matrix on raw x: un-rotated, with the low-rank branch. float32 (N, K)."""
         matrix = reference_vq.dequantize_vq(self.indices, self.codebook, self.scale)
         matrix = reference.hadamard64(matrix) if self.rotation else matrix
-        if self.proj_up is None:
+        if self.factors is None:
             return matrix
-        return matrix + self.proj_up.float() @ self.proj_down.float().T
+        down, up = self.factors
+        return matrix + up.float() @ down.float().T
 
     def effective_bias(self) -> Tensor | None:
         """The bias in float32 (N,), or None."""
@@ -178,7 +179,7 @@ class VQWeight(StoredWeight):
         first = pieces[0]
         for piece in pieces[1:]:
             same = torch.equal(piece.codebook, first.codebook) and (
-                piece.rank == 0 or torch.equal(piece.proj_down, first.proj_down)
+                piece.rank == 0 or same_tensor(piece.proj_down, first.proj_down)
             )
             if (
                 piece.facts() != first.facts()
