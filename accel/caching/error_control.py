@@ -55,12 +55,13 @@ class ErrorDecider:
 
     def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
         """nodes: the sigmas of the computed steps that a guess would be made from, oldest first."""
-        why = self.rule.window.forbids(step)
-        if why is None and (self.rate is None or not self.can_guess(nodes)):
-            why = "new"
-        if why or self.rate is None:
+        forbidden = self.rule.window.forbids(step)
+        if forbidden is not None:
             self.computed()
-            return Decision(True, why)
+            return Decision(True, forbidden)
+        if self.rate is None or not self.can_guess(nodes):
+            self.computed()
+            return Decision(True, "new")
         distance = node_product(nodes, step.sigma, self.rule.reuse)
         reached = self.change + self.rate * distance * self.rule.weight(step)
         if reached < self.rule.threshold and self.row < self.rule.most:

@@ -81,5 +81,5 @@ def digest(nodes: list, tensors: list[Tensor]) -> str:
         ).encode()
     )
     for tensor in tensors:
-        sha.update(tensor_bytes(tensor))
+        sha.update(tensor_bytes(tensor).data)
     return sha.hexdigest()[:32]

@@ -37,6 +37,11 @@ def inputs(linear: nn.Module) -> int:
     return cast("int", linear.in_features)
 
 
+def outputs(linear: nn.Module) -> int:
+    """N of such a linear."""
+    return cast("int", linear.out_features)
+
+
 class Recorder:
     """Records InputStats of the named linears while it is entered: `with Recorder(model, names) as
     recorder: model(...)`.

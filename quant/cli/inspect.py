@@ -59,7 +59,9 @@ def _other_file(options: argparse.Namespace) -> dict:
             " --verify."
         )
     if Path(options.file).is_dir() or is_4bit(options.file):
-        return published_summary(options.file)
+        summary = published_summary(options.file)
+        assert summary is not None  # it is so for Nibble's own alone, which `_own_file` reads
+        return summary
     name, report = _predicted(argparse.Namespace(file=options.file, method="svdquant", rank=32))
     return {
         "file": name,
@@ -73,6 +75,7 @@ def _other_file(options: argparse.Namespace) -> dict:
 
 def _predicted(options: argparse.Namespace) -> tuple[str, Report]:
     """(name, predicted report) of a file or a well-known model."""
+    recipe: VQRecipe | SVDQuantRecipe
     if options.method == "vq":
         recipe = VQRecipe.from_preset("best", bits=options.bits)
     else:

@@ -42,6 +42,7 @@ def quantize(options: argparse.Namespace) -> None:
 
 def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
     """The method's recipe. Raises ValueError for options of the other method."""
+    recipe_class: type[VQRecipe] | type[SVDQuantRecipe]
     if options.method == "vq":
         _refuse_options(options, _SVDQUANT_OPTIONS, "svdquant")
         changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()}

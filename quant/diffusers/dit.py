@@ -9,7 +9,7 @@ import json
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..calibration.teacher import Teacher
 from ..files.checkpoint import QuantizedFile
@@ -93,7 +93,7 @@ def load_dit(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:
     unexpected = [name for name in file.layers if name not in modules]
     if unexpected:
         raise _misfit(file, unexpected[0], "unknown")
-    state = {}
+    state: dict[str, Tensor] = {}
     with file:
         for name in file.units:
             if name in file.layers:

@@ -94,7 +94,7 @@ def _load_flux(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Modul
         model = diffusers.FluxTransformer2DModel(
             **flux_config(kept, [*kept, *(f"{name}.weight" for name in file.layers)])
         )
-    rows = {name: module.out_features for name, module in recorder.find_linears(model).items()}
+    rows = {name: recorder.outputs(linear) for name, linear in recorder.find_linears(model).items()}
     for name in file.layers:
         whole = swap_rows(name, weight_of(file, name))
         start = 0

@@ -4,6 +4,8 @@ q, k and v are one linear there and three here; RMS norms are called `.scale` th
 of the last modulation lie in the other order.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,18 @@ _TO_FLUX = {
 }
 
 
-def diffusers_parts(module: str) -> list[str] | None:
+def diffusers_parts(module: str) -> list[str]:
     """Diffusers' modules that make up one FLUX module, in row order: 'single_blocks.3.linear1' →
-    to_q, to_k, to_v, proj_mlp.
+    to_q, to_k, to_v, proj_mlp. Raises ValueError for what is no FLUX module.
     """
+    parts = _known_parts(module)
+    if parts is None:
+        raise ValueError(f"{module} is no part of a FLUX transformer")
+    return parts
+
+
+def _known_parts(module: str) -> list[str] | None:
+    """The same; None for what is no FLUX module."""
     pattern, number = _FLUX.numbered(module)
     parts = _TO_DIFFUSERS.get(pattern)
     return parts and [part.replace("#", number) for part in parts]
@@ -63,7 +73,7 @@ def to_diffusers_names(state: dict[str, Tensor], rows: dict[str, int]) -> dict[s
     out = {}
     for name, tensor in state.items():
         module, _, parameter = name.rpartition(".")
-        parts = diffusers_parts(module)
+        parts = _known_parts(module)
         if parts is None:
             raise ValueError(f"{name} is no part of a FLUX transformer")
         pieces = tensor.split([rows[part] for part in parts]) if len(parts) > 1 else [tensor]
@@ -84,4 +94,6 @@ def swap_rows(name: str, weight: Weight) -> Weight:
     if name not in _FLUX.swapped:
         return weight
     half = weight.shape[0] // 2
-    return weight.cat([weight.rows(half, 2 * half), weight.rows(0, half)])
+    # of the weight's own format, which a list of the union cannot say
+    halves: list[Any] = [weight.rows(half, 2 * half), weight.rows(0, half)]
+    return weight.cat(halves)

@@ -10,6 +10,7 @@ without transformers, and FlowMatchEulerDiscreteScheduler rounds its times other
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ def euler(  # noqa: PLR0913 (a script's keywords)
 
 
 def drawing(  # noqa: PLR0913 (a script's keywords)
-    model: nn.Module,
+    model: diffusers.FluxTransformer2DModel,
     tokens: Tensor | None = None,
     pooled: Tensor | None = None,
     steps: int = 8,

@@ -3,18 +3,21 @@ make.
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, TypeVar
 
 R = TypeVar("R", bound="FromPreset")
 
 
+@dataclass(frozen=True)
 class FromPreset:
-    """Base of a frozen dataclass with a field `preset`. PRESETS: name → values that differ from the
-    fields' defaults.
+    """Base of the methods' recipes, which are frozen dataclasses too. PRESETS: name → values that
+    differ from the fields' defaults.
     """
 
     PRESETS: ClassVar[dict[str, dict]]
+
+    preset: str = "fast"
 
     @classmethod
     def from_preset(cls: type[R], name: str = "fast", **changes) -> R:

@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -104,12 +105,26 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
 # ---- the space: smoothing, rotation, unsigned activations ----------------------------------------
 
 
-def _modes(recipe: Recipe, unsigned: bool, sampled: bool) -> list[dict]:
+class _Mode(TypedDict, total=False):
+    """What a space does besides smoothing: arguments of `InputSpace`."""
+
+    rotation: int
+    act_unsigned: bool
+
+
+def _modes(recipe: Recipe, unsigned: bool, sampled: bool) -> list[_Mode]:
     if recipe.rotation != "off" and not sampled:
         # synthetic inputs have no outliers, so they cannot show what rotation is worth
         return [{"rotation": 64}]
-    modes = {"auto": [{}, {"rotation": 64}], "on": [{"rotation": 64}], "off": [{}]}[recipe.rotation]
-    return modes + [{"act_unsigned": True}] if unsigned else modes
+    by_rotation: dict[str, list[_Mode]] = {
+        "auto": [{}, {"rotation": 64}],
+        "on": [{"rotation": 64}],
+        "off": [{}],
+    }
+    modes = by_rotation[recipe.rotation]
+    if unsigned:
+        modes.append({"act_unsigned": True})
+    return modes
 
 
 def _spaces(
@@ -252,7 +267,8 @@ class _Fit:
             self.quantized_inputs @ dequantize_groups(codes, scale).T
             + (self.problem.x @ down.float()) @ up.float().T
         )
-        shift = 0 if bias is None else bias - self.problem.bias
+        before = self.problem.bias
+        shift = 0 if bias is None or before is None else bias - before
         return (y + shift - self.wanted).square().sum().item()
 
     def pack(self, branch, codes: Tensor, scale: Tensor, bias: Tensor | None) -> SVDQuantWeight:

@@ -25,6 +25,8 @@ from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, Quanti
 from ..job.measurement import Measurement
 from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
+from ..weights.awq_w4a16 import W4A16Weight
+from ..weights.svdquant_w4a4 import SVDQuantWeight
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .recipe import Recipe
 from .w4a16 import quantize_w4a16
@@ -107,6 +109,7 @@ class _SVDQuantizer(LayerQuantizer):
             bias = bias.to(self.device)
         stats = self.statistics(layer.name)
         why = layer.why
+        result: SVDQuantWeight | W4A16Weight
         if layer.action == "w4a4":
             seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
             result, error = quantize_linear(

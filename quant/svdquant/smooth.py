@@ -135,9 +135,12 @@ def smoothings(x: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[str, Tens
     """
     yield "none", torch.ones_like(x[0])
     for span in ("rms", "absmax"):
-        spans = [
+        span_x, span_w = [
             t.square().mean(0).sqrt() if span == "rms" else t.abs().amax(0) for t in (x, weight)
         ]
         for alpha, beta in exponents(grid):
             if alpha:
-                yield f"{span} a={alpha:g} b={beta:g}", smoothing_factors(*spans, alpha, beta)
+                yield (
+                    f"{span} a={alpha:g} b={beta:g}",
+                    smoothing_factors(span_x, span_w, alpha, beta),
+                )

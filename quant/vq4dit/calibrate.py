@@ -35,6 +35,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -156,13 +157,13 @@ class BlockCalibrator:
         stride = math.ceil(needed / max(self.teacher.cap, 1))
         return BlockTargets(inputs[::stride], outputs[::stride], self.teacher.device)
 
-    def install(self, name: str, layer: HardVQLinear | nn.Module) -> None:
-        """Puts a layer of codewords in the student's place for it: one to train, or a finished
-        module for each part.
+    def install(self, name: str, layer: HardVQLinear) -> None:
+        """Puts a layer of codewords, to train or finished, in the student's place for it: each
+        part of the layer gets its slice of the rows.
         """
         start = 0
         for part in self.teacher.parts(name):
-            rows = self.teacher.model.get_submodule(part).out_features
+            rows = recorder.outputs(self.teacher.model.get_submodule(part))
             linears.replace(self.student, part, RowSlice(layer, start, start + rows))
             start += rows
 
@@ -190,14 +191,16 @@ def learn(
     have to be decided).
     """
     with torch.inference_mode(False), torch.enable_grad():
-        soft = [layer for layer in layers.values() if isinstance(layer, SoftVQLinear)]
+        soft = {name: layer for name, layer in layers.items() if isinstance(layer, SoftVQLinear)}
         before = targets.decibels(block)
         start = {
             name: [p.detach().clone() for p in layer.parameters()] for name, layer in layers.items()
         }
         generator = torch.Generator().manual_seed(seed)
-        train = _decide if soft else _tune
-        train(block, layers, targets, recipe.steps, generator, watch)
+        if soft:
+            _decide(block, soft, targets, recipe.steps, generator, watch)
+        else:
+            _tune(block, layers, targets, recipe.steps, generator, watch)
         after = targets.decibels(block)
         if not soft and after < before:
             with torch.no_grad():
@@ -206,6 +209,11 @@ def learn(
                         parameter.copy_(old)
             after = before
     return before, after
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of one tensor at least: `sum` alone could be the number 0."""
+    return cast("Tensor", sum(tensors))
 
 
 def _order(targets: BlockTargets, steps: int, generator: torch.Generator) -> list[int]:
@@ -236,11 +244,11 @@ def _tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-    running = None
+    running: float | None = None
     for step, index in enumerate(_order(targets, steps, generator)):
         losses = targets.losses(block, index)
         shares = [loss / power for loss, power in zip(losses, targets.powers, strict=True)]
-        loss = sum(shares) / len(losses)
+        loss = _sum(shares) / len(losses)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -270,15 +278,17 @@ def _decide(
         [{"params": params, "lr": RATES[name]} for name, params in groups.items() if params],
         alpha=0.9,
     )
-    least, running, last = math.inf, None, int(RATIO_STEPS * steps)
+    last = int(RATIO_STEPS * steps)
+    least = math.inf
+    running: float | None = None
     for step, index in enumerate(_order(targets, steps, generator)):
         if step == last:
             for layer in layers.values():
                 layer.harden()
         if step % len(targets.inputs) == 0:
             least = math.inf  # the code's ratchet starts anew with each trajectory
-        missed = sum(targets.losses(block, index))
-        regular = sum(layer.regularity() for layer in layers.values()) / len(layers)
+        missed = _sum(targets.losses(block, index))
+        regular = _sum(layer.regularity() for layer in layers.values()) / len(layers)
         loss = missed
         if regular.item() < least:
             least = regular.item()
@@ -299,12 +309,12 @@ def _decide(
 
 def _report(watch: Callable, step: int, steps: int, share: Tensor, running: float | None) -> float:
     """A running mean of the relative error; tells it now and then."""
-    share = share.item()
-    if not math.isfinite(share):
+    error = share.item()
+    if not math.isfinite(error):
         raise ValueError(
             "the block's error became NaN or infinite; the 16-bit model overflows on these inputs"
         )
-    running = share if running is None else 0.9 * running + 0.1 * share
+    running = error if running is None else 0.9 * running + 0.1 * error
     if step % NOTICE == 0 or step == steps - 1:
         watch(step + 1, steps, -10 * math.log10(max(running, 1e-15)))
     return running

@@ -88,8 +88,10 @@ class Recipe(FromPreset):
                 raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
         if (self.codewords is None) != (self.vector is None):
             raise ValueError("codewords and vector go together: give both, or neither and bits")
-        if self.codewords is not None and (
-            self.codewords not in CODEWORDS or not 1 <= self.vector <= 16
+        if (
+            self.codewords is not None
+            and self.vector is not None
+            and (self.codewords not in CODEWORDS or not 1 <= self.vector <= 16)
         ):
             raise ValueError(
                 f"codewords={self.codewords}, vector={self.vector}: codewords must be a power of"
@@ -121,11 +123,10 @@ class Recipe(FromPreset):
         """(codewords, weights each) for an N x K layer, smaller ones with fewer codewords; bits:
         other than the recipe's.
         """
-        codewords, vector = (
-            (self.codewords, self.vector)
-            if self.codewords is not None
-            else LAYOUTS[bits or self.bits]
-        )
+        if self.codewords is not None and self.vector is not None:
+            codewords, vector = self.codewords, self.vector
+        else:
+            codewords, vector = LAYOUTS[bits or self.bits]
         return codebooks.fitting_codewords(codewords, vector, shape), vector
 
     def layer_options(self, layout: tuple[int, int]) -> LayerOptions:
