@@ -47,7 +47,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name, filename, rank, **_):
         made = file_name(model_name, filename, rank) in loading.quantized_files()
-        return widgets.until_made(made, loading.stamp, model_name)
+        return widgets.until_made(made, folders.stamp, model_name)
 
     @classmethod
     def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)

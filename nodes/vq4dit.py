@@ -73,7 +73,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
     def fingerprint_inputs(cls, model_name, filename, preset, bits, codewords, vector, **_):
         recipe = recipe_of(preset, int(bits), codewords=codewords, vector=vector)
         made = file_name(model_name, filename, recipe) in loading.quantized_files("vq")
-        return widgets.until_made(made, loading.stamp, model_name)
+        return widgets.until_made(made, folders.stamp, model_name)
 
     @classmethod
     def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)

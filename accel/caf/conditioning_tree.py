@@ -81,5 +81,5 @@ def digest(nodes: list, tensors: list[Tensor]) -> str:
         ).encode()
     )
     for tensor in tensors:
-        sha.update(tensor_bytes(tensor).data)
+        sha.update(tensor_bytes(tensor))
     return sha.hexdigest()[:32]

@@ -21,17 +21,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-if "nibble" not in sys.modules:
-    import conftest  # noqa: F401  loads the checkout as `nibble`
-
-from bench import machine  # noqa: E402
-from nibble.kernels import ops, which  # noqa: E402
-from nibble.quant.files.architectures import known_shapes, plan, recognise  # noqa: E402
-from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix  # noqa: E402
-from nibble.quant.modulation.precompute import ModulationCache  # noqa: E402
-from nibble.quant.svdquant.recipe import Recipe  # noqa: E402
-from nibble.quant.weights.awq_w4a16 import W4A16Weight  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+from bench import machine
+from nibble.kernels import ops, which
+from nibble.quant.files.architectures import known_shapes, plan, recognise
+from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix
+from nibble.quant.modulation.precompute import ModulationCache
+from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.weights.awq_w4a16 import W4A16Weight
 
 STEPS = 28
 

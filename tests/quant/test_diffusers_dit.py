@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 from nibble.quant.diffusers import dit_source, dit_teacher, load_quantized  # noqa: E402
 from nibble.quant.files.checkpoint import open_quantized  # noqa: E402
 from nibble.quant.files.errors import FileRefused  # noqa: E402
+from nibble.quant.job.measurement import Measurement  # noqa: E402
 from nibble.quant.vq4dit.quantize import quantize_checkpoint  # noqa: E402
 from nibble.quant.vq4dit.recipe import Recipe  # noqa: E402
 from nibble.quant.weights.vq import VQLinear  # noqa: E402
@@ -104,7 +105,7 @@ def test_a_dit_is_calibrated_on_its_own_sampling(dit, tmp_path):
     teacher = dit_teacher(dit, scheduler(), pictures=2, steps=2, batch=2)
     path = tmp_path / "calibrated.safetensors"
     recipe = Recipe.from_preset("vq4dit", bits=3, steps=2)
-    quantize_checkpoint(dit_source(dit), path, recipe, teacher=teacher)
+    quantize_checkpoint(dit_source(dit), path, recipe, Measurement(teacher=teacher))
     assert decibels(sample(dit), sample(load_quantized(path, torch.float32))) > 10
 
 

@@ -32,11 +32,11 @@ def planned_and_opened_once(target, *functions: Callable) -> Iterator[dict[str, 
     in all. Records the calls of other functions beside.
     """
     from nibble.quant.files.architectures import plan
-    from nibble.quant.files.safetensors import read_header
+    from nibble.quant.files.safetensors import _read_header
 
     existed = os.path.exists(target)
-    with recorded_calls(plan, read_header, *functions) as calls:
+    with recorded_calls(plan, _read_header, *functions) as calls:
         yield calls
-    opened = [os.path.realpath(call["path"]) for call in calls["read_header"]]
+    opened = [os.path.realpath(call["path"]) for call in calls["_read_header"]]
     assert len(calls["plan"]) == 1
     assert opened.count(os.path.realpath(target)) == (1 if existed else 0)

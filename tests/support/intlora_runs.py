@@ -5,8 +5,9 @@ import folder_paths
 import pytest
 
 from flux_loras import MLP, assert_untouched, bits, outputs, pair
-from nibble.nodes.bridge.intlora import files as intlora
-from nibble.nodes.bridge.intlora import merge as merging
+from nibble.nodes.bridge.intlora import files, merge
+from nibble.nodes.bridge.intlora.bases import Bases
+from nibble.nodes.bridge.intlora.convert import ConvertJob, convert_lora
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.intlora import file
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
@@ -16,15 +17,15 @@ STYLE, OTHER = "style.safetensors", "other.safetensors"
 
 
 def converted(model, name: str = STYLE, **options) -> str:
-    return intlora.run(intlora.Job(model, name, **options)).name
+    return convert_lora(ConvertJob(model, name, **options)).name
 
 
 def apply(model, *args):
-    return merging.apply(model, *args)[0]
+    return merge.apply(model, *args)[0]
 
 
 def adapter_path(loras, name: str):
-    return loras.parent / intlora.FOLDER / name
+    return loras.parent / files.FOLDER / name
 
 
 def on(*patchers) -> dict:
@@ -36,11 +37,11 @@ def on(*patchers) -> dict:
 
 def handmade(model, folder, rule, name: str) -> str:
     """An adapter of one layer with another variant than SHIFT-ADD."""
-    base = intlora.Bases(model)[MLP]
+    base = Bases(model)[MLP]
     up, down = pair(*base.shape)
     layer = LayerAdapter(rule(base), base.digest(), quantize(up * 0.3, down))
     file.save(Adapter({MLP: layer}), adapter_path(folder, name))
-    folder_paths.filename_list_cache.pop(intlora.FOLDER, None)
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)
     return name
 
 

@@ -265,8 +265,8 @@ def _check(job: TrainingJob) -> None:
     heads = job.model.get_attachment(KEY)
     if heads is not None:
         raise ValueError(
-            f"The connected model has the heads of {heads.name} on; connect it as it was before"
-            " Load CAF Model."
+            f"The connected model already has the heads of {heads.name}; connect the model from"
+            " before Load CAF Model."
         )
     if not 0 <= job.h <= 2:
         raise ValueError(

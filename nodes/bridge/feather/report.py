@@ -51,7 +51,7 @@ def attach(clip, choice: PruneChoice, node_id: str | None) -> tuple[object, dict
     if choice.keep == 1:
         keeps = "every token: the encoder stays as it is"
     else:
-        grid = f" and every {first.stride}. patch of a grid" if first.stride else ""
+        grid = f" and one patch in {first.stride} in both directions" if first.stride else ""
         keeps = f"{first.keep:.0%}{grid}, then {second.keep:.1%} of those"
     width = transformer.model.config.hidden_size
     return pruned, {

@@ -119,7 +119,7 @@ def test_what_is_there_is_not_made_again_and_more_are_added(model, monkeypatch):
     again, chart = caf_couplings.make_couplings(job(model, count=2))
     assert not calls
     assert everything(again) == first
-    assert ["time a pair", "made already, with the same inputs"] in chart["summary"]
+    assert ["time per pair", "made already, with the same inputs"] in chart["summary"]
     more = made(model, count=4)
     assert calls == [1] * 6
     assert everything(more)[:2] == first
