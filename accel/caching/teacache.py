@@ -59,10 +59,8 @@ def fit(
     solved = np.linalg.lstsq(np.stack([x**power for power in powers], axis=1), y, rcond=None)[0]
     coefficients = tuple(float(value) for value in solved) + ((0.0,) if through_origin else ())
     bare = Polynomial(coefficients)
-    residual, total = (
-        sum((bare(a) - b) ** 2 for a, b in zip(x, y, strict=True)),
-        float(((y - y.mean()) ** 2).sum()),
-    )
+    residual = sum((bare(a) - b) ** 2 for a, b in zip(x, y, strict=True))
+    total = float(((y - y.mean()) ** 2).sum())
     return Polynomial(
         coefficients, float(x.min()), float(x.max()), 1 - float(residual) / total if total else None
     )

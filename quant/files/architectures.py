@@ -160,10 +160,8 @@ def _plan_layer(
     if action != "keep" and k % GROUP:
         action, why = "keep", f"K={k} is not a multiple of the group size {GROUP}"
     elif action == "w4a4" and min(n, k) < 2 * recipe.rank:
-        action, why = (
-            "keep",
-            f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}",
-        )
+        action = "keep"
+        why = f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}"
     # The shift of unsigned activations goes into the bias, so there must be one.
     post_gelu = (
         action == "w4a4" and bias and recipe.act_unsigned and _matches(architecture.post_gelu, name)

@@ -176,10 +176,8 @@ class KitchenFile(QuantizedFile):
         sizes = {"N": n, "K/2": half, "K": 2 * half, "G": half // 32, "R": facts.get("rank", 0)}
         rules = FORMATS[facts["format"]][0] | OPTIONAL.get(facts["format"], {}) | {"bias": "N"}
         for suffix in self._places[name].keys() & rules.keys():
-            wanted, shape = (
-                tuple(sizes[letter] for letter in rules[suffix].split(",")),
-                self._natural_shape(name, suffix),
-            )
+            wanted = tuple(sizes[letter] for letter in rules[suffix].split(","))
+            shape = self._natural_shape(name, suffix)
             if shape != wanted or half % 32:
                 raise self.refusal(
                     f"has a damaged layer: {name}.{suffix} has the shape {shape} and needs"

@@ -45,10 +45,8 @@ FACTS = ("config", "comfy_config", "model_class", "quantization_config")
 _OWN = {*SUFFIXES_OF_LAYERS, *SUFFIXES, "smooth_factor_orig", "bias", "wtscale", "wcscales"}
 _UNREAD = ("smooth_factor_orig",)  # of no use at run time
 _MARKS = (".qweight", ".wscales")
-_LITE, _SEPARATE = (
-    "nunchaku_lite",
-    (".attn.to_q.qweight", ".attn.add_q_proj.qweight", ".attention.to_q.qweight"),
-)
+_LITE = "nunchaku_lite"
+_SEPARATE = (".attn.to_q.qweight", ".attn.add_q_proj.qweight", ".attention.to_q.qweight")
 
 
 def is_nunchaku(header: Header) -> bool:
@@ -334,10 +332,8 @@ class NunchakuFile(QuantizedFile):
         return _piece(whole, part)
 
     def _w4a16(self, part: Part) -> W4A16Weight:
-        splits, groups = (
-            self._splits(part.module),
-            self._info(f"{part.module}.qweight").shape[1] // 32,
-        )
+        splits = self._splits(part.module)
+        groups = self._info(f"{part.module}.qweight").shape[1] // 32
         codes = swizzle.awq_from_nunchaku(self._read(f"{part.module}.qweight"))
         scale, zeros = (
             self._read(f"{part.module}.{suffix}")[:groups] for suffix in ("wscales", "wzeros")

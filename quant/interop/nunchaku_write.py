@@ -354,11 +354,9 @@ class ToNunchaku(Export):
         )
         hidden, channels = shapes["img_in.weight"]
         guidance = "guidance_in.in_layer.weight" in shapes
-        heads, context, vector = (
-            hidden // 128,
-            shapes["txt_in.weight"][1],
-            shapes["vector_in.in_layer.weight"][1],
-        )
+        heads = hidden // 128
+        context = shapes["txt_in.weight"][1]
+        vector = shapes["vector_in.in_layer.weight"][1]
         config = {
             "_class_name": "FluxTransformer2DModel",
             "attention_head_dim": 128,

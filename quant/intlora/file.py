@@ -78,10 +78,8 @@ def read(path: str | os.PathLike) -> Adapter:
     header = read_header(path)
     _check_kind(header)
     try:
-        layers, facts = (
-            json.loads(header.metadata["layers"]),
-            json.loads(header.metadata.get("facts", "{}")),
-        )
+        layers = json.loads(header.metadata["layers"])
+        facts = json.loads(header.metadata.get("facts", "{}"))
         sums = json.loads(header.metadata["checksums"])
         if not (
             layers

@@ -154,10 +154,8 @@ class Mul:
         u = multiplier(base, noise.matrix(base.shape[1], torch.float64), z)
         weight = (_grouped(base, z.double()) * _scale(base, torch.float64)).flatten(1).square()
         live = weight > 0
-        low, high = (
-            torch.where(live, u, 1.0).amin(1, keepdim=True),
-            torch.where(live, u, 1.0).amax(1, keepdim=True),
-        )
+        low = torch.where(live, u, 1.0).amin(1, keepdim=True)
+        high = torch.where(live, u, 1.0).amax(1, keepdim=True)
         best = torch.full_like(low, torch.inf)
         kept_low, kept_high = torch.ones_like(low), torch.zeros_like(low)
         for share in STEPS:

@@ -255,11 +255,9 @@ def _search(parts: Tensor, bits: int, odd: bool) -> tuple[Tensor, Tensor]:
     """
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     largest = parts.abs().amax(-1, keepdim=True)
-    best, kept, codes = (
-        torch.full_like(largest, torch.inf),
-        torch.ones_like(largest),
-        torch.zeros_like(parts),
-    )
+    best = torch.full_like(largest, torch.inf)
+    kept = torch.ones_like(largest)
+    codes = torch.zeros_like(parts)
     for share in SEARCH:
         # float32 is what a file holds; a group of zeros gets the scale 1e-8. Odd levels are 2
         # scales apart and reach 2^bits - 1.
@@ -269,9 +267,7 @@ def _search(parts: Tensor, bits: int, odd: bool) -> tuple[Tensor, Tensor]:
         )
         error = ((2 * tried + 1 if odd else tried) * scale - parts).square().sum(-1, keepdim=True)
         better = error < best
-        best, kept, codes = (
-            torch.where(better, error, best),
-            torch.where(better, scale, kept),
-            torch.where(better, tried, codes),
-        )
+        best = torch.where(better, error, best)
+        kept = torch.where(better, scale, kept)
+        codes = torch.where(better, tried, codes)
     return codes, kept.float()

@@ -243,10 +243,8 @@ class _Fit:
         """
         if self.problem.bias is None:
             return None
-        mean, shift = (
-            self.problem.mean,
-            (SHIFT / self.space.smooth if self.space.act_unsigned else None),
-        )
+        mean = self.problem.mean
+        shift = SHIFT / self.space.smooth if self.space.act_unsigned else None
         if mean is None and shift is None:
             return self.problem.bias
         seen = self.space.inputs(torch.zeros_like(self.space.smooth) if mean is None else mean)

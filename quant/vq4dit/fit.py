@@ -199,15 +199,10 @@ def _in_turns(fitted: Fitted, weight: Tensor, hessian: Tensor, options: LayerOpt
             scale = feedback.best_scale(weight, chosen, hessian)
         error = feedback.output_error(weight - chosen * scale[:, None], hessian)
         if error < least:
-            best, least = (
-                replace(
-                    fitted,
-                    codes=codes,
-                    codebook=words,
-                    scale=None if fitted.scale is None else scale,
-                ),
-                error,
+            best = replace(
+                fitted, codes=codes, codebook=words, scale=None if fitted.scale is None else scale
             )
+            least = error
     return best
 
 
@@ -222,10 +217,8 @@ def _with_mean(fitted: Fitted, weight: Tensor, stats: InputStats | None) -> Fitt
 
 def _rounded(fitted: Fitted) -> Fitted:
     """Codebook and scale as fp16 holds them. Raises ValueError where they are too large for it."""
-    words, scale = (
-        fitted.codebook.half().float(),
-        (None if fitted.scale is None else fitted.scale.half().float()),
-    )
+    words = fitted.codebook.half().float()
+    scale = None if fitted.scale is None else fitted.scale.half().float()
     if not words.isfinite().all() or (scale is not None and not scale.isfinite().all()):
         raise ValueError(
             "the weights are too large for a codebook in fp16 (over 65504); the file is damaged"

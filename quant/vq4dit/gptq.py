@@ -125,8 +125,6 @@ def best_codebook(
         step = size / (direction * turned).sum().clamp_min(1e-30)
         words += step * direction
         residual -= step * turned
-        direction, size = (
-            residual + residual.square().sum() / size.clamp_min(1e-30) * direction,
-            residual.square().sum(),
-        )
+        direction = residual + residual.square().sum() / size.clamp_min(1e-30) * direction
+        size = residual.square().sum()
     return words

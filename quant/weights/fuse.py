@@ -148,10 +148,8 @@ def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeig
             "a rotated linear, or one whose smoothing or inputs' signs change within a piece,"
             " cannot be split"
         )
-    downs, ups = (
-        [weight.proj_down[start:stop] for start, stop in bounds],
-        [weight.proj_up] * len(bounds),
-    )
+    downs = [weight.proj_down[start:stop] for start, stop in bounds]
+    ups = [weight.proj_up] * len(bounds)
     if columns := _own_columns(downs, weight.rank):
         downs, ups = (
             [t[:, own] for t, own in zip(tensors, columns, strict=True)] for tensors in (downs, ups)

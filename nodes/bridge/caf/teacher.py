@@ -118,11 +118,9 @@ def check_sampler(job: CouplingsJob) -> None:
         [1.0, 3.0]
     ).reshape(2, 1, 1, 1)
     try:
-        one, other, both = (
-            _tried(job, noise[:1], 1),
-            _tried(job, noise[:1], 2),
-            _tried(job, noise, 1),
-        )
+        one = _tried(job, noise[:1], 1)
+        other = _tried(job, noise[:1], 2)
+        both = _tried(job, noise, 1)
     except Exception as error:  # whatever a sampler of another pack may raise
         raise ValueError(
             f"The sampler {name} could not be tried out ({type(error).__name__}: {error}); connect"

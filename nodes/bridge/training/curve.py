@@ -20,10 +20,8 @@ def smoothed(losses: Sequence[float], memory: float) -> list[float]:
     """Exponential mean that forgets over `memory` steps, without a bias towards its start."""
     keep, total, weight, out = 1 - 1 / max(memory, 1.0), 0.0, 0.0, []
     for loss in losses:
-        total, weight = (
-            keep * total + (1 - keep) * loss if keep else loss,
-            (keep * weight + (1 - keep) if keep else 1.0),
-        )
+        total = keep * total + (1 - keep) * loss if keep else loss
+        weight = keep * weight + (1 - keep) if keep else 1.0
         out.append(total / weight)
     return out
 
@@ -49,11 +47,9 @@ def curve_chart(
         mean for _, part in parts for mean in smoothed(part, max(5.0, min(50.0, len(part) / 10)))
     ]
     spans = _spans([len(part) for _, part in parts])
-    facts, lowest, last = (
-        [["step", f"{len(losses)} of {steps}"]],
-        None,
-        len(losses) - len(parts[-1][1]),
-    )
+    facts = [["step", f"{len(losses)} of {steps}"]]
+    lowest = None
+    last = len(losses) - len(parts[-1][1])
     ends = [sum(len(part) for _, part in parts[: i + 1]) for i in range(len(parts))]
     if losses:
         at = min(range(last, len(smooth)), key=smooth.__getitem__)
