@@ -61,13 +61,13 @@ def missing(name: str, folder: str) -> FileRefused:
 
 def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str]:
     """(path for a file, its name in ComfyUI's lists), in the first place of a kind that can be
-    written to; the place that holds `beside` is tried before the others. Its folder is made.
-    Raises FileRefused.
+    written to: the one that holds `beside` before the others, those that exist before those that
+    would have to be made. Raises FileRefused.
     """
+    around = [] if beside is None else beside.resolve().parents
     homes = [home.resolve() for home in _homes(folder)]
-    if beside is not None:
-        around = beside.resolve().parents
-        homes.sort(key=lambda home: home not in around)
+    # ComfyUI names models/unet before models/diffusion_models, and few have made it
+    homes.sort(key=lambda home: (home not in around, not home.is_dir()))
     for home in homes:
         target = (home / name).resolve()
         if home not in target.parents:
