@@ -124,7 +124,7 @@ def layer_flops(tokens: int, width: int, hidden: int) -> int:
 
 
 def flops(tokens_per_layer: list[int], width: int, hidden: int) -> int:
-    """Of all layers; tokens_per_layer counts text and what is left of the image."""
+    """The cost of all layers; tokens_per_layer counts text and what is left of the image."""
     return sum(layer_flops(tokens, width, hidden) for tokens in tokens_per_layer)
 
 

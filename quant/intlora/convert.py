@@ -49,7 +49,7 @@ class ModuleChange:
         alpha: float | None = None,
         rows: tuple[int, int] | None = None,
     ) -> "ModuleChange":
-        """Of a LoRA's up (N, r), down (r, K) and alpha (None: r)."""
+        """The change that a LoRA's up (N, r), down (r, K) and alpha (None: r) make."""
         rank = up.shape[1]
         scale = 1.0 if alpha is None or not rank else alpha / rank
         return cls(module, WeightDelta(down=down.T, up=up), scale, rows)

@@ -34,7 +34,7 @@ class LayerUse:
 
     @property
     def share(self) -> float:
-        """Of an index's bits that carry something: entropy / log2 C."""
+        """The share of an index's bits that carry something: entropy / log2 C."""
         return self.entropy / math.log2(self.codewords)
 
 

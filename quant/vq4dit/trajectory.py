@@ -25,7 +25,7 @@ class Call:
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors."""
+        """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in tensors_of((self.args, self.kwargs)))
 
     def to(self, device: torch.device | str) -> "Call":

@@ -218,7 +218,7 @@ class _EditedLayer:
         return branch_specs(self.source, self.name, rank) if rank else self.source.specs(self.name)
 
     def _rank(self) -> int:
-        """Of the branch afterwards."""
+        """The rank of the branch afterwards."""
         facts = self.source.layers[self.name]
         if facts["format"] == SVDQuantWeight.FORMAT and not (
             self.wider or facts.get("smooth_rows")

@@ -163,7 +163,7 @@ def ram_kept(patcher: ModelPatcher) -> int:
 
 
 def vram_needed(patcher: ModelPatcher, pixels: int = 1024) -> tuple[int, int]:
-    """(bytes of the weights, bytes that ComfyUI reckons for making one picture of pixels x pixels
+    """(bytes of the weights, bytes that ComfyUI estimates for making one picture of pixels x pixels
     without CFG).
     """
     latent = patcher.model.latent_format
