@@ -126,7 +126,7 @@ def test_few_steps_and_another_schedule_are_told(server, calibrated, graph):
 
 
 def test_smoothcache_without_a_calibration_says_what_to_do(server, quantized, graph):
-    graph.quantize(filename="never-calibrated", rank=16)
+    graph.quantize(filename="uncalibrated", rank=16)
     loaded = graph.add(
         "NibbleLoadSVDQuant", model_name=[graph.quantizer, 0], verify=True, compute_dtype="default"
     )
