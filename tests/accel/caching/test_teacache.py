@@ -135,3 +135,15 @@ def test_coefficients_are_chosen_by_the_models_facts():
         entry.source and entry.date and len(entry.polynomial.coefficients) in (4, 5)
         for entry in coefficients.every()
     )
+
+
+def test_flux_2_has_the_polynomial_that_its_source_prints():
+    """TensorRT-LLM, FLUX2_TEACACHE_COEFFICIENTS["dev"]."""
+    (entry,) = (entry for entry in coefficients.every() if entry.model == "FLUX.2 dev")
+    assert list(entry.polynomial.coefficients) == [
+        1.04582360e02,
+        -6.87605554,
+        -8.61659379e-02,
+        5.37600252e-02,
+    ]
+    assert entry.polynomial(0.05) == pytest.approx(0.0453, abs=5e-5)
