@@ -305,7 +305,7 @@ def modulated(
     # Mochi
     if hasattr(block, "mod_x"):
         return torch.nn.functional.rms_norm(image, image.shape[-1:]) * (
-            1 + block.mod_x(vector).chunk(4, dim=1)[0].unsqueeze(1)
+            1 + block.mod_x(torch.nn.functional.silu(vector)).chunk(4, dim=1)[0].unsqueeze(1)
         )
     # Cosmos 1: (T, H, W, B, D)
     if hasattr(block, "blocks"):
