@@ -346,7 +346,8 @@ def _sizes(patch: object) -> tuple[str, list[int], tuple[int, int] | None]:
 def check_finite(patches: list[tuple], name: str) -> None:
     """Raises DoesNotFit for a patch that holds NaN or infinity: every picture would be black."""
     for _, patch, *_ in patches:
-        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(patch)):
+        # fp8 tensors, as some LoRAs are stored, have no isfinite of their own
+        if not all(torch.isfinite(tensor.float()).all() for tensor in tensors_of(patch)):
             raise DoesNotFit(
                 f"A LoRA on {name} holds numbers that are not finite, and pictures would be black:"
                 " its training failed or the file is damaged; take it out of the workflow."

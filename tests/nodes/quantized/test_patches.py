@@ -143,4 +143,16 @@ def test_numbers_that_are_not_finite_are_refused(value):
     patches.check_finite([(1.0, adapter("lora"), 1.0, None, None)], NAME)
 
 
+def test_a_lora_stored_in_fp8_is_looked_at_as_any_other():
+    stored = adapter("lora")
+    stored.weights = tuple(
+        part.to(torch.float8_e4m3fn) if isinstance(part, torch.Tensor) else part
+        for part in stored.weights
+    )
+    patches.check_finite([(1.0, stored, 1.0, None, None)], NAME)
+    stored.weights[0].view(torch.uint8)[0, 0] = 0x7F  # e4m3fn's NaN
+    with pytest.raises(patches.DoesNotFit, match="not finite"):
+        patches.check_finite([(1.0, stored, 1.0, None, None)], NAME)
+
+
 # ---- into a model
