@@ -42,6 +42,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 _LARGEST_HEADER = 100_000_000  # safetensors' own limit
+_MOST_DIMENSIONS = 8  # a header of this size can ask for products of millions of numbers
 _WRONG_STARTS = {
     b"GGUF": (
         "is a GGUF file, which is quantized already; choose the 16-bit or fp8 .safetensors file of"
@@ -302,10 +303,11 @@ def _tensor_info(path: Path, name: str, entry: dict, data: int) -> TensorInfo:
     start, stop = entry["data_offsets"]
     numbers = (*shape, start, stop)
     if (
-        not all(type(number) is int and number >= 0 for number in numbers)
+        len(shape) > _MOST_DIMENSIONS
+        or not all(type(number) is int and number >= 0 for number in numbers)
         or stop - start != math.prod(shape) * dtype.itemsize
     ):
-        raise ValueError(f"{name}: {entry}")
+        raise ValueError(f"{name}: not {dtype} of this shape in these bytes")
     return TensorInfo(dtype, shape, data + start, data + stop)
 
 

@@ -93,11 +93,23 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}',
         '{"__metadata__": []}',
         '{"a": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [1, 1, 1, 1, 1, 1, 1, 1, 2], "data_offsets": [0, 8]}}',
     ],
 )
 def test_a_damaged_header_is_refused(tmp_path, header):
     path = tmp_path / "m.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 8)
+    with pytest.raises(FileRefused, match="damaged header"):
+        read_header(path)
+
+
+def test_a_shape_of_many_numbers_is_refused_before_they_are_multiplied(tmp_path, monkeypatch):
+    """A hostile file in the models folder must not hold up ComfyUI's start."""
+    shape = ", ".join(["9223372036854775807"] * 100_000)
+    header = f'{{"a": {{"dtype": "F32", "shape": [{shape}], "data_offsets": [0, 8]}}}}'
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + b"\0" * 8)
+    monkeypatch.setattr("math.prod", lambda numbers: pytest.fail("multiplied"))
     with pytest.raises(FileRefused, match="damaged header"):
         read_header(path)
 
