@@ -292,3 +292,20 @@ def test_fifty_switches_leave_no_object_behind(model):
         switch(turn)
     whole_load(model)
     assert counts() == before
+
+
+def test_a_lora_stored_in_fp8_does_what_its_numbers_say(model):
+    linear = layer(model)
+    tensors = {
+        name: tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 else tensor
+        for name, tensor in tensors_of("lora", *linear.weight.shape).items()
+    }
+    base = effective(linear)
+    changed = []
+    for stored in (tensors, {name: tensor.float() for name, tensor in tensors.items()}):
+        patched = with_file(model, stored)
+        whole_load(patched)
+        changed.append(effective(layer(patched)))
+        patched.detach()
+    assert torch.equal(changed[0], changed[1])
+    assert not torch.equal(changed[0], base)
