@@ -33,6 +33,14 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "emulated" not in item.fixturenames]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Every device there is; a missing GPU skips with its reason."""
