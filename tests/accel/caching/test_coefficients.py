@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from checkout import ROOT
 from nibble.accel.caching import coefficients
 from nibble.accel.caching.steps import Step, Window
 
@@ -307,3 +308,10 @@ def test_a_model_of_the_same_shape_is_named():
     assert "Dev" in ENTRIES["HiDream I1 Full"].unfitted
     assert "Turbo" in ENTRIES["Z-Image"].unfitted
     assert "Edit" in ENTRIES["Qwen-Image"].unfitted
+
+
+@pytest.mark.parametrize("page", ["NibbleApplyTeaCache.md", "NibbleApplyTeaCache/zh.md"])
+def test_the_help_page_names_every_entry(page):
+    text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
+    joint = "；" if "zh" in page else "; "
+    assert joint.join(ENTRIES) in text

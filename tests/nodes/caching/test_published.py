@@ -17,42 +17,43 @@ from nibble.nodes.bridge.caching.models import traits_of
 from nibble.nodes.bridge.caching.settings import TeaCacheSettings
 
 ENTRIES = {entry.model: entry for entry in coefficients.every()}
-COSMOS = dict(model_channels=4096, num_blocks=28, num_heads=32)
+AXES = dict(axes_dim=[16, 56, 56])  # of a head's rotary embedding: 128 channels
+FLUX_1 = AXES | dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38)
+FLUX_2 = dict(axes_dim=[32] * 4, hidden_size=6144, num_heads=48, depth=8, depth_single_blocks=48)
+HUNYUAN = AXES | dict(hidden_size=3072, num_heads=24, depth=20, depth_single_blocks=40)
+HIDREAM = dict(num_layers=16, num_single_layers=32, attention_head_dim=128, num_attention_heads=20)
+LUMINA = dict(dim=2304, n_heads=24, n_kv_heads=8, n_layers=26, axes_dims=[32, 32, 32])
+Z_IMAGE = dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=30, axes_dims=[32, 48, 48])
+COG_2B = dict(num_attention_heads=30, attention_head_dim=64, num_layers=30)
+COG_5B = dict(num_attention_heads=48, attention_head_dim=64, num_layers=42)
 WAN_14B = dict(dim=5120, num_heads=40, num_layers=40)
 # entry → its tiny family, the real model's width and depth, and what else it is chosen by
 REAL = {
-    "FLUX.1 dev": ("flux", dict(hidden_size=3072, num_heads=24, depth=19, depth_single_blocks=38)),
-    "FLUX.2 dev": ("flux2", dict(hidden_size=6144, num_heads=48, depth=8, depth_single_blocks=48)),
+    "FLUX.1 dev": ("flux", FLUX_1),
+    "FLUX.2 dev": ("flux2", FLUX_2),
     "Qwen-Image": (
         "qwen-image",
         dict(num_layers=60, attention_head_dim=128, num_attention_heads=24),
     ),
-    "Z-Image": ("z-image", dict(dim=3840, n_heads=30, n_kv_heads=30, n_layers=30)),
-    "Lumina 2": ("lumina 2", dict(dim=2304, n_heads=24, n_kv_heads=8, n_layers=26)),
-    "HiDream I1 Full": (
-        "hidream i1",
-        dict(num_layers=16, num_single_layers=32, attention_head_dim=128, num_attention_heads=20),
-    ),
-    "HunyuanVideo": (
-        "hunyuan video",
-        dict(hidden_size=3072, num_heads=24, depth=20, depth_single_blocks=40),
-    ),
+    "Z-Image": ("z-image", Z_IMAGE),
+    "Lumina 2": ("lumina 2", LUMINA),
+    "HiDream I1 Full": ("hidream i1", HIDREAM),
+    "HunyuanVideo": ("hunyuan video", HUNYUAN),
     "LTX-Video 2B": ("ltxv", dict(num_layers=28, attention_head_dim=64, num_attention_heads=32)),
-    "CogVideoX 2B": (
-        "cogvideox",
-        dict(num_attention_heads=30, attention_head_dim=64, num_layers=30),
-    ),
-    "CogVideoX 5B, 5B I2V": (
-        "cogvideox",
-        dict(num_attention_heads=48, attention_head_dim=64, num_layers=42),
-    ),
+    "CogVideoX 2B": ("cogvideox", COG_2B),
+    "CogVideoX 5B, 5B I2V": ("cogvideox", COG_5B),
+    "CogVideoX 1.5 5B I2V": ("cogvideox", COG_5B | dict(patch_size_t=2, in_channels=32)),
+    "Wan 2.1 T2V 1.3B": ("wan 2.1", dict(dim=1536, num_heads=12, num_layers=30)),
     "Wan 2.1 T2V 14B": ("wan 2.1", WAN_14B),
     "Wan 2.1 I2V 14B 480P": ("wan 2.1", WAN_14B | dict(in_dim=36, model_type="i2v")),
-    "Mochi 1": ("mochi", dict(depth=48, num_heads=24, hidden_size_x=3072)),
-    "Cosmos 1 7B": ("cosmos 1", COSMOS),
+    "Mochi 1": ("mochi", dict(depth=48, num_heads=24, hidden_size_x=3072, mlp_ratio_x=4.0)),
+    "Cosmos 1 7B": ("cosmos 1", dict(model_channels=4096, num_blocks=28, num_heads=32)),
 }
 # models of the same classes that nobody has fitted
 OTHERS = {
+    "FLUX.1 Fill": ("flux", FLUX_1 | dict(in_channels=96)),
+    "NewBie": ("lumina 2", LUMINA | dict(n_layers=36)),
+    "HunyuanVideo I2V": ("hunyuan video", HUNYUAN | dict(in_channels=33)),
     "LTX-Video 13B": ("ltxv", dict(num_layers=48, attention_head_dim=128, num_attention_heads=32)),
     "Wan 2.2 I2V 14B": ("wan 2.1", WAN_14B | dict(in_dim=36)),
     "Wan 2.1 VACE 14B": ("wan 2.1 vace", WAN_14B),
