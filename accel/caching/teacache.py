@@ -25,7 +25,7 @@ import torch
 
 from .steps import Decision, Step, Window
 
-# The longest row that a published run is reported with is 4 (mlx-teacache's sweep of Qwen-Image).
+# The longest row that is reported of a model in coefficients.json is 4 (mlx-teacache, Qwen-Image).
 MOST = 5
 
 
@@ -62,7 +62,7 @@ def _last_peak(coefficients: tuple[float, ...]) -> float:
     """Where p is highest between 0 and the first d at which it falls from above 0 to below;
     infinite where it never does.
     """
-    slope = np.polyder(np.asarray(coefficients, dtype=np.float64))
+    slope = np.polyder(np.asarray(coefficients, dtype=np.float64)).tolist()
     falls = [d for d in _positive_roots(coefficients) if np.polyval(slope, d) < 0]
     if not falls:
         return math.inf

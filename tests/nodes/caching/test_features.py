@@ -5,6 +5,7 @@ The scripts are named in tests/accel/caching/test_coefficients.py. Mochi, whose 
 builds at one size only, is in test_models.py.
 """
 
+import comfy.samplers
 import pytest
 import torch
 from torch.nn.functional import layer_norm, silu
@@ -14,7 +15,9 @@ from nibble.accel.caching import coefficients
 from nibble.accel.caching.teacache import IDENTITY, distance
 from nibble.nodes.bridge.caching import wrap_blocks
 from nibble.nodes.bridge.caching.apply import apply_teacache
+from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.caching.settings import TeaCacheSettings
+from nibble.nodes.bridge.host.progress import Progress
 
 STEPS = 4
 
@@ -165,3 +168,30 @@ def test_every_feature_of_an_entry_is_looked_at():
     told = {entry.feature for entry in coefficients.every()}
     looked = {entry for entry, _, _ in OFFICIAL.values()}
     assert told == {e.feature for e in coefficients.every() if e.model in looked}
+
+
+def test_calibrate_cache_measures_on_the_same_f():
+    """HiDream: the changes of the timestep's embedding alone, whatever the prompt."""
+    family, steps = "hidream i1", 6
+    model = tiny_models.build(family)
+    watch = Watch(model.model.diffusion_model.t_embedder)
+    found = measure(
+        Measurement(
+            model=model,
+            positive=tiny_models.prompt(family),
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=tiny_models.schedule(model, steps),
+            latent={"samples": torch.zeros_like(tiny_models.latent(family))},
+            seed=3,
+        ),
+        Progress("calibrating"),
+    )
+    watch.stop()
+    embedded = [out for _, _, out in watch.calls]
+    changes = [
+        float(distance(now, last)) for last, now in zip(embedded, embedded[1:], strict=False)
+    ]
+    assert found.feature == "timestep"
+    assert [x for x, _ in found.teacache["points"]] == pytest.approx(changes, abs=1e-5)
