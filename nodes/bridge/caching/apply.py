@@ -8,6 +8,7 @@ is on a model at a time: applying again replaces.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -16,15 +17,23 @@ from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
 from ....accel.caching.error_control import ErrorControl
-from ....accel.caching.steps import Record, Window
+from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
 from ..host.progress import Progress
 from .calibration_file import Calibration
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
-from .models import family_of, level_of, published
+from .models import family_of, level_of, published, published_for
 from .run import KEY, Run, sampling, uncached
-from .settings import AUTO, PRESETS, STORES, CachingChoice, SmoothCacheSettings, TeaCacheSettings
+from .settings import (
+    AUTO,
+    PRESETS,
+    STORES,
+    CachingChoice,
+    SmoothCacheSettings,
+    TeaCacheSettings,
+    threshold_of,
+)
 from .wrap_blocks import around_blocks
 from .wrap_steps import around_model
 from .wrap_sublayers import SublayerSchedule, around_sublayers, kinds
@@ -75,10 +84,12 @@ def apply_teacache(
     if calibration is not None:
         calibration.check(model)
     level = _level(model, settings)
+    if level == "step":
+        settings = _by_error(settings)
 
     def make(guider, sampler, sigmas, latent) -> Run:
         schedule = [float(s) for s in sigmas]
-        if settings.rule == "error" or level == "step":
+        if settings.rule == "error":
             rule, feature = _error_control(settings, schedule), ""
         else:
             rule, feature = _teacache(guider, settings, calibration, latent)
@@ -89,7 +100,7 @@ def apply_teacache(
             rule=rule,
             reuse=settings.reuse,
             store=STORES[settings.store],
-            record=Record(len(schedule) - 1, settings.threshold, settings.rule, level=level),
+            record=Record(len(schedule) - 1, rule.threshold, settings.rule, level=level),
             watch=watch,
             feature=feature,
         )
@@ -108,14 +119,18 @@ def _level(model: ModelPatcher, settings: TeaCacheSettings) -> str:
     return "step" if "step" in (wanted, level_of(model)) else "blocks"
 
 
-def _error_control(settings: TeaCacheSettings, sigmas: list[float]) -> ErrorControl:
-    """Also for TeaCache's own rule where a model offers no blocks to hook: its thresholds are of
-    another kind, so they are held down to a preset's.
+def _by_error(settings: TeaCacheSettings) -> TeaCacheSettings:
+    """The rule of whole steps, where a model offers no blocks to watch. Thresholds of TeaCache's
+    own rule are of another kind, so they are held down to a preset's.
     """
-    threshold = settings.threshold
-    if settings.rule != "error":
-        threshold = min(threshold, PRESETS["balanced"])
-    return ErrorControl(threshold, tuple(sigmas), settings.reuse, settings.window)
+    if settings.rule == "error":
+        return settings
+    threshold = min(settings.threshold, PRESETS["balanced"])
+    return dataclasses.replace(settings, rule="error", threshold=threshold, preset=None)
+
+
+def _error_control(settings: TeaCacheSettings, sigmas: list[float]) -> ErrorControl:
+    return ErrorControl(settings.threshold, tuple(sigmas), settings.reuse, settings.window)
 
 
 def _teacache(
@@ -139,9 +154,8 @@ def _teacache(
     shipped = published(guider.model_patcher, reference, large)
     if shipped is None:
         return TeaCache(IDENTITY, settings.threshold, settings.window), own
-    first = max(settings.first, shipped.first) if settings.first else 0
-    window = Window(settings.start, settings.end, first, settings.last)
-    return TeaCache(shipped.polynomial, settings.threshold, window), shipped.feature
+    threshold, window = threshold_of(shipped, settings), shipped.window(settings.window)
+    return TeaCache(shipped.polynomial, threshold, window), shipped.feature
 
 
 def apply_smoothcache(
@@ -261,12 +275,20 @@ def _teacache_notes(
             f"{_name(model)} offers no hooks to its blocks: whole steps are reused, with the rule"
             f" 'error' and a threshold of at most {PRESETS['balanced']:g}."
         ]
-    fitted = calibration is not None and calibration.polynomial
-    if settings.coefficients or fitted or published(model):
+    if settings.coefficients or (calibration is not None and calibration.polynomial):
         return []
+    entries = published_for(model)
+    if not entries:
+        return [
+            f"There are no published TeaCache coefficients for {_name(model)} of this size: the"
+            " change of its input is taken as it is. Run Calibrate Cache on it once to fit them, or"
+            " choose the rule 'error', which needs none."
+        ]
     return [
-        f"Nobody has published coefficients for {_name(model)}: the change of the input is taken as"
-        " it is. Calibrate Cache can fit them."
+        f"The coefficients are those of {entry.model}. For {entry.unfitted}, of the same shape,"
+        " there are none: run Calibrate Cache once on that, or choose the rule 'error'."
+        for entry in entries
+        if entry.unfitted
     ]
 
 

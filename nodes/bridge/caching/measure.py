@@ -30,8 +30,9 @@ from ..host.fingerprint import fingerprint, weights_of
 from ..host.progress import Progress
 from ..host.samplers import sampler_name
 from .calibration_file import Calibration
+from .features import FEATURES
 from .hooks import BlockSite, hooked_blocks, shadow_sublayers
-from .models import DEPTHS, FEATURES, ModelFamily, family_of, published
+from .models import DEPTHS, ModelFamily, family_of, published
 from .run import KEY, ModelCall, Run, model_call, sampling, substitute, uncached
 
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same

@@ -15,8 +15,9 @@ import torch
 
 from ....accel.caching.teacache import TeaCacheDecider, distance
 from .controlnet import Deferred
+from .features import FEATURES
 from .hooks import BlockSite, hooked_blocks
-from .models import FEATURES, ModelFamily
+from .models import ModelFamily
 from .run import ModelCall, deferred_control, model_call, substitute
 from .wrap_steps import remember
 
