@@ -114,7 +114,7 @@ def _check_kind(header: Header) -> None:
             )
         )
         raise FileRefused(f"{name} {fix}.")
-    if not version.isdigit() or not 1 <= int(version) <= VERSION:
+    if version not in map(str, range(1, VERSION + 1)):
         raise FileRefused(
             f"{name} has the IntLoRA version {version!r} and this Nibble reads up to {VERSION};"
             " update Nibble."
