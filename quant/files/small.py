@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import atomic
 from .errors import FileRefused
 from .integrity import HEADER_SUM, SUMS, check_header, check_tensor, seal
-from .safetensors import SafetensorsFile, TensorSpec, checksum, tensor_bytes
+from .safetensors import SafetensorsFile, TensorSpec, checksum, read_header, tensor_bytes
 from .writer import header_bytes, order
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -132,6 +133,22 @@ def json_content(text: bytes) -> dict:
     if not whole:
         raise ValueError("its content does not match its checksum")
     return content
+
+
+def json_file(path: Path, again: str) -> dict:
+    """The object in a file. Raises FileRefused for one that is damaged; again: what to do then."""
+    try:
+        return json_content(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise FileRefused(f"{path.name} is damaged: {error}; {again}.") from error
+
+
+def format_of(path: Path) -> str | None:
+    """What a safetensors file says that it is; None for one that does not, or cannot be read."""
+    try:
+        return read_header(path).metadata.get("format")
+    except (FileRefused, OSError):
+        return None
 
 
 def _json_sum(content: dict) -> str:

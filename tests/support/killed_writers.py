@@ -121,6 +121,13 @@ def _kill_at(moment: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
+def _warm() -> None:
+    """What an optimizer imports at its first step is imported once, not in every fork."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.AdamW([parameter]).step()
+
+
 def fresh(name: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -131,6 +138,7 @@ def fresh(name: str, folder: Path) -> None:
 def main(name: str, folder: Path, every: int) -> int:
     """How many kills the writer went on from. Raises AssertionError where it did not."""
     work = WORK[name]
+    _warm()
     fresh(name, folder)
     assert forked(work, folder, None) == 0
     wanted, kills = content(folder), 0
