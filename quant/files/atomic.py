@@ -51,7 +51,7 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # Stop, too
         partial.unlink(missing_ok=True)
         raise
 
