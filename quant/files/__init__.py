@@ -5,6 +5,8 @@ safetensors.py    header, tensors and checksums of any safetensors file, read an
 checkpoint.py     a file of low-bit layers: one protocol, and Nibble's own format
 writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
+integrity.py      what tells that a file is damaged
+small.py          small files: adapters, states, couplings
 source.py         the 16-bit model that is quantized
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 report.py         what a run did, layer by layer

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .architectures import family_name
 from .errors import FileRefused
+from .integrity import check_header
 from .safetensors import Header, SafetensorsFile, TensorSpec, checksum, read_header
 
 FORMAT_VERSION = 1
@@ -186,6 +187,7 @@ class NibbleFile(QuantizedFile):
         with stored:
             super().__init__([stored], stored.header.metadata)
             _check_version(stored.header)
+            check_header(stored.header, "copy it again or quantize again")
             texts = [name for name in stored.header.tensors if name.endswith(".comfy_quant")]
             # kept: what was understood as a layer's JSON is what is verified
             self._texts = stored.read_bytes(texts)

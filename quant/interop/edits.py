@@ -7,6 +7,7 @@ stopped; the base is never written.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
+from ..files.integrity import HEADER_SUM, SUMS
 from ..files.safetensors import TensorSpec, read_header
 from ..files.writer import Writer, check_target, metadata_room
 from .export import ToNibble
@@ -55,7 +57,7 @@ def existing_rows(target: str | Path, identity: str) -> list[dict] | None:
 
 def write_edits(
     source: QuantizedFile,
-    target: str | Path,
+    target: str | os.PathLike,
     edits: Mapping[str, Edit],
     identity: str,
     facts: dict,
@@ -106,7 +108,8 @@ def _metadata(
         if source.metadata.get("format") == "nibble"
         else ToNibble(source).metadata(size)
     )
-    kept.pop("checksums", None)
+    for key in (SUMS, HEADER_SUM):  # the writer adds its own
+        kept.pop(key, None)
     history = json.loads(kept.get(KEY, "[]"))
     report, by_name = json.loads(kept.get("report") or "{}"), {row["name"]: row for row in rows}
     for row in report.get("rows", []):

@@ -11,6 +11,7 @@ A method adds what becomes of its layers (`plan`), how its file is laid out (`la
 
 import json
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan, recognise
+from ..files.atomic import Held
 from ..files.checkpoint import QuantizedFile, open_quantized
 from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
@@ -62,7 +64,8 @@ Job = TypeVar("Job", bound="QuantizeJob")
 @dataclass
 class QuantizeJob(ABC):
     """One model, one target, one recipe, planned. `existing`: the target where it is an intact file
-    of this model and recipe, whatever was measured for it.
+    of this model and recipe, whatever was measured for it; held: the target, where its lock is held
+    already.
     """
 
     method: ClassVar[str]  # as the file's metadata have it
@@ -73,21 +76,24 @@ class QuantizeJob(ABC):
     architecture: str
     layers: list[LayerPlan]
     existing: QuantizedFile | None = None
+    held: Held | None = None
 
     @classmethod
     def prepare(
         cls: type[Job],
         source: str | Path | Source | StateDictSource,
-        target: str | Path,
+        target: str | Path | Held,
         recipe: Any,
     ) -> Job:
         """Opens, plans and checks. source: path of a .safetensors file, or an opened source (a live
-        model: StateDictSource). Raises FileRefused for input that cannot be used.
+        model: StateDictSource); target: a path, or one whose lock is held. Raises FileRefused for
+        input that cannot be used.
         """
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
         previous = _previous_result(source, target)
         job = cls._planned(source, Path(target), recipe)
+        job.held = target if isinstance(target, Held) else None
         if previous is not None and job._made(previous):
             job.existing = previous
         return job
@@ -153,7 +159,7 @@ class QuantizeJob(ABC):
         metadata = file_metadata(self.method, identity, self.source.metadata)
         began = time.monotonic()
         reserved = reserved_bytes(metadata, report, self.layers)
-        with Writer(self.target, specs, json.dumps(identity), reserved) as writer:
+        with Writer(self.held or self.target, specs, json.dumps(identity), reserved) as writer:
             self.quantizer(writer, measurement, monitor, torch.device(device)).run()
             report.rows = [LayerRow(**writer.finished[layer.name]) for layer in self.layers]
             report.bytes_after = writer.size
@@ -217,7 +223,9 @@ class QuantizeJob(ABC):
         ) == identity_of(self.source, self.recipe, {}).get("source")
 
 
-def _previous_result(source: Source | StateDictSource, target: str | Path) -> QuantizedFile | None:
+def _previous_result(
+    source: Source | StateDictSource, target: str | os.PathLike
+) -> QuantizedFile | None:
     """What a run has to look at in its target: an intact file of ours, or None. Raises FileRefused
     for a target that must not be written.
     """
@@ -283,21 +291,11 @@ class LayerQuantizer(ABC):
         if unit in self.writer.finished:
             return
         began = time.monotonic()
-        tensors, row = self.checked(make)
+        tensors, row = make()
         if row is not None:
             row.bytes_after = sum(tensor.nbytes for tensor in tensors.values())
             row.seconds = round(row.seconds + time.monotonic() - began, 3)
         self.writer.write(unit, tensors, vars(row) if row else {})
-
-    def checked(self, make: Callable[[], Any]) -> Any:
-        """Runs a computation; when its input cannot be used, no later run could finish either, and
-        the unfinished file goes.
-        """
-        try:
-            return make()
-        except ValueError:
-            self.writer.discard()
-            raise
 
     def _keep_rest(self) -> None:
         kept = {layer.name: layer for layer in self.layers if layer.action == "keep"}

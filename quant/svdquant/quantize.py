@@ -90,7 +90,7 @@ class _SVDQuantizer(LayerQuantizer):
             smooth = None
             if len(group) > 1 and any(layer.name not in self.writer.finished for layer in group):
                 self.monitor.cancelled()
-                smooth = self.checked(partial(self._smoothing, group))
+                smooth = self._smoothing(group)
             for layer in group:
                 self.start(layer.name)
                 self.write_unit(layer.name, partial(self._quantized, layer, smooth))

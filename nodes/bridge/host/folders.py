@@ -7,12 +7,16 @@ show it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
+from ....quant.files import atomic
 from ....quant.files.errors import FileRefused
 
 DIFFUSION_MODELS = "diffusion_models"
@@ -86,14 +90,37 @@ def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str
     )
 
 
-def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
-    """`place`, for a file that may only be there already where overwriting is allowed."""
-    target, listed = place(name, folder)
-    if target.exists() and not overwrite:
-        raise FileRefused(
-            f"{name} exists already; switch 'overwrite' on, or give another filename."
-        )
-    return target, listed
+@dataclass(frozen=True)
+class NewFile:
+    """A file that a job will write. path: where; name: in ComfyUI's lists; held: its lock, which
+    stands for the path wherever one is written to.
+    """
+
+    path: Path
+    name: str
+    held: atomic.Held
+    overwrite: bool
+
+    def check(self) -> None:
+        """Refuses a file that is there already, unless it may be replaced: before the work, and
+        again before writing, since other programs heed no lock.
+        """
+        if self.path.exists() and not self.overwrite:
+            raise FileRefused(
+                f"{self.name} exists already; switch 'overwrite' on, or give another filename."
+            )
+
+
+@contextlib.contextmanager
+def new_file(
+    name: str, folder: str, overwrite: bool, beside: Path | None = None
+) -> Iterator[NewFile]:
+    """`place`, held for one job until it ends: hold it from before the job looks at what is there.
+    Raises FileRefused, at once where another run of this or another program holds it.
+    """
+    path, listed = place(name, folder, beside)
+    with atomic.exclusive(path) as held:
+        yield NewFile(path, listed, held, overwrite)
 
 
 def plain_name(wanted: str, default: str, folder: str, ending: str) -> str:

@@ -7,6 +7,7 @@ in models/loras are read all the same.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ..host import folders
@@ -55,8 +56,8 @@ def file_name(lora_name: str, filename: str) -> str:
     return name.removesuffix(".safetensors").removesuffix(".intlora") + ENDING
 
 
-def new_file(name: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of a new adapter, its name in ComfyUI's lists). Raises FileRefused."""
+def new_file(name: str, overwrite: bool) -> AbstractContextManager[folders.NewFile]:
+    """A new adapter, held while it is made; see `folders.new_file`."""
     return folders.new_file(name, FOLDER, overwrite)
 
 

@@ -68,35 +68,31 @@ def save_merged(job: SaveJob) -> MergeReport:
             "The connected model has no LoRA on it, so there is nothing to merge; put Apply IntLoRA"
             " or Load LoRA before this node."
         )
-    target, name = folders.place(
-        file_name(source.path.name, job.filename), loading.FOLDER, beside=source.path
-    )
     provenance = {
         "base": source.path.name,
         "branch": job.branch,
         "intlora": [_described(path, strength) for path, strength in uses],
         "patches": {"sha256": _hash(entries), "layers": len(entries)},
     }
-    identity = _identity(source, provenance)
-    rows = existing_rows(target, identity)
-    if rows is None:
-        if target.exists() and not job.overwrite:
-            raise FileRefused(
-                f"{name} exists already and holds something else; switch 'overwrite' on, or give"
-                " another filename."
-            )
-        edits = _edits(source, uses, entries, job.branch)
-        progress = Progress("merging", job.node_id)
-        rows = write_edits(source, target, edits, identity, provenance, progress)
-        # so that the load node of this very graph finds the file
-        folders.refresh(loading.FOLDER)
+    wanted = file_name(source.path.name, job.filename)
+    with folders.new_file(wanted, loading.FOLDER, job.overwrite, beside=source.path) as new:
+        identity = _identity(source, provenance)
+        rows = existing_rows(new.path, identity)
+        if rows is None:
+            new.check()
+            edits = _edits(source, uses, entries, job.branch)
+            progress = Progress("merging", job.node_id)
+            rows = write_edits(source, new.held, edits, identity, provenance, progress)
+            # so that the load node of this very graph finds the file
+            folders.refresh(loading.FOLDER)
+        nbytes = new.path.stat().st_size
     return MergeReport(
-        name=name,
+        name=new.name,
         branch=job.branch,
         sources=in_words(uses, len(entries)),
         layers=[MergedLayer.from_json(row) for row in rows],
         bytes_before=source.size,
-        bytes_after=target.stat().st_size,
+        bytes_after=nbytes,
         left_out=_left_out(source, entries),
     )
 

@@ -22,15 +22,17 @@ from ....quant.intlora import file, train
 from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear
 from ....quant.merge.integer_grid import IntBase
+from ....quant.training import state as states
 from ....quant.training.loop import OPTIMIZERS, Options
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host import folders
 from ..host.charts import size
+from ..host.folders import NewFile
 from ..quantized import layouts
 from ..training import session as training
 from ..training.curve import curve_chart
 from ..training.dataset import Dataset, dataset_of
-from ..training.watch import Watch, resumable, what_is_kept
+from ..training.watch import Watch, what_is_kept
 from . import files
 from .bases import MODEL, Bases
 
@@ -82,47 +84,57 @@ def run(job: Job) -> Trained:
     names = _layers(bases, job)
     existing = _existing(job, bases, names)
     data = _data(job, pictures, names, bases)
-    done = _existing_result(job, data)
-    if done is not None:
+    with files.new_file(files.file_name("", job.filename or "trained"), job.overwrite) as new:
+        state = new.path.with_name(new.path.name.removesuffix(files.ENDING) + STATE)
+        plan = _Plan(pictures, names, existing, state, data)
+        done = _existing_result(job, data)
+        if done is None:
+            return _trained(job, plan, new)
+        if states.is_of(state, data):  # killed between saving and removing it
+            states.forget(state)
         return done
-    target, name = files.new_file(files.file_name("", job.filename or "trained"), job.overwrite)
-    state = target.with_name(target.name.removesuffix(files.ENDING) + STATE)
-    if job.overwrite and not resumable(state, data):
-        state.unlink(missing_ok=True)
-    plan = _Plan(pictures, names, existing, state, data)
+
+
+def _trained(job: Job, plan: _Plan, new: NewFile) -> Trained:
+    """Trains and saves, while the file is held."""
+    new.check()
+    if job.overwrite and not states.is_of(plan.state, plan.data):
+        states.forget(plan.state)
     losses: list[float] = []
     watch = Watch(
-        job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every
+        job.node_id, lambda summary: _chart(job, new.name, losses, summary), job.preview_every
     )
     try:
         adapter = training.run(
             job.model,
-            pictures.captions,
-            pictures.latents[0].shape,
+            plan.pictures.captions,
+            plan.pictures.latents[0].shape,
             job.settings,
             lambda session: _work(session, job, plan, watch, losses),
         )
     except FileRefused:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
-        raise ValueError(what_is_kept(str(error), losses, state)) from error
+        raise ValueError(what_is_kept(str(error), losses, plan.state)) from error
+    existing = plan.existing
     steps = len(losses) + int(existing.facts.get("steps", 0) if existing else 0)
     facts = {
         "steps": steps,
-        "run": data,
+        "run": plan.data,
         "losses": [float(f"{loss:.6g}") for loss in losses],
-        "pictures": len(pictures.latents),
+        "pictures": len(plan.pictures.latents),
     }
     adapter = Adapter(adapter.layers, facts)
-    file.save(adapter, target)
-    state.unlink(missing_ok=True)
+    new.check()
+    file.save(adapter, new.held)
+    states.forget(plan.state)
     files.refresh()
     return Trained(
-        name=name,
+        name=new.name,
         lora=_as_lora(adapter),
         losses=losses,
         steps=steps,
-        chart=_chart(job, name, losses, _summary(adapter, target)),
+        chart=_chart(job, new.name, losses, _summary(adapter, new.path)),
     )
 
 

@@ -69,19 +69,18 @@ class QuantizeRequest(ABC):
         """
         self.check()
         source = self.open_source()
-        target, name = folders.place(
-            new_name(self.origin, self.filename, self.ending), FOLDER, beside=source.path
-        )
-        job = self.method.prepare(source, target, self.recipe)
-        try:
-            report = self.existing_report(job)
-            if report is None:
-                report = self._measure_and_write(job, name)
-        finally:
-            comfy.model_management.soft_empty_cache()
+        wanted = new_name(self.origin, self.filename, self.ending)
+        with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
+            job = self.method.prepare(source, new.held, self.recipe)
+            try:
+                report = self.existing_report(job)
+                if report is None:
+                    report = self._measure_and_write(job, new.name)
+            finally:
+                comfy.model_management.soft_empty_cache()
         # so that the load node of this very graph finds the file
         folders.refresh(FOLDER)
-        return name, report
+        return new.name, report
 
     @property
     @abstractmethod

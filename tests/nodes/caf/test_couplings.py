@@ -15,6 +15,7 @@ from coupling_runs import SIGMAS, calls_of, euler, everything, job, made, prompt
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings
+from nibble.quant.files import atomic
 from nibble.quant.files.errors import FileRefused
 
 pytestmark = pytest.mark.usefixtures("output")
@@ -353,3 +354,15 @@ def test_the_node_hands_lists_on(model, monkeypatch):
         "overwrite": True,
         "node_id": "5",
     }
+
+
+def test_a_second_run_is_refused_before_anything_is_touched(model):
+    folder = made(model, filename="mine", count=2).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (
+        atomic.exclusive(folder),
+        pytest.raises(FileRefused, match="mine is being written by another run"),
+    ):
+        made(model, filename="mine", count=2, seed=9, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]

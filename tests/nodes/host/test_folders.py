@@ -55,6 +55,23 @@ def test_a_name_that_leads_outside_is_refused(places, name):
 def test_an_existing_file_is_kept_unless_it_may_be_replaced(places):
     places[0].mkdir()
     (places[0] / "old.safetensors").touch()
-    with pytest.raises(FileRefused, match="exists already"):
-        folders.new_file("old.safetensors", KIND, overwrite=False)
-    assert folders.new_file("old.safetensors", KIND, overwrite=True)[1] == "old.safetensors"
+    with folders.new_file("old.safetensors", KIND, overwrite=False) as new:
+        with pytest.raises(FileRefused, match="exists already"):
+            new.check()
+    with folders.new_file("old.safetensors", KIND, overwrite=True) as new:
+        new.check()
+        assert new.name == "old.safetensors"
+        with (
+            pytest.raises(FileRefused, match="is being written by another run"),
+            folders.new_file("old.safetensors", KIND, overwrite=True),
+        ):
+            pass
+    with folders.new_file("late.safetensors", KIND, overwrite=False) as new:
+        new.check()
+        new.path.touch()  # another program's, which heeds no lock
+        with pytest.raises(FileRefused, match="exists already"):
+            new.check()
+    assert sorted(path.name for path in places[0].iterdir()) == [
+        "late.safetensors",
+        "old.safetensors",
+    ]
