@@ -4,6 +4,8 @@ errors.py         the error that tells a person what is wrong with a file, and t
 header_limits.py  what a header may ask of its reader, found out before it is parsed
 safetensors.py    header, tensors and checksums of any safetensors file, read and checked
 checkpoint.py     a file of low-bit layers: one protocol, and Nibble's own format
+layer_formats.py  what a low-bit linear is on disk: shapes, dtypes, options
+checksums.py      of a file's tensors, and of all that its header says
 writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
 source.py         the 16-bit model that is quantized

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import atomic
+from . import atomic, checksums
 from .errors import FileRefused
 from .safetensors import DTYPE_NAMES, TensorSpec, checksum, read_header, tensor_bytes
 
@@ -119,7 +119,7 @@ class Writer:
         for spec in order(specs):
             self._specs[spec.name], self._places[spec.name], end = spec, end, end + spec.nbytes
         sums = json.dumps({name: "0" * 8 for name in self._specs})
-        self._data = -(-(len(self._header({"checksums": sums})) + room) // 8) * 8 + 8
+        self._data = -(-(len(self._header({checksums.SUMS: sums})) + room) // 8) * 8 + 8
         self.size = self._data + end
         self._identity = json.dumps([identity, self.size, list(map(str, self._specs.values()))])
         self.finished: dict[str, dict] = {}
@@ -176,7 +176,7 @@ class Writer:
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, {min(missing)} first")
         sums = json.dumps({name: self._sums[name] for name in self._specs})
-        headers = (self._header({**metadata, "checksums": sums}) for metadata in choices)
+        headers = (self._header({**metadata, checksums.SUMS: sums}) for metadata in choices)
         header = next((h for h in headers if len(h) <= self._data - 8), None)
         if header is None:
             raise ValueError("the metadata does not fit into the room that was reserved for it")
@@ -202,7 +202,9 @@ class Writer:
         self.partial.unlink(missing_ok=True)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        table: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
+        tensors = {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()}
+        said = {**metadata, checksums.HEADER: checksums.of_header(tensors, metadata)}
+        table: dict[str, dict] = {"__metadata__": dict(sorted(said.items()))}
         for name, spec in self._specs.items():
             start = self._places[name]
             table[name] = {

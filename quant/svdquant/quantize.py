@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.architectures import LayerPlan
-from ..files.checkpoint import FORMATS
+from ..files.layer_formats import FORMATS
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource

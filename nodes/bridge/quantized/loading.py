@@ -10,8 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....quant.files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
+from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import FileRefused
+from ....quant.files.layer_formats import FORMATS, OPTIONAL
 from ....quant.interop.opening import OpenedFiles, method_of
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER

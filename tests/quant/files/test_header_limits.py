@@ -1,4 +1,4 @@
-"""A hostile header costs its reader little, and what cannot be read is told with the file's name."""
+"""A hostile header costs its reader little; what cannot be read is told with the file's name."""
 
 import struct
 import time
