@@ -4,6 +4,7 @@ kept in the file's metadata.
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 # and how people call them
@@ -111,9 +112,28 @@ class Report:
         try:
             values = json.loads(text)
             values["rows"] = [LayerRow(**({"why": ""} | row)) for row in values["rows"]]
-            return cls(**values)
-        except (TypeError, KeyError) as error:
+            report = cls(**values)
+        except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"this is no report of a quantization: {error}") from error
+        wrong = [name for row in (report, *report.rows) for name in _wrong_fields(row)]
+        if wrong:
+            raise ValueError(f"this is no report of a quantization: {wrong[0]} is another kind")
+        return report
+
+
+_NUMBERS = ("db", "bytes_before", "bytes_after", "seconds")
+_LISTS = ("rows", "notes")
+
+
+def _wrong_fields(row: "Report | LayerRow") -> Iterator[str]:
+    """The fields whose values are not of the kind that they should be."""
+    for name, value in vars(row).items():
+        if name in _NUMBERS:
+            sound = type(value) in (int, float) or (name == "db" and value is None)
+        else:
+            sound = isinstance(value, list if name in _LISTS else str)
+        if not sound:
+            yield name
 
 
 def _size(count: int) -> str:

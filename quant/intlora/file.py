@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ..files.errors import FileRefused
+from ..files import checksums
+from ..files.errors import FileRefused, reading
 from ..files.safetensors import Header, TensorSpec, checksum, read_header, read_tensor
 from ..files.writer import Writer, check_target, metadata_room
 from ..merge.integer_grid import IntBase
@@ -75,8 +76,14 @@ def read(path: str | os.PathLike) -> Adapter:
     """Reads and checks an adapter. Raises FileRefused, naming the file and the fix, for anything
     that is not one, whole and of a known version.
     """
-    header = read_header(path)
-    _check_kind(header)
+    with reading(path, _AGAIN):
+        header = read_header(path)
+        _check_kind(header)
+        checksums.check_header(header)
+        return _adapter(header)
+
+
+def _adapter(header: Header) -> Adapter:
     try:
         layers = json.loads(header.metadata["layers"])
         facts = json.loads(header.metadata.get("facts", "{}"))
@@ -88,7 +95,7 @@ def read(path: str | os.PathLike) -> Adapter:
             and isinstance(sums, dict)
         ):
             raise ValueError("empty")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileRefused(f"{header.path.name} has damaged metadata; {_AGAIN}.") from error
     return Adapter(
         {key: _layer(header, key, described, sums) for key, described in layers.items()}, facts
@@ -112,10 +119,10 @@ def _check_kind(header: Header) -> None:
             )
         )
         raise FileRefused(f"{name} {fix}.")
-    if not version.isdigit() or not 1 <= int(version) <= VERSION:
+    if not 1 <= checksums.version_of(version) <= VERSION:
         raise FileRefused(
-            f"{name} has the IntLoRA version {version!r} and this Nibble reads up to {VERSION};"
-            " update Nibble."
+            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to"
+            f" {VERSION}; update Nibble."
         )
 
 
@@ -159,7 +166,7 @@ def _layer(header: Header, key: str, described: dict, sums: dict) -> LayerAdapte
                 )
     try:
         return _built(key, described, tensors, digest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FileRefused(
             f"{name} has a damaged layer, {key} ({_because(error)}); {_AGAIN}."
         ) from error

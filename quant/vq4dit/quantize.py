@@ -152,12 +152,12 @@ class _ClosedFormQuantizer(_VQQuantizer):
         device: torch.device,
     ):
         super().__init__(job, writer, monitor, device)
-        self.statistics = measurement.statistics
+        self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         for layer in layers:
             self.start(layer.name)
-            stats = self.statistics(layer.name)
+            stats = self.checked(partial(self.statistics, layer.name))
             self.write_unit(layer.name, partial(self._made, layer, stats))
             self.finish([layer])
 

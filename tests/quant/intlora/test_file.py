@@ -61,6 +61,7 @@ def rewrite(path, metadata=None, tensors=None):
     held |= tensors or {}
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
     old["checksums"] = json.dumps({name: checksum(tensor) for name, tensor in held.items()})
+    old.pop("header_checksum", None)
     old |= metadata or {}
     save_file(held, path, {key: value for key, value in old.items() if value is not None})
     return path
