@@ -112,7 +112,7 @@ class Video:
             {"latents": [{"samples": torch.zeros(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}]},
             "has a mask",
         ),
-        ({"filename": "../mine"}, "'../mine' cannot be the name of a folder"),
+        ({"filename": "../mine"}, "'../mine' cannot be a file's name in"),
         ({"filename": ".."}, "cannot be the name"),
     ],
 )
