@@ -9,6 +9,7 @@ format, nibble_version, method, source, recipe, calibration, report, checksums, 
 
 import functools
 import json
+import math
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -134,6 +135,17 @@ class QuantizedFile(ABC):
         """Compares a tensor that was read from the file with its checksum, where the format has
         checksums. Raises FileRefused when it differs.
         """
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses NaN and infinity in a layer's scales and all that is float beside its codes: a
+        picture of it is black, whatever the checksums say.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.numel():
+                # propagates NaN, at forty times the speed of isfinite
+                low, high = torch.aminmax(tensor.detach())
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise self.refusal(f"holds NaN or infinity in {name}; {self.remedy}")
 
     def verify(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Reads and `check`s every tensor, where the format has checksums; the others' sizes were

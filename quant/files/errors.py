@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
+
 _Reader = TypeVar("_Reader", bound=Callable[..., Any])
 # what parsing a damaged file raises: RecursionError, NotImplementedError and torch's own are
 # RuntimeErrors, UnicodeError and JSONDecodeError are ValueErrors
@@ -22,6 +24,8 @@ _DAMAGE = (
     MemoryError,
     AssertionError,
 )
+# of a GPU: no fault of the file, and ComfyUI knows what to do
+_OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 class FileRefused(ValueError):
@@ -38,7 +42,7 @@ def reading(path: str | os.PathLike, remedy: str = "download or copy it again") 
     name = Path(path).name
     try:
         yield
-    except FileRefused:
+    except (FileRefused, _OUT_OF_MEMORY):
         raise
     except OSError as error:
         raise FileRefused(

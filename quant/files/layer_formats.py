@@ -38,7 +38,7 @@ OPTIONAL = {
     "vq": {"weight_scale": "N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
 }
 _WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
 # powers of two, so that every index that a file can hold is one of the codebook
 CODEWORDS = tuple(1 << bits for bits in range(1, 17))
 
@@ -112,7 +112,7 @@ def _rules(config: dict, header: Header, name: str) -> dict[str, str]:
 def _check_dtypes(header: Header, name: str, config: dict, found: dict[str, TensorInfo]) -> None:
     codes = _WEIGHT_DTYPES.get(config["format"], torch.int8)
     for suffix, info in found.items():
-        allowed = (codes,) if suffix == "weight" else _FLOATS
+        allowed = (codes,) if suffix == "weight" else FLOATS
         if info.dtype not in allowed:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise FileRefused(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reader
-from ..files.layer_formats import FORMATS, OPTIONAL
+from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor
@@ -185,11 +185,13 @@ class KitchenFile(QuantizedFile):
                     f"has a damaged layer: {name}.{suffix} has the shape {shape} and needs"
                     f" {wanted}; download it again"
                 )
-        if self._header.tensors[self._names[self._places[name]["weight"]]].dtype not in (
-            torch.int8,
-            torch.uint8,
-        ):
-            raise self.refusal(f"has a damaged layer: {name}.weight is not int8; download it again")
+            codes = suffix == "weight"
+            dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
+            if dtype not in ((torch.int8, torch.uint8) if codes else FLOATS):
+                raise self.refusal(
+                    f"has a damaged layer: {name}.{suffix} is not"
+                    f" {'int8' if codes else 'float'}; download it again"
+                )
 
     @property
     def units(self) -> list[str]:

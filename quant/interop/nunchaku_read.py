@@ -150,7 +150,7 @@ class NunchakuFile(QuantizedFile):
         for module in sorted(self._quantized):
             infos = {
                 suffix: self._info(f"{module}.{suffix}")
-                for suffix in SUFFIXES_OF_LAYERS
+                for suffix in (*SUFFIXES_OF_LAYERS, "bias")
                 if f"{module}.{suffix}" in self._stored
             }
             fault = fault_of(module, infos, self._int4())

@@ -82,9 +82,10 @@ class OpenedFiles:
     def open(self, path: str | os.PathLike) -> QuantizedFile:
         """The file at a path. Raises FileRefused with the reason."""
         path = Path(path)
-        file = self._files.get(path)
-        if file is None or not file.is_current():
-            file = open_4bit(path)
+        with reading(path):
+            file = self._files.get(path)
+            if file is None or not file.is_current():
+                file = open_4bit(path)
         return self._remembered(path, file)
 
     def methods(self, paths: list[str]) -> list[str | None]:

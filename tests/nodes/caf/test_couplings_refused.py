@@ -113,7 +113,7 @@ class Video:
             "has a mask",
         ),
         ({"filename": "../mine"}, "'../mine' cannot be a file's name in"),
-        ({"filename": ".."}, "cannot be the name"),
+        ({"filename": ".."}, "cannot be a file's name"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_asked(
