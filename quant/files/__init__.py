@@ -5,9 +5,10 @@ header_limits.py  what a header may ask of its reader, found out before it is pa
 safetensors.py    header, tensors and checksums of any safetensors file, read and checked
 checkpoint.py     a file of low-bit layers: one protocol, and Nibble's own format
 layer_formats.py  what a low-bit linear is on disk: shapes, dtypes, options
-checksums.py      of a file's tensors, and of all that its header says
+metadata.py       what a header's metadata say: JSON, versions
 writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
+integrity.py      what tells that a file is damaged
 source.py         the 16-bit model that is quantized
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 report.py         what a run did, layer by layer

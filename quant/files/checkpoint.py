@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checksums
 from .architectures import family_name
 from .errors import FileRefused, reader, reading
 from .header_limits import LISTED_HEADER
+from .integrity import SUMS, check_header
 from .layer_formats import FORMATS, OPTIONAL, check_layer, layer_json
+from .metadata import json_object, version_of
 from .safetensors import Header, SafetensorsFile, TensorSpec, checksum
 
 FORMAT_VERSION = 1
@@ -56,7 +57,7 @@ class QuantizedFile(ABC):
         self.files = tuple(files)
         self.metadata = dict(metadata)
         for stored in self.files:
-            checksums.check_header(stored.header)
+            check_header(stored.header, "copy it again or make it anew")
         self._open_blocks: list[ExitStack] = []
 
     def __enter__(self) -> "QuantizedFile":
@@ -151,10 +152,24 @@ class QuantizedFile(ABC):
         """Reads and `check`s every tensor, where the format has checksums; the others' sizes were
         checked when they were opened.
         """
-        for stored in self.files:
-            checksums.verify(stored, progress)
-        if progress:
-            progress(1, 1, self.path.name)
+        names = [(stored, name) for stored in self.files for name in stored.header.tensors]
+        with self:
+            for done, (stored, name) in enumerate(names):
+                if progress:
+                    progress(done, len(names), name)
+                if SUMS in stored.header.metadata:
+                    self._compare(stored.header, name, checksum(stored.read(name)))
+
+    @functools.cached_property
+    def _sums(self) -> dict[Path, dict]:
+        return {stored.path: json_object(stored.header, SUMS) for stored in self.files}
+
+    def _compare(self, header: Header, name: str, found: str) -> None:
+        """Refuses a tensor whose checksum in the file is not the one that was found."""
+        if self._sums[header.path].get(name) != found:
+            raise self.refusal(
+                f"is damaged: {name} does not match its checksum; copy it again or quantize again"
+            )
 
     def refusal(self, what: str) -> FileRefused:
         """A refusal that names this file."""
@@ -241,16 +256,12 @@ class NibbleFile(QuantizedFile):
     def fact(self, key: str) -> dict:
         return json.loads(self.metadata.get(key, "{}"))
 
-    @functools.cached_property
-    def _checksums(self) -> dict[str, str]:
-        return checksums.json_object(self.header, checksums.SUMS)
-
     def check(self, name: str, tensor: Tensor) -> None:
         if name in self._texts:
             found = f"{zlib.crc32(self._texts[name]):08x}"
         else:
             found = checksum(tensor)
-        checksums.compare(self.header, self._checksums, name, found)
+        self._compare(self.header, name, found)
 
     def verify(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         for name, tensor in self.tensors(progress):
@@ -281,7 +292,7 @@ def _check_version(header: Header) -> None:
             f"{name} was not made by Nibble; make a quantized file of it with `SVDQuant Quantize"
             " Checkpoint` or `VQ Quantize Checkpoint` first."
         )
-    if not 0 <= checksums.version_of(version) <= FORMAT_VERSION:
+    if not 0 <= version_of(version) <= FORMAT_VERSION:
         raise FileRefused(
             f"{name} has the format version {version[:20]!r} and this Nibble reads up to"
             f" {FORMAT_VERSION}; update Nibble."
@@ -293,4 +304,4 @@ def _check_version(header: Header) -> None:
             " know; update Nibble."
         )
     for key in ("source", "recipe", "calibration", "report", "checksums"):
-        checksums.json_object(header, key)
+        json_object(header, key)

@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import atomic, checksums
+from . import atomic
 from .errors import FileRefused
+from .integrity import seal
 from .safetensors import DTYPE_NAMES, TensorSpec, checksum, read_header, tensor_bytes
 
 log = logging.getLogger("nibble")
@@ -96,6 +97,22 @@ def order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=place)
 
 
+def header_bytes(metadata: Mapping[str, str], specs: Iterable[TensorSpec]) -> bytes:
+    """The header's JSON of tensors that lie one behind the other in this order; equal metadata give
+    equal bytes.
+    """
+    table: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.nbytes
+        table[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    return json.dumps(table, separators=(",", ":")).encode()
+
+
 class Writer:
     """Writes one file; a context manager that holds the lock. Leaving it without `finish` keeps
     what is done for the next run.
@@ -110,7 +127,11 @@ class Writer:
     """
 
     def __init__(
-        self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int
+        self,
+        target: str | os.PathLike,
+        specs: Iterable[TensorSpec],
+        identity: str | None,
+        room: int,
     ):
         self.target = Path(target)
         self.partial = self.target.with_name(self.target.name + atomic.PARTIAL)
@@ -118,8 +139,8 @@ class Writer:
         self._specs, self._places, end = {}, {}, 0
         for spec in order(specs):
             self._specs[spec.name], self._places[spec.name], end = spec, end, end + spec.nbytes
-        sums = json.dumps({name: "0" * 8 for name in self._specs})
-        self._data = -(-(len(self._header({checksums.SUMS: sums})) + room) // 8) * 8 + 8
+        unknown = seal({}, self._specs.values(), dict.fromkeys(self._specs, "0" * 8))
+        self._data = -(-(len(self._header(unknown)) + room) // 8) * 8 + 8
         self.size = self._data + end
         self._identity = json.dumps([identity, self.size, list(map(str, self._specs.values()))])
         self.finished: dict[str, dict] = {}
@@ -175,8 +196,8 @@ class Writer:
         missing = self._specs.keys() - self._sums.keys()
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, {min(missing)} first")
-        sums = json.dumps({name: self._sums[name] for name in self._specs})
-        headers = (self._header({**metadata, checksums.SUMS: sums}) for metadata in choices)
+        sums = {name: self._sums[name] for name in self._specs}
+        headers = (self._header(seal(metadata, self._specs.values(), sums)) for metadata in choices)
         header = next((h for h in headers if len(h) <= self._data - 8), None)
         if header is None:
             raise ValueError("the metadata does not fit into the room that was reserved for it")
@@ -202,17 +223,7 @@ class Writer:
         self.partial.unlink(missing_ok=True)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        tensors = {name: (spec.dtype, spec.shape) for name, spec in self._specs.items()}
-        said = {**metadata, checksums.HEADER: checksums.of_header(tensors, metadata)}
-        table: dict[str, dict] = {"__metadata__": dict(sorted(said.items()))}
-        for name, spec in self._specs.items():
-            start = self._places[name]
-            table[name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [start, start + spec.nbytes],
-            }
-        return json.dumps(table, separators=(",", ":")).encode()
+        return header_bytes(metadata, self._specs.values())
 
     def _open(self) -> FileIO:
         """The partial file, made where there is none, and not cut where there is one."""

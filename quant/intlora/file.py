@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ..files import checksums
 from ..files.errors import FileRefused, reading
-from ..files.safetensors import Header, TensorSpec, checksum, read_header, read_tensor
+from ..files.integrity import HEADER_SUM, SUMS, check_header, check_tensor
+from ..files.safetensors import Header, TensorSpec, read_header, read_tensor
 from ..files.writer import Writer, check_target, metadata_room
 from ..merge.integer_grid import IntBase
 from .adapter import Adapter, LayerAdapter, module_of
@@ -28,6 +28,7 @@ from .variants import MAX_K, Mul, Rule, Shift, ShiftAdd
 VERSION = 1
 # of each variant, besides variant, base, seed and noise
 _OPTIONS = {"shift_add": {"k"}, "mul": {"bits"}, "shift": {"window"}}
+_METADATA = {"format", "intlora_version", "layers", "facts", SUMS, HEADER_SUM}
 _INTEGERS = (torch.int8, torch.int16)
 _AGAIN = "copy it again or make it anew"
 
@@ -58,9 +59,7 @@ def save(adapter: Adapter, target: str | os.PathLike) -> None:
         TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     ]
     # small: begun anew each time
-    with Writer(
-        target, specs, identity=os.urandom(8).hex(), room=metadata_room(metadata)
-    ) as writer:
+    with Writer(target, specs, identity=None, room=metadata_room(metadata)) as writer:
         writer.write("all", tensors, {})
         writer.finish([metadata])
 
@@ -77,13 +76,14 @@ def read(path: str | os.PathLike) -> Adapter:
     that is not one, whole and of a known version.
     """
     with reading(path, _AGAIN):
-        header = read_header(path)
-        _check_kind(header)
-        checksums.check_header(header)
-        return _adapter(header)
+        return _read(path)
 
 
-def _adapter(header: Header) -> Adapter:
+def _read(path: str | os.PathLike) -> Adapter:
+    header = read_header(path)
+    _check_kind(header)
+    check_header(header, _AGAIN)
+    _check_metadata(header)
     try:
         layers = json.loads(header.metadata["layers"])
         facts = json.loads(header.metadata.get("facts", "{}"))
@@ -119,10 +119,19 @@ def _check_kind(header: Header) -> None:
             )
         )
         raise FileRefused(f"{name} {fix}.")
-    if not 1 <= checksums.version_of(version) <= VERSION:
+    if version not in map(str, range(1, VERSION + 1)):
         raise FileRefused(
-            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to"
-            f" {VERSION}; update Nibble."
+            f"{name} has the IntLoRA version {version!r} and this Nibble reads up to {VERSION};"
+            " update Nibble."
+        )
+
+
+def _check_metadata(header: Header) -> None:
+    unknown = header.metadata.keys() - _METADATA
+    if unknown:
+        raise FileRefused(
+            f"{header.path.name} uses {', '.join(sorted(unknown))} in its metadata, which this"
+            " Nibble does not know; update Nibble."
         )
 
 
@@ -156,17 +165,10 @@ def _layer(header: Header, key: str, described: dict, sums: dict) -> LayerAdapte
         full = f"{key}.{suffix}"
         if full in header.tensors:
             tensors[suffix] = read_tensor(header, full)
-            if sums.get(full) != checksum(tensors[suffix]):
-                raise FileRefused(
-                    f"{name} is damaged: {full} does not match its checksum; {_AGAIN}."
-                )
-            if tensors[suffix].is_floating_point() and not tensors[suffix].isfinite().all():
-                raise FileRefused(
-                    f"{name} is damaged: {full} holds values that are not finite; {_AGAIN}."
-                )
+            check_tensor(header, full, tensors[suffix], str(sums.get(full)), _AGAIN)
     try:
         return _built(key, described, tensors, digest)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileRefused(
             f"{name} has a damaged layer, {key} ({_because(error)}); {_AGAIN}."
         ) from error

@@ -53,15 +53,15 @@ def saved(tmp_path):
 
 def rewrite(path, metadata=None, tensors=None):
     """The file with other metadata (None removes an entry) or tensors; checksums are those of the
-    new tensors unless given.
+    new tensors unless given, and there is none of the header, as in files of earlier versions.
     """
     from nibble.quant.files.safetensors import checksum
 
     held, old = load_file(path), dict(read_header(path).metadata)
+    del old["header_checksum"]
     held |= tensors or {}
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
     old["checksums"] = json.dumps({name: checksum(tensor) for name, tensor in held.items()})
-    old.pop("header_checksum", None)
     old |= metadata or {}
     save_file(held, path, {key: value for key, value in old.items() if value is not None})
     return path
