@@ -123,13 +123,15 @@ class Report:
 
 _NUMBERS = ("db", "bytes_before", "bytes_after", "seconds")
 _LISTS = ("rows", "notes")
+_LARGEST = 2**63  # bytes of any file, and more
 
 
 def _wrong_fields(row: "Report | LayerRow") -> Iterator[str]:
     """The fields whose values are not of the kind that they should be."""
     for name, value in vars(row).items():
         if name in _NUMBERS:
-            sound = type(value) in (int, float) or (name == "db" and value is None)
+            number = type(value) in (int, float) and abs(value) < _LARGEST  # NaN is not
+            sound = number or (name == "db" and value is None)
         else:
             sound = isinstance(value, list if name in _LISTS else str)
         if not sound:

@@ -121,8 +121,8 @@ def _check_kind(header: Header) -> None:
         raise FileRefused(f"{name} {fix}.")
     if version not in map(str, range(1, VERSION + 1)):
         raise FileRefused(
-            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to {VERSION};"
-            " update Nibble."
+            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to"
+            f" {VERSION}; update Nibble."
         )
 
 

@@ -157,6 +157,8 @@ def test_a_file_of_before_the_headers_checksum_loads(tmp_path):
         '{"architecture": 3, "rows": []}',
         '{"architecture": "a", "rows": 5}',
         '{"architecture": "a", "rows": [], "bytes_after": "many"}',
+        '{"architecture": "a", "rows": [], "bytes_after": 1e999}',
+        '{"architecture": "a", "rows": [], "seconds": NaN}',
         DEEP,
     ],
 )
