@@ -100,7 +100,7 @@ def _print_content(content: dict, verified: bool) -> None:
     if "report" not in content:
         print_summary(name, [(key, str(value)) for key, value in content.items() if key != "file"])
         return
-    with reading(name, "copy it again or quantize again"):
+    with reading(str(name), "copy it again or quantize again"):
         report = Report.from_json(json.dumps(content["report"]))
     lines = [
         (key, json.dumps(content[key]))

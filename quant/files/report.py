@@ -115,7 +115,9 @@ class Report:
             report = cls(**values)
         except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"this is no report of a quantization: {error}") from error
-        wrong = [name for row in (report, *report.rows) for name in _wrong_fields(row)]
+        wrong = list(_wrong_fields(report))
+        for row in report.rows:
+            wrong += _wrong_fields(row)
         if wrong:
             raise ValueError(f"this is no report of a quantization: {wrong[0]} is another kind")
         return report
