@@ -302,7 +302,7 @@ def test_stopped_training_goes_on_and_ends_as_if_it_had_not_been(server):
     [
         ({"layers": "nothing.*"}, "No linear layer of the model is called"),
         ({"rank": 1000}, "rank 1000 is not between 0"),
-        ({"filename": "../mine"}, "outside ComfyUI's caf folder"),
+        ({"filename": "../mine"}, "leads out of the folder"),
     ],
 )
 def test_wrong_inputs_of_the_training_are_refused_in_words(server, changes, said):
