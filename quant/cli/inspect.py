@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..files.architectures import KNOWN_MODELS, known_shapes
 from ..files.checkpoint import is_quantized, open_quantized
-from ..files.errors import FileRefused
+from ..files.errors import FileRefused, reading
 from ..files.report import LayerRow, Report
 from ..files.source import Source
 from ..interop.convert import facts_of as published_summary
@@ -105,7 +105,8 @@ def _print_content(content: dict, verified: bool) -> None:
     if "report" not in content:
         print_summary(name, [(key, str(value)) for key, value in content.items() if key != "file"])
         return
-    report = Report.from_json(json.dumps(content["report"]))
+    with reading(str(name), "copy it again or quantize again"):
+        report = Report.from_json(json.dumps(content["report"]))
     lines = [
         (key, json.dumps(content[key]))
         for key in ("format", "method", "source", "recipe", "calibration")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import FileRefused
+from .errors import FileRefused, reader, reading
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
@@ -76,6 +76,7 @@ _ACCESSORIES = (
     "weight_codebook",
     "comfy_quant",
 )
+_LARGEST_JSON = 65536  # bytes of a layer's
 _SAMPLE = 4096  # bytes read at the start, middle and end of a tensor for the fingerprint
 
 
@@ -204,13 +205,20 @@ class _Model(ABC):
         )
 
     def _layer_formats(self) -> dict[str, dict]:
-        listed = json.loads(self.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        said = "_quantization_metadata"
+        listed = self._json(said, self.metadata.get(said, "{}")).get("layers", {})
+        if not isinstance(listed, dict):
+            raise self._no_json(said)
         formats = {key.removeprefix(self.prefix): facts for key, facts in listed.items()}
-        for key in self._stored:
+        for key, info in self._stored.items():
             if key.endswith(".comfy_quant"):
-                formats[key.removesuffix(".comfy_quant")] = json.loads(
-                    bytes(tensor_bytes(self._raw(key)))
-                )
+                if info.nbytes > _LARGEST_JSON:
+                    raise self._no_json(key)
+                text = bytes(tensor_bytes(self._raw(key)))
+                formats[key.removesuffix(".comfy_quant")] = self._json(key, text)
+        for module, facts in formats.items():
+            if not isinstance(facts, dict) or not isinstance(facts.get("params") or {}, dict):
+                raise self._no_json(module)
         formats = {
             module: {**facts, **(facts.get("params") or {})}
             for module, facts in formats.items()
@@ -222,13 +230,28 @@ class _Model(ABC):
                     f"{self.name} is quantized by SVDQuant already; choose the 16-bit or fp8 file"
                     " that it was made from."
                 )
-            if facts.get("format") not in (*_LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
+            if str(facts.get("format")) not in (*_LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
                 raise FileRefused(
                     f"{self.name} stores {module} in the format {facts.get('format')!r}, which"
                     " Nibble cannot read; choose the 16-bit file."
                 )
         self._check_matrices(formats)
         return formats
+
+    def _json(self, where: str, text: str | bytes) -> dict:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._no_json(where) from error
+        if not isinstance(value, dict):
+            raise self._no_json(where)
+        return value
+
+    def _no_json(self, where: str) -> FileRefused:
+        return FileRefused(
+            f"{self.name} says in {where} how it is quantized, and that is no JSON that can be"
+            " read; download it again, or choose the 16-bit file."
+        )
 
     def _check_matrices(self, formats: Mapping[str, dict]) -> None:
         for key, info in self._stored.items():
@@ -294,6 +317,8 @@ class Source(_Model):
     `weight`, `bias`, `fingerprint`. Raises FileRefused for files that cannot be read.
     """
 
+    remedy = "download it again, or choose the 16-bit file"
+
     def __init__(self, path):
         self.path = Path(path)
         self.header: Header = read_header(self.path)
@@ -303,16 +328,28 @@ class Source(_Model):
                 f"{self.name} is quantized by Nibble already; choose the 16-bit or fp8 file that it"
                 " was made from."
             )
-        super().__init__(
-            {
-                name: _Stored(info.dtype, info.shape, info.nbytes)
-                for name, info in self.header.tensors.items()
-            }
-        )
+        stored = {
+            name: _Stored(info.dtype, info.shape, info.nbytes)
+            for name, info in self.header.tensors.items()
+        }
+        with reading(self.path, self.remedy):
+            super().__init__(stored)
+
+    @reader
+    def read(self, name: str) -> Tensor:
+        return super().read(name)
+
+    @reader
+    def weight(self, module: str) -> Tensor:
+        return super().weight(module)
+
+    @reader
+    def bias(self, module: str) -> Tensor | None:
+        return super().bias(module)
 
     def _sample(self, name: str, start: int, count: int) -> bytes:
         info = self.header.tensors[self.prefix + name]
-        with open(self.path, "rb", buffering=0) as file:
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
             file.seek(info.start + start * info.dtype.itemsize)
             return file.read(count * info.dtype.itemsize)
 

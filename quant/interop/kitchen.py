@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
-from ..files.errors import FileRefused
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused, reader
+from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor
@@ -50,6 +51,7 @@ class KitchenFile(QuantizedFile):
             super().__init__([stored], stored.header.metadata)
             self._index(stored.header)
 
+    @reader
     def _index(self, header: Header) -> None:
         """Finds the layers' tensors and checks their shapes; reads the layers' JSON."""
         self._header = header
@@ -183,16 +185,19 @@ class KitchenFile(QuantizedFile):
                     f"has a damaged layer: {name}.{suffix} has the shape {shape} and needs"
                     f" {wanted}; download it again"
                 )
-        if self._header.tensors[self._names[self._places[name]["weight"]]].dtype not in (
-            torch.int8,
-            torch.uint8,
-        ):
-            raise self.refusal(f"has a damaged layer: {name}.weight is not int8; download it again")
+            codes = suffix == "weight"
+            dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
+            if dtype not in ((torch.int8, torch.uint8) if codes else FLOATS):
+                raise self.refusal(
+                    f"has a damaged layer: {name}.{suffix} is not"
+                    f" {'int8' if codes else 'float'}; download it again"
+                )
 
     @property
     def units(self) -> list[str]:
         return [*self._plain, *self.layers]
 
+    @reader
     def specs(self, name: str) -> list[TensorSpec]:
         if name not in self.layers:
             info = self._header.tensors[self._names[name]]
@@ -222,6 +227,7 @@ class KitchenFile(QuantizedFile):
             ),
         ]
 
+    @reader
     def unit(self, name: str) -> dict[str, Tensor]:
         if name not in self.layers:
             return {name: self._read(name)}

@@ -6,8 +6,9 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ..files.checkpoint import NibbleFile, QuantizedFile
-from ..files.errors import FileRefused
-from ..files.safetensors import Header, SafetensorsFile, read_header
+from ..files.errors import FileRefused, reading
+from ..files.header_limits import LISTED_HEADER
+from ..files.safetensors import Header, SafetensorsFile
 from .kitchen import KitchenFile, is_kitchen
 from .nunchaku_folder import BLOCKS, OTHERS
 from .nunchaku_read import is_nunchaku, open_nunchaku
@@ -20,8 +21,9 @@ def is_4bit(path: str | os.PathLike) -> bool:
     For a folder of the first version, the file with the transformer blocks stands for the whole.
     """
     try:
-        return _is_low_bit(read_header(path))
-    except (FileRefused, OSError):
+        with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
+            return _is_low_bit(stored.header)
+    except FileRefused:
         return False
 
 
@@ -30,10 +32,11 @@ def open_4bit(path: str | os.PathLike) -> QuantizedFile:
     Raises FileRefused with the reason.
     """
     path = Path(path)
-    if path.is_dir() or path.name == OTHERS:
-        return open_nunchaku(path)
-    with SafetensorsFile(path) as stored:
-        return _opened(stored)
+    with reading(path):
+        if path.is_dir() or path.name == OTHERS:
+            return open_nunchaku(path)
+        with SafetensorsFile(path) as stored:
+            return _opened(stored)
 
 
 def _opened(stored: SafetensorsFile) -> QuantizedFile:
@@ -79,9 +82,10 @@ class OpenedFiles:
     def open(self, path: str | os.PathLike) -> QuantizedFile:
         """The file at a path. Raises FileRefused with the reason."""
         path = Path(path)
-        file = self._files.get(path)
-        if file is None or not file.is_current():
-            file = open_4bit(path)
+        with reading(path):
+            file = self._files.get(path)
+            if file is None or not file.is_current():
+                file = open_4bit(path)
         return self._remembered(path, file)
 
     def methods(self, paths: list[str]) -> list[str | None]:
@@ -105,9 +109,9 @@ class OpenedFiles:
         if known is not None and known[0] == identity:
             return known
         try:
-            with SafetensorsFile(path) as stored:
+            with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
                 return identity, self._found(stored)
-        except (FileRefused, OSError):
+        except FileRefused:
             return identity, None
 
     def _found(self, stored: SafetensorsFile) -> str | None:

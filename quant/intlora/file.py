@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files.errors import FileRefused
+from ..files.errors import FileRefused, reading
 from ..files.integrity import HEADER_SUM, SUMS, check_header, check_tensor
 from ..files.safetensors import Header, TensorSpec, read_header, read_tensor
 from ..files.writer import Writer, check_target, metadata_room
@@ -75,6 +75,11 @@ def read(path: str | os.PathLike) -> Adapter:
     """Reads and checks an adapter. Raises FileRefused, naming the file and the fix, for anything
     that is not one, whole and of a known version.
     """
+    with reading(path, _AGAIN):
+        return _read(path)
+
+
+def _read(path: str | os.PathLike) -> Adapter:
     header = read_header(path)
     _check_kind(header)
     check_header(header, _AGAIN)
@@ -116,8 +121,8 @@ def _check_kind(header: Header) -> None:
         raise FileRefused(f"{name} {fix}.")
     if version not in map(str, range(1, VERSION + 1)):
         raise FileRefused(
-            f"{name} has the IntLoRA version {version!r} and this Nibble reads up to {VERSION};"
-            " update Nibble."
+            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to"
+            f" {VERSION}; update Nibble."
         )
 
 

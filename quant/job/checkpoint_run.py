@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import InputStats
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan, recognise
 from ..files.atomic import Held
@@ -296,6 +297,21 @@ class LayerQuantizer(ABC):
             row.bytes_after = sum(tensor.nbytes for tensor in tensors.values())
             row.seconds = round(row.seconds + time.monotonic() - began, 3)
         self.writer.write(unit, tensors, vars(row) if row else {})
+
+    def recorded(self, measurement: Measurement, name: str) -> InputStats | None:
+        """What was recorded of a layer's inputs. Raises FileRefused for inputs that are not finite,
+        naming the tensor that is the cause where one is.
+        """
+        stats = measurement.statistics(name)
+        if stats is not None and not stats.mean_square.isfinite().all():
+            for key in self.source.shapes:
+                self.source.read(key)  # refuses NaN and infinity
+            raise FileRefused(
+                f"{self.source.name} overflowed while it was measured: {name} reads NaN or"
+                " infinity, and all its weights are finite; measure with fewer or other prompts,"
+                " or choose the preset that reads the weights alone."
+            )
+        return stats
 
     def _keep_rest(self) -> None:
         kept = {layer.name: layer for layer in self.layers if layer.action == "keep"}

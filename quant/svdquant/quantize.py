@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.architectures import LayerPlan
-from ..files.checkpoint import FORMATS
+from ..files.layer_formats import FORMATS
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
@@ -82,7 +82,7 @@ class _SVDQuantizer(LayerQuantizer):
         device: torch.device,
     ):
         super().__init__(job, writer, monitor, device)
-        self.statistics = measurement.statistics
+        self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name):

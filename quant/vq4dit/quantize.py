@@ -152,7 +152,7 @@ class _ClosedFormQuantizer(_VQQuantizer):
         device: torch.device,
     ):
         super().__init__(job, writer, monitor, device)
-        self.statistics = measurement.statistics
+        self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         for layer in layers:

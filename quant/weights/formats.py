@@ -3,6 +3,7 @@
 from typing import TypeVar
 
 from ..files.checkpoint import QuantizedFile
+from ..files.errors import reading
 from .awq_w4a16 import W4A16Weight
 from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQWeight
@@ -17,7 +18,10 @@ FORMATS: dict[str, type[Weight]] = {
 
 
 def weight_of(file: QuantizedFile, name: str) -> Weight:
-    """A quantized linear of a file. Raises FileRefused and ValueError where its tensors do not fit
-    together.
+    """A quantized linear of a file. Raises FileRefused where its tensors do not fit together or are
+    not finite.
     """
-    return FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name)
+    with reading(file.path, file.remedy):
+        tensors = file.layer(name)
+        file.check_finite(tensors)
+        return FORMATS[file.layers[name]["format"]].from_tensors(tensors, name)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import ops, reference
 from ...kernels.reference import vq as reference_vq
-from ..files.checkpoint import CODEWORDS
+from ..files.layer_formats import CODEWORDS
 from .base import StoredLinear, StoredWeight, same_tensor
 from .packing import unpack_indices
 

@@ -250,10 +250,7 @@ def save_calibration(calibration: Calibration, prefix: str) -> Path:
     """Writes under the prefix and the first free number, into the first of ComfyUI's folders.
     Raises ValueError for a prefix that is no name.
     """
-    if not prefix or Path(prefix).name != prefix:
-        raise ValueError(
-            f"{prefix!r} cannot be the name of a file; use letters, digits and dashes."
-        )
+    prefix = folders.plain_name(prefix, "", FOLDER, ".json").removesuffix(".json")
     folder = Path(folder_paths.get_folder_paths(FOLDER)[0])
     number = next(i for i in range(1, 100000) if not (folder / f"{prefix}_{i:05}.json").exists())
     path = folder / f"{prefix}_{number:05}.json"

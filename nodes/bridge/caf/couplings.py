@@ -28,6 +28,7 @@ from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
 from ....quant.files import atomic
 from ....quant.files.errors import FileRefused
+from ..host import file_names
 from ..host.charts import size
 from ..host.fingerprint import fingerprint, patches_fingerprint
 from ..host.progress import Progress
@@ -84,11 +85,7 @@ def _made(
 
 def folder_of(filename: str) -> Path:
     """Where couplings of that name lie. Raises FileRefused for what is no plain name."""
-    name = filename.strip() or DEFAULT
-    if set(name) & set('<>:"/\\|?*') or name != name.strip(". ") or not name.isprintable():
-        raise FileRefused(
-            f"{filename!r} cannot be the name of a folder; use letters, digits, spaces, - and _."
-        )
+    name = file_names.chosen(filename, DEFAULT, "", f"output/{FOLDER}", subfolders=False)
     return Path(folder_paths.get_output_directory()) / FOLDER / name
 
 

@@ -269,8 +269,7 @@ def split(pairs: int) -> tuple[range, range]:
 
 def file_name(filename: str) -> str:
     """The file's name in ComfyUI's lists, with its ending."""
-    name = filename.strip() or "trained"
-    return name.removesuffix(".safetensors").removesuffix(".caf") + ENDING
+    return folders.plain_name(filename, "trained", FOLDER, ENDING, subfolders=True)
 
 
 def _check(job: TrainingJob) -> None:

@@ -1,6 +1,7 @@
 """ComfyUI itself; knows no system.
 
 progress.py     bar, text, live chart, Stop
+file_names.py   what a file may be called, the same on every system
 folders.py      find, list, name and place files; cache stamps
 fingerprint.py  tells models and their patches apart
 samplers.py     the name of a SAMPLER, previews, the switch for training

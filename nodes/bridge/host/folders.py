@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import folder_paths
 
 from ....quant.files import atomic
 from ....quant.files.errors import FileRefused
+from . import file_names
 
 DIFFUSION_MODELS = "diffusion_models"
 
@@ -27,9 +27,10 @@ def register(folder: str) -> None:
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
 
 
-def names(folder: str, endings: str | tuple[str, ...] = ".safetensors") -> list[str]:
+def names(folder: str, endings: str | tuple[str, ...] = file_names.ENDINGS) -> list[str]:
     """Names of the files of a kind that end so, in ComfyUI's order."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(endings)]
+    listed = folder_paths.get_filename_list(folder)
+    return [name for name in listed if file_names.has_ending(name, endings)]
 
 
 def newest(folder: str, pattern: str) -> list[Path]:
@@ -68,16 +69,17 @@ def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str
     written to: the one that holds `beside` before the others, those that exist before those that
     would have to be made. Raises FileRefused.
     """
-    around = [] if beside is None else beside.resolve().parents
-    homes = [home.resolve() for home in _homes(folder)]
+    around = [] if beside is None else Path(os.path.abspath(beside)).parents
+    homes = [Path(os.path.abspath(home)) for home in _homes(folder)]
     # ComfyUI names models/unet before models/diffusion_models, and few have made it
     homes.sort(key=lambda home: (home not in around, not home.is_dir()))
     for home in homes:
-        target = (home / name).resolve()
-        if home not in target.parents:
+        path = file_names.within(home, name)
+        if path is None:
             raise FileRefused(
                 f"{name} lies outside ComfyUI's {folder} folder; give a plain file name."
             )
+        target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError:  # a read-only place: the next one is tried, and all are named if none works
@@ -123,17 +125,13 @@ def new_file(
         yield NewFile(path, listed, held, overwrite)
 
 
-def plain_name(wanted: str, default: str, folder: str, ending: str) -> str:
-    """What a user typed, or the default, with the ending. Raises ValueError for what is not the
+def plain_name(
+    wanted: str, default: str, folder: str, ending: str, subfolders: bool = False
+) -> str:
+    """What a user typed, or the default, with the ending. Raises FileRefused for what is not the
     name of a file.
     """
-    name = wanted.strip() or default
-    if not re.fullmatch(r"[\w .,()+-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"{wanted!r} cannot be a file's name in models/{folder}; use letters,"
-            " digits, spaces, - and _."
-        )
-    return name if name.endswith(ending) else f"{name}{ending}"
+    return file_names.chosen(wanted, default, ending, f"models/{folder}", subfolders)
 
 
 def refresh(folder: str) -> None:

@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ....quant.files.errors import FileRefused
+from ....quant.files.errors import FileRefused, reading
 from ....quant.intlora import file
 from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of, module_of
 from ....quant.intlora.convert import Conversion, ModuleChange, Options, convert
@@ -143,6 +143,13 @@ def _read_lora(model: ModelPatcher, bases: Bases, path: Path) -> _LoRAChanges:
         raise FileRefused(
             f"{path.name} cannot be read as a LoRA ({error}); download it again."
         ) from error
+    with reading(path, "it is no LoRA, or a damaged one: download it again"):
+        return _changes(model, bases, path, tensors)
+
+
+def _changes(
+    model: ModelPatcher, bases: Bases, path: Path, tensors: dict[str, torch.Tensor]
+) -> _LoRAChanges:
     if any(name.endswith(".lora_A_scale") for name in tensors):
         raise FileRefused(f"{path.name} is an IntLoRA already; use Apply IntLoRA.")
     keys = comfy.lora.model_lora_keys_unet(model.model, {})

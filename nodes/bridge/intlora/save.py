@@ -26,7 +26,7 @@ from ....quant.merge import refit
 from ....quant.weights.delta import WeightDelta, round_rank
 from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
-from ..host import folders
+from ..host import file_names, folders
 from ..host.progress import Progress
 from ..quantized import loading
 from .bases import PREFIX
@@ -115,8 +115,8 @@ def file_name(base: str, filename: str) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else the base's with an ending of its
     own.
     """
-    name = filename.strip() or f"{Path(base).stem}-merged"
-    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+    default = file_names.beside(base, "-merged")
+    return folders.plain_name(filename, default, loading.FOLDER, ".safetensors", subfolders=True)
 
 
 def _described(path: str, strength: float) -> dict:

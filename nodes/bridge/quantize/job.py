@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.model_management
@@ -25,7 +24,7 @@ from ....quant.files.source import Source, StateDictSource
 from ....quant.job.checkpoint_run import QuantizeJob
 from ....quant.job.measurement import Measurement
 from ....quant.job.monitor import Monitor
-from ..host import folders
+from ..host import file_names, folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER, quantized_files
 from . import record_inputs
@@ -40,7 +39,7 @@ def sources() -> list[str]:
     Nibble yet.
     """
     quantized = set(quantized_files())
-    names = folders.names(FOLDER, (".safetensors", ".sft"))
+    names = folders.names(FOLDER)
     return [name for name in names if name not in quantized]
 
 
@@ -196,10 +195,7 @@ class QuantizeRequest(ABC):
 
 def new_name(origin: str, filename: str, ending: str) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else beside its origin, with a method's
-    ending.
+    ending. Raises FileRefused for what no file can be called.
     """
-    name = filename.strip()
-    if not name:
-        stem = Path(origin).name.removesuffix(".safetensors")
-        name = str(Path(origin).with_name(f"{stem}-{ending}"))
-    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+    default = file_names.beside(origin, f"-{ending}")
+    return folders.plain_name(filename, default, FOLDER, ".safetensors", subfolders=True)

@@ -73,6 +73,17 @@ class Linear(comfy.ops.manual_cast.Linear):
         unexpected_keys.extend(prefix + name for name in parts)
         expected = ("weight", "bias") if self.expects_bias else ("weight",)
         missing_keys.extend(prefix + name for name in expected if getattr(self, name) is None)
+        error_msgs.extend(self._mismatches(prefix))
+
+    def _mismatches(self, prefix: str) -> list[str]:
+        """What does not have the model's shape, in torch's words."""
+        wanted = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        return [
+            f"size mismatch for {prefix}{name}: the file has {tuple(tensor.shape)}, the model"
+            f" {wanted[name]}"
+            for name, tensor in self._parameters.items()
+            if tensor is not None and tuple(tensor.shape) != wanted[name]
+        ]
 
     def _own(self, tensor: torch.Tensor | None, assign: bool) -> torch.nn.Parameter | None:
         """A 16-bit tensor as a parameter: as it is when ComfyUI casts while streaming, else a

@@ -75,3 +75,32 @@ def test_an_existing_file_is_kept_unless_it_may_be_replaced(places):
         "late.safetensors",
         "old.safetensors",
     ]
+
+
+def test_folders_that_are_links_lead_where_they_lead(places, tmp_path):
+    drive = tmp_path / "drive"
+    (drive / "flux").mkdir(parents=True)
+    places[1].mkdir()
+    (places[1] / "flux").symlink_to(drive / "flux")
+    target, name = folders.place("flux/new.safetensors", KIND, places[1] / "flux" / "a.safetensors")
+    assert (target, name) == (places[1] / "flux" / "new.safetensors", "flux/new.safetensors")
+    target.touch()
+    assert (drive / "flux" / "new.safetensors").exists()
+
+
+def test_a_whole_folder_that_is_a_link_is_a_place(places, tmp_path):
+    (tmp_path / "drive").mkdir()
+    places[0].symlink_to(tmp_path / "drive")
+    assert folders.place("new.safetensors", KIND)[0] == places[0] / "new.safetensors"
+    with pytest.raises(FileRefused, match="lies outside"):
+        folders.place("../new.safetensors", KIND)
+
+
+def test_endings_in_letters_of_either_size_are_listed(places):
+    places[0].mkdir()
+    for name in ("UPPER.SAFETENSORS", "old.sft", "OLD.SFT", "plain.safetensors", "other.txt"):
+        (places[0] / name).touch()
+    folder_paths.folder_names_and_paths[KIND][1].update({".sft", ".txt"})
+    folder_paths.filename_list_cache.pop(KIND, None)
+    listed = ["OLD.SFT", "UPPER.SAFETENSORS", "old.sft", "plain.safetensors"]
+    assert sorted(folders.names(KIND)) == listed

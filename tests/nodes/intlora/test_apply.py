@@ -113,7 +113,7 @@ def test_a_given_k_is_used_and_names_are_kept(model, loras):
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         converted(model, filename="mine")
     assert converted(model, filename="mine", overwrite=True) == name
-    with pytest.raises(FileRefused, match="outside ComfyUI's intlora folder"):
+    with pytest.raises(FileRefused, match="leads out of the folder"):
         converted(model, filename="../mine")
 
 

@@ -186,7 +186,7 @@ def rewritten(path, target, change) -> None:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        metadata = {key: value for key, value in file.metadata().items() if key != "checksums"}
+        metadata = {key: value for key, value in file.metadata().items() if "checksum" not in key}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     change(tensors)
     save_file(tensors, target, metadata)
