@@ -76,7 +76,20 @@ _ACCESSORIES = (
     "weight_codebook",
     "comfy_quant",
 )
+# bytes of a source's own metadata that are passed on
+_PASSED_ON = 65536
 _SAMPLE = 4096  # bytes read at the start, middle and end of a tensor for the fingerprint
+
+
+def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file made of a model keeps of the model's own metadata: whatever is short, and does
+    not tell how its tensors are stored. ComfyUI builds LTX and other video models by "config".
+    """
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
+    }
 
 
 class _Stored(NamedTuple):
@@ -322,11 +335,17 @@ class Source(_Model):
 
 class StateDictSource(_Model):
     """The same for a live model's state dict: `tensors` maps names to tensors on any device,
-    comfy-kitchen's quantized ones too.
+    comfy-kitchen's quantized ones too; `metadata`: of the file that the model comes from.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str = "The connected model"):
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str = "The connected model",
+        metadata: Mapping[str, str] | None = None,
+    ):
         self.name, self.path, self._tensors = name, None, tensors
+        self.metadata = passed_on(metadata or {})
         super().__init__(
             {
                 key: _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)

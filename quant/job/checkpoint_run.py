@@ -28,7 +28,7 @@ from ..files.architectures import Architecture, LayerPlan, recognise
 from ..files.checkpoint import QuantizedFile, open_quantized
 from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
-from ..files.source import Source, StateDictSource
+from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import TensorSpec, Writer, check_path, check_target
 from .measurement import Measurement
 from .monitor import Monitor
@@ -210,7 +210,9 @@ class QuantizeJob(ABC):
         )
 
     def _made(self, file: QuantizedFile) -> bool:
-        """Whether a file was made from this model by this recipe."""
+        """Whether a file was made from this model by this recipe, and ComfyUI will build it so."""
+        if passed_on(self.source.metadata).get("config") != file.metadata.get("config"):
+            return False
         # the source's fingerprint reads all of the model: asked last
         return file.metadata.get("recipe") == self.recipe.to_json() and file.metadata.get(
             "source"

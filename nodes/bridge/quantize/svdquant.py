@@ -24,6 +24,10 @@ class SVDQuantRequest(QuantizeRequest):
     def ending(self) -> str:
         return f"svdq-int4-r{self.recipe.rank}"
 
+    @property
+    def needs_inputs(self) -> bool:
+        return self.recipe.preset == "best"
+
     def check(self) -> None:
         if self.recipe.preset == "best" and not self.positive:
             raise ValueError(NO_PROMPTS)

@@ -84,6 +84,7 @@ class VQRequest(QuantizeRequest):
     ) -> Report:
         if not self.recipe.calibrated or isinstance(recording, NotMeasured):
             return super().write(job, recording, provenance)
+        self.note(job, recording)
         progress = Progress("calibrating", self.node_id)
         drawn = Progress("drawing", self.node_id)
         live = LiveBlocks(
