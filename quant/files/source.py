@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.optional import optional
 from .errors import FileRefused
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
 
@@ -261,16 +262,13 @@ class _Model(ABC):
         (_load_quantized_module) sets it up.
         """
         layout_name, fields, options = _LAYOUTS[facts["format"]]
-        try:
-            from comfy_kitchen import tensor as kitchen
-
-            layout = getattr(kitchen, layout_name)
-        except (ImportError, AttributeError):
+        layout = getattr(optional("comfy_kitchen.tensor")[0], layout_name, None)
+        if layout is None:
             raise FileRefused(
                 f"{self.name} is in ComfyUI's format {facts['format']}, which needs the package"
                 " comfy-kitchen (a newer one, if it is installed); install it, or choose the"
                 " 16-bit file."
-            ) from None
+            )
         tensors = {
             field: self._part(module, facts["format"], suffix) for field, suffix in fields.items()
         }
