@@ -184,7 +184,7 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
                     cls.KIND,
                     NO_FILES,
                     "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 file. Other files are not listed.",
+                    " svdq-int4 file. svdq-fp4 files are listed, but cannot be loaded.",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),

@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ...kernels.optional import optional
+from ..calibration.statistics import ENOUGH_PICTURES
 from ..files.errors import FileRefused
 from ..files.safetensors import checksum, read_header, read_tensor
-from ..job.checkpoint_run import QuantizeJob
+from ..job.checkpoint_run import QuantizeJob, few_prompts
 from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
@@ -96,6 +97,8 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
         tokens, pooled, provenance = None, None, {"kind": "random conditioning"}
     else:
         tokens, pooled, provenance = _prompts(options.prompts)
+        if len(tokens) < ENOUGH_PICTURES:
+            job.source.notes.append(few_prompts(len(tokens)))
     if job.existing_report(provenance) is not None:
         return Measurement(provenance)
     cap = int(options.memory_cap * 1e9)

@@ -20,11 +20,13 @@ import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.calibration.statistics import InputStats
+from ....quant.calibration.recorder import find_linears
+from ....quant.calibration.statistics import ENOUGH_PICTURES, InputStats
+from ....quant.files import architectures
 from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source, StateDictSource
-from ....quant.job.checkpoint_run import QuantizeJob
+from ....quant.job.checkpoint_run import QuantizeJob, few_prompts
 from ....quant.job.measurement import Measurement
 from ....quant.job.monitor import Monitor
 from ..host import folders
@@ -146,6 +148,8 @@ class QuantizeRequest(ABC):
             job.source.notes.append(recording.note)
         elif not self.positive:
             job.source.notes.append(self.noise_note)
+        elif self.reads_inputs and len(self.positive) < ENOUGH_PICTURES:
+            job.source.notes.append(few_prompts(len(self.positive)))
 
     @property
     def noise_note(self) -> str:
@@ -208,6 +212,10 @@ class QuantizeRequest(ABC):
         patcher = self.model
         if patcher is None:
             patcher = comfy.sd.load_diffusion_model(str(source.path))
+            built = find_linears(patcher.model.diffusion_model)
+            refusal = architectures.missing_layer(source.shapes, built, source.name)
+            if refusal is not None:
+                raise refusal
         if self.positive:
             pictures = record_inputs.pictures_of(
                 patcher, self.positive, self.latent, self.steps, self.recipe.seed

@@ -41,6 +41,7 @@ _POOLED_INPUTS = ("vector_in.in_layer", "y_embedder.mlp.0")
 TOKENS, TOKEN_STD = 128, 0.25
 RANDOM_PROMPTS, RANDOM_STEPS, RANDOM_PIXELS = 2, 4, 256
 PROMPT_PIXELS = 512
+PROMPTS = "prompts"  # the kind of the user's own pictures
 HEADROOM = 2 << 30  # bytes of RAM left free beside a model that is loaded only to be measured
 
 
@@ -115,7 +116,7 @@ def pictures_of(
         latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
         steps=steps,
         seed=seed,
-        kind="prompts",
+        kind=PROMPTS,
     )
 
 
@@ -213,6 +214,7 @@ def record(
         cap,
         passed,
         seed=pictures.seed,
+        picture=lambda: state["step"] // pictures.steps if pictures.kind == PROMPTS else None,
     )
     for name, found in statistics.items():
         if not found.mean_square.isfinite().all():

@@ -20,9 +20,12 @@ from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.recipe import Recipe
 
 FAST = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
-# what a cache must survive and Nibble does not quantize, or not at this size
-TOO_SMALL = "no layer that could be quantized"
-UNKNOWN = "holds no diffusion transformer that Nibble knows"
+# families that are not quantized, or not at this size: in words, before anything is run
+REFUSALS = (
+    "no layer that could be quantized",
+    "holds no diffusion transformer that Nibble knows",
+    "has diffusers' names",
+)
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_a_family_is_quantized_with_the_defaults(folder, family):
     try:
         name, notes = svdquant(tiny_models.build(family))
     except FileRefused as refusal:
-        assert TOO_SMALL in str(refusal) or UNKNOWN in str(refusal)
+        assert any(words in str(refusal) for words in REFUSALS)
         return
     assert open_quantized(folder / name).layers
     assert len(notes) == 1
