@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
+    except ModuleNotFoundError as error:
+        print(f"nibble: {error.name} is not installed; pip install {error.name}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"nibble: {error}", file=sys.stderr)
         return 1

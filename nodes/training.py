@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from . import training_inputs
+from . import file_nodes, training_inputs
 from .bridge.host import charts
 from .bridge.intlora import files as intlora
 from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options, run
@@ -13,7 +13,7 @@ from .widgets import patterns
 VARIANTS = ["shift_add", "mul", "shift"]
 
 
-class NibbleTrainIntLoRA(io.ComfyNode):
+class NibbleTrainIntLoRA(file_nodes.FileNode):
     """An adapter of a 4-bit model's integers, learned from pictures."""
 
     @classmethod
@@ -61,14 +61,6 @@ class NibbleTrainIntLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, filename, **_):
-        name = intlora.file_name(
-            "", (filename[0] if isinstance(filename, list) else filename) or "trained"
-        )
-        # unequal to itself: the node runs until its file is there
-        return intlora.stamp(name) if name in intlora.adapter_files() else float("nan")
-
-    @classmethod
     def execute(cls, model, latents, positive, **widgets) -> io.NodeOutput:
         # the node takes lists of pictures and prompts, so everything comes as a list
         one = {name: values[0] for name, values in widgets.items()}
@@ -105,6 +97,7 @@ class NibbleTrainIntLoRA(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
+        cls.made(trained.name, intlora.FOLDER)
         return io.NodeOutput(
             trained.name,
             trained.lora,

@@ -94,6 +94,11 @@ class QuantizedFile(ABC):
                 shapes |= {spec.name: spec.shape for spec in self.specs(unit)}
         return family_name(shapes, self.path.name)
 
+    @property
+    def built_by(self) -> dict[str, str]:
+        """The metadata by which ComfyUI builds LTX and other video models: "config"."""
+        return {key: value for key, value in self.metadata.items() if key == "config"}
+
     def is_current(self) -> bool:
         """Whether its files are still those that were opened, by modification time and size."""
         return all(stored.is_current() for stored in self.files)

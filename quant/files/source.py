@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.optional import optional
 from .errors import FileRefused, reader, reading
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
 
@@ -77,7 +78,20 @@ _ACCESSORIES = (
     "comfy_quant",
 )
 _LARGEST_JSON = 65536  # bytes of a layer's
+# bytes of a source's own metadata that are passed on
+_PASSED_ON = 65536
 _SAMPLE = 4096  # bytes read at the start, middle and end of a tensor for the fingerprint
+
+
+def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file made of a model keeps of the model's own metadata: whatever is short, and does
+    not tell how its tensors are stored. ComfyUI builds LTX and other video models by "config".
+    """
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
+    }
 
 
 class _Stored(NamedTuple):
@@ -271,16 +285,13 @@ class _Model(ABC):
         (_load_quantized_module) sets it up.
         """
         layout_name, fields, options = _LAYOUTS[facts["format"]]
-        try:
-            from comfy_kitchen import tensor as kitchen
-
-            layout = getattr(kitchen, layout_name)
-        except (ImportError, AttributeError):
+        layout = getattr(optional("comfy_kitchen.tensor")[0], layout_name, None)
+        if layout is None:
             raise FileRefused(
                 f"{self.name} is in ComfyUI's format {facts['format']}, which needs the package"
                 " comfy-kitchen (a newer one, if it is installed); install it, or choose the"
                 " 16-bit file."
-            ) from None
+            )
         tensors = {
             field: self._part(module, facts["format"], suffix) for field, suffix in fields.items()
         }
@@ -359,11 +370,17 @@ class Source(_Model):
 
 class StateDictSource(_Model):
     """The same for a live model's state dict: `tensors` maps names to tensors on any device,
-    comfy-kitchen's quantized ones too.
+    comfy-kitchen's quantized ones too; `metadata`: of the file that the model comes from.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str = "The connected model"):
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str = "The connected model",
+        metadata: Mapping[str, str] | None = None,
+    ):
         self.name, self.path, self._tensors = name, None, tensors
+        self.metadata = passed_on(metadata or {})
         super().__init__(
             {
                 key: _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)

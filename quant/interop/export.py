@@ -60,7 +60,11 @@ class ToNibble(Export):
     """
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
-        kept = {key: self.source.metadata[key] for key in FACTS if key in self.source.metadata}
+        kept = {
+            key: self.source.metadata[key]
+            for key in FACTS
+            if key in self.source.metadata and key not in self.source.built_by
+        }
         origin = {
             "name": self.source.path.name,
             "bytes": self.source.size,
@@ -74,6 +78,7 @@ class ToNibble(Export):
             "recipe": "{}",
             "calibration": "{}",
             "report": self._report(bytes_after),
+            **self.source.built_by,
         } | ({"nunchaku": json.dumps(kept)} if kept else {})
 
     def _report(self, bytes_after: int) -> str:
@@ -172,11 +177,14 @@ class ToKitchen(Export):
                 {"name": self.source.path.name, "format": self.source.kind}
             ),
             "converter": "nibble",
+            **self.source.built_by,
         }
 
 
 def kept_facts(source: QuantizedFile) -> Mapping[str, str]:
     """What a converted file remembers of Nunchaku's metadata."""
     return source.fact("nunchaku") or {
-        key: source.metadata[key] for key in FACTS if key in source.metadata
+        key: source.metadata[key]
+        for key in FACTS
+        if key in source.metadata and key not in source.built_by
     }

@@ -71,6 +71,7 @@ class NunchakuFile(QuantizedFile):
     """
 
     kind = "Nunchaku INT4"
+    built_by: dict[str, str] = {}  # its "config" is diffusers' (see FACTS)
 
     def __init__(self, files: list[SafetensorsFile], folder: Path | None = None):
         with ExitStack() as opened:

@@ -24,14 +24,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import InputStats
+from ..calibration.statistics import ENOUGH_PICTURES, InputStats
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan, recognise
 from ..files.atomic import Held
 from ..files.checkpoint import QuantizedFile, open_quantized
 from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
-from ..files.source import Source, StateDictSource
+from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import TensorSpec, Writer, check_path, check_target
 from .measurement import Measurement
 from .monitor import Monitor
@@ -217,7 +217,9 @@ class QuantizeJob(ABC):
         )
 
     def _made(self, file: QuantizedFile) -> bool:
-        """Whether a file was made from this model by this recipe."""
+        """Whether a file was made from this model by this recipe, and ComfyUI will build it so."""
+        if passed_on(self.source.metadata).get("config") != file.metadata.get("config"):
+            return False
         # the source's fingerprint reads all of the model: asked last
         return file.metadata.get("recipe") == self.recipe.to_json() and file.metadata.get(
             "source"
@@ -249,6 +251,15 @@ def _unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
+
+
+def few_prompts(count: int) -> str:
+    """A note for a measurement on fewer prompts than are enough."""
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    return (
+        f"measured on {prompts} only: errors of other prompts may be larger than those told here;"
+        f" {ENOUGH_PICTURES} or more tell what the model reads"
+    )
 
 
 class LayerQuantizer(ABC):

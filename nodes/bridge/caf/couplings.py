@@ -89,16 +89,6 @@ def folder_of(filename: str) -> Path:
     return Path(folder_paths.get_output_directory()) / FOLDER / name
 
 
-def stamp(filename: str) -> float:
-    """Changes with the files of that name; unequal to itself where there are none, so that the node
-    runs.
-    """
-    try:
-        return folder_of(filename).stat().st_mtime
-    except (OSError, FileRefused):
-        return float("nan")
-
-
 # ---- before work starts
 
 

@@ -43,8 +43,10 @@ def newest(folder: str, pattern: str) -> list[Path]:
 
 
 def find(name: str, folder: str) -> Path | None:
-    """The path of a file; None for a name that is not there."""
-    path = folder_paths.get_full_path(folder, name)
+    """The path of a file; None for what is not there, or, from a prompt of the API, no name at
+    all.
+    """
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     return None if path is None else Path(path)
 
 

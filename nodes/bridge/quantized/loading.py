@@ -82,7 +82,7 @@ def load(
         patcher = comfy.sd.load_diffusion_model_state_dict(
             packed(state, file.layers, DTYPES[dtype] or torch.bfloat16),
             model_options=options,
-            metadata=dict(file.metadata) if file.stock else {},
+            metadata=dict(file.metadata) if file.stock else file.built_by,
             disable_dynamic=disable_dynamic,
         )
     if patcher is None:

@@ -280,15 +280,6 @@ def test_it_says_how_long_it_will_take(model, monkeypatch, elapsed, said):
     assert watch.left(4).removeprefix(", ") == said
 
 
-def test_the_node_runs_again_while_its_folder_is_not_there(model, output):
-    assert caf_couplings.stamp("mine") != caf_couplings.stamp("mine")
-    made(model, count=1)
-    assert (
-        nodes.NibbleMakeCAFCouplings.fingerprint_inputs(filename=["mine"], seed=[0])
-        == (output / "mine").stat().st_mtime
-    )
-
-
 def test_nothing_is_left_on_the_model(model):
     before = (
         dict(model.model_options["transformer_options"]),
