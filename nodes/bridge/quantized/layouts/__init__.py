@@ -42,6 +42,7 @@ __all__ = [
     "NibbleTensor",
     "effective_weight",
     "format_of",
+    "hooked_by",
     "is_ours",
     "linear",
     "live",
@@ -134,3 +135,11 @@ def with_hook(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTens
     """
     params = dataclasses.replace(weight.params, hook=HookCell(change))
     return NibbleTensor(weight._qdata.clone(), weight._layout_cls, params)
+
+
+def hooked_by(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTensor:
+    """The weight as a hook that makes this change shows it, whatever hook is on now; the same
+    tensors.
+    """
+    params = dataclasses.replace(weight.params, hook=HookCell(change))
+    return NibbleTensor(weight._qdata, weight._layout_cls, params)
