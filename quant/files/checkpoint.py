@@ -124,6 +124,13 @@ class QuantizedFile(ABC):
     def units(self) -> Iterable[str]:
         """Names of what is read at once: a quantized linear, or whatever was left in 16 bit."""
 
+    @property
+    def patched(self) -> Sequence[str]:
+        """The layers that ComfyUI saved with a patch beside their own tensors (`SIDE`), in which
+        case `unit` gives these, too.
+        """
+        return ()
+
     @abstractmethod
     def unit(self, name: str) -> dict[str, Tensor]:
         """Its tensors, under ComfyUI's names. Raises FileRefused where they do not fit together."""
@@ -332,14 +339,13 @@ def _check_layer(header: Header, name: str, config: dict) -> None:
         for suffix, rule in OPTIONAL.get(config["format"], {}).items()
         if f"{name}.{suffix}" in header.tensors or ("R" in rule.split(",") and "rank" in config)
     }
-    several = {"weight_smooth_factor": "P,K"} if config.get("smooth_rows") else {}
-    rules = FORMATS[config["format"]][0] | optional | several
+    rules = FORMATS[config["format"]][0] | optional | smoothing_rule(config)
     shapes = {
         suffix: header.tensors[f"{name}.{suffix}"].shape
         for suffix in rules
         if f"{name}.{suffix}" in header.tensors
     }
-    sizes = _sizes(config, *(*shapes.get("weight", ()), 0, 0)[:2])
+    sizes = layer_sizes(config, *(*shapes.get("weight", ()), 0, 0)[:2])
     for suffix, rule in rules.items():
         if sizes is None or shapes.get(suffix) != tuple(
             sizes[letter] for letter in rule.split(",")
@@ -356,7 +362,12 @@ def _check_layer(header: Header, name: str, config: dict) -> None:
         )
 
 
-def _sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
+def smoothing_rule(config: dict) -> dict[str, str]:
+    """The shape of the smoothing where runs of rows have one each; {} for one of all rows."""
+    return {"weight_smooth_factor": "P,K"} if config.get("smooth_rows") else {}
+
+
+def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
     """What the letters of `FORMATS` stand for in a layer whose weight has the shape (n, width);
     None where no layer can be so.
     """

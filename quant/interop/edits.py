@@ -18,6 +18,7 @@ from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.safetensors import TensorSpec, read_header
 from ..files.writer import Writer, check_target, metadata_room
+from ..weights.formats import refuse_patched
 from .export import ToNibble
 
 KEY = "merged"  # of the metadata: a list, one entry a run
@@ -70,6 +71,7 @@ def write_edits(
     source.
     """
     check_target(source.path, target)
+    refuse_patched(source)
     source.verify(progress)
     units = list(source.units)
     specs = {unit: edits[unit].specs if unit in edits else source.specs(unit) for unit in units}

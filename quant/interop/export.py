@@ -18,6 +18,7 @@ from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..weights.base import json_tensor
+from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 
@@ -27,6 +28,7 @@ class Export(ABC):
     """
 
     def __init__(self, source: QuantizedFile):
+        refuse_patched(source)
         self.source = source
         self.notes: list[str] = []
 
