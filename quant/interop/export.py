@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
+from ..files.checkpoint import FORMAT_VERSION, QuantizedFile, layer_sizes
 from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
@@ -21,16 +21,24 @@ from ..weights.base import json_tensor
 from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
+# of a layer's format, as reports call it
+ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+
 
 class Export(ABC):
     """A conversion: `units` names what is written at once, `specs` and `make` give a unit's sizes
     and tensors.
     """
 
+    FORMATS: tuple[str, ...] = ("svdquant_w4a4", "awq_w4a16")  # of layers that it can say
+
     def __init__(self, source: QuantizedFile):
         refuse_patched(source)
         self.source = source
         self.notes: list[str] = []
+        for name, facts in source.layers.items():
+            if facts["format"] not in self.FORMATS:
+                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
 
     @property
     def units(self) -> Iterable[str]:
@@ -61,7 +69,10 @@ class ToNibble(Export):
     back is open.
     """
 
+    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+
     def metadata(self, bytes_after: int) -> dict[str, str]:
+        formats = {facts["format"] for facts in self.source.layers.values()}
         kept = {key: self.source.metadata[key] for key in FACTS if key in self.source.metadata}
         origin = {
             "name": self.source.path.name,
@@ -71,7 +82,7 @@ class ToNibble(Export):
         return {
             "format": "nibble",
             "nibble_version": str(FORMAT_VERSION),
-            "method": "svdquant",
+            "method": "vq" if "vq" in formats else "svdquant",
             "source": json.dumps(origin),
             "recipe": "{}",
             "calibration": "{}",
@@ -84,9 +95,11 @@ class ToNibble(Export):
             specs = {spec.name.rpartition(".")[2]: spec for spec in self.source.specs(name)}
             size, weight = sum(spec.nbytes for spec in specs.values()), specs.get("weight")
             if name in self.source.layers:
-                kind = "w4a16" if self.source.layers[name]["format"] == "awq_w4a16" else "w4a4"
-                n, packed = specs["weight"].shape  # two codes a byte
-                before = 2 * n * (2 * packed + ("bias" in specs))
+                facts = self.source.layers[name]
+                kind, (n, packed) = ACTIONS[facts["format"]], specs["weight"].shape
+                sizes = layer_sizes(facts, n, packed)
+                assert sizes is not None  # checked when the file was opened
+                before = 2 * n * (sizes["K"] + ("bias" in specs))
                 rows.append(LayerRow(name, kind, f"from {self.source.kind}", None, before, size))
             elif weight is not None and len(weight.shape) == 2:
                 rows.append(

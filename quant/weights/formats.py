@@ -9,6 +9,7 @@ from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQWeight
 
 FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
+AnyWeight = TypeVar("AnyWeight", SVDQuantWeight, W4A16Weight, VQWeight)
 Weight = SVDQuantWeight | W4A16Weight | VQWeight
 FORMATS: dict[str, type[Weight]] = {
     SVDQuantWeight.FORMAT: SVDQuantWeight,

@@ -214,20 +214,23 @@ class _EditedLayer:
 
     def specs(self) -> list[TensorSpec]:
         """The tensors afterwards: known before the work, since the file is laid out first."""
-        rank = self._rank()
-        return branch_specs(self.source, self.name, rank) if rank else self.source.specs(self.name)
-
-    def _rank(self) -> int:
-        """The rank of the branch afterwards."""
         facts = self.source.layers[self.name]
         if facts["format"] == SVDQuantWeight.FORMAT and not (
             self.wider or facts.get("smooth_rows")
         ):
-            return facts["rank"]
-        _, delta = self._combined()
+            return branch_specs(self.source, self.name, facts["rank"])
+        weight, delta = self._combined()
         grown = delta.rank + (0 if delta.dense is None else refit.EXTRA)
         rank = facts.get("rank", 0)
-        return round_rank(rank + grown) if grown else rank
+        if grown:
+            rank = round_rank(rank + grown)
+        specs = self.source.specs(self.name)
+        if rank:
+            specs = branch_specs(self.source, self.name, rank)
+        scale = f"{self.name}.weight_scale"
+        if weight.scale is not None and scale not in {spec.name for spec in specs}:
+            specs.append(TensorSpec(scale, weight.scale.dtype, tuple(weight.scale.shape)))
+        return specs
 
     def make(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The new tensors, and the report's line."""
