@@ -1,5 +1,6 @@
 """Merge and Save of a model of codewords with LoRAs: the file draws what was connected."""
 
+import math
 import shutil
 
 import pytest
