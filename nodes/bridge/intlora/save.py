@@ -28,7 +28,7 @@ from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host import folders
 from ..host.progress import Progress
-from ..quantized import loading
+from ..quantized import layouts, loading
 from .bases import PREFIX
 from .fold import (
     BRANCHES,
@@ -147,7 +147,9 @@ def _hash(entries: dict) -> str:
 
 def _flat(value) -> Iterator:
     """The tensors, numbers and names within a patch."""
-    if isinstance(value, QuantizedTensor):
+    if layouts.is_ours(value):
+        yield from _flat(layouts.stored_tensors(value, "x"))
+    elif isinstance(value, QuantizedTensor):
         yield from _flat(value.state_dict("x"))
     elif isinstance(value, WeightAdapterBase):
         yield type(value).__name__

@@ -48,6 +48,7 @@ __all__ = [
     "live",
     "pack",
     "settings_tensor",
+    "stored_tensors",
     "unpack",
     "with_fields",
     "with_hook",
@@ -108,6 +109,14 @@ def linear(
 ) -> torch.Tensor:
     """`Layout.linear` of the weight's own format."""
     return weight.layout_cls.linear(x, weight, bias, changes)
+
+
+def stored_tensors(weight: QuantizedTensor, prefix: str) -> Tensors:
+    """The weight's tensors under the file's names, `prefix` being that of X.weight; what patches
+    put beside it among them.
+    """
+    named = weight.layout_cls.state_dict_tensors(weight._qdata, weight.params)
+    return {f"{prefix}{suffix}": tensor for suffix, tensor in named.items()}
 
 
 def settings_tensor(weight: QuantizedTensor) -> torch.Tensor:
