@@ -108,6 +108,13 @@ class QuantizedFile(ABC):
     def units(self) -> Iterable[str]:
         """Names of what is read at once: a quantized linear, or whatever was left in 16 bit."""
 
+    @property
+    def patched(self) -> Sequence[str]:
+        """The layers that ComfyUI saved with a patch beside their own tensors (`SIDE`), in which
+        case `unit` gives these, too.
+        """
+        return ()
+
     @abstractmethod
     def unit(self, name: str) -> dict[str, Tensor]:
         """Its tensors, under ComfyUI's names. Raises FileRefused where they do not fit together."""

@@ -86,7 +86,7 @@ def check_layer(header: Header, name: str, config: dict) -> None:
         if f"{name}.{suffix}" in header.tensors
     }
     shapes = {suffix: info.shape for suffix, info in found.items()}
-    sizes = _sizes(config, *(*shapes.get("weight", ()), 0, 0)[:2])
+    sizes = layer_sizes(config, *(*shapes.get("weight", ()), 0, 0)[:2])
     for suffix, rule in _rules(config, header, name).items():
         if sizes is None or shapes.get(suffix) != tuple(
             sizes[letter] for letter in rule.split(",")
@@ -105,8 +105,12 @@ def _rules(config: dict, header: Header, name: str) -> dict[str, str]:
         for suffix, rule in (OPTIONAL.get(config["format"], {}) | {"bias": "N"}).items()
         if f"{name}.{suffix}" in header.tensors or ("R" in rule.split(",") and "rank" in config)
     }
-    several = {"weight_smooth_factor": "P,K"} if config.get("smooth_rows") else {}
-    return FORMATS[config["format"]][0] | optional | several
+    return FORMATS[config["format"]][0] | optional | smoothing_rule(config)
+
+
+def smoothing_rule(config: dict) -> dict[str, str]:
+    """The shape of the smoothing where runs of rows have one each; {} for one of all rows."""
+    return {"weight_smooth_factor": "P,K"} if config.get("smooth_rows") else {}
 
 
 def _check_dtypes(header: Header, name: str, config: dict, found: dict[str, TensorInfo]) -> None:
@@ -121,7 +125,7 @@ def _check_dtypes(header: Header, name: str, config: dict, found: dict[str, Tens
             )
 
 
-def _sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
+def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
     """What the letters of `FORMATS` stand for in a layer whose weight has the shape (n, width);
     None where no layer can be so.
     """

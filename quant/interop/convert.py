@@ -9,8 +9,10 @@ from pathlib import Path
 from ..files import atomic
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
+from ..files.safetensors import read_header
 from ..files.writer import Writer, check_path, check_target, metadata_room
 from .export import Export, ToKitchen, ToNibble
+from .nunchaku_lora import convert_lora, is_nunchaku_lora
 from .nunchaku_write import ToNunchaku
 from .opening import open_4bit
 
@@ -35,10 +37,12 @@ def convert(
 
     verify: compare a source of Nibble's with its checksums first. An interrupted run goes on where
         it stopped, and leaves no half-written
-    target. Raises FileRefused for a source that cannot be read, and for what the target's format
-    cannot say.
+    target. A LoRA in Nunchaku's form becomes an ordinary one, whatever `to`. Raises FileRefused for
+    a source that cannot be read, and for what the target's format cannot say.
     """
     progress = progress or (lambda *_: None)
+    if Path(source).is_file() and is_nunchaku_lora(read_header(source)):
+        return convert_lora(source, target)
     file = open_4bit(source)
     _ = file.family  # a model of no known family is refused before the work
     check_path(file.path, target)

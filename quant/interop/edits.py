@@ -18,8 +18,10 @@ from torch import Tensor
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
 from ..files.integrity import HEADER_SUM, SUMS
+from ..files.layer_formats import layer_sizes
 from ..files.safetensors import TensorSpec, read_header
 from ..files.writer import Writer, check_target, metadata_room
+from ..weights.formats import refuse_patched
 from .export import ToNibble
 
 KEY = "merged"  # of the metadata: a list, one entry a run
@@ -35,10 +37,14 @@ class Edit(NamedTuple):
 
 
 def branch_specs(source: QuantizedFile, name: str, rank: int) -> list[TensorSpec]:
-    """The tensors of a quantized layer whose low-rank branch has, or gets, this rank."""
+    """The tensors of a quantized layer whose low-rank branch has, or gets, this rank, in the dtype
+    of its scales (of its codebook, where it has none).
+    """
     specs = {spec.name: spec for spec in source.specs(name)}
-    (n, half), scale = specs[f"{name}.weight"].shape, specs[f"{name}.weight_scale"]
-    for part, length in (("down", 2 * half), ("up", n)):
+    sizes = layer_sizes(source.layers[name], *specs[f"{name}.weight"].shape)
+    assert sizes is not None  # checked when the file was opened
+    scale = specs.get(f"{name}.weight_scale") or specs[f"{name}.weight_codebook"]
+    for part, length in (("down", sizes["K"]), ("up", sizes["N"])):
         key = f"{name}.weight_proj_{part}"
         specs[key] = TensorSpec(key, scale.dtype, (length, rank))
     facts = json.dumps(source.layers[name] | {"rank": rank})
@@ -72,6 +78,7 @@ def write_edits(
     source.
     """
     check_target(source.path, target)
+    refuse_patched(source)
     source.verify(progress)
     units = list(source.units)
     specs = {unit: edits[unit].specs if unit in edits else source.specs(unit) for unit in units}

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
 from ..files.errors import FileRefused
+from ..files.layer_formats import layer_sizes
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..weights.base import json_tensor
+from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
+
+# of a layer's format, as reports call it
+ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
 
 
 class Export(ABC):
@@ -26,9 +31,15 @@ class Export(ABC):
     and tensors.
     """
 
+    FORMATS: tuple[str, ...] = ("svdquant_w4a4", "awq_w4a16")  # of layers that it can say
+
     def __init__(self, source: QuantizedFile):
+        refuse_patched(source)
         self.source = source
         self.notes: list[str] = []
+        for name, facts in source.layers.items():
+            if facts["format"] not in self.FORMATS:
+                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
 
     @property
     def units(self) -> Iterable[str]:
@@ -59,7 +70,10 @@ class ToNibble(Export):
     back is open.
     """
 
+    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+
     def metadata(self, bytes_after: int) -> dict[str, str]:
+        formats = {facts["format"] for facts in self.source.layers.values()}
         kept = {
             key: self.source.metadata[key]
             for key in FACTS
@@ -73,7 +87,7 @@ class ToNibble(Export):
         return {
             "format": "nibble",
             "nibble_version": str(FORMAT_VERSION),
-            "method": "svdquant",
+            "method": "vq" if "vq" in formats else "svdquant",
             "source": json.dumps(origin),
             "recipe": "{}",
             "calibration": "{}",
@@ -87,9 +101,11 @@ class ToNibble(Export):
             specs = {spec.name.rpartition(".")[2]: spec for spec in self.source.specs(name)}
             size, weight = sum(spec.nbytes for spec in specs.values()), specs.get("weight")
             if name in self.source.layers:
-                kind = "w4a16" if self.source.layers[name]["format"] == "awq_w4a16" else "w4a4"
-                n, packed = specs["weight"].shape  # two codes a byte
-                before = 2 * n * (2 * packed + ("bias" in specs))
+                facts = self.source.layers[name]
+                kind, (n, packed) = ACTIONS[facts["format"]], specs["weight"].shape
+                sizes = layer_sizes(facts, n, packed)
+                assert sizes is not None  # checked when the file was opened
+                before = 2 * n * (sizes["K"] + ("bias" in specs))
                 rows.append(LayerRow(name, kind, f"from {self.source.kind}", None, before, size))
             elif weight is not None and len(weight.shape) == 2:
                 rows.append(

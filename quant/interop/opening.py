@@ -9,7 +9,7 @@ from ..files.checkpoint import NibbleFile, QuantizedFile
 from ..files.errors import FileRefused, reading
 from ..files.header_limits import LISTED_HEADER
 from ..files.safetensors import Header, SafetensorsFile
-from .kitchen import KitchenFile, is_kitchen
+from .kitchen import KitchenFile, has_codebooks, is_kitchen
 from .nunchaku_folder import BLOCKS, OTHERS
 from .nunchaku_read import is_nunchaku, open_nunchaku
 
@@ -58,11 +58,11 @@ def _is_low_bit(header: Header) -> bool:
     return _is_own(header) or is_nunchaku(header) or is_kitchen(header)
 
 
-def method_of(metadata: dict[str, str]) -> str:
-    """'svdquant' or 'vq', from a low-bit file's metadata: other programs name no method, and write
-    SVDQuant's.
+def method_of(header: Header) -> str:
+    """'svdquant' or 'vq', from a low-bit file's header: other programs name no method, and write
+    SVDQuant's; ComfyUI saves either without Nibble's metadata.
     """
-    return "vq" if metadata.get("method") == "vq" else "svdquant"
+    return "vq" if header.metadata.get("method") == "vq" or has_codebooks(header) else "svdquant"
 
 
 class OpenedFiles:
@@ -122,7 +122,7 @@ class OpenedFiles:
                 self._remembered(stored.path, NibbleFile(stored))
             except FileRefused:
                 pass  # whoever chooses the damaged file is told why
-        return method_of(stored.header.metadata)
+        return method_of(stored.header)
 
     def _remembered(self, path: Path, file: QuantizedFile) -> QuantizedFile:
         with self._lock:

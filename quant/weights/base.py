@@ -60,6 +60,16 @@ class StoredWeight:
         assert self.proj_down is not None  # each format checks that they go together
         return self.proj_down, self.proj_up
 
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return next(iter(self._tensors().values())).device
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets."""
+        raise NotImplementedError
+
     def facts(self) -> dict:
         """The layer's JSON."""
         return {"format": self.FORMAT}

@@ -103,6 +103,11 @@ class VQWeight(StoredWeight):
         return 0 if self.proj_down is None else self.proj_down.shape[1]
 
     @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets: that of its scales, or of its codebook."""
+        return self.codebook.dtype if self.scale is None else self.scale.dtype
+
+    @property
     def bits_per_weight(self) -> float:
         """All bytes but the bias's, in bits a weight."""
         return (

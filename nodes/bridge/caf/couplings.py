@@ -27,7 +27,6 @@ from torch import Tensor
 from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
 from ....quant.files import atomic
-from ....quant.files.errors import FileRefused
 from ..host import file_names
 from ..host.charts import size
 from ..host.fingerprint import fingerprint, patches_fingerprint

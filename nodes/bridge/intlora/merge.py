@@ -96,8 +96,8 @@ def origin(model: ModelPatcher) -> tuple[tuple, Uses]:
     if init is not None and init[0] is load_merged:
         return init[1]
     raise FileRefused(
-        "The connected model does not come from Load SVDQuant Model, so it cannot be merged;"
-        " connect that node."
+        "The connected model does not come from Load SVDQuant Model or Load VQ Model, so it cannot"
+        " be merged; connect one of them."
     )
 
 

@@ -28,7 +28,7 @@ from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host import file_names, folders
 from ..host.progress import Progress
-from ..quantized import loading
+from ..quantized import layouts, loading
 from .bases import PREFIX
 from .fold import (
     BRANCHES,
@@ -143,7 +143,9 @@ def _hash(entries: dict) -> str:
 
 def _flat(value) -> Iterator:
     """The tensors, numbers and names within a patch."""
-    if isinstance(value, QuantizedTensor):
+    if layouts.is_ours(value):
+        yield from _flat(layouts.stored_tensors(value, "x"))
+    elif isinstance(value, QuantizedTensor):
         yield from _flat(value.state_dict("x"))
     elif isinstance(value, WeightAdapterBase):
         yield type(value).__name__
@@ -210,20 +212,23 @@ class _EditedLayer:
 
     def specs(self) -> list[TensorSpec]:
         """The tensors afterwards: known before the work, since the file is laid out first."""
-        rank = self._rank()
-        return branch_specs(self.source, self.name, rank) if rank else self.source.specs(self.name)
-
-    def _rank(self) -> int:
-        """The rank of the branch afterwards."""
         facts = self.source.layers[self.name]
         if facts["format"] == SVDQuantWeight.FORMAT and not (
             self.wider or facts.get("smooth_rows")
         ):
-            return facts["rank"]
-        _, delta = self._combined()
+            return branch_specs(self.source, self.name, facts["rank"])
+        weight, delta = self._combined()
         grown = delta.rank + (0 if delta.dense is None else refit.EXTRA)
         rank = facts.get("rank", 0)
-        return round_rank(rank + grown) if grown else rank
+        if grown:
+            rank = round_rank(rank + grown)
+        specs = self.source.specs(self.name)
+        if rank:
+            specs = branch_specs(self.source, self.name, rank)
+        scale = f"{self.name}.weight_scale"
+        if weight.scale is not None and scale not in {spec.name for spec in specs}:
+            specs.append(TensorSpec(scale, weight.scale.dtype, tuple(weight.scale.shape)))
+        return specs
 
     def make(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The new tensors, and the report's line."""

@@ -101,7 +101,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if not layouts.is_ours(self.weight):
             return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         destination = {} if destination is None else destination
-        destination.update(self.weight.state_dict(f"{prefix}weight"))
+        destination.update(layouts.stored_tensors(self.weight, f"{prefix}weight"))
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
         destination[f"{prefix}comfy_quant"] = layouts.settings_tensor(self.weight)
@@ -113,7 +113,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if name.startswith("weight_") or name == "comfy_quant":
             weight = self._parameters.get("weight")
             if layouts.is_ours(weight):
-                stored = weight.state_dict("weight") | {
+                stored = layouts.stored_tensors(weight, "weight") | {
                     "comfy_quant": layouts.settings_tensor(weight)
                 }
                 if name in stored:

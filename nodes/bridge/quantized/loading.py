@@ -17,6 +17,7 @@ from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import FileRefused, reading
 from ....quant.files.layer_formats import FORMATS, OPTIONAL
 from ....quant.interop.opening import OpenedFiles, method_of
+from ....quant.weights.delta import SIDE
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
 from . import layouts, lora, modulation
@@ -48,7 +49,7 @@ def opened(name: str, kind: str) -> QuantizedFile:
     reason, and the right node for another kind.
     """
     file = _files.open(folders.path_of(name))
-    found = method_of(file.metadata)
+    found = method_of(file.files[0].header)
     if found != kind:
         raise FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
@@ -157,8 +158,8 @@ def packed(
 
 
 def _parts(settings: dict) -> list[str]:
-    kind = settings["format"]
-    return [*FORMATS[kind][0], *OPTIONAL.get(kind, ())]
+    kind, side = settings["format"], [name for name, _ in SIDE.values()]
+    return [*FORMATS[kind][0], *OPTIONAL.get(kind, ()), *side]
 
 
 def _check_complete(patcher: ModelPatcher, file: QuantizedFile) -> None:
