@@ -112,7 +112,9 @@ class IntLoRALinear(nn.Module):
                 f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a"
                 f" {base.shape[0]} x {base.shape[1]} layer"
             )
-        self.register_buffer("bias", bias, persistent=False)
+        self.bias: Tensor | None = None
+        if bias is not None:
+            self.register_buffer("bias", bias, persistent=False)
         self.base = base
         self.rule = rule
         self.inner = inner
