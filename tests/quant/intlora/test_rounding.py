@@ -14,6 +14,7 @@ from nibble.quant.files.safetensors import read_header
 from nibble.quant.intlora import file, merge
 from nibble.quant.intlora.adapter import Adapter, LayerAdapter
 from nibble.quant.intlora.auxiliary import LAPLACE_SCALE, TABLE_SIGMA, laplace
+from nibble.quant.intlora.factors import quantize
 from nibble.quant.intlora.linear import Grid, separated
 from nibble.quant.intlora.rounding import Rounding
 from nibble.quant.intlora.train import AdapterOptions, adapter, attach
@@ -112,6 +113,20 @@ def test_blocks_of_rows_change_no_bit(monkeypatch):
         assert base.digest() == other.digest()
         assert torch.equal(rule.noise.scale, other_rule.noise.scale)
         assert variant == "shift" or torch.equal(rule.u_scale, other_rule.u_scale)
+
+
+@pytest.mark.parametrize(
+    "variant, bits, percent",
+    [("mul", 8, 2.6), ("mul", 4, 12.5), ("shift", 8, 11.7), ("shift", 4, 16.8)],
+)
+def test_what_rounding_costs_before_anything_is_learned(variant, bits, percent):
+    """Relative error of W' at A B = 0, of a Gaussian weight; the help page has these figures."""
+    weight = normal(512, 1024, size=0.02)
+    base, rule = separated(weight, variant, 0, "x", Grid.of_paper(bits))
+    nothing = quantize(torch.zeros(512, 2), normal(2, 1024, size=1.0))
+    layer = LayerAdapter(rule, base.digest(), nothing, rounding=Rounding.of(base))
+    found = merge.merge(base, [(layer, 1.0)]).base.weight()
+    assert 100 * (found - weight).norm() / weight.norm() == pytest.approx(percent, abs=0.3)
 
 
 # ---- in a file
