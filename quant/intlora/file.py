@@ -205,7 +205,7 @@ def _built(key: str, described: dict, tensors: dict, digest: str) -> LayerAdapte
             described["base_bits"], tensors["base_scale"], described.get("base_odd", False)
         )
         groups, outputs = rounding.scale.shape
-        _expect(outputs == n and groups and k % groups == 0, "base_scale has another shape")
+        _expect(outputs == n and groups > 0 and k % groups == 0, "base_scale has another shape")
     return LayerAdapter(_rule(described, tensors, n), digest, factors, dense, rows, rounding)
 
 

@@ -72,7 +72,7 @@ def separated(
         if variant != ShiftAdd.NAME:
             noise = Noise(seed, name, scales(rows, grid.rho, grid.alpha), start)
         pieces.append(_separated_rows(rows, variant, noise, grid))
-    return _joined(pieces, variant)
+    return _joined(pieces)
 
 
 def _separated_rows(
@@ -87,22 +87,24 @@ def _separated_rows(
     return base, Shift.fitting(base, noise)
 
 
-def _joined(pieces: list[tuple[IntBase, Rule]], variant: str) -> tuple[IntBase, Rule]:
+def _joined(pieces: list[tuple[IntBase, Rule]]) -> tuple[IntBase, Rule]:
     """Blocks of rows of one layer as one: everything in them belongs to rows."""
-    (base, rule), bases, rules = pieces[0], [p[0] for p in pieces], [p[1] for p in pieces]
+    base, rule = pieces[0]
+    bases, rules = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
     base = replace(
         base,
         codes=torch.cat([piece.codes for piece in bases]),
         scale=torch.cat([piece.scale for piece in bases], 1),
     )
-    if variant == ShiftAdd.NAME:
+    noises = [piece.noise for piece in rules if not isinstance(piece, ShiftAdd) and piece.noise]
+    if isinstance(rule, ShiftAdd) or not noises:
         return base, rule
-    noise = replace(rule.noise, scale=torch.cat([piece.noise.scale for piece in rules]))
-    fields = {"noise": noise}
-    if variant == Mul.NAME:
-        for name in ("u_scale", "u_zero"):
-            fields[name] = torch.cat([getattr(piece, name) for piece in rules])
-    return base, replace(rule, **fields)
+    noise = replace(noises[0], scale=torch.cat([piece.scale for piece in noises]))
+    if isinstance(rule, Shift):
+        return base, replace(rule, noise=noise)
+    u_scale = torch.cat([piece.u_scale for piece in rules if isinstance(piece, Mul)])
+    u_zero = torch.cat([piece.u_zero for piece in rules if isinstance(piece, Mul)])
+    return base, replace(rule, u_scale=u_scale, u_zero=u_zero, noise=noise)
 
 
 def _check_variant(variant: str) -> None:
