@@ -33,7 +33,7 @@ BLOCK = {"cpu": 2**20}
 
 @dataclass(frozen=True)
 class Grid:
-    """How a 16-bit weight becomes a base, as the paper has it.
+    """How a 16-bit weight becomes a base; `of_paper` has the paper's values.
 
     bits, group  of the integers; group 0: one scale a row
     lora_bits    of MUL's U
@@ -59,7 +59,7 @@ class Grid:
 def separated(
     weight: Tensor, variant: str, seed: int, name: str, grid: Grid | None = None
 ) -> tuple[IntBase, Rule]:
-    """Base and rule for a 16-bit weight (N, K), as the paper makes them: Z of Q[W - R], and U's
+    """Base and rule for a 16-bit weight (N, K), in the paper's way: Z of Q[W - R], and U's
     quantizer found at D = 0.
 
     variant  mul | shift; shift_add needs no R and rounds the weight itself
