@@ -10,7 +10,7 @@ import torch
 
 from flux_loras import MLP, bits, layer_of, with_lora
 from intlora_training_runs import FP32, job, same, stopping_at, trained
-from nibble.nodes.bridge.intlora import files, merge, rounded
+from nibble.nodes.bridge.intlora import files, merge, rounded, save
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.intlora.apply import apply_beside
 from nibble.nodes.bridge.training import session as training
@@ -192,6 +192,8 @@ def test_a_file_goes_onto_its_own_model_alone(model, dense_model, loras):
             job(dense_model, base=FOUR, existing=done.name, filename="x", variant="mul", **SHORT)
         )
     twice = apply_beside(dense_model, done.name, 1.0)
+    with pytest.raises(FileRefused, match="cannot be merged; .*ModelSave"):
+        save.save_merged(save.SaveJob(twice))
     with pytest.raises(FileRefused, match="rounds .*, and so does"):
         apply_beside(twice, done.name, 1.0)
     with torch.no_grad():
