@@ -1,5 +1,5 @@
-"""The IntLoRA nodes: convert an ordinary LoRA to a 4-bit model's integers, apply one to the model,
-merge and save what is on a model.
+"""The IntLoRA nodes: convert an ordinary LoRA to a 4-bit model's integers, apply one to a model,
+merge and save what is on a 4-bit model.
 """
 
 from comfy_api.latest import io
@@ -119,12 +119,18 @@ class NibbleApplyIntLoRA(file_nodes.FileNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Puts an IntLoRA on a 4-bit model. Several can be chained, with each"
-                " other and with Load LoRA. The connected model is never changed."
+                "Puts an IntLoRA on the model that it was made for. Several can be chained, with"
+                " each other and with Load LoRA. The connected model is never changed."
             ),
             search_aliases=["nibble", "intlora", "lora", "apply lora", "load intlora"],
             inputs=[
-                io.Model.Input("model", tooltip="The 4-bit model that the IntLoRA was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The 4-bit model that the IntLoRA was made for, or the 16-bit one that it"
+                        " was trained on."
+                    ),
+                ),
                 io.Combo.Input(
                     "intlora_name",
                     options=files.adapter_files() or [NO_FILES],
@@ -138,7 +144,7 @@ class NibbleApplyIntLoRA(file_nodes.FileNode):
                     min=-20.0,
                     max=20.0,
                     step=0.01,
-                    tooltip="How strongly it is applied. 0: the base model, bit for bit.",
+                    tooltip="How strongly it is applied. 0: the connected model, bit for bit.",
                 ),
                 io.Combo.Input(
                     "mode",

@@ -1,11 +1,11 @@
-"""Train IntLoRA: teach a 4-bit model a concept from pictures."""
+"""Train IntLoRA: teach a 4-bit model, or a rounded 16-bit one, a concept from pictures."""
 
 from comfy_api.latest import io
 
 from . import file_nodes, training_inputs
 from .bridge.host import charts
 from .bridge.intlora import files as intlora
-from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options, run
+from .bridge.intlora.train import BASES, INTEGERS, NONE, OPTIMIZERS, Job, Options, run
 from .bridge.training.dataset import LOSSES
 from .bridge.training.session import Settings
 from .widgets import patterns
@@ -47,8 +47,8 @@ class NibbleTrainIntLoRA(file_nodes.FileNode):
                     "lora",
                     tooltip=(
                         "The same adapter as an ordinary LoRA, for Load LoRA Model and Save LoRA"
-                        " Weights. With shift_add it gives the same result as the file; mul and"
-                        " shift are exact only in the file."
+                        " Weights. With shift_add on a 4-bit model it gives the same result as the"
+                        " file; all else is exact only in the file."
                     ),
                 ),
                 io.Custom("LOSS_MAP").Output(
@@ -95,6 +95,7 @@ class NibbleTrainIntLoRA(file_nodes.FileNode):
                 layers=patterns(one["layers"]),
                 preview_every=one["preview_every"],
                 node_id=cls.hidden.unique_id,
+                base=one.get("base", INTEGERS),
             )
         )
         cls.made(trained.name, intlora.FOLDER)
@@ -112,7 +113,10 @@ def _main_inputs() -> list:
     return [
         io.Model.Input(
             "model",
-            tooltip="The 4-bit model to teach, from Load SVDQuant Model. It is not changed.",
+            tooltip=(
+                "The 4-bit model to teach, from Load SVDQuant Model; or a 16-bit model, with base"
+                " set to round to nearest. It is not changed."
+            ),
         ),
         io.Latent.Input(
             "latents",
@@ -165,8 +169,9 @@ def _main_inputs() -> list:
             default="shift_add",
             tooltip=(
                 "How the adapter joins the integers. shift_add: adds below them; fastest,"
-                " and several can be combined. mul, shift: multiply or shift them, as in"
-                " the IntLoRA paper; only one at a time."
+                " and several can be combined. mul, shift: multiply or shift them; only one at"
+                " a time. The IntLoRA paper has mul and shift on a base that is rounded to"
+                " nearest."
             ),
         ),
     ]
@@ -239,6 +244,18 @@ def _expert_inputs() -> list:
             advanced=True,
             tooltip=(
                 "Steps between previews of the first prompt, always from the same noise. 0: none."
+            ),
+        ),
+        io.Combo.Input(
+            "base",
+            options=list(BASES),
+            default=INTEGERS,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "The integers to teach. round to nearest: those of a connected 16-bit model, in 8"
+                " or 4 bits, with the IntLoRA paper's auxiliary matrix; mul and shift can then"
+                " change nearly all (8 bits) or about four fifths (4 bits) of the weights."
             ),
         ),
     ]

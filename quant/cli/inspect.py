@@ -60,8 +60,8 @@ def _other_file(options: argparse.Namespace) -> dict:
     """A published 4-bit file, or a 16-bit model."""
     if options.verify:
         raise FileRefused(
-            f"{Path(options.file).name} was not made by Nibble, so it has no checksums; leave out"
-            " --verify."
+            f"{Path(options.file).name} was not made by Nibble's quantizers, so --verify finds no"
+            " checksums of theirs in it; leave it out."
         )
     if Path(options.file).is_dir() or is_4bit(options.file):
         summary = published_summary(options.file)

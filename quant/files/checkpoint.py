@@ -302,8 +302,8 @@ def _check_version(header: Header) -> None:
     name, version = header.path.name, header.metadata.get("nibble_version", "")
     if header.metadata.get("format") != "nibble":
         raise FileRefused(
-            f"{name} was not made by Nibble; make a quantized file of it with `SVDQuant Quantize"
-            " Checkpoint` or `VQ Quantize Checkpoint` first."
+            f"{name} was not made by Nibble's quantizers; make a quantized file of it with"
+            " `SVDQuant Quantize Checkpoint` or `VQ Quantize Checkpoint` first."
         )
     if not 0 <= version_of(version) <= FORMAT_VERSION:
         raise FileRefused(

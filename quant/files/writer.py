@@ -70,11 +70,10 @@ def check_target(
         except FileRefused:
             ours = False
         if not ours:
-            raise FileRefused(
-                f"{target.name} exists and"
-                f" {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'};"
-                " choose another name."
-            )
+            other = "is another kind of file"
+            if kind == "nibble":
+                other = "was not made by Nibble's quantizers"
+            raise FileRefused(f"{target.name} exists and {other}; choose another name.")
 
 
 def metadata_room(metadata: Mapping[str, str]) -> int:

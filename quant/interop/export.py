@@ -1,8 +1,9 @@
 """What a converted file will hold: for each target format, its units, their sizes, and how to make
 them from an opened file.
 
-Codes, scales, smoothing and low-rank factors are moved, never computed again. What a format cannot
-say is refused; what it says otherwise (zero points, the bias of unsigned inputs, padding of ranks)
+Codes, scales, smoothing and low-rank factors are moved, not computed again, but where smoothing was
+fused upstream (`unfuse_norms`: scales and factors are rounded once more). What a format cannot say
+is refused; what it says otherwise (zero points, the bias of unsigned inputs, padding of ranks)
 is told in `notes`.
 """
 

@@ -194,7 +194,10 @@ class StoredLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         for name, suffix in weight.SUFFIXES.items():
             tensor = getattr(weight, name)
-            if name in trainable and tensor is not None:
+            if tensor is None:
+                # a buffer of None would be an input that torch.export has no tensor for
+                setattr(self, suffix, None)
+            elif name in trainable:
                 self.register_parameter(suffix, nn.Parameter(tensor))
             else:
                 self.register_buffer(suffix, tensor)

@@ -135,7 +135,7 @@ def test_what_is_no_adapter_is_refused(saved, tmp_path):
     refused(tmp_path / "missing.safetensors", "does not exist")
 
 
-@pytest.mark.parametrize("version", ["2", "x", "", "-1", "0"])
+@pytest.mark.parametrize("version", ["3", "x", "", "-1", "0"])
 def test_other_versions_are_refused(saved, version):
     refused(rewrite(saved, {"intlora_version": version}), "update Nibble")
 
