@@ -3,6 +3,7 @@
 steps.py          what happens to each step: computed or reused, and the record of it
 teacache.py       TeaCache's rule: the accumulated change of the model's input
 smoothcache.py    SmoothCache's rule: calibrated errors of each layer
+flow_time.py      the unit of noise in which all of it is measured
 error_control.py  a rule of our own: the measured error of the last extrapolation
 extrapolate.py    what stands for a result that is not computed
 mask_search.py    the best steps to compute, by a calibration

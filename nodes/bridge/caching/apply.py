@@ -8,7 +8,7 @@ is on a model at a time: applying again replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -23,7 +23,7 @@ from .calibration_file import Calibration
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
 from .models import family_of, level_of, published
-from .run import KEY, Run, sampling, uncached
+from .run import KEY, Run, flow_time, sampling, uncached
 from .settings import AUTO, PRESETS, STORES, CachingChoice, SmoothCacheSettings, TeaCacheSettings
 from .wrap_blocks import around_blocks
 from .wrap_steps import around_model
@@ -77,9 +77,9 @@ def apply_teacache(
     level = _level(model, settings)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
         if settings.rule == "error" or level == "step":
-            rule, feature = _error_control(settings, schedule), ""
+            rule, feature = _error_control(settings, flow.times(schedule)), ""
         else:
             rule, feature = _teacache(guider, settings, calibration, latent)
         return Run(
@@ -92,6 +92,7 @@ def apply_teacache(
             record=Record(len(schedule) - 1, settings.threshold, settings.rule, level=level),
             watch=watch,
             feature=feature,
+            flow=flow,
         )
 
     if level == "step":
@@ -108,14 +109,14 @@ def _level(model: ModelPatcher, settings: TeaCacheSettings) -> str:
     return "step" if "step" in (wanted, level_of(model)) else "blocks"
 
 
-def _error_control(settings: TeaCacheSettings, sigmas: list[float]) -> ErrorControl:
+def _error_control(settings: TeaCacheSettings, times: tuple[float, ...]) -> ErrorControl:
     """Also for TeaCache's own rule where a model offers no blocks to hook: its thresholds are of
     another kind, so they are held down to a preset's.
     """
     threshold = settings.threshold
     if settings.rule != "error":
         threshold = min(threshold, PRESETS["balanced"])
-    return ErrorControl(threshold, tuple(sigmas), settings.reuse, settings.window)
+    return ErrorControl(threshold, times, settings.reuse, settings.window)
 
 
 def _teacache(
@@ -167,8 +168,8 @@ def apply_smoothcache(
         calibration.need(scheduled)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
-        masks = masks_for(settings, calibration, schedule, scheduled)
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
+        masks = masks_for(settings, calibration, flow.times(schedule), scheduled)
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
         else:
@@ -182,6 +183,7 @@ def apply_smoothcache(
             store=STORES[settings.store],
             record=Record(len(schedule) - 1, None, "schedule", level=depth),
             watch=watch,
+            flow=flow,
         )
 
     if depth == "step":
@@ -192,11 +194,11 @@ def apply_smoothcache(
 def masks_for(
     settings: SmoothCacheSettings,
     calibration: Calibration | None,
-    sigmas: list[float],
+    times: Sequence[float],
     scheduled: list[str],
 ) -> dict[str, list[bool]]:
-    """kind → which steps compute it, for this run's sigmas (steps + 1 values)."""
-    steps = len(sigmas) - 1
+    """kind → which steps compute it, for this run's times (steps + 1 values)."""
+    steps = len(times) - 1
     if settings.budget is not None:
         budget = min(max(settings.budget, 2), steps)
         if steps < 2:
@@ -204,13 +206,13 @@ def masks_for(
         elif calibration is None:
             mask = mask_search.uniform(steps, budget)
         else:
-            mask = calibration.mask(budget, sigmas, settings.reuse)
+            mask = calibration.mask(budget, times, settings.reuse)
         return {"step": mask}
     if steps < 2:
         return {kind: [True] * steps for kind in scheduled}
     masks = {}
     for kind in scheduled:
-        curve = calibration.curve(kind).at(calibration.sigmas[:-1], sigmas[:-1])
+        curve = calibration.curves[kind].at(calibration.times[:-1], times[:-1])
         masks[kind] = smoothcache.greedy_mask(curve.mean, settings.alpha)
     return masks
 

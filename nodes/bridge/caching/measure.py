@@ -32,7 +32,7 @@ from ..host.samplers import sampler_name
 from .calibration_file import Calibration
 from .hooks import BlockSite, hooked_blocks, shadow_sublayers
 from .models import DEPTHS, FEATURES, ModelFamily, family_of, published
-from .run import KEY, ModelCall, Run, model_call, sampling, substitute, uncached
+from .run import KEY, ModelCall, Run, flow_time, model_call, sampling, substitute, uncached
 
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same
 
@@ -227,14 +227,15 @@ def _recorded(
             reuse=Reuse(0),
             store=None,
             record=Record(recorder.steps),
+            flow=flow_time(guider.model_patcher),
         )
 
     def predicted(executor, *args, **kwargs):
-        """PREDICT_NOISE: the velocity that the sampler integrates, after guidance."""
+        """PREDICT_NOISE: the velocity that is integrated, after guidance."""
         run, x, sigma = args[2]["transformer_options"][KEY], args[0], args[1]
         denoised = executor(*args, **kwargs)
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        velocity = ((x - denoised) / level).float().cpu()
+        velocity = run.flow.velocity(x, denoised, level).float().cpu()
         recorder.velocities.setdefault(run.step(sigma).index, velocity)
         return denoised
 

@@ -21,14 +21,14 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
     rule = ErrorControl(threshold, SIGMAS, Reuse(order), **more)
     stream, nodes, computed, worst = rule.decider(), [], [], 0.0
     for i in range(STEPS):
-        step = Step(i, STEPS, SIGMAS[i])
-        used = weights(nodes, step.sigma, rule.reuse) if nodes else []
+        step = Step(i, STEPS, SIGMAS[i], SIGMAS[i])
+        used = weights(nodes, step.time, rule.reuse) if nodes else []
         guess = (
             sum(w * function(s) for w, s in zip(used, nodes[-len(used) :], strict=True))
             if nodes
             else 0.0
         )
-        error = abs(guess - function(step.sigma)) / abs(function(step.sigma))
+        error = abs(guess - function(step.time)) / abs(function(step.time))
         decision = stream.decide(step, nodes)
         computed.append(decision.compute)
         if not decision.compute:
@@ -36,7 +36,7 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
             continue
         if len(nodes) > order:
             stream.measured(step, nodes, error)
-        nodes = (nodes + [step.sigma])[-order - 1 :]
+        nodes = (nodes + [step.time])[-order - 1 :]
     return computed, worst
 
 
@@ -81,5 +81,5 @@ def test_the_rate_is_lagranges_remainder():
     """A parabola guessed linearly: the error at s is |(s - a)(s - b)| exactly, whatever the gap."""
     rule = ErrorControl(1.0, SIGMAS, Reuse(1))
     stream = rule.decider()
-    stream.measured(Step(2, STEPS, 0.8), [1.0, 0.9], abs((0.8 - 1.0) * (0.8 - 0.9)))
+    stream.measured(Step(2, STEPS, 0.8, 0.8), [1.0, 0.9], abs((0.8 - 1.0) * (0.8 - 0.9)))
     assert stream.rate == pytest.approx(1.0)

@@ -96,7 +96,7 @@ def test_steps_are_counted_where_the_sampler_allows_it_and_read_elsewhere():
     assert counted.counted
     assert counted.step(None).index == 0  # the noise level is never looked at
     counted.stepped()
-    assert counted.step(None) == Step(1, 4, 0.75)
+    assert counted.step(None) == Step(1, 4, 0.75, 0.75)
     assert not a_run(sampler=comfy.samplers.sampler_object("heun")).counted
     assert a_run().step(torch.tensor([0.52])).index == 2
 
