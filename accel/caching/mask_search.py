@@ -1,8 +1,8 @@
 """Which steps to compute when so many may be computed: even spacing, and a search that needs no
 model.
 
-In a run that integrates dx = v dt (`flow_time.py`), a skipped step i uses the guess sum_j w_ij v_j, so the end is
-off, to first order, by
+In a run that integrates dx = v dt (`flow_time.py`), a skipped step i uses the guess sum_j w_ij v_j,
+so the end is off, to first order, by
 
     e = sum over skipped i of (t_{i+1} - t_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² =
       cᵀ G c,   G_ij = <v_i, v_j>

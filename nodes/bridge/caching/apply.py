@@ -15,11 +15,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.error_control import ErrorControl
 from ....accel.caching.steps import Record, Window
 from ....accel.caching.teacache import IDENTITY, TeaCache
+from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
-from .calibration_file import Calibration
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
 from .models import family_of, level_of, published
@@ -73,7 +74,7 @@ def apply_teacache(
     for another model's calibration.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     level = _level(model, settings)
 
     def make(guider, sampler, sigmas, latent) -> Run:
@@ -155,7 +156,7 @@ def apply_smoothcache(
     evenly spread. Raises ValueError and FileRefused.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     elif settings.budget is None:
         raise ValueError(
             "SmoothCache needs a calibration of this model: run the node Calibrate Cache once, or"
@@ -164,8 +165,8 @@ def apply_smoothcache(
     family = family_of(model.model.diffusion_model)
     depth = settings.depth if family else "step"
     scheduled = ["step"] if depth == "step" else kinds(family, depth)
-    if calibration is not None and settings.budget is None:
-        calibration.need(scheduled)
+    if calibration is not None:
+        _need(calibration, settings, scheduled)
 
     def make(guider, sampler, sigmas, latent) -> Run:
         schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
@@ -189,6 +190,14 @@ def apply_smoothcache(
     if depth == "step":
         return _wrapped(model, make, WrappersMP.APPLY_MODEL, around_model)
     return _wrapped(model, make, family.hook, around_sublayers(family, depth))
+
+
+def _need(calibration: Calibration, settings: SmoothCacheSettings, scheduled: list[str]) -> None:
+    """Raises FileRefused where the schedule cannot be made of what was measured."""
+    if settings.budget is None:
+        calibration.need(scheduled)
+    else:
+        calibration.need_velocities()
 
 
 def masks_for(
@@ -249,7 +258,8 @@ def notes(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
         )
     if calibration is not None and sigmas is not None:
-        sentences += calibration.fits(sigmas, sampler)
+        times = flow_time(model).times(sigmas)
+        sentences += calibration.fits(times, sampler)
     return sentences
 
 

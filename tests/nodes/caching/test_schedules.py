@@ -1,5 +1,5 @@
-"""Error control and calibrations on the trained demo FLUX under every schedule of noise: a threshold
-means the same error of the picture in all of them.
+"""Error control and calibrations on the trained demo FLUX under every schedule of noise: a
+threshold means the same error of the picture in all of them.
 """
 
 import math
@@ -36,9 +36,7 @@ def draw(model, sigmas) -> torch.Tensor:
     guider.inner_set_conds({"positive": conditioning(DRAWN)})
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(20000))
     euler = comfy.samplers.sampler_object("euler")
-    return guider.sample(
-        noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=1
-    )
+    return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=1)
 
 
 def psnr(found: torch.Tensor, reference: torch.Tensor) -> float:
