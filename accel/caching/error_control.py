@@ -10,7 +10,9 @@ the error of the next guesses can be predicted without looking at anything:
 
 e_t is the relative L1 error of a velocity, weighted with the step that it is integrated over; both
 in the time of `flow_time.py`, so that a threshold allows the same error of the picture, relative to
-the size of data, whatever unit a sampler counts noise in. No calibration, no
+the size of data, whatever unit a sampler counts noise in. A schedule that shortens its steps
+expects the path to bend more there, so the error grows at least as it would in distances counted in
+steps; where steps are equal, or grow, that is the same. No calibration, no
 feature of the model, and no wait for the GPU on skipped steps. The idea is that of step-size
 control in ODE solvers (Hairer, Nørsett and Wanner, Solving ODEs I, II.4), applied to which of a
 fixed set of steps are computed.
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .extrapolate import Reuse, node_product
 from .steps import Decision, Step, Window
@@ -40,6 +44,19 @@ class ErrorControl:
     def decider(self) -> ErrorDecider:
         return ErrorDecider(self)
 
+    def distances(self, nodes: Sequence[float], time: float) -> tuple[float, float]:
+        """The products of the formula above: in time, and in steps."""
+        places = np.interp([*nodes, time], *self._places()).tolist()
+        return (
+            node_product(nodes, time, self.reuse),
+            node_product(places[:-1], places[-1], self.reuse),
+        )
+
+    def _places(self) -> tuple[list[float], list[float]]:
+        """Rising times, and the steps that are at them."""
+        pairs = sorted((time, float(step)) for step, time in enumerate(self.times))
+        return [time for time, _ in pairs], [step for _, step in pairs]
+
     def weight(self, step: Step) -> float:
         """The step's length over the mean one."""
         mean = abs(self.times[0] - self.times[-1]) / max(len(self.times) - 1, 1)
@@ -47,13 +64,13 @@ class ErrorControl:
 
 
 class ErrorDecider:
-    """The rule at work on one stream: the last measured rate, and the error summed up since the
+    """The rule at work on one stream: the last measured rates, and the error summed up since the
     last computed step.
     """
 
     def __init__(self, rule: ErrorControl):
         self.rule, self.change, self.row = rule, 0.0, 0
-        self.rate: float | None = None
+        self.rates: tuple[float, ...] | None = None  # of both distances
 
     def decide(self, step: Step, nodes: Sequence[float]) -> Decision:
         """nodes: the times of the computed steps that a guess would be made from, oldest first."""
@@ -61,11 +78,12 @@ class ErrorDecider:
         if forbidden is not None:
             self.computed()
             return Decision(True, forbidden)
-        if self.rate is None or not self.can_guess(nodes):
+        if self.rates is None or not self.can_guess(nodes):
             self.computed()
             return Decision(True, "new")
-        distance = node_product(nodes, step.time, self.rule.reuse)
-        reached = self.change + self.rate * distance * self.rule.weight(step)
+        distances = self.rule.distances(nodes, step.time)
+        error = max(rate * far for rate, far in zip(self.rates, distances, strict=True))
+        reached = self.change + error * self.rule.weight(step)
         if reached < self.rule.threshold and self.row < self.rule.most:
             self.change, self.row = reached, self.row + 1
             return Decision(False, "reused", reached)
@@ -83,6 +101,6 @@ class ErrorDecider:
         """A computed step differed from its guess, made from `nodes`, by the relative error
         `error`.
         """
-        distance = node_product(nodes, step.time, self.rule.reuse)
-        if distance and self.can_guess(nodes):
-            self.rate = error / distance
+        distances = self.rule.distances(nodes, step.time)
+        if all(distances) and self.can_guess(nodes):
+            self.rates = tuple(error / far for far in distances)
