@@ -53,8 +53,8 @@ ONE_CALL_A_STEP = {
 }
 
 # Samplers that add fresh noise: the velocity jumps with it from step to step, the picture that it
-# points to does not.
-NOISY = ("ancestral", "sde", "lcm", "ddpm")
+# points to does not. Parts of their names.
+NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 
 
 @dataclass
@@ -102,8 +102,8 @@ class Run:
         self._asked: dict[tuple, tuple[float, int]] = {}
         self._times = self.flow.times(self.sigmas)
         name = sampler_name(self.sampler)
-        self.noisy = any(word in name for word in NOISY)
         churned = getattr(self.sampler, "extra_options", {}).get("s_churn")
+        self.noisy = bool(churned) or any(word in name for word in NOISY)
         self.counted = name in ONE_CALL_A_STEP and not churned
 
     @property
