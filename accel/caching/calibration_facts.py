@@ -1,5 +1,5 @@
-"""What the JSON of a calibration must be: read strictly, and checked field by field, before anything
-is made of it.
+"""What the JSON of a calibration must be: read strictly, and checked field by field, before it is
+used.
 
 Numbers are finite and in range, lists as long as the run has steps; keys that are not known are
 left alone, so that a newer Nibble may write more.

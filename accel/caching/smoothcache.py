@@ -56,8 +56,8 @@ class Curve:
     samples: int
 
     def at(self, known: Sequence[float], wanted: Sequence[float]) -> Curve:
-        """The curve for another list of times (`flow_time.py`, one a step). The error of k steps of another length
-        is read off between the measured ones.
+        """The curve for another list of times (`flow_time.py`, one a step). The error of k steps of
+        another length is read off between the measured ones.
 
         Each measured entry is an error over a stretch of time that starts at a step. For each
         wanted step the errors of its start are interpolated over time, and the stretch over the

@@ -81,8 +81,8 @@ class Stream:
 
 @dataclass(eq=False)
 class Run:
-    """sigmas: steps + 1; flow: their time. rule: what has .decider(). store: where kept tensors live (None: where
-    they are made). feature: TeaCache's F.
+    """sigmas: steps + 1; flow: their time. rule: what has .decider(). store: where kept tensors
+    live (None: where they are made). feature: TeaCache's F.
     """
 
     sigmas: list[float]

@@ -2,8 +2,8 @@
 
 What is kept is the velocity of `accel/caching/flow_time.py`, which has the same size in every
 schedule (for flow models it is the model's own output); a reused step returns the data that a
-velocity guessed from the last computed ones points to. Under samplers that add fresh noise it is `denoised` itself. A
-computed step returns what the model returned, untouched.
+velocity guessed from the last computed ones points to. Under samplers that add fresh noise it is
+`denoised` itself. A computed step returns what the model returned, untouched.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def fingerprint(model: ModelPatcher) -> str:
 
 
 def unpatched(model: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, weight) of a model's parameters without what ComfyUI has put on them in place: what was
-    there before is kept, under a LoRA in `backup` and under a LoRA hook in `hook_backup`.
+    """(name, weight) of a model's parameters without what ComfyUI has put on them in place. It
+    keeps the weight before a LoRA in `backup`, and before a LoRA hook in `hook_backup`.
     """
     for name, live in model.model.diffusion_model.named_parameters():
         key = f"diffusion_model.{name}"

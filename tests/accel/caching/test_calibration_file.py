@@ -1,5 +1,5 @@
-"""Calibrations as files, without a model: equal bytes for equal content, and every damage refused in
-a sentence with the file's name.
+"""Calibrations as files, without a model: equal bytes for equal content, and every damage refused
+in a sentence with the file's name.
 """
 
 import json

@@ -150,18 +150,18 @@ def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model
 
 @pytest.mark.parametrize("in_bits", [16, 4])
 def test_a_lora_in_memory_is_no_part_of_a_models_identity(request, in_bits):
-    """One that changes biases and norms, which the fingerprint reads, while it is on the weights."""
+    """One on the biases and norms that the fingerprint reads, while it is on the weights."""
     loaded = request.getfixturevalue("dense_model" if in_bits == 16 else "model")
     before = fingerprint.fingerprint(loaded)
     patched = loaded.clone()
-    vectors = [
-        name
+    vectors = {
+        name: ("diff", (torch.ones(value.shape),))
         for name, value in loaded.model.named_parameters()
         if name.startswith("diffusion_model.") and value.ndim == 1
-    ]
-    patched.add_patches({name: ("diff", (torch.ones(1),)) for name in vectors}, 1.0)
+    }
+    patched.add_patches(vectors, 1.0)
     comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
-    name = vectors[0].removeprefix("diffusion_model.")
+    name = next(iter(vectors)).removeprefix("diffusion_model.")
     live = dict(loaded.model.diffusion_model.named_parameters())[name]
     kept = dict(fingerprint.unpatched(patched))[name]
     assert not torch.equal(live.float(), kept.float()), "the LoRA is on the weights"

@@ -105,7 +105,9 @@ def test_steps_are_counted_where_the_sampler_allows_it_and_read_elsewhere():
 def adds_noise(sampler) -> bool:
     """Whether a run of a denoiser that answers x / 2 draws noise after its beginning."""
 
-    def denoiser(x, sigma, **_):
+    def denoiser(x, sigma, model_options, **_):
+        for told in model_options.get("sampler_post_cfg_function", ()):
+            told({"denoised": x / 2, "uncond_denoised": x / 3})
         return x / 2
 
     denoiser.inner_model = SimpleNamespace(
