@@ -9,22 +9,23 @@ is on a model at a time: applying again replaces.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.error_control import ErrorControl
 from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
+from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
-from .calibration_file import Calibration
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
 from .models import family_of, level_of, published, published_for
-from .run import KEY, Run, sampling, uncached
+from .run import KEY, Run, flow_time, sampling, uncached
 from .settings import (
     AUTO,
     PRESETS,
@@ -82,15 +83,15 @@ def apply_teacache(
     for another model's calibration.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     level = _level(model, settings)
     if level == "step":
         settings = _by_error(settings)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
         if settings.rule == "error":
-            rule, feature = _error_control(settings, schedule), ""
+            rule, feature = _error_control(settings, flow.times(schedule)), ""
         else:
             rule, feature = _teacache(guider, settings, calibration, latent)
         return Run(
@@ -103,6 +104,7 @@ def apply_teacache(
             record=Record(len(schedule) - 1, rule.threshold, settings.rule, level=level),
             watch=watch,
             feature=feature,
+            flow=flow,
         )
 
     if level == "step":
@@ -129,8 +131,8 @@ def _by_error(settings: TeaCacheSettings) -> TeaCacheSettings:
     return dataclasses.replace(settings, rule="error", threshold=threshold, preset=None)
 
 
-def _error_control(settings: TeaCacheSettings, sigmas: list[float]) -> ErrorControl:
-    return ErrorControl(settings.threshold, tuple(sigmas), settings.reuse, settings.window)
+def _error_control(settings: TeaCacheSettings, times: tuple[float, ...]) -> ErrorControl:
+    return ErrorControl(settings.threshold, times, settings.reuse, settings.window)
 
 
 def _teacache(
@@ -168,7 +170,7 @@ def apply_smoothcache(
     evenly spread. Raises ValueError and FileRefused.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     elif settings.budget is None:
         raise ValueError(
             "SmoothCache needs a calibration of this model: run the node Calibrate Cache once, or"
@@ -177,12 +179,12 @@ def apply_smoothcache(
     family = family_of(model.model.diffusion_model)
     depth = settings.depth if family else "step"
     scheduled = ["step"] if depth == "step" else kinds(family, depth)
-    if calibration is not None and settings.budget is None:
-        calibration.need(scheduled)
+    if calibration is not None:
+        _need(calibration, settings, scheduled)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
-        masks = masks_for(settings, calibration, schedule, scheduled)
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
+        masks = masks_for(settings, calibration, flow.times(schedule), scheduled)
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
         else:
@@ -196,6 +198,7 @@ def apply_smoothcache(
             store=STORES[settings.store],
             record=Record(len(schedule) - 1, None, "schedule", level=depth),
             watch=watch,
+            flow=flow,
         )
 
     if depth == "step":
@@ -203,14 +206,22 @@ def apply_smoothcache(
     return _wrapped(model, make, family.hook, around_sublayers(family, depth))
 
 
+def _need(calibration: Calibration, settings: SmoothCacheSettings, scheduled: list[str]) -> None:
+    """Raises FileRefused where the schedule cannot be made of what was measured."""
+    if settings.budget is None:
+        calibration.need(scheduled)
+    else:
+        calibration.need_velocities()
+
+
 def masks_for(
     settings: SmoothCacheSettings,
     calibration: Calibration | None,
-    sigmas: list[float],
+    times: Sequence[float],
     scheduled: list[str],
 ) -> dict[str, list[bool]]:
-    """kind → which steps compute it, for this run's sigmas (steps + 1 values)."""
-    steps = len(sigmas) - 1
+    """kind → which steps compute it, for this run's times (steps + 1 values)."""
+    steps = len(times) - 1
     if settings.budget is not None:
         budget = min(max(settings.budget, 2), steps)
         if steps < 2:
@@ -218,13 +229,13 @@ def masks_for(
         elif calibration is None:
             mask = mask_search.uniform(steps, budget)
         else:
-            mask = calibration.mask(budget, sigmas, settings.reuse)
+            mask = calibration.mask(budget, times, settings.reuse)
         return {"step": mask}
     if steps < 2:
         return {kind: [True] * steps for kind in scheduled}
     masks = {}
     for kind in scheduled:
-        curve = calibration.curve(kind).at(calibration.sigmas[:-1], sigmas[:-1])
+        curve = calibration.curves[kind].at(calibration.times[:-1], times[:-1])
         masks[kind] = smoothcache.greedy_mask(curve.mean, settings.alpha)
     return masks
 
@@ -261,7 +272,8 @@ def notes(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
         )
     if calibration is not None and sigmas is not None:
-        sentences += calibration.fits(sigmas, sampler)
+        times = flow_time(model).times(sigmas)
+        sentences += calibration.fits(times, sampler)
     return sentences
 
 

@@ -4,12 +4,15 @@ is there already is shown and not measured again.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ....quant.files import atomic
 from ..host import folders
+from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
 from .calibration_file import FOLDER, calibration_files, open_calibration
 from .charts import calibration_chart
@@ -33,14 +36,27 @@ def calibrate(job: CalibrationJob) -> tuple[str, dict]:
     """
     name = file_name(job.filename, job.setup.model, job.setup.sigmas)
     if name in calibration_files() and not job.overwrite:
-        known = open_calibration(name)
-        known.check(job.setup.model)
-        again = "measured before; switch overwrite on to measure again"
-        return name, calibration_chart(known, name, again)
-    calibration = measure(job.setup, Progress("measuring", job.node_id))
+        return name, _measured_before(name, job)
     target, _ = folders.place(name, FOLDER)
-    calibration.save(target)
+    with ExitStack() as held:
+        try:
+            held.enter_context(atomic.exclusive(target))
+        except OSError as error:
+            raise atomic.refusal(target, error) from error
+        # another ComfyUI may have measured it while this one came here
+        if name in calibration_files() and not job.overwrite:
+            return name, _measured_before(name, job)
+        calibration = measure(job.setup, Progress("measuring", job.node_id))
+        calibration.save(target)
     return name, calibration_chart(calibration, name)
+
+
+def _measured_before(name: str, job: CalibrationJob) -> dict:
+    """The chart of a file. Raises FileRefused for another model's."""
+    known = open_calibration(name)
+    known.check(fingerprint(job.setup.model))
+    again = "measured before; switch overwrite on to measure again"
+    return calibration_chart(known, name, again)
 
 
 def file_name(wanted: str, model: ModelPatcher, sigmas: torch.Tensor) -> str:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from comfy.model_patcher import ModelPatcher
 
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.coefficients import Shipped
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.steps import Window
 from ....accel.caching.teacache import Polynomial
+from ....quant.files.errors import FileRefused
 from ..host.fingerprint import PLAIN, weights_of
-from .calibration_file import Calibration, calibration_files, find, open_calibration
+from .calibration_file import calibration_files, find, open_calibration
 from .features import FEATURES
 from .models import DEPTHS, published_for
 
@@ -24,6 +26,7 @@ AUTO, NONE = "auto", "none"
 RULES = ("error", "teacache")
 LEVELS = (AUTO, "blocks", "step")  # what TeaCache reuses
 STORES = {"gpu": None, "cpu": "cpu"}  # where reused results live; None: where they were made
+_KNOWN_FEATURES = ("first_residual", *FEATURES)
 # how a skipped step's result is made of the computed ones; auto: as the rule has it
 ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
 HIGHEST_THRESHOLD = 3.0
@@ -104,7 +107,7 @@ class TeaCacheSettings(ReuseSettings):
             )
         _check("rule", self.rule, RULES)
         _check("level", self.level, LEVELS)
-        _check("feature", self.feature, (AUTO, "first_residual", *FEATURES))
+        _check("feature", self.feature, (AUTO, *_KNOWN_FEATURES))
         if self.preset is not None:
             _check("preset", self.preset, PAPER)
         super().__post_init__()
@@ -277,4 +280,10 @@ def smoothcache(  # noqa: PLR0913 (the node's widgets, by their names)
 def _calibration(model: ModelPatcher, name: str) -> Calibration | None:
     if name == NONE:
         return None
-    return find(model) if name == AUTO else open_calibration(name)
+    found = find(model) if name == AUTO else open_calibration(name)
+    if found is not None and found.feature and found.feature not in _KNOWN_FEATURES:
+        raise FileRefused(
+            f"{found.name} was measured on the feature {found.feature[:50]!r}, which this Nibble"
+            " does not know; update ComfyUI-Nibble, or calibrate again."
+        )
+    return found

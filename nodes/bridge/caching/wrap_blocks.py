@@ -160,7 +160,7 @@ class BlockPass:
 
     def _reused(self, image: torch.Tensor) -> torch.Tensor:
         """What the last block would have returned."""
-        guesses = [stream.history.guess(self.step.sigma, image) for stream in self.streams]
+        guesses = [stream.history.guess(self.step.time, image) for stream in self.streams]
         residual = guesses[0] if len(guesses) == 1 else torch.cat(guesses, self.family.batch)
         out = self.entered + residual
         if image.shape == out.shape:

@@ -39,7 +39,16 @@ def newest(folder: str, pattern: str) -> list[Path]:
     """
     homes = [home for home in _homes(folder) if home.is_dir()]
     paths = (path for home in homes for path in home.glob(pattern))
-    return sorted(paths, key=lambda path: -path.stat().st_mtime_ns)
+    # not what was deleted since, nor a link to nowhere, nor a folder
+    return sorted(filter(Path.is_file, paths), key=_changed, reverse=True)
+
+
+def _changed(path: Path) -> int:
+    """Modification time in ns; 0 for a file that has gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def find(name: str, folder: str) -> Path | None:
