@@ -4,13 +4,11 @@ is there already is shown and not measured again.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.files import atomic
 from ..host import folders
 from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
@@ -37,17 +35,12 @@ def calibrate(job: CalibrationJob) -> tuple[str, dict]:
     name = file_name(job.filename, job.setup.model, job.setup.sigmas)
     if name in calibration_files() and not job.overwrite:
         return name, _measured_before(name, job)
-    target, _ = folders.place(name, FOLDER)
-    with ExitStack() as held:
-        try:
-            held.enter_context(atomic.exclusive(target))
-        except OSError as error:
-            raise atomic.refusal(target, error) from error
+    with folders.new_file(name, FOLDER, job.overwrite) as new:
         # another ComfyUI may have measured it while this one came here
         if name in calibration_files() and not job.overwrite:
             return name, _measured_before(name, job)
         calibration = measure(job.setup, Progress("measuring", job.node_id))
-        calibration.save(target)
+        calibration.save(new.path)
     return name, calibration_chart(calibration, name)
 
 
