@@ -11,6 +11,7 @@ atomic.py         whole or not there; one run at a time
 integrity.py      what tells that a file is damaged
 small.py          small files: adapters, states, couplings
 source.py         the 16-bit model that is quantized
+source_layouts.py how ComfyUI's own quantized formats are read
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 report.py         what a run did, layer by layer
 """

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,62 +21,13 @@ from torch import Tensor
 from ...kernels.optional import optional
 from .errors import FileRefused, reader, reading
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
+from .source_layouts import ACCESSORIES, LAYOUTS, PACKED, VIEWS
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Format: comfy-kitchen's layout, suffixes of the tensors that its Params take (by field), options
-# of the layer's JSON that they take.
-# format → comfy-kitchen's layout, its fields → names on disk, its options → their defaults
-_LAYOUTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {}),
-    "nvfp4": (
-        "TensorCoreNVFP4Layout",
-        {"scale": "weight_scale_2", "block_scale": "weight_scale"},
-        {},
-    ),
-    "int8_tensorwise": (
-        "TensorWiseINT8Layout",
-        {"scale": "weight_scale"},
-        {"convrot": False, "convrot_groupsize": 256},
-    ),
-    "convrot_w4a4": (
-        "TensorCoreConvRotW4A4Layout",
-        {"scale": "weight_scale"},
-        {"convrot_groupsize": 256, "linear_dtype": "int4"},
-    ),
-    "asym_w4a8_int8": (
-        "AsymW4A8Int8Layout",
-        {"scale": "weight_s_rel", "s_channel": "weight_s_channel", "codebook": "weight_codebook"},
-        {"group_size": 16, "convrot_groupsize": 256},
-    ),
-    "awq_w4a16": (
-        "TensorCoreAWQW4A16Layout",
-        {"scale": "weight_scale", "zeros": "weight_zeros"},
-        {},
-    ),
-}
-_PACKED = {"nvfp4", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16"}  # two weights a byte
-_VIEWS = {
-    ("mxfp8", "weight_scale"): "float8_e8m0fnu",
-    ("nvfp4", "weight_scale"): "float8_e4m3fn",
-    ("asym_w4a8_int8", "weight_s_rel"): "float8_e4m3fn",
-}
-_ACCESSORIES = (
-    "weight_scale",
-    "weight_scale_2",
-    "scale_weight",
-    "scale_input",
-    "input_scale",
-    "pre_quant_scale",
-    "weight_zeros",
-    "weight_s_rel",
-    "weight_s_channel",
-    "weight_codebook",
-    "comfy_quant",
-)
 _LARGEST_JSON = 65536  # bytes of a layer's
 # bytes of a source's own metadata that are passed on
 _PASSED_ON = 65536
@@ -154,7 +105,7 @@ class _Model(ABC):
         name = f"{module}.weight"
         facts = self._formats.get(module, {})
         kind = facts.get("format")
-        if kind in _LAYOUTS:
+        if kind in LAYOUTS:
             matrix = self._dequantized(module, facts)
         else:
             matrix = self._raw(name).float()
@@ -175,7 +126,7 @@ class _Model(ABC):
 
     def nbytes(self, module: str) -> int:
         """Bytes that a linear occupies as stored: matrix, bias and scales."""
-        keys = [f"{module}.{suffix}" for suffix in ("weight", "bias", *_ACCESSORIES)]
+        keys = [f"{module}.{suffix}" for suffix in ("weight", "bias", *ACCESSORIES)]
         return sum(self._stored[key].nbytes for key in keys if key in self._stored)
 
     @property
@@ -205,17 +156,17 @@ class _Model(ABC):
         facts = (
             self._formats.get(key.removesuffix(".weight"), {}) if key.endswith(".weight") else {}
         )
-        if facts.get("format") not in _LAYOUTS:
+        if facts.get("format") not in LAYOUTS:
             return shape
         rows = self._stored.get(key.removesuffix("weight") + "bias")
         # nvfp4 and mxfp8 pad their rows; the bias has as many entries as the linear has outputs.
         n = min(shape[0], rows.shape[0]) if rows else shape[0]
-        return (n, shape[1] * 2 if facts["format"] in _PACKED else shape[1])
+        return (n, shape[1] * 2 if facts["format"] in PACKED else shape[1])
 
     def _is_accessory(self, key: str) -> bool:
         module, _, suffix = key.rpartition(".")
         return key in ("scaled_fp8", "_quantization_metadata") or (
-            suffix in _ACCESSORIES and f"{module}.weight" in self._stored
+            suffix in ACCESSORIES and f"{module}.weight" in self._stored
         )
 
     def _layer_formats(self) -> dict[str, dict]:
@@ -244,7 +195,7 @@ class _Model(ABC):
                     f"{self.name} is quantized by SVDQuant already; choose the 16-bit or fp8 file"
                     " that it was made from."
                 )
-            if str(facts.get("format")) not in (*_LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
+            if str(facts.get("format")) not in (*LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
                 raise FileRefused(
                     f"{self.name} stores {module} in the format {facts.get('format')!r}, which"
                     " Nibble cannot read; choose the 16-bit file."
@@ -284,7 +235,7 @@ class _Model(ABC):
         """Through comfy-kitchen's layout of this format, as ComfyUI's comfy/ops.py
         (_load_quantized_module) sets it up.
         """
-        layout_name, fields, options = _LAYOUTS[facts["format"]]
+        layout_name, fields, options = LAYOUTS[facts["format"]]
         layout = getattr(optional("comfy_kitchen.tensor")[0], layout_name, None)
         if layout is None:
             raise FileRefused(
@@ -303,7 +254,7 @@ class _Model(ABC):
         return layout.dequantize(packed, params)[: shape[0], : shape[1]].float()
 
     def _part(self, module: str, kind: str, suffix: str) -> Tensor | None:
-        name, view = f"{module}.{suffix}", _VIEWS.get((kind, suffix))
+        name, view = f"{module}.{suffix}", VIEWS.get((kind, suffix))
         if name not in self._stored:
             if suffix == "weight_codebook":
                 return None
