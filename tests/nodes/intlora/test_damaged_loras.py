@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux_loras import MLP, bits, lora_file
+from flux_loras import MLP, assert_untouched, bits, lora_file
 from intlora_runs import STYLE, converted
 from nibble.nodes.bridge.intlora import files
 from nibble.quant.files.errors import FileRefused
@@ -47,4 +47,4 @@ def test_a_damaged_lora_is_refused_by_name_and_leaves_nothing(model, folder, dam
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).endswith(".")
     assert not list((folder / files.FOLDER).iterdir())
-    assert bits(model) == before
+    assert_untouched(model, before)
