@@ -139,7 +139,7 @@ class Calibration:
                 f"{self.name} was measured with the sampler {self.run['sampler']}, this run uses"
                 f" {sampler}."
             )
-        r2 = self.teacache and self.teacache["r2"]
+        r2 = self.teacache["r2"] if self.teacache else None
         if r2 is not None and r2 < 0.5:
             sentences.append(
                 f"TeaCache's polynomial explains only {r2:.0%} of the change in {self.name}; the"
