@@ -65,13 +65,14 @@ def small_file(path: Path, verify: bool) -> dict | None:
     calibration), for `inspect`; None for any other. It is read whole, couplings where `verify` asks
     for it. Raises FileRefused for a damaged one.
     """
+    from .accel.caching import calibration_file as caching
     from .accel.caf import inspect as caf
     from .quant.files import small
     from .quant.intlora import file as intlora
     from .quant.training import state
 
     if path.is_dir() or path.suffix == ".json":
-        return caf.couplings_facts(path, verify) or _calibration(path)
+        return caf.couplings_facts(path, verify) or caching.facts(path)
     kind = small.format_of(path)
     if kind == "intlora":
         adapter = intlora.read(path)
@@ -80,16 +81,6 @@ def small_file(path: Path, verify: bool) -> dict | None:
         steps = len(state.State(path).losses)
         return {"file": path.name, "kind": "state of a training", "steps": steps}
     return caf.facts(path, kind)
-
-
-def _calibration(path: Path) -> dict | None:
-    """A calibration of caching; what else it needs, ComfyUI's nodes check as they read it."""
-    from .quant.files import small
-
-    content = small.json_file(path, "calibrate again") if path.suffix == ".json" else {}
-    if not str(content.get("format", "")).startswith("nibble-cache/"):
-        return None
-    return {"file": path.name, "kind": "calibration of caching", "format": content["format"]}
 
 
 def bench(arguments: list[str]) -> int:

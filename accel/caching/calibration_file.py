@@ -213,6 +213,23 @@ def read(path: Path) -> Calibration:
     )
 
 
+def facts(path: Path) -> dict | None:
+    """What a calibration is, for `python -m nibble inspect`; None for another file. Raises
+    FileRefused for a damaged one.
+    """
+    if path.suffix != ".json":
+        return None
+    found = read(path)
+    return {
+        "file": path.name,
+        "kind": "calibration of caching",
+        "model": found.model["name"],
+        "weights": found.model["weights"],
+        "steps": len(found.sigmas) - 1,
+        "kinds": sorted(found.curves),
+    }
+
+
 def _opened(path: Path) -> dict:
     """The JSON object of a file."""
     try:

@@ -135,14 +135,6 @@ def json_content(text: bytes) -> dict:
     return content
 
 
-def json_file(path: Path, again: str) -> dict:
-    """The object in a file. Raises FileRefused for one that is damaged; again: what to do then."""
-    try:
-        return json_content(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise FileRefused(f"{path.name} is damaged: {error}; {again}.") from error
-
-
 def format_of(path: Path) -> str | None:
     """What a safetensors file says that it is; None for one that does not, or cannot be read."""
     try:

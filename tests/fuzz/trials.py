@@ -17,12 +17,16 @@ from torch import Tensor
 
 from damage import damages
 from fuzz import samples
+from nibble.__main__ import small_file
+from nibble.accel.caching import calibration_file
+from nibble.accel.caf import heads_file
 from nibble.quant.cli.inspect import inspect
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.safetensors import checksum
 from nibble.quant.files.source import Source
 from nibble.quant.interop.opening import OpenedFiles, is_4bit, open_4bit
 from nibble.quant.intlora import file as intlora
+from nibble.quant.training import state
 from nibble.quant.weights.formats import weight_of
 
 FACTS = ("source", "recipe", "calibration", "report")
@@ -46,8 +50,11 @@ def listed(path: Path) -> object:
 
 def inspected(path: Path) -> object:
     """`python -m nibble inspect`."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        inspect(Namespace(file=str(path), plan=False, verify=False, json=False))
+    bars = contextlib.redirect_stderr(io.StringIO())
+    with bars, contextlib.redirect_stdout(io.StringIO()) as text:
+        options = Namespace(file=str(path), plan=False, verify=True, json=False)
+        options.small_file = small_file
+        inspect(options)
     return text.getvalue()
 
 
@@ -76,21 +83,50 @@ def adapter(path: Path) -> object:
     return layers, read.facts
 
 
+def caf_heads(path: Path) -> object:
+    """CAF's heads, all of them."""
+    read = heads_file.read_file(path)
+    tensors = {
+        f"{kind}.{name}": _identity(tensor)
+        for kind in ("velocity", "acceleration")
+        for name, tensor in read.head(kind).tensors().items()
+    }
+    return tensors, read.h, read.rank, read.input_layer, read.middle, read.facts
+
+
+def training_state(path: Path) -> object:
+    """What an interrupted training goes on from."""
+    read = state.State(path)
+    tensors = {name: _identity(tensor) for name, tensor in read.tensors.items()}
+    return tensors, read.identity, read.losses
+
+
+def calibration(path: Path) -> object:
+    """A calibration of caching; all that it says."""
+    return calibration_file.read(path).facts()
+
+
 @dataclass(frozen=True)
 class Kind:
     """A format. make: writes a whole file; readers: the first tells what it holds; own: whether it
-    has checksums, so that no damage may be taken.
+    has checksums, so that no damage may be taken; ending: of its files.
     """
 
     make: Callable[[Path], None]
     readers: tuple[Callable[[Path], object], ...]
     own: bool = False
+    ending: str = ".safetensors"
 
 
 KINDS = {
     "svdquant": Kind(samples.svdquant_file, (low_bit, listed, inspected, source), own=True),
     "vq": Kind(samples.vq_file, (low_bit, listed, inspected), own=True),
     "intlora": Kind(samples.intlora_file, (adapter, listed, inspected), own=True),
+    "caf": Kind(samples.caf_file, (caf_heads, listed, inspected), own=True),
+    "training state": Kind(samples.state_file, (training_state, listed, inspected), own=True),
+    "calibration": Kind(
+        samples.calibration_file, (calibration, inspected), own=True, ending=".json"
+    ),
     "svdquant of before": Kind(samples.older(samples.svdquant_file), (low_bit, listed, inspected)),
     "vq of before": Kind(samples.older(samples.vq_file), (low_bit, listed, inspected)),
     "intlora of before": Kind(samples.older(samples.intlora_file), (adapter, listed, inspected)),
@@ -127,10 +163,13 @@ def run(folder: Path, files: int, seed: int, seconds: float | None = None) -> Co
     whole, held = folder / "whole", {}
     whole.mkdir()
     for name, kind in KINDS.items():
-        kind.make(whole / f"{name}.safetensors")
-        held[name] = kind.readers[0](whole / f"{name}.safetensors")
+        path = whole / f"{name}{kind.ending}"
+        kind.make(path)
+        held[name] = kind.readers[0](path)
     for turn in itertools.count(seed):
-        rounds = [(name, damages(whole / f"{name}.safetensors", turn)) for name in KINDS]
+        rounds = [
+            (name, damages(whole / f"{name}{kind.ending}", turn)) for name, kind in KINDS.items()
+        ]
         while rounds:
             for one in list(rounds):
                 name, changes = one
@@ -147,7 +186,7 @@ def _try(counts: Counts, folder: Path, name: str, change: tuple[str, bytes], hel
     """One damaged file, by every reader."""
     what, content = change
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.safetensors"
+    path = folder / f"{name}{KINDS[name].ending}"
     path.write_bytes(content)
     counts.files[name] += 1
     for reader in KINDS[name].readers:
