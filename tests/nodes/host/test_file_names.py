@@ -10,9 +10,7 @@ from nibble.nodes.bridge.caf.train import file_name as caf_name
 from nibble.nodes.bridge.host import file_names
 from nibble.nodes.bridge.intlora.files import file_name as intlora_name
 from nibble.nodes.bridge.intlora.save import file_name as merged_name
-from nibble.nodes.bridge.quantize.svdquant import file_name as svdquant_name
-from nibble.nodes.bridge.quantize.vq4dit import file_name as vq_name
-from nibble.nodes.bridge.quantize.vq4dit import recipe_of
+from nibble.nodes.bridge.quantize.job import new_name
 from nibble.quant.files.errors import FileRefused
 
 
@@ -22,12 +20,8 @@ class Model:
     model = object()
 
 
-def svdquant(name):
-    return svdquant_name("old.safetensors", name, 16)
-
-
-def vq(name):
-    return vq_name("old.safetensors", name, recipe_of("fast", 3))
+def quantized(name):
+    return new_name("old.safetensors", name, "svdq-int4-r16")
 
 
 def merged(name):
@@ -51,8 +45,8 @@ def couplings(name):
 
 
 FOLDERED = {
-    "SVDQuant Quantize Checkpoint": svdquant,
-    "VQ Quantize Checkpoint": vq,
+    "SVDQuant Quantize Checkpoint": quantized,
+    "VQ Quantize Checkpoint": quantized,
     "Merge and Save": merged,
     "Convert LoRA to IntLoRA": converted,
     "Train IntLoRA": trained,
@@ -142,7 +136,9 @@ def test_an_ending_that_was_typed_is_not_added_again(node):
 
 @pytest.mark.parametrize("origin", ["flux/old.sft", "flux/old.SAFETENSORS", "flux/old.safetensors"])
 def test_a_default_name_keeps_nothing_of_its_origins_ending(origin):
-    assert svdquant_name(origin, "", 16) == os.path.join("flux", "old-svdq-int4-r16.safetensors")
+    assert new_name(origin, "", "svdq-int4-r16") == os.path.join(
+        "flux", "old-svdq-int4-r16.safetensors"
+    )
     assert intlora_name(origin, "") == os.path.join("flux", "old.intlora.safetensors")
 
 
