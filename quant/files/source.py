@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...kernels.optional import optional
 from .errors import FileRefused, reader, reading
+from .integrity import is_finite
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
 from .source_layouts import ACCESSORIES, LAYOUTS, PACKED, VIEWS
 
@@ -264,13 +265,11 @@ class _Model(ABC):
         return tensor.view(getattr(torch, view)) if view and tensor.dtype == torch.uint8 else tensor
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        if tensor.numel():
-            low, high = torch.aminmax(tensor)
-            if not math.isfinite(low) or not math.isfinite(high):
-                raise FileRefused(
-                    f"{self.name} holds NaN or infinity in {name}; the file is damaged or"
-                    " overflowed when it was saved: get another copy."
-                )
+        if not is_finite(tensor):
+            raise FileRefused(
+                f"{self.name} holds NaN or infinity in {name}; the file is damaged or overflowed"
+                " when it was saved: get another copy."
+            )
         return tensor
 
 
