@@ -218,6 +218,20 @@ def home(folder: Path) -> Path:
     return folder
 
 
+def encoded(captions: Sequence) -> tuple[list, list[Tensor]]:
+    """Captions as they are written: (trees, their tensors). Raises ValueError for what no file can
+    hold, and for none.
+    """
+    tensors: list[Tensor] = []
+    nodes = [
+        conditioning_tree.encode(tree, tensors, f"prompt {i + 1}")
+        for i, tree in enumerate(captions)
+    ]
+    if not nodes:
+        raise ValueError("There are no prompts; connect at least one.")
+    return nodes, tensors
+
+
 def create(
     folder: str | os.PathLike, identity: dict, captions: Sequence, overwrite: bool = False
 ) -> Couplings:
@@ -230,13 +244,7 @@ def create(
         else.
     """
     folder, identity = Path(folder), json.loads(json.dumps(identity))
-    tensors: list[Tensor] = []
-    nodes = [
-        conditioning_tree.encode(tree, tensors, f"prompt {i + 1}")
-        for i, tree in enumerate(captions)
-    ]
-    if not nodes:
-        raise ValueError("There are no prompts; connect at least one.")
+    nodes, tensors = encoded(captions)
     prompts = conditioning_tree.digest(nodes, tensors)
     index = {
         "format": FORMAT,

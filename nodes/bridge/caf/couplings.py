@@ -55,6 +55,7 @@ def make_couplings(job: CouplingsJob) -> tuple[Couplings, dict]:
             " or set cfg to 1."
         )
     check_teacher(job)
+    couplings.encoded(prompts)  # refuses what no file can hold, before there is a folder
     folder = couplings.home(folder_of(job.filename))
     with atomic.exclusive(folder):
         identity = _identity(job, empty, negative)

@@ -16,7 +16,7 @@ from nibble.quant.files.errors import FileRefused
         ({"rank": 4000}, "rank 4000 is not between 0 and 128"),
         ({"h": 2.5}, "h = 2.5 is outside 0 to 2"),
         ({"layers": ("nothing.*",)}, "No linear layer of the model is called nothing"),
-        ({"filename": "../mine"}, "outside"),
+        ({"filename": "../mine"}, "leads out of the folder"),
     ],
 )
 def test_wrong_inputs_are_refused_in_words(dense_model, data, folder, monkeypatch, changes, said):

@@ -250,9 +250,7 @@ def test_the_file_says_what_is_in_it_and_a_second_run_is_done_at_once(based, hom
     again = saved(with_lora(patched, lora_file(based, seed=40), 0.5))
     assert again == replace(done, layers=[replace(row, seconds=0.0) for row in done.layers])
     assert (home / done.name).stat().st_mtime_ns == written
-    with pytest.raises(
-        FileRefused, match="exists already and holds something else; switch 'overwrite' on"
-    ):
+    with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         saved(with_lora(patched, lora_file(based, seed=40), 0.4))
     saved(with_lora(patched, lora_file(based, seed=40), 0.4), overwrite=True)
     more = reloaded(

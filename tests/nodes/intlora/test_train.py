@@ -289,7 +289,7 @@ def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model
         ({"rank": 0}, "rank 0 is not between"),
         ({"rank": 4000}, "rank 4000 is not between"),
         ({"layers": ("nothing.*",)}, "No 4-bit layer of the model is called nothing"),
-        ({"filename": "../mine"}, "outside"),
+        ({"filename": "../mine"}, "leads out of the folder"),
         ({"existing": "gone.intlora.safetensors"}, "gone.intlora.safetensors is not in"),
     ],
 )

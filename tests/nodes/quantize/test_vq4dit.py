@@ -162,7 +162,7 @@ def test_nan_quantized_input_and_existing_files_are_refused_and_leave_nothing(
         ({"model_name": "broken.safetensors"}, "NaN"),
         ({"model_name": "codes.safetensors"}, "codes.safetensors"),
         ({"filename": "taken"}, "overwrite"),
-        ({"filename": "../out"}, "outside"),
+        ({"filename": "../out"}, "leads out of the folder"),
     ):
         with pytest.raises(ValueError, match=said):
             request(**options).run()
