@@ -198,9 +198,8 @@ class NibbleFile(QuantizedFile):
 
     def __init__(self, stored: SafetensorsFile):
         with stored:
+            _check_version(stored.header)  # first: a newer format may sum its header up otherwise
             super().__init__([stored], stored.header.metadata)
-            _check_version(stored.header)
-            check_header(stored.header, "copy it again or quantize again")
             texts = [name for name in stored.header.tensors if name.endswith(".comfy_quant")]
             # kept: what was understood as a layer's JSON is what is verified
             self._texts = stored.read_bytes(texts)

@@ -337,5 +337,5 @@ def test_what_cannot_be_saved_is_refused_in_words(server, quantized, converted):
     said(server, merged(uses=[]), "has no LoRA on it, so there is nothing to merge")
     said(server, merged(filename=quantized), "is the file that would be read")
     said(server, merged(filename=FLUX), "was not made by Nibble")
-    said(server, merged(filename="../../escaped"), "outside")
+    said(server, merged(filename="../../escaped"), "leads out of the folder")
     assert not list(server.folder("diffusion_models").glob("never*"))

@@ -6,11 +6,10 @@ from demo_graphs import FLUX, Graph
 
 def ran(server: Server, graph: dict) -> set[str]:
     """The nodes of a graph that ran, and were not taken from the cache."""
-    kept = [
-        event["data"]["nodes"]
-        for event in server.events(graph)
-        if event["type"] == "execution_cached"
-    ]
+    events = server.events(graph)
+    errors = [event["data"] for event in events if event["type"] == "execution_error"]
+    assert not errors, errors[0]["exception_message"]
+    kept = [event["data"]["nodes"] for event in events if event["type"] == "execution_cached"]
     return graph.keys() - set(kept[-1])
 
 
@@ -45,7 +44,18 @@ def calibrated_and_drawn() -> Graph:
         order=2,
     )
     cached = graph.add(
-        "NibbleApplySmoothCache", model=[model, 0], alpha=0.1, calibration=[calibration, 0]
+        "NibbleApplySmoothCache",
+        model=[model, 0],
+        calibration=[calibration, 0],
+        alpha=0.1,
+        depth="step",
+        start=0.0,
+        end=1.0,
+        budget=0,
+        extrapolation="auto",
+        first_steps=1,
+        last_steps=1,
+        store="gpu",
     )
     graph.save(graph.sample(cached, positive, steps=6))
     return graph

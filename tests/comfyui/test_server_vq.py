@@ -148,7 +148,7 @@ def test_quantize_load_and_inspect_in_one_graph_with_the_name_linked(server, rep
     [
         (dict(filename=FILE, seed=1), "overwrite"),
         (dict(codewords=100, vector=2), "power of two"),
-        (dict(filename="../../out"), "outside"),
+        (dict(filename="../../out"), "leads out of the folder"),
         (dict(model_name=FILE), FILE),
     ],
     ids=["overwrite", "codewords", "outside", "quantized already"],

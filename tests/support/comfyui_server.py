@@ -121,7 +121,7 @@ class Server:
     def queue(self, graph: dict) -> str:
         """Queues a graph in API format; returns its id. Raises Refused with what the nodes said."""
         reply = self.post("/prompt", {"prompt": graph, "client_id": self.client})
-        if "prompt_id" not in reply:
+        if "prompt_id" not in reply or reply.get("node_errors"):  # else the rest of a graph runs
             told = [
                 f"{error['message']}: {error['details']}"
                 for node in reply.get("node_errors", {}).values()
