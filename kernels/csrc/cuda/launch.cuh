@@ -20,10 +20,18 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Target&,
             Arguments... arguments) {
+    if (emulator::notes().wanted) {
+        const auto bytes = [](const auto& value) {
+            return std::string(reinterpret_cast<const char*>(&value), sizeof(value));
+        };
+        emulator::notes().launches.push_back({reinterpret_cast<const void*>(kernel), grid.x, grid.y,
+                                              threads, shared, {bytes(Parameters(arguments))...}});
+        return;
+    }
     emulator::run({grid.x, grid.y, grid.z}, threads, shared,
                   [=] { kernel(Parameters(arguments)...); });
 }
-inline int multiprocessors(int) { return 4; }
+inline int multiprocessors(int) { return emulator::notes().multiprocessors; }
 
 #else
 

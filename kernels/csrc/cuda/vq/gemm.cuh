@@ -167,27 +167,4 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) vq_gemm_kernel(const Ge
     }
 }
 
-template <class T, class S>
-void start_vq_gemm(const GemmVQ& a, const Target& target) {
-    const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
-                   rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(vq_gemm_kernel<T, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
-}
-
-template <class T, class L>
-void vq_gemm(const GemmVQ& a, const Target& target) {
-    using Few = VqFewTokens<L>;
-    using Some = VqSomeTokens<L>;
-    using Many = VqManyTokens<L>;
-    const int64_t large_tiles =
-        (a.M + Many::ROWS - 1) / Many::ROWS * ((a.N + Many::COLUMNS - 1) / Many::COLUMNS);
-    if (a.M <= Few::ROWS) return start_vq_gemm<T, Few>(a, target);
-    // A large tile decodes a weight for twice the tokens, where there are enough of them, tiles for
-    // every multiprocessor, and more shared memory than Turing's.
-    const bool large = target.capability >= 80 && a.M > Some::ROWS &&
-                       large_tiles >= multiprocessors(target.device);
-    if (large) return start_vq_gemm<T, Many>(a, target);
-    start_vq_gemm<T, Some>(a, target);
-}
-
 }  // namespace nibble::cuda

@@ -1,0 +1,278 @@
+"""The interface of `nibble_kernels` for GPUs, without anything compiled for this Python.
+
+Ops take the same arguments by name. `isa` is the number of a route on a GPU: 0 the one that is
+chosen, and the others as `ROUTES` names them, so that every path can be tried on one GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from . import driver, kernels, library, nvrtc, plans, structs
+from .kernels import Kernel
+from .plans import Gpu, Launch
+from .structs import E4M3, PACKED
+
+OLDEST = 75
+ROUTES = {1: "sm75", 2: "sm80", 3: "sm90", 4: "sm100"}
+"""Route number -> the path of the W4A4 product: int4 m8n8k32, int4 m16n8k64, wgmma on 8-bit
+floats, int8 m16n8k32.
+"""
+_MMA_OF_ROUTE = {1: "Turing", 2: "Int4", 4: "Int8"}
+
+
+class Unavailable(RuntimeError):
+    """Why a GPU cannot run the kernels this way, in words."""
+
+
+class Device:
+    """One GPU: what it is, and its kernels, loaded when they are first asked for. Raises
+    Unavailable where none can be had for it.
+    """
+
+    def __init__(self, index: int, package: library.Package, cuda: driver.Driver):
+        self.cuda, self.package = cuda, package
+        self.gpu = Gpu(cuda.capability(index), cuda.multiprocessors(index))
+        if self.gpu.capability < OLDEST:
+            raise Unavailable(
+                f"the kernels need compute capability {OLDEST / 10}, and cuda:{index} has"
+                f" {self.gpu.capability / 10}"
+            )
+        self.arch = self._architecture()
+        self.context = cuda.context(index)
+        self._functions: dict[Kernel, tuple[ctypes.c_void_p, int]] = {}
+        self._lock = threading.Lock()
+
+    def _architecture(self) -> str:
+        """Whose cubins it runs: the package's, or those that NVRTC makes."""
+        wanted = kernels.architecture(self.gpu.capability)
+        own = f"{self.gpu.capability}" if wanted.startswith("ptx") else wanted
+        self.compiles = library.why_not_compile(own)
+        if self.package.has(wanted) and not wanted.startswith("ptx"):
+            return wanted
+        if not self.compiles:
+            return own
+        if self.package.has(wanted):  # a GPU that is newer than all cubins: the driver compiles
+            return wanted
+        absent = self.package.absent or f"the package has no cubins for sm_{own}"
+        raise Unavailable(f"{absent}, and {self.compiles}")
+
+    @property
+    def origin(self) -> str:
+        """Where its kernels come from, in words."""
+        if self.package.has(self.arch):
+            return f"{self.arch} of the package ({self.package.manifest['compiler']})"
+        major, minor = nvrtc.version()
+        return f"sm_{self.arch}, compiled here by NVRTC {major}.{minor}"
+
+    def cubin(self, kernel: Kernel) -> library.Cubin:
+        """A kernel's code. Raises CompileError, or ValueError for a damaged package."""
+        found = self.package.find(kernel, self.arch)
+        return library.cached(kernel, self.arch) if found is None else found
+
+    def function(self, kernel: Kernel, shared: int) -> ctypes.c_void_p:
+        """A kernel that may use so many bytes of shared memory."""
+        found, allowed = self._functions.get(kernel, (None, 0))
+        if found is not None and shared <= allowed:
+            return found
+        with self._lock:
+            if found is None:
+                found = self.cuda.function(self.context, *self.cubin(kernel))
+                allowed = 48 * 1024
+            if shared > allowed:
+                self.cuda.allow_shared(found, shared)
+                allowed = shared
+            self._functions[kernel] = found, allowed
+        return found
+
+    def start(self, launches: Iterable[Launch], stream: int) -> None:
+        for launch in launches:
+            function = self.function(launch.kernel, launch.shared)
+            self.cuda.start(self.context, function, launch, stream)
+
+    def prepare(
+        self, wanted: Iterable[Kernel], said: Callable[[int, int, str], None] | None = None
+    ) -> None:
+        """Has kernels compiled side by side before they are needed; `said`: done, all, name."""
+        missing = [kernel for kernel in wanted if kernel not in self._functions]
+        with ThreadPoolExecutor(4) as pool:
+            tasks = {pool.submit(self.cubin, kernel): kernel for kernel in missing}
+            for done, task in enumerate(as_completed(tasks), 1):
+                task.result()
+                if said:
+                    said(done, len(missing), tasks[task].name)
+
+
+class CubinModule:
+    """See the module's docstring. cuda, package: others in tests."""
+
+    ABI = 4
+    DEVICES = ("cuda",)
+
+    def __init__(
+        self, cuda: driver.Driver | None = None, package: library.Package | None = None
+    ) -> None:
+        self.cuda = driver.driver() if cuda is None else cuda
+        self.package = library.Package() if package is None else package
+        self._devices: dict[int, Device] = {}
+        self._lock = threading.Lock()
+
+    def on(self, device: int) -> Device:
+        """A GPU by its index. Raises Unavailable, DriverError."""
+        found = self._devices.get(device)
+        if found is None:
+            with self._lock:
+                found = self._devices.get(device) or Device(device, self.package, self.cuda)
+                self._devices[device] = found
+        return found
+
+    # ---- questions ---------------------------------------------------------------------------
+
+    def capability(self, device: int) -> int:
+        return self.on(device).gpu.capability
+
+    @staticmethod
+    def codes(capability: int) -> int:
+        """The form of activation codes that a GPU's product reads fastest."""
+        return E4M3 if capability // 10 == 9 else PACKED
+
+    @staticmethod
+    def routes(op: str, capability: int) -> dict[int, str]:
+        """The paths of an op on a GPU; where there is one only, it has no number of its own."""
+        if op not in ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down"):
+            return {0: "cuda"}
+        # ptxas makes int4 products for later GPUs out of others: slow, and right
+        numbers = [1] if capability < 80 else [1, 2] if capability < 90 else [1, 2, 4]
+        if capability // 10 == 9 and op == "gemm_w4a4_up":
+            numbers.append(3)
+        return {number: ROUTES[number] for number in numbers}
+
+    def route(self, op: str, capability: int, m: int, n: int, k: int) -> tuple[str, str]:
+        """(path, reason) in words."""
+        if op == "gemm_w4a4_up" and capability // 10 == 9:
+            return "sm90: wgmma on 8-bit floats", f"compute capability {capability / 10}"
+        words = {75: "sm75: int4 m8n8k32", 80: "sm80: int4 m16n8k64"}
+        if op.startswith("gemm_w4a4_up"):
+            floor = 75 if capability < 80 else 80 if capability < 90 else 100
+            path = words.get(floor, "sm100: int8 m16n8k32 on widened codes")
+            return path, f"compute capability {capability / 10}"
+        return f"cuda: {op}", "one kernel for every GPU from 7.5 on"
+
+    @staticmethod
+    def workspace_bytes(
+        op: str, capability: int, M: int, N: int, K: int, R: int, codes: int
+    ) -> int:
+        """Bytes of scratch that an op wants; R: the rank of the h that it writes, if it does."""
+        if op == "gemm_w4a4_up" and capability // 10 == 9:
+            return plans.hopper_workspace(codes, M, K)
+        if op == "gemm_w4a4_up_gelu_quantize_down" and codes == PACKED:
+            return plans.gelu_workspace(M, N, R)
+        return 0
+
+    def linear_w4a4_bytes(self, capability: int, M: int, N: int, K: int, R: int, codes: int) -> int:
+        """Bytes of scratch of a whole linear."""
+        work = self.workspace_bytes("gemm_w4a4_up", capability, M, N, K, R, codes)
+        return _linear_places(M, K, R, codes)[2] + _aligned(work)
+
+    # ---- ops ---------------------------------------------------------------------------------
+
+    def quantize_down(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
+        there = self.on(device)
+        there.start(plans.quantize_down(structs.QuantizeDown(**fields), there.gpu), stream)
+
+    def gemm_w4a4_up(
+        self, device: int, stream: int, threads: int, isa: int, workspace_size: int, **fields
+    ) -> None:
+        there, op = self.on(device), structs.GemmW4A4Up(**fields)
+        there.start(_product(op, there.gpu, isa), stream)
+
+    def gemm_w4a4_up_gelu_quantize_down(
+        self,
+        device: int,
+        stream: int,
+        threads: int,
+        isa: int,
+        mid_dtype: int,
+        workspace_size: int,
+        **fields,
+    ) -> None:
+        there = self.on(device)
+        second = {name: fields.pop(name) for name in list(fields) if name in _OF_SECOND}
+        first = structs.GemmW4A4Up(out_dtype=mid_dtype, **fields)
+        op = structs.GemmW4A4UpGeluQuantizeDown(first=first, **second)
+        there.start(
+            plans.gemm_w4a4_up_gelu_quantize_down(op, there.gpu, _MMA_OF_ROUTE.get(isa, "")), stream
+        )
+
+    def linear_w4a4(
+        self,
+        device: int,
+        stream: int,
+        threads: int,
+        isa: int,
+        scratch: int,
+        scratch_size: int,
+        **fields,
+    ) -> None:
+        """quantize_down and gemm_w4a4_up, with what goes between them in scratch memory."""
+        there, get = self.on(device), fields.get
+        m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
+        ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
+        shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
+        shared |= {"act_unsigned": get("act_unsigned"), "q": scratch, "ascales": ascales, "h": h}
+        quantizer = {name: get(name) for name in ("x", "x_dtype", "smooth", "proj_down", "rotate")}
+        product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
+        product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
+        first = structs.QuantizeDown(**shared, **quantizer)
+        second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
+        there.start(plans.quantize_down(first, there.gpu), stream)
+        there.start(_product(second, there.gpu, isa), stream)
+
+    def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
+        there = self.on(device)
+        there.start(plans.w4a16(structs.W4A16(**fields), there.gpu), stream)
+
+    gemm_w4a16 = gemv_w4a16
+
+    def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
+        there = self.on(device)
+        there.start(plans.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
+
+
+_OF_SECOND = {name for name, _ in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}
+
+
+def _product(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
+    """The product by the route that is chosen (0) or asked for. Raises ValueError for one that
+    the GPU does not have.
+    """
+    if not route:
+        return plans.gemm_w4a4_up(op, gpu)
+    known = CubinModule.routes("gemm_w4a4_up", gpu.capability)
+    if route not in known:
+        raise ValueError(f"gemm_w4a4_up: route {route} is none of {known}")
+    if route == 3:
+        return plans.hopper(op, gpu)
+    rows = plans.tile_rows(op.M, op.N, gpu.multiprocessors)
+    return plans.mma_product(op, _MMA_OF_ROUTE[route], rows)
+
+
+def _aligned(size: int) -> int:
+    return (size + 255) & ~255
+
+
+def _linear_places(m: int, k: int, rank: int, codes: int) -> tuple[int, int, int]:
+    """Where ascales, h and the workspace begin behind the codes, in a whole linear's scratch."""
+    ascales = _aligned(m * k // (2 if codes == PACKED else 1))
+    h = ascales + _aligned(m * k // structs.GROUP * 4)
+    return ascales, h, h + _aligned(m * rank * 4)
+
+
+@functools.cache
+def module() -> CubinModule:
+    """The process's own. Raises DriverError where there is no driver."""
+    return CubinModule()
