@@ -26,7 +26,7 @@ PLAIN = SMALL[0]
 @pytest.fixture
 def forget():
     """Clears what is remembered about installed modules, before and after."""
-    caches = (choose.choose, native.module)
+    caches = (choose.choose, native.module, native.serving, native._gpu)
     for cache in caches:
         cache.cache_clear()
     yield

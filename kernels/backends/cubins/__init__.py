@@ -12,3 +12,11 @@ library    where a cubin comes from: the package, the cache, NVRTC; with the rea
 nvrtc      CUDA C++ -> cubin, by NVRTC
 driver     libcuda: devices, modules, launches
 """
+
+from .driver import DriverError
+from .module import CubinModule, Unavailable, module
+from .nvrtc import CompileError
+
+ERRORS = (Unavailable, DriverError, CompileError, OSError, ValueError)
+"""Why kernels cannot be had this way."""
+__all__ = ["ERRORS", "CompileError", "CubinModule", "DriverError", "Unavailable", "module"]
