@@ -96,10 +96,10 @@ def vq_gemm(x: str, layout: tuple[int, int], tiling: str) -> Kernel:
 
 MMAS = {"75": "Turing", "80": "Int4", "86": "Int4", "89": "Int4", "90a": "Int8"}
 """How an architecture multiplies 4-bit codes with mma.sync; Int8 in all that are not named."""
-ARCHITECTURES = ("75", "80", "86", "89", "90a", "100f", "120f", "ptx80")
-"""What a package carries; ptx80 is text that a driver compiles for GPUs that none of the others
-fits.
-"""
+PTX = "ptx80"
+"""Text that a driver compiles for GPUs that none of the cubins fits."""
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100f", "120f", PTX)
+"""What a package carries."""
 
 
 def architecture(capability: int) -> str:
@@ -112,7 +112,7 @@ def architecture(capability: int) -> str:
         return {86: "86", 87: "86", 89: "89"}.get(capability, "80")
     if capability < 100:
         return "90a"
-    return {10: "100f", 12: "120f"}.get(capability // 10, "ptx80")
+    return {10: "100f", 12: "120f"}.get(capability // 10, PTX)
 
 
 def fits_as_it_is(x: str, param: str) -> bool:

@@ -30,8 +30,11 @@ class Unavailable(RuntimeError):
 
 
 class Device:
-    """One GPU: what it is, and its kernels, loaded when they are first asked for. Raises
-    Unavailable where none can be had for it.
+    """One GPU: what it is, and its kernels, loaded when they are first asked for.
+
+    Which kernels can be had is found out once, by loading one: those of the package, else those
+    that NVRTC makes here, else the package's PTX, which the driver compiles. Raises Unavailable
+    with the reasons where none of them loads.
     """
 
     def __init__(self, index: int, package: library.Package, cuda: driver.Driver):
@@ -42,36 +45,45 @@ class Device:
                 f"the kernels need compute capability {OLDEST / 10}, and cuda:{index} has"
                 f" {self.gpu.capability / 10}"
             )
-        self.arch = self._architecture()
         self.context = cuda.context(index)
         self._functions: dict[Kernel, tuple[ctypes.c_void_p, int]] = {}
         self._lock = threading.Lock()
+        self.arch, self.packaged = self._chosen()
 
-    def _architecture(self) -> str:
-        """Whose cubins it runs: the package's, or those that NVRTC makes."""
+    def _chosen(self) -> tuple[str, bool]:
+        """(architecture, whether its cubins are the package's)."""
         wanted = kernels.architecture(self.gpu.capability)
-        own = f"{self.gpu.capability}" if wanted.startswith("ptx") else wanted
-        self.compiles = library.why_not_compile(own)
-        if self.package.has(wanted) and not wanted.startswith("ptx"):
-            return wanted
-        if not self.compiles:
-            return own
-        if self.package.has(wanted):  # a GPU that is newer than all cubins: the driver compiles
-            return wanted
-        absent = self.package.absent or f"the package has no cubins for sm_{own}"
-        raise Unavailable(f"{absent}, and {self.compiles}")
+        own = str(self.gpu.capability) if wanted == kernels.PTX else wanted
+        reasons = []
+        for arch, packaged in ((wanted, True), (own, False), (kernels.PTX, True)):
+            if packaged and not self.package.has(arch):
+                why = self.package.absent or f"the package has no cubins for {arch}"
+            elif not packaged and library.why_not_compile(arch):
+                why = library.why_not_compile(arch)
+            else:
+                self.arch, self.packaged = arch, packaged
+                try:
+                    self.function(kernels.add_tiles(self.gpu.mma), 0)
+                    return arch, packaged
+                except (driver.DriverError, nvrtc.CompileError, ValueError, OSError) as error:
+                    why = str(error)
+            if why not in reasons:
+                reasons.append(why)
+        raise Unavailable("; ".join(reasons))
 
     @property
     def origin(self) -> str:
         """Where its kernels come from, in words."""
-        if self.package.has(self.arch):
+        if self.packaged:
             return f"{self.arch} of the package ({self.package.manifest['compiler']})"
         major, minor = nvrtc.version()
-        return f"sm_{self.arch}, compiled here by NVRTC {major}.{minor}"
+        return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
 
     def cubin(self, kernel: Kernel) -> library.Cubin:
-        """A kernel's code. Raises CompileError, or ValueError for a damaged package."""
-        found = self.package.find(kernel, self.arch)
+        """A kernel's code; what the package has not (another GPU's path) is compiled. Raises
+        CompileError, or ValueError for a damaged package.
+        """
+        found = self.package.find(kernel, self.arch) if self.packaged else None
         return library.cached(kernel, self.arch) if found is None else found
 
     def function(self, kernel: Kernel, shared: int) -> ctypes.c_void_p:
