@@ -357,7 +357,7 @@ def w4a16(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     tiling = _W4A16[name]
     stage = tiling.rows * GROUP * 2 + tiling.columns * GROUP // 2
     shared = tiling.stages * stage + 2 * tiling.columns * 8
-    grid = (up(op.N, tiling.columns), up(op.M, tiling.rows))
+    grid = (up(op.N, tiling.columns) * up(op.M, tiling.rows), 1)
     return [Launch(kernels.w4a16_gemm(x, param, name), grid, tiling.threads, shared, (op,))]
 
 
@@ -408,6 +408,6 @@ def gemm_vq(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     tiling = _VQ[name]
     lane_bytes = 16 // op.vector * op.bits // 8
     stage = tiling.rows * GROUP * 2 + tiling.columns * 4 * lane_bytes
-    grid = (up(op.N, tiling.columns), up(op.M, tiling.rows))
+    grid = (up(op.N, tiling.columns) * up(op.M, tiling.rows), 1)
     shared = book + tiling.stages * stage
     return [Launch(kernels.vq_gemm(x, layout, name), grid, tiling.threads, shared, (op,))]

@@ -11,7 +11,7 @@ template <class T, class S>
 void start_vq_gemm(const GemmVQ& a, const Target& target) {
     const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
                    rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(vq_gemm_kernel<T, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
+    launch(vq_gemm_kernel<T, S>, {columns * rows}, S::THREADS, S::SHARED, target, a);
 }
 
 template <class T, class L>

@@ -134,8 +134,11 @@ template <class T, class P, class S>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) w4a16_gemm_kernel(const W4A16 a) {
     const int thread = int(threadIdx.x), lane = thread % 32, warp_m = thread / 32 % S::M_WARPS,
               warp_n = thread / 32 / S::M_WARPS;
-    const int64_t first_row = int64_t(blockIdx.y) * S::ROWS,
-                  first_column = int64_t(blockIdx.x) * S::COLUMNS;
+    // Blocks that follow one another share the rows of x, which are few, and read different
+    // weights. All are along x: the other axes have 2^16 blocks at most.
+    const unsigned across = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS);
+    const int64_t first_row = int64_t(blockIdx.x / across) * S::ROWS,
+                  first_column = int64_t(blockIdx.x % across) * S::COLUMNS;
     const int groups = int(a.K / GROUP);
     char* shared = dynamic_shared();
     float2* scales = reinterpret_cast<float2*>(shared + S::STAGES * S::STAGE_BYTES);

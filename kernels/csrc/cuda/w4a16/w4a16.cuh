@@ -9,11 +9,9 @@ namespace nibble::cuda {
 
 template <class T, class P, class S>
 void start_gemm(const W4A16& a, const Target& target) {
-    // Blocks that follow one another share the rows of x, which are few, and read different
-    // weights.
     const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
                    rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(w4a16_gemm_kernel<T, P, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
+    launch(w4a16_gemm_kernel<T, P, S>, {columns * rows}, S::THREADS, S::SHARED, target, a);
 }
 
 template <class T, class P>

@@ -72,6 +72,8 @@ void choose(const GemmW4A4Up& p, const void* codes, const Target& target) {
 
 }  // namespace sm90
 
+void gemm_w4a4_sm90_image() { find_image(sm90::gemm_kernel<bf16, 1, 64>); }
+
 size_t gemm_w4a4_up_sm90_workspace(Codes codes, int64_t M, int64_t, int64_t K) {
     return codes == Codes::packed ? size_t(M) * K : 0;
 }
