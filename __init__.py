@@ -2,12 +2,28 @@
 nibble` is the one for a terminal.
 """
 
+import re
+
 WEB_DIRECTORY = "./web"
+COMFYUI = "0.33.0"  # the oldest that has what the nodes use; pyproject.toml says it to the Registry
+
+
+def check_comfyui() -> None:
+    """Raises ImportError for an older ComfyUI, which would fail in the middle of the nodes."""
+    try:
+        from comfyui_version import __version__ as version
+    except ImportError:  # it is as old as that
+        version = "older still"
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:3]]
+    if numbers < [int(number) for number in COMFYUI.split(".")]:
+        raise ImportError(f"Nibble needs ComfyUI {COMFYUI} or newer, this is {version}; update it.")
+
 
 # ComfyUI loads a folder of custom_nodes under its path as the name. Imported as the library
 # `nibble`, or collected by pytest, nothing
 # of ComfyUI's may be touched: it need not be installed.
 if __package__ and ("/" in __package__ or "\\" in __package__):
+    check_comfyui()
     from .nodes import comfy_entrypoint
 
     __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

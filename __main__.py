@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `| head` closed our output
         sys.stderr.close()
+    except ModuleNotFoundError as error:
+        print(f"nibble: {error.name} is not installed; pip install {error.name}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"nibble: {error}", file=sys.stderr)
         return 1
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_command(commands)
     cubins.add_command(commands)
-    options.add_commands(commands)
+    options.add_commands(commands, small_file)
     commands.add_parser(
         "bench",
         help=(
@@ -57,6 +60,29 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     return parser
+
+
+def small_file(path: Path, verify: bool) -> dict | None:
+    """What a file of Nibble's own is that holds no model (an adapter, couplings, a state, a
+    calibration), for `inspect`; None for any other. It is read whole, couplings where `verify` asks
+    for it. Raises FileRefused for a damaged one.
+    """
+    from .accel.caching import calibration_file as caching
+    from .accel.caf import inspect as caf
+    from .quant.files import small
+    from .quant.intlora import file as intlora
+    from .quant.training import state
+
+    if path.is_dir() or path.suffix == ".json":
+        return caf.couplings_facts(path, verify) or caching.facts(path)
+    kind = small.format_of(path)
+    if kind == "intlora":
+        adapter = intlora.read(path)
+        return {"file": path.name, "kind": "IntLoRA adapter", "layers": len(adapter.layers)}
+    if kind == state.FORMAT:
+        steps = len(state.State(path).losses)
+        return {"file": path.name, "kind": "state of a training", "steps": steps}
+    return caf.facts(path, kind)
 
 
 def bench(arguments: list[str]) -> int:

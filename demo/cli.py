@@ -24,13 +24,15 @@ def add_command(commands) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Quantizes the included demo model and draws with 16 and with 4 bits."""
-    try:
-        from . import run
-    except ImportError as error:
-        raise ValueError(
-            f"the demo needs diffusers and Pillow ({error}); pip install diffusers pillow"
-        ) from None
+    from ..kernels.optional import optional
     from ..quant.cli.console import Bar
+
+    run, why = optional(".run", __package__)
+    if run is None:
+        raise ValueError(
+            f"the demo needs diffusers and Pillow, and {why}; pip install --upgrade diffusers"
+            " pillow"
+        )
 
     with Bar() as bar:
         run.main(options.out, options.preset, options.target, bar)

@@ -9,7 +9,7 @@ The shape alphabet, used in every signature, comment and test:
 `ops` holds every op once, one file an op family; `params` the parameters of each op as a record;
 `reference` is the truth in plain torch; `backends` decides what runs an op and holds the two ways
 to run faster, compiled kernels and comfy-kitchen's. `which(op, device)` says which one is used and
-why. `environment` tells what a machine has.
+why. `environment` tells what a machine has; `optional` imports what can be done without.
 """
 
 from .ops import (

@@ -10,6 +10,7 @@ caf.py           load, sample, invert; without training: a sampler and sigmas
 caf_training.py  couplings, train
 feather.py       prune, report
 demo.py          a prompt for the demo model
+file_nodes.py    what ComfyUI asks of nodes that read or make files
 widgets.py       inputs that several nodes share, training_inputs.py and caching_inputs.py too
 bridge/          what they call
 """

@@ -4,11 +4,11 @@ model for both.
 
 from comfy_api.latest import io
 
-from ..quant.files.errors import FileRefused
+from . import file_nodes
 from .bridge.caching import settings
 from .bridge.caching.apply import apply_and_show
 from .bridge.caching.calibrate import CalibrationJob, calibrate, stamp
-from .bridge.caching.calibration_file import open_calibration
+from .bridge.caching.calibration_file import FOLDER, open_calibration
 from .bridge.caching.measure import Measurement
 from .bridge.caching.models import DEPTHS
 from .bridge.caching.sample import SamplingJob, sample
@@ -23,27 +23,27 @@ from .caching_inputs import (
 )
 
 
-class _Cached(io.ComfyNode):
+class _Cached(file_nodes.FileNode):
     """What all nodes that cache check before they run: their window and their calibration."""
 
-    @classmethod
-    # values that are linked are not known yet and absent
-    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
-        if start > end:
-            return (
-                f"start {start:g} lies behind end {end:g}: nothing would be reused. Choose start"
-                " below end."
-            )
-        try:
-            if calibration is not None and calibration not in (AUTO, NONE):
-                open_calibration(calibration)
-        except FileRefused as refusal:
-            return str(refusal)
-        return True
+    STAMPS = {"calibration": stamp}
 
     @classmethod
-    def fingerprint_inputs(cls, calibration=AUTO, **_):
-        return stamp(calibration)
+    def validate_inputs(cls, start=0.0, end=1.0, calibration=None):
+        first = file_nodes.known(start, (int, float))
+        last = file_nodes.known(end, (int, float))
+        if first is not None and last is not None and first > last:
+            return (
+                f"start {first:g} lies behind end {last:g}: nothing would be reused. Choose start"
+                " below end."
+            )
+        if calibration in (AUTO, NONE):
+            return True
+        return file_nodes.valid_file(open_calibration, calibration)
+
+    @classmethod
+    def fingerprint_inputs(cls, calibration=AUTO, **inputs):
+        return super().fingerprint_inputs(calibration=calibration, **inputs)
 
 
 class NibbleTeaCacheSampler(_Cached):
@@ -244,7 +244,7 @@ class NibbleApplySmoothCache(_Cached):
         return io.NodeOutput(cached, ui=charts.ui(chart))
 
 
-class NibbleCalibrateCache(io.ComfyNode):
+class NibbleCalibrateCache(file_nodes.FileNode):
     """Measures once how a model changes from step to step, for both methods."""
 
     @classmethod
@@ -337,11 +337,6 @@ class NibbleCalibrateCache(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, filename, overwrite, **_):
-        # unequal to itself: looks for its file each time
-        return stamp(filename) if filename and not overwrite else float("nan")
-
-    @classmethod
     def execute(  # noqa: PLR0913 (the inputs)
         cls,
         model,
@@ -370,6 +365,7 @@ class NibbleCalibrateCache(io.ComfyNode):
             order=order,
         )
         name, chart = calibrate(CalibrationJob(setup, filename, overwrite, cls.hidden.unique_id))
+        cls.made(name, FOLDER)
         return io.NodeOutput(name, ui=charts.ui(chart))
 
 

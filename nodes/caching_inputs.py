@@ -22,9 +22,9 @@ def teacache_widgets() -> list:
             options=[*PRESETS, CUSTOM],
             default="balanced",
             tooltip=(
-                "Share of the steps computed on the demo model: quality about two thirds,"
-                " balanced about half, fast about a third. custom: set by the threshold"
-                " below."
+                "Share of the steps computed on the demo model, by the rule error: quality about"
+                " two thirds, balanced about half, fast about a third. custom: set by the"
+                " threshold below."
             ),
         ),
         io.Float.Input(
@@ -89,7 +89,8 @@ def teacache_expert_widgets() -> list:
             tooltip=(
                 "When to compute again. error: judged by how wrong the guess for the last"
                 " computed step was. teacache: judged by the change of the first block's"
-                " input, with thresholds as published. auto: the preset's rule."
+                " input, with coefficients and thresholds as published. auto: error, which every"
+                " preset is made for."
             ),
         ),
         io.Combo.Input(
@@ -117,8 +118,8 @@ def expert_widgets() -> list:
             advanced=True,
             tooltip=(
                 "What a skipped step uses: the last computed result (reuse), or a point"
-                " on the line or parabola through the last ones. auto: what was measured"
-                " to be closest."
+                " on the line or parabola through the last ones. auto: the line, measured to be"
+                " closest; with rule teacache reuse, as published."
             ),
         ),
         io.Int.Input(

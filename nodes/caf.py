@@ -4,15 +4,17 @@ training, a SAMPLER and SIGMAS.
 
 from comfy_api.latest import io
 
-from ..quant.files.errors import FileRefused
+from . import file_nodes
 from .bridge.caf import invert, load, sample, training_free
 from .bridge.host import charts
 
 NO_FILES = "(no CAF files yet)"
 
 
-class NibbleLoadCAF(io.ComfyNode):
+class NibbleLoadCAF(file_nodes.FileNode):
     """A flow model with the velocity and acceleration heads of a CAF file."""
+
+    STAMPS = {"caf_name": load.stamp}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,16 +63,7 @@ class NibbleLoadCAF(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, caf_name=None):
-        try:
-            if caf_name is not None:  # a linked name is known only when the graph runs
-                load.path_of(caf_name)
-        except FileRefused as refusal:
-            return str(refusal)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, caf_name, **_):
-        return load.stamp(caf_name)
+        return file_nodes.valid_file(load.path_of, caf_name)
 
     @classmethod
     def execute(cls, model, caf_name) -> io.NodeOutput:

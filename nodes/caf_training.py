@@ -4,17 +4,17 @@ from them.
 
 from comfy_api.latest import io
 
-from . import training_inputs
+from . import file_nodes, training_inputs
 from .bridge.caf import load as caf_model
-from .bridge.caf.couplings import make_couplings, stamp
+from .bridge.caf.couplings import folder_of, make_couplings
 from .bridge.caf.teacher import DEFAULT, CouplingsJob
-from .bridge.caf.train import OPTIMIZERS, RECIPE, Options, TrainingJob, file_name, train
-from .bridge.host import charts
+from .bridge.caf.train import OPTIMIZERS, RECIPE, Options, TrainingJob, train
+from .bridge.host import charts, node_files
 from .bridge.training.session import Settings
 from .widgets import patterns
 
 
-class NibbleMakeCAFCouplings(io.ComfyNode):
+class NibbleMakeCAFCouplings(file_nodes.FileNode):
     """Pairs of noise and the picture that the connected model makes of it, for Train CAF."""
 
     @classmethod
@@ -50,10 +50,6 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, filename, **_):
-        return stamp(filename[0] if isinstance(filename, list) else filename)
-
-    @classmethod
     def execute(cls, positive, latent_image, negative=None, **widgets) -> io.NodeOutput:
         # the node takes lists of prompts, so everything comes as a list
         one = {name: values[0] for name, values in widgets.items()}
@@ -73,10 +69,11 @@ class NibbleMakeCAFCouplings(io.ComfyNode):
             node_id=cls.hidden.unique_id,
         )
         couplings, chart = make_couplings(job)
+        node_files.remember(job.node_id, folder_of(job.filename))
         return io.NodeOutput(couplings, ui=charts.ui(chart))
 
 
-class NibbleTrainCAF(io.ComfyNode):
+class NibbleTrainCAF(file_nodes.FileNode):
     """Both heads of Constant Acceleration Flow, learned from couplings."""
 
     @classmethod
@@ -119,12 +116,6 @@ class NibbleTrainCAF(io.ComfyNode):
                 io.Int.Output("steps", tooltip="Total steps trained, both nets together."),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, filename, **_):
-        name = file_name(filename or "")
-        # unequal to itself: the node runs until its file is there
-        return caf_model.stamp(name) if name in caf_model.files() else float("nan")
 
     @classmethod
     def execute(  # noqa: PLR0913 (the inputs)
@@ -178,6 +169,7 @@ class NibbleTrainCAF(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
+        cls.made(trained.name, caf_model.FOLDER)
         return io.NodeOutput(
             trained.name, {"loss": trained.losses}, trained.steps, ui=charts.ui(trained.chart)
         )

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..demo import prompts, world
+from .file_nodes import known
 
 
 class NibbleDemoPrompt(io.ComfyNode):
@@ -35,9 +36,10 @@ class NibbleDemoPrompt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, text=None):
+        typed = known(text, str)
         try:
-            if text is not None:
-                world.parse(text)
+            if typed is not None:
+                world.parse(typed)
         except ValueError as error:
             return str(error)
         return True

@@ -1,10 +1,10 @@
-"""The IntLoRA nodes: convert an ordinary LoRA to a 4-bit model's integers, apply one to the model,
-merge and save what is on a model.
+"""The IntLoRA nodes: convert an ordinary LoRA to a 4-bit model's integers, apply one to a model,
+merge and save what is on a 4-bit model.
 """
 
 from comfy_api.latest import io
 
-from ..quant.files.errors import FileRefused
+from . import file_nodes
 from .bridge.host import charts
 from .bridge.intlora import files
 from .bridge.intlora.charts import conversion_chart, merge_chart
@@ -17,8 +17,10 @@ NO_LORAS = "(no LoRAs in models/loras)"
 NO_FILES = "(no IntLoRA files yet)"
 
 
-class NibbleConvertIntLoRA(io.ComfyNode):
+class NibbleConvertIntLoRA(file_nodes.FileNode):
     """An ordinary LoRA as an adapter of a 4-bit model's integers."""
+
+    STAMPS = {"lora_name": files.stamp}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,12 +90,6 @@ class NibbleConvertIntLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, filename, **_):
-        made = lora_name and files.file_name(lora_name, filename) in files.adapter_files()
-        # unequal to itself: the node runs until its file is there
-        return files.stamp(lora_name) if made else float("nan")
-
-    @classmethod
     def execute(cls, model, lora_name, target_error, filename, overwrite, k) -> io.NodeOutput:
         done = convert_lora(
             ConvertJob(
@@ -106,11 +102,14 @@ class NibbleConvertIntLoRA(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
+        cls.made(done.name, files.FOLDER)
         return io.NodeOutput(done.name, ui=charts.ui(conversion_chart(done, lora_name)))
 
 
-class NibbleApplyIntLoRA(io.ComfyNode):
+class NibbleApplyIntLoRA(file_nodes.FileNode):
     """A 4-bit model with an adapter on it."""
+
+    STAMPS = {"intlora_name": files.stamp}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -120,12 +119,18 @@ class NibbleApplyIntLoRA(io.ComfyNode):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Puts an IntLoRA on a 4-bit model. Several can be chained, with each"
-                " other and with Load LoRA. The connected model is never changed."
+                "Puts an IntLoRA on the model that it was made for. Several can be chained, with"
+                " each other and with Load LoRA. The connected model is never changed."
             ),
             search_aliases=["nibble", "intlora", "lora", "apply lora", "load intlora"],
             inputs=[
-                io.Model.Input("model", tooltip="The 4-bit model that the IntLoRA was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "The 4-bit model that the IntLoRA was made for, or the 16-bit one that it"
+                        " was trained on."
+                    ),
+                ),
                 io.Combo.Input(
                     "intlora_name",
                     options=files.adapter_files() or [NO_FILES],
@@ -139,7 +144,7 @@ class NibbleApplyIntLoRA(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.01,
-                    tooltip="How strongly it is applied. 0: the base model, bit for bit.",
+                    tooltip="How strongly it is applied. 0: the connected model, bit for bit.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -158,16 +163,7 @@ class NibbleApplyIntLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, intlora_name=None):
-        try:
-            if intlora_name is not None:  # a linked name is known only when the graph runs
-                files.path_of(intlora_name)
-        except FileRefused as refusal:
-            return str(refusal)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, intlora_name, **_):
-        return files.stamp(intlora_name)
+        return file_nodes.valid_file(files.path_of, intlora_name)
 
     @classmethod
     def execute(cls, model, intlora_name, strength, mode) -> io.NodeOutput:
@@ -175,7 +171,7 @@ class NibbleApplyIntLoRA(io.ComfyNode):
         return io.NodeOutput(patched, ui=None if done is None else charts.ui(merge_chart(done)))
 
 
-class NibbleMergeIntLoRA(io.ComfyNode):
+class NibbleMergeIntLoRA(file_nodes.FileNode):
     """A 4-bit model with LoRAs on it, as a 4-bit file of its own."""
 
     @classmethod
@@ -249,6 +245,7 @@ class NibbleMergeIntLoRA(io.ComfyNode):
                 node_id=cls.hidden.unique_id,
             )
         )
+        cls.made(done.name)
         return io.NodeOutput(done.name, ui=charts.ui(merge_chart(done)))
 
 

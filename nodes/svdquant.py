@@ -3,16 +3,16 @@
 from comfy_api.latest import io
 
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
-from . import widgets
+from . import file_nodes, widgets
 from .bridge.host import charts, folders
-from .bridge.quantize.svdquant import SVDQuantRequest, file_name
+from .bridge.quantize.svdquant import SVDQuantRequest
 from .bridge.quantized import loading
 
 NO_FILES = "(no quantized models yet)"
 _CHOICE = {"auto": None, "on": True, "off": False}
 
 
-class NibbleQuantizeSVDQuant(io.ComfyNode):
+class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
     """Quantizes a diffusion transformer to 4 bits."""
 
     @classmethod
@@ -35,19 +35,6 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
                 )
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, model_name, preset, rank):
-        if rank % 16:
-            return f"rank {rank} is not a multiple of 16; choose 16, 32, 48, 64 …"
-        if preset not in PRESET_HELP:
-            return f"preset {preset!r} is not one of {', '.join(PRESET_HELP)}"
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name, filename, rank, **_):
-        made = file_name(model_name, filename, rank) in loading.quantized_files()
-        return widgets.until_made(made, folders.stamp, model_name)
 
     @classmethod
     def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)
@@ -75,6 +62,7 @@ class NibbleQuantizeSVDQuant(io.ComfyNode):
             seed=seed,
         )
         name, report = SVDQuantRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
+        cls.made(name)
         chart = charts.layers_chart(report, name, f"SVDQuant W4A4, rank {rank}, {preset}")
         return io.NodeOutput(name, ui=charts.ui(chart))
 
@@ -173,7 +161,7 @@ def _expert_options() -> list[io.Input]:
     ]
 
 
-class NibbleLoadSVDQuant(widgets.ModelFilePicker):
+class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
     """Loads a quantized model."""
 
     KIND = "svdquant"
@@ -196,7 +184,7 @@ class NibbleLoadSVDQuant(widgets.ModelFilePicker):
                     cls.KIND,
                     NO_FILES,
                     "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 file. Other files are not listed.",
+                    " svdq-int4 file. svdq-fp4 files are listed, but cannot be loaded.",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),

@@ -1,11 +1,11 @@
-"""Train IntLoRA: teach a 4-bit model a concept from pictures."""
+"""Train IntLoRA: teach a 4-bit model, or a rounded 16-bit one, a concept from pictures."""
 
 from comfy_api.latest import io
 
-from . import training_inputs
+from . import file_nodes, training_inputs
 from .bridge.host import charts
 from .bridge.intlora import files as intlora
-from .bridge.intlora.train import NONE, OPTIMIZERS, Job, Options, run
+from .bridge.intlora.train import BASES, INTEGERS, NONE, OPTIMIZERS, Job, Options, run
 from .bridge.training.dataset import LOSSES
 from .bridge.training.session import Settings
 from .widgets import patterns
@@ -13,7 +13,7 @@ from .widgets import patterns
 VARIANTS = ["shift_add", "mul", "shift"]
 
 
-class NibbleTrainIntLoRA(io.ComfyNode):
+class NibbleTrainIntLoRA(file_nodes.FileNode):
     """An adapter of a 4-bit model's integers, learned from pictures."""
 
     @classmethod
@@ -47,8 +47,8 @@ class NibbleTrainIntLoRA(io.ComfyNode):
                     "lora",
                     tooltip=(
                         "The same adapter as an ordinary LoRA, for Load LoRA Model and Save LoRA"
-                        " Weights. With shift_add it gives the same result as the file; mul and"
-                        " shift are exact only in the file."
+                        " Weights. With shift_add on a 4-bit model it gives the same result as the"
+                        " file; all else is exact only in the file."
                     ),
                 ),
                 io.Custom("LOSS_MAP").Output(
@@ -59,14 +59,6 @@ class NibbleTrainIntLoRA(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, filename, **_):
-        name = intlora.file_name(
-            "", (filename[0] if isinstance(filename, list) else filename) or "trained"
-        )
-        # unequal to itself: the node runs until its file is there
-        return intlora.stamp(name) if name in intlora.adapter_files() else float("nan")
 
     @classmethod
     def execute(cls, model, latents, positive, **widgets) -> io.NodeOutput:
@@ -103,8 +95,10 @@ class NibbleTrainIntLoRA(io.ComfyNode):
                 layers=patterns(one["layers"]),
                 preview_every=one["preview_every"],
                 node_id=cls.hidden.unique_id,
+                base=one.get("base", INTEGERS),
             )
         )
+        cls.made(trained.name, intlora.FOLDER)
         return io.NodeOutput(
             trained.name,
             trained.lora,
@@ -119,7 +113,10 @@ def _main_inputs() -> list:
     return [
         io.Model.Input(
             "model",
-            tooltip="The 4-bit model to teach, from Load SVDQuant Model. It is not changed.",
+            tooltip=(
+                "The 4-bit model to teach, from Load SVDQuant Model; or a 16-bit model, with base"
+                " set to round to nearest. It is not changed."
+            ),
         ),
         io.Latent.Input(
             "latents",
@@ -172,8 +169,9 @@ def _main_inputs() -> list:
             default="shift_add",
             tooltip=(
                 "How the adapter joins the integers. shift_add: adds below them; fastest,"
-                " and several can be combined. mul, shift: multiply or shift them, as in"
-                " the IntLoRA paper; only one at a time."
+                " and several can be combined. mul, shift: multiply or shift them; only one at"
+                " a time. The IntLoRA paper has mul and shift on a base that is rounded to"
+                " nearest."
             ),
         ),
     ]
@@ -246,6 +244,18 @@ def _expert_inputs() -> list:
             advanced=True,
             tooltip=(
                 "Steps between previews of the first prompt, always from the same noise. 0: none."
+            ),
+        ),
+        io.Combo.Input(
+            "base",
+            options=list(BASES),
+            default=INTEGERS,
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "The integers to teach. round to nearest: those of a connected 16-bit model, in 8"
+                " or 4 bits, with the IntLoRA paper's auxiliary matrix; mul and shift can then"
+                " change nearly all (8 bits) or about four fifths (4 bits) of the weights."
             ),
         ),
     ]

@@ -4,18 +4,18 @@ from comfy_api.latest import io
 
 from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
-from . import widgets
+from . import file_nodes, widgets
 from .bridge.host import charts, folders
 from .bridge.host.progress import Progress
 from .bridge.quantize import charts as vq_charts
-from .bridge.quantize.vq4dit import VQRequest, file_name, recipe_of
+from .bridge.quantize.vq4dit import VQRequest, recipe_of
 from .bridge.quantized import loading
 
 NO_FILES = "(no VQ models yet)"
 _BITS = [str(bits) for bits in LAYOUTS]
 
 
-class NibbleQuantizeVQ(io.ComfyNode):
+class NibbleQuantizeVQ(file_nodes.QuantizeNode):
     """Vector-quantizes a diffusion transformer."""
 
     @classmethod
@@ -51,31 +51,6 @@ class NibbleQuantizeVQ(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(  # noqa: PLR0913  (what goes together, or not)
-        cls, preset, bits, codewords, vector, candidates, calibration_steps, budget_gb, rotation
-    ):
-        try:
-            recipe_of(
-                preset,
-                int(bits),
-                codewords=codewords,
-                vector=vector,
-                candidates=candidates,
-                steps=calibration_steps,
-                budget_gb=budget_gb,
-                rotation=rotation,
-            )
-        except ValueError as refusal:
-            return str(refusal)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name, filename, preset, bits, codewords, vector, **_):
-        recipe = recipe_of(preset, int(bits), codewords=codewords, vector=vector)
-        made = file_name(model_name, filename, recipe) in loading.quantized_files("vq")
-        return widgets.until_made(made, folders.stamp, model_name)
-
-    @classmethod
     def execute(  # noqa: PLR0913  (a recipe's widgets; the others are the request's)
         cls,
         bits,
@@ -105,6 +80,7 @@ class NibbleQuantizeVQ(io.ComfyNode):
             seed=seed,
         )
         name, report = VQRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
+        cls.made(name)
         chart = charts.layers_chart(report, name, f"VQ, {bits} bits, {preset}")
         return io.NodeOutput(name, ui=charts.ui(chart))
 
@@ -222,7 +198,7 @@ def _expert_options() -> list[io.Input]:
     ]
 
 
-class _VQFilePicker(widgets.ModelFilePicker):
+class _VQFilePicker(file_nodes.ModelFilePicker):
     """What the nodes that take a VQ file share."""
 
     KIND = "vq"

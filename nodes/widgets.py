@@ -1,12 +1,7 @@
-"""Inputs that several nodes share, and what ComfyUI asks of a node that reads or makes a file."""
-
-from collections.abc import Callable
-from typing import Any
+"""Inputs that several nodes share."""
 
 from comfy_api.latest import io
 
-from ..quant.files.errors import FileRefused
-from .bridge.host import folders
 from .bridge.quantize import job as quantizing
 from .bridge.quantized import loading
 
@@ -20,45 +15,10 @@ def patterns(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-# ---- nodes that pick a file, nodes that make one -------------------------------------------------
-
-
-def valid_file(check: Callable[[str], Any], name: str | None) -> bool | str:
-    """The answer of a node's validate_inputs: True, or the sentence with which `check` refuses the
-    file. A linked name (None) is known only when the graph runs.
-    """
-    if name is None:
-        return True
-    try:
-        check(name)
-    except FileRefused as refusal:
-        return str(refusal)
-    return True
-
-
-def until_made(made: Any, stamp: Callable[[str], Any], name: str) -> Any:
-    """The answer of a node's fingerprint_inputs: the stamp of its source or file once its own file
-    is made. Until then NaN, unequal to itself: the node runs again.
-    """
-    return stamp(name) if made else float("nan")
-
-
-class ModelFilePicker(io.ComfyNode):
-    """A node that takes a quantized file by `model_name`. KIND: as in `loading.LOADERS`."""
-
-    KIND: str
-
-    @classmethod
-    def validate_inputs(cls, model_name=None):
-        return valid_file(lambda name: loading.opened(name, cls.KIND), model_name)
-
-    @classmethod
-    def fingerprint_inputs(cls, model_name, **_):
-        return folders.stamp(model_name)
-
-
 def model_file_input(kind: str, empty: str, tooltip: str) -> io.Combo.Input:
-    """Its input. empty: what the list shows where there are no files."""
+    """The quantized file of a `file_nodes.ModelFilePicker`. empty: what the list shows where there
+    are no files.
+    """
     return io.Combo.Input(
         "model_name", options=loading.quantized_files(kind) or [empty], tooltip=tooltip
     )

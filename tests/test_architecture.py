@@ -50,7 +50,7 @@ RULES = {
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),
     "demo":              ({"quant", "kernels", "demo.taesd"},            set()),
-    "__main__":          ({"quant", "demo", "kernels"},                  set()),
+    "__main__":          ({"quant", "accel", "demo", "kernels"},         set()),
     "__init__":          ({"nodes"},                                     set()),
 }
 # fmt: on

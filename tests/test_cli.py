@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import small_files
 from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from published_files import RandomFlux
@@ -309,3 +310,29 @@ def test_the_module_runs_as_a_program(source):
     assert result.returncode == 0
     assert "FLUX.1" in result.stdout
     assert result.stderr == ""
+
+
+def test_inspect_knows_every_small_file_that_nibble_writes_and_finds_damage(tmp_path, capsys):
+    made = small_files.files(tmp_path)
+    kinds = {
+        "CAF": "CAF heads",
+        "CAF, whole layers": "CAF heads",
+        "IntLoRA": "IntLoRA adapter",
+        "training state": "state of a training",
+        "couplings' index": "CAF couplings",
+        "couplings' captions": "prompts of CAF couplings",
+        "couplings' pairs": "pairs of CAF couplings",
+    }
+    assert made.keys() == kinds.keys()
+    for kind, (path, _) in made.items():
+        assert cli.main(["inspect", str(path), "--verify"]) == 0
+        assert kinds[kind] in capsys.readouterr().out
+        assert cli.main(["inspect", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kind"] == kinds[kind]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        said = refused(capsys, "inspect", path, "--verify")
+        assert "is damaged" in said or "couplings.json is damaged" in said, said
+        path.write_bytes(whole)
+    assert cli.main(["inspect", str(tmp_path / "pairs"), "--verify"]) == 0
+    assert "CAF couplings" in capsys.readouterr().out

@@ -1,15 +1,19 @@
-"""TeaCache polynomials that others have fitted and published, as data: coefficients.json, with
-source and date.
+"""TeaCache polynomials that others have fitted and published, as data: coefficients.json.
+
+An entry names its source (repository, commit, file), the class and the facts of the model that it
+was fitted on, and which input F of the model its changes are measured on (nodes/bridge/caching/
+models.py). `fitted` is the range of d that the fit has seen, where its authors tell it; `unfitted`
+names models that are built alike and were not measured.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .steps import Window
 from .teacache import Polynomial
 
 DATA = Path(__file__).with_name("coefficients.json")
@@ -18,7 +22,8 @@ DATA = Path(__file__).with_name("coefficients.json")
 @dataclass(frozen=True)
 class Shipped:
     """One published polynomial. thresholds: careful, balanced, fast. feature: which F it was fitted
-    on. first: steps that its authors always compute at the start.
+    on. first, last: steps that its authors always compute at the ends; start, end: shares of the
+    run outside of which they compute all. unfitted: what else has this shape, "" for nothing.
     """
 
     model: str
@@ -28,6 +33,22 @@ class Shipped:
     source: str
     date: str
     first: int = 1
+    last: int = 1
+    start: float = 0.0
+    end: float = 1.0
+    unfitted: str = ""
+
+    def window(self, asked: Window) -> Window:
+        """The steps that may be reused by what was asked for and by the authors. No first or last
+        steps at all, where somebody asks for that, are none here either.
+        """
+        start = max(asked.start, self.start)
+        return Window(
+            start,
+            max(start, min(asked.end, self.end)),
+            max(asked.first, self.first) if asked.first else 0,
+            max(asked.last, self.last) if asked.last else 0,
+        )
 
 
 @functools.cache
@@ -39,11 +60,15 @@ def _shipped(entry: dict) -> Shipped:
     return Shipped(
         model=entry["model"],
         feature=entry["feature"],
-        polynomial=Polynomial(tuple(entry["coefficients"])),
+        polynomial=Polynomial(tuple(entry["coefficients"]), *entry.get("fitted", (None, None))),
         thresholds=tuple(entry["thresholds"]),
         source=entry["source"],
         date=entry["date"],
         first=entry.get("first", 1),
+        last=entry.get("last", 1),
+        start=entry.get("start", 0.0),
+        end=entry.get("end", 1.0),
+        unfitted=entry.get("unfitted", ""),
     )
 
 
@@ -52,15 +77,14 @@ def every() -> list[Shipped]:
     return [_shipped(entry) for entry in _entries()]
 
 
-def lookup(classes: Iterable[str], traits: dict) -> Shipped | None:
-    """The first entry for one of a model's class names whose every condition is among the traits.
-    traits: name → value, lists compared as lists.
+def lookup(name: str, traits: dict) -> Shipped | None:
+    """The entry for a model's own class, not one that it is derived from (VACE and S2V derive from
+    Wan), whose every condition is among the traits: name → value, lists compared as lists.
     """
-    names = set(classes)
     for entry in _entries():
-        if entry["class"] in names and all(
-            name in traits and _plain(traits[name]) == value
-            for name, value in entry["when"].items()
+        if entry["class"] == name and all(
+            fact in traits and _plain(traits[fact]) == value
+            for fact, value in entry["when"].items()
         ):
             return _shipped(entry)
     return None

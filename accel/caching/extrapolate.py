@@ -1,7 +1,7 @@
 """What a skipped step is given instead: a guess from the last computed ones, by polynomials through
-them in sigma.
+them in time (`flow_time.py`).
 
-    y(s) = sum_i w_i(s) y(s_i),   w_i(s) = damping * prod_{j != i} (s - s_j) / (s_i - s_j) + (1 -
+    y(t) = sum_i w_i(t) y(t_i),   w_i(t) = damping * prod_{j != i} (t - t_j) / (t_i - t_j) + (1 -
       damping) * [i is the newest]
 
 Order 0 holds the newest value (TeaCache, FORA, SmoothCache as published); orders 1 and 2 are the
@@ -56,7 +56,7 @@ def weights(nodes: Sequence[float], at: float, reuse: Reuse) -> list[float]:
 
 
 def node_product(nodes: Sequence[float], at: float, reuse: Reuse) -> float:
-    """|prod (at - s_i)| over the nodes that a guess uses: its error is this times a derivative
+    """|prod (at - t_i)| over the nodes that a guess uses: its error is this times a derivative
     (Lagrange's remainder).
     """
     product = 1.0
@@ -66,7 +66,7 @@ def node_product(nodes: Sequence[float], at: float, reuse: Reuse) -> float:
 
 
 class History:
-    """The last computed values of one stream of conditioning, with their sigmas; tensors of one
+    """The last computed values of one stream of conditioning, with their times; tensors of one
     shape, kept on `device` (None: where they are).
     """
 
@@ -78,28 +78,28 @@ class History:
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def store(self, sigma: float, value: torch.Tensor) -> None:
-        """Remembers a computed value; one of another shape, or at a sigma already known, takes the
+    def store(self, time: float, value: torch.Tensor) -> None:
+        """Remembers a computed value; one of another shape, or at a time already known, takes the
         place of what it contradicts.
         """
         if self.values and self.values[-1].shape != value.shape:
             self.clear()
-        if sigma in self.nodes:
-            where = self.nodes.index(sigma)
+        if time in self.nodes:
+            where = self.nodes.index(time)
             del self.nodes[where], self.values[where]
-        self.nodes.append(sigma)
+        self.nodes.append(time)
         self.values.append(
             value if self.device is None else value.to(self.device, non_blocking=False)
         )
         del self.nodes[: -self.reuse.order - 1], self.values[: -self.reuse.order - 1]
 
-    def guess(self, sigma: float, like: torch.Tensor | None = None) -> torch.Tensor:
-        """The value at `sigma`, summed in float32, returned in the values' dtype on the device of
+    def guess(self, time: float, like: torch.Tensor | None = None) -> torch.Tensor:
+        """The value at `time`, summed in float32, returned in the values' dtype on the device of
         `like`.
         """
         device = self.values[-1].device if like is None else like.device
         dtype = self.values[-1].dtype
-        factors = weights(self.nodes, sigma, self.reuse)
+        factors = weights(self.nodes, time, self.reuse)
         if len(factors) == 1:
             return self.values[-1].to(device)
         total = self.values[-1].to(device).float() * factors[-1]

@@ -1,10 +1,10 @@
 """Which steps to compute when so many may be computed: even spacing, and a search that needs no
 model.
 
-In a run that integrates dx = v ds, a skipped step i uses the guess sum_j w_ij v_j, so the end is
-off, to first order, by
+In a run that integrates dx = v dt (`flow_time.py`), a skipped step i uses the guess sum_j w_ij v_j,
+so the end is off, to first order, by
 
-    e = sum over skipped i of (s_{i+1} - s_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² =
+    e = sum over skipped i of (t_{i+1} - t_i) (sum_j w_ij v_j - v_i) = sum_i c_i v_i,       |e|² =
       cᵀ G c,   G_ij = <v_i, v_j>
 
 G is measured once on calibration prompts (steps x steps numbers a prompt); then any mask with any
@@ -67,7 +67,7 @@ def uniform(total: int, computed: int) -> list[bool]:
     return [i in places for i in range(total)]
 
 
-def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -> np.ndarray:
+def contributions(mask: Sequence[bool], times: Sequence[float], reuse: Reuse) -> np.ndarray:
     """c of the formula above: how much of each step's velocity ends up in the error. float64
     (steps,). mask[0] is taken as computed.
     """
@@ -77,28 +77,28 @@ def contributions(mask: Sequence[bool], sigmas: Sequence[float], reuse: Reuse) -
         if wanted or not computed:
             computed.append(i)
             continue
-        length = sigmas[i + 1] - sigmas[i]
-        guess = weights([sigmas[j] for j in computed], sigmas[i], reuse)
+        length = times[i + 1] - times[i]
+        guess = weights([times[j] for j in computed], times[i], reuse)
         for j, weight in zip(computed[-len(guess) :], guess, strict=True):
             out[j] += length * weight
         out[i] -= length
     return out
 
 
-def error(mask: Sequence[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse) -> float:
+def error(mask: Sequence[bool], times: Sequence[float], grams: np.ndarray, reuse: Reuse) -> float:
     """The predicted error at the end of the run: root mean over prompts of |e|^4, to the fourth
     root, so that the worst prompts weigh most.
 
     grams: float64 (prompts, steps, steps).
     """
-    c = contributions(mask, sigmas, reuse)
+    c = contributions(mask, times, reuse)
     squares = np.maximum(np.einsum("i,pij,j->p", c, grams, c), 0.0)
     return float(np.mean(squares**2) ** 0.25)
 
 
 def search(
     computed: int,
-    sigmas: Sequence[float],
+    times: Sequence[float],
     grams: np.ndarray,
     reuse: Reuse,
     restarts: int = RESTARTS,
@@ -107,29 +107,29 @@ def search(
     """The best mask found by swapping computed and skipped steps until nothing helps, from even
     spacing and from random starts.
 
-    First and last step stay computed. grams as in `error`; sigmas: steps + 1 values.
+    First and last step stay computed. grams as in `error`; times: steps + 1 values.
     """
-    total, rng = len(sigmas) - 1, np.random.default_rng(seed)
+    total, rng = len(times) - 1, np.random.default_rng(seed)
     best, least = uniform(total, computed), np.inf
     for start in range(restarts):
         mask = uniform(total, computed)
         if start:
             inner = set(rng.choice(np.arange(1, total - 1), computed - 2, replace=False).tolist())
             mask = [i in inner or i in (0, total - 1) for i in range(total)]
-        mask, reached = _descend(mask, sigmas, grams, reuse)
+        mask, reached = _descend(mask, times, grams, reuse)
         if reached < least:
             best, least = mask, reached
     return best
 
 
 def _descend(
-    mask: list[bool], sigmas: Sequence[float], grams: np.ndarray, reuse: Reuse
+    mask: list[bool], times: Sequence[float], grams: np.ndarray, reuse: Reuse
 ) -> tuple[list[bool], float]:
-    least = error(mask, sigmas, grams, reuse)
+    least = error(mask, times, grams, reuse)
     while True:
         inner = range(1, len(mask) - 1)
         swaps = [(i, j) for i in inner if mask[i] for j in inner if not mask[j]]
-        candidates = [(error(_swapped(mask, i, j), sigmas, grams, reuse), i, j) for i, j in swaps]
+        candidates = [(error(_swapped(mask, i, j), times, grams, reuse), i, j) for i, j in swaps]
         if not candidates or min(candidates)[0] >= least * 0.999:
             return mask, least
         least, i, j = min(candidates)
@@ -145,7 +145,7 @@ def _swapped(mask: list[bool], i: int, j: int) -> list[bool]:
 def transferred(
     mask: Sequence[bool], known: Sequence[float], wanted: Sequence[float]
 ) -> list[bool]:
-    """A mask for another schedule of sigmas: as many of its steps computed as the share asks for,
+    """A mask for another schedule: as many of its steps computed as the share asks for,
     at the same places of the computed density.
 
     The computed steps' share of the run is a function of the step's share; the new steps are placed

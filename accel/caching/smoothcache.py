@@ -6,7 +6,7 @@
 Liu et al., "SmoothCache: A Universal Inference Acceleration Technique for Diffusion Transformers",
 arXiv 2411.10510, eq. 4. In this room steps count upwards: rows[k - 1][i] is the error of giving
 step i + k the output of step i. The curves are kept, so that another alpha, another number of steps
-or another schedule of sigmas needs no new run. With extrapolation (`extrapolate.py`) the curves are
+or another schedule of noise needs no new run. With extrapolation (`extrapolate.py`) the curves are
 those of the guess.
 """
 
@@ -56,11 +56,11 @@ class Curve:
     samples: int
 
     def at(self, known: Sequence[float], wanted: Sequence[float]) -> Curve:
-        """The curve for another list of sigmas (one a step). The error of k steps of another length
-        is read off between the measured ones.
+        """The curve for another list of times (`flow_time.py`, one a step). The error of k steps of
+        another length is read off between the measured ones.
 
-        Each measured entry is an error over a stretch of sigma that starts at a step. For each
-        wanted step the errors of its start are interpolated over sigma, and the stretch over the
+        Each measured entry is an error over a stretch of time that starts at a step. For each
+        wanted step the errors of its start are interpolated over time, and the stretch over the
         lengths measured there; longer than measured counts as too far (infinite).
         """
         known, wanted = [float(s) for s in known], [float(s) for s in wanted]

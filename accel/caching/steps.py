@@ -4,6 +4,7 @@ run.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Step:
     """One evaluation of the model: step `index` of `total`, at noise level `sigma` (the sampler's
-    unit).
+    unit, for people) and `time` (see `flow_time.py`, for all that guesses; nan where nothing does).
     """
 
     index: int
     total: int
     sigma: float
+    time: float = math.nan
 
     @property
     def share(self) -> float:

@@ -6,10 +6,17 @@
 F is the input of the first block's attention, p a polynomial fitted once per model. Liu et al.,
 "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model", arXiv 2411.19108, eq. 4 to
 7; which F belongs to which model is in coefficients.json.
+
+A fit of order 4 says nothing outside of what it has seen, and published ones turn negative there: a
+large change would take from the sum and freeze the run. So p is evaluated inside its range, is
+never negative, and no more than MOST steps in a row are reused. Inside the range the decisions are
+the authors' own.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +25,17 @@ import torch
 
 from .steps import Decision, Step, Window
 
+# The longest row that is reported of a model in coefficients.json is 4 (mlx-teacache, Qwen-Image).
+MOST = 5
+
 
 @dataclass(frozen=True)
 class Polynomial:
-    """p(d): coefficients with the highest power first. One fitted by us knows its range and its R²;
-    a published one is taken as it is.
+    """p(d): coefficients with the highest power first. x_min, x_max: the range of d that was
+    fitted, r2: how much of the change it explains; None where nobody tells.
 
-    Inside a known range the polynomial is evaluated at d clamped to it, and never gives less than
-    0: a bad fit outside what was measured must not decide a picture.
+    d is clamped to the range. Where its end is not known, it is taken to be the last peak before p
+    falls below 0, if it does.
     """
 
     coefficients: tuple[float, ...]
@@ -34,12 +44,39 @@ class Polynomial:
     r2: float | None = None
 
     def __call__(self, d: float) -> float:
-        if self.x_min is not None and self.x_max is not None:
-            d = min(max(d, self.x_min), self.x_max)
-        value = 0.0
-        for coefficient in self.coefficients:
-            value = value * d + coefficient
-        return value if self.x_min is None else max(value, 0.0)
+        if self.x_min is not None:
+            d = max(d, self.x_min)
+        d = min(d, _last_peak(self.coefficients) if self.x_max is None else self.x_max)
+        return max(_value(self.coefficients, d), 0.0)
+
+
+def _value(coefficients: Sequence[float], d: float) -> float:
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * d + coefficient
+    return value
+
+
+@functools.cache
+def _last_peak(coefficients: tuple[float, ...]) -> float:
+    """Where p is highest between 0 and the first d at which it falls from above 0 to below;
+    infinite where it never does.
+    """
+    slope = np.polyder(np.asarray(coefficients, dtype=np.float64)).tolist()
+    falls = [d for d in _positive_roots(coefficients) if np.polyval(slope, d) < 0]
+    if not falls:
+        return math.inf
+    return max(
+        (d for d in _positive_roots(slope) if d < falls[0]),
+        key=functools.partial(_value, coefficients),
+        default=0.0,
+    )
+
+
+def _positive_roots(coefficients: Sequence[float]) -> list[float]:
+    """The real ones above 0, in order."""
+    roots = np.roots(np.asarray(coefficients, dtype=np.float64))
+    return sorted(float(root.real) for root in roots if root.real > 0 and abs(root.imag) < 1e-9)
 
 
 IDENTITY = Polynomial((1.0, 0.0))  # the paper's naive rule, eq. 5
@@ -58,8 +95,7 @@ def fit(
         )
     solved = np.linalg.lstsq(np.stack([x**power for power in powers], axis=1), y, rcond=None)[0]
     coefficients = tuple(float(value) for value in solved) + ((0.0,) if through_origin else ())
-    bare = Polynomial(coefficients)
-    residual = sum((bare(a) - b) ** 2 for a, b in zip(x, y, strict=True))
+    residual = sum((_value(coefficients, a) - b) ** 2 for a, b in zip(x, y, strict=True))
     total = float(((y - y.mean()) ** 2).sum())
     return Polynomial(
         coefficients, float(x.min()), float(x.max()), 1 - float(residual) / total if total else None
@@ -75,21 +111,28 @@ def distance(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TeaCache:
-    """The rule. Streams of conditioning are judged apart: each has its own sum."""
+    """The rule. Streams of conditioning are judged apart: each has its own sum. most: steps reused
+    in a row.
+    """
 
     polynomial: Polynomial
     threshold: float
     window: Window = Window()
+    most: int = MOST
 
     def decider(self) -> TeaCacheDecider:
         return TeaCacheDecider(self)
 
 
 class TeaCacheDecider:
-    """The rule at work on one stream: its accumulated change."""
+    """The rule at work on one stream: its accumulated change, and the steps reused since the last
+    computed one.
+    """
 
     def __init__(self, rule: TeaCache):
-        self.rule, self.change = rule, 0.0
+        self.rule = rule
+        self.change = 0.0
+        self.row = 0
 
     def forced(self, step: Step) -> Decision | None:
         """The decision where none is to be made: first, last and steps outside the window are
@@ -97,7 +140,7 @@ class TeaCacheDecider:
         """
         why = self.rule.window.forbids(step)
         if why:
-            self.change = 0.0
+            self.computed()
             return Decision(True, why)
         return None
 
@@ -109,15 +152,17 @@ class TeaCacheDecider:
         if forced:
             return forced
         if d is None:
-            self.change = 0.0
+            self.computed()
             return Decision(True, "new")
-        self.change += self.rule.polynomial(d)
-        reached = self.change
-        if reached < self.rule.threshold:
+        reached = self.change + self.rule.polynomial(d)
+        if reached < self.rule.threshold and self.row < self.rule.most:
+            self.change = reached
+            self.row += 1
             return Decision(False, "reused", reached)
-        self.change = 0.0
+        self.computed()
         return Decision(True, "threshold", reached)
 
     def computed(self) -> None:
-        """Another stream of the same batch had to be computed, and this one with it."""
+        """The step is computed, by this decision or for another stream of its batch."""
         self.change = 0.0
+        self.row = 0

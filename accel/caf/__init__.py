@@ -8,6 +8,7 @@ heads_file.py         the heads as a file
 objectives.py         what to minimise for the two nets
 couplings.py          noise and a teacher's data, in a folder that grows
 couplings_files.py    the files of that folder
+inspect.py            what these files are, for people
 conditioning_tree.py  prompts as JSON beside tensors
 adams_bashforth.py    constant acceleration without training
 """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...quant.files.errors import FileRefused
 
 MIDDLE = 0.0  # the default of `share`
+LARGEST_H = 2.0  # of the pace h: beyond, the path runs backward
 # where transformers take their latent in, in order of trial: a linear on patches, or a convolution
 # that makes them
 _INPUTS = (

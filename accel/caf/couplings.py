@@ -25,13 +25,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ...quant.files import atomic, small
 from ...quant.files.errors import FileRefused
-from ...quant.files.safetensors import read_header
+from ...quant.files.small import SmallFile
 from . import conditioning_tree
 from .couplings_files import (
+    CAPTIONS_AGAIN,
     FORMAT,
     INDEX,
     VERSION,
@@ -46,15 +47,14 @@ from .couplings_files import (
     places_of,
     read_index,
     read_shards,
-    write,
 )
 
 _UNFINISHED = "*.part*"  # what a crash leaves: ".partial", and ".part" of earlier versions
 
 
 class Captions(Sequence):
-    """Prompts as trees; each is read when it is asked for, into memory of its own: Windows deletes
-    no file that is mapped.
+    """Prompts as trees; each is read, and checked, when it is asked for, into memory of its own:
+    Windows deletes no file that is mapped.
     """
 
     def __init__(self, path: Path, nodes: list):
@@ -66,15 +66,15 @@ class Captions(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
+        node = self._nodes[i]
         try:
-            with safe_open(self.path, "pt") as file:
-                return conditioning_tree.decode(
-                    self._nodes[i], lambda place: file.get_tensor(str(place)).clone()
-                )
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
+            file = SmallFile(self.path, CAPTIONS_AGAIN)
+            return conditioning_tree.decode(node, lambda place: file.read(str(place)))
+        except small.WRONG as error:
+            why = str(error) if isinstance(error, FileRefused) else "its index is damaged"
             raise FileRefused(
                 f"{self.path.parent.name} is damaged: {self.path.name} does not hold prompt {i + 1}"
-                " any more; copy the folder again, or make the couplings again with overwrite."
+                f" any more ({why.rstrip('.')}); {CAPTIONS_AGAIN}."
             ) from error
 
 
@@ -109,11 +109,17 @@ class Couplings:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk of all files that hold its pairs and prompts."""
-        return sum(
-            path.stat().st_size
-            for path in {self.captions.path, *(place.path for place in self._places.values())}
-        )
+        """Bytes on disk of all files that hold its pairs and prompts. Raises FileRefused where one
+        is gone.
+        """
+        paths = {self.captions.path, *(place.path for place in self._places.values())}
+        try:
+            return sum(path.stat().st_size for path in paths)
+        except FileNotFoundError as error:
+            raise FileRefused(
+                f"{Path(error.filename).name} in {self.folder} is gone; make the couplings again,"
+                " or copy the folder again."
+            ) from error
 
     def limited(self, count: int) -> Couplings:
         """The pairs 0 to count - 1, of those that there are."""
@@ -186,13 +192,8 @@ class Couplings:
             for k, (pair, caption) in enumerate(zip(pairs, captions, strict=True))
         ]
         path = self.folder / f"pairs-{pairs[0]:08}.safetensors"
-        write(
-            path,
-            to_bytes(
-                {"noise": noise, "data": data},
-                {"format": FORMAT, "of": self._mark, "pairs": json.dumps(rows)},
-            ),
-        )
+        metadata = {"format": FORMAT, "of": self._mark, "pairs": json.dumps(rows)}
+        atomic.write(path, small.to_bytes({"noise": noise, "data": data}, metadata))
         self._places |= places_of(path, rows)
         self._order = sorted(self._places)
 
@@ -204,6 +205,17 @@ class Couplings:
             [pair, self._places[pair].caption, self._places[pair].checksum] for pair in self._order
         ]
         return hashlib.sha256(json.dumps([self._mark, rows]).encode()).hexdigest()[:32]
+
+
+def home(folder: Path) -> Path:
+    """The folder, in one that is there; whoever makes couplings in it holds it meanwhile
+    (`atomic.exclusive`). Raises FileRefused.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise atomic.refusal(folder, error) from error
+    return folder
 
 
 def create(
@@ -250,15 +262,18 @@ def create(
     for stranger in strangers:
         stranger.unlink()
     if before is None or mark_of(before) != mark_of(index) or not path.is_file():
-        write(
-            path, to_bytes({str(i): tensor for i, tensor in enumerate(tensors)}, {"format": FORMAT})
-        )
-        write(folder / INDEX, json.dumps(index).encode())
+        numbered = {str(i): tensor for i, tensor in enumerate(tensors)}
+        atomic.write(path, small.to_bytes(numbered, {"format": FORMAT}))
+        atomic.write(folder / INDEX, small.json_bytes(index))
     for left in [*folder.glob("captions-*.safetensors"), *folder.glob(_UNFINISHED)]:
         if left != path:
             left.unlink(missing_ok=True)
     return Couplings(
-        folder, identity, mark_of(index), Captions(path, nodes), gathered(shards, mark_of(index))
+        folder,
+        identity,
+        mark_of(index),
+        Captions(path, nodes),
+        gathered(shards, index, mark_of(index)),
     )
 
 
@@ -274,13 +289,13 @@ def read(folder: str | os.PathLike) -> Couplings:
             " folder."
         )
     path = captions_path(folder, index)
-    read_header(path)
+    SmallFile(path, CAPTIONS_AGAIN)
     stored = Couplings(
         folder,
         index["identity"],
         mark_of(index),
         Captions(path, index["captions"]),
-        gathered(read_shards(folder), mark_of(index)),
+        gathered(read_shards(folder), index, mark_of(index)),
     )
     if not len(stored):
         raise FileRefused(f"{folder.name} holds no pairs yet; run Make CAF Couplings again.")

@@ -6,7 +6,6 @@ are written.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from pathlib import Path
@@ -15,12 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...quant.files import atomic
+from ...quant.files import small
 from ...quant.files.errors import FileRefused
-from ...quant.files.safetensors import checksum, read_header
+from ...quant.files.safetensors import checksum
+from ...quant.files.small import SmallFile
 
 FORMAT, VERSION = "nibble_caf_couplings", 1
 INDEX = "couplings.json"
+_PAIRS_AGAIN = (
+    "delete this file and run Make CAF Couplings again with the same inputs: only its pairs are"
+    " made again"
+)
+CAPTIONS_AGAIN = "copy the folder again, or make the couplings again with overwrite"
 
 
 class PairPlace(NamedTuple):
@@ -57,18 +62,12 @@ def places_of(path: Path, rows: list) -> dict[int, PairPlace]:
 def read_index(folder: Path) -> dict | None:
     """The index, checked; None where there is none."""
     try:
-        index = json.loads((folder / INDEX).read_bytes())
-        known = index["format"] == FORMAT
-        whole = (
-            known
-            and isinstance(index["identity"]["shape"], list)
-            and isinstance(index["prompts"], str)
-            and isinstance(index["captions"], list)
-        )
+        index = small.json_content((folder / INDEX).read_bytes())
         version = index["version"]
+        whole = index["format"] == FORMAT and (version != VERSION or _is_index(index))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *small.WRONG) as error:
         raise damaged(folder / INDEX) from error
     if not whole:
         raise damaged(folder / INDEX)
@@ -78,6 +77,18 @@ def read_index(folder: Path) -> dict | None:
             " the couplings again."
         )
     return index
+
+
+def _is_index(index: dict) -> bool:
+    shape, prompts, captions = index["identity"]["shape"], index["prompts"], index["captions"]
+    return (
+        isinstance(shape, list)
+        and all(type(side) is int and side > 0 for side in shape)
+        and type(prompts) is str
+        and prompts.isalnum()
+        and isinstance(captions, list)
+        and bool(captions)
+    )
 
 
 def index_of_target(folder: Path, overwrite: bool) -> dict | None:
@@ -115,29 +126,62 @@ def read_shards(folder: Path, overwrite: bool = False) -> list[tuple[Path, str, 
     shards = []
     for path in sorted(folder.glob("pairs-*.safetensors")):
         try:
-            header = read_header(path)
-            rows = json.loads(header.metadata["pairs"])
-            whole = header.metadata["format"] == FORMAT and all(
-                header.tensors[name].shape[0] == len(rows) for name in ("noise", "data")
-            )
-            if not whole or not all(
-                type(pair) is int and type(caption) is int and type(crc) is str
-                for pair, caption, crc in rows
-            ):
-                raise ValueError("rows")
-            shards.append((path, header.metadata["of"], rows))
-        # FileRefused is a ValueError
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            shards.append((path, *_shard(path)))
+        except FileRefused:
             if not overwrite:
-                raise damaged(path) from error
+                raise
             shards.append((path, "", []))
     return shards
 
 
-def gathered(shards: list[tuple[Path, str, list]], mark: str) -> dict[int, PairPlace]:
+def _shard(path: Path) -> tuple[str, list]:
+    """(whose, rows) of a file of pairs. Raises FileRefused for one that is damaged."""
+    try:
+        file = SmallFile(path, _PAIRS_AGAIN)
+        rows, whose = file.json("pairs"), file.metadata["of"]
+        noise, data = (file.header.tensors[name] for name in ("noise", "data"))
+        whole = (
+            file.metadata["format"] == FORMAT
+            and len(file.header.tensors) == 2
+            and noise.dtype == data.dtype == torch.float32
+            and noise.shape == data.shape
+            and noise.shape[0] == len(rows) > 0
+            and all(
+                type(pair) is int and type(caption) is int and type(crc) is str
+                for pair, caption, crc in rows
+            )
+            and all(pair >= 0 and caption >= 0 for pair, caption, _ in rows)
+        )
+    # FileRefused is a ValueError
+    except small.WRONG as error:
+        raise damaged(path) from error
+    if not whole:
+        raise damaged(path)
+    return whose, rows
+
+
+def check_shard(path: Path) -> int:
+    """Reads and checks all pairs of a file; how many there are. Raises FileRefused for one that is
+    damaged.
+    """
+    _, rows = _shard(path)
+    tensors = SmallFile(path, _PAIRS_AGAIN).tensors()
+    for row, (_, _, wanted) in enumerate(rows):
+        pair = (tensors[name][row : row + 1] for name in ("noise", "data"))
+        if checksum_of(*pair) != wanted:
+            raise damaged(path)
+    return len(rows)
+
+
+def gathered(shards: list[tuple[Path, str, list]], index: dict, mark: str) -> dict[int, PairPlace]:
+    """Pair → where it lies, of the shards of one run. Raises FileRefused for a pair of a prompt
+    that the index does not have.
+    """
     pairs: dict[int, PairPlace] = {}
     for path, of, rows in shards:
         if of == mark:
+            if any(caption >= len(index["captions"]) for _, caption, _ in rows):
+                raise damaged(path)
             pairs = places_of(path, rows) | pairs
     return pairs
 
@@ -148,10 +192,7 @@ def damaged(path: Path) -> FileRefused:
             f"{path} is damaged; copy it again, or make the couplings again with overwrite (pairs"
             " of the same inputs are kept)."
         )
-    return FileRefused(
-        f"{path} is damaged; delete this file and run Make CAF Couplings again with the same"
-        " inputs: only its pairs are made again."
-    )
+    return FileRefused(f"{path} is damaged; {_PAIRS_AGAIN}.")
 
 
 def difference(before: dict, after: dict) -> str:
@@ -166,16 +207,3 @@ def difference(before: dict, after: dict) -> str:
 def _short(value: object) -> str:
     text = "none" if value is None else json.dumps(value).strip('"')
     return text if len(text) <= 60 else text[:40] + "…" + text[-16:]
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of it or nothing: to another name, synced, renamed."""
-    try:
-        atomic.replace(path, content)
-    except OSError as error:
-        why = (
-            "the disk is full; free some space"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else f"{error.strerror}; check the disk and its permissions"
-        )
-        raise FileRefused(f"{path} could not be written: {why}, and run again to go on.") from error

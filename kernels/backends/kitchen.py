@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..optional import optional
 
 if TYPE_CHECKING:
     from ..params import W4A4Params, W4A16Params
@@ -34,11 +35,7 @@ _OPS = {
 @functools.lru_cache(maxsize=1)
 def module() -> ModuleType | None:
     """comfy_kitchen, imported at the first CUDA tensor and not before, or None."""
-    try:
-        import comfy_kitchen
-    except ImportError:
-        return None
-    return comfy_kitchen
+    return optional("comfy_kitchen")[0]
 
 
 def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

@@ -23,7 +23,6 @@ with float32 or float64 among them is left to the reference.
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..optional import optional
 from ..reference import GROUP
 from . import cubins
 
@@ -68,12 +68,8 @@ def module() -> tuple[ModuleType | None, str]:
     """The extension, or None, and the reason in one sentence. Looked for once; what is missing is
     logged once, in one line.
     """
-    try:
-        found = importlib.import_module(MODULE)
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == MODULE
-        why = f"{MODULE} is not installed" if absent else f"{MODULE} cannot be loaded: {error}"
-    else:
+    found, why = optional(MODULE)
+    if found is not None:
         if getattr(found, "ABI", None) == ABI:
             return found, f"{MODULE} {found.__version__} is installed"
         why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"

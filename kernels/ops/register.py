@@ -7,11 +7,35 @@ because the two copies would call each other's code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def _resolved(value: Any) -> Any:
+    """A tensor, or each tensor of a list, without torch's lazy negation and conjugation."""
+    if isinstance(value, Tensor):
+        return value.resolve_conj().resolve_neg()
+    if isinstance(value, (list, tuple)):
+        return [_resolved(entry) for entry in value]
+    return value
+
+
+def _sees_values(schema: torch._C.FunctionSchema, run: Callable) -> Callable:
+    """`run` with the values of tensors in lists: torch's dispatcher resolves lazy negation and
+    conjugation of single tensors and of `Tensor[]`, and hands a `Tensor?[]` on as it is.
+    """
+    if not any("List" in str(argument.type) for argument in schema.arguments):
+        return run
+
+    @functools.wraps(run)
+    def on_values(*arguments: Any) -> Any:
+        return run(*map(_resolved, arguments))
+
+    return on_values
 
 
 class Gradient(NamedTuple):
@@ -34,7 +58,7 @@ def register(
     found = getattr(torch.ops.nibble, op, None)
     if found is None:
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "default", run)
+        torch.library.impl(name, "default", _sees_values(parsed, run))
         torch.library.register_fake(name, fake)
         if gradient is not None:
             torch.library.register_autograd(name, gradient.backward, setup_context=gradient.save)

@@ -68,7 +68,8 @@ def unpack_indices(packed: Tensor, bits: int) -> Tensor:
 
 def index_bits(codebook: Tensor) -> int:
     """Bits of an index into a codebook (C, D) whose C is a power of two."""
-    return codebook.shape[0].bit_length() - 1
+    # a size is a tensor while torch.jit traces
+    return int(codebook.shape[0]).bit_length() - 1
 
 
 def dequantize_vq(

@@ -42,6 +42,11 @@ def outputs(linear: nn.Module) -> int:
     return cast("int", linear.out_features)
 
 
+def not_told() -> int | None:
+    """No picture has a number: what is drawn are not the prompts that a user will draw."""
+    return None
+
+
 class Recorder:
     """Records InputStats of the named linears while it is entered: `with Recorder(model, names) as
     recorder: model(...)`.
@@ -58,8 +63,10 @@ class Recorder:
         samples: int = 256,
         hessian_block: int = BLOCK,
         seed: int = 0,
+        picture: Callable[[], int | None] = not_told,
     ):
         self.names = list(names)
+        self.picture = picture
         linears = find_linears(model)
         unknown = [name for name in self.names if name not in linears]
         if unknown:
@@ -81,7 +88,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         def hook_for(name: str):
             def record(_module, args):
-                self.stats[name].update(args[0])
+                self.stats[name].update(args[0], self.picture())
 
             return record
 
@@ -135,11 +142,13 @@ def collect(  # noqa: PLR0913  (the last three are Recorder's own)
     samples: int = 256,
     hessian_block: int = BLOCK,
     seed: int = 0,
+    picture: Callable[[], int | None] = not_told,
 ) -> dict[str, InputStats]:
     """Runs the model once a pass and returns the statistics, moved to the CPU after each pass.
 
     run() must feed the model the same inputs each time; report(passes done, passes in all) is
-    called after each pass. A layer that run() never reaches keeps a count of 0.
+    called after each pass. A layer that run() never reaches keeps a count of 0. picture() is asked
+    for the number of the picture that is being drawn, the first one of a batch.
     """
     names = list(names)
     linears = find_linears(model)
@@ -151,7 +160,8 @@ def collect(  # noqa: PLR0913  (the last three are Recorder's own)
     )
     recorded: dict[str, InputStats] = {}
     for i, part in enumerate(parts):
-        with Recorder(model, part, cap, samples, hessian_block, seed) as recorder, torch.no_grad():
+        watched = Recorder(model, part, cap, samples, hessian_block, seed, picture)
+        with watched as recorder, torch.no_grad():
             run()
         recorded |= {name: stats.to("cpu") for name, stats in recorder.stats.items()}
         report(i + 1, len(parts))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 # inputs a Hessian block; a layer takes the largest multiple of 64 up to it that divides K
 BLOCK = 512
+ENOUGH_PICTURES = 12  # from so many prompts on, recorded correlations are taken as they are
 _MOMENTS = ("absmax", "low", "mean", "mean_square", "hessian")
 
 
@@ -39,6 +40,8 @@ class InputStats:
         samples      bf16 (T, K) rows drawn uniformly from all tokens seen, in random order | None
         keys         float64 (T,) the draw: a token is kept while its random key is among the T
           largest
+        owners       int64 (T,) the picture that each kept row belongs to; -1: not told
+        pictures     how many there were; 0: not told
     """
 
     count: int
@@ -51,6 +54,8 @@ class InputStats:
     keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     capacity: int = 0
     generator: torch.Generator | None = field(default=None, repr=False, compare=False)
+    owners: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    pictures: int = 0
 
     @classmethod
     def empty(
@@ -90,9 +95,10 @@ class InputStats:
         return self.absmax.numel()
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. Raises
-        ValueError for another K.
+    def update(self, x: Tensor, picture: int | None = None) -> None:
+        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. picture:
+        the number of the first of the pictures that x (batch, ..., K) is of. Raises ValueError for
+        another K.
         """
         if x.shape[-1] != self.k:
             raise ValueError(
@@ -114,9 +120,16 @@ class InputStats:
             blocks = values.reshape(len(rows), *self.hessian.shape[:2]).transpose(0, 1)
             self.hessian.baddbmm_(blocks.mT, blocks, beta=1 - share, alpha=share / len(rows))
         self.count += len(rows)
-        self._draw(rows)
+        self._draw(rows, self._owners(x, len(rows), picture))
 
-    def _draw(self, rows: Tensor) -> None:
+    def _owners(self, x: Tensor, rows: int, picture: int | None) -> Tensor:
+        if picture is None:
+            return torch.full((rows,), -1)
+        batch = x.shape[0] if x.dim() > 1 else 1
+        self.pictures = max(self.pictures, picture + batch)
+        return picture + torch.arange(rows) * batch // rows
+
+    def _draw(self, rows: Tensor, owners: Tensor) -> None:
         """Reservoir sampling by random keys, which live on the CPU: no wait for the GPU, and few
         rows are copied.
         """
@@ -128,9 +141,9 @@ class InputStats:
                 " instead"
             )
         keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator)
-        self._keep_best(self.samples, rows, keys)
+        self._keep_best(self.samples, rows, keys, owners)
 
-    def _keep_best(self, samples: Tensor, rows: Tensor, keys: Tensor) -> None:
+    def _keep_best(self, samples: Tensor, rows: Tensor, keys: Tensor, owners: Tensor) -> None:
         """Keeps what has the largest keys among the samples so far and new rows with their keys."""
         kept = len(self.keys)
         all_keys = torch.cat([self.keys, keys])
@@ -140,6 +153,7 @@ class InputStats:
         chosen = rows.index_select(0, new.to(device)).to(samples.dtype)
         self.samples = torch.cat([samples.index_select(0, old.to(device)), chosen])
         self.keys = torch.cat([self.keys[old], keys[new]])
+        self.owners = torch.cat([self.owners[old], owners[new]])
 
     def merge(self, other: "InputStats") -> "InputStats":
         """Statistics of both inputs together, as a new object on this one's device. Raises
@@ -171,9 +185,11 @@ class InputStats:
             keys=self.keys,
             capacity=max(self.capacity, other.capacity),
             generator=self.generator,
+            owners=self.owners,
+            pictures=max(self.pictures, other.pictures),
         )
         if self.samples is not None and other.samples is not None:
-            merged._keep_best(self.samples, other.samples.to(device), other.keys)
+            merged._keep_best(self.samples, other.samples.to(device), other.keys, other.owners)
         return merged
 
     def _moments(self, device) -> dict[str, Tensor]:
@@ -197,6 +213,8 @@ class InputStats:
             "count": torch.tensor(self.count),
             "capacity": torch.tensor(self.capacity),
             "keys": self.keys,
+            "owners": self.owners,
+            "pictures": torch.tensor(self.pictures),
         }
         if self.samples is not None:
             tensors["samples"] = self.samples.cpu()
@@ -216,4 +234,11 @@ class InputStats:
         ]
         if missing:
             raise ValueError(f"the statistics of {prefix} lack {', '.join(missing)}")
-        return cls(count=int(found.pop("count")), capacity=int(found.pop("capacity")), **found)
+        kept = found["keys"]
+        return cls(
+            count=int(found.pop("count")),
+            capacity=int(found.pop("capacity")),
+            owners=tensors.get(f"{prefix}.owners", torch.full((len(kept),), -1)),
+            pictures=int(tensors.get(f"{prefix}.pictures", 0)),
+            **found,
+        )

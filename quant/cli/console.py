@@ -1,7 +1,9 @@
 """What the commands show: a progress bar on stderr, label and value on stdout."""
 
 import sys
+from typing import Any
 
+from ...kernels.optional import optional
 from ..job.monitor import BlockError, Monitor
 
 
@@ -13,28 +15,37 @@ def print_summary(title: object, lines: list[tuple[str, str]]) -> None:
 
 
 class Bar:
-    """A tqdm bar as a progress callback (done, total, what)."""
+    """A tqdm bar as a progress callback (done, total, what); nothing where tqdm is absent."""
 
     def __init__(self, unit: str = "weights"):
         self.unit = unit
+        self.bar: Any = None
 
     def __enter__(self) -> "Bar":
-        from tqdm import tqdm
-
-        self.bar = tqdm(unit=f" {self.unit}", unit_scale=True, dynamic_ncols=True, file=sys.stderr)
+        tqdm, why = optional("tqdm")
+        if tqdm is None:
+            print(f"nibble: {why}, so there is no progress bar", file=sys.stderr)
+            return self
+        self.bar = tqdm.tqdm(
+            unit=f" {self.unit}", unit_scale=True, dynamic_ncols=True, file=sys.stderr
+        )
         return self
 
     def __exit__(self, *_) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        if self.bar is None:
+            return
         self.bar.total = total
         self.bar.set_description_str(what, refresh=False)
         self.bar.update(done - self.bar.n)
 
     def note(self, error: BlockError) -> None:
         """A block's progress in calibration, behind the bar."""
-        self.bar.set_postfix_str(f"step {error.step}/{error.steps}, {error.db:.1f} dB")
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"step {error.step}/{error.steps}, {error.db:.1f} dB")
 
     @property
     def monitor(self) -> Monitor:

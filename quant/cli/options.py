@@ -1,13 +1,14 @@
 """The options of the commands: argparse alone, so that --help does not wait for torch."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from . import EXAMPLES
 
 
-def add_commands(commands) -> None:
-    """Adds quantize, inspect and convert to a parser's subcommands."""
+def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> None:
+    """Adds quantize, inspect and convert to a parser's subcommands. small_file: for `inspect`."""
     quantize = _command(commands, "quantize", "make the quantized file of a model")
     _quantize_options(quantize)
     quantize.set_defaults(run=_quantize)
@@ -15,7 +16,7 @@ def add_commands(commands) -> None:
         commands, "inspect", "show what a file holds, or what quantizing it would give"
     )
     _inspect_options(inspect)
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_inspect, small_file=small_file)
     convert = _command(commands, "convert", "write a 4-bit file in another program's format")
     _convert_options(convert)
     convert.set_defaults(run=_convert)
@@ -141,7 +142,10 @@ def _vq_options(parser: argparse.ArgumentParser) -> None:
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
-        help="a .safetensors file; with --plan also the name of a known model, such as flux1-dev",
+        help=(
+            "a .safetensors file, or any other file that Nibble writes, or a folder of couplings;"
+            " with --plan also the name of a known model, such as flux1-dev"
+        ),
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -158,7 +162,9 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
         "--bits", type=int, default=3, help="for --plan --method vq (default: %(default)s)"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="compare every tensor with its checksum"
+        "--verify",
+        action="store_true",
+        help="read all of the file and compare it with its checksums",
     )
 
 

@@ -6,13 +6,16 @@ fits under the memory cap in float32, on random conditioning.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from torch import Tensor
 
+from ...kernels.optional import optional
+from ..calibration.statistics import ENOUGH_PICTURES
 from ..files.errors import FileRefused
 from ..files.safetensors import checksum, read_header, read_tensor
-from ..job.checkpoint_run import QuantizeJob
+from ..job.checkpoint_run import QuantizeJob, few_prompts
 from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
@@ -82,19 +85,20 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
     if fast and in_float32 > options.memory_cap * 1e9:
         return WEIGHTS_ALONE
-    try:
-        from .. import diffusers
-    except ImportError as error:
+    diffusers, why = optional("..diffusers", __package__)
+    if diffusers is None:
         if fast:
-            return WEIGHTS_ALONE
+            return _weights_alone(job, why)
         raise ValueError(
-            f"--preset {options.preset} needs diffusers to run the model ({error}); pip install"
-            " diffusers, or use --preset fast"
-        ) from None
+            f"--preset {options.preset} needs diffusers to run the model, and {why}; pip install"
+            " --upgrade diffusers, or use --preset fast"
+        )
     if fast or options.prompts is None:
         tokens, pooled, provenance = None, None, {"kind": "random conditioning"}
     else:
         tokens, pooled, provenance = _prompts(options.prompts)
+        if len(tokens) < ENOUGH_PICTURES:
+            job.source.notes.append(few_prompts(len(tokens)))
     if job.existing_report(provenance) is not None:
         return Measurement(provenance)
     cap = int(options.memory_cap * 1e9)
@@ -114,6 +118,14 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
             report=lambda done, total: bar(done, total, "recording inputs"),
         )
     return Measurement(provenance, statistics.get)
+
+
+def _weights_alone(job: QuantizeJob, why: str) -> Measurement:
+    """Instead of a measurement that can be done without; said while it works, and in the report."""
+    note = f"{why}, so the weights alone were used"
+    print(f"nibble: {note}", file=sys.stderr)
+    job.source.notes.append(note)
+    return WEIGHTS_ALONE
 
 
 def _prompts(path: Path) -> tuple[Tensor, Tensor, dict]:

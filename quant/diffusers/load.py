@@ -146,12 +146,8 @@ def save_quantized(model: nn.Module, target: str | os.PathLike, origin: str | os
         for name, tensor in unit.items()
     ]
     metadata = {key: value for key, value in file.metadata.items() if key != "checksums"}
-    with Writer(
-        target,
-        specs,
-        identity=f"saved from {os.path.realpath(origin)}",
-        room=metadata_room(metadata),
-    ) as writer:
+    # never gone on with: the model may have changed since
+    with Writer(target, specs, identity=None, room=metadata_room(metadata)) as writer:
         for unit, tensors in units.items():
             writer.write(unit, tensors, {})
         writer.finish([metadata])

@@ -100,9 +100,10 @@ def drawing(  # noqa: PLR0913 (a script's keywords)
     seed: int = 0,
     batch: int = 4,
     shift: float = SHIFT,
+    started: Callable[[int], None] = lambda first: None,
 ) -> Callable[[], None]:
     """A function that draws with a FLUX.1, the same each time it is called; arguments as in
-    `record_inputs`.
+    `record_inputs`. started(number of its first picture) is called before each batch.
     """
     generator = torch.Generator().manual_seed(seed)
     if tokens is None or pooled is None:
@@ -114,6 +115,7 @@ def drawing(  # noqa: PLR0913 (a script's keywords)
     def run() -> None:
         for part in range(0, len(tokens), batch):
             chosen = slice(part, part + batch)
+            started(part)
             euler(model, noise[chosen], tokens[chosen], pooled[chosen], steps, shift=shift)
 
     return run
@@ -163,8 +165,15 @@ def record_inputs(  # noqa: PLR0913 (a script's keywords)
     Returns name → InputStats under the names given.
     """
     model = flux_transformer(dict(state)).eval()
-    run = drawing(model, tokens, pooled, steps, side, seed, batch)
+    first: list[int | None] = [None]  # of the pictures being drawn, where they are of prompts
+
+    def started(picture: int) -> None:
+        first[0] = None if tokens is None else picture
+
+    run = drawing(model, tokens, pooled, steps, side, seed, batch, started=started)
     # parts joined in one module read the same input
     readers = {name: diffusers_parts(name)[0] for name in names}
-    recorded = recorder.collect(model, readers.values(), run, cap, report, seed=seed)
+    recorded = recorder.collect(
+        model, readers.values(), run, cap, report, seed=seed, picture=lambda: first[0]
+    )
     return {name: recorded[reader] for name, reader in readers.items()}

@@ -123,13 +123,17 @@ def plan(
     file: str = "The model",
 ) -> list[LayerPlan]:
     """A plan for every matrix of a model, in the order of its blocks. `recipe` has rank,
-    modulation, act_unsigned, keep and w4a16. Raises FileRefused when nothing could be quantized.
+    modulation, act_unsigned, keep and w4a16. Raises FileRefused when nothing could be quantized,
+    and for a layer that is missing between others of its kind.
     """
     names = [
         key.removesuffix(".weight")
         for key, shape in shapes.items()
         if key.endswith(".weight") and len(shape) == 2
     ]
+    missing = _gap(names, architecture.blocks)
+    if missing is not None:
+        raise lacking(file, missing)
     layers = [
         _plan_layer(name, shapes, architecture, recipe) for name in sorted(names, key=natural)
     ]
@@ -142,6 +146,47 @@ def plan(
             f"{file} has no layer that could be quantized to 4 bits ({why}); use it in 16 bit."
         )
     return _grouped(layers, architecture)
+
+
+def lacking(file: str, layer: str) -> FileRefused:
+    """The refusal of a source without a layer."""
+    return FileRefused(
+        f"{file} lacks the layer {layer}, so the file is not complete; download it again."
+    )
+
+
+def missing_layer(
+    shapes: Mapping[str, tuple[int, ...]], built: Iterable[str], file: str
+) -> FileRefused | None:
+    """The refusal of a source that lacks a layer of its blocks. built: the linears of the model as
+    ComfyUI builds it.
+    """
+    blocks = recognise(shapes, file).blocks
+    absent = (name for name in built if f"{name}.weight" not in shapes and _matches(blocks, name))
+    name = next(absent, None)
+    return None if name is None else lacking(file, name)
+
+
+def _gap(names: Iterable[str], patterns: Iterable[str]) -> str | None:
+    """A layer that is missing in a block while blocks before and behind have it. Some families
+    leave a layer out in their first or last blocks.
+    """
+    known = set(names)
+    for pattern in patterns:
+        before, star, behind = pattern.partition("*")
+        if not star or "*" in behind:
+            continue
+        numbers = [
+            int(middle)
+            for name in known
+            if name.startswith(before)
+            and name.endswith(behind)
+            and (middle := name[len(before) : len(name) - len(behind)]).isdigit()
+        ]
+        for number in range(min(numbers, default=0), max(numbers, default=-1)):
+            if f"{before}{number}{behind}" not in known:
+                return f"{before}{number}{behind}"
+    return None
 
 
 def natural(name: str) -> list:

@@ -1,8 +1,9 @@
 """Files that are whole or not there, and that one run at a time writes.
 
 A file is written to a temporary name beside its target, synced, and renamed over it: a crash at any
-moment leaves the old file or the new one. The lock of a long write is a file of its own beside the
-target, held by the operating system (`filelock`), so it ends with the process that holds it.
+moment leaves the old file or the new one. The lock of a job is a file of its own beside the target,
+held by the operating system (`filelock`), so it ends with the process that holds it. Whoever writes
+a target holds its lock from before it looks at what is there; temporary names are the holder's.
 """
 
 from __future__ import annotations
@@ -11,17 +12,34 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import FileRefused
+from .errors import DiskRefused, FileRefused
 
 PARTIAL = ".partial"  # ending of a file that is not finished yet
+JOURNAL = ".journal"  # behind it: what of an unfinished file is done (writer.py)
+NEW = ".new"  # behind that: a journal that is being written anew
 log = logging.getLogger("nibble")
 # some network drives have no locks
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM)
+_TRIES = 100  # of a lock whose file its last holder removed meanwhile
+
+
+class Held:
+    """A target whose lock is held: stands for its path wherever one is taken, and whoever would
+    lock it goes on under that lock. Made by `exclusive` alone.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -33,7 +51,7 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # Stop, too
         partial.unlink(missing_ok=True)
         raise
 
@@ -43,39 +61,120 @@ def write(path: Path, content: bytes) -> None:
     try:
         replace(path, content)
     except OSError as error:
-        raise refusal(path, error) from error
+        raise refusal(path, error, len(content)) from error
 
 
-def refusal(path: Path, error: OSError) -> FileRefused:
-    """Why a file could not be written, and what to do."""
-    return FileRefused(
+def reserve(path: Path, size: int) -> None:
+    """Refuses a file, or what a run will write beside it, of `size` bytes that the disk or a quota
+    has no room for: the room is taken and given back. Call under the lock of `path`. Raises
+    FileRefused.
+    """
+    probe = path.with_name(path.name + PARTIAL)
+    try:
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with open(probe, "wb") as file:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise refusal(path, error, size) from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def refusal(path: Path, error: OSError, size: int = 0) -> DiskRefused:
+    """Why a file could not be written, and what to do. size: bytes that it needs, or 0."""
+    folder = path.parent
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free
+        need = f" needs {size / 1e9:.2f} GB" if size else " does not fit"
+        return DiskRefused(
+            f"The disk of {folder} is full: {path.name}{need} and {free / 1e9:.2f} GB are free;"
+            " free some space or choose another folder."
+        )
+    # Windows replaces no file that is mapped into memory, as a loaded model's is
+    if error.errno in _NOT_ALLOWED and path.exists() and os.access(folder, os.W_OK):
+        return DiskRefused(
+            f"{path.name} may not be replaced ({error.strerror}): it is in use, or not yours to"
+            " change; unload the model that was loaded from it, or choose another name."
+        )
+    if error.errno in (*_NOT_ALLOWED, errno.EROFS):
+        return DiskRefused(
+            f"The folder {folder} is read-only; choose another one or change its permissions."
+        )
+    return DiskRefused(
         f"{path.name} could not be written ({error.strerror}); check the disk or choose another"
         " folder."
     )
 
 
 @contextlib.contextmanager
-def exclusive(target: Path) -> Iterator[None]:
-    """Held by one run at a time, in this process or any other; leaves nothing behind. Raises
-    FileRefused where another run holds it, and OSError where its file cannot be made.
+def exclusive(target: str | os.PathLike) -> Iterator[Held]:
+    """Held by one run at a time, in this process or any other, over the whole of a job that ends in
+    `target`, a file or a folder; a `Held` target is held already.
+
+    Leaves no lock behind, nor anything of an unfinished file that no run can go on from. Raises
+    FileRefused where another run holds it, or its file cannot be made.
     """
+    if isinstance(target, Held):
+        yield target
+        return
+    target = Path(target)
     path = target.with_name(f"{target.name}{PARTIAL}.lock")
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FileRefused(
-            f"{target.name} is being written by another run; wait for it or choose another name."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        log.warning(
-            "this drive cannot lock files (%s): do not write one target from two programs", error
-        )
+        lock = _acquired(path, target.name)
+    except OSError as error:
+        raise refusal(target, error) from error
     try:
-        yield
+        yield Held(target)
     finally:
+        _sweep(target)
         if os.name != "nt":  # Windows' lock removes its own file, and no file that is open
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _acquired(path: Path, name: str) -> FileLock:
+    """A lock of the file that goes by this name now: one that its last holder removed between our
+    opening and our locking it excludes nobody.
+    """
+    for _ in range(_TRIES):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+        lock, before = FileLock(path), _file_number(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            break
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+            log.warning(
+                "this drive cannot lock files (%s): do not write one target from two programs",
+                error,
+            )
+            return lock
+        if os.name == "nt" or (before is not None and _file_number(path) == before):
+            return lock
+        lock.release()
+    raise FileRefused(
+        f"{name} is being written by another run; wait for it or choose another name."
+    )
+
+
+def _file_number(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _sweep(target: Path) -> None:
+    """Removes what a kill leaves and no run can use: a partial file without its journal, a journal
+    without its file (killed after the renaming), a journal half rewritten.
+    """
+    partial = target.with_name(target.name + PARTIAL)
+    journal = partial.with_name(partial.name + JOURNAL)
+    journal.with_name(journal.name + NEW).unlink(missing_ok=True)
+    if not (partial.exists() and journal.exists()):
+        partial.unlink(missing_ok=True)
+        journal.unlink(missing_ok=True)

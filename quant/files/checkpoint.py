@@ -1,13 +1,15 @@
 """A file of low-bit layers: one protocol for every program's format, and Nibble's own format.
 
 A quantized model of Nibble's is a safetensors file that holds, for each quantized linear X, the
-tensors named in `FORMATS` and `X.comfy_quant`, the layer's JSON; and in the metadata: format,
-nibble_version, method, source, recipe, calibration, report, checksums. `writer.py` makes such
-files. Other programs' formats are in `quant/interop`, behind the same `QuantizedFile`.
+tensors named in `layer_formats.py` and `X.comfy_quant`, the layer's JSON; and in the metadata:
+format, nibble_version, method, source, recipe, calibration, report, checksums, header_checksum.
+`writer.py` makes such files. Other programs' formats are in `quant/interop`, behind the same
+`QuantizedFile`.
 """
 
 import functools
 import json
+import math
 import os
 import zlib
 from abc import ABC, abstractmethod
@@ -19,40 +21,15 @@ import torch
 from torch import Tensor
 
 from .architectures import family_name
-from .errors import FileRefused
-from .safetensors import Header, SafetensorsFile, TensorSpec, checksum, read_header
+from .errors import FileRefused, reader, reading
+from .header_limits import LISTED_HEADER
+from .integrity import SUMS, check_header
+from .layer_formats import FORMATS, OPTIONAL, check_layer, layer_json
+from .metadata import json_object, version_of
+from .safetensors import Header, SafetensorsFile, TensorSpec, checksum
 
 FORMAT_VERSION = 1
 METHODS = ("svdquant", "vq")
-# The tensors that a quantized linear must have (N outputs, K inputs, G = K/64 groups, R rank; C
-# codewords of D weights, P = K/D indices of log2(C) bits in bytes) and the options that its JSON
-# may hold.
-FORMATS = {
-    "svdquant_w4a4": (
-        {
-            "weight": "N,K/2",
-            "weight_scale": "G,N",
-            "weight_proj_down": "K,R",
-            "weight_proj_up": "N,R",
-            "weight_smooth_factor": "K",
-        },
-        {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"},
-    ),
-    "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
-    "vq": (
-        {"weight": "N,P", "weight_codebook": "C,D"},
-        {"format", "codewords", "vector", "rotation", "rank"},
-    ),
-}
-# Tensors that a layer may have besides: without zero points it is symmetric, without a scale its
-# rows share the codebook's, without factors it has no low-rank branch.
-OPTIONAL = {
-    "awq_w4a16": {"weight_zeros": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
-    "vq": {"weight_scale": "N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
-}
-_WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
-# powers of two, so that every index that a file can hold is one of the codebook
-CODEWORDS = tuple(1 << bits for bits in range(1, 17))
 
 
 class QuantizedFile(ABC):
@@ -79,6 +56,8 @@ class QuantizedFile(ABC):
     def __init__(self, files: Sequence[SafetensorsFile], metadata: Mapping[str, str]):
         self.files = tuple(files)
         self.metadata = dict(metadata)
+        for stored in self.files:
+            check_header(stored.header, "copy it again or make it anew")
         self._open_blocks: list[ExitStack] = []
 
     def __enter__(self) -> "QuantizedFile":
@@ -115,6 +94,11 @@ class QuantizedFile(ABC):
                 shapes |= {spec.name: spec.shape for spec in self.specs(unit)}
         return family_name(shapes, self.path.name)
 
+    @property
+    def built_by(self) -> dict[str, str]:
+        """The metadata by which ComfyUI builds LTX and other video models: "config"."""
+        return {key: value for key, value in self.metadata.items() if key == "config"}
+
     def is_current(self) -> bool:
         """Whether its files are still those that were opened, by modification time and size."""
         return all(stored.is_current() for stored in self.files)
@@ -123,6 +107,13 @@ class QuantizedFile(ABC):
     @abstractmethod
     def units(self) -> Iterable[str]:
         """Names of what is read at once: a quantized linear, or whatever was left in 16 bit."""
+
+    @property
+    def patched(self) -> Sequence[str]:
+        """The layers that ComfyUI saved with a patch beside their own tensors (`SIDE`), in which
+        case `unit` gives these, too.
+        """
+        return ()
 
     @abstractmethod
     def unit(self, name: str) -> dict[str, Tensor]:
@@ -158,12 +149,39 @@ class QuantizedFile(ABC):
         checksums. Raises FileRefused when it differs.
         """
 
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuses NaN and infinity in a layer's scales and all that is float beside its codes: a
+        picture of it is black, whatever the checksums say.
+        """
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.numel():
+                # propagates NaN, at forty times the speed of isfinite
+                low, high = torch.aminmax(tensor.detach())
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise self.refusal(f"holds NaN or infinity in {name}; {self.remedy}")
+
     def verify(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Reads and `check`s every tensor, where the format has checksums; the others' sizes were
         checked when they were opened.
         """
-        if progress:
-            progress(1, 1, self.path.name)
+        names = [(stored, name) for stored in self.files for name in stored.header.tensors]
+        with self:
+            for done, (stored, name) in enumerate(names):
+                if progress:
+                    progress(done, len(names), name)
+                if SUMS in stored.header.metadata:
+                    self._compare(stored.header, name, checksum(stored.read(name)))
+
+    @functools.cached_property
+    def _sums(self) -> dict[Path, dict]:
+        return {stored.path: json_object(stored.header, SUMS) for stored in self.files}
+
+    def _compare(self, header: Header, name: str, found: str) -> None:
+        """Refuses a tensor whose checksum in the file is not the one that was found."""
+        if self._sums[header.path].get(name) != found:
+            raise self.refusal(
+                f"is damaged: {name} does not match its checksum; copy it again or quantize again"
+            )
 
     def refusal(self, what: str) -> FileRefused:
         """A refusal that names this file."""
@@ -186,14 +204,15 @@ class NibbleFile(QuantizedFile):
         with stored:
             super().__init__([stored], stored.header.metadata)
             _check_version(stored.header)
+            check_header(stored.header, "copy it again or quantize again")
             texts = [name for name in stored.header.tensors if name.endswith(".comfy_quant")]
             # kept: what was understood as a layer's JSON is what is verified
             self._texts = stored.read_bytes(texts)
         self.layers = {}
         for key in texts:
             name = key.removesuffix(".comfy_quant")
-            self.layers[name] = _layer_json(self.header, name, self._texts[key])
-            _check_layer(self.header, name, self.layers[name])
+            self.layers[name] = layer_json(self.header, name, self._texts[key])
+            check_layer(self.header, name, self.layers[name])
 
     @property
     def header(self) -> Header:
@@ -213,6 +232,7 @@ class NibbleFile(QuantizedFile):
         kept = (keys for module, keys in self._modules.items() if module not in self.layers)
         return [*(key for keys in kept for key in keys), *self.layers]
 
+    @reader
     def unit(self, name: str) -> dict[str, Tensor]:
         if name not in self.layers:
             return {name: self.read(name)}
@@ -222,6 +242,7 @@ class NibbleFile(QuantizedFile):
         with self:
             return {key: self.read(key) for key in keys if key in self.header.tensors}
 
+    @reader
     def specs(self, name: str) -> list[TensorSpec]:
         keys = self._modules[name] if name in self.layers else [name]
         infos = self.header.tensors
@@ -244,23 +265,16 @@ class NibbleFile(QuantizedFile):
                     progress(done, len(self.header.tensors), name)
                 yield name, self.read(name)
 
+    @reader
     def fact(self, key: str) -> dict:
         return json.loads(self.metadata.get(key, "{}"))
-
-    @functools.cached_property
-    def _checksums(self) -> dict[str, str]:
-        return self.fact("checksums")
 
     def check(self, name: str, tensor: Tensor) -> None:
         if name in self._texts:
             found = f"{zlib.crc32(self._texts[name]):08x}"
         else:
             found = checksum(tensor)
-        if self._checksums.get(name) != found:
-            raise FileRefused(
-                f"{self.path.name} is damaged: {name} does not match its checksum; copy it"
-                " again or quantize again."
-            )
+        self._compare(self.header, name, found)
 
     def verify(self, progress: Callable[[int, int, str], None] | None = None) -> None:
         for name, tensor in self.tensors(progress):
@@ -269,7 +283,8 @@ class NibbleFile(QuantizedFile):
 
 def open_quantized(path: str | os.PathLike) -> NibbleFile:
     """Opens and checks a quantized model of Nibble's own; see NibbleFile."""
-    return NibbleFile(SafetensorsFile(path))
+    with reading(path):
+        return NibbleFile(SafetensorsFile(path))
 
 
 def is_quantized(path: str | os.PathLike) -> bool:
@@ -277,8 +292,9 @@ def is_quantized(path: str | os.PathLike) -> bool:
     cannot be read.
     """
     try:
-        return read_header(path).metadata.get("format") == "nibble"
-    except (FileRefused, OSError):
+        with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
+            return stored.header.metadata.get("format") == "nibble"
+    except FileRefused:
         return False
 
 
@@ -286,101 +302,19 @@ def _check_version(header: Header) -> None:
     name, version = header.path.name, header.metadata.get("nibble_version", "")
     if header.metadata.get("format") != "nibble":
         raise FileRefused(
-            f"{name} was not made by Nibble; make a quantized file of it with `SVDQuant Quantize"
-            " Checkpoint` or `VQ Quantize Checkpoint` first."
+            f"{name} was not made by Nibble's quantizers; make a quantized file of it with"
+            " `SVDQuant Quantize Checkpoint` or `VQ Quantize Checkpoint` first."
         )
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not 0 <= version_of(version) <= FORMAT_VERSION:
         raise FileRefused(
-            f"{name} has the format version {version!r} and this Nibble reads up to"
+            f"{name} has the format version {version[:20]!r} and this Nibble reads up to"
             f" {FORMAT_VERSION}; update Nibble."
         )
     if header.metadata.get("method") not in METHODS:
         method = header.metadata.get("method")
         raise FileRefused(
-            f"{name} was made with the method {method!r}, which this Nibble does not know; update"
-            " Nibble."
+            f"{name} was made with the method {str(method)[:40]!r}, which this Nibble does not"
+            " know; update Nibble."
         )
     for key in ("source", "recipe", "calibration", "report", "checksums"):
-        try:
-            json.loads(header.metadata.get(key, "{}"))
-        except ValueError:
-            raise FileRefused(
-                f"{name} has damaged metadata ({key}); copy it again or quantize again."
-            ) from None
-
-
-def _layer_json(header: Header, name: str, text: bytes) -> dict:
-    try:
-        config = json.loads(text)
-        known = FORMATS[config["format"]][1]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileRefused(
-            f"{header.path.name} has a layer of an unknown format, {name}; update Nibble or"
-            " quantize again."
-        ) from error
-    if config.keys() - known:
-        raise FileRefused(
-            f"{header.path.name} uses {', '.join(sorted(config.keys() - known))} in {name}, which"
-            " this Nibble does not know; update Nibble."
-        )
-    return config
-
-
-def _check_layer(header: Header, name: str, config: dict) -> None:
-    optional = {
-        suffix: rule
-        for suffix, rule in OPTIONAL.get(config["format"], {}).items()
-        if f"{name}.{suffix}" in header.tensors or ("R" in rule.split(",") and "rank" in config)
-    }
-    several = {"weight_smooth_factor": "P,K"} if config.get("smooth_rows") else {}
-    rules = FORMATS[config["format"]][0] | optional | several
-    shapes = {
-        suffix: header.tensors[f"{name}.{suffix}"].shape
-        for suffix in rules
-        if f"{name}.{suffix}" in header.tensors
-    }
-    sizes = _sizes(config, *(*shapes.get("weight", ()), 0, 0)[:2])
-    for suffix, rule in rules.items():
-        if sizes is None or shapes.get(suffix) != tuple(
-            sizes[letter] for letter in rule.split(",")
-        ):
-            raise FileRefused(
-                f"{header.path.name} has a damaged layer: {name}.{suffix} is missing or has the"
-                f" shape {shapes.get(suffix)}; copy the file again or quantize again."
-            )
-    dtype = _WEIGHT_DTYPES.get(config["format"], torch.int8)
-    if header.tensors[f"{name}.weight"].dtype != dtype:
-        raise FileRefused(
-            f"{header.path.name} has a damaged layer: {name}.weight is not"
-            f" {str(dtype).removeprefix('torch.')}; copy the file again or quantize again."
-        )
-
-
-def _sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
-    """What the letters of `FORMATS` stand for in a layer whose weight has the shape (n, width);
-    None where no layer can be so.
-    """
-    if config["format"] != "vq":
-        runs = len(config.get("smooth_rows", ()))
-        return (
-            {
-                "N": n,
-                "K/2": width,
-                "K": 2 * width,
-                "G": 2 * width // 64,
-                "R": config.get("rank", 0),
-                "P": runs,
-            }
-            if width % 32 == 0
-            else None
-        )
-    c, d, r = config.get("codewords"), config.get("vector", 0), config.get("rank", 0)
-    if (
-        not all(type(number) is int for number in (c, d, r))
-        or c not in CODEWORDS
-        or d < 1
-        or r < 0
-        or width * 8 % (c.bit_length() - 1)
-    ):
-        return None
-    return {"N": n, "P": width, "K": width * 8 // (c.bit_length() - 1) * d, "C": c, "D": d, "R": r}
+        json_object(header, key)

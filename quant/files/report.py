@@ -4,6 +4,7 @@ kept in the file's metadata.
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
 # and how people call them
@@ -111,9 +112,32 @@ class Report:
         try:
             values = json.loads(text)
             values["rows"] = [LayerRow(**({"why": ""} | row)) for row in values["rows"]]
-            return cls(**values)
-        except (TypeError, KeyError) as error:
+            report = cls(**values)
+        except (TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"this is no report of a quantization: {error}") from error
+        wrong = list(_wrong_fields(report))
+        for row in report.rows:
+            wrong += _wrong_fields(row)
+        if wrong:
+            raise ValueError(f"this is no report of a quantization: {wrong[0]} is another kind")
+        return report
+
+
+_NUMBERS = ("db", "bytes_before", "bytes_after", "seconds")
+_LISTS = ("rows", "notes")
+_LARGEST = 2**63  # bytes of any file, and more
+
+
+def _wrong_fields(row: "Report | LayerRow") -> Iterator[str]:
+    """The fields whose values are not of the kind that they should be."""
+    for name, value in vars(row).items():
+        if name in _NUMBERS:
+            number = type(value) in (int, float) and abs(value) < _LARGEST  # NaN is not
+            sound = number or (name == "db" and value is None)
+        else:
+            sound = isinstance(value, list if name in _LISTS else str)
+        if not sound:
+            yield name
 
 
 def _size(count: int) -> str:

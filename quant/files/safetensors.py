@@ -20,7 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import FileRefused
+from .errors import FileRefused, reading
+from .header_limits import (
+    LARGEST_HEADER,
+    MOST_DIMENSIONS,
+    MOST_TENSORS,
+    check_text,
+    is_too_long,
+    unique,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,8 +49,6 @@ DTYPES = {
     "F8_E8M0": getattr(torch, "float8_e8m0fnu", torch.uint8),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
-_LARGEST_HEADER = 100_000_000  # safetensors' own limit
-_MOST_DIMENSIONS = 8  # a header of this size can ask for products of millions of numbers
 _WRONG_STARTS = {
     b"GGUF": (
         "is a GGUF file, which is quantized already; choose the 16-bit or fp8 .safetensors file of"
@@ -115,14 +121,21 @@ class SafetensorsFile:
     too. Blocks may be nested and entered again; a read outside opens the file for itself. The
     header is read and checked when the file is opened first, and kept.
 
-    header  of an earlier reading, in place of reading it again
+    header          of an earlier reading, in place of reading it again
+    largest_header  bytes; a file with a longer one is refused
     Raises FileRefused, on opening and reading, for what is not a whole safetensors file.
     """
 
     header: Header
 
-    def __init__(self, path: str | os.PathLike, header: Header | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        header: Header | None = None,
+        largest_header: int = LARGEST_HEADER,
+    ):
         self.path = Path(path)
+        self._largest_header = largest_header
         if header is not None:
             self.header = header
         self._lock = threading.RLock()
@@ -136,7 +149,7 @@ class SafetensorsFile:
             self._blocks += 1
             if not hasattr(self, "header"):
                 try:
-                    self.header = _read_header(self.path, self._handle)
+                    self.header = _read_header(self.path, self._handle, self._largest_header)
                 except BaseException:
                     self.__exit__()
                     raise
@@ -166,13 +179,31 @@ class SafetensorsFile:
         info = self.header.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        try:
+            buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        except RuntimeError:
+            raise FileRefused(
+                f"{self.path.name} needs {info.nbytes / 1e9:,.1f} GB of memory for {name}, more"
+                " than there is; close other programs, or choose a smaller file."
+            ) from None
         self._fill(buffer.numpy().data, info.start)
         return buffer.view(info.dtype).reshape(info.shape)
 
-    def read_bytes(self, names: Iterable[str]) -> dict[str, bytes]:
-        """Several small tensors' bytes; those that lie side by side come in one read."""
+    def read_bytes(
+        self, names: Iterable[str], largest: int = 2**16, in_all: int = 2**24
+    ) -> dict[str, bytes]:
+        """Several small tensors' bytes; those that lie side by side come in one read. Raises
+        FileRefused where one has more bytes than `largest`, or all more than `in_all`.
+        """
         places = sorted((self.header.tensors[name][2:], name) for name in names)
+        left = in_all
+        for (start, stop), name in places:
+            left -= stop - start
+            if stop - start > largest or left < 0:
+                raise FileRefused(
+                    f"{self.path.name} is damaged: {name} has {stop - start:,} bytes, more than its"
+                    " kind ever has; download or copy it again."
+                )
         contents: dict[str, bytes] = {}
         first = 0
         with self:
@@ -231,6 +262,8 @@ def _open(path: Path) -> FileIO:
         raise FileRefused(
             f"{path.name} may not be read; change its permissions or choose another file."
         ) from None
+    except (OSError, ValueError) as error:  # a broken drive, too long a name, a NUL within
+        raise FileRefused(f"{path.name!r} cannot be opened ({error}); check the name.") from error
 
 
 def _read_into(handle: FileIO, view: memoryview, start: int) -> int:
@@ -245,23 +278,11 @@ def _read_into(handle: FileIO, view: memoryview, start: int) -> int:
     return done
 
 
-def _read_header(path: Path, handle: FileIO) -> Header:
+def _read_header(path: Path, handle: FileIO, largest: int) -> Header:
     found = os.fstat(handle.fileno())
-    text = _header_text(path, handle, found.st_size)
-    try:
-        table = json.loads(text)
-        metadata = table.pop("__metadata__", {})
-        tensors = {
-            name: _tensor_info(path, name, entry, 8 + len(text)) for name, entry in table.items()
-        }
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("metadata that is not text")
-    except FileRefused:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileRefused(
-            f"{path.name} has a damaged header; download or copy it again."
-        ) from error
+    with reading(path):
+        text = _header_text(path, handle, found.st_size, largest)
+    metadata, tensors = _parsed(path, text)
     _check_ranges(path, tensors, 8 + len(text), found.st_size)
     return Header(
         path=path,
@@ -273,19 +294,47 @@ def _read_header(path: Path, handle: FileIO) -> Header:
     )
 
 
-def _header_text(path: Path, handle: FileIO, size: int) -> bytes:
+def _parsed(path: Path, text: bytes) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """(metadata, tensors) of a header's JSON."""
+    if is_too_long(text):
+        raise FileRefused(
+            f"{path.name} has more than {MOST_TENSORS:,} entries in its header, more than any"
+            " model; download or copy it again."
+        )
+    try:
+        table = json.loads(text, object_pairs_hook=unique)
+        metadata = table.pop("__metadata__", {})
+        tensors = {
+            name: _tensor_info(path, name, entry, 8 + len(text)) for name, entry in table.items()
+        }
+        check_text([*tensors, *metadata, *metadata.values()])
+    except FileRefused:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileRefused(
+            f"{path.name} has a damaged header; download or copy it again."
+        ) from error
+    return metadata, tensors
+
+
+def _header_text(path: Path, handle: FileIO, size: int, largest: int) -> bytes:
     buffer = bytearray(32)
     count = _read_into(handle, memoryview(buffer), 0)
     start = bytes(buffer[:count])
     length = int.from_bytes(start[:8], "little")
     # A small safetensors header may begin with any of the magic bytes; the brace after its
     # length tells.
-    if len(start) < 10 or start[8:9] != b"{" or length > _LARGEST_HEADER:
+    if len(start) < 10 or start[8:9] != b"{" or length > LARGEST_HEADER:
         wrong = [what for magic, what in _WRONG_STARTS.items() if start.startswith(magic)]
         raise FileRefused(f"{path.name} {wrong[0] if wrong else _NO_SAFETENSORS}.")
     if 8 + length > size:
         raise FileRefused(
             f"{path.name} is cut off inside its header ({size} bytes); download or copy it again."
+        )
+    if length > largest:
+        raise FileRefused(
+            f"{path.name} has a header of {length:,} bytes, more than the {largest:,} of any"
+            " quantized model; download or copy it again."
         )
     text = bytearray(length)
     _read_into(handle, memoryview(text), 8)
@@ -303,7 +352,7 @@ def _tensor_info(path: Path, name: str, entry: dict, data: int) -> TensorInfo:
     start, stop = entry["data_offsets"]
     numbers = (*shape, start, stop)
     if (
-        len(shape) > _MOST_DIMENSIONS
+        len(shape) > MOST_DIMENSIONS
         or not all(type(number) is int and number >= 0 for number in numbers)
         or stop - start != math.prod(shape) * dtype.itemsize
     ):

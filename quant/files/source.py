@@ -13,70 +13,36 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import FileRefused
+from ...kernels.optional import optional
+from .errors import FileRefused, reader, reading
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
+from .source_layouts import ACCESSORIES, LAYOUTS, PACKED, VIEWS
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Format: comfy-kitchen's layout, suffixes of the tensors that its Params take (by field), options
-# of the layer's JSON that they take.
-# format → comfy-kitchen's layout, its fields → names on disk, its options → their defaults
-_LAYOUTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {}),
-    "nvfp4": (
-        "TensorCoreNVFP4Layout",
-        {"scale": "weight_scale_2", "block_scale": "weight_scale"},
-        {},
-    ),
-    "int8_tensorwise": (
-        "TensorWiseINT8Layout",
-        {"scale": "weight_scale"},
-        {"convrot": False, "convrot_groupsize": 256},
-    ),
-    "convrot_w4a4": (
-        "TensorCoreConvRotW4A4Layout",
-        {"scale": "weight_scale"},
-        {"convrot_groupsize": 256, "linear_dtype": "int4"},
-    ),
-    "asym_w4a8_int8": (
-        "AsymW4A8Int8Layout",
-        {"scale": "weight_s_rel", "s_channel": "weight_s_channel", "codebook": "weight_codebook"},
-        {"group_size": 16, "convrot_groupsize": 256},
-    ),
-    "awq_w4a16": (
-        "TensorCoreAWQW4A16Layout",
-        {"scale": "weight_scale", "zeros": "weight_zeros"},
-        {},
-    ),
-}
-_PACKED = {"nvfp4", "convrot_w4a4", "asym_w4a8_int8", "awq_w4a16"}  # two weights a byte
-_VIEWS = {
-    ("mxfp8", "weight_scale"): "float8_e8m0fnu",
-    ("nvfp4", "weight_scale"): "float8_e4m3fn",
-    ("asym_w4a8_int8", "weight_s_rel"): "float8_e4m3fn",
-}
-_ACCESSORIES = (
-    "weight_scale",
-    "weight_scale_2",
-    "scale_weight",
-    "scale_input",
-    "input_scale",
-    "pre_quant_scale",
-    "weight_zeros",
-    "weight_s_rel",
-    "weight_s_channel",
-    "weight_codebook",
-    "comfy_quant",
-)
+_LARGEST_JSON = 65536  # bytes of a layer's
+# bytes of a source's own metadata that are passed on
+_PASSED_ON = 65536
 _SAMPLE = 4096  # bytes read at the start, middle and end of a tensor for the fingerprint
+
+
+def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file made of a model keeps of the model's own metadata: whatever is short, and does
+    not tell how its tensors are stored. ComfyUI builds LTX and other video models by "config".
+    """
+    return {
+        key: value
+        for key, value in metadata.items()
+        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
+    }
 
 
 class _Stored(NamedTuple):
@@ -139,7 +105,7 @@ class _Model(ABC):
         name = f"{module}.weight"
         facts = self._formats.get(module, {})
         kind = facts.get("format")
-        if kind in _LAYOUTS:
+        if kind in LAYOUTS:
             matrix = self._dequantized(module, facts)
         else:
             matrix = self._raw(name).float()
@@ -160,7 +126,7 @@ class _Model(ABC):
 
     def nbytes(self, module: str) -> int:
         """Bytes that a linear occupies as stored: matrix, bias and scales."""
-        keys = [f"{module}.{suffix}" for suffix in ("weight", "bias", *_ACCESSORIES)]
+        keys = [f"{module}.{suffix}" for suffix in ("weight", "bias", *ACCESSORIES)]
         return sum(self._stored[key].nbytes for key in keys if key in self._stored)
 
     @property
@@ -190,27 +156,34 @@ class _Model(ABC):
         facts = (
             self._formats.get(key.removesuffix(".weight"), {}) if key.endswith(".weight") else {}
         )
-        if facts.get("format") not in _LAYOUTS:
+        if facts.get("format") not in LAYOUTS:
             return shape
         rows = self._stored.get(key.removesuffix("weight") + "bias")
         # nvfp4 and mxfp8 pad their rows; the bias has as many entries as the linear has outputs.
         n = min(shape[0], rows.shape[0]) if rows else shape[0]
-        return (n, shape[1] * 2 if facts["format"] in _PACKED else shape[1])
+        return (n, shape[1] * 2 if facts["format"] in PACKED else shape[1])
 
     def _is_accessory(self, key: str) -> bool:
         module, _, suffix = key.rpartition(".")
         return key in ("scaled_fp8", "_quantization_metadata") or (
-            suffix in _ACCESSORIES and f"{module}.weight" in self._stored
+            suffix in ACCESSORIES and f"{module}.weight" in self._stored
         )
 
     def _layer_formats(self) -> dict[str, dict]:
-        listed = json.loads(self.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        said = "_quantization_metadata"
+        listed = self._json(said, self.metadata.get(said, "{}")).get("layers", {})
+        if not isinstance(listed, dict):
+            raise self._no_json(said)
         formats = {key.removeprefix(self.prefix): facts for key, facts in listed.items()}
-        for key in self._stored:
+        for key, info in self._stored.items():
             if key.endswith(".comfy_quant"):
-                formats[key.removesuffix(".comfy_quant")] = json.loads(
-                    bytes(tensor_bytes(self._raw(key)))
-                )
+                if info.nbytes > _LARGEST_JSON:
+                    raise self._no_json(key)
+                text = bytes(tensor_bytes(self._raw(key)))
+                formats[key.removesuffix(".comfy_quant")] = self._json(key, text)
+        for module, facts in formats.items():
+            if not isinstance(facts, dict) or not isinstance(facts.get("params") or {}, dict):
+                raise self._no_json(module)
         formats = {
             module: {**facts, **(facts.get("params") or {})}
             for module, facts in formats.items()
@@ -222,13 +195,28 @@ class _Model(ABC):
                     f"{self.name} is quantized by SVDQuant already; choose the 16-bit or fp8 file"
                     " that it was made from."
                 )
-            if facts.get("format") not in (*_LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
+            if str(facts.get("format")) not in (*LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
                 raise FileRefused(
                     f"{self.name} stores {module} in the format {facts.get('format')!r}, which"
                     " Nibble cannot read; choose the 16-bit file."
                 )
         self._check_matrices(formats)
         return formats
+
+    def _json(self, where: str, text: str | bytes) -> dict:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self._no_json(where) from error
+        if not isinstance(value, dict):
+            raise self._no_json(where)
+        return value
+
+    def _no_json(self, where: str) -> FileRefused:
+        return FileRefused(
+            f"{self.name} says in {where} how it is quantized, and that is no JSON that can be"
+            " read; download it again, or choose the 16-bit file."
+        )
 
     def _check_matrices(self, formats: Mapping[str, dict]) -> None:
         for key, info in self._stored.items():
@@ -247,17 +235,14 @@ class _Model(ABC):
         """Through comfy-kitchen's layout of this format, as ComfyUI's comfy/ops.py
         (_load_quantized_module) sets it up.
         """
-        layout_name, fields, options = _LAYOUTS[facts["format"]]
-        try:
-            from comfy_kitchen import tensor as kitchen
-
-            layout = getattr(kitchen, layout_name)
-        except (ImportError, AttributeError):
+        layout_name, fields, options = LAYOUTS[facts["format"]]
+        layout = getattr(optional("comfy_kitchen.tensor")[0], layout_name, None)
+        if layout is None:
             raise FileRefused(
                 f"{self.name} is in ComfyUI's format {facts['format']}, which needs the package"
                 " comfy-kitchen (a newer one, if it is installed); install it, or choose the"
                 " 16-bit file."
-            ) from None
+            )
         tensors = {
             field: self._part(module, facts["format"], suffix) for field, suffix in fields.items()
         }
@@ -269,7 +254,7 @@ class _Model(ABC):
         return layout.dequantize(packed, params)[: shape[0], : shape[1]].float()
 
     def _part(self, module: str, kind: str, suffix: str) -> Tensor | None:
-        name, view = f"{module}.{suffix}", _VIEWS.get((kind, suffix))
+        name, view = f"{module}.{suffix}", VIEWS.get((kind, suffix))
         if name not in self._stored:
             if suffix == "weight_codebook":
                 return None
@@ -294,6 +279,8 @@ class Source(_Model):
     `weight`, `bias`, `fingerprint`. Raises FileRefused for files that cannot be read.
     """
 
+    remedy = "download it again, or choose the 16-bit file"
+
     def __init__(self, path):
         self.path = Path(path)
         self.header: Header = read_header(self.path)
@@ -303,16 +290,28 @@ class Source(_Model):
                 f"{self.name} is quantized by Nibble already; choose the 16-bit or fp8 file that it"
                 " was made from."
             )
-        super().__init__(
-            {
-                name: _Stored(info.dtype, info.shape, info.nbytes)
-                for name, info in self.header.tensors.items()
-            }
-        )
+        stored = {
+            name: _Stored(info.dtype, info.shape, info.nbytes)
+            for name, info in self.header.tensors.items()
+        }
+        with reading(self.path, self.remedy):
+            super().__init__(stored)
+
+    @reader
+    def read(self, name: str) -> Tensor:
+        return super().read(name)
+
+    @reader
+    def weight(self, module: str) -> Tensor:
+        return super().weight(module)
+
+    @reader
+    def bias(self, module: str) -> Tensor | None:
+        return super().bias(module)
 
     def _sample(self, name: str, start: int, count: int) -> bytes:
         info = self.header.tensors[self.prefix + name]
-        with open(self.path, "rb", buffering=0) as file:
+        with reading(self.path), open(self.path, "rb", buffering=0) as file:
             file.seek(info.start + start * info.dtype.itemsize)
             return file.read(count * info.dtype.itemsize)
 
@@ -322,11 +321,17 @@ class Source(_Model):
 
 class StateDictSource(_Model):
     """The same for a live model's state dict: `tensors` maps names to tensors on any device,
-    comfy-kitchen's quantized ones too.
+    comfy-kitchen's quantized ones too; `metadata`: of the file that the model comes from.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str = "The connected model"):
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        name: str = "The connected model",
+        metadata: Mapping[str, str] | None = None,
+    ):
         self.name, self.path, self._tensors = name, None, tensors
+        self.metadata = passed_on(metadata or {})
         super().__init__(
             {
                 key: _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)

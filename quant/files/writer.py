@@ -7,7 +7,8 @@ to their final places. `<target>.partial.journal` has one line per finished laye
 checksums of its tensors and its report; after a crash the finished layers are checked against it
 and only the others are done again. At the end the header is written, the file synced and renamed
 over the target. Bytes depend on contents alone, never on time or order of the work, so an
-interrupted run ends in the same file as an uninterrupted one.
+interrupted run ends in the same file as an uninterrupted one. A failure that would come again
+takes what is unfinished with it (`comes_again`).
 """
 
 import contextlib
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from . import atomic
-from .errors import FileRefused
+from .errors import DiskRefused, FileRefused
+from .integrity import seal
 from .safetensors import DTYPE_NAMES, TensorSpec, checksum, read_header, tensor_bytes
 
 log = logging.getLogger("nibble")
@@ -68,11 +70,10 @@ def check_target(
         except FileRefused:
             ours = False
         if not ours:
-            raise FileRefused(
-                f"{target.name} exists and"
-                f" {'was not made by Nibble' if kind == 'nibble' else 'is another kind of file'};"
-                " choose another name."
-            )
+            other = "is another kind of file"
+            if kind == "nibble":
+                other = "was not made by Nibble's quantizers"
+            raise FileRefused(f"{target.name} exists and {other}; choose another name.")
 
 
 def metadata_room(metadata: Mapping[str, str]) -> int:
@@ -96,31 +97,65 @@ def order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=place)
 
 
+def header_bytes(metadata: Mapping[str, str], specs: Iterable[TensorSpec]) -> bytes:
+    """The header's JSON of tensors that lie one behind the other in this order; equal metadata give
+    equal bytes.
+    """
+    table: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.nbytes
+        table[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    return json.dumps(table, separators=(",", ":")).encode()
+
+
+def comes_again(error: BaseException | None) -> bool:
+    """Whether a failed run would fail again: not one that was stopped, or that lacked disk or
+    memory, or whose GPU failed it.
+    """
+    if isinstance(error, RuntimeError):
+        # torch has no one class for them
+        return not any(word in str(error) for word in ("memory", "CUDA", "cusolver", "cublas"))
+    builtin = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+    return isinstance(error, builtin) and not isinstance(error, DiskRefused)
+
+
 class Writer:
     """Writes one file; a context manager that holds the lock. Leaving it without `finish` keeps
-    what is done for the next run.
+    what is done for the next run, unless the failure would come again.
 
-    target    final path; check it with `check_target` first
+    target    final path, or that of a lock that is held (`atomic.exclusive`); check it with
+      `check_target` first
     specs     every tensor of the file
     identity  text that tells whether an unfinished file is of this very run (source, recipe,
-      calibration)
+      calibration); None for one that is not worth resuming
     room      bytes to reserve for metadata, besides the checksums: see `metadata_room`
     Raises FileRefused when the disk is full, the folder read-only, or another run writes the same
     target.
     """
 
     def __init__(
-        self, target: str | os.PathLike, specs: Iterable[TensorSpec], identity: str, room: int
+        self,
+        target: str | os.PathLike,
+        specs: Iterable[TensorSpec],
+        identity: str | None,
+        room: int,
     ):
+        self._to_lock = target
         self.target = Path(target)
         self.partial = self.target.with_name(self.target.name + atomic.PARTIAL)
-        self.journal = self.partial.with_name(self.partial.name + ".journal")
+        self.journal = self.partial.with_name(self.partial.name + atomic.JOURNAL)
         self._specs, self._places, end = {}, {}, 0
         for spec in order(specs):
             self._specs[spec.name], self._places[spec.name], end = spec, end, end + spec.nbytes
-        sums = json.dumps({name: "0" * 8 for name in self._specs})
-        self._data = -(-(len(self._header({"checksums": sums})) + room) // 8) * 8 + 8
+        unknown = seal({}, self._specs.values(), dict.fromkeys(self._specs, "0" * 8))
+        self._data = -(-(len(self._header(unknown)) + room) // 8) * 8 + 8
         self.size = self._data + end
+        self._resumable = identity is not None
         self._identity = json.dumps([identity, self.size, list(map(str, self._specs.values()))])
         self.finished: dict[str, dict] = {}
         self._sums: dict[str, str] = {}
@@ -128,15 +163,17 @@ class Writer:
     def __enter__(self) -> "Writer":
         with contextlib.ExitStack() as opened:
             with self._disk_errors():
-                opened.enter_context(atomic.exclusive(self.target))
+                opened.enter_context(atomic.exclusive(self._to_lock))
                 self._file = opened.enter_context(self._open())
             self._resume()
             self._log = opened.enter_context(open(self.journal, "a", encoding="utf-8"))
             self._opened = opened.pop_all()
         return self
 
-    def __exit__(self, *_) -> None:
-        self._opened.close()
+    def __exit__(self, kind: object, error: BaseException | None, *_) -> None:
+        with self._opened:
+            if not self._resumable or comes_again(error):
+                self.discard()
 
     def write(self, unit: str, tensors: Mapping[str, Tensor], row: dict) -> None:
         """Writes a layer's tensors and notes it as finished, with its report row (anything
@@ -175,8 +212,8 @@ class Writer:
         missing = self._specs.keys() - self._sums.keys()
         if missing:
             raise ValueError(f"{len(missing)} tensors were never written, {min(missing)} first")
-        sums = json.dumps({name: self._sums[name] for name in self._specs})
-        headers = (self._header({**metadata, "checksums": sums}) for metadata in choices)
+        sums = {name: self._sums[name] for name in self._specs}
+        headers = (self._header(seal(metadata, self._specs.values(), sums)) for metadata in choices)
         header = next((h for h in headers if len(h) <= self._data - 8), None)
         if header is None:
             raise ValueError("the metadata does not fit into the room that was reserved for it")
@@ -194,7 +231,9 @@ class Writer:
         self.journal.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Removes the unfinished file: for a run that can never finish. Call inside the context."""
+        """Removes the unfinished file, if there is one: for a run that can never finish. Call
+        inside the context.
+        """
         self._log.close()
         self.journal.unlink(missing_ok=True)
         if os.name == "nt":
@@ -202,15 +241,7 @@ class Writer:
         self.partial.unlink(missing_ok=True)
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:
-        table: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
-        for name, spec in self._specs.items():
-            start = self._places[name]
-            table[name] = {
-                "dtype": DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [start, start + spec.nbytes],
-            }
-        return json.dumps(table, separators=(",", ":")).encode()
+        return header_bytes(metadata, self._specs.values())
 
     def _open(self) -> FileIO:
         """The partial file, made where there is none, and not cut where there is one."""
@@ -220,7 +251,8 @@ class Writer:
     def _resume(self) -> None:
         lines = self._journal_lines()
         if (
-            lines
+            self._resumable
+            and lines
             and lines[0] == {"identity": self._identity}
             and os.fstat(self._file.fileno()).st_size == self.size
         ):
@@ -232,7 +264,7 @@ class Writer:
             lines = []
             self._reserve()
         with self._disk_errors():  # rewritten whole: what a crash left of the last line is gone
-            fresh = self.journal.with_name(self.journal.name + ".new")
+            fresh = self.journal.with_name(self.journal.name + atomic.NEW)
             kept = [line for line in lines[1:] if line["unit"] in self.finished]
             fresh.write_text(
                 "".join(json.dumps(line) + "\n" for line in [{"identity": self._identity}, *kept]),
@@ -293,19 +325,8 @@ class Writer:
         except OSError as error:
             raise self._refusal(error) from error
 
-    def _refusal(self, error: OSError) -> FileRefused:
-        folder = self.target.parent
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(folder).free
-            return FileRefused(
-                f"The disk of {folder} is full: {self.target.name} needs {self.size / 1e9:.2f} GB"
-                f" and {free / 1e9:.2f} GB are free; free some space or choose another folder."
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return FileRefused(
-                f"The folder {folder} is read-only; choose another one or change its permissions."
-            )
-        return atomic.refusal(self.target, error)
+    def _refusal(self, error: OSError) -> DiskRefused:
+        return atomic.refusal(self.target, error, self.size)
 
     def _sync_folder(self) -> None:
         if hasattr(os, "O_DIRECTORY"):

@@ -14,4 +14,5 @@ convert.py         one file from another, whatever their formats
 export.py          what a converted file holds, for each target format
 edits.py           a file with some of its layers changed
 nunchaku_write.py  the target format of Nunchaku
+nunchaku_lora.py   LoRAs in Nunchaku's form, made ordinary ones
 """

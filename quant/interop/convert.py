@@ -6,10 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files import atomic
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
-from ..files.writer import Writer, check_target, metadata_room
+from ..files.safetensors import read_header
+from ..files.writer import Writer, check_path, check_target, metadata_room
 from .export import Export, ToKitchen, ToNibble
+from .nunchaku_lora import convert_lora, is_nunchaku_lora
 from .nunchaku_write import ToNunchaku
 from .opening import open_4bit
 
@@ -34,17 +37,29 @@ def convert(
 
     verify: compare a source of Nibble's with its checksums first. An interrupted run goes on where
         it stopped, and leaves no half-written
-    target. Raises FileRefused for a source that cannot be read, and for what the target's format
-    cannot say.
+    target. A LoRA in Nunchaku's form becomes an ordinary one, whatever `to`. Raises FileRefused for
+    a source that cannot be read, and for what the target's format cannot say.
     """
     progress = progress or (lambda *_: None)
+    if Path(source).is_file() and is_nunchaku_lora(read_header(source)):
+        return convert_lora(source, target)
     file = open_4bit(source)
     _ = file.family  # a model of no known family is refused before the work
-    check_target(file.path, target)
+    check_path(file.path, target)
     if file.kind == _KINDS[to]:
         raise FileRefused(f"{file.path.name} is in this format already ({file.kind}); copy it.")
-    if verify and file.metadata.get("checksums"):
-        file.verify(progress)
+    with atomic.exclusive(target) as held:
+        check_target(file.path, held)
+        if verify and file.metadata.get("checksums"):
+            file.verify(progress)
+        export = _written(file, held, to, progress)
+    return summary(target, to, export)
+
+
+def _written(
+    file: QuantizedFile, target: atomic.Held, to: str, progress: Callable[[int, int, str], None]
+) -> Export:
+    """Measures, and writes the target."""
     export = TARGETS[to](file)
     units = list(export.units)
     plans = {}
@@ -58,21 +73,10 @@ def convert(
         for done, unit in enumerate(units):
             progress(len(units) + done, 2 * len(units), unit)
             if unit not in writer.finished:
-                writer.write(unit, _made(export, unit, writer), {})
+                writer.write(unit, export.make(unit), {})
         writer.finish([export.metadata(writer.size)])
     progress(2 * len(units), 2 * len(units), "")
-    return summary(target, to, export)
-
-
-def _made(export: Export, unit: str, writer: Writer) -> dict:
-    """A unit's tensors; when they cannot be made, no later run could finish either, and the
-    unfinished file goes.
-    """
-    try:
-        return export.make(unit)
-    except ValueError:
-        writer.discard()
-        raise
+    return export
 
 
 def _identity(file: QuantizedFile, to: str) -> str:

@@ -7,6 +7,7 @@ stopped; the base is never written.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +17,11 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
+from ..files.integrity import HEADER_SUM, SUMS
+from ..files.layer_formats import layer_sizes
 from ..files.safetensors import TensorSpec, read_header
 from ..files.writer import Writer, check_target, metadata_room
+from ..weights.formats import refuse_patched
 from .export import ToNibble
 
 KEY = "merged"  # of the metadata: a list, one entry a run
@@ -33,10 +37,14 @@ class Edit(NamedTuple):
 
 
 def branch_specs(source: QuantizedFile, name: str, rank: int) -> list[TensorSpec]:
-    """The tensors of a quantized layer whose low-rank branch has, or gets, this rank."""
+    """The tensors of a quantized layer whose low-rank branch has, or gets, this rank, in the dtype
+    of its scales (of its codebook, where it has none).
+    """
     specs = {spec.name: spec for spec in source.specs(name)}
-    (n, half), scale = specs[f"{name}.weight"].shape, specs[f"{name}.weight_scale"]
-    for part, length in (("down", 2 * half), ("up", n)):
+    sizes = layer_sizes(source.layers[name], *specs[f"{name}.weight"].shape)
+    assert sizes is not None  # checked when the file was opened
+    scale = specs.get(f"{name}.weight_scale") or specs[f"{name}.weight_codebook"]
+    for part, length in (("down", sizes["K"]), ("up", sizes["N"])):
         key = f"{name}.weight_proj_{part}"
         specs[key] = TensorSpec(key, scale.dtype, (length, rank))
     facts = json.dumps(source.layers[name] | {"rank": rank})
@@ -55,7 +63,7 @@ def existing_rows(target: str | Path, identity: str) -> list[dict] | None:
 
 def write_edits(
     source: QuantizedFile,
-    target: str | Path,
+    target: str | os.PathLike,
     edits: Mapping[str, Edit],
     identity: str,
     facts: dict,
@@ -70,6 +78,7 @@ def write_edits(
     source.
     """
     check_target(source.path, target)
+    refuse_patched(source)
     source.verify(progress)
     units = list(source.units)
     specs = {unit: edits[unit].specs if unit in edits else source.specs(unit) for unit in units}
@@ -106,7 +115,8 @@ def _metadata(
         if source.metadata.get("format") == "nibble"
         else ToNibble(source).metadata(size)
     )
-    kept.pop("checksums", None)
+    for key in (SUMS, HEADER_SUM):  # the writer adds its own
+        kept.pop(key, None)
     history = json.loads(kept.get(KEY, "[]"))
     report, by_name = json.loads(kept.get("report") or "{}"), {row["name"]: row for row in rows}
     for row in report.get("rows", []):

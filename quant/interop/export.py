@@ -1,8 +1,9 @@
 """What a converted file will hold: for each target format, its units, their sizes, and how to make
 them from an opened file.
 
-Codes, scales, smoothing and low-rank factors are moved, never computed again. What a format cannot
-say is refused; what it says otherwise (zero points, the bias of unsigned inputs, padding of ranks)
+Codes, scales, smoothing and low-rank factors are moved, not computed again, but where smoothing was
+fused upstream (`unfuse_norms`: scales and factors are rounded once more). What a format cannot say
+is refused; what it says otherwise (zero points, the bias of unsigned inputs, padding of ranks)
 is told in `notes`.
 """
 
@@ -15,10 +16,15 @@ from torch import Tensor
 
 from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
 from ..files.errors import FileRefused
+from ..files.layer_formats import layer_sizes
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..weights.base import json_tensor
+from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
+
+# of a layer's format, as reports call it
+ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
 
 
 class Export(ABC):
@@ -26,9 +32,15 @@ class Export(ABC):
     and tensors.
     """
 
+    FORMATS: tuple[str, ...] = ("svdquant_w4a4", "awq_w4a16")  # of layers that it can say
+
     def __init__(self, source: QuantizedFile):
+        refuse_patched(source)
         self.source = source
         self.notes: list[str] = []
+        for name, facts in source.layers.items():
+            if facts["format"] not in self.FORMATS:
+                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
 
     @property
     def units(self) -> Iterable[str]:
@@ -59,8 +71,15 @@ class ToNibble(Export):
     back is open.
     """
 
+    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+
     def metadata(self, bytes_after: int) -> dict[str, str]:
-        kept = {key: self.source.metadata[key] for key in FACTS if key in self.source.metadata}
+        formats = {facts["format"] for facts in self.source.layers.values()}
+        kept = {
+            key: self.source.metadata[key]
+            for key in FACTS
+            if key in self.source.metadata and key not in self.source.built_by
+        }
         origin = {
             "name": self.source.path.name,
             "bytes": self.source.size,
@@ -69,11 +88,12 @@ class ToNibble(Export):
         return {
             "format": "nibble",
             "nibble_version": str(FORMAT_VERSION),
-            "method": "svdquant",
+            "method": "vq" if "vq" in formats else "svdquant",
             "source": json.dumps(origin),
             "recipe": "{}",
             "calibration": "{}",
             "report": self._report(bytes_after),
+            **self.source.built_by,
         } | ({"nunchaku": json.dumps(kept)} if kept else {})
 
     def _report(self, bytes_after: int) -> str:
@@ -82,9 +102,11 @@ class ToNibble(Export):
             specs = {spec.name.rpartition(".")[2]: spec for spec in self.source.specs(name)}
             size, weight = sum(spec.nbytes for spec in specs.values()), specs.get("weight")
             if name in self.source.layers:
-                kind = "w4a16" if self.source.layers[name]["format"] == "awq_w4a16" else "w4a4"
-                n, packed = specs["weight"].shape  # two codes a byte
-                before = 2 * n * (2 * packed + ("bias" in specs))
+                facts = self.source.layers[name]
+                kind, (n, packed) = ACTIONS[facts["format"]], specs["weight"].shape
+                sizes = layer_sizes(facts, n, packed)
+                assert sizes is not None  # checked when the file was opened
+                before = 2 * n * (sizes["K"] + ("bias" in specs))
                 rows.append(LayerRow(name, kind, f"from {self.source.kind}", None, before, size))
             elif weight is not None and len(weight.shape) == 2:
                 rows.append(
@@ -172,11 +194,14 @@ class ToKitchen(Export):
                 {"name": self.source.path.name, "format": self.source.kind}
             ),
             "converter": "nibble",
+            **self.source.built_by,
         }
 
 
 def kept_facts(source: QuantizedFile) -> Mapping[str, str]:
     """What a converted file remembers of Nunchaku's metadata."""
     return source.fact("nunchaku") or {
-        key: source.metadata[key] for key in FACTS if key in source.metadata
+        key: source.metadata[key]
+        for key in FACTS
+        if key in source.metadata and key not in source.built_by
     }

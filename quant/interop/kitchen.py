@@ -1,5 +1,6 @@
-"""SVDQuant files under comfy-kitchen's names: each layer says in its `comfy_quant` what it is, as
-in Nibble's own files.
+"""Files under comfy-kitchen's names: each layer says in its `comfy_quant` what it is, as in
+Nibble's own files. Such are comfy-kitchen's, and what ComfyUI saves of a MODEL in any of Nibble's
+formats, with what patches put beside its layers (`SIDE`).
 
 Writers differ in small things, all read here: the low-rank factors and the smoothing are named
 `X.weight_proj_down` or `X.proj_down`, zero points `weight_zeros` or `weight_zero`; weights lie in
@@ -13,11 +14,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
-from ..files.errors import FileRefused
+from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused, reader
+from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL, layer_sizes, smoothing_rule
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor
+from ..weights.delta import SIDE
 from ..weights.formats import FORMATS as WEIGHTS
 from . import swizzle
 
@@ -31,13 +34,25 @@ _ALIASES = {
 # the only values that are understood
 _FIXED = {"group_size": 64, "lowrank_branch_input_basis": "raw", "proj_down_smooth_folded": True}
 _UNSIGNED = "transformer_blocks.*_mlp.net.2"
+# dtypes of X.weight
+_BYTES = {
+    "svdquant_w4a4": (torch.int8, torch.uint8),
+    "awq_w4a16": (torch.int8, torch.uint8),
+    "vq": (torch.uint8,),
+}
+_BESIDE = dict(SIDE.values())  # name → shape
 
 
 def is_kitchen(header: Header) -> bool:
-    """Whether a file holds SVDQuant linears under comfy-kitchen's names, from its header."""
-    return any(name.endswith(".comfy_quant") for name in header.tensors) and any(
-        name.endswith("proj_down") for name in header.tensors
+    """Whether a file holds SVDQuant or VQ linears under comfy-kitchen's names, from its header."""
+    return any(name.endswith(".comfy_quant") for name in header.tensors) and (
+        any(name.endswith("proj_down") for name in header.tensors) or has_codebooks(header)
     )
+
+
+def has_codebooks(header: Header) -> bool:
+    """Whether a file holds VQ linears under Nibble's names, from its header."""
+    return any(name.endswith(".weight_codebook") for name in header.tensors)
 
 
 class KitchenFile(QuantizedFile):
@@ -50,6 +65,7 @@ class KitchenFile(QuantizedFile):
             super().__init__([stored], stored.header.metadata)
             self._index(stored.header)
 
+    @reader
     def _index(self, header: Header) -> None:
         """Finds the layers' tensors and checks their shapes; reads the layers' JSON."""
         self._header = header
@@ -78,8 +94,20 @@ class KitchenFile(QuantizedFile):
             self._check_shapes(name)
         owned = {key for places in self._places.values() for key in places.values()}
         self._plain = [name for name in self._names if name not in owned]
+        for name in self._plain:
+            self._refuse_unknown(name)
         # a model of no known family is refused at once
         _ = self.family
+
+    def _refuse_unknown(self, name: str) -> None:
+        """A tensor of a quantized layer that nobody here knows would be lost."""
+        layer, _, suffix = name.rpartition(".")
+        if layer in self.layers and suffix.startswith("weight_"):
+            raise self.refusal(f"holds {name}, which this Nibble does not know; update Nibble")
+
+    @property
+    def patched(self) -> list[str]:
+        return [name for name, places in self._places.items() if places.keys() & _BESIDE.keys()]
 
     def _read(self, name: str) -> Tensor:
         return self.files[0].read(self._names[name])
@@ -104,7 +132,7 @@ class KitchenFile(QuantizedFile):
         """Nibble's suffix → the tensor's name in the file."""
         kind = self._json[name]["format"]
         places = {"comfy_quant": f"{name}.comfy_quant"}
-        for suffix in [*FORMATS[kind][0], *OPTIONAL.get(kind, ()), "bias"]:
+        for suffix in [*FORMATS[kind][0], *OPTIONAL.get(kind, ()), *_BESIDE, "bias"]:
             known = [
                 f"{name}.{spelling}"
                 for spelling in (suffix, _ALIASES.get(suffix))
@@ -139,20 +167,34 @@ class KitchenFile(QuantizedFile):
             raise self.refusal(
                 f"uses {unknown} in {name}, which this Nibble does not know; update Nibble"
             )
-        if kind == "awq_w4a16":
-            return {"format": kind}
-        rank = self._shape(name, "weight_proj_down")[-1]
-        if not rank or given.pop("rank", rank) != rank:
+        rank = self._rank(name)
+        said = given.pop("rank", rank)
+        if kind != "svdquant_w4a4" and not rank:
+            return {"format": kind} | given
+        if not rank or said != rank:
             raise self.refusal(
                 f"has a low-rank branch of rank {rank} in {name}, which its JSON or the format"
                 " forbids; choose another file"
             )
-        unsigned = given.pop("act_unsigned", fnmatchcase(name, _UNSIGNED))
+        if kind != "svdquant_w4a4":
+            return {"format": kind} | given | {"rank": rank}
+        # comfy-kitchen knows no rotation
+        guess = fnmatchcase(name, _UNSIGNED) and not given.get("rotation")
+        unsigned = given.pop("act_unsigned", guess)
         return (
             {"format": kind, "rank": rank}
             | ({"act_unsigned": True} if unsigned else {})
             | {key: value for key, value in given.items() if value}
         )
+
+    def _rank(self, name: str) -> int:
+        """Of the low-rank branch; 0 without one."""
+        return self._last_size(name, "weight_proj_down")
+
+    def _last_size(self, name: str, suffix: str) -> int:
+        """Of a tensor's last dimension; 0 where there is none."""
+        shape = self._shape(name, suffix) if suffix in self._places[name] else ()
+        return shape[-1] if shape else 0
 
     def _shape(self, name: str, suffix: str) -> tuple[int, ...]:
         return self._header.tensors[self._names[self._places[name][suffix]]].shape
@@ -171,28 +213,38 @@ class KitchenFile(QuantizedFile):
         )
 
     def _check_shapes(self, name: str) -> None:
-        n, half = (*self._natural_shape(name, "weight"), 0, 0)[:2]
-        facts = self.layers[name]
-        sizes = {"N": n, "K/2": half, "K": 2 * half, "G": half // 32, "R": facts.get("rank", 0)}
-        rules = FORMATS[facts["format"]][0] | OPTIONAL.get(facts["format"], {}) | {"bias": "N"}
+        n, width = (*self._natural_shape(name, "weight"), 0, 0)[:2]
+        facts, kind = self.layers[name], self.layers[name]["format"]
+        sizes = layer_sizes(facts, n, width)
+        if sizes is None:
+            raise self.refusal(
+                f"has a damaged layer: {name}.weight has the shape {(n, width)}, which is none of"
+                f" {kind}; download it again"
+            )
+        sizes["S"] = self._last_size(name, "weight_side_up")
+        rules = FORMATS[kind][0] | OPTIONAL.get(kind, {}) | smoothing_rule(facts) | _BESIDE
+        rules["bias"] = "N"
         for suffix in self._places[name].keys() & rules.keys():
             wanted = tuple(sizes[letter] for letter in rules[suffix].split(","))
             shape = self._natural_shape(name, suffix)
-            if shape != wanted or half % 32:
+            if shape != wanted:
                 raise self.refusal(
                     f"has a damaged layer: {name}.{suffix} has the shape {shape} and needs"
                     f" {wanted}; download it again"
                 )
-        if self._header.tensors[self._names[self._places[name]["weight"]]].dtype not in (
-            torch.int8,
-            torch.uint8,
-        ):
-            raise self.refusal(f"has a damaged layer: {name}.weight is not int8; download it again")
+            dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
+            if dtype not in (_BYTES[kind] if suffix == "weight" else FLOATS):
+                wanted_dtype = "codes" if suffix == "weight" else "floats"
+                raise self.refusal(
+                    f"has a damaged layer: {name}.{suffix} holds"
+                    f" {str(dtype).removeprefix('torch.')}, no {wanted_dtype}; download it again"
+                )
 
     @property
     def units(self) -> list[str]:
         return [*self._plain, *self.layers]
 
+    @reader
     def specs(self, name: str) -> list[TensorSpec]:
         if name not in self.layers:
             info = self._header.tensors[self._names[name]]
@@ -210,7 +262,7 @@ class KitchenFile(QuantizedFile):
         specs = [
             TensorSpec(
                 f"{name}.{suffix}",
-                torch.int8 if suffix == "weight" else info.dtype,
+                self._dtype(name, suffix, info.dtype),
                 self._natural_shape(name, suffix),
             )
             for suffix, info in infos.items()
@@ -222,6 +274,12 @@ class KitchenFile(QuantizedFile):
             ),
         ]
 
+    def _dtype(self, name: str, suffix: str, stored: torch.dtype) -> torch.dtype:
+        """Of a tensor of a layer in Nibble's form: codes of 4 bits are int8."""
+        is_4bit = self.layers[name]["format"] != "vq"
+        return torch.int8 if suffix == "weight" and is_4bit else stored
+
+    @reader
     def unit(self, name: str) -> dict[str, Tensor]:
         if name not in self.layers:
             return {name: self._read(name)}
@@ -233,8 +291,10 @@ class KitchenFile(QuantizedFile):
         out[f"{name}.comfy_quant"] = json_tensor(self.layers[name])
         if not out.get(f"{name}.weight_zeros", torch.ones(1)).any():
             del out[f"{name}.weight_zeros"]  # symmetric: Nibble says it by leaving them out
+        beside = {key: out.pop(key) for key in [f"{name}.{part}" for part in _BESIDE] if key in out}
         try:
-            return WEIGHTS[self.layers[name]["format"]].from_tensors(out, name).tensors(name)
+            weight = WEIGHTS[self.layers[name]["format"]].from_tensors(out, name)
+            return weight.tensors(name) | beside
         except ValueError as error:
             raise FileRefused(
                 f"{self.path.name} has a layer that cannot be used ({error}); download it again."
@@ -242,7 +302,7 @@ class KitchenFile(QuantizedFile):
 
     def _natural(self, name: str, suffix: str, tensor: Tensor) -> Tensor:
         if suffix == "weight":
-            tensor = tensor.view(torch.int8)
+            tensor = tensor.view(self._dtype(name, suffix, tensor.dtype))
         if not self._tiled(name) or tensor.dim() < 3:
             return tensor
         if suffix == "weight":

@@ -41,7 +41,13 @@ def fault_of(module: str, infos: Mapping[str, TensorInfo], other_file: str) -> s
             f"has a layer of unknown shape, {module} ({shapes}); it was damaged, or written by"
             " a program that differs"
         )
-    bad = [suffix for suffix in wanted[1:] if infos[suffix].dtype not in _FLOATS]
+    floats = [*wanted[1:], *(["bias"] if "bias" in infos else [])]
+    if "bias" in infos and infos["bias"].shape != shapes["wscales"][1:]:
+        return (
+            f"has a bias of unknown shape, {module} ({infos['bias'].shape}); it was damaged:"
+            " download it again"
+        )
+    bad = [suffix for suffix in floats if infos[suffix].dtype not in _FLOATS]
     if infos["qweight"].dtype != (torch.int32 if awq else torch.int8):
         bad.append("qweight")
     if bad:

@@ -5,9 +5,10 @@ saves, with JSON files beside them.
 import re
 from pathlib import Path
 
-from ..files.errors import FileRefused
+from ..files.errors import FileRefused, reading
 
 BLOCKS, OTHERS = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
+_LONGEST = 2**20  # bytes of such a JSON file
 _SHARDS = re.compile(r"diffusion_pytorch_model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 
 
@@ -50,10 +51,16 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def folder_metadata(folder: Path) -> dict[str, str]:
-    """What the JSON files of a folder tell that the headers do not."""
-    files = {"config": "config.json", "comfy_config": "comfy_config.json"}
-    return {
-        key: (folder / name).read_text(encoding="utf-8")
-        for key, name in files.items()
-        if (folder / name).is_file()
-    }
+    """What the JSON files of a folder tell that the headers do not. Raises FileRefused for one that
+    is no text, or as long as a model.
+    """
+    files = {"config": folder / "config.json", "comfy_config": folder / "comfy_config.json"}
+    found = {}
+    for key, path in files.items():
+        if path.is_file():
+            with reading(path), open(path, "rb") as file:
+                text = file.read(_LONGEST + 1)
+                if len(text) > _LONGEST:
+                    raise ValueError(f"it is longer than {_LONGEST:,} bytes")
+                found[key] = text.decode()
+    return found

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
+from ..files.errors import reader
 from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
 from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.base import StoredWeight, json_tensor
@@ -70,6 +71,7 @@ class NunchakuFile(QuantizedFile):
     """
 
     kind = "Nunchaku INT4"
+    built_by: dict[str, str] = {}  # its "config" is diffusers' (see FACTS)
 
     def __init__(self, files: list[SafetensorsFile], folder: Path | None = None):
         with ExitStack() as opened:
@@ -83,6 +85,7 @@ class NunchakuFile(QuantizedFile):
             self.metadata |= self._folder_metadata
             self._index()
 
+    @reader
     def _index(self) -> None:
         """Finds the layers' tensors and what they are put together of, and checks their shapes."""
         stored = {name: file for file in self.files for name in file.header.tensors}
@@ -148,7 +151,7 @@ class NunchakuFile(QuantizedFile):
         for module in sorted(self._quantized):
             infos = {
                 suffix: self._info(f"{module}.{suffix}")
-                for suffix in SUFFIXES_OF_LAYERS
+                for suffix in (*SUFFIXES_OF_LAYERS, "bias")
                 if f"{module}.{suffix}" in self._stored
             }
             fault = fault_of(module, infos, self._int4())
@@ -242,6 +245,7 @@ class NunchakuFile(QuantizedFile):
     def units(self) -> Iterable[str]:
         return self._recipes
 
+    @reader
     def specs(self, name: str) -> list[TensorSpec]:
         # small, or with zero points whose dtype depends on their values
         if self.layers.get(name, {}).get("format") != SVDQuantWeight.FORMAT:
@@ -279,6 +283,7 @@ class NunchakuFile(QuantizedFile):
 
     # ---- tensors
 
+    @reader
     def unit(self, name: str) -> dict[str, Tensor]:
         recipe = self._recipes[name]
         with self:

@@ -6,9 +6,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ..files.checkpoint import NibbleFile, QuantizedFile
-from ..files.errors import FileRefused
-from ..files.safetensors import Header, SafetensorsFile, read_header
-from .kitchen import KitchenFile, is_kitchen
+from ..files.errors import FileRefused, reading
+from ..files.header_limits import LISTED_HEADER
+from ..files.safetensors import Header, SafetensorsFile
+from .kitchen import KitchenFile, has_codebooks, is_kitchen
 from .nunchaku_folder import BLOCKS, OTHERS
 from .nunchaku_read import is_nunchaku, open_nunchaku
 
@@ -20,8 +21,9 @@ def is_4bit(path: str | os.PathLike) -> bool:
     For a folder of the first version, the file with the transformer blocks stands for the whole.
     """
     try:
-        return _is_low_bit(read_header(path))
-    except (FileRefused, OSError):
+        with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
+            return _is_low_bit(stored.header)
+    except FileRefused:
         return False
 
 
@@ -30,10 +32,11 @@ def open_4bit(path: str | os.PathLike) -> QuantizedFile:
     Raises FileRefused with the reason.
     """
     path = Path(path)
-    if path.is_dir() or path.name == OTHERS:
-        return open_nunchaku(path)
-    with SafetensorsFile(path) as stored:
-        return _opened(stored)
+    with reading(path):
+        if path.is_dir() or path.name == OTHERS:
+            return open_nunchaku(path)
+        with SafetensorsFile(path) as stored:
+            return _opened(stored)
 
 
 def _opened(stored: SafetensorsFile) -> QuantizedFile:
@@ -55,11 +58,11 @@ def _is_low_bit(header: Header) -> bool:
     return _is_own(header) or is_nunchaku(header) or is_kitchen(header)
 
 
-def method_of(metadata: dict[str, str]) -> str:
-    """'svdquant' or 'vq', from a low-bit file's metadata: other programs name no method, and write
-    SVDQuant's.
+def method_of(header: Header) -> str:
+    """'svdquant' or 'vq', from a low-bit file's header: other programs name no method, and write
+    SVDQuant's; ComfyUI saves either without Nibble's metadata.
     """
-    return "vq" if metadata.get("method") == "vq" else "svdquant"
+    return "vq" if header.metadata.get("method") == "vq" or has_codebooks(header) else "svdquant"
 
 
 class OpenedFiles:
@@ -79,9 +82,10 @@ class OpenedFiles:
     def open(self, path: str | os.PathLike) -> QuantizedFile:
         """The file at a path. Raises FileRefused with the reason."""
         path = Path(path)
-        file = self._files.get(path)
-        if file is None or not file.is_current():
-            file = open_4bit(path)
+        with reading(path):
+            file = self._files.get(path)
+            if file is None or not file.is_current():
+                file = open_4bit(path)
         return self._remembered(path, file)
 
     def methods(self, paths: list[str]) -> list[str | None]:
@@ -105,9 +109,9 @@ class OpenedFiles:
         if known is not None and known[0] == identity:
             return known
         try:
-            with SafetensorsFile(path) as stored:
+            with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
                 return identity, self._found(stored)
-        except (FileRefused, OSError):
+        except FileRefused:
             return identity, None
 
     def _found(self, stored: SafetensorsFile) -> str | None:
@@ -118,7 +122,7 @@ class OpenedFiles:
                 self._remembered(stored.path, NibbleFile(stored))
             except FileRefused:
                 pass  # whoever chooses the damaged file is told why
-        return method_of(stored.header.metadata)
+        return method_of(stored.header)
 
     def _remembered(self, path: Path, file: QuantizedFile) -> QuantizedFile:
         with self._lock:

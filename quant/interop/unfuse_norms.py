@@ -9,7 +9,10 @@ goes back to where it came from:
     output linear   smooth = s,  proj_down / s             values   scale * s,  proj_up * s,  bias *
       s
 
-Codes stay as they are; scales and factors are rounded once more in their own dtype.
+Codes and s stay as they are; scales, factors and biases that meet s are computed again and rounded
+once more in their own dtype: such a weight is up to 2^-9 of its size (bfloat16) away from the
+published one. float32 would keep them, but a file's parameters are in 16 bits, and so are those
+that GPU kernels take (`kernels/backends/native.py`).
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ adapter.py    one model's adapter
 variants.py   MUL, SHIFT and SHIFT-ADD on the base's integers
 factors.py    low-rank factors as integers, whose product is exact
 auxiliary.py  the auxiliary matrix R, from a seed
+rounding.py   a 16-bit weight as a base
 file.py       an adapter on disk
 convert.py    an ordinary LoRA to SHIFT-ADD, with a report
 linear.py     a layer that trains

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..merge.integer_grid import IntBase
 from .factors import Factors
+from .rounding import Rounding
 from .variants import Rule, ShiftAdd
 
 
@@ -22,6 +23,7 @@ class LayerAdapter:
     dense    int8 | int16 | int32 (N, K): instead of factors, the addend of SHIFT-ADD itself, for
       changes without low rank
     rows     (start, stop) of a fused layer (q of qkv); None: all of it
+    rounding how the integers come of a 16-bit weight; None: a 4-bit model has them
     """
 
     rule: Rule
@@ -29,6 +31,7 @@ class LayerAdapter:
     factors: Factors | None = None
     dense: Tensor | None = None
     rows: tuple[int, int] | None = None
+    rounding: Rounding | None = None
 
     def __post_init__(self):
         if (self.factors is None) == (self.dense is None):
@@ -87,6 +90,7 @@ class LayerAdapter:
             "u_scale": getattr(self.rule, "u_scale", None),
             "u_zero": getattr(self.rule, "u_zero", None),
             "r_scale": None if noise is None else noise.scale,
+            "base_scale": None if self.rounding is None else self.rounding.scale,
             "delta": self.dense,
         }
         if self.factors is not None:
@@ -119,6 +123,7 @@ class LayerAdapter:
             factors=self.factors and self.factors.rows(start, stop),
             dense=None if self.dense is None else self.dense[start:stop],
             rows=None,
+            rounding=self.rounding and self.rounding.rows(start, stop),
         )
 
     def to(self, device: torch.device | str) -> "LayerAdapter":
@@ -128,7 +133,18 @@ class LayerAdapter:
             rule=self.rule.to(device),
             factors=self.factors and self.factors.to(device),
             dense=None if self.dense is None else self.dense.to(device),
+            rounding=self.rounding and self.rounding.to(device),
         )
+
+    def rounded(self, weight: Tensor) -> IntBase:
+        """The base that it acts on, of the 16-bit weight (N, K), on its device. Raises ValueError
+        for an adapter of a 4-bit model's integers.
+        """
+        if self.rounding is None:
+            raise ValueError("it acts on the integers of a 4-bit model, not on a 16-bit weight")
+        own = self.to(weight.device)
+        assert own.rounding is not None  # a copy of it
+        return own.rounding.base(weight, getattr(own.rule, "noise", None))
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,12 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def rounded_bits(self) -> int | None:
+        """Bits that it rounds a 16-bit model's layers to; None for an adapter of a 4-bit model."""
+        found = {layer.rounding.bits for layer in self.layers.values() if layer.rounding}
+        return max(found, default=None)
 
     def by_module(self) -> dict[str, list[LayerAdapter]]:
         """Module name → its adapters: one, or the parts of a fused layer."""

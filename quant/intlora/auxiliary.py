@@ -197,7 +197,7 @@ def scales(weight: Tensor, rho: float = 0.25, alpha: float | None = None) -> Ten
 
     rho    sigma(R) is this share of the row's sigma(W): does not depend on the weight's unit
     alpha  the paper's form instead: R = r^alpha R0 with r = sigma(W) / sigma(R0) and sigma(R0) =
-      0.5 sqrt(2); it found 1.5 best
+      0.5 sqrt(2); it found 1.5 best (its code takes the rows' ranges in sigma's place)
     """
     sigma = weight.double().square().mean(1).sqrt()
     if alpha is None:

@@ -28,11 +28,12 @@ class Factors:
     b_scale: Tensor
 
     def __post_init__(self):
-        r, k, n = *self.a.shape, self.b.shape[0]
+        matrices = self.a.dim() == self.b.dim() == 2
         if (
-            self.b.shape[1] != r
-            or self.a_scale.shape != (k,)
-            or self.b_scale.shape != (n,)
+            not matrices
+            or self.b.shape[1] != self.a.shape[0]
+            or self.a_scale.shape != self.a.shape[1:]
+            or self.b_scale.shape != self.b.shape[:1]
             or self.a.dtype not in LARGEST
         ):
             raise ValueError(

@@ -3,9 +3,11 @@
 For each layer X (or part of a fused layer, X@start-stop) `X.lora_A` int8|int16 (r, K),
 `X.lora_A_scale` bf16 (K,), `X.lora_B` (N, r), `X.lora_B_scale` bf16 (N,); or `X.delta`
 int8|int16|int32 (N, K), SHIFT-ADD's addend. MUL adds `X.u_scale` f32 (N,) and `X.u_zero` int16
-(N,); the auxiliary matrix, where there is one, is `X.r_scale` f32 (N,) and a seed. The metadata:
-format "intlora", intlora_version, `layers` (each layer's variant, its k, bits or window, its seed,
-the digest of its base), `facts`, and the tensors' checksums.
+(N,); the auxiliary matrix, where there is one, is `X.r_scale` f32 (N,) and a seed. A layer whose
+base is a 16-bit model's weight, rounded, adds `X.base_scale` f32 (G, N): such files have version 2,
+all others version 1. The metadata: format "intlora", intlora_version, `layers` (each layer's
+variant, its k, bits or window, its seed, its base's bits and digest), `facts`, and the tensors'
+checksums.
 """
 
 import json
@@ -15,18 +17,22 @@ from pathlib import Path
 
 import torch
 
-from ..files.errors import FileRefused
-from ..files.safetensors import Header, TensorSpec, checksum, read_header, read_tensor
+from ..files.errors import FileRefused, reading
+from ..files.integrity import HEADER_SUM, SUMS, check_header, check_tensor
+from ..files.safetensors import Header, TensorSpec, read_header, read_tensor
 from ..files.writer import Writer, check_target, metadata_room
 from ..merge.integer_grid import IntBase
 from .adapter import Adapter, LayerAdapter, module_of
 from .auxiliary import Noise
 from .factors import Factors
+from .rounding import Rounding
 from .variants import MAX_K, Mul, Rule, Shift, ShiftAdd
 
-VERSION = 1
-# of each variant, besides variant, base, seed and noise
+VERSION = 2  # 1: no layer is rounded
+# of each variant, besides _OTHERS
 _OPTIONS = {"shift_add": {"k"}, "mul": {"bits"}, "shift": {"window"}}
+_METADATA = {"format", "intlora_version", "layers", "facts", SUMS, HEADER_SUM}
+_OTHERS = {"variant", "base", "rank", "seed", "noise", "base_bits", "base_odd"}
 _INTEGERS = (torch.int8, torch.int16)
 _AGAIN = "copy it again or make it anew"
 
@@ -44,7 +50,7 @@ def save(adapter: Adapter, target: str | os.PathLike) -> None:
     layers = {key: _described(layer) for key, layer in adapter.layers.items()}
     metadata = {
         "format": "intlora",
-        "intlora_version": str(VERSION),
+        "intlora_version": str(1 if adapter.rounded_bits is None else VERSION),
         "layers": json.dumps(layers),
         "facts": json.dumps(adapter.facts),
     }
@@ -57,9 +63,7 @@ def save(adapter: Adapter, target: str | os.PathLike) -> None:
         TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     ]
     # small: begun anew each time
-    with Writer(
-        target, specs, identity=os.urandom(8).hex(), room=metadata_room(metadata)
-    ) as writer:
+    with Writer(target, specs, identity=None, room=metadata_room(metadata)) as writer:
         writer.write("all", tensors, {})
         writer.finish([metadata])
 
@@ -67,7 +71,9 @@ def save(adapter: Adapter, target: str | os.PathLike) -> None:
 def _described(layer: LayerAdapter) -> dict:
     noise = getattr(layer.rule, "noise", None)
     options = {name: getattr(layer.rule, name) for name in _OPTIONS[layer.rule.NAME]}
-    aside = {} if noise is None else {"seed": noise.seed, "noise": noise.name}
+    aside: dict = {} if noise is None else {"seed": noise.seed, "noise": noise.name}
+    if layer.rounding is not None:
+        aside |= {"base_bits": layer.rounding.bits, "base_odd": layer.rounding.odd}
     return {"variant": layer.rule.NAME, "base": layer.base, "rank": layer.rank, **options, **aside}
 
 
@@ -75,8 +81,15 @@ def read(path: str | os.PathLike) -> Adapter:
     """Reads and checks an adapter. Raises FileRefused, naming the file and the fix, for anything
     that is not one, whole and of a known version.
     """
+    with reading(path, _AGAIN):
+        return _read(path)
+
+
+def _read(path: str | os.PathLike) -> Adapter:
     header = read_header(path)
     _check_kind(header)
+    check_header(header, _AGAIN)
+    _check_metadata(header)
     try:
         layers = json.loads(header.metadata["layers"])
         facts = json.loads(header.metadata.get("facts", "{}"))
@@ -88,7 +101,7 @@ def read(path: str | os.PathLike) -> Adapter:
             and isinstance(sums, dict)
         ):
             raise ValueError("empty")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileRefused(f"{header.path.name} has damaged metadata; {_AGAIN}.") from error
     return Adapter(
         {key: _layer(header, key, described, sums) for key, described in layers.items()}, facts
@@ -112,10 +125,19 @@ def _check_kind(header: Header) -> None:
             )
         )
         raise FileRefused(f"{name} {fix}.")
-    if not version.isdigit() or not 1 <= int(version) <= VERSION:
+    if version not in map(str, range(1, VERSION + 1)):
         raise FileRefused(
-            f"{name} has the IntLoRA version {version!r} and this Nibble reads up to {VERSION};"
-            " update Nibble."
+            f"{name} has the IntLoRA version {version[:20]!r} and this Nibble reads up to"
+            f" {VERSION}; update Nibble."
+        )
+
+
+def _check_metadata(header: Header) -> None:
+    unknown = header.metadata.keys() - _METADATA
+    if unknown:
+        raise FileRefused(
+            f"{header.path.name} uses {', '.join(sorted(unknown))} in its metadata, which this"
+            " Nibble does not know; update Nibble."
         )
 
 
@@ -123,9 +145,7 @@ def _layer(header: Header, key: str, described: dict, sums: dict) -> LayerAdapte
     name = header.path.name
     try:
         variant, digest = described["variant"], described["base"]
-        unknown = (
-            described.keys() - _OPTIONS[variant] - {"variant", "base", "rank", "seed", "noise"}
-        )
+        unknown = described.keys() - _OPTIONS[variant] - _OTHERS
     except (KeyError, TypeError, AttributeError) as error:
         raise FileRefused(
             f"{name} has a layer of an unknown variant, {key}; update Nibble."
@@ -145,18 +165,12 @@ def _layer(header: Header, key: str, described: dict, sums: dict) -> LayerAdapte
         "u_scale",
         "u_zero",
         "r_scale",
+        "base_scale",
     ):
         full = f"{key}.{suffix}"
         if full in header.tensors:
             tensors[suffix] = read_tensor(header, full)
-            if sums.get(full) != checksum(tensors[suffix]):
-                raise FileRefused(
-                    f"{name} is damaged: {full} does not match its checksum; {_AGAIN}."
-                )
-            if tensors[suffix].is_floating_point() and not tensors[suffix].isfinite().all():
-                raise FileRefused(
-                    f"{name} is damaged: {full} holds values that are not finite; {_AGAIN}."
-                )
+            check_tensor(header, full, tensors[suffix], str(sums.get(full)), _AGAIN)
     try:
         return _built(key, described, tensors, digest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -194,7 +208,14 @@ def _built(key: str, described: dict, tensors: dict, digest: str) -> LayerAdapte
         start, _, stop = key.partition("@")[2].partition("-")
         rows = int(start), int(stop)
     _expect(type(digest) is str, "it does not say which base it was made for")
-    return LayerAdapter(_rule(described, tensors, n), digest, factors, dense, rows)
+    rounding = None
+    if "base_bits" in described:
+        rounding = Rounding(
+            described["base_bits"], tensors["base_scale"], described.get("base_odd", False)
+        )
+        groups, outputs = rounding.scale.shape
+        _expect(outputs == n and groups > 0 and k % groups == 0, "base_scale has another shape")
+    return LayerAdapter(_rule(described, tensors, n), digest, factors, dense, rows, rounding)
 
 
 def _rule(described: dict, tensors: dict, n: int) -> Rule:

@@ -14,7 +14,7 @@ the base are x and the factors.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..merge.integer_grid import IntBase, rotate
 from . import factors as integer_factors
 from .adapter import LayerAdapter
 from .auxiliary import Noise, scales
+from .rounding import Rounding, blocks
 from .variants import VARIANTS, Mul, Rule, Shift, ShiftAdd, merged_weight
 
 # weights made at once; elsewhere 2 ** 22: 16 MB for each of the handful of matrices that are alive
@@ -32,7 +33,7 @@ BLOCK = {"cpu": 2**20}
 
 @dataclass(frozen=True)
 class Grid:
-    """How a 16-bit weight becomes a base, as the paper has it.
+    """How a 16-bit weight becomes a base; `of_paper` has the paper's values.
 
     bits, group  of the integers; group 0: one scale a row
     lora_bits    of MUL's U
@@ -47,25 +48,63 @@ class Grid:
     alpha: float | None = None
     odd: bool = False
 
+    @classmethod
+    def of_paper(cls, bits: int) -> "Grid":
+        """IntLoRA's own: a scale for each row, R matched in variance with alpha = 1.5. U has 8
+        bits, whatever the base has.
+        """
+        return cls(bits, group=0, alpha=1.5)
+
 
 def separated(
     weight: Tensor, variant: str, seed: int, name: str, grid: Grid | None = None
 ) -> tuple[IntBase, Rule]:
-    """Base and rule for a 16-bit weight (N, K), as the paper makes them: Z of Q[W - R], and U's
+    """Base and rule for a 16-bit weight (N, K), in the paper's way: Z of Q[W - R], and U's
     quantizer found at D = 0.
 
     variant  mul | shift; shift_add needs no R and rounds the weight itself
     """
     _check_variant(variant)
     grid = grid or Grid()
-    if variant == ShiftAdd.NAME:
+    pieces = []
+    for start, stop in blocks(*weight.shape):
+        rows, noise = weight[start:stop], None
+        if variant != ShiftAdd.NAME:
+            noise = Noise(seed, name, scales(rows, grid.rho, grid.alpha), start)
+        pieces.append(_separated_rows(rows, variant, noise, grid))
+    return _joined(pieces)
+
+
+def _separated_rows(
+    weight: Tensor, variant: str, noise: Noise | None, grid: Grid
+) -> tuple[IntBase, Rule]:
+    if noise is None:
         return IntBase.from_weight(weight, grid.bits, grid.group, grid.odd), ShiftAdd()
-    noise = Noise(seed, name, scales(weight, grid.rho, grid.alpha))
     moved = weight.double() - noise.matrix(weight.shape[1], torch.float64)
     base = IntBase.from_weight(moved, grid.bits, grid.group, grid.odd)
     if variant == Mul.NAME:
         return base, Mul.calibrated(base, noise, grid.lora_bits)
     return base, Shift.fitting(base, noise)
+
+
+def _joined(pieces: list[tuple[IntBase, Rule]]) -> tuple[IntBase, Rule]:
+    """Blocks of rows of one layer as one: everything in them belongs to rows."""
+    base, rule = pieces[0]
+    bases, rules = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+    base = replace(
+        base,
+        codes=torch.cat([piece.codes for piece in bases]),
+        scale=torch.cat([piece.scale for piece in bases], 1),
+    )
+    noises = [piece.noise for piece in rules if not isinstance(piece, ShiftAdd) and piece.noise]
+    if isinstance(rule, ShiftAdd) or not noises:
+        return base, rule
+    noise = replace(noises[0], scale=torch.cat([piece.scale for piece in noises]))
+    if isinstance(rule, Shift):
+        return base, replace(rule, noise=noise)
+    u_scale = torch.cat([piece.u_scale for piece in rules if isinstance(piece, Mul)])
+    u_zero = torch.cat([piece.u_zero for piece in rules if isinstance(piece, Mul)])
+    return base, replace(rule, u_scale=u_scale, u_zero=u_zero, noise=noise)
 
 
 def _check_variant(variant: str) -> None:
@@ -112,11 +151,15 @@ class IntLoRALinear(nn.Module):
                 f"rank={rank} is not between 1 and {min(base.shape)}, the smaller side of a"
                 f" {base.shape[0]} x {base.shape[1]} layer"
             )
-        self.register_buffer("bias", bias, persistent=False)
+        if bias is None:
+            self.bias = None
+        else:
+            self.register_buffer("bias", bias, persistent=False)
         self.base = base
         self.rule = rule
         self.inner = inner
         self.width = width
+        self.rounded = False  # whether the base was made of a 16-bit weight
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = sqrt(5), as LoRA
         drawn = torch.rand(rank, self.in_features, generator=generator) * 2 * bound - bound
         self.lora_down = nn.Parameter(drawn.to(device))
@@ -130,9 +173,9 @@ class IntLoRALinear(nn.Module):
 
     def __getattr__(self, name: str):
         """Whatever a model reads off its linears besides calling them (`weight.dtype`) is the inner
-        layer's.
+        layer's, or that of the 16-bit layer in whose place it is (`train.attach`).
         """
-        inner = self.__dict__.get("_modules", {}).get("inner")
+        inner = self.__dict__.get("_modules", {}).get("inner") or self.__dict__.get("replaced")
         if (
             inner is None
             or name in self.__dict__["_parameters"]
@@ -183,7 +226,12 @@ class IntLoRALinear(nn.Module):
         factors = integer_factors.quantize(
             self.lora_up.detach(), self.lora_down.detach(), self.width
         )
-        return LayerAdapter(self.rule, base or self.base.digest(), factors)
+        return LayerAdapter(
+            self.rule,
+            base or self.base.digest(),
+            factors,
+            rounding=Rounding.of(self.base) if self.rounded else None,
+        )
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -23,6 +23,7 @@ from ..weights import linears
 from .adapter import Adapter
 from .factors import LARGEST
 from .linear import Grid, IntLoRALinear, rule_for, separated
+from .variants import Rule
 
 
 class _Trained(Protocol):
@@ -64,13 +65,15 @@ def attach(
     names: Iterable[str],
     options: AdapterOptions | None = None,
     bases: Mapping[str, IntBase] | None = None,
+    made: Callable[[str], tuple[IntBase, Rule]] | None = None,
 ) -> dict[str, IntLoRALinear]:
     """Replaces the named linears by IntLoRA layers and returns them; `detach` undoes it. All other
     parameters of the model are frozen.
 
     A linear that is quantized already (it has `quantized()`, or `bases` gives its integers) keeps
     its arithmetic, and the change is computed beside it. A 16-bit linear becomes a plain base on
-    the options' grid, with R as the paper has it for MUL and SHIFT.
+    the options' grid, with R as the paper has it for MUL and SHIFT; or what `made` gives for its
+    name: base and rule, on the device where it computes.
     """
     options = options or AdapterOptions()
     layers: dict[str, IntLoRALinear] = {}
@@ -83,7 +86,13 @@ def attach(
         if base is None and quantized is not None:
             base = IntBase.of(quantized(), name)
         if base is None:
-            layer = _plain_layer(cast(nn.Linear, old), name, options, generator)
+            plain = cast(nn.Linear, old)
+            parts = made(name) if made else base_of_linear(plain.weight.detach(), name, options)
+            bias = None if plain.bias is None else plain.bias.detach().to(parts[0].scale.device)
+            layer = IntLoRALinear(
+                *parts, options.rank, bias, generator=generator, width=options.width
+            )
+            layer.rounded = True
         else:
             layer = IntLoRALinear(
                 base,
@@ -100,16 +109,10 @@ def attach(
     return layers
 
 
-def _plain_layer(
-    old: nn.Linear, name: str, options: AdapterOptions, generator: torch.Generator
-) -> IntLoRALinear:
-    """The layer for a 16-bit linear."""
-    weight = old.weight.detach()
+def base_of_linear(weight: Tensor, name: str, options: AdapterOptions) -> tuple[IntBase, Rule]:
+    """Base and rule of a 16-bit weight (N, K), on its device."""
     base, rule = separated(weight, options.variant, options.seed, name, options.grid)
-    if options.variant == "shift_add":
-        rule = rule_for(base, options.variant, options.k)
-    bias = None if old.bias is None else old.bias.detach()
-    return IntLoRALinear(base, rule, options.rank, bias, generator=generator, width=options.width)
+    return base, rule_for(base, options.variant, options.k) if rule.NAME == "shift_add" else rule
 
 
 def detach(model: nn.Module, layers: Mapping[str, IntLoRALinear]) -> None:

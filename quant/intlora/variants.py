@@ -15,7 +15,7 @@ grids whose scales differ by 2^k share integers exactly.
 
 Everything is elementwise in float64 (or float32 while training): one order of operations, the same
 bits on every device. log2 is read off the float's exponent and never computed. Where Z = 0, MUL and
-SHIFT cannot change a weight (about a fifth of a 4-bit base; none of an `odd` one).
+SHIFT cannot change a weight (14 to 21 % of a 4-bit base; none of an `odd` one).
 """
 
 import math

@@ -11,6 +11,7 @@ A method adds what becomes of its layers (`plan`), how its file is laid out (`la
 
 import json
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -23,12 +24,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import ENOUGH_PICTURES, InputStats
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan, recognise
+from ..files.atomic import Held
 from ..files.checkpoint import QuantizedFile, open_quantized
 from ..files.errors import FileRefused
 from ..files.report import LayerRow, Report
-from ..files.source import Source, StateDictSource
+from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import TensorSpec, Writer, check_path, check_target
 from .measurement import Measurement
 from .monitor import Monitor
@@ -62,7 +65,8 @@ Job = TypeVar("Job", bound="QuantizeJob")
 @dataclass
 class QuantizeJob(ABC):
     """One model, one target, one recipe, planned. `existing`: the target where it is an intact file
-    of this model and recipe, whatever was measured for it.
+    of this model and recipe, whatever was measured for it; held: the target, where its lock is held
+    already.
     """
 
     method: ClassVar[str]  # as the file's metadata have it
@@ -73,21 +77,24 @@ class QuantizeJob(ABC):
     architecture: str
     layers: list[LayerPlan]
     existing: QuantizedFile | None = None
+    held: Held | None = None
 
     @classmethod
     def prepare(
         cls: type[Job],
         source: str | Path | Source | StateDictSource,
-        target: str | Path,
+        target: str | Path | Held,
         recipe: Any,
     ) -> Job:
         """Opens, plans and checks. source: path of a .safetensors file, or an opened source (a live
-        model: StateDictSource). Raises FileRefused for input that cannot be used.
+        model: StateDictSource); target: a path, or one whose lock is held. Raises FileRefused for
+        input that cannot be used.
         """
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
         previous = _previous_result(source, target)
         job = cls._planned(source, Path(target), recipe)
+        job.held = target if isinstance(target, Held) else None
         if previous is not None and job._made(previous):
             job.existing = previous
         return job
@@ -153,7 +160,7 @@ class QuantizeJob(ABC):
         metadata = file_metadata(self.method, identity, self.source.metadata)
         began = time.monotonic()
         reserved = reserved_bytes(metadata, report, self.layers)
-        with Writer(self.target, specs, json.dumps(identity), reserved) as writer:
+        with Writer(self.held or self.target, specs, json.dumps(identity), reserved) as writer:
             self.quantizer(writer, measurement, monitor, torch.device(device)).run()
             report.rows = [LayerRow(**writer.finished[layer.name]) for layer in self.layers]
             report.bytes_after = writer.size
@@ -210,14 +217,18 @@ class QuantizeJob(ABC):
         )
 
     def _made(self, file: QuantizedFile) -> bool:
-        """Whether a file was made from this model by this recipe."""
+        """Whether a file was made from this model by this recipe, and ComfyUI will build it so."""
+        if passed_on(self.source.metadata).get("config") != file.metadata.get("config"):
+            return False
         # the source's fingerprint reads all of the model: asked last
         return file.metadata.get("recipe") == self.recipe.to_json() and file.metadata.get(
             "source"
         ) == identity_of(self.source, self.recipe, {}).get("source")
 
 
-def _previous_result(source: Source | StateDictSource, target: str | Path) -> QuantizedFile | None:
+def _previous_result(
+    source: Source | StateDictSource, target: str | os.PathLike
+) -> QuantizedFile | None:
     """What a run has to look at in its target: an intact file of ours, or None. Raises FileRefused
     for a target that must not be written.
     """
@@ -240,6 +251,15 @@ def _unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
+
+
+def few_prompts(count: int) -> str:
+    """A note for a measurement on fewer prompts than are enough."""
+    prompts = "1 prompt" if count == 1 else f"{count} prompts"
+    return (
+        f"measured on {prompts} only: errors of other prompts may be larger than those told here;"
+        f" {ENOUGH_PICTURES} or more tell what the model reads"
+    )
 
 
 class LayerQuantizer(ABC):
@@ -283,21 +303,26 @@ class LayerQuantizer(ABC):
         if unit in self.writer.finished:
             return
         began = time.monotonic()
-        tensors, row = self.checked(make)
+        tensors, row = make()
         if row is not None:
             row.bytes_after = sum(tensor.nbytes for tensor in tensors.values())
             row.seconds = round(row.seconds + time.monotonic() - began, 3)
         self.writer.write(unit, tensors, vars(row) if row else {})
 
-    def checked(self, make: Callable[[], Any]) -> Any:
-        """Runs a computation; when its input cannot be used, no later run could finish either, and
-        the unfinished file goes.
+    def recorded(self, measurement: Measurement, name: str) -> InputStats | None:
+        """What was recorded of a layer's inputs. Raises FileRefused for inputs that are not finite,
+        naming the tensor that is the cause where one is.
         """
-        try:
-            return make()
-        except ValueError:
-            self.writer.discard()
-            raise
+        stats = measurement.statistics(name)
+        if stats is not None and not stats.mean_square.isfinite().all():
+            for key in self.source.shapes:
+                self.source.read(key)  # refuses NaN and infinity
+            raise FileRefused(
+                f"{self.source.name} overflowed while it was measured: {name} reads NaN or"
+                " infinity, and all its weights are finite; measure with fewer or other prompts,"
+                " or choose the preset that reads the weights alone."
+            )
+        return stats
 
     def _keep_rest(self) -> None:
         kept = {layer.name: layer for layer in self.layers if layer.action == "keep"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..files.architectures import LayerPlan
 from ..files.checkpoint import FORMAT_VERSION
 from ..files.report import LayerRow, Report
-from ..files.source import Source, StateDictSource
+from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import metadata_room
 from .recipe import FromPreset
 
@@ -22,8 +22,6 @@ from .recipe import FromPreset
 # are known
 JSON_BYTES = 128
 WHY_ROOM = 200  # bytes that a finished row may be longer than its plan
-# bytes of a source's own metadata that are passed on (ComfyUI reads "config" of some video models)
-_PASSED_ON = 65536
 
 
 def identity_of(
@@ -51,17 +49,10 @@ def predicted_identity(name: str, recipe: FromPreset) -> dict[str, str]:
 
 
 def file_metadata(
-    method: str, identity: Mapping[str, str], passed_on: Mapping[str, str] | None = None
+    method: str, identity: Mapping[str, str], of_source: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """A quantized file's metadata but the report: the source's own where they are short, then
-    ours.
-    """
-    own = {
-        key: value
-        for key, value in (passed_on or {}).items()
-        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
-    }
-    return own | {
+    """A quantized file's metadata but the report: what the source passes on, then ours."""
+    return passed_on(of_source or {}) | {
         "format": "nibble",
         "nibble_version": str(FORMAT_VERSION),
         "method": method,

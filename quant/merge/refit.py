@@ -1,5 +1,5 @@
-"""Changes folded into the format that a 4-bit layer has: what `svdquant_w4a4` and `awq_w4a16` files
-and kernels can hold.
+"""Changes folded into the format that a low-bit layer has: what `svdquant_w4a4`, `awq_w4a16` and
+`vq` files and kernels can hold.
 
     joined      branch' = [branch | change], the codes untouched bit for bit. Exact beyond 16 bit;
       the branch is wider, and costs by its rank.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..weights.delta import WeightDelta, round_rank
-from ..weights.formats import FourBitWeight
+from ..weights.formats import AnyWeight, Weight
 from ..weights.lowrank import balanced, leading_components, thin_norm
 from ..weights.packing import pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
@@ -33,9 +33,9 @@ EXTRA = 64  # components that a branch may grow by, for a change without low ran
 
 
 def fold_into_branch(
-    weight: FourBitWeight, change: WeightDelta, rank: int | None = None
-) -> tuple[FourBitWeight, float]:
-    """A change into the 16-bit branch of a weight whose 4-bit part stays as it is, bit for bit.
+    weight: AnyWeight, change: WeightDelta, rank: int | None = None
+) -> tuple[AnyWeight, float]:
+    """A change into the 16-bit branch of a weight whose low-bit part stays as it is, bit for bit.
 
     change  without a row scale; of a dense part the EXTRA largest components are added, or what
       `rank` has room for
@@ -59,7 +59,7 @@ def fold_into_branch(
     elif rank is not None and rank < joined_down.shape[1]:
         joined_up, thin = balanced(joined_up, (joined_down * smooth[:, None]).T, rank)
         joined_down = thin.T / smooth[:, None]
-    pad, dtype = (0, wanted - joined_down.shape[1]), weight.scale.dtype
+    pad, dtype = (0, wanted - joined_down.shape[1]), weight.branch_dtype
     stored_down = torch.nn.functional.pad(joined_down, pad).to(dtype)
     stored_up = torch.nn.functional.pad(joined_up, pad).to(dtype)
     new = replace(weight, proj_down=stored_down, proj_up=stored_up)
@@ -76,17 +76,17 @@ def fold_into_branch(
     return new, 1.0 if size == 0 else max(0.0, 1 - lost / size)
 
 
-def _branch_of(weight: FourBitWeight) -> tuple[Tensor, Tensor, Tensor]:
+def _branch_of(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """(down (K, R), up (N, R), smoothing (K,)), float32, of a stored weight; a plain one has
     neither. Runs of rows that are smoothed unlike one another (P, K) are weighed by their mean.
     """
     n, k = weight.shape
     if weight.factors is None:
-        empty = weight.scale.new_zeros(1, dtype=torch.float32)
+        empty = torch.zeros(1, device=weight.device)
         return empty.expand(k, 1)[:, :0], empty.expand(n, 1)[:, :0], empty.new_ones(k)
     smooth = getattr(weight, "smooth_factor", None)
     if smooth is None:
-        smooth = torch.ones(k, device=weight.scale.device)
+        smooth = torch.ones(k, device=weight.device)
     elif smooth.dim() == 1:
         smooth = smooth.float()
     else:

@@ -46,12 +46,38 @@ class ModulationInput(NamedTuple):
 
     @classmethod
     def of(cls, input: torch.Tensor) -> ModulationInput:
-        return cls(input.detach().reshape(-1, input.shape[-1]).cpu(), input.shape, input.device)
+        # a copy: it is kept, and whoever gave the input may write into it
+        rows = input.detach().reshape(-1, input.shape[-1]).to("cpu", copy=True)
+        return cls(rows, input.shape, input.device)
 
     @property
     def fast(self) -> bool:
         """Whether the product need not be that of the CPU's own layers, bit for bit."""
         return self.device.type != "cpu"
+
+
+class LayerState(NamedTuple):
+    """What a layer's output depends on beside its input, as it was when the output was asked for.
+
+    key     hashable: equal for equal outputs
+    bias    (N,) | None: a copy, since ComfyUI's hooks write into the layer's own
+    change  what a hook adds to the weight, in the layer's own terms; None: nothing
+    """
+
+    key: tuple
+    bias: torch.Tensor | None = None
+    change: object = None
+
+
+class _Product(NamedTuple):
+    """A layer's output for one row, made or in the making."""
+
+    key: tuple
+    made: torch.Tensor | Future
+
+    def result(self) -> torch.Tensor:
+        """(N,); waits for it."""
+        return self.made.result()[self.key] if isinstance(self.made, Future) else self.made
 
 
 class _StopAtModulation(Exception):
@@ -108,8 +134,8 @@ def _sent(tensor: torch.Tensor, device: torch.device, use: str, buffers: dict) -
 
 
 class ModulationCache:
-    """Results of one model's layers. A layer has name, in_features, out_features, is_hooked and
-    compute(rows, fast).
+    """Results of one model's layers. A layer has name, in_features, out_features, state(), its
+    LayerState now, and compute(rows, fast, state).
     """
 
     def __init__(
@@ -147,14 +173,12 @@ class ModulationCache:
         vector = ModulationInput.of(input)
         if self._seen is not None:
             self._seen.setdefault(_key(vector.rows), []).append(layer)
-        if layer.is_hooked:
-            y = layer.compute(vector.rows, vector.fast)
-        else:
-            together = [layer]
-            if layer in self._followers:
-                together = self._followers
-            results, _ = self._requested(together, vector.rows, vector.fast)
-            y = self._rows([layer], results, vector)
+        together = [layer]
+        if layer in self._followers:
+            together = self._followers
+        products, _ = self._requested(together, vector.rows, vector.fast)
+        place = together.index(layer)
+        y = _side_by_side([row[place : place + 1] for row in products])
         return y.reshape(*input.shape[:-1], -1).to(input.device, non_blocking=True)
 
     def clear(self) -> None:
@@ -195,27 +219,20 @@ class ModulationCache:
             self._step = self._seen = None
 
     def _prepare(self, executor, args: tuple, kwargs: dict) -> _Step | None:
-        if (
-            not self._followers
-            or not self._trusted
-            or torch.is_grad_enabled()
-            or any(layer.is_hooked for layer in self.layers)
-        ):
+        if not self._followers or not self._trusted or torch.is_grad_enabled():
             return None
         key = _key(*_small_inputs(args, kwargs))
         new = key not in self._vectors
         if new and not self._probe(key, executor, args, kwargs):
             return None
         vector = self._vectors[key]
-        results, begun = self._requested(self._followers, vector.rows, vector.fast)
+        products, begun = self._requested(self._followers, vector.rows, vector.fast)
         self.steps += 1
         if begun == 0:
             self.hits += 1
         if new:
             self._probe_run(executor, args, kwargs, vector)
-        return _Step(
-            self._followers, vector, self._rows(self._followers, results, vector), self._buffers
-        )
+        return _Step(self._followers, vector, _side_by_side(products), self._buffers)
 
     def _probe(self, key: tuple, executor, args: tuple, kwargs: dict) -> bool:
         """Lets the network run up to its first modulation layer; whether there was one."""
@@ -266,57 +283,49 @@ class ModulationCache:
 
     def _requested(
         self, layers: Sequence, rows: torch.Tensor, fast: bool
-    ) -> tuple[dict[tuple, torch.Tensor | Future], int]:
-        """Key → result, or the future that brings it; and how many had to be begun."""
-        results: dict[tuple, torch.Tensor | Future] = {}
+    ) -> tuple[list[list[_Product]], int]:
+        """For each row the products of all layers with it; and how many had to be begun."""
+        states = [layer.state() for layer in layers]
         new: dict[tuple, tuple] = {}
         with self._lock:
-            for layer in layers:
-                for row in rows:
-                    key = self._key(layer, row, fast)
-                    if key in self._results:
-                        self._results.move_to_end(key)
-                        results[key] = self._results[key]
-                    elif key in self._pending:
-                        results[key] = self._pending[key]
-                    else:
-                        new[key] = (layer, row)
+            keys = [
+                [_product_key(*pair, row, fast) for pair in zip(layers, states, strict=True)]
+                for row in rows
+            ]
+            for row, of_row in zip(rows, keys, strict=True):
+                for layer, state, key in zip(layers, states, of_row, strict=True):
+                    if key not in self._results and key not in self._pending:
+                        new[key] = (layer, row, state)
             if new:
                 future = self._thread.submit(self._compute, new, fast, self._pending)
                 self._pending.update(dict.fromkeys(new, future))
-                results.update(dict.fromkeys(new, future))
-        return results, len(new)
+            return [[_Product(key, self._known(key)) for key in of_row] for of_row in keys], len(
+                new
+            )
 
-    def _rows(
-        self, layers: Sequence, results: dict[tuple, torch.Tensor | Future], vector: ModulationInput
-    ) -> torch.Tensor:
-        """(M, sum of N): the layers' outputs side by side, once they are made."""
-
-        def result(layer, row: torch.Tensor) -> torch.Tensor:
-            key = self._key(layer, row, vector.fast)
-            made = results[key]
-            return made.result()[key] if isinstance(made, Future) else made
-
-        return torch.stack(
-            [torch.cat([result(layer, row) for layer in layers]) for row in vector.rows]
-        )
+    def _known(self, key: tuple) -> torch.Tensor | Future:
+        """A result, or the future that brings it."""
+        if key not in self._results:
+            return self._pending[key]
+        self._results.move_to_end(key)
+        return self._results[key]
 
     def _compute(
         self, new: dict[tuple, tuple], fast: bool, pending: dict
     ) -> dict[tuple, torch.Tensor]:
         """All products wanted; where bits may differ, each layer's with all its rows at once."""
         groups: dict[int, list[tuple]] = {}
-        for key, (layer, _) in new.items():
+        for key, (layer, _, _) in new.items():
             groups.setdefault(id(layer), []).append(key)
         made: dict[tuple, torch.Tensor] = {}
         with torch.no_grad():  # a mode of the thread, not of the program
             for keys in groups.values():
-                layer = new[keys[0]][0]
+                layer, _, state = new[keys[0]]  # one request, one state of each layer
                 rows = [new[key][1][None] for key in keys]
                 outputs = (
-                    layer.compute(torch.cat(rows), fast)
+                    layer.compute(torch.cat(rows), fast, state)
                     if fast
-                    else torch.cat([layer.compute(row, fast) for row in rows])
+                    else torch.cat([layer.compute(row, fast, state) for row in rows])
                 )
                 made |= zip(keys, outputs.unbind(0), strict=True)
         with self._lock:
@@ -330,9 +339,14 @@ class ModulationCache:
                 self._size -= self._results.popitem(last=False)[1].nbytes
         return made
 
-    @staticmethod
-    def _key(layer, row: torch.Tensor, fast: bool) -> tuple:
-        return layer.name, fast, _key(row)
+
+def _product_key(layer, state: LayerState, row: torch.Tensor, fast: bool) -> tuple:
+    return layer.name, state.key, fast, _key(row)
+
+
+def _side_by_side(products: Sequence[Sequence[_Product]]) -> torch.Tensor:
+    """(M, sum of N) of each row's products, once they are made: memory of its own."""
+    return torch.stack([torch.cat([product.result() for product in row]) for row in products])
 
 
 def _key(*tensors: torch.Tensor) -> tuple:

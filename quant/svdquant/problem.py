@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ..calibration.hessian import covariance, diagonal_blocks
-from ..calibration.statistics import InputStats
+from ..calibration.statistics import ENOUGH_PICTURES, InputStats
 from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 
 SYNTHETIC_ROWS = 128
+FEWEST_ROWS = 4  # to choose by, or to report on
 EXACT_DB = 150.0  # reported for errors of (almost) nothing, where the ratio has no meaning
 
 
@@ -115,20 +116,41 @@ def _on_recorded_inputs(
     else:
         spread = (square - mean.square()).clamp_min(0).sqrt()
         x = torch.randn(SYNTHETIC_ROWS, k, generator=generator).to(device) * spread + mean
-    chosen, held_out = _held_out(x)
+    chosen, held_out = _held_out(x, stats if sampled else None)
     return LayerProblem(
         weight=weight,
         bias=bias,
         x=chosen,
         held_out=held_out,
         mean=mean,
-        covariance=covariance(stats, bias is not None, device),
+        covariance=_trusted(covariance(stats, bias is not None, device), square, stats.pictures),
         measured=stats.hessian is not None,
         sampled=sampled,
     )
 
 
-def _held_out(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Three quarters of the rows to choose by, one quarter held out for the report."""
+def _trusted(blocks: Tensor, square: Tensor, pictures: int) -> Tensor:
+    """A covariance (K/B, B, B) as far as it can be trusted. square (K,): E[x^2].
+
+    Few pictures show few of the directions in which inputs vary, and rounding errors would be moved
+    to those that only they do not have. So it is drawn to what would be known without correlations,
+    (1 - a) C + a diag(E[x^2]), with a = 1/P - 1/ENOUGH for P pictures: shrinkage (Ledoit and Wolf,
+    2004) with a weight that is 0 from ENOUGH pictures on.
+    """
+    if not 0 < pictures < ENOUGH_PICTURES:
+        return blocks
+    share = 1 / pictures - 1 / ENOUGH_PICTURES
+    return (1 - share) * blocks + torch.diag_embed(share * square.reshape(blocks.shape[:2]))
+
+
+def _held_out(x: Tensor, stats: InputStats | None = None) -> tuple[Tensor, Tensor]:
+    """Rows to choose by, and rows held out for the report: those of the last quarter of the
+    pictures, for rows of one picture are alike; where there are not two pictures, every fourth row.
+    """
     held_out = torch.arange(len(x), device=x.device) % 4 == 3
+    if stats is not None and stats.pictures > 1:
+        first = stats.pictures - max(1, stats.pictures // 4)
+        later = (stats.owners >= first).to(x.device)
+        if FEWEST_ROWS <= later.sum() <= len(x) - FEWEST_ROWS:
+            held_out = later
     return x[~held_out], x[held_out]

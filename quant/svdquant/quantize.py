@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.architectures import LayerPlan
-from ..files.checkpoint import FORMATS
+from ..files.layer_formats import FORMATS
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
@@ -82,7 +82,7 @@ class _SVDQuantizer(LayerQuantizer):
         device: torch.device,
     ):
         super().__init__(job, writer, monitor, device)
-        self.statistics = measurement.statistics
+        self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name):
@@ -90,7 +90,7 @@ class _SVDQuantizer(LayerQuantizer):
             smooth = None
             if len(group) > 1 and any(layer.name not in self.writer.finished for layer in group):
                 self.monitor.cancelled()
-                smooth = self.checked(partial(self._smoothing, group))
+                smooth = self._smoothing(group)
             for layer in group:
                 self.start(layer.name)
                 self.write_unit(layer.name, partial(self._quantized, layer, smooth))

@@ -12,12 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import atomic
-from ..files.errors import FileRefused
-from ..files.safetensors import read_header, read_tensor
+from . import state as states
 from .recompute import checkpointing
 
 OPTIMIZERS = {
@@ -26,8 +24,6 @@ OPTIMIZERS = {
     "SGD": torch.optim.SGD,
     "RMSprop": torch.optim.RMSprop,
 }
-# what these remember of a parameter, besides the number of steps
-_MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg")
 # options that may change when a run is resumed; steps only where lr does not depend on them
 _FREE = ("steps", "save_every", "lr")
 
@@ -88,7 +84,8 @@ def steps(  # noqa: PLR0913 (the loop's whole interface, each with a default)
       the end; None: nothing is kept
     checkpointed  blocks whose activations are computed again in the backward pass instead of kept
     losses        a list that is filled with the loss of every step, the resumed ones first
-    Raises FileRefused for a state file of another run, ValueError where loss or gradient stop being
+    Raises FileRefused for a state file of another run, for a damaged one, and for a disk without
+      room for the state and a file of the parameters; ValueError where loss or gradient stop being
     finite: the parameters and the state are then those of the last good step.
     """
     losses = [] if losses is None else losses
@@ -97,17 +94,33 @@ def steps(  # noqa: PLR0913 (the loop's whole interface, each with a default)
     decay = {"weight_decay": options.weight_decay} if options.optimizer == "AdamW" else {}
     optimizer = OPTIMIZERS[options.optimizer](names, lr=options.lr, **decay)
     if state is not None:
-        _resume(Path(state), names, optimizer, identity, losses)
+        states.resume(Path(state), names, optimizer, identity, losses)
+        _reserve(Path(state), names, optimizer, identity, options.steps)
     try:
         with checkpointing(checkpointed):
             while len(losses) < options.steps:
                 losses.append(_step(loss, options, optimizer, len(losses)))
                 if state is not None and len(losses) % options.save_every == 0:
-                    _save(Path(state), names, optimizer, identity, losses)
+                    states.save(Path(state), names, optimizer, identity, losses)
                 yield len(losses), losses[-1]
     finally:
         if state is not None and losses:
-            _save(Path(state), names, optimizer, identity, losses)
+            states.save(Path(state), names, optimizer, identity, losses)
+
+
+def _reserve(
+    state: Path,
+    names: Mapping[nn.Parameter, str],
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+    steps: int,
+) -> None:
+    """Refuses a disk that is too full: a state and the one that replaces it lie side by side for a
+    moment, and so do the last one and the file that is made of the parameters.
+    """
+    one = states.size(names, optimizer, identity, steps)
+    there = state.stat().st_size if state.exists() else 0
+    atomic.reserve(state, 2 * one - there)
 
 
 def _fixed(options: Options) -> dict[str, object]:
@@ -145,63 +158,3 @@ def _step(loss: Callable, options: Options, optimizer: torch.optim.Optimizer, do
         )
     optimizer.step()
     return total
-
-
-# ---- state files
-
-
-def _save(
-    path: Path,
-    names: Mapping[nn.Parameter, str],
-    optimizer: torch.optim.Optimizer,
-    identity: str,
-    losses: list[float],
-) -> None:
-    tensors = {}
-    for parameter, name in names.items():
-        tensors[name] = parameter.detach().cpu().contiguous()
-        for moment in _MOMENTS:
-            if moment in optimizer.state.get(parameter, ()):
-                tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().contiguous()
-    data = save(
-        tensors, {"format": "nibble_training", "identity": identity, "losses": json.dumps(losses)}
-    )
-    atomic.write(path, data)
-
-
-def _resume(
-    path: Path,
-    names: Mapping[nn.Parameter, str],
-    optimizer: torch.optim.Optimizer,
-    identity: str,
-    losses: list[float],
-) -> None:
-    if not path.exists():
-        return
-    header = read_header(path)
-    try:
-        same = (
-            header.metadata["format"] == "nibble_training"
-            and header.metadata["identity"] == identity
-        )
-        done = json.loads(header.metadata["losses"])
-    except (KeyError, ValueError) as error:
-        raise FileRefused(
-            f"{path.name} is no state of a training run; delete it or choose another name."
-        ) from error
-    if not same:
-        raise FileRefused(
-            f"{path.name} belongs to a training run with other options, layers or another model;"
-            " delete it or choose another name."
-        )
-    for parameter, name in names.items():
-        with torch.no_grad():
-            parameter.copy_(read_tensor(header, name))
-        moments = {
-            moment: read_tensor(header, f"{name}.{moment}").to(parameter.device)
-            for moment in _MOMENTS
-            if f"{name}.{moment}" in header.tensors
-        }
-        if moments:  # SGD has none
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(done))), **moments}
-    losses.extend(done)

@@ -23,8 +23,8 @@ SEEDED = 32  # sub-vectors a codeword that k-means++ looks at
 ITERATIONS = 20
 _CACHED = 1 << 18  # distances held at once on a CPU: 1 MiB
 _SPARED = 1 << 26  # … on a GPU
-# added to a distance, so that a codeword that is hit exactly has a finite ratio (as in VQ4DiT's
-# code)
+# added to a distance, as a share of the last candidate's, so that a codeword that is hit exactly
+# has a finite ratio; VQ4DiT's code adds 1e-5 itself, which depends on the unit of the weights
 _TOUCH = 1e-5
 
 
@@ -108,7 +108,7 @@ def nearest(
     vectors: Tensor, codebook: Tensor, count: int = 1, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The `count` nearest codewords of each vector, nearest first: indices int64 (V, count),
-    distances float32 (V, count).
+    distances (those of `d` above: squares) float32 (V, count).
 
     Shapes: vectors (V, D) · codebook (C, D) · weights (V, D) | None
     """
@@ -202,15 +202,18 @@ def kmeans(
     return codebook
 
 
-def logits(distances: Tensor, inverse: bool = True) -> Tensor:
-    """Start of the candidates' z (V, n) from their distances (V, n): ratios in inverse proportion
-    to distance (as VQ4DiT's code has it, and what works), or all equal (as the paper says).
+def logits(squared: Tensor, inverse: bool = True) -> Tensor:
+    """Start of the candidates' z (V, n) from the squares of their distances (V, n), nearest first,
+    as `nearest` gives them: ratios in inverse proportion to the Euclidean distance (as VQ4DiT's
+    code has it, and what works), or all equal (as the paper says).
+
+        z_j = log(d_last / d_j)     d = |v - c|
     """
-    return (
-        torch.log(distances[:, -1:] + _TOUCH) - torch.log(distances + _TOUCH)
-        if inverse
-        else torch.zeros_like(distances)
-    )
+    if not inverse:
+        return torch.zeros_like(squared)
+    last = squared[:, -1:]
+    shares = torch.where(last > 0, squared / last.clamp_min(torch.finfo(last.dtype).tiny), 1.0)
+    return math.log1p(_TOUCH) - torch.log(shares.sqrt() + _TOUCH)
 
 
 def mix(codebook: Tensor, candidates: Tensor, ratios: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class _ClosedFormQuantizer(_VQQuantizer):
         device: torch.device,
     ):
         super().__init__(job, writer, monitor, device)
-        self.statistics = measurement.statistics
+        self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         for layer in layers:
@@ -184,7 +184,7 @@ class _CalibratedQuantizer(_VQQuantizer):
         if all(name in self.writer.finished for name in planned):
             return
         with torch.inference_mode(False):
-            calibrator = self.checked(lambda: BlockCalibrator(self.teacher, planned))
+            calibrator = BlockCalibrator(self.teacher, planned)
             for block, names in calibrator.blocks.items():
                 self.start(block)
                 members = [planned[name] for name in names]
@@ -204,10 +204,7 @@ class _CalibratedQuantizer(_VQQuantizer):
     def _calibrate(self, calibrator: BlockCalibrator, block: str, layers: list[LayerPlan]) -> None:
         began = time.monotonic()
         inputs, stats = calibrator.inputs(block, seed=self.recipe.seed)
-        students = {
-            layer.name: self.checked(partial(self._student, layer, stats.get(layer.name)))
-            for layer in layers
-        }
+        students = {layer.name: self._student(layer, stats.get(layer.name)) for layer in layers}
         gain = ""
         if inputs:
             targets = calibrator.targets(block, inputs)
@@ -255,11 +252,7 @@ class _CalibratedQuantizer(_VQQuantizer):
 
         module = calibrator.student.get_submodule(block)
         with allowing_writes([module]):  # ComfyUI's blocks add to their inputs in place
-            return self.checked(
-                lambda: calibrate.learn(
-                    module, students, targets, self.recipe, self.seed(block), watch
-                )
-            )
+            return calibrate.learn(module, students, targets, self.recipe, self.seed(block), watch)
 
     def _student(self, layer: LayerPlan, stats: InputStats | None) -> HardVQLinear:
         """A layer at the start of calibration."""

@@ -5,7 +5,7 @@ makes.
 import math
 from dataclasses import dataclass
 
-from ..files.checkpoint import CODEWORDS
+from ..files.layer_formats import CODEWORDS
 from ..job.recipe import FromPreset
 from . import codebook as codebooks
 from .fit import LayerOptions

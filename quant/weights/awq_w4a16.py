@@ -10,6 +10,7 @@ nibble = even column.
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ...kernels import ops
@@ -77,6 +78,11 @@ class W4A16Weight(StoredWeight):
     def rank(self) -> int:
         """R of what was merged beside the 4-bit weights; 0: nothing."""
         return 0 if self.proj_down is None else self.proj_down.shape[1]
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets: that of its scales."""
+        return self.scale.dtype
 
     def facts(self) -> dict:
         """The layer's JSON: the format, and the rank where there is one."""

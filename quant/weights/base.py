@@ -60,6 +60,16 @@ class StoredWeight:
         assert self.proj_down is not None  # each format checks that they go together
         return self.proj_down, self.proj_up
 
+    @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return next(iter(self._tensors().values())).device
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets."""
+        raise NotImplementedError
+
     def facts(self) -> dict:
         """The layer's JSON."""
         return {"format": self.FORMAT}
@@ -184,7 +194,10 @@ class StoredLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         for name, suffix in weight.SUFFIXES.items():
             tensor = getattr(weight, name)
-            if name in trainable and tensor is not None:
+            if tensor is None:
+                # a buffer of None would be an input that torch.export has no tensor for
+                setattr(self, suffix, None)
+            elif name in trainable:
                 self.register_parameter(suffix, nn.Parameter(tensor))
             else:
                 self.register_buffer(suffix, tensor)

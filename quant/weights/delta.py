@@ -15,6 +15,15 @@ import torch
 from torch import Tensor
 
 RANK_STEP = 16  # kernels read a low-rank branch in steps of this
+# What ComfyUI writes of a patched layer beside its format's own tensors when it saves a model: the
+# field of a WeightDelta, the tensor's name and its shape (S: the rank of the change).
+SIDE = {
+    "dense": ("weight_delta", "N,K"),
+    "row_scale": ("weight_row_scale", "N"),
+    "row_fold": ("weight_row_fold", "N"),
+    "down": ("weight_side_down", "K,S"),
+    "up": ("weight_side_up", "N,S"),
+}
 
 
 def round_rank(rank: int) -> int:

@@ -3,11 +3,13 @@
 from typing import TypeVar
 
 from ..files.checkpoint import QuantizedFile
+from ..files.errors import FileRefused, reading
 from .awq_w4a16 import W4A16Weight
 from .svdquant_w4a4 import SVDQuantWeight
 from .vq import VQWeight
 
 FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
+AnyWeight = TypeVar("AnyWeight", SVDQuantWeight, W4A16Weight, VQWeight)
 Weight = SVDQuantWeight | W4A16Weight | VQWeight
 FORMATS: dict[str, type[Weight]] = {
     SVDQuantWeight.FORMAT: SVDQuantWeight,
@@ -16,8 +18,24 @@ FORMATS: dict[str, type[Weight]] = {
 }
 
 
-def weight_of(file: QuantizedFile, name: str) -> Weight:
-    """A quantized linear of a file. Raises FileRefused and ValueError where its tensors do not fit
-    together.
+def refuse_patched(file: QuantizedFile) -> None:
+    """Raises FileRefused for a file whose layers have patches beside them: only a MODEL holds
+    those.
     """
-    return FORMATS[file.layers[name]["format"]].from_tensors(file.layer(name), name)
+    if file.patched:
+        raise FileRefused(
+            f"{file.path.name} was saved with a LoRA beside {len(file.patched)} of its layers"
+            f" ({file.patched[0]}), which only the loading nodes can read; use the file that it was"
+            " made from, and Merge and Save for the LoRA."
+        )
+
+
+def weight_of(file: QuantizedFile, name: str) -> Weight:
+    """A quantized linear of a file. Raises FileRefused where its tensors do not fit together or are
+    not finite, and for one with a patch beside it, which a format has no place for.
+    """
+    refuse_patched(file)
+    with reading(file.path, file.remedy):
+        tensors = file.layer(name)
+        file.check_finite(tensors)
+        return FORMATS[file.layers[name]["format"]].from_tensors(tensors, name)

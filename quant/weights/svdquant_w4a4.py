@@ -118,6 +118,11 @@ class SVDQuantWeight(StoredWeight):
         """R of the low-rank branch."""
         return self.proj_down.shape[1]
 
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets: that of its scales."""
+        return self.scale.dtype
+
     def facts(self) -> dict:
         """The layer's JSON: format, rank, and the options that differ from plain SVDQuant."""
         options = {

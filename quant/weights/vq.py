@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...kernels import ops, reference
 from ...kernels.reference import vq as reference_vq
-from ..files.checkpoint import CODEWORDS
+from ..files.layer_formats import CODEWORDS
 from .base import StoredLinear, StoredWeight, same_tensor
 from .packing import unpack_indices
 
@@ -101,6 +101,11 @@ class VQWeight(StoredWeight):
     def rank(self) -> int:
         """R of the low-rank branch, 0 without one."""
         return 0 if self.proj_down is None else self.proj_down.shape[1]
+
+    @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of a low-rank branch that it gets: that of its scales, or of its codebook."""
+        return self.codebook.dtype if self.scale is None else self.scale.dtype
 
     @property
     def bits_per_weight(self) -> float:

@@ -11,7 +11,9 @@ is given a copy here, so that it is not broken. Prompts and noise are held out: 
 of calibration and from `prompts.SCORED`, with sight of which thresholds and presets were chosen.
 Rules that decide while they draw see each prompt alone; schedules fixed before draw them as one
 batch. Time is CPU time of the sampling loop over that of uncached runs of the same form in between;
-a forward is a run through the model's blocks, counted by a hook.
+a forward is a run through the model's blocks, counted by a hook. "schedules": the presets under
+every way of ComfyUI to mix and space noise, beside as many plain steps (--only schedules: these
+alone).
 """
 
 import argparse
@@ -24,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 import comfyui_in_process
-from bench.cache import drawing, methods, overhead, summary
+from bench.cache import drawing, methods, overhead, schedules, summary
 
 
 def main() -> None:
@@ -88,6 +90,8 @@ def main() -> None:
             ):
                 measure(setting)
             save()
+        if not options.only or "schedules" in options.only:
+            save(schedules=schedules.by_schedule(bench))
         save(overhead=overhead.overhead(bench, 16 if options.quick else 48), finished=True)
     for row in facts["summary"]:
         found = row["at_half_forwards"]

@@ -27,7 +27,7 @@ from bench import machine
 from nibble.kernels import ops, which
 from nibble.quant.files.architectures import known_shapes, plan, recognise
 from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix
-from nibble.quant.modulation.precompute import ModulationCache
+from nibble.quant.modulation.precompute import LayerState, ModulationCache
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.weights.awq_w4a16 import W4A16Weight
 
@@ -105,8 +105,6 @@ def products(shapes: list[tuple[int, int]], rounds: int, copies: int) -> dict:
 class Layer:
     """One of the cache's layers."""
 
-    is_hooked = False
-
     def __init__(self, name: str, n: int, k: int, seed: int):
         self.name, self.in_features, self.out_features, self._packed = (
             name,
@@ -115,7 +113,11 @@ class Layer:
             CpuInt4Matrix(matrix(n, k, seed), torch.bfloat16),
         )
 
-    def compute(self, rows: torch.Tensor, fast: bool) -> torch.Tensor:
+    def state(self) -> LayerState:
+        """Nothing changes it."""
+        return LayerState(())
+
+    def compute(self, rows: torch.Tensor, fast: bool, state: LayerState) -> torch.Tensor:
         return self._packed.product(rows)
 
 

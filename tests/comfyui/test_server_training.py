@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from comfyui_server import Refused
-from demo_graphs import FLUX, VAE, Graph
+from demo_graphs import FLUX, VAE, Graph, psnr
 
 STEPS = 6
 PLACES = {"left": 8, "right": 40}
@@ -178,7 +178,7 @@ def test_stopped_it_goes_on_and_ends_as_if_it_had_not_been(server, quantized):
     [
         ({"model": FLUX}, "in 16 bits and has no integers"),
         ({"layers": "nothing.*"}, "No 4-bit layer"),
-        ({"filename": "../mine"}, "outside ComfyUI's intlora folder"),
+        ({"filename": "../mine"}, "leads out of the folder"),
     ],
 )
 def test_wrong_inputs_are_refused_in_words(server, quantized, changes, said):
@@ -187,3 +187,20 @@ def test_wrong_inputs_are_refused_in_words(server, quantized, changes, said):
     with pytest.raises(Refused, match=said):
         server.run(graph.nodes)
     assert not list(server.folder("intlora").glob("never*"))
+
+
+def test_a_16_bit_model_is_rounded_taught_and_drawn_with(server):
+    """Before anything is learned, MUL in 8 bits is near the 16-bit picture."""
+    rounded = {"base": "round to nearest, 8 bits", "variant": "mul", "preview_every": 0}
+    dense = picture(server, FLUX)
+    for name, rate in (("idle", 1e-7), ("learned", 0.005)):
+        graph, _ = training(name, FLUX, learning_rate=rate, **rounded)
+        server.run(graph.nodes)
+    idle = picture(server, FLUX, intlora="idle.intlora.safetensors")
+    learned = picture(server, FLUX, intlora="learned.intlora.safetensors")
+    print(psnr(idle, dense), psnr(learned, dense))
+    assert psnr(idle, dense) > 25
+    assert np.abs(learned - idle).mean() > 0.003
+    again = picture(server, FLUX, intlora="learned.intlora.safetensors")
+    assert np.array_equal(again, learned)
+    assert np.array_equal(picture(server, FLUX), dense), "nothing is left on the model"

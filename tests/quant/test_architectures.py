@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from nibble.quant.files.architectures import flux1_shapes, known_shapes, natural, plan, recognise
+from nibble.quant.files.architectures import (
+    flux1_shapes,
+    known_shapes,
+    missing_layer,
+    natural,
+    plan,
+    recognise,
+)
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import predict
 from nibble.quant.svdquant.recipe import Recipe
@@ -189,3 +196,22 @@ def test_the_size_of_flux1_dev_is_predicted_to_the_byte_from_shapes():
         < report.bytes_after
         < sum(row.bytes_after for row in report.rows) + 1_000_000
     )
+
+
+@pytest.mark.parametrize("layer", ["double_blocks.1.img_attn.qkv", "single_blocks.2.linear2"])
+def test_a_model_that_lacks_a_layer_between_others_is_refused(layer):
+    shapes = dict(flux1_shapes(3, 4, 128, 64, 64))
+    plan(shapes, recognise(shapes, "m"), Recipe())
+    del shapes[f"{layer}.weight"]
+    with pytest.raises(FileRefused, match=rf"m lacks the layer {layer}, .* download it again"):
+        plan(shapes, recognise(shapes, "m"), Recipe(), "m")
+
+
+def test_a_layer_that_only_the_first_or_last_blocks_have_is_not_missed():
+    shapes = dict(flux1_shapes(3, 4, 128, 64, 64))
+    del shapes["single_blocks.3.linear2.weight"], shapes["double_blocks.0.txt_mlp.0.weight"]
+    assert plan(shapes, recognise(shapes, "m"), Recipe(), "m")
+    built = ["img_in", "double_blocks.0.img_attn.proj", "single_blocks.3.linear2"]
+    refusal = missing_layer(shapes, built, "m.safetensors")
+    assert "m.safetensors lacks the layer single_blocks.3.linear2" in str(refusal)
+    assert missing_layer(shapes, built[:2], "m.safetensors") is None

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from calls import planned_and_opened_once
+from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.cli import methods
 from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
@@ -85,3 +86,34 @@ def test_another_program_s_file_is_refused_before_anything_is_measured(source, t
     save_file({"x": torch.zeros(1)}, target)
     with pytest.raises(FileRefused, match="was not made by Nibble"):
         methods.prepare(source, target, RECIPES["svdquant"])
+
+
+def overflowed(source, name, value):
+    """A source in which one weight holds a value, and what a model measured with it reads."""
+    from safetensors.torch import load_file
+
+    state = load_file(source)
+    state[name].view(-1)[3] = value
+    stats = InputStats.empty(128, samples=8)
+    stats.update(torch.full((2, 128), float("nan")))
+    return state, Measurement({"kind": "prompts"}, lambda layer: stats)
+
+
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (float("nan"), "broken.safetensors holds NaN or infinity in single_blocks.0.linear2"),
+        (1.0, "broken.safetensors overflowed while it was measured: double_blocks.0"),
+    ],
+)
+def test_inputs_that_are_not_finite_are_told_with_the_tensor_that_is_the_cause(
+    source, tmp_path, method, value, words
+):
+    state, measurement = overflowed(source, "single_blocks.0.linear2.weight", value)
+    path, target = tmp_path / "broken.safetensors", tmp_path / "q.safetensors"
+    save_file(state, path)
+    job = methods.prepare(path, target, RECIPES[method])
+    with pytest.raises(FileRefused, match=words):
+        job.write(measurement)
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.safetensors"]

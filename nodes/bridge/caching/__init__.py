@@ -8,6 +8,7 @@ wrap_blocks.py       all blocks as one
 wrap_sublayers.py    every block, or its parts
 hooks.py             a visitor at every block
 models.py            where each model family can be hooked
+features.py          what TeaCache watches of a model
 controlnet.py        ControlNets run only for computed steps
 sample.py            TeaCache Sampler
 calibrate.py         Calibrate Cache

@@ -8,23 +8,33 @@ is on a model at a time: applying again replaces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.error_control import ErrorControl
-from ....accel.caching.steps import Record, Window
+from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
+from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
-from .calibration_file import Calibration
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
-from .models import family_of, level_of, published
-from .run import KEY, Run, sampling, uncached
-from .settings import AUTO, PRESETS, STORES, CachingChoice, SmoothCacheSettings, TeaCacheSettings
+from .models import family_of, level_of, published, published_for
+from .run import KEY, Run, flow_time, sampling, uncached
+from .settings import (
+    AUTO,
+    PRESETS,
+    STORES,
+    CachingChoice,
+    SmoothCacheSettings,
+    TeaCacheSettings,
+    threshold_of,
+)
 from .wrap_blocks import around_blocks
 from .wrap_steps import around_model
 from .wrap_sublayers import SublayerSchedule, around_sublayers, kinds
@@ -73,13 +83,15 @@ def apply_teacache(
     for another model's calibration.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     level = _level(model, settings)
+    if level == "step":
+        settings = _by_error(settings)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
-        if settings.rule == "error" or level == "step":
-            rule, feature = _error_control(settings, schedule), ""
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
+        if settings.rule == "error":
+            rule, feature = _error_control(settings, flow.times(schedule)), ""
         else:
             rule, feature = _teacache(guider, settings, calibration, latent)
         return Run(
@@ -89,9 +101,10 @@ def apply_teacache(
             rule=rule,
             reuse=settings.reuse,
             store=STORES[settings.store],
-            record=Record(len(schedule) - 1, settings.threshold, settings.rule, level=level),
+            record=Record(len(schedule) - 1, rule.threshold, settings.rule, level=level),
             watch=watch,
             feature=feature,
+            flow=flow,
         )
 
     if level == "step":
@@ -108,14 +121,18 @@ def _level(model: ModelPatcher, settings: TeaCacheSettings) -> str:
     return "step" if "step" in (wanted, level_of(model)) else "blocks"
 
 
-def _error_control(settings: TeaCacheSettings, sigmas: list[float]) -> ErrorControl:
-    """Also for TeaCache's own rule where a model offers no blocks to hook: its thresholds are of
-    another kind, so they are held down to a preset's.
+def _by_error(settings: TeaCacheSettings) -> TeaCacheSettings:
+    """The rule of whole steps, where a model offers no blocks to watch. Thresholds of TeaCache's
+    own rule are of another kind, so they are held down to a preset's.
     """
-    threshold = settings.threshold
-    if settings.rule != "error":
-        threshold = min(threshold, PRESETS["balanced"])
-    return ErrorControl(threshold, tuple(sigmas), settings.reuse, settings.window)
+    if settings.rule == "error":
+        return settings
+    threshold = min(settings.threshold, PRESETS["balanced"])
+    return dataclasses.replace(settings, rule="error", threshold=threshold, preset=None)
+
+
+def _error_control(settings: TeaCacheSettings, times: tuple[float, ...]) -> ErrorControl:
+    return ErrorControl(settings.threshold, times, settings.reuse, settings.window)
 
 
 def _teacache(
@@ -139,9 +156,8 @@ def _teacache(
     shipped = published(guider.model_patcher, reference, large)
     if shipped is None:
         return TeaCache(IDENTITY, settings.threshold, settings.window), own
-    first = max(settings.first, shipped.first) if settings.first else 0
-    window = Window(settings.start, settings.end, first, settings.last)
-    return TeaCache(shipped.polynomial, settings.threshold, window), shipped.feature
+    threshold, window = threshold_of(shipped, settings), shipped.window(settings.window)
+    return TeaCache(shipped.polynomial, threshold, window), shipped.feature
 
 
 def apply_smoothcache(
@@ -154,7 +170,7 @@ def apply_smoothcache(
     evenly spread. Raises ValueError and FileRefused.
     """
     if calibration is not None:
-        calibration.check(model)
+        calibration.check(fingerprint(model))
     elif settings.budget is None:
         raise ValueError(
             "SmoothCache needs a calibration of this model: run the node Calibrate Cache once, or"
@@ -163,12 +179,12 @@ def apply_smoothcache(
     family = family_of(model.model.diffusion_model)
     depth = settings.depth if family else "step"
     scheduled = ["step"] if depth == "step" else kinds(family, depth)
-    if calibration is not None and settings.budget is None:
-        calibration.need(scheduled)
+    if calibration is not None:
+        _need(calibration, settings, scheduled)
 
     def make(guider, sampler, sigmas, latent) -> Run:
-        schedule = [float(s) for s in sigmas]
-        masks = masks_for(settings, calibration, schedule, scheduled)
+        schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
+        masks = masks_for(settings, calibration, flow.times(schedule), scheduled)
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
         else:
@@ -182,6 +198,7 @@ def apply_smoothcache(
             store=STORES[settings.store],
             record=Record(len(schedule) - 1, None, "schedule", level=depth),
             watch=watch,
+            flow=flow,
         )
 
     if depth == "step":
@@ -189,14 +206,22 @@ def apply_smoothcache(
     return _wrapped(model, make, family.hook, around_sublayers(family, depth))
 
 
+def _need(calibration: Calibration, settings: SmoothCacheSettings, scheduled: list[str]) -> None:
+    """Raises FileRefused where the schedule cannot be made of what was measured."""
+    if settings.budget is None:
+        calibration.need(scheduled)
+    else:
+        calibration.need_velocities()
+
+
 def masks_for(
     settings: SmoothCacheSettings,
     calibration: Calibration | None,
-    sigmas: list[float],
+    times: Sequence[float],
     scheduled: list[str],
 ) -> dict[str, list[bool]]:
-    """kind → which steps compute it, for this run's sigmas (steps + 1 values)."""
-    steps = len(sigmas) - 1
+    """kind → which steps compute it, for this run's times (steps + 1 values)."""
+    steps = len(times) - 1
     if settings.budget is not None:
         budget = min(max(settings.budget, 2), steps)
         if steps < 2:
@@ -204,13 +229,13 @@ def masks_for(
         elif calibration is None:
             mask = mask_search.uniform(steps, budget)
         else:
-            mask = calibration.mask(budget, sigmas, settings.reuse)
+            mask = calibration.mask(budget, times, settings.reuse)
         return {"step": mask}
     if steps < 2:
         return {kind: [True] * steps for kind in scheduled}
     masks = {}
     for kind in scheduled:
-        curve = calibration.curve(kind).at(calibration.sigmas[:-1], sigmas[:-1])
+        curve = calibration.curves[kind].at(calibration.times[:-1], times[:-1])
         masks[kind] = smoothcache.greedy_mask(curve.mean, settings.alpha)
     return masks
 
@@ -247,7 +272,8 @@ def notes(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
         )
     if calibration is not None and sigmas is not None:
-        sentences += calibration.fits(sigmas, sampler)
+        times = flow_time(model).times(sigmas)
+        sentences += calibration.fits(times, sampler)
     return sentences
 
 
@@ -261,12 +287,20 @@ def _teacache_notes(
             f"{_name(model)} offers no hooks to its blocks: whole steps are reused, with the rule"
             f" 'error' and a threshold of at most {PRESETS['balanced']:g}."
         ]
-    fitted = calibration is not None and calibration.polynomial
-    if settings.coefficients or fitted or published(model):
+    if settings.coefficients or (calibration is not None and calibration.polynomial):
         return []
+    entries = published_for(model)
+    if not entries:
+        return [
+            f"There are no published TeaCache coefficients for {_name(model)} of this size: the"
+            " change of its input is taken as it is. Run Calibrate Cache on it once to fit them, or"
+            " choose the rule 'error', which needs none."
+        ]
     return [
-        f"Nobody has published coefficients for {_name(model)}: the change of the input is taken as"
-        " it is. Calibrate Cache can fit them."
+        f"The coefficients are those of {entry.model}. For {entry.unfitted}, of the same shape,"
+        " there are none: run Calibrate Cache once on that, or choose the rule 'error'."
+        for entry in entries
+        if entry.unfitted
     ]
 
 

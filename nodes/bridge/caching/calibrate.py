@@ -10,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..host import folders
+from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
 from .calibration_file import FOLDER, calibration_files, open_calibration
 from .charts import calibration_chart
@@ -33,14 +34,22 @@ def calibrate(job: CalibrationJob) -> tuple[str, dict]:
     """
     name = file_name(job.filename, job.setup.model, job.setup.sigmas)
     if name in calibration_files() and not job.overwrite:
-        known = open_calibration(name)
-        known.check(job.setup.model)
-        again = "measured before; switch overwrite on to measure again"
-        return name, calibration_chart(known, name, again)
-    calibration = measure(job.setup, Progress("measuring", job.node_id))
-    target, _ = folders.place(name, FOLDER)
-    calibration.save(target)
+        return name, _measured_before(name, job)
+    with folders.new_file(name, FOLDER, job.overwrite) as new:
+        # another ComfyUI may have measured it while this one came here
+        if name in calibration_files() and not job.overwrite:
+            return name, _measured_before(name, job)
+        calibration = measure(job.setup, Progress("measuring", job.node_id))
+        calibration.save(new.path)
     return name, calibration_chart(calibration, name)
+
+
+def _measured_before(name: str, job: CalibrationJob) -> dict:
+    """The chart of a file. Raises FileRefused for another model's."""
+    known = open_calibration(name)
+    known.check(fingerprint(job.setup.model))
+    again = "measured before; switch overwrite on to measure again"
+    return calibration_chart(known, name, again)
 
 
 def file_name(wanted: str, model: ModelPatcher, sigmas: torch.Tensor) -> str:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.steps import Cell, Record
-from .calibration_file import Calibration
 
 # how deep a model lets caching go
 LEVELS = {"sublayer": "blocks and their parts", "blocks": "blocks", "step": "whole steps"}

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from .features import TIMESTEP
 from .models import Blocks, ModelFamily, block_list
 
 
@@ -89,13 +90,17 @@ def hooked_blocks(
     patches_replace = {**options.get("patches_replace", {}), "dit": replace}
     with ExitStack() as stack:
         shadows: dict[str, list] = {}
+        watched: dict[str, torch.Tensor] = {}
+        if family.timestep:
+            embedder = WatchedModule(getattr(network, family.timestep), TIMESTEP, watched)
+            shadow_attr(stack, network, family.timestep, embedder)
         for site in block_sites(network, family):
             if site.blocks.replace:
                 key = (site.blocks.replace, site.index)
                 replace[key] = _replacement(site, replace.get(key), model_pass)
             else:
                 shadows.setdefault(site.blocks.attribute, []).append(
-                    ShadowedBlock(site, model_pass)
+                    ShadowedBlock(site, model_pass, watched)
                 )
         for name, blocks in shadows.items():
             held = getattr(network, name)
@@ -153,12 +158,13 @@ def _replacement(site: BlockSite, previous: Callable | None, model_pass: Pass) -
 
 class ShadowedBlock:
     """Stands in a list of blocks for one of them: called as the block is, and lends its
-    attributes.
+    attributes. watched: what the pass is told beside the block's own arguments.
     """
 
-    def __init__(self, site: BlockSite, model_pass: Pass):
+    def __init__(self, site: BlockSite, model_pass: Pass, watched: dict[str, torch.Tensor]):
         self.site = site
         self.model_pass = model_pass
+        self.watched = watched
 
     def __getattr__(self, name: str):
         return getattr(self.site.module, name)
@@ -181,12 +187,28 @@ class ShadowedBlock:
             self.site,
             argument(blocks.image),
             argument(blocks.text),
-            dict(enumerate(args)) | kwargs,
+            dict(enumerate(args)) | kwargs | self.watched,
             compute,
         )
         if len(blocks.returns) == 1:
             return image
         return tuple(image if name == "img" else text for name in blocks.returns)
+
+
+class WatchedModule:
+    """Stands before a sub-module: called as it is, lends its attributes, and notes what it gave."""
+
+    def __init__(self, module: torch.nn.Module, name: str, notes: dict[str, torch.Tensor]):
+        self.module = module
+        self.name = name
+        self.notes = notes
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+    def __call__(self, *args, **kwargs):
+        self.notes[self.name] = self.module(*args, **kwargs)
+        return self.notes[self.name]
 
 
 class ShadowedSublayer:

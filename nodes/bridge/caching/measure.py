@@ -22,6 +22,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.smoothcache import FARTHEST, Recorder
 from ....accel.caching.steps import Record, Step
@@ -29,11 +30,12 @@ from ....accel.caching.teacache import distance, fit
 from ..host.fingerprint import fingerprint, weights_of
 from ..host.progress import Progress
 from ..host.samplers import sampler_name
-from .calibration_file import Calibration
+from .features import FEATURES
 from .hooks import BlockSite, hooked_blocks, shadow_sublayers
-from .models import DEPTHS, FEATURES, ModelFamily, family_of, published
-from .run import KEY, ModelCall, Run, model_call, sampling, substitute, uncached
+from .models import DEPTHS, ModelFamily, family_of, published
+from .run import KEY, ModelCall, Run, flow_time, model_call, sampling, substitute, uncached
 
+NOTHING = 1e-12  # the mean size below which a value counts as 0
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same
 
 
@@ -131,6 +133,7 @@ def _about_run(setup: Measurement, samples: torch.Tensor) -> dict:
         "sampler": sampler_name(setup.sampler),
         "steps": setup.steps,
         "sigmas": [float(s) for s in setup.sigmas],
+        "flow": flow_time(setup.model).to_json(),
         "shift": float(shift) if isinstance(shift, (int, float)) else None,
         "cfg": setup.cfg,
         "latent": list(samples.shape),
@@ -179,7 +182,8 @@ class CalibrationRecorder:
         if seen and seen[-1][0] == step.index:
             return
         errors = self.errors.setdefault(kind, Recorder(self.steps, self.farthest))
-        norm = value.abs().float().mean()
+        # a part may give nothing at all, at which every other value is too far
+        norm = value.abs().float().mean().clamp(min=NOTHING)
         for before, old in seen:
             errors.add(before, step.index, float((value - old).abs().float().mean() / norm))
         seen.append((step.index, value))
@@ -227,14 +231,15 @@ def _recorded(
             reuse=Reuse(0),
             store=None,
             record=Record(recorder.steps),
+            flow=flow_time(guider.model_patcher),
         )
 
     def predicted(executor, *args, **kwargs):
-        """PREDICT_NOISE: the velocity that the sampler integrates, after guidance."""
+        """PREDICT_NOISE: the velocity that is integrated, after guidance."""
         run, x, sigma = args[2]["transformer_options"][KEY], args[0], args[1]
         denoised = executor(*args, **kwargs)
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        velocity = ((x - denoised) / level).float().cpu()
+        velocity = run.flow.velocity(x, denoised, level).float().cpu()
         recorder.velocities.setdefault(run.step(sigma).index, velocity)
         return denoised
 

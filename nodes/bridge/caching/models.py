@@ -8,7 +8,6 @@ show this table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,9 @@ class Blocks:
 class ModelFamily:
     """A family of models.
 
-    feature: TeaCache's F, one of FEATURES, where no published polynomial asks for another
+    feature: TeaCache's F, one of `features`, where no published polynomial asks for another
+    timestep: the sub-module that embeds the timestep alone, where the blocks receive it with more
+        added and are called through the shadowed list (see `hooks`)
     batch: the dimension of the batch in block tensors
     image_last: in a joined stream the image's tokens come after the text's
     wrapper: the model calls DIFFUSION_MODEL wrappers (else APPLY_MODEL carries the hooks)
@@ -57,6 +58,7 @@ class ModelFamily:
 
     blocks: tuple[Blocks, ...]
     feature: str = "tokens"
+    timestep: str = ""
     batch: int = 0
     image_last: bool = True
     wrapper: bool = True
@@ -140,7 +142,8 @@ FAMILIES: dict[str, ModelFamily] = {
                 vector="adaln_input",
             ),
         ),
-        "vector",
+        "timestep",
+        timestep="t_embedder",
         image_last=False,
     ),
     "CogVideoXTransformer3DModel": ModelFamily(
@@ -257,6 +260,8 @@ FAMILIES: dict[str, ModelFamily] = {
         (Blocks("patch_blocks", "block", image=0, text=1, vector=2, returns=("img", "txt")),)
     ),
 }
+# what classes call the width of their tokens
+_WIDTHS = ("hidden_size", "dim", "inner_dim", "hidden_size_x", "model_channels")
 # two latents in one stream; a model that keeps state of its own between calls
 _BY_STEP = {"LTXAVModel", "CausalWanModel"}
 
@@ -287,71 +292,6 @@ def block_list(diffusion_model: torch.nn.Module, blocks: Blocks) -> list:
     return list(held.values() if hasattr(held, "values") else held)
 
 
-def modulated(
-    block: torch.nn.Module, image: torch.Tensor, vector: object, arguments: dict
-) -> torch.Tensor | None:
-    """The first block's norm of the image's tokens, scaled and shifted by the timestep, as each
-    family names these things; None for others.
-    """
-    # LTX-Video
-    if hasattr(block, "scale_shift_table"):
-        table = block.scale_shift_table[None, None].to(image) + vector.reshape(
-            image.shape[0], vector.shape[1], block.scale_shift_table.shape[0], -1
-        )
-        return (
-            torch.nn.functional.rms_norm(image, image.shape[-1:]) * (1 + table[:, :, 1])
-            + table[:, :, 0]
-        )
-    # Mochi
-    if hasattr(block, "mod_x"):
-        return torch.nn.functional.rms_norm(image, image.shape[-1:]) * (
-            1 + block.mod_x(torch.nn.functional.silu(vector)).chunk(4, dim=1)[0].unsqueeze(1)
-        )
-    # Cosmos 1: (T, H, W, B, D)
-    if hasattr(block, "blocks"):
-        part = block.blocks[0]
-        lora = arguments.get("adaln_lora_B_3D")
-        shift, scale, _ = (part.adaLN_modulation(vector) + (0 if lora is None else lora)).chunk(
-            3, dim=1
-        )
-        return part.norm_state(image) * (1 + scale) + shift
-    if not hasattr(block, "img_norm1"):
-        return None
-    modulation = vector[0] if isinstance(vector, (tuple, list)) else block.img_mod(vector)
-    # FLUX, HunyuanVideo
-    if isinstance(modulation, (tuple, list)):
-        scale, shift = modulation[0].scale[:, :1], modulation[0].shift[:, :1]
-        return block.img_norm1(image) * (1 + scale) + shift
-    # Qwen-Image
-    shift, scale, _ = modulation.chunk(2, dim=-1)[0].chunk(3, dim=-1)
-    return block.img_norm1(image) * (1 + scale[: image.shape[0]].unsqueeze(1)) + shift[
-        : image.shape[0]
-    ].unsqueeze(1)
-
-
-def embedding(
-    block: torch.nn.Module, image: torch.Tensor, vector: object, arguments: dict
-) -> torch.Tensor | None:
-    """The embedding of the timestep that the first block receives."""
-    return vector if isinstance(vector, torch.Tensor) else None
-
-
-def tokens(
-    block: torch.nn.Module, image: torch.Tensor, vector: object, arguments: dict
-) -> torch.Tensor:
-    """The image's tokens as they enter the first block."""
-    return image
-
-
-# "first_residual", what the first block adds, is not here: it takes that block's output, see
-# wrap_blocks.
-FEATURES: dict[str, Callable[..., torch.Tensor | None]] = {
-    "modulated": modulated,
-    "vector": embedding,
-    "tokens": tokens,
-}
-
-
 def published(
     model: ModelPatcher, reference: bool = False, large: bool = False
 ) -> coefficients.Shipped | None:
@@ -360,7 +300,15 @@ def published(
     """
     network = model.model.diffusion_model
     traits = traits_of(network) | {"reference": reference, "large": large}
-    return coefficients.lookup([cls.__name__ for cls in type(network).__mro__], traits)
+    return coefficients.lookup(type(network).__name__, traits)
+
+
+def published_for(model: ModelPatcher) -> list[coefficients.Shipped]:
+    """Every entry that a loaded model may get, by what it will be given to sample."""
+    found = [
+        published(model, reference, large) for reference in (False, True) for large in (False, True)
+    ]
+    return [entry for i, entry in enumerate(found) if entry and entry not in found[:i]]
 
 
 def traits_of(diffusion_model: torch.nn.Module) -> dict:
@@ -368,13 +316,15 @@ def traits_of(diffusion_model: torch.nn.Module) -> dict:
     own configuration says.
     """
     family = family_of(diffusion_model)
-    widths = (getattr(diffusion_model, name, None) for name in ("hidden_size", "dim", "inner_dim"))
+    widths = (getattr(diffusion_model, name, None) for name in _WIDTHS)
     lists = family.blocks if family else ()
+    keyframes = getattr(getattr(diffusion_model, "img_emb", None), "emb_pos", None)
     traits = {
         "hidden": next((width for width in widths if isinstance(width, int)), None),
         "blocks": [len(getattr(diffusion_model, blocks.attribute)) for blocks in lists],
+        "keyframes": keyframes is not None,  # Wan 2.1 from a first and a last frame
     }
-    for name in ("model_type", "patch_size_t", "in_channels"):
+    for name in ("model_type", "patch_size_t", "in_channels", "in_dim"):
         if hasattr(diffusion_model, name):
             traits[name] = getattr(diffusion_model, name)
     return traits

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.model_sampling import CONST
 from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching.extrapolate import History, Reuse
+from ....accel.caching.flow_time import FlowTime
 from ....accel.caching.steps import Decision, Record, Step
 from ..host import keys
 from ..host.samplers import sampler_name
@@ -51,8 +53,8 @@ ONE_CALL_A_STEP = {
 }
 
 # Samplers that add fresh noise: the velocity jumps with it from step to step, the picture that it
-# points to does not.
-NOISY = ("ancestral", "sde", "lcm", "ddpm")
+# points to does not. Parts of their names.
+NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 
 
 @dataclass
@@ -79,8 +81,8 @@ class Stream:
 
 @dataclass(eq=False)
 class Run:
-    """sigmas: steps + 1. rule: what has .decider(). store: where kept tensors live (None: where
-    they are made). feature: TeaCache's F.
+    """sigmas: steps + 1; flow: their time. rule: what has .decider(). store: where kept tensors
+    live (None: where they are made). feature: TeaCache's F.
     """
 
     sigmas: list[float]
@@ -92,14 +94,16 @@ class Run:
     record: Record
     watch: Callable[[Record], None] | None = None
     feature: str = ""
+    flow: FlowTime = FlowTime()
     streams: dict[tuple, Stream] = field(default_factory=dict, init=False)
     steps_done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._asked: dict[tuple, tuple[float, int]] = {}
+        self._times = self.flow.times(self.sigmas)
         name = sampler_name(self.sampler)
-        self.noisy = any(word in name for word in NOISY)
         churned = getattr(self.sampler, "extra_options", {}).get("s_churn")
+        self.noisy = bool(churned) or any(word in name for word in NOISY)
         self.counted = name in ONE_CALL_A_STEP and not churned
 
     @property
@@ -112,17 +116,18 @@ class Run:
         """
         if self.counted:
             index = min(self.steps_done, self.total - 1)
-            return Step(index, self.total, self.sigmas[index])
+            return Step(index, self.total, self.sigmas[index], self._times[index])
         level = float(sigma.max())
-        index = min(range(self.total), key=lambda i: abs(self.sigmas[i] - level))
-        return Step(index, self.total, level)
+        time = self.flow.time(level)
+        index = min(range(self.total), key=lambda i: abs(self._times[i] - time))
+        return Step(index, self.total, level, time)
 
     def streams_of(self, options: dict, step: Step, x: torch.Tensor) -> list[Stream]:
         """The streams that this call's batch x (latents) is made of, in order."""
         uuids = options.get("uuids") or [None]
         shape = (x.shape[0] // len(uuids), *x.shape[1:])
         call = (_window(options), _replaced(options), _hooks(self.patcher), str(x.device))
-        times = self._times((tuple(uuids), *call), step.sigma)
+        times = self._asked_before((tuple(uuids), *call), step.sigma)
         streams = []
         for position, uuid in enumerate(uuids):
             key = (uuid, uuids[:position].count(uuid), times, *call)
@@ -138,7 +143,7 @@ class Run:
             streams.append(stream)
         return streams
 
-    def _times(self, call: tuple, sigma: float) -> int:
+    def _asked_before(self, call: tuple, sigma: float) -> int:
         last, times = self._asked.get(call, (None, 0))
         times = times + 1 if last == sigma else 0
         self._asked[call] = (sigma, times)
@@ -162,6 +167,16 @@ class Run:
         self.record.done = min(self.steps_done, self.total)
         if self.watch:
             self.watch(self.record)
+
+
+def flow_time(model: ModelPatcher) -> FlowTime:
+    """The time of a model's noise levels, by how ComfyUI mixes its noise with data."""
+    levels = model.get_model_object("model_sampling")
+    return FlowTime(
+        mixes=isinstance(levels, CONST),
+        noise=float(getattr(levels, "noise_scale", 1.0)),
+        data=float(getattr(levels, "sigma_data", 1.0)),
+    )
 
 
 def sampling(make: Callable[..., Run]) -> Callable:

@@ -10,19 +10,24 @@ from dataclasses import dataclass
 
 from comfy.model_patcher import ModelPatcher
 
+from ....accel.caching.calibration_file import Calibration
+from ....accel.caching.coefficients import Shipped
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.steps import Window
 from ....accel.caching.teacache import Polynomial
+from ....quant.files.errors import FileRefused
 from ..host.fingerprint import PLAIN, weights_of
-from .calibration_file import Calibration, calibration_files, find, open_calibration
-from .models import DEPTHS, FEATURES, published
+from .calibration_file import calibration_files, find, open_calibration
+from .features import FEATURES
+from .models import DEPTHS, published_for
 
 CUSTOM = "custom"
 AUTO, NONE = "auto", "none"
 RULES = ("error", "teacache")
 LEVELS = (AUTO, "blocks", "step")  # what TeaCache reuses
 STORES = {"gpu": None, "cpu": "cpu"}  # where reused results live; None: where they were made
-# how a skipped step's result is made of the computed ones
+_KNOWN_FEATURES = ("first_residual", *FEATURES)
+# how a skipped step's result is made of the computed ones; auto: as the rule has it
 ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
 HIGHEST_THRESHOLD = 3.0
 # Thresholds of error control; what they cost and give: tests/bench/results/cache-*.json. Rounding
@@ -30,21 +35,23 @@ HIGHEST_THRESHOLD = 3.0
 # skips nothing.
 PRESETS = {"quality": 0.01, "balanced": 0.03, "fast": 0.1}
 LOW_BIT_PRESETS = {"quality": 0.02, "balanced": 0.05, "fast": 0.1}
-# TeaCache's rule with a polynomial of one's own: the paper's slow and fast, and half of slow
+# TeaCache's rule where no published entry brings thresholds: the paper's slow and fast, and half of
+# slow
 PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReuseSettings:
     """What both methods share. start, end, first, last: the steps that may be reused, see `Window`;
-    order, damping: how a skipped result is guessed, see `Reuse`; store: a key of STORES.
+    order, damping: how a skipped result is guessed, see `Reuse`, None: by the rule's own order;
+    store: a key of STORES.
     """
 
     start: float = 0.0
     end: float = 1.0
     first: int = 1
     last: int = 1
-    order: int = 1
+    order: int | None = None
     damping: float = 1.0
     store: str = "gpu"
 
@@ -52,7 +59,7 @@ class ReuseSettings:
         _check("store", self.store, STORES)
         # each refuses what it cannot be
         Window(self.start, self.end, self.first, self.last)
-        Reuse(self.order, self.damping)
+        Reuse(self._order, self.damping)
 
     @property
     def window(self) -> Window:
@@ -60,15 +67,25 @@ class ReuseSettings:
 
     @property
     def reuse(self) -> Reuse:
-        return Reuse(self.order, self.damping)
+        return Reuse(self._order, self.damping)
+
+    @property
+    def own_order(self) -> int:
+        """What is closest by the bench: the line through the last two."""
+        return 1
+
+    @property
+    def _order(self) -> int:
+        return self.own_order if self.order is None else self.order
 
 
 @dataclass(frozen=True)
 class TeaCacheSettings(ReuseSettings):
     """rule: "error" predicts the error of a guess from the last ones (any model, no calibration),
-    "teacache" is the published rule with its polynomial. level: what is reused, the residual of all
-    blocks or the whole step; auto picks by rule. coefficients and feature: instead of published
-    ones.
+    "teacache" is the published rule with its polynomial, which reuses the last result as it is.
+    level: what is reused, the residual of all blocks or the whole step; auto picks by rule.
+    coefficients and feature: instead of published ones. preset: where published coefficients are
+    used, the threshold that their authors give for it goes before `threshold`.
     """
 
     threshold: float
@@ -76,6 +93,11 @@ class TeaCacheSettings(ReuseSettings):
     level: str = AUTO
     coefficients: Polynomial | None = None
     feature: str = AUTO
+    preset: str | None = None
+
+    @property
+    def own_order(self) -> int:
+        return 0 if self.rule == "teacache" else super().own_order
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= HIGHEST_THRESHOLD:
@@ -85,7 +107,9 @@ class TeaCacheSettings(ReuseSettings):
             )
         _check("rule", self.rule, RULES)
         _check("level", self.level, LEVELS)
-        _check("feature", self.feature, (AUTO, "first_residual", *FEATURES))
+        _check("feature", self.feature, (AUTO, *_KNOWN_FEATURES))
+        if self.preset is not None:
+            _check("preset", self.preset, PAPER)
         super().__post_init__()
 
 
@@ -177,7 +201,7 @@ def teacache(  # noqa: PLR0913 (the node's widgets, by their names)
     if preset == CUSTOM:
         changes["threshold"] = threshold
     elif rule == "teacache":
-        changes["threshold"] = _published_threshold(model, measured, preset)
+        changes |= {"threshold": PAPER[preset], "preset": preset}
     if ORDERS[extrapolation] is not None:
         changes["order"] = ORDERS[extrapolation]
     settings = dataclasses.replace(settings, **changes)
@@ -189,28 +213,29 @@ def _preset_settings(name: str, model: ModelPatcher) -> TeaCacheSettings:
     return preset("balanced" if name == CUSTOM else name, model)
 
 
-def _published_threshold(model: ModelPatcher, calibration: Calibration | None, name: str) -> float:
-    """A preset's threshold for TeaCache's own rule: its authors' for this model, unless the
-    polynomial is the user's own.
-    """
-    if calibration is not None and calibration.polynomial:
-        return PAPER[name]
-    shipped = published(model)
-    return PAPER[name] if shipped is None else shipped.thresholds[list(PAPER).index(name)]
-
-
 def _teacache_words(
     model: ModelPatcher, settings: TeaCacheSettings, calibration: Calibration | None
 ) -> str:
     threshold = f"threshold {settings.threshold:g}"
     if settings.rule == "error":
-        return f"compares its guesses with what is computed; {threshold}"
+        return f"rule error: compares its guesses with what is computed; {threshold}"
     if calibration is not None and calibration.polynomial is not None:
-        return f"calibrated: {calibration.name}, {threshold}"
-    shipped = published(model)
-    if shipped is None:
-        return f"no coefficients for this model, {threshold}"
-    return f"coefficients of {shipped.model}, {threshold}"
+        return f"rule teacache, calibrated: {calibration.name}, {threshold}"
+    entries = published_for(model)
+    if not entries:
+        return f"rule teacache, no coefficients for this model, {threshold}"
+    names = " or ".join(entry.model for entry in entries)
+    if settings.preset is not None:
+        each = dict.fromkeys(f"{threshold_of(entry, settings):g}" for entry in entries)
+        threshold = f"threshold {' or '.join(each)}"
+    return f"rule teacache, coefficients of {names}, {threshold}"
+
+
+def threshold_of(entry: Shipped, settings: TeaCacheSettings) -> float:
+    """A preset's threshold is the one of the entry's authors."""
+    if settings.preset is None:
+        return settings.threshold
+    return entry.thresholds[list(PAPER).index(settings.preset)]
 
 
 def smoothcache(  # noqa: PLR0913 (the node's widgets, by their names)
@@ -255,4 +280,10 @@ def smoothcache(  # noqa: PLR0913 (the node's widgets, by their names)
 def _calibration(model: ModelPatcher, name: str) -> Calibration | None:
     if name == NONE:
         return None
-    return find(model) if name == AUTO else open_calibration(name)
+    found = find(model) if name == AUTO else open_calibration(name)
+    if found is not None and found.feature and found.feature not in _KNOWN_FEATURES:
+        raise FileRefused(
+            f"{found.name} was measured on the feature {found.feature[:50]!r}, which this Nibble"
+            " does not know; update ComfyUI-Nibble, or calibrate again."
+        )
+    return found

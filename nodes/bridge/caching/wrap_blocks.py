@@ -15,8 +15,9 @@ import torch
 
 from ....accel.caching.teacache import TeaCacheDecider, distance
 from .controlnet import Deferred
+from .features import FEATURES
 from .hooks import BlockSite, hooked_blocks
-from .models import FEATURES, ModelFamily
+from .models import ModelFamily
 from .run import ModelCall, deferred_control, model_call, substitute
 from .wrap_steps import remember
 
@@ -159,7 +160,7 @@ class BlockPass:
 
     def _reused(self, image: torch.Tensor) -> torch.Tensor:
         """What the last block would have returned."""
-        guesses = [stream.history.guess(self.step.sigma, image) for stream in self.streams]
+        guesses = [stream.history.guess(self.step.time, image) for stream in self.streams]
         residual = guesses[0] if len(guesses) == 1 else torch.cat(guesses, self.family.batch)
         out = self.entered + residual
         if image.shape == out.shape:

@@ -160,11 +160,11 @@ class ScheduledPass:
         histories = [stream.parts.get(key) for stream in self.streams]
         if not all(histories):
             return None
-        guesses = [history.guess(self.step.sigma, like) for history in histories]
+        guesses = [history.guess(self.step.time, like) for history in histories]
         # a model may write into what a part returned
         return guesses[0].clone() if len(guesses) == 1 else torch.cat(guesses, batch)
 
     def _keep(self, key: tuple, value: torch.Tensor, batch: int) -> None:
         for stream, piece in zip(self.streams, value.chunk(len(self.streams), batch), strict=True):
             history = stream.parts.setdefault(key, History(self.run.reuse, self.run.store))
-            history.store(self.step.sigma, piece)
+            history.store(self.step.time, piece)

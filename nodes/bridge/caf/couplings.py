@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ....accel.caf import conditioning_tree, couplings
 from ....accel.caf.couplings import Couplings
-from ....quant.files.errors import FileRefused
+from ....quant.files import atomic
+from ..host import file_names
 from ..host.charts import size
 from ..host.fingerprint import fingerprint, patches_fingerprint
 from ..host.progress import Progress
@@ -54,12 +55,19 @@ def make_couplings(job: CouplingsJob) -> tuple[Couplings, dict]:
             " or set cfg to 1."
         )
     check_teacher(job)
-    found = couplings.create(
-        folder_of(job.filename), _identity(job, empty, negative), prompts, job.overwrite
-    )
+    folder = couplings.home(folder_of(job.filename))
+    with atomic.exclusive(folder):
+        identity = _identity(job, empty, negative)
+        found = couplings.create(folder, identity, prompts, job.overwrite)
+        return _made(job, found, Teacher(job, empty, negative), prompts)
+
+
+def _made(
+    job: CouplingsJob, found: Couplings, teacher: Teacher, prompts: list[list]
+) -> tuple[Couplings, dict]:
+    """Draws the pairs that are missing, while the folder is held."""
     missing = [pair for pair in range(job.count) if pair not in found]
     watch = _Watch(job, found, len(missing))
-    teacher = Teacher(job, empty, negative)
     for pairs in _groups(missing, len(prompts), job.batch):
         prompt = pairs[0] % len(prompts)
         start, data = teacher.draw(prompts[prompt], pairs, watch.step(pairs))
@@ -76,22 +84,8 @@ def make_couplings(job: CouplingsJob) -> tuple[Couplings, dict]:
 
 def folder_of(filename: str) -> Path:
     """Where couplings of that name lie. Raises FileRefused for what is no plain name."""
-    name = filename.strip() or DEFAULT
-    if set(name) & set('<>:"/\\|?*') or name != name.strip(". ") or not name.isprintable():
-        raise FileRefused(
-            f"{filename!r} cannot be the name of a folder; use letters, digits, spaces, - and _."
-        )
+    name = file_names.chosen(filename, DEFAULT, "", f"output/{FOLDER}", subfolders=False)
     return Path(folder_paths.get_output_directory()) / FOLDER / name
-
-
-def stamp(filename: str) -> float:
-    """Changes with the files of that name; unequal to itself where there are none, so that the node
-    runs.
-    """
-    try:
-        return folder_of(filename).stat().st_mtime
-    except (OSError, FileRefused):
-        return float("nan")
 
 
 # ---- before work starts

@@ -31,13 +31,15 @@ from ....accel.caf.heads_file import ENDING, read_file, save_file
 from ....quant.calibration.recorder import find_linears
 from ....quant.files.errors import FileRefused
 from ....quant.training import loop
+from ....quant.training import state as states
 from ....quant.training.loop import OPTIMIZERS, Options
 from ..host import folders
 from ..host.fingerprint import fingerprint, patches_fingerprint
+from ..host.folders import NewFile
 from ..host.progress import Progress
 from ..training.session import DTYPES, Session, blocks_of
 from ..training.session import run as run_session
-from ..training.watch import Watch, resumable, what_is_kept
+from ..training.watch import Watch, what_is_kept
 from .load import FOLDER, KEY, path_of
 from .student import STEPS, Student
 from .training_free import check_model
@@ -67,23 +69,34 @@ def train(job: TrainingJob) -> Trained:
     _check(job)
     names = _layers(job)
     data = _data(job, names)
-    before = _trained_before(job, data)
-    if before is not None:
+    with folders.new_file(file_name(job.filename), FOLDER, job.overwrite) as new:
+        files = {
+            phase: new.path.with_name(f"{new.path.name.removesuffix(ENDING)}.caf.{phase}.state")
+            for phase in PHASES
+        }
+        before = _trained_before(job, data)
+        if before is None:
+            return _trained(job, data, names, new, files)
+        for state in files.values():
+            if states.is_of(state, data):  # killed between saving and removing it
+                states.forget(state)
         return before
-    target, name = folders.new_file(file_name(job.filename), FOLDER, job.overwrite)
-    states = {
-        phase: target.with_name(f"{target.name.removesuffix(ENDING)}.caf.{phase}.state")
-        for phase in PHASES
-    }
+
+
+def _trained(
+    job: TrainingJob, data: str, names: list[str], new: NewFile, files: dict[str, Path]
+) -> Trained:
+    """Trains and saves, while the file is held."""
+    new.check()
     if job.overwrite and not all(
-        resumable(state, data) for state in states.values() if state.exists()
+        states.is_of(state, data) for state in files.values() if state.exists()
     ):
-        _forget(states)
+        _forget(files)
     with torch.inference_mode(False):
         adapter = CAFAdapter.create(
             job.model.model.diffusion_model, names, job.rank, job.h, job.options.seed % 2**32
         )
-    phases = _Phases(job, name, data, states, adapter)
+    phases = _Phases(job, new.name, data, files, adapter)
     captions = job.couplings.captions
     try:
         # captions on disk bring no models
@@ -94,16 +107,17 @@ def train(job: TrainingJob) -> Trained:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
         phase = "acceleration" if phases.losses["acceleration"] else "velocity"
-        raise ValueError(what_is_kept(str(error), phases.losses[phase], states[phase])) from error
+        raise ValueError(what_is_kept(str(error), phases.losses[phase], files[phase])) from error
     adapter.facts |= phases.facts()
-    save_file(adapter, target)
-    _forget(states)
+    new.check()
+    save_file(adapter, new.held)
+    _forget(files)
     folders.refresh(FOLDER)
     return Trained(
-        name=name,
+        name=new.name,
         losses=phases.all,
         steps=len(phases.all),
-        chart=training_chart(job, name, phases.losses, summary_lines(adapter, target)),
+        chart=training_chart(job, new.name, phases.losses, summary_lines(adapter, new.path)),
     )
 
 
@@ -255,8 +269,7 @@ def split(pairs: int) -> tuple[range, range]:
 
 def file_name(filename: str) -> str:
     """The file's name in ComfyUI's lists, with its ending."""
-    name = filename.strip() or "trained"
-    return name.removesuffix(".safetensors").removesuffix(".caf") + ENDING
+    return folders.plain_name(filename, "trained", FOLDER, ENDING, subfolders=True)
 
 
 def _check(job: TrainingJob) -> None:
@@ -364,6 +377,6 @@ def _trained_before(job: TrainingJob, data: str) -> Trained | None:
     )
 
 
-def _forget(states: dict[str, Path]) -> None:
-    for state in states.values():
-        state.unlink(missing_ok=True)
+def _forget(files: dict[str, Path]) -> None:
+    for state in files.values():
+        states.forget(state)

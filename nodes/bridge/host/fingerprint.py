@@ -7,6 +7,7 @@ The digests are in files that users have; what is fed to them may not change.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -18,13 +19,13 @@ PLAIN = "16 bit or more"
 
 def fingerprint(model: ModelPatcher) -> str:
     """32 hex digits that tell models apart by class, names, shapes and kinds of weights, and by the
-    values of some tensors that LoRAs leave alone: norms, biases, and the scales of quantized
-    layers. A model and its 4-bit form differ.
+    values of some vectors: norms and biases. A model and its 4-bit form differ; a model and the
+    same with LoRAs, put on its weights or not, do not.
     """
     network = model.model.diffusion_model
     digest = hashlib.sha256(type(network).__name__.encode())
     vectors = []
-    for name, tensor in network.named_parameters():
+    for name, tensor in unpatched(model):
         kind = kind_of(tensor)
         digest.update(f"{name} {tuple(tensor.shape)} {kind}".encode())
         if tensor.ndim == 1 and kind == PLAIN:
@@ -32,6 +33,20 @@ def fingerprint(model: ModelPatcher) -> str:
     for tensor in vectors[:: max(len(vectors) // PIECES, 1)][:PIECES]:
         digest.update(tensor.detach()[:64].to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def unpatched(model: ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight) of a model's parameters without what ComfyUI has put on them in place. It
+    keeps the weight before a LoRA in `backup`, and before a LoRA hook in `hook_backup`.
+    """
+    for name, live in model.model.diffusion_model.named_parameters():
+        key = f"diffusion_model.{name}"
+        if key in model.backup:
+            yield name, model.backup[key].weight
+        elif key in model.hook_backup:
+            yield name, model.hook_backup[key][0]
+        else:
+            yield name, live
 
 
 def patches_fingerprint(model: ModelPatcher) -> str | None:
@@ -73,5 +88,5 @@ def kind_of(tensor: torch.Tensor) -> str:
 
 def weights_of(model: ModelPatcher) -> str:
     """In words: the kinds of weights of a model."""
-    kinds = {kind_of(tensor) for tensor in model.model.diffusion_model.parameters()}
+    kinds = {kind_of(tensor) for _, tensor in unpatched(model)}
     return ", ".join(sorted(kinds - {PLAIN})) or PLAIN

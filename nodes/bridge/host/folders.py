@@ -7,13 +7,17 @@ show it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
+from ....quant.files import atomic
 from ....quant.files.errors import FileRefused
+from . import file_names
 
 DIFFUSION_MODELS = "diffusion_models"
 
@@ -23,9 +27,10 @@ def register(folder: str) -> None:
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
 
 
-def names(folder: str, endings: str | tuple[str, ...] = ".safetensors") -> list[str]:
+def names(folder: str, endings: str | tuple[str, ...] = file_names.ENDINGS) -> list[str]:
     """Names of the files of a kind that end so, in ComfyUI's order."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(endings)]
+    listed = folder_paths.get_filename_list(folder)
+    return [name for name in listed if file_names.has_ending(name, endings)]
 
 
 def newest(folder: str, pattern: str) -> list[Path]:
@@ -34,12 +39,23 @@ def newest(folder: str, pattern: str) -> list[Path]:
     """
     homes = [home for home in _homes(folder) if home.is_dir()]
     paths = (path for home in homes for path in home.glob(pattern))
-    return sorted(paths, key=lambda path: -path.stat().st_mtime_ns)
+    # not what was deleted since, nor a link to nowhere, nor a folder
+    return sorted(filter(Path.is_file, paths), key=_changed, reverse=True)
+
+
+def _changed(path: Path) -> int:
+    """Modification time in ns; 0 for a file that has gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def find(name: str, folder: str) -> Path | None:
-    """The path of a file; None for a name that is not there."""
-    path = folder_paths.get_full_path(folder, name)
+    """The path of a file; None for what is not there, or, from a prompt of the API, no name at
+    all.
+    """
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     return None if path is None else Path(path)
 
 
@@ -64,16 +80,17 @@ def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str
     written to: the one that holds `beside` before the others, those that exist before those that
     would have to be made. Raises FileRefused.
     """
-    around = [] if beside is None else beside.resolve().parents
-    homes = [home.resolve() for home in _homes(folder)]
+    around = [] if beside is None else Path(os.path.abspath(beside)).parents
+    homes = [Path(os.path.abspath(home)) for home in _homes(folder)]
     # ComfyUI names models/unet before models/diffusion_models, and few have made it
     homes.sort(key=lambda home: (home not in around, not home.is_dir()))
     for home in homes:
-        target = (home / name).resolve()
-        if home not in target.parents:
+        path = file_names.within(home, name)
+        if path is None:
             raise FileRefused(
                 f"{name} lies outside ComfyUI's {folder} folder; give a plain file name."
             )
+        target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError:  # a read-only place: the next one is tried, and all are named if none works
@@ -86,27 +103,46 @@ def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str
     )
 
 
-def new_file(name: str, folder: str, overwrite: bool) -> tuple[Path, str]:
-    """`place`, for a file that may only be there already where overwriting is allowed."""
-    target, listed = place(name, folder)
-    if target.exists() and not overwrite:
-        raise FileRefused(
-            f"{name} exists already; switch 'overwrite' on, or give another filename."
-        )
-    return target, listed
+@dataclass(frozen=True)
+class NewFile:
+    """A file that a job will write. path: where; name: in ComfyUI's lists; held: its lock, which
+    stands for the path wherever one is written to.
+    """
+
+    path: Path
+    name: str
+    held: atomic.Held
+    overwrite: bool
+
+    def check(self) -> None:
+        """Refuses a file that is there already, unless it may be replaced: before the work, and
+        again before writing, since other programs heed no lock.
+        """
+        if self.path.exists() and not self.overwrite:
+            raise FileRefused(
+                f"{self.name} exists already; switch 'overwrite' on, or give another filename."
+            )
 
 
-def plain_name(wanted: str, default: str, folder: str, ending: str) -> str:
-    """What a user typed, or the default, with the ending. Raises ValueError for what is not the
+@contextlib.contextmanager
+def new_file(
+    name: str, folder: str, overwrite: bool, beside: Path | None = None
+) -> Iterator[NewFile]:
+    """`place`, held for one job until it ends: hold it from before the job looks at what is there.
+    Raises FileRefused, at once where another run of this or another program holds it.
+    """
+    path, listed = place(name, folder, beside)
+    with atomic.exclusive(path) as held:
+        yield NewFile(path, listed, held, overwrite)
+
+
+def plain_name(
+    wanted: str, default: str, folder: str, ending: str, subfolders: bool = False
+) -> str:
+    """What a user typed, or the default, with the ending. Raises FileRefused for what is not the
     name of a file.
     """
-    name = wanted.strip() or default
-    if not re.fullmatch(r"[\w .,()+-]+", name) or name.startswith("."):
-        raise ValueError(
-            f"{wanted!r} cannot be a file's name in models/{folder}; use letters,"
-            " digits, spaces, - and _."
-        )
-    return name if name.endswith(ending) else f"{name}{ending}"
+    return file_names.chosen(wanted, default, ending, f"models/{folder}", subfolders)
 
 
 def refresh(folder: str) -> None:

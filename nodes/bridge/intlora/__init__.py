@@ -2,6 +2,7 @@
 
 files.py    find and name IntLoRA files
 bases.py    the integers of a MODEL
+rounded.py  a 16-bit MODEL rounded to integers, and IntLoRAs of those
 convert.py  an ordinary LoRA to an IntLoRA
 apply.py    an IntLoRA beside a MODEL's weights
 fold.py     IntLoRAs and patches into one layer

@@ -1,4 +1,5 @@
-"""An IntLoRA onto a MODEL, beside its 4-bit weights (Apply IntLoRA's branch mode).
+"""An IntLoRA onto a MODEL, beside its 4-bit weights (Apply IntLoRA's branch mode), or in place of
+its 16-bit weights (`rounded`).
 
 What an adapter changes is handed back to ComfyUI as patches of its own: low-rank factors as a LoRA,
 which joins the layer's 16-bit branch, anything else as a difference of weights. So the 4-bit codes
@@ -18,7 +19,8 @@ from ....quant.intlora.adapter import Adapter, LayerAdapter, module_of
 from ....quant.intlora.merge import change
 from ..host.progress import Progress
 from . import files
-from .bases import MODEL, PREFIX, Bases
+from .bases import PREFIX, Bases
+from .rounded import apply_rounded
 
 # attachment of a MODEL: ((layer key, file), …) of the adapters on it that no other may join
 APPLIED = "nibble_intlora"
@@ -27,17 +29,22 @@ APPLIED = "nibble_intlora"
 def apply_beside(
     model: ModelPatcher, name: str, strength: float, node_id: str | None = None
 ) -> ModelPatcher:
-    """A clone of the model with an adapter beside its 4-bit weights; the model itself stays as it
-    is.
+    """A clone of the model with an adapter beside its 4-bit weights, or on its rounded 16-bit
+    ones; the model itself stays as it is.
 
     SHIFT-ADD adapters are their low-rank factors, as a stock LoRA. MUL, SHIFT and dense changes
     have no low rank: the change that the merged integers make, rounding included, dense in 16 bit.
     Raises FileRefused with the reason.
     """
-    bases = Bases(model)
     adapter = file.read(files.path_of(name))
-    file.check_bases(adapter, bases, name, MODEL, bases.digest)
     applied = refuse_clash(model, adapter, name)
+    if adapter.rounded_bits is not None:
+        patched = apply_rounded(model, adapter, name, strength, node_id)
+        if strength:
+            patched.set_attachments(APPLIED, applied)
+        return patched
+    bases = Bases(model)
+    bases.check(adapter, name)
     patched, patches = model.clone(), {}
     progress, modules = Progress("applying", node_id), adapter.by_module()
     for done, (module, layers) in enumerate(modules.items()):
@@ -51,16 +58,17 @@ def apply_beside(
 
 
 def refuse_clash(model: ModelPatcher, adapter: Adapter, name: str) -> tuple[tuple[str, str], ...]:
-    """The attachment with this adapter's MUL and SHIFT layers. Raises FileRefused for a second one
-    on the same layer.
+    """The attachment with this adapter's layers that no other may join: MUL's, SHIFT's, and those
+    that it rounds. Raises FileRefused for a second one on the same layer.
     """
     applied = model.get_attachment(APPLIED) or ()
-    alone = [key for key, layer in adapter.layers.items() if not layer.additive]
+    alone = [key for key, layer in adapter.layers.items() if not layer.additive or layer.rounding]
     taken = {module_of(key): other for key, other in applied}
     clash = next((key for key in alone if module_of(key) in taken), None)
     if clash is not None:
+        does = "rounds" if adapter.layers[clash].rounding else "multiplies the integers of"
         raise FileRefused(
-            f"{name} multiplies the integers of {clash}, and so does"
+            f"{name} {does} {clash}, and so does"
             f" {taken[module_of(clash)]} on this model already; keep one of them, and"
             " convert the others with Convert LoRA to IntLoRA."
         )

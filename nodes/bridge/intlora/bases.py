@@ -11,8 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ....quant.files.errors import FileRefused
 from ....quant.interop.convert import open_4bit
+from ....quant.intlora import file
+from ....quant.intlora.adapter import Adapter
 from ....quant.merge.integer_grid import IntBase, refuse_format
 from ....quant.weights.formats import weight_of
+from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..quantized import layouts
 
 PREFIX = "diffusion_model."
@@ -29,6 +32,8 @@ class Bases(Mapping):
 
     weights: module name → the model's own weight, without patches
     """
+
+    KIND = "4-bit layer"
 
     def __init__(self, model: ModelPatcher, device: torch.device | None = None):
         named = [
@@ -66,6 +71,27 @@ class Bases(Mapping):
             digests[rows] = self[name].rows(*rows).digest()
         return digests[rows]
 
+    def trainable(self) -> list[str]:
+        """The W4A4 layers; all of a model that has none."""
+        return [
+            name
+            for name, weight in self.weights.items()
+            if layouts.format_of(weight) == SVDQuantWeight.FORMAT
+        ] or list(self)
+
+    def fingerprint(self, name: str) -> str:
+        """16 hex digits of a layer's integers."""
+        return self[name].digest()
+
+    def check(self, adapter: Adapter, file_name: str) -> None:
+        """Refuses an adapter that was not made for these integers."""
+        if adapter.rounded_bits is not None:
+            raise FileRefused(
+                f"{file_name} rounds the layers of a 16-bit model, and {MODEL} is in 4 bits;"
+                " connect Load Diffusion Model with the 16-bit file that it was trained on."
+            )
+        file.check_bases(adapter, self, file_name, MODEL, self.digest)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
@@ -85,5 +111,6 @@ def _refuse_model(named: list[tuple[str, torch.Tensor | None]]) -> None:
             refuse_format(str(weight.dtype).removeprefix("torch."), name, MODEL.capitalize())
     raise FileRefused(
         f"{MODEL.capitalize()} is in 16 bits and has no integers for an IntLoRA; connect Load"
-        " SVDQuant Model, or apply the LoRA with Load LoRA."
+        " SVDQuant Model, apply the LoRA with Load LoRA, or train on it with base 'round to"
+        " nearest'."
     )

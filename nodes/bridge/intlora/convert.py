@@ -18,7 +18,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ....quant.files.errors import FileRefused
+from ....quant.files.errors import FileRefused, reading
 from ....quant.intlora import file
 from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of, module_of
 from ....quant.intlora.convert import Conversion, ModuleChange, Options, convert
@@ -67,37 +67,46 @@ def convert_lora(job: ConvertJob) -> Converted:
     path = folders.path_of(job.lora_name, LORAS)
     facts = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "k": job.k}
     wanted = file_name(job.lora_name, job.filename)
-    exists = _made_of(wanted, facts | {"target": job.target})
-    target, name = new_file(wanted, job.overwrite or exists)
-    lora_changes = _read_lora(job.model, bases, path)
-    conversion = convert(
-        lora_changes.changes,
-        bases,
-        path.name,
-        Options(target=job.target, k=job.k),
-        Progress("converting", job.node_id),
-        facts,
-    )
-    layers = {key: layer.to("cpu") for key, layer in conversion.adapter.layers.items()}
-    if job.overwrite or not exists:
-        file.save(Adapter(layers, conversion.adapter.facts), target)
-    elif _digests(file.read(target).layers) != _digests(layers):
-        raise FileRefused(
-            f"{name} exists already, made of this LoRA for another 4-bit file; switch 'overwrite'"
-            " on, or give another filename."
+    with new_file(wanted, job.overwrite) as new:
+        exists = _made_of(wanted, facts | {"target": job.target})
+        if not exists:
+            new.check()
+        lora_changes = _read_lora(job.model, bases, path)
+        conversion = convert(
+            lora_changes.changes,
+            bases,
+            path.name,
+            Options(target=job.target, k=job.k),
+            Progress("converting", job.node_id),
+            facts,
         )
+        _save(conversion, new, exists)
+        nbytes = new.path.stat().st_size
     refresh()
     formats = {row.layer: bases.weights[module_of(row.layer)] for row in conversion.rows}
     return Converted(
-        name=name,
+        name=new.name,
         conversion=conversion,
         bytes_before=lora_changes.sizes,
         left_out=lora_changes.left_out,
         actions={
             key: layouts.format_of(weight).partition("_")[2] for key, weight in formats.items()
         },
-        nbytes=target.stat().st_size,
+        nbytes=nbytes,
     )
+
+
+def _save(conversion: Conversion, new: folders.NewFile, exists: bool) -> None:
+    """Saves the adapter, unless it is there already."""
+    layers = {key: layer.to("cpu") for key, layer in conversion.adapter.layers.items()}
+    if new.overwrite or not exists:
+        new.check()
+        file.save(Adapter(layers, conversion.adapter.facts), new.held)
+    elif _digests(file.read(new.path).layers) != _digests(layers):
+        raise FileRefused(
+            f"{new.name} exists already, made of this LoRA for another 4-bit file; switch"
+            " 'overwrite' on, or give another filename."
+        )
 
 
 def _digests(layers: dict[str, LayerAdapter]) -> dict[str, str]:
@@ -134,6 +143,13 @@ def _read_lora(model: ModelPatcher, bases: Bases, path: Path) -> _LoRAChanges:
         raise FileRefused(
             f"{path.name} cannot be read as a LoRA ({error}); download it again."
         ) from error
+    with reading(path, "it is no LoRA, or a damaged one: download it again"):
+        return _changes(model, bases, path, tensors)
+
+
+def _changes(
+    model: ModelPatcher, bases: Bases, path: Path, tensors: dict[str, torch.Tensor]
+) -> _LoRAChanges:
     if any(name.endswith(".lora_A_scale") for name in tensors):
         raise FileRefused(f"{path.name} is an IntLoRA already; use Apply IntLoRA.")
     keys = comfy.lora.model_lora_keys_unet(model.model, {})

@@ -7,9 +7,11 @@ in models/loras are read all the same.
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ..host import folders
+from ..host import file_names, folders
 
 FOLDER, LORAS, ENDING = "intlora", "loras", ".intlora.safetensors"
 
@@ -18,7 +20,7 @@ folders.register(FOLDER)
 
 def ordinary_files() -> list[str]:
     """Names of the LoRAs in ComfyUI's folders that are not IntLoRAs."""
-    return [name for name in folders.names(LORAS, "") if not name.endswith(ENDING)]
+    return [name for name in folders.names(LORAS, "") if not file_names.has_ending(name, ENDING)]
 
 
 def adapter_files() -> list[str]:
@@ -51,12 +53,12 @@ def file_name(lora_name: str, filename: str) -> str:
     """The adapter's name in ComfyUI's lists: as asked for, else its LoRA's; always with the
     ending.
     """
-    name = filename.strip() or str(Path(lora_name).with_suffix(""))
-    return name.removesuffix(".safetensors").removesuffix(".intlora") + ENDING
+    default = os.path.splitext(lora_name)[0]
+    return folders.plain_name(filename, default, FOLDER, ENDING, subfolders=True)
 
 
-def new_file(name: str, overwrite: bool) -> tuple[Path, str]:
-    """(path of a new adapter, its name in ComfyUI's lists). Raises FileRefused."""
+def new_file(name: str, overwrite: bool) -> AbstractContextManager[folders.NewFile]:
+    """A new adapter, held while it is made; see `folders.new_file`."""
     return folders.new_file(name, FOLDER, overwrite)
 
 

@@ -1,4 +1,4 @@
-"""IntLoRAs and patches folded into one 4-bit layer.
+"""IntLoRAs and patches folded into one low-bit layer.
 
 What is folded is always the sum of everything at once: base + IntLoRAs that were merged before +
 patches, so that stacks lose no more than one of their kind would. Where it goes
@@ -7,8 +7,8 @@ patches, so that stacks lose no more than one of their kind would. Where it goes
     W4A4 layers    same size: branch and 4-bit codes are fitted again at the branch's own rank, so
                    that nothing costs more than before;
                    wider: the change's factors join the branch, exactly.
-    4-bit weights  (modulation, one token a step) the factors lie beside the codes: rounding them to
-                   4 bits again would lose most of them.
+    4-bit weights  (modulation, one token a step) and codewords: the factors lie beside the codes:
+                   rounding them again would lose most of them.
     16 bit         are written with the change in them.
 """
 
@@ -21,19 +21,19 @@ from dataclasses import asdict, dataclass, replace
 import comfy.lora
 import torch
 
+from ....quant.interop.export import ACTIONS
 from ....quant.intlora import file, merge
 from ....quant.intlora.adapter import Adapter, LayerAdapter
 from ....quant.merge import refit
 from ....quant.merge.integer_grid import IntBase
-from ....quant.weights.awq_w4a16 import W4A16Weight
 from ....quant.weights.delta import WeightDelta
+from ....quant.weights.formats import Weight
 from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..quantized import patches
 from .bases import PREFIX
 
 BRANCHES = ("wider", "same size")
-Weight = SVDQuantWeight | W4A16Weight
 Use = tuple[LayerAdapter, float]  # an adapter's layer and its strength
 
 
@@ -105,7 +105,7 @@ def combined(
     """(the weight, its rows scaled where a patch does so, and what IntLoRAs and patches together
     add to it).
     """
-    device = weight.scale.device
+    device = weight.device
     delta = WeightDelta()
     if uses:
         on_device = [(layer.to(device), strength) for layer, strength in uses]
@@ -119,6 +119,8 @@ def combined(
 
 def _with_scaled_rows(weight: Weight, ratio: torch.Tensor) -> Weight:
     """The weight with its rows times ratio (N,), in its scales; its real bias stays."""
+    if weight.scale is None:  # codewords of rows that share the codebook's
+        weight = replace(weight, scale=torch.ones_like(ratio, dtype=weight.branch_dtype))
     fields = {}
     for name in ("scale", "zeros", "proj_up"):
         tensor = getattr(weight, name, None)
@@ -134,7 +136,7 @@ def change_of_patches(weight: Weight, name: str, entries: list[tuple]) -> Weight
     into, some.
     """
     key = f"{PREFIX}{name}.weight"
-    effect = patches.effect_of(entries, weight.shape, weight.dequantize, name, weight.scale.device)
+    effect = patches.effect_of(entries, weight.shape, weight.dequantize, name, weight.device)
     if effect is not None:
         return effect.delta
     original = weight.dequantize()
@@ -164,15 +166,14 @@ def merged_layer(
     name: str, old: Weight, new: Weight, retention: float, began: float, wider: bool
 ) -> MergedLayer:
     """A line of the report. began: time.monotonic() before the work."""
-    w4a4 = isinstance(old, SVDQuantWeight)
     note = ""
     if not wider and not can_refit(old):
         note = "in a wider branch, since its parts have unlike smoothing"
-        if not w4a4:
-            note = "beside the 4-bit weights"
+        if not isinstance(old, SVDQuantWeight):
+            note = "beside the low-bit weights"
     return MergedLayer(
         name=name,
-        action="w4a4" if w4a4 else "w4a16",
+        action=ACTIONS[old.FORMAT],
         retention=retention,
         rank=new.rank,
         bytes_before=old.nbytes,

@@ -24,7 +24,7 @@ from ..host.progress import Progress
 from ..quantized import layouts, loading
 from . import files
 from .apply import APPLIED, apply_beside, refuse_clash
-from .bases import MERGED, MODEL, Bases
+from .bases import MERGED, Bases
 from .fold import (
     BRANCHES,
     MergedLayer,
@@ -57,8 +57,13 @@ def apply(
         return apply_beside(model, name, strength, node_id), None
     path = str(files.path_of(name))
     adapter = file.read(path)
+    if adapter.rounded_bits is not None:
+        raise FileRefused(
+            f"{name} rounds the layers of a 16-bit model, which has no 4-bit weights to merge it"
+            " into; set mode to branch."
+        )
     bases = Bases(model)
-    file.check_bases(adapter, bases, name, MODEL, bases.digest)
+    bases.check(adapter, name)
     applied = refuse_clash(model, adapter, name)
     base, uses = origin(model)
     if strength == 0 and not any(layer.separated for layer in adapter.layers.values()):
@@ -96,8 +101,9 @@ def origin(model: ModelPatcher) -> tuple[tuple, Uses]:
     if init is not None and init[0] is load_merged:
         return init[1]
     raise FileRefused(
-        "The connected model does not come from Load SVDQuant Model, so it cannot be merged;"
-        " connect that node."
+        "The connected model does not come from Load SVDQuant Model or Load VQ Model, so it cannot"
+        " be merged; connect one of them, or write a 16-bit model with what is on it by Save"
+        " Diffusion Model (ModelSave)."
     )
 
 

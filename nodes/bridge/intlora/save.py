@@ -26,9 +26,9 @@ from ....quant.merge import refit
 from ....quant.weights.delta import WeightDelta, round_rank
 from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
-from ..host import folders
+from ..host import file_names, folders
 from ..host.progress import Progress
-from ..quantized import loading
+from ..quantized import layouts, loading
 from .bases import PREFIX
 from .fold import (
     BRANCHES,
@@ -68,35 +68,31 @@ def save_merged(job: SaveJob) -> MergeReport:
             "The connected model has no LoRA on it, so there is nothing to merge; put Apply IntLoRA"
             " or Load LoRA before this node."
         )
-    target, name = folders.place(
-        file_name(source.path.name, job.filename), loading.FOLDER, beside=source.path
-    )
     provenance = {
         "base": source.path.name,
         "branch": job.branch,
         "intlora": [_described(path, strength) for path, strength in uses],
         "patches": {"sha256": _hash(entries), "layers": len(entries)},
     }
-    identity = _identity(source, provenance)
-    rows = existing_rows(target, identity)
-    if rows is None:
-        if target.exists() and not job.overwrite:
-            raise FileRefused(
-                f"{name} exists already and holds something else; switch 'overwrite' on, or give"
-                " another filename."
-            )
-        edits = _edits(source, uses, entries, job.branch)
-        progress = Progress("merging", job.node_id)
-        rows = write_edits(source, target, edits, identity, provenance, progress)
-        # so that the load node of this very graph finds the file
-        folders.refresh(loading.FOLDER)
+    wanted = file_name(source.path.name, job.filename)
+    with folders.new_file(wanted, loading.FOLDER, job.overwrite, beside=source.path) as new:
+        identity = _identity(source, provenance)
+        rows = existing_rows(new.path, identity)
+        if rows is None:
+            new.check()
+            edits = _edits(source, uses, entries, job.branch)
+            progress = Progress("merging", job.node_id)
+            rows = write_edits(source, new.held, edits, identity, provenance, progress)
+            # so that the load node of this very graph finds the file
+            folders.refresh(loading.FOLDER)
+        nbytes = new.path.stat().st_size
     return MergeReport(
-        name=name,
+        name=new.name,
         branch=job.branch,
         sources=in_words(uses, len(entries)),
         layers=[MergedLayer.from_json(row) for row in rows],
         bytes_before=source.size,
-        bytes_after=target.stat().st_size,
+        bytes_after=nbytes,
         left_out=_left_out(source, entries),
     )
 
@@ -119,8 +115,8 @@ def file_name(base: str, filename: str) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else the base's with an ending of its
     own.
     """
-    name = filename.strip() or f"{Path(base).stem}-merged"
-    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+    default = file_names.beside(base, "-merged")
+    return folders.plain_name(filename, default, loading.FOLDER, ".safetensors", subfolders=True)
 
 
 def _described(path: str, strength: float) -> dict:
@@ -147,7 +143,9 @@ def _hash(entries: dict) -> str:
 
 def _flat(value) -> Iterator:
     """The tensors, numbers and names within a patch."""
-    if isinstance(value, QuantizedTensor):
+    if layouts.is_ours(value):
+        yield from _flat(layouts.stored_tensors(value, "x"))
+    elif isinstance(value, QuantizedTensor):
         yield from _flat(value.state_dict("x"))
     elif isinstance(value, WeightAdapterBase):
         yield type(value).__name__
@@ -214,20 +212,23 @@ class _EditedLayer:
 
     def specs(self) -> list[TensorSpec]:
         """The tensors afterwards: known before the work, since the file is laid out first."""
-        rank = self._rank()
-        return branch_specs(self.source, self.name, rank) if rank else self.source.specs(self.name)
-
-    def _rank(self) -> int:
-        """The rank of the branch afterwards."""
         facts = self.source.layers[self.name]
         if facts["format"] == SVDQuantWeight.FORMAT and not (
             self.wider or facts.get("smooth_rows")
         ):
-            return facts["rank"]
-        _, delta = self._combined()
+            return branch_specs(self.source, self.name, facts["rank"])
+        weight, delta = self._combined()
         grown = delta.rank + (0 if delta.dense is None else refit.EXTRA)
         rank = facts.get("rank", 0)
-        return round_rank(rank + grown) if grown else rank
+        if grown:
+            rank = round_rank(rank + grown)
+        specs = self.source.specs(self.name)
+        if rank:
+            specs = branch_specs(self.source, self.name, rank)
+        scale = f"{self.name}.weight_scale"
+        if weight.scale is not None and scale not in {spec.name for spec in specs}:
+            specs.append(TensorSpec(scale, weight.scale.dtype, tuple(weight.scale.shape)))
+        return specs
 
     def make(self) -> tuple[dict[str, torch.Tensor], dict]:
         """The new tensors, and the report's line."""

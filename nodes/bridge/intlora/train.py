@@ -1,5 +1,5 @@
-"""Train IntLoRA: an adapter of a 4-bit model's integers, learned beside its kernels, saved, and
-resumed where it was stopped.
+"""Train IntLoRA: an adapter of a 4-bit model's integers, learned beside its kernels, or of a 16-bit
+model's rounded weights, in their place; saved, and resumed where it was stopped.
 
 While it runs, `NAME.intlora.state` lies beside the file to be: factors, the optimizer's memory and
 every loss so far. It is written at Stop, on errors and now and then, and removed when the adapter
@@ -22,27 +22,29 @@ from ....quant.intlora import file, train
 from ....quant.intlora.adapter import Adapter
 from ....quant.intlora.linear import IntLoRALinear
 from ....quant.merge.integer_grid import IntBase
+from ....quant.training import state as states
 from ....quant.training.loop import OPTIMIZERS, Options
-from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..host import folders
 from ..host.charts import size
-from ..quantized import layouts
+from ..host.folders import NewFile
 from ..training import session as training
 from ..training.curve import curve_chart
 from ..training.dataset import Dataset, dataset_of
-from ..training.watch import Watch, resumable, what_is_kept
-from . import files
-from .bases import MODEL, Bases
+from ..training.watch import Watch, what_is_kept
+from . import files, rounded
+from .bases import Bases
 
 NONE = "[None]"  # existing_lora: start anew
+INTEGERS = "the model's 4-bit integers"
+BASES = (INTEGERS, *rounded.BASES)
 STATE = ".intlora.state"
-__all__ = ["NONE", "OPTIMIZERS", "Job", "Trained", "run"]
+__all__ = ["BASES", "INTEGERS", "NONE", "OPTIMIZERS", "Job", "Trained", "run"]
 
 
 @dataclass(frozen=True)
 class Job:
     """What the user asked for. layers: patterns of layer names, none for all W4A4 layers;
-    preview_every: steps, 0 for none.
+    preview_every: steps, 0 for none; base: one of BASES.
     """
 
     model: ModelPatcher
@@ -58,6 +60,7 @@ class Job:
     layers: tuple[str, ...] = ()
     preview_every: int = 50
     node_id: str | None = None
+    base: str = INTEGERS
 
 
 @dataclass(frozen=True)
@@ -77,52 +80,64 @@ def run(job: Job) -> Trained:
     """Trains and saves. Raises FileRefused and ValueError in plain words before anything is loaded,
     and ComfyUI's interrupt.
     """
-    bases = Bases(job.model)
+    if job.base not in BASES:
+        raise ValueError(f"base {job.base!r} is not one of {', '.join(BASES)}")
+    bases = Bases(job.model) if job.base == INTEGERS else rounded.Weights(job.model)
     pictures = dataset_of(job.model, job.latents, job.positive)
     names = _layers(bases, job)
     existing = _existing(job, bases, names)
     data = _data(job, pictures, names, bases)
-    done = _existing_result(job, data)
-    if done is not None:
+    with files.new_file(files.file_name("", job.filename or "trained"), job.overwrite) as new:
+        state = new.path.with_name(new.path.name.removesuffix(files.ENDING) + STATE)
+        plan = _Plan(pictures, names, existing, state, data)
+        done = _existing_result(job, data)
+        if done is None:
+            return _trained(job, plan, new)
+        if states.is_of(state, data):  # killed between saving and removing it
+            states.forget(state)
         return done
-    target, name = files.new_file(files.file_name("", job.filename or "trained"), job.overwrite)
-    state = target.with_name(target.name.removesuffix(files.ENDING) + STATE)
-    if job.overwrite and not resumable(state, data):
-        state.unlink(missing_ok=True)
-    plan = _Plan(pictures, names, existing, state, data)
+
+
+def _trained(job: Job, plan: _Plan, new: NewFile) -> Trained:
+    """Trains and saves, while the file is held."""
+    new.check()
+    if job.overwrite and not states.is_of(plan.state, plan.data):
+        states.forget(plan.state)
     losses: list[float] = []
     watch = Watch(
-        job.node_id, lambda summary: _chart(job, name, losses, summary), job.preview_every
+        job.node_id, lambda summary: _chart(job, new.name, losses, summary), job.preview_every
     )
     try:
         adapter = training.run(
             job.model,
-            pictures.captions,
-            pictures.latents[0].shape,
+            plan.pictures.captions,
+            plan.pictures.latents[0].shape,
             job.settings,
             lambda session: _work(session, job, plan, watch, losses),
         )
     except FileRefused:
         raise
     except ValueError as error:  # a loss or a gradient that is no number
-        raise ValueError(what_is_kept(str(error), losses, state)) from error
+        raise ValueError(what_is_kept(str(error), losses, plan.state)) from error
+    existing = plan.existing
     steps = len(losses) + int(existing.facts.get("steps", 0) if existing else 0)
     facts = {
         "steps": steps,
-        "run": data,
+        "run": plan.data,
         "losses": [float(f"{loss:.6g}") for loss in losses],
-        "pictures": len(pictures.latents),
+        "pictures": len(plan.pictures.latents),
     }
     adapter = Adapter(adapter.layers, facts)
-    file.save(adapter, target)
-    state.unlink(missing_ok=True)
+    new.check()
+    file.save(adapter, new.held)
+    states.forget(plan.state)
     files.refresh()
     return Trained(
-        name=name,
+        name=new.name,
         lora=_as_lora(adapter),
         losses=losses,
         steps=steps,
-        chart=_chart(job, name, losses, _summary(adapter, target)),
+        chart=_chart(job, new.name, losses, _summary(adapter, new.path)),
     )
 
 
@@ -143,15 +158,7 @@ def _work(
     session: training.Session, job: Job, plan: _Plan, watch: Watch, losses: list[float]
 ) -> Adapter:
     """The training itself, while the model is loaded."""
-    bases = {
-        name: _near(base, session.device, job.variant)
-        for name, base in Bases(session.guider.model_patcher).items()
-        if name in plan.names
-    }
-    options = train.AdapterOptions(
-        variant=job.variant, rank=job.rank, seed=job.options.seed % 2**32
-    )
-    layers = train.attach(session.model, plan.names, options, bases)
+    layers = _attached(session, job, plan)
 
     def watched(step: int, steps: int, loss: float) -> None:
         watch(
@@ -180,6 +187,21 @@ def _work(
         train.detach(session.model, layers)
 
 
+def _attached(session: training.Session, job: Job, plan: _Plan) -> dict[str, IntLoRALinear]:
+    """The layers to train, in the places of the model's own."""
+    seed = job.options.seed % 2**32
+    if job.base != INTEGERS:
+        options = rounded.options_of(job.base, job.variant, job.rank, seed)
+        return rounded.attach(session, plan.names, options, plan.existing, job.existing)
+    bases = {
+        name: _near(base, session.device, job.variant)
+        for name, base in Bases(session.guider.model_patcher).items()
+        if name in plan.names
+    }
+    options = train.AdapterOptions(variant=job.variant, rank=job.rank, seed=seed)
+    return train.attach(session.model, plan.names, options, bases)
+
+
 def _near(base: IntBase, device: torch.device, variant: str) -> IntBase:
     """The base where training needs it: SHIFT-ADD never reads the codes, so those of a streamed
     layer may stay in RAM.
@@ -191,7 +213,7 @@ def _near(base: IntBase, device: torch.device, variant: str) -> IntBase:
 # ---- before anything is loaded
 
 
-def _layers(bases: Bases, job: Job) -> list[str]:
+def _layers(bases: Bases | rounded.Weights, job: Job) -> list[str]:
     """Names of the layers to train."""
     if job.layers:
         names = [
@@ -199,32 +221,35 @@ def _layers(bases: Bases, job: Job) -> list[str]:
         ]
         if not names:
             raise ValueError(
-                f"No 4-bit layer of the model is called {' or '.join(job.layers)}; it has"
+                f"No {bases.KIND} of the model is called {' or '.join(job.layers)}; it has"
                 f" {', '.join(list(bases)[:3])} and so on."
             )
     else:
-        names = [
-            name
-            for name, weight in bases.weights.items()
-            if layouts.format_of(weight) == SVDQuantWeight.FORMAT
-        ] or list(bases)
+        names = bases.trainable()
     small = min(names, key=lambda name: min(bases.weights[name].shape))
     if not 1 <= job.rank <= min(bases.weights[small].shape):
         raise ValueError(
             f"rank {job.rank} is not between 1 and {min(bases.weights[small].shape)}, the smaller"
             f" side of {small}; choose another rank."
         )
+    if job.base != INTEGERS:
+        rounded.refuse_patched(job.model, names)
     return names
 
 
-def _existing(job: Job, bases: Bases, names: list[str]) -> Adapter | None:
+def _existing(job: Job, bases: Bases | rounded.Weights, names: list[str]) -> Adapter | None:
     """The adapter to go on with. Raises FileRefused where it does not fit the model or what is
     asked for.
     """
     if job.existing == NONE:
         return None
     adapter = file.read(files.path_of(job.existing))
-    file.check_bases(adapter, bases, job.existing, MODEL)
+    bases.check(adapter, job.existing)
+    if adapter.rounded_bits != rounded.BASES.get(job.base):
+        raise FileRefused(
+            f"{job.existing} was trained on a base of {adapter.rounded_bits} bits, rounded to"
+            f" nearest; set base as it was, or start over with existing_lora {NONE}."
+        )
     for name in names:
         layer = adapter.layers.get(name)
         if (
@@ -253,8 +278,10 @@ def _fill(layers: dict[str, IntLoRALinear], adapter: Adapter) -> None:
             layer.lora_up.copy_(up)
 
 
-def _data(job: Job, pictures: Dataset, names: list[str], bases: Bases) -> str:
+def _data(job: Job, pictures: Dataset, names: list[str], bases: Bases | rounded.Weights) -> str:
     """All that the result depends on besides the options that may change."""
+    # R, and so the integers, depend on the seed
+    base = [] if job.base == INTEGERS else [job.base, job.options.seed]
     # these change memory, not numbers
     settings = dataclasses.asdict(job.settings) | {"checkpointing": None, "offloading": None}
     return json.dumps(
@@ -265,7 +292,8 @@ def _data(job: Job, pictures: Dataset, names: list[str], bases: Bases) -> str:
             job.rank,
             job.existing,
             names,
-            bases[names[0]].digest(),
+            bases.fingerprint(names[0]),
+            *base,
         ]
     )
 
@@ -301,6 +329,8 @@ def _chart(job: Job, name: str, losses: list[float], summary: list[tuple[str, st
         f"{job.variant.replace('_', '-').upper()}, rank {job.rank}, {job.options.optimizer},"
         f" {job.options.lr:g}"
     )
+    if job.base != INTEGERS:
+        facts += f", {job.base}"
     return curve_chart(losses, job.options.steps, name, facts, summary)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
+from ....quant.files.errors import reading
 from ....quant.files.report import LayerRow, Report
 from ....quant.job.monitor import BlockError
 from ....quant.vq4dit.codebook_usage import LayerUse
@@ -132,7 +133,8 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
 
 def _report(file: QuantizedFile) -> Report:
     text = file.metadata.get("report")
-    return Report.from_json(text) if text else Report("")
+    with reading(file.path, file.remedy):
+        return Report.from_json(text) if text else Report("")
 
 
 def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:

@@ -10,27 +10,32 @@ leave memory as it was.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
+from ....quant.calibration.recorder import find_linears
+from ....quant.calibration.statistics import ENOUGH_PICTURES, InputStats
+from ....quant.files import architectures
 from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source, StateDictSource
-from ....quant.job.checkpoint_run import QuantizeJob
+from ....quant.job.checkpoint_run import QuantizeJob, few_prompts
 from ....quant.job.measurement import Measurement
 from ....quant.job.monitor import Monitor
-from ..host import folders
+from ..host import file_names, folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER, quantized_files
 from . import record_inputs
-from .patched_weights import PatchedWeights
-from .record_inputs import NotMeasured, Recording
+from .patched_weights import PatchedWeights, metadata_of
+from .record_inputs import DrawingFailed, NotMeasured, Recording
+
+log = logging.getLogger("nibble")
 
 MEASURED_ON_NOISE = "inputs were measured on noise and random conditioning"
 
@@ -40,7 +45,7 @@ def sources() -> list[str]:
     Nibble yet.
     """
     quantized = set(quantized_files())
-    names = folders.names(FOLDER, (".safetensors", ".sft"))
+    names = folders.names(FOLDER)
     return [name for name in names if name not in quantized]
 
 
@@ -69,19 +74,18 @@ class QuantizeRequest(ABC):
         """
         self.check()
         source = self.open_source()
-        target, name = folders.place(
-            new_name(self.origin, self.filename, self.ending), FOLDER, beside=source.path
-        )
-        job = self.method.prepare(source, target, self.recipe)
-        try:
-            report = self.existing_report(job)
-            if report is None:
-                report = self._measure_and_write(job, name)
-        finally:
-            comfy.model_management.soft_empty_cache()
+        wanted = new_name(self.origin, self.filename, self.ending)
+        with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
+            job = self.method.prepare(source, new.held, self.recipe)
+            try:
+                report = self.existing_report(job)
+                if report is None:
+                    report = self._measure_and_write(job, new.name)
+            finally:
+                comfy.model_management.soft_empty_cache()
         # so that the load node of this very graph finds the file
         folders.refresh(FOLDER)
-        return name, report
+        return new.name, report
 
     @property
     @abstractmethod
@@ -114,12 +118,19 @@ class QuantizeRequest(ABC):
     def write(
         self, job: QuantizeJob, recording: Recording | NotMeasured, provenance: dict
     ) -> Report:
-        """Measures what can be measured, and quantizes."""
+        """Measures what can be measured, and quantizes. Raises DrawingFailed where the recipe needs
+        what cannot be measured; else the weights alone are used, which the report says.
+        """
         statistics = {}
         if isinstance(recording, Recording) and self.reads_inputs:
-            statistics = record_inputs.record(
-                recording, job.quantized_names, self.memory_cap, Progress("measuring", self.node_id)
-            )
+            try:
+                statistics = self._record(recording, job.quantized_names)
+            except DrawingFailed as failure:
+                if self.needs_inputs:
+                    raise
+                recording = NotMeasured(failure.reason)
+                provenance = self.provenance(recording)
+        self.note(job, recording)
         # quantizing needs VRAM, and a model that was only measured is not needed again
         comfy.model_management.unload_all_models()
         return job.write(
@@ -127,6 +138,16 @@ class QuantizeRequest(ABC):
             Monitor(Progress("quantizing", self.node_id), Progress.check),
             comfy.model_management.get_torch_device(),
         )
+
+    def note(self, job: QuantizeJob, recording: Recording | NotMeasured) -> None:
+        """Adds to the report what was measured, where it was not the user's own prompts."""
+        if isinstance(recording, NotMeasured):
+            log.warning("%s: %s", job.source.name, recording.note)
+            job.source.notes.append(recording.note)
+        elif not self.positive:
+            job.source.notes.append(self.noise_note)
+        elif self.reads_inputs and len(self.positive) < ENOUGH_PICTURES:
+            job.source.notes.append(few_prompts(len(self.positive)))
 
     @property
     def noise_note(self) -> str:
@@ -137,6 +158,11 @@ class QuantizeRequest(ABC):
     def reads_inputs(self) -> bool:
         """Whether the recipe has a use for recorded inputs."""
         return True
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the recipe can do nothing without them."""
+        return False
 
     @property
     def memory_cap(self) -> int:
@@ -153,7 +179,7 @@ class QuantizeRequest(ABC):
     def open_source(self) -> Source | StateDictSource:
         """The weights to quantize: the connected model's, else the file's."""
         if self.model is not None:
-            return StateDictSource(PatchedWeights(self.model))
+            return StateDictSource(PatchedWeights(self.model), metadata=metadata_of(self.model))
         return Source(folders.path_of(self.model_name))
 
     def _measure_and_write(self, job: QuantizeJob, name: str) -> Report:
@@ -167,11 +193,11 @@ class QuantizeRequest(ABC):
                 f"{name} exists already and was made with other options; switch 'overwrite' on, or"
                 " give another filename."
             )
-        if isinstance(recording, NotMeasured):
-            job.source.notes.append(recording.note)
-        elif not self.positive:
-            job.source.notes.append(self.noise_note)
         return self.write(job, recording, provenance)
+
+    def _record(self, recording: Recording, names: list[str]) -> dict[str, InputStats]:
+        progress = Progress("measuring", self.node_id)
+        return record_inputs.record(recording, names, self.memory_cap, progress)
 
     def _recording(self, source: Source | StateDictSource) -> Recording | NotMeasured:
         """The 16-bit model and what to draw with it, or why the weights alone are used."""
@@ -184,6 +210,10 @@ class QuantizeRequest(ABC):
         patcher = self.model
         if patcher is None:
             patcher = comfy.sd.load_diffusion_model(str(source.path))
+            built = find_linears(patcher.model.diffusion_model)
+            refusal = architectures.missing_layer(source.shapes, built, source.name)
+            if refusal is not None:
+                raise refusal
         if self.positive:
             pictures = record_inputs.pictures_of(
                 patcher, self.positive, self.latent, self.steps, self.recipe.seed
@@ -197,10 +227,7 @@ class QuantizeRequest(ABC):
 
 def new_name(origin: str, filename: str, ending: str) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else beside its origin, with a method's
-    ending.
+    ending. Raises FileRefused for what no file can be called.
     """
-    name = filename.strip()
-    if not name:
-        stem = Path(origin).name.removesuffix(".safetensors")
-        name = str(Path(origin).with_name(f"{stem}-{ending}"))
-    return name if name.endswith(".safetensors") else f"{name}.safetensors"
+    default = file_names.beside(origin, f"-{ending}")
+    return folders.plain_name(filename, default, FOLDER, ".safetensors", subfolders=True)

@@ -1,21 +1,57 @@
 """The weights of a MODEL socket, as quant reads them: one at a time, with every LoRA and merge that
-the graph put on it.
+the graph put on it; and the metadata without which ComfyUI would not build the model again.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 
 import comfy.lora
+import comfy.model_detection
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 
 from ....quant.files.errors import FileRefused
+from ....quant.files.safetensors import read_header
 from ..quantized import layouts
 
 _PREFIX = "diffusion_model."
+
+
+def metadata_of(patcher: ModelPatcher) -> dict[str, str]:
+    """The metadata of the file that ComfyUI loaded a model from. Of a model that no loader of
+    ComfyUI's made from a file: its own options as "config", where ComfyUI would guess others
+    without.
+    """
+    path = _origin(patcher)
+    if path is not None:
+        return read_header(path).metadata
+    options = patcher.model.model_config.unet_config
+    told = {"config": json.dumps({"transformer": _plain(options)})}
+    weights = dict(PatchedWeights(patcher).items())
+    guess, built = (
+        comfy.model_detection.detect_unet_config(weights, "", metadata) for metadata in (None, told)
+    )
+    return {} if guess == built else told
+
+
+def _origin(patcher: ModelPatcher) -> str | None:
+    """The safetensors file that ComfyUI's loaders say a model comes from."""
+    loader = patcher.cached_patcher_init
+    if loader is None or not loader[1] or not isinstance(loader[1][0], (str, os.PathLike)):
+        return None
+    path = os.fspath(loader[1][0])
+    return path if path.endswith((".safetensors", ".sft")) and os.path.isfile(path) else None
+
+
+def _plain(options: Mapping) -> dict:
+    """The options that JSON can hold, which a dtype is not."""
+    kinds = (str, int, float, bool, list, tuple, type(None))
+    return {name: value for name, value in options.items() if isinstance(value, kinds)}
 
 
 class PatchedWeights(Mapping):

@@ -9,6 +9,8 @@ layers can be recorded in as many passes as the memory cap demands.
 from __future__ import annotations
 
 import hashlib
+import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from comfy.model_patcher import ModelPatcher
 from ....quant.calibration.recorder import collect
 from ....quant.calibration.statistics import InputStats
 from ..host.progress import Progress
+
+log = logging.getLogger("nibble")
 
 # Where ComfyUI's transformers take their text in, in order of trial; the width of the first that
 # exists is the conditioning's.
@@ -37,6 +41,7 @@ _POOLED_INPUTS = ("vector_in.in_layer", "y_embedder.mlp.0")
 TOKENS, TOKEN_STD = 128, 0.25
 RANDOM_PROMPTS, RANDOM_STEPS, RANDOM_PIXELS = 2, 4, 256
 PROMPT_PIXELS = 512
+PROMPTS = "prompts"  # the kind of the user's own pictures
 HEADROOM = 2 << 30  # bytes of RAM left free beside a model that is loaded only to be measured
 
 
@@ -76,6 +81,17 @@ class Recording:
     pictures: Pictures
 
 
+class DrawingFailed(ValueError):
+    """The 16-bit model cannot be run, or not to a finite result. reason: as NotMeasured's."""
+
+    def __init__(self, reason: str):
+        super().__init__(
+            f"{reason[:1].upper()}{reason[1:]}. Choose the preset 'fast', which quantizes from the"
+            " weights alone where the model cannot be measured."
+        )
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class NotMeasured:
     """Why the 16-bit model is not run, and what would change that."""
@@ -100,7 +116,7 @@ def pictures_of(
         latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
         steps=steps,
         seed=seed,
-        kind="prompts",
+        kind=PROMPTS,
     )
 
 
@@ -120,8 +136,12 @@ def random_pictures(
         )
     generator = torch.Generator().manual_seed(seed)
 
+    wants_mask = _requires_mask(patcher)
+
     def prompt() -> list:
         extras = {}
+        if wants_mask:
+            extras["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
         if pooled is not None:
             extras["pooled_output"] = torch.randn(1, pooled, generator=generator)
         return [[torch.randn(1, TOKENS, tokens, generator=generator) * TOKEN_STD, extras]]
@@ -145,6 +165,13 @@ def _input_width(patcher: ModelPatcher, names: tuple[str, ...]) -> int | None:
     return None
 
 
+def _requires_mask(patcher: ModelPatcher) -> bool:
+    """Whether the model cannot be called without the mask that its text encoder gives (LTX)."""
+    forward = inspect.signature(patcher.model.diffusion_model.forward)
+    mask = forward.parameters.get("attention_mask")
+    return mask is not None and mask.default is inspect.Parameter.empty
+
+
 def empty_latent(patcher: ModelPatcher, pixels: int) -> torch.Tensor:
     """Zeros (1, C, [1,] h, w) for a square picture in the model's own latent space."""
     form = patcher.get_model_object("latent_format")
@@ -166,7 +193,7 @@ def record(
     recording: Recording, names: list[str], cap: int, progress: Progress
 ) -> dict[str, InputStats]:
     """Statistics of the named layers' inputs over all pictures, at most `cap` bytes of them in work
-    at a time.
+    at a time. Raises DrawingFailed.
     """
     pictures = recording.pictures
     total = len(pictures.prompts) * pictures.steps
@@ -180,18 +207,41 @@ def record(
         state.update({"pass": done, "step": 0})
         progress.say(f"{progress.title}: pass {done} of {passes} done")
 
-    return collect(
+    statistics = collect(
         recording.patcher.model.diffusion_model,
         names,
         lambda: draw(recording, stepped),
         cap,
         passed,
         seed=pictures.seed,
+        picture=lambda: state["step"] // pictures.steps if pictures.kind == PROMPTS else None,
     )
+    for name, found in statistics.items():
+        if not found.mean_square.isfinite().all():
+            raise DrawingFailed(
+                f"the 16-bit model overflows where it is measured: what {name} reads is not finite"
+            )
+    return statistics
 
 
 def draw(recording: Recording, stepped: Callable) -> None:
-    """Every picture once, the same each time: Euler, the model's own time schedule, no CFG."""
+    """Every picture once, the same each time: Euler, the model's own time schedule, no CFG. Raises
+    DrawingFailed, and ComfyUI's interrupt.
+    """
+    try:
+        _draw(recording, stepped)
+    except (comfy.model_management.InterruptProcessingException, MemoryError, DrawingFailed):
+        raise
+    except Exception as error:
+        # whatever a model of somebody else's raises on inputs that it was not made for
+        log.warning("the 16-bit model could not be run", exc_info=error)
+        said = str(error).strip().partition("\n")[0]
+        raise DrawingFailed(
+            f"the 16-bit model could not be run ({type(error).__name__}: {said})"
+        ) from error
+
+
+def _draw(recording: Recording, stepped: Callable) -> None:
     patcher, pictures = recording.patcher, recording.pictures
     for index, prompt in enumerate(pictures.prompts):
         noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ....quant.svdquant.quantize import SVDQuantJob
-from .job import QuantizeRequest, new_name
+from .job import QuantizeRequest
 
 NO_PROMPTS = (
     "The preset 'best' watches the model while it samples your own prompts. Connect a text"
@@ -22,17 +22,12 @@ class SVDQuantRequest(QuantizeRequest):
 
     @property
     def ending(self) -> str:
-        return _ending(self.recipe.rank)
+        return f"svdq-int4-r{self.recipe.rank}"
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.recipe.preset == "best"
 
     def check(self) -> None:
         if self.recipe.preset == "best" and not self.positive:
             raise ValueError(NO_PROMPTS)
-
-
-def file_name(origin: str, filename: str, rank: int) -> str:
-    """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
-    return new_name(origin, filename, _ending(rank))
-
-
-def _ending(rank: int) -> str:
-    return f"svdq-int4-r{rank}"

@@ -25,7 +25,7 @@ from ..host.progress import Progress
 from ..host.samplers import in_training
 from . import record_inputs
 from .charts import LiveBlocks
-from .job import MEASURED_ON_NOISE, QuantizeRequest, new_name
+from .job import MEASURED_ON_NOISE, QuantizeRequest
 from .record_inputs import NotMeasured, Pictures, Recording
 
 PROMPTS = 8  # random ones of a zero-data calibration
@@ -41,7 +41,10 @@ class VQRequest(QuantizeRequest):
 
     @property
     def ending(self) -> str:
-        return _ending(self.recipe)
+        size = f"{self.recipe.bits}"
+        if self.recipe.codewords is not None:
+            size = f"-k{self.recipe.codewords}d{self.recipe.vector}"
+        return f"vq{size}-{self.recipe.preset}"
 
     @property
     def noise_note(self) -> str:
@@ -81,6 +84,7 @@ class VQRequest(QuantizeRequest):
     ) -> Report:
         if not self.recipe.calibrated or isinstance(recording, NotMeasured):
             return super().write(job, recording, provenance)
+        self.note(job, recording)
         progress = Progress("calibrating", self.node_id)
         drawn = Progress("drawing", self.node_id)
         live = LiveBlocks(
@@ -111,16 +115,6 @@ def recipe_of(preset: str, bits: int, rotation: bool = False, **choices) -> Reci
     for name in _ZERO_IS_PRESET:
         choices[name] = choices.get(name) or None
     return Recipe.from_preset(preset, bits=bits, rotation=64 if rotation else None, **choices)
-
-
-def file_name(origin: str, filename: str, recipe: Recipe) -> str:
-    """The new file's name in ComfyUI's lists: as asked for, else beside its origin."""
-    return new_name(origin, filename, _ending(recipe))
-
-
-def _ending(recipe: Recipe) -> str:
-    size = f"{recipe.bits}" if recipe.codewords is None else f"-k{recipe.codewords}d{recipe.vector}"
-    return f"vq{size}-{recipe.preset}"
 
 
 def _counted(pictures: Pictures, progress: Progress) -> Callable:

@@ -73,6 +73,17 @@ class Linear(comfy.ops.manual_cast.Linear):
         unexpected_keys.extend(prefix + name for name in parts)
         expected = ("weight", "bias") if self.expects_bias else ("weight",)
         missing_keys.extend(prefix + name for name in expected if getattr(self, name) is None)
+        error_msgs.extend(self._mismatches(prefix))
+
+    def _mismatches(self, prefix: str) -> list[str]:
+        """What does not have the model's shape, in torch's words."""
+        wanted = {"weight": (self.out_features, self.in_features), "bias": (self.out_features,)}
+        return [
+            f"size mismatch for {prefix}{name}: the file has {tuple(tensor.shape)}, the model"
+            f" {wanted[name]}"
+            for name, tensor in self._parameters.items()
+            if tensor is not None and tuple(tensor.shape) != wanted[name]
+        ]
 
     def _own(self, tensor: torch.Tensor | None, assign: bool) -> torch.nn.Parameter | None:
         """A 16-bit tensor as a parameter: as it is when ComfyUI casts while streaming, else a
@@ -90,7 +101,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if not layouts.is_ours(self.weight):
             return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         destination = {} if destination is None else destination
-        destination.update(self.weight.state_dict(f"{prefix}weight"))
+        destination.update(layouts.stored_tensors(self.weight, f"{prefix}weight"))
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
         destination[f"{prefix}comfy_quant"] = layouts.settings_tensor(self.weight)
@@ -102,7 +113,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if name.startswith("weight_") or name == "comfy_quant":
             weight = self._parameters.get("weight")
             if layouts.is_ours(weight):
-                stored = weight.state_dict("weight") | {
+                stored = layouts.stored_tensors(weight, "weight") | {
                     "comfy_quant": layouts.settings_tensor(weight)
                 }
                 if name in stored:

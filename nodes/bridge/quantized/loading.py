@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 
 import comfy.sd
 import comfy.utils
@@ -10,9 +13,11 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ....quant.files.checkpoint import FORMATS, OPTIONAL, QuantizedFile
-from ....quant.files.errors import FileRefused
+from ....quant.files.checkpoint import QuantizedFile
+from ....quant.files.errors import FileRefused, reading
+from ....quant.files.layer_formats import FORMATS, OPTIONAL
 from ....quant.interop.opening import OpenedFiles, method_of
+from ....quant.weights.delta import SIDE
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
 from . import layouts, lora, modulation
@@ -44,7 +49,7 @@ def opened(name: str, kind: str) -> QuantizedFile:
     reason, and the right node for another kind.
     """
     file = _files.open(folders.path_of(name))
-    found = method_of(file.metadata)
+    found = method_of(file.files[0].header)
     if found != kind:
         raise FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
@@ -66,18 +71,21 @@ def load(
     layers stay. Raises FileRefused with the reason.
     """
     file = _files.open(path)
-    state = _mapped(file, verify) if file.stock else _read(file)
+    with reading(file.path, file.remedy):
+        state = _mapped(file, verify) if file.stock else _read(file)
+        _check_finite(file, state)
     if not file.is_current():
         raise file.refusal("changed while it was read; close the program that writes it")
     options = {"custom_operations": NibbleOperations} | (
         {"dtype": DTYPES[dtype]} if DTYPES[dtype] else {}
     )
-    patcher = comfy.sd.load_diffusion_model_state_dict(
-        packed(state, file.layers, DTYPES[dtype] or torch.bfloat16),
-        model_options=options,
-        metadata=dict(file.metadata) if file.stock else {},
-        disable_dynamic=disable_dynamic,
-    )
+    with reading(file.path, file.remedy), _fitting(file):
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            packed(state, file.layers, DTYPES[dtype] or torch.bfloat16),
+            model_options=options,
+            metadata=dict(file.metadata) if file.stock else file.built_by,
+            disable_dynamic=disable_dynamic,
+        )
     if patcher is None:
         raise FileRefused(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
@@ -108,6 +116,27 @@ def _read(file: QuantizedFile) -> dict[str, torch.Tensor]:
     return dict(file.tensors(progress.Progress("reading")))
 
 
+def _check_finite(file: QuantizedFile, state: dict[str, torch.Tensor]) -> None:
+    for name, settings in file.layers.items():
+        keys = [f"{name}.{part}" for part in (*_parts(settings), "bias")]
+        file.check_finite({key: state[key] for key in keys if key in state})
+
+
+@contextlib.contextmanager
+def _fitting(file: QuantizedFile) -> Iterator[None]:
+    """torch's errors about shapes, as a refusal that names the first tensor that does not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"size mismatch for ([^:\s]+)", str(error))
+        if found is None:
+            raise
+        raise file.refusal(
+            f"does not fit the model that it says it is: {found[1]} has another shape there;"
+            f" {file.remedy}"
+        ) from error
+
+
 def packed(
     state: dict[str, torch.Tensor], layers: dict[str, dict], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -129,8 +158,8 @@ def packed(
 
 
 def _parts(settings: dict) -> list[str]:
-    kind = settings["format"]
-    return [*FORMATS[kind][0], *OPTIONAL.get(kind, ())]
+    kind, side = settings["format"], [name for name, _ in SIDE.values()]
+    return [*FORMATS[kind][0], *OPTIONAL.get(kind, ()), *side]
 
 
 def _check_complete(patcher: ModelPatcher, file: QuantizedFile) -> None:

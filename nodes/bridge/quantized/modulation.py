@@ -5,7 +5,8 @@ FLUX's modulation holds 27 % of a 4-bit file and sees one token: for each step i
 (timestep, guidance, pooled text) into shifts, scales and gates, 2 MB in all. So the weights need
 not be in VRAM. A `CpuLinear` takes the place of ComfyUI's Linear after loading; it owns no
 parameter, so that ComfyUI neither moves nor counts it, and its weights stay in the model's state
-dict for LoRAs and saving.
+dict for LoRAs and saving. Patches become a part of them as of any layer that ComfyUI loads whole:
+by its own `patch_weight_to_device`, which keeps a backup and takes them off again.
 
 For a GPU's input the product is torch's own 4-bit one for CPUs, on a second copy of the weights in
 RAM, unless compiled kernels bring their own; for an input on the CPU it is the layer itself, so
@@ -14,19 +15,20 @@ that the numbers are those of the model without this option.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import weakref
 from fnmatch import fnmatchcase
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from .... import kernels
 from ....quant.files.architectures import recognise
 from ....quant.modulation.cpu_int4 import CpuInt4Matrix
-from ....quant.modulation.precompute import ModulationCache
+from ....quant.modulation.precompute import LayerState, ModulationCache
 from ....quant.weights.awq_w4a16 import W4A16Weight
 from . import layouts
 from .linear import patched_linear
@@ -46,10 +48,11 @@ class CpuLinear(torch.nn.Module):
         self._wrapped = (wrapped,)  # in a tuple: not a child, so that nothing moves it
         self.name = name
         self._cache = cache
-        # patches of the weight, as ComfyUI hands them to a layer that it streams
+        # other nodes' functions of weight and bias
         self.functions: list = []
         self.bias_functions: list = []
-        self._packed: CpuInt4Matrix | None = None  # for inputs from a GPU
+        self._packed: tuple[torch.Tensor, CpuInt4Matrix] | None = None  # for inputs from a GPU
+        self._bias: tuple[torch.Tensor, bytes] | None = None  # as it was last seen, and its digest
 
     def __getattr__(self, name: str):
         # what ComfyUI reads off a linear by the names of the state dict; not what would make it
@@ -61,6 +64,7 @@ class CpuLinear(torch.nn.Module):
     def __setattr__(self, name: str, value) -> None:
         if name in ("weight", "bias"):
             setattr(self._wrapped[0], name, value)
+            self._cache.clear()
         else:
             super().__setattr__(name, value)
 
@@ -68,6 +72,7 @@ class CpuLinear(torch.nn.Module):
         return self._wrapped[0].state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args, **kwargs):
+        self._cache.clear()
         return self._wrapped[0]._load_from_state_dict(*args, **kwargs)
 
     @torch.compiler.disable
@@ -77,48 +82,81 @@ class CpuLinear(torch.nn.Module):
             return self.compute(input.cpu()).to(input.device)
         return self._cache.output(self, input)
 
-    def compute(self, rows: torch.Tensor, fast: bool = False) -> torch.Tensor:
-        """The layer itself, on the CPU; fast: by torch's 4-bit product where that can do it."""
-        weight, bias = self._wrapped[0].weight, self._wrapped[0].bias
-        if (
-            fast
-            and not (self.functions or self.bias_functions or self.is_patched)
-            and self._pack(weight, rows.dtype)
-        ):
-            return self._packed.product(rows, bias)
-        bias = None if bias is None else bias.to(rows.dtype)
+    def state(self) -> LayerState:
+        """What hooks change of it between two steps: they switch the bias in place, and the
+        weight's change in its hook cell.
+        """
+        hooked = self._wrapped[0].weight.params.hooked
+        bias, digest = self._seen_bias()
+        # by a weak reference: a result that is remembered must not keep a whole change in memory
+        change = None if hooked is None else weakref.ref(hooked)
+        return LayerState((digest, change), bias, hooked)
+
+    def _seen_bias(self) -> tuple[torch.Tensor | None, bytes]:
+        """(a copy of the bias that nobody writes into, its digest)."""
+        bias = self._wrapped[0].bias
+        if bias is None:
+            return None, b""
+        if self._bias is None or not _same_bits(self._bias[0], bias):
+            seen = bias.detach().clone()
+            digest = hashlib.blake2b(seen.view(torch.uint8).numpy().tobytes()).digest()
+            self._bias = (seen, digest)
+        return self._bias
+
+    def compute(
+        self, rows: torch.Tensor, fast: bool = False, state: LayerState | None = None
+    ) -> torch.Tensor:
+        """The layer itself in that state (None: as it is), on the CPU; fast: by torch's 4-bit
+        product where that can do it.
+        """
+        state = self.state() if state is None else state
+        weight, bias = self._wrapped[0].weight, state.bias
+        plain = not (self.functions or self.bias_functions or _is_patched(weight))
+        if fast and plain and state.change is None:
+            packed = self._pack(weight, rows.dtype)
+            if packed is not None:
+                return packed.product(rows, bias)
+        if bias is not None:
+            # others' functions may write into it
+            bias = bias.to(rows.dtype, copy=bool(self.bias_functions))
         for function in self.bias_functions:
             bias = function(bias)
-        return patched_linear(rows, weight, bias, self.functions)
+        return patched_linear(rows, layouts.hooked_by(weight, state.change), bias, self.functions)
 
-    def _pack(self, weight, dtype: torch.dtype) -> bool:
-        """Packs the weight for the CPU, once; whether that was possible and is of use."""
+    def _pack(self, weight, dtype: torch.dtype) -> CpuInt4Matrix | None:
+        """The weight packed for the CPU, once for its codes; None where that is impossible or of
+        no use.
+        """
         base = layouts.unpack(weight)
-        if self._packed is not None and self._packed.dtype != dtype:
-            self._packed = None
+        if self._packed is not None:
+            codes, packed = self._packed
+            if codes.data_ptr() == base.qweight.data_ptr() and packed.dtype == dtype:
+                return packed
+        self._packed = None
         if (
-            self._packed is None
-            and CpuInt4Matrix.supports(base)
-            and kernels.which("gemv_w4a16", torch.device("cpu"))[0] != "native"
+            not CpuInt4Matrix.supports(base)
+            or kernels.which("gemv_w4a16", torch.device("cpu"))[0] == "native"
         ):
-            self._packed = CpuInt4Matrix(base, dtype)
-        return self._packed is not None
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether a patch or a hook is part of the weight itself."""
-        params = self._wrapped[0].weight.params
-        return self.is_hooked or params.proj_up is not None or not params.side.is_empty
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether a LoRA hook is on: what it changes comes and goes between steps."""
-        return self._wrapped[0].weight.params.hooked is not None
+            return None
+        packed = CpuInt4Matrix(base, dtype)
+        self._packed = (base.qweight, packed)  # kept: no other codes can have their address
+        return packed
 
     @property
     def nbytes(self) -> int:
         """Bytes in RAM."""
         return comfy.model_management.module_size(self._wrapped[0])
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.view(torch.uint8), other.detach().view(torch.uint8))
+
+
+def _is_patched(weight: torch.Tensor) -> bool:
+    """Whether a patch is part of the weight itself."""
+    return weight.params.proj_up is not None or not weight.params.side.is_empty
 
 
 def keep_in_ram(patcher: ModelPatcher) -> int:
@@ -176,12 +214,15 @@ def cpu_layers(patcher: ModelPatcher) -> list[CpuLinear]:
 
 
 def _attach(patcher: ModelPatcher, *_) -> None:
-    """Gives every layer in RAM the patches of the patcher that was just loaded."""
+    """Patches every layer in RAM as the patcher that was just loaded says, once: what ComfyUI has a
+    backup of is patched already.
+    """
     layers = cpu_layers(patcher)
     for layer in layers:
         for parameter, functions in (("weight", layer.functions), ("bias", layer.bias_functions)):
             key = f"diffusion_model.{layer.name}.{parameter}"
-            functions[:] = [LowVramPatch(key, patcher.patches)] if key in patcher.patches else []
-            functions.extend(patcher.weight_wrapper_patches.get(key, ()))
+            if key in patcher.patches and key not in patcher.backup:
+                patcher.patch_weight_to_device(key, device_to=torch.device("cpu"))
+            functions[:] = patcher.weight_wrapper_patches.get(key, ())
     for cache in {layer._cache for layer in layers}:
         cache.clear()

@@ -4,13 +4,10 @@ the file to be.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ....quant.files.errors import FileRefused
-from ....quant.files.safetensors import read_header
 from ..host.progress import Progress
 
 EVERY = 1.0  # seconds between two drawings of the curve
@@ -50,19 +47,6 @@ class Watch:
         if step == first:
             return "measuring"
         return f"{(time.monotonic() - began) / (step - first):.3g} s a step"
-
-
-def resumable(state: Path, data: str) -> bool:
-    """Whether a state is one of a run on `data`, the last entry of its identity; anything else
-    makes room for a new one where overwriting is allowed.
-    """
-    try:
-        if not state.exists():
-            return False
-        identity = json.loads(read_header(state).metadata["identity"])
-        return json.loads(identity[0])[-1] == data
-    except (FileRefused, KeyError, ValueError, TypeError):
-        return False
 
 
 def what_is_kept(message: str, losses: Sequence[float], state: Path) -> str:

@@ -21,14 +21,14 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
     rule = ErrorControl(threshold, SIGMAS, Reuse(order), **more)
     stream, nodes, computed, worst = rule.decider(), [], [], 0.0
     for i in range(STEPS):
-        step = Step(i, STEPS, SIGMAS[i])
-        used = weights(nodes, step.sigma, rule.reuse) if nodes else []
+        step = Step(i, STEPS, SIGMAS[i], SIGMAS[i])
+        used = weights(nodes, step.time, rule.reuse) if nodes else []
         guess = (
             sum(w * function(s) for w, s in zip(used, nodes[-len(used) :], strict=True))
             if nodes
             else 0.0
         )
-        error = abs(guess - function(step.sigma)) / abs(function(step.sigma))
+        error = abs(guess - function(step.time)) / abs(function(step.time))
         decision = stream.decide(step, nodes)
         computed.append(decision.compute)
         if not decision.compute:
@@ -36,7 +36,7 @@ def run(function, threshold: float, order: int = 1, **more) -> tuple[list[bool],
             continue
         if len(nodes) > order:
             stream.measured(step, nodes, error)
-        nodes = (nodes + [step.sigma])[-order - 1 :]
+        nodes = (nodes + [step.time])[-order - 1 :]
     return computed, worst
 
 
@@ -81,5 +81,20 @@ def test_the_rate_is_lagranges_remainder():
     """A parabola guessed linearly: the error at s is |(s - a)(s - b)| exactly, whatever the gap."""
     rule = ErrorControl(1.0, SIGMAS, Reuse(1))
     stream = rule.decider()
-    stream.measured(Step(2, STEPS, 0.8), [1.0, 0.9], abs((0.8 - 1.0) * (0.8 - 0.9)))
-    assert stream.rate == pytest.approx(1.0)
+    stream.measured(Step(2, STEPS, 0.8, 0.8), [1.0, 0.9], abs((0.8 - 1.0) * (0.8 - 0.9)))
+    assert stream.rates[0] == pytest.approx(1.0)
+
+
+def test_a_schedule_that_shortens_its_steps_is_counted_in_steps():
+    """Steps that halve: one step after nodes one and two steps away is an error as large as the
+    last, not an eighth of it. With equal steps both ways of counting agree.
+    """
+    halving = tuple(2.0**-i for i in range(8))
+    stream = ErrorControl(1.0, halving, Reuse(1)).decider()
+    stream.measured(Step(2, 7, 0.25, 0.25), [1.0, 0.5], 0.2)
+    foretold = stream.decide(Step(3, 7, 0.125, 0.125), [0.5, 0.25])
+    mean = (halving[0] - halving[-1]) / 7
+    assert foretold.change == pytest.approx(0.2 * (0.125 - 0.0625) / mean)
+    equal = ErrorControl(1.0, SIGMAS, Reuse(1))
+    in_time, in_steps = equal.distances(SIGMAS[3:5], SIGMAS[7])
+    assert in_time == pytest.approx(in_steps / STEPS**2) == pytest.approx(12 / STEPS**2)

@@ -209,7 +209,10 @@ def test_files_that_are_none_are_refused(net, tmp_path):
         path,
         {"format": heads_file.FORMAT, "caf": json.dumps(about)},
     )
-    with pytest.raises(FileRefused, match=r"damaged \(blocks\.0 has down"):
+    with pytest.raises(
+        FileRefused,
+        match=r"is damaged: blocks\.0 has down \(2, \d+\) at rank 2; download or train it again",
+    ):
         heads_file.read_file(path)
     save_file(tensors, path, {"format": heads_file.FORMAT, "caf": "{}"})
     with pytest.raises(FileRefused, match="damaged"):

@@ -67,8 +67,8 @@ class Bench:
     def conditioning(self, which: slice) -> list:
         return [[self.tokens[which], {"pooled_output": self.pooled[which], "guidance": 3.5}]]
 
-    def draw(self, model, steps: int, groups: list[slice]):
-        """(latents, forwards a group, CPU seconds a group)."""
+    def draw(self, model, steps: int, groups: list[slice], sigmas=None):
+        """(latents, forwards a group, CPU seconds a group); sigmas: of another schedule."""
         import comfy.samplers
 
         found, seconds, self.forwards = [], 0.0, 0
@@ -81,7 +81,7 @@ class Bench:
                     noise,
                     self.torch.zeros_like(noise),
                     comfy.samplers.sampler_object("euler"),
-                    self.sigmas(steps),
+                    self.sigmas(steps) if sigmas is None else sigmas,
                     disable_pbar=True,
                     seed=SEED,
                 )

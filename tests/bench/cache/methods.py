@@ -115,13 +115,18 @@ def adaptive_rules(bench: Bench, calibration, few: slice):
         coefficients=Polynomial(FLUX),
     )
     yield ours(
-        "TeaCache calibrated, linear", (0.03, 0.05, 0.1, 0.15, 0.2), calibration, rule="teacache"
+        "TeaCache calibrated, linear",
+        (0.03, 0.05, 0.1, 0.15, 0.2),
+        calibration,
+        rule="teacache",
+        order=1,
     )
     yield ours("error control, quadratic", ERRORS, order=2)
     yield ours(
         "block-0 probe, linear",
         (0.05, 0.08, 0.12, 0.2, 0.3),
         rule="teacache",
+        order=1,
         coefficients=IDENTITY,
         feature="first_residual",
     )

@@ -1,9 +1,10 @@
-"""Calibrations as files: written whole, read back, found by the model, refused with a reason; and
-what is said of another schedule.
+"""Calibrations in ComfyUI's folder: found by the model, passed over where they cannot be used,
+written by one run at a time; and what is said of another schedule.
 """
 
 import json
 
+import comfy.model_management
 import comfy.samplers
 import folder_paths
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from caching_runs import STEPS, conditioning
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.nodes.bridge.caching import calibration_file
+from nibble.nodes.bridge.caching.calibrate import CalibrationJob, calibrate
 from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.host import fingerprint
 from nibble.nodes.bridge.host.progress import Progress
+from nibble.quant.files import atomic
 from nibble.quant.files.errors import FileRefused
 
 
@@ -26,21 +29,23 @@ def sigmas(model, steps: int = STEPS) -> torch.Tensor:
 
 
 @pytest.fixture
-def calibration(dense_model):
-    return measure(
-        Measurement(
-            model=dense_model,
-            positive=conditioning(3),
-            negative=None,
-            cfg=1.0,
-            sampler=comfy.samplers.sampler_object("euler"),
-            sigmas=sigmas(dense_model),
-            latent={"samples": torch.zeros(1, 16, 8, 8)},
-            seed=5,
-            model_name="random-flux",
-        ),
-        Progress("calibrating"),
+def setup(dense_model):
+    return Measurement(
+        model=dense_model,
+        positive=conditioning(3),
+        negative=None,
+        cfg=1.0,
+        sampler=comfy.samplers.sampler_object("euler"),
+        sigmas=sigmas(dense_model),
+        latent={"samples": torch.zeros(1, 16, 8, 8)},
+        seed=5,
+        model_name="random-flux",
     )
+
+
+@pytest.fixture
+def calibration(setup):
+    return measure(setup, Progress("calibrating"))
 
 
 @pytest.fixture
@@ -85,51 +90,47 @@ def test_the_step_curve_is_the_velocitys_relative_change(calibration):
 
 
 def test_saved_found_and_read_back(calibration, dense_model, model, folder):
-    path = calibration_file.save_calibration(calibration, "flux")
-    assert path.name == "flux_00001.json"
-    assert calibration_file.save_calibration(calibration, "flux").name == "flux_00002.json"
-    assert calibration_file.calibration_files()[0] == "flux_00002.json"
+    calibration.save(folder / "flux.json")
+    assert calibration_file.calibration_files() == ["flux.json"]
     found = calibration_file.find(dense_model)
     assert found.curves == calibration.curves
     assert np.allclose(found.grams, calibration.grams, atol=1e-7)
     assert found.polynomial == calibration.polynomial
-    assert calibration_file.open_calibration("flux_00001.json").run == calibration.run
+    assert calibration_file.open_calibration("flux.json").run == calibration.run
     assert calibration_file.find(model) is None  # the 4-bit form of the same model is another model
     with pytest.raises(FileRefused, match="not in ComfyUI's"):
         calibration_file.open_calibration("gone.json")
-    with pytest.raises(ValueError, match="name of a file"):
-        calibration_file.save_calibration(calibration, "../flux")
 
 
-def broken(change, facts):
-    facts = json.loads(json.dumps(facts))
-    change(facts)
-    return facts
+def test_a_bad_neighbour_is_passed_over_with_one_line(calibration, dense_model, folder, caplog):
+    calibration.save(folder / "flux.json")
+    bad = {
+        "no-model.json": json.dumps({"format": "nibble-cache/1", "model": {}}),
+        "list.json": json.dumps({"format": "nibble-cache/1", "model": []}),
+        "deep.json": "[" * 100_000,
+        "notes.json": "not json",
+    }
+    for name, content in bad.items():
+        (folder / name).write_text(content)
+    (folder / "nowhere.json").symlink_to(folder / "gone")
+    (folder / "folder.json").mkdir()
+    for _ in range(2):
+        assert calibration_file.find(dense_model).name == "flux.json"
+    lines = [record.getMessage() for record in caplog.records if "passed over" in record.message]
+    assert sorted(line.split(": ")[1].split(" ")[0] for line in lines) == sorted(bad)
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        (lambda f: f.update(format="nibble-cache/2"), "newer Nibble"),
-        (lambda f: f.update(format="smoothcache/1"), "not nibble-cache"),
-        (lambda f: f.pop("format"), "is not a calibration"),
-        (lambda f: f.pop("grams"), "damaged"),
-        (lambda f: f["smoothcache"]["single"]["mean"][0].pop(), "damaged"),
-        (lambda f: f.update(grams=[[[1.0]]]), "damaged"),
-    ],
-)
-def test_what_cannot_be_used_is_refused_with_the_reason(calibration, tmp_path, change, reason):
-    path = tmp_path / "broken.json"
-    path.write_text(json.dumps(broken(change, json.loads(calibration.to_json()))))
-    with pytest.raises(FileRefused, match=reason):
-        calibration_file.load(path)
-
-
-def test_text_that_is_not_json_is_refused_and_passed_over(dense_model, folder):
-    (folder / "notes.json").write_text("not json")
-    with pytest.raises(FileRefused, match="notes.json is not a calibration"):
-        calibration_file.load(folder / "notes.json")
-    assert calibration_file.find(dense_model) is None
+def test_a_file_that_another_run_is_writing_is_not_measured(dense_model, folder, setup):
+    with (
+        atomic.exclusive(folder / "flux.json"),
+        pytest.raises(FileRefused, match="flux.json is being written by another run"),
+    ):
+        calibrate(CalibrationJob(setup, "flux"))
+    assert calibrate(CalibrationJob(setup, "flux"))[0] == "flux.json"
+    written = (folder / "flux.json").read_bytes()
+    assert calibrate(CalibrationJob(setup, "flux", overwrite=True))[0] == "flux.json"
+    assert (folder / "flux.json").read_bytes() == written, "equal runs are equal bytes"
+    assert [path.name for path in folder.iterdir()] == ["flux.json"]
 
 
 def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model, flux_file):
@@ -147,13 +148,41 @@ def test_a_fingerprint_survives_loras_and_tells_weights_apart(dense_model, model
     assert fingerprint.weights_of(dense_model) == fingerprint.PLAIN != fingerprint.weights_of(model)
 
 
+@pytest.mark.parametrize("in_bits", [16, 4])
+def test_a_lora_in_memory_is_no_part_of_a_models_identity(request, in_bits):
+    """One on the biases and norms that the fingerprint reads, while it is on the weights."""
+    loaded = request.getfixturevalue("dense_model" if in_bits == 16 else "model")
+    before = fingerprint.fingerprint(loaded)
+    patched = loaded.clone()
+    vectors = {
+        name: ("diff", (torch.ones(value.shape),))
+        for name, value in loaded.model.named_parameters()
+        if name.startswith("diffusion_model.") and value.ndim == 1
+    }
+    patched.add_patches(vectors, 1.0)
+    comfy.model_management.load_models_gpu([patched], force_patch_weights=True)
+    name = next(iter(vectors)).removeprefix("diffusion_model.")
+    live = dict(loaded.model.diffusion_model.named_parameters())[name]
+    kept = dict(fingerprint.unpatched(patched))[name]
+    assert not torch.equal(live.float(), kept.float()), "the LoRA is on the weights"
+    assert fingerprint.fingerprint(patched) == before
+    assert fingerprint.fingerprint(loaded) == before
+    assert fingerprint.patches_fingerprint(patched) != fingerprint.patches_fingerprint(loaded)
+    comfy.model_management.unload_all_models()
+    assert fingerprint.fingerprint(loaded) == before
+
+
 def test_what_differs_from_the_measured_run_is_said(calibration, dense_model):
     assert not [
-        note for note in calibration.fits(sigmas(dense_model), "euler") if "measured with" in note
+        note
+        for note in calibration.fits(sigmas(dense_model).tolist(), "euler")
+        if "measured with" in note
     ]
-    assert "this run has 6" in calibration.fits(sigmas(dense_model, 6), "euler")[0]
-    assert "scheduler" in calibration.fits(torch.linspace(1, 0, STEPS + 1) ** 2, "euler")[0]
-    assert "uses heun" in calibration.fits(sigmas(dense_model), "heun")[0]
+    assert "this run has 6" in calibration.fits(sigmas(dense_model, 6).tolist(), "euler")[0]
+    assert (
+        "scheduler" in calibration.fits((torch.linspace(1, 0, STEPS + 1) ** 2).tolist(), "euler")[0]
+    )
+    assert "uses heun" in calibration.fits(sigmas(dense_model).tolist(), "heun")[0]
     assert sum(calibration.mask(10, sigmas(dense_model, 20).tolist(), Reuse(1))) == pytest.approx(
         10, abs=1
     )

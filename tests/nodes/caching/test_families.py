@@ -14,10 +14,10 @@ from comfy.patcher_extension import WrappersMP
 import tiny_models
 from caching_runs import traces
 from checkout import ROOT
+from nibble.accel.caching.calibration_file import Calibration
 from nibble.accel.caching.smoothcache import Curve
 from nibble.accel.caching.teacache import Polynomial
 from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
-from nibble.nodes.bridge.caching.calibration_file import Calibration
 from nibble.nodes.bridge.caching.models import family_of, level_of
 from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
 from nibble.nodes.bridge.caching.wrap_sublayers import kinds

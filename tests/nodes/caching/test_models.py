@@ -4,7 +4,7 @@ import torch
 from comfy.ldm.genmo.joint_model.asymm_models_joint import AsymmetricJointBlock
 from torch import nn
 
-from nibble.nodes.bridge.caching.models import modulated
+from nibble.nodes.bridge.caching.features import modulated
 
 
 class Stopped(Exception):

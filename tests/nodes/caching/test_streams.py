@@ -18,6 +18,7 @@ from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
 from nibble.nodes.bridge.caching.controlnet import Deferred
 from nibble.nodes.bridge.caching.run import Run
 from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
+from noise_schedules import Epsilon
 
 
 @pytest.fixture
@@ -96,9 +97,53 @@ def test_steps_are_counted_where_the_sampler_allows_it_and_read_elsewhere():
     assert counted.counted
     assert counted.step(None).index == 0  # the noise level is never looked at
     counted.stepped()
-    assert counted.step(None) == Step(1, 4, 0.75)
+    assert counted.step(None) == Step(1, 4, 0.75, 0.75)
     assert not a_run(sampler=comfy.samplers.sampler_object("heun")).counted
     assert a_run().step(torch.tensor([0.52])).index == 2
+
+
+def adds_noise(sampler) -> bool:
+    """Whether a run of a denoiser that answers x / 2 draws noise after its beginning."""
+
+    def denoiser(x, sigma, model_options, **_):
+        for told in model_options.get("sampler_post_cfg_function", ()):
+            told({"denoised": x / 2, "uncond_denoised": x / 3})
+        return x / 2
+
+    denoiser.inner_model = SimpleNamespace(
+        inner_model=SimpleNamespace(model_sampling=Epsilon()),
+        model_patcher=SimpleNamespace(get_model_object=lambda _: Epsilon()),
+    )
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        options = {"model_options": {}, "seed": seed}
+        x = torch.ones(1, 4, 4, 4)
+        sigmas = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+        function = sampler.sampler_function
+        found.append(
+            function(denoiser, x, sigmas, extra_args=options, disable=True, **sampler.extra_options)
+        )
+    return not torch.equal(*found)
+
+
+# these take other arguments, and draw no noise
+OTHERS = {"dpm_fast", "dpm_adaptive", "uni_pc", "uni_pc_bh2"}
+
+
+def test_samplers_that_add_noise_are_known():
+    """Every sampler of ComfyUI, with two seeds."""
+    samplers = {
+        name: comfy.samplers.sampler_object(name)
+        for name in comfy.samplers.SAMPLER_NAMES
+        if name not in OTHERS
+    }
+    samplers["churned"] = comfy.samplers.ksampler("euler", {"s_churn": 2.0})
+    known = {name: a_run(sampler=sampler).noisy for name, sampler in samplers.items()}
+    assert known == {name: adds_noise(sampler) for name, sampler in samplers.items()}
+    assert known["seeds_2"]
+    assert known["seeds_3"]
+    assert not known["res_multistep"]
 
 
 def test_cond_and_uncond_together_or_apart_draw_the_same(flux, monkeypatch):

@@ -15,6 +15,7 @@ from coupling_runs import SIGMAS, calls_of, euler, everything, job, made, prompt
 from nibble.accel.caf import couplings
 from nibble.nodes import caf_training as nodes
 from nibble.nodes.bridge.caf import couplings as caf_couplings
+from nibble.quant.files import atomic
 from nibble.quant.files.errors import FileRefused
 
 pytestmark = pytest.mark.usefixtures("output")
@@ -279,15 +280,6 @@ def test_it_says_how_long_it_will_take(model, monkeypatch, elapsed, said):
     assert watch.left(4).removeprefix(", ") == said
 
 
-def test_the_node_runs_again_while_its_folder_is_not_there(model, output):
-    assert caf_couplings.stamp("mine") != caf_couplings.stamp("mine")
-    made(model, count=1)
-    assert (
-        nodes.NibbleMakeCAFCouplings.fingerprint_inputs(filename=["mine"], seed=[0])
-        == (output / "mine").stat().st_mtime
-    )
-
-
 def test_nothing_is_left_on_the_model(model):
     before = (
         dict(model.model_options["transformer_options"]),
@@ -353,3 +345,15 @@ def test_the_node_hands_lists_on(model, monkeypatch):
         "overwrite": True,
         "node_id": "5",
     }
+
+
+def test_a_second_run_is_refused_before_anything_is_touched(model):
+    folder = made(model, filename="mine", count=2).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with (
+        atomic.exclusive(folder),
+        pytest.raises(FileRefused, match="mine is being written by another run"),
+    ):
+        made(model, filename="mine", count=2, seed=9, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["mine"]

@@ -112,8 +112,8 @@ class Video:
             {"latents": [{"samples": torch.zeros(1, 16, 4, 4), "noise_mask": torch.ones(1, 4, 4)}]},
             "has a mask",
         ),
-        ({"filename": "../mine"}, "'../mine' cannot be the name of a folder"),
-        ({"filename": ".."}, "cannot be the name"),
+        ({"filename": "../mine"}, "'../mine' cannot be a file's name in"),
+        ({"filename": ".."}, "cannot be a file's name"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_model_is_asked(

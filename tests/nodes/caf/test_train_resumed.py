@@ -6,6 +6,7 @@ import torch
 from caf_training_runs import job, pairs, same, stopping_at, trained
 from nibble.accel.caf import flow
 from nibble.nodes.bridge.caf import train as caf_training
+from nibble.quant.files import atomic
 from nibble.quant.files.errors import FileRefused
 from training_runs import Stop
 
@@ -108,3 +109,43 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
             caf_training.train(job(dense_model, data))
     done, _ = trained(dense_model, data, folder, options={"lr": 1e-3})
     assert len(done.losses) == 6
+
+
+def test_states_that_a_kill_left_beside_the_finished_file_go(
+    dense_model, data, folder, monkeypatch
+):
+    """Killed between the file's last renaming and the states' removal."""
+    with monkeypatch.context() as patched:
+        stopping_at(patched, 6)
+        with pytest.raises(Stop):
+            caf_training.train(job(dense_model, data))
+    left = {path: path.read_bytes() for path in folder.glob("*.state")}
+    assert len(left) == 2
+    done, _ = trained(dense_model, data, folder)
+    for path, content in left.items():
+        path.write_bytes(content)
+    monkeypatch.setattr(caf_training, "run_session", lambda *_: pytest.fail("trained again"))
+    assert caf_training.train(job(dense_model, data)).name == done.name
+    assert [path.name for path in folder.iterdir()] == [done.name]
+
+
+def test_a_second_run_is_refused_at_its_start_and_a_late_file_is_kept(
+    dense_model, data, folder, monkeypatch
+):
+    target = folder / "mine.caf.safetensors"
+    with (
+        atomic.exclusive(target),
+        pytest.raises(FileRefused, match="mine.caf.safetensors is being written by another run"),
+    ):
+        caf_training.train(job(dense_model, data))
+    real = caf_training.run_session
+
+    def late(*arguments):
+        real(*arguments)
+        target.write_bytes(b"another program's")
+
+    monkeypatch.setattr(caf_training, "run_session", late)
+    with pytest.raises(FileRefused, match="mine.caf.safetensors exists already"):
+        caf_training.train(job(dense_model, data))
+    assert target.read_bytes() == b"another program's"
+    assert len(list(folder.glob("*.state"))) == 2, "what was trained is kept"

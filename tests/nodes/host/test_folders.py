@@ -55,6 +55,52 @@ def test_a_name_that_leads_outside_is_refused(places, name):
 def test_an_existing_file_is_kept_unless_it_may_be_replaced(places):
     places[0].mkdir()
     (places[0] / "old.safetensors").touch()
-    with pytest.raises(FileRefused, match="exists already"):
-        folders.new_file("old.safetensors", KIND, overwrite=False)
-    assert folders.new_file("old.safetensors", KIND, overwrite=True)[1] == "old.safetensors"
+    with folders.new_file("old.safetensors", KIND, overwrite=False) as new:
+        with pytest.raises(FileRefused, match="exists already"):
+            new.check()
+    with folders.new_file("old.safetensors", KIND, overwrite=True) as new:
+        new.check()
+        assert new.name == "old.safetensors"
+        with (
+            pytest.raises(FileRefused, match="is being written by another run"),
+            folders.new_file("old.safetensors", KIND, overwrite=True),
+        ):
+            pass
+    with folders.new_file("late.safetensors", KIND, overwrite=False) as new:
+        new.check()
+        new.path.touch()  # another program's, which heeds no lock
+        with pytest.raises(FileRefused, match="exists already"):
+            new.check()
+    assert sorted(path.name for path in places[0].iterdir()) == [
+        "late.safetensors",
+        "old.safetensors",
+    ]
+
+
+def test_folders_that_are_links_lead_where_they_lead(places, tmp_path):
+    drive = tmp_path / "drive"
+    (drive / "flux").mkdir(parents=True)
+    places[1].mkdir()
+    (places[1] / "flux").symlink_to(drive / "flux")
+    target, name = folders.place("flux/new.safetensors", KIND, places[1] / "flux" / "a.safetensors")
+    assert (target, name) == (places[1] / "flux" / "new.safetensors", "flux/new.safetensors")
+    target.touch()
+    assert (drive / "flux" / "new.safetensors").exists()
+
+
+def test_a_whole_folder_that_is_a_link_is_a_place(places, tmp_path):
+    (tmp_path / "drive").mkdir()
+    places[0].symlink_to(tmp_path / "drive")
+    assert folders.place("new.safetensors", KIND)[0] == places[0] / "new.safetensors"
+    with pytest.raises(FileRefused, match="lies outside"):
+        folders.place("../new.safetensors", KIND)
+
+
+def test_endings_in_letters_of_either_size_are_listed(places):
+    places[0].mkdir()
+    for name in ("UPPER.SAFETENSORS", "old.sft", "OLD.SFT", "plain.safetensors", "other.txt"):
+        (places[0] / name).touch()
+    folder_paths.folder_names_and_paths[KIND][1].update({".sft", ".txt"})
+    folder_paths.filename_list_cache.pop(KIND, None)
+    listed = ["OLD.SFT", "UPPER.SAFETENSORS", "old.sft", "plain.safetensors"]
+    assert sorted(folders.names(KIND)) == listed

@@ -113,7 +113,7 @@ def test_a_given_k_is_used_and_names_are_kept(model, loras):
     with pytest.raises(FileRefused, match="exists already; switch 'overwrite' on"):
         converted(model, filename="mine")
     assert converted(model, filename="mine", overwrite=True) == name
-    with pytest.raises(FileRefused, match="outside ComfyUI's intlora folder"):
+    with pytest.raises(FileRefused, match="leads out of the folder"):
         converted(model, filename="../mine")
 
 
@@ -331,9 +331,6 @@ def test_the_nodes_do_the_work(model, loras, monkeypatch):
     assert nodes.NibbleApplyIntLoRA.validate_inputs("gone.safetensors").startswith(
         "gone.safetensors is not in"
     )
-    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(
-        STYLE, ""
-    ) != nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "")
     for node in nodes.NODES:
         monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None), raising=False)
     made = nodes.NibbleConvertIntLoRA.execute(model, STYLE, 0.02, "", False, -1)
@@ -341,4 +338,5 @@ def test_the_nodes_do_the_work(model, loras, monkeypatch):
     assert made.ui["nibble_chart"][0]["title"] == name
     assert nodes.NibbleApplyIntLoRA.execute(model, name, 1.0, "branch").result[0].patches
     assert nodes.NibbleApplyIntLoRA.validate_inputs(name) is True
-    assert nodes.NibbleConvertIntLoRA.fingerprint_inputs(STYLE, "") == files.stamp(STYLE)
+    stamped = nodes.NibbleConvertIntLoRA.fingerprint_inputs(lora_name=STYLE, filename="")
+    assert files.stamp(STYLE) in stamped

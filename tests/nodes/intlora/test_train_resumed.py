@@ -11,6 +11,7 @@ from nibble.nodes.bridge.intlora import files
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.training import dataset
 from nibble.nodes.bridge.training import session as training
+from nibble.quant.files import atomic
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.training.loop import Options
 from training_runs import Stop, latents
@@ -107,3 +108,39 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, l
     assert len(done.losses) == 4
     assert len(calls) == 5
     assert all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
+
+
+def test_a_second_run_is_refused_at_its_start_and_a_late_file_is_kept(model, loras, monkeypatch):
+    target = loras / "mine.intlora.safetensors"
+    with (
+        atomic.exclusive(target),
+        pytest.raises(FileRefused, match="mine.intlora.safetensors is being written by another"),
+    ):
+        intlora_training.run(job(model))
+    real = training.run
+
+    def late(*arguments):
+        adapter = real(*arguments)
+        target.write_bytes(b"another program's")
+        return adapter
+
+    monkeypatch.setattr(training, "run", late)
+    with pytest.raises(FileRefused, match="mine.intlora.safetensors exists already"):
+        intlora_training.run(job(model))
+    assert target.read_bytes() == b"another program's"
+    target.unlink()
+    monkeypatch.setattr(training, "run", real)
+    kept = (loras / "mine.intlora.state").read_bytes()
+    done, _ = trained(model, loras)
+    # killed between the file's renaming and the state's removal
+    (loras / "mine.intlora.state").write_bytes(kept)
+    assert intlora_training.run(job(model)).losses == pytest.approx(done.losses, rel=1e-5)
+    assert [path.name for path in loras.iterdir()] == [target.name]
+
+
+def test_a_full_disk_is_told_before_the_first_step(model, loras, monkeypatch):
+    full = type("Usage", (), {"free": 10})()
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: full)
+    with pytest.raises(FileRefused, match=r"The disk of .* is full: mine.intlora.state needs"):
+        intlora_training.run(job(model))
+    assert not list(loras.iterdir())

@@ -10,7 +10,7 @@ import torch
 from flux_runs import little_for_weights, run, sampled
 from nibble import kernels
 from nibble.nodes.bridge.quantized import layouts, loading, modulation
-from nibble.quant.modulation.precompute import ModulationCache, ModulationInput
+from nibble.quant.modulation.precompute import LayerState, ModulationCache
 
 LIN = "double_blocks.0.img_mod.lin"
 
@@ -101,13 +101,16 @@ def _settled(cache):
 class Layer:
     """Doubles its input."""
 
-    is_hooked, in_features, out_features = False, 8, 8
+    in_features = out_features = 8
 
     def __init__(self, name, cache):
         self.name, self.calls = name, []
         cache.layers.append(self)
 
-    def compute(self, rows, fast):
+    def state(self):
+        return LayerState(())
+
+    def compute(self, rows, fast, state):
         self.calls.append((len(rows), fast))
         return rows * 2
 
@@ -214,10 +217,10 @@ def test_a_layer_that_reads_something_else_is_no_follower():
 def test_for_a_gpu_every_weight_is_read_once_for_all_steps():
     cache, layers = cache_of()
     rows = torch.rand(5, 8)
-    found, new = cache._requested(layers, rows, True)
-    vector = ModulationInput(rows, rows.shape, torch.device("meta"))
+    products, new = cache._requested(layers, rows, True)
     assert new == 15
-    assert torch.equal(cache._rows(layers, found, vector), torch.cat([rows * 2] * 3, -1))
+    made = torch.stack([torch.cat([product.result() for product in row]) for row in products])
+    assert torch.equal(made, torch.cat([rows * 2] * 3, -1))
     assert all(layer.calls == [(5, True)] for layer in layers)
 
 

@@ -63,7 +63,9 @@ def test_a_layer_computes_what_the_format_says_and_saves_what_it_was_made_of(wei
         layouts.linear(x, tensor, None),
         weight.forward(x) if weight.scale is not None else packed_forward(weight, x),
     )
-    stored = tensor.state_dict("a.weight") | {"a.comfy_quant": layouts.settings_tensor(tensor)}
+    stored = layouts.stored_tensors(tensor, "a.weight") | {
+        "a.comfy_quant": layouts.settings_tensor(tensor)
+    }
     again = VQWeight.from_tensors(stored, "a")
     assert torch.equal(again.indices, weight.indices)
     assert torch.equal(again.codebook, weight.codebook)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_contents import quantized
 from nibble.quant.files import writer
-from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.errors import DiskRefused, FileRefused
 from nibble.quant.files.safetensors import TensorSpec, read_header
 from nibble.quant.files.writer import Writer, check_target
 
@@ -78,6 +78,28 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path):
     assert not target.exists()
     assert write(target) == len(SPECS) - 3
     assert target.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error, kept",
+    [
+        (KeyboardInterrupt(), True),
+        (InterruptedError("Stop"), True),
+        (DiskRefused("full"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (KeyError("a"), False),
+        (FileRefused("damaged"), False),
+        (OverflowError(), False),
+    ],
+)
+def test_only_a_failure_that_would_come_again_takes_what_is_done(tmp_path, error, kept):
+    with pytest.raises(type(error)), Writer(tmp_path / "t.safetensors", SPECS, "run", 100) as file:
+        file.write("odd", {"odd": contents(SPECS[1])}, {})
+        raise error
+    left = ["t.safetensors.partial", "t.safetensors.partial.journal"]
+    assert sorted(os.listdir(tmp_path)) == (left if kept else [])
 
 
 def test_a_half_written_part_is_done_again(tmp_path):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from compare import assert_same
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
-from nibble.quant.interop import convert as converting
 from nibble.quant.interop.convert import convert, facts_of
+from nibble.quant.interop.export import ToNibble
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from published_files import METADATA, random_linear, svdquant
@@ -94,28 +94,46 @@ def test_layers_that_nunchaku_keeps_are_written_in_16_bit(quantized, tmp_path):
 
 def test_an_interrupted_conversion_goes_on_and_ends_in_the_same_file(files, tmp_path, monkeypatch):
     convert(files["first"], tmp_path / "whole.safetensors", "nibble")
-    made = []
+    made, real = [], ToNibble.make
 
-    def stop(export, unit, writer, real=converting._made):
+    def stop(export, unit):
         if len(made) == 5:
             raise KeyboardInterrupt
         made.append(unit)
-        return real(export, unit, writer)
+        return real(export, unit)
 
     with monkeypatch.context() as patched:
-        patched.setattr(converting, "_made", stop)
+        patched.setattr(ToNibble, "make", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(files["first"], tmp_path / "own.safetensors", "nibble")
     assert not (tmp_path / "own.safetensors").exists()
     again = []
     monkeypatch.setattr(
-        converting, "_made", lambda export, unit, writer: again.append(unit) or export.make(unit)
+        ToNibble, "make", lambda export, unit: again.append(unit) or real(export, unit)
     )
     convert(files["first"], tmp_path / "own.safetensors", "nibble")
     assert not set(made) & set(again)
     assert (tmp_path / "own.safetensors").read_bytes() == (
         tmp_path / "whole.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), RuntimeError("shapes differ"), OverflowError(), RecursionError()]
+)
+def test_a_conversion_that_fails_for_good_leaves_nothing(files, tmp_path, monkeypatch, error):
+    made, real = [], ToNibble.make
+
+    def fail(export, unit):
+        if len(made) == 5:
+            raise error
+        made.append(unit)
+        return real(export, unit)
+
+    monkeypatch.setattr(ToNibble, "make", fail)
+    with pytest.raises(type(error)):
+        convert(files["first"], tmp_path / "own.safetensors", "nibble")
+    assert not list(tmp_path.glob("own*"))
 
 
 def test_a_damaged_source_is_found_before_anything_is_written(quantized, tmp_path):

@@ -12,6 +12,7 @@ from nibble.quant.files.errors import FileRefused
 from nibble.quant.interop.convert import convert, facts_of
 from nibble.quant.interop.names import families
 from nibble.quant.interop.opening import is_4bit, open_4bit
+from nibble.quant.interop.unfuse_norms import unfused
 from nibble.quant.weights.base import tensor_json
 from nibble.quant.weights.formats import FORMATS
 from nibble.quant.weights.fuse import join_rows, split_rows
@@ -189,6 +190,29 @@ def test_fused_smoothing_is_put_back_so_that_loras_fit(tmp_path):
         assert name.endswith("comfy_quant") or torch.equal(state[name].float(), tensor.float()), (
             name
         )
+
+
+def test_putting_it_back_rounds_scales_and_factors_once_more():
+    """Against the file's own numbers in float64: at most one rounding to bfloat16, 2^-9, in each of
+    a weight's scale and factors; smoothing itself is moved as it is.
+    """
+    draw = torch.Generator().manual_seed(0)
+    s = torch.randn(128, generator=draw).exp().bfloat16()
+    values = pieces((384,))[0]
+    rows = torch.cat([torch.ones(256), s.float()]).double()[:, None]
+    expected = values.dequantize().double() * rows
+    back = unfused(values, s)
+    error = (back.dequantize().double() - expected).norm() / expected.norm()
+    assert 1e-4 < error < 2**-9
+    assert torch.equal(back.qweight, values.qweight)
+    assert torch.equal(back.scale[:, :256], values.scale[:, :256]), "q and k stay"
+
+    out = SVDQ(**pieces((128,))[0]._tensors() | {"smooth_factor": torch.ones_like(s)})
+    back = unfused(out, s)
+    assert torch.equal(back.smooth_factor, s)
+    assert torch.equal(back.qweight, out.qweight) and torch.equal(back.scale, out.scale)
+    down = out.proj_down.double() / s.double()[:, None]
+    assert ((back.proj_down.double() - down).abs() <= 2**-8 * down.abs()).all()
 
 
 def test_smoothing_that_was_not_fused_is_left_alone(tmp_path):

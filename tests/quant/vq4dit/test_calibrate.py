@@ -56,7 +56,7 @@ def test_each_method_is_closer_than_the_one_before(bits):
     """Output error of the whole toy on a trajectory that nothing was fitted on: k-means > its
     codebooks trained > the paper > best.
     """
-    steps = 100 if bits == 3 else 160
+    steps = 160
     arms = {
         "k-means": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=0),
         "codebooks": Recipe.from_preset("vq4dit", bits=bits, candidates=1, steps=steps),
@@ -67,18 +67,18 @@ def test_each_method_is_closer_than_the_one_before(bits):
     print(errors)
     assert errors["codebooks"] < 0.85 * errors["k-means"]
     assert errors["best"] < 0.9 * errors["paper"]
-    assert errors["paper"] < (0.8 if bits == 3 else 1.0) * errors["codebooks"]
+    assert errors["paper"] < 0.9 * errors["codebooks"]
 
 
-def test_two_or_three_candidates_beat_one():
+def test_two_candidates_beat_one():
     """One block on its own inputs, where nothing else plays a part."""
     errors = {
         n: toy.error(
-            toy.quantized(Recipe.from_preset("vq4dit", bits=3, candidates=n, steps=100), FIRST)
+            toy.quantized(Recipe.from_preset("vq4dit", bits=3, candidates=n, steps=240), FIRST)
         )
-        for n in (1, 2, 3)
+        for n in (1, 2)
     }
-    assert max(errors[2], errors[3]) < 0.8 * errors[1]
+    assert errors[2] < 0.8 * errors[1]
 
 
 def test_the_teacher_is_left_alone_even_when_stopped():

@@ -161,9 +161,6 @@ def test_ratios_and_mixtures():
     ratios = logits(distances).softmax(-1)
     assert torch.allclose(ratios.sum(1), torch.ones(100))
     assert (ratios[:, :-1] >= ratios[:, 1:]).all()
-    assert torch.allclose(
-        ratios[:, 0] / ratios[:, 1], (distances[:, 1] + 1e-5) / (distances[:, 0] + 1e-5), rtol=1e-4
-    )
     assert torch.equal(logits(distances, inverse=False), torch.zeros(100, 3))
     one = torch.nn.functional.one_hot(torch.full((100,), 2), 3).float()
     assert torch.equal(mix(words, indices, one), words[indices[:, 2]])
@@ -174,6 +171,31 @@ def test_ratios_and_mixtures():
     for n in range(3):
         expected.index_add_(0, indices[:, n], (2 * mixed * ratios[:, n : n + 1]).detach())
     assert torch.allclose(words.grad, expected, atol=1e-4)
+
+
+def test_ratios_start_in_inverse_proportion_to_euclidean_distances():
+    """VQ4DiT's code: z_j = log(d_last / (d_j + 1e-5)) and 0 for the last, d = |v - c|."""
+    vectors, words = gaussian(200, 3), gaussian(16, 3, 1)
+    indices, squared = nearest(vectors, words, 2)
+    euclidean = (vectors[:, None] - words[indices]).double().norm(dim=-1)
+    z = torch.stack(
+        [(euclidean[:, 1] / (euclidean[:, 0] + 1e-5)).log(), torch.zeros(200).double()], 1
+    )
+    found = logits(squared).softmax(-1)
+    assert torch.allclose(found.double(), z.softmax(-1), atol=1e-4)
+    by_hand = logits(torch.tensor([[1.0, 9.0]])).softmax(-1)  # distances 1 and 3: 3 to 1
+    assert torch.allclose(by_hand, torch.tensor([[0.75, 0.25]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [2.0**-20, 2.0**-8, 2.0**10])
+def test_the_start_of_the_ratios_does_not_depend_on_the_unit_of_the_weights(unit):
+    vectors, words = gaussian(100, 3), gaussian(16, 3, 1)
+    vectors[0] = words[3]  # hit exactly
+    _, plain = nearest(vectors, words, 3)
+    plain[0, 0] = 0.0
+    assert torch.equal(logits(plain * unit**2), logits(plain))
+    assert logits(plain)[0].softmax(-1)[0] > 0.9999
+    assert torch.equal(logits(torch.zeros(1, 2)).softmax(-1), torch.tensor([[0.5, 0.5]]))
 
 
 @pytest.mark.parametrize(

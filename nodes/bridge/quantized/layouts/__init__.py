@@ -42,11 +42,13 @@ __all__ = [
     "NibbleTensor",
     "effective_weight",
     "format_of",
+    "hooked_by",
     "is_ours",
     "linear",
     "live",
     "pack",
     "settings_tensor",
+    "stored_tensors",
     "unpack",
     "with_fields",
     "with_hook",
@@ -109,6 +111,14 @@ def linear(
     return weight.layout_cls.linear(x, weight, bias, changes)
 
 
+def stored_tensors(weight: QuantizedTensor, prefix: str) -> Tensors:
+    """The weight's tensors under the file's names, `prefix` being that of X.weight; what patches
+    put beside it among them.
+    """
+    named = weight.layout_cls.state_dict_tensors(weight._qdata, weight.params)
+    return {f"{prefix}{suffix}": tensor for suffix, tensor in named.items()}
+
+
 def settings_tensor(weight: QuantizedTensor) -> torch.Tensor:
     """The layer's `comfy_quant`: its JSON as uint8 bytes."""
     return json_tensor(weight.layout_cls.settings(weight.params))
@@ -134,3 +144,11 @@ def with_hook(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTens
     """
     params = dataclasses.replace(weight.params, hook=HookCell(change))
     return NibbleTensor(weight._qdata.clone(), weight._layout_cls, params)
+
+
+def hooked_by(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTensor:
+    """The weight as a hook that makes this change shows it, whatever hook is on now; the same
+    tensors.
+    """
+    params = dataclasses.replace(weight.params, hook=HookCell(change))
+    return NibbleTensor(weight._qdata, weight._layout_cls, params)

@@ -8,7 +8,7 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor
 
 from .....quant.weights.base import StoredWeight
-from .....quant.weights.delta import WeightDelta
+from .....quant.weights.delta import SIDE, WeightDelta
 from .tensor import HookCell, LayoutParams, Tensors
 
 _REFUSAL = (
@@ -103,8 +103,8 @@ class Layout(QuantizedLayout):
 
 def shared_fields(tensors: Tensors, dtype: torch.dtype) -> dict:
     """The fields that every format reads alike."""
-    names = ("proj_down", "proj_up", "delta", "row_scale", "row_fold", "side_down", "side_up")
-    fields = {name: tensors.get(f"weight_{name}") for name in names}
+    names = ["weight_proj_down", "weight_proj_up", *(name for name, _ in SIDE.values())]
+    fields = {name.removeprefix("weight_"): tensors.get(name) for name in names}
     return {"orig_dtype": dtype, "hook": HookCell(), **fields}
 
 

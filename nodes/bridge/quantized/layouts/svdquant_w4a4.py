@@ -70,6 +70,8 @@ class NibbleSVDQuantLayout(Layout):
     @classmethod
     def settings(cls, params: Params) -> dict:
         options = {name: value for name, value in params.options().items() if value}
+        # said also where false: without Nibble's metadata, readers would guess by the layer's name
+        options["act_unsigned"] = params.act_unsigned
         if params.smooth_rows:
             options["smooth_rows"] = list(params.smooth_rows)
         return {"format": cls.FORMAT, "rank": params.proj_down.shape[1]} | options

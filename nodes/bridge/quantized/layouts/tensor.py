@@ -123,6 +123,13 @@ class LayoutParams:
             self.hook.value = source.hook_seen
 
 
+_STREAMED = (
+    "ComfyUI cannot save a low-bit model while it streams its weights. Use Merge and Save, which"
+    " writes the model with all its LoRAs, or start ComfyUI with --disable-dynamic-vram and enough"
+    " memory to hold the model whole."
+)
+
+
 class NibbleTensor(QuantizedTensor):
     """ComfyUI's quantized tensor, whose `to(…, copy=True)` copies in inference mode, too.
 
@@ -130,6 +137,13 @@ class NibbleTensor(QuantizedTensor):
     backup that ComfyUI takes of a weight before it puts a hook on would be the very weight that the
     hook changes, and the hook would never come off.
     """
+
+    def state_dict(self, prefix: str = "") -> Tensors:
+        """Asked for by ComfyUI alone, when it saves a weight that it streams, which it can do for
+        floating-point tensors only: refused in words (`layouts.stored_tensors` gives them). Raises
+        ValueError.
+        """
+        raise ValueError(_STREAMED)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
