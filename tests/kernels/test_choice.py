@@ -88,7 +88,7 @@ def test_comfy_kitchen_is_chosen_by_gpu_and_with_a_reason(op, capability, state,
         "capabilities": everything,
     } | state
     module = types.SimpleNamespace(list_backends=lambda: {"cuda": cuda})
-    chosen, reason = kitchen._decide_for_gpu(module, op, capability)
+    chosen, reason = kitchen._decide_for_nvidia(module, op, capability)
     assert chosen == use and words in reason
 
 
