@@ -13,7 +13,7 @@ import torch
 
 import check_triton
 import triton_interpreted as interpreted
-from cases import make_input
+from cases import Case, make_input
 from compare import assert_same, assert_twice_plain, relative_error
 from nibble.kernels import reference
 from nibble.kernels.params import Activations
@@ -119,6 +119,46 @@ def test_any_number_at_all_is_treated_as_the_reference_does(dtype, unsigned, res
     assert wanted[1].isnan().any() and wanted[1].isinf().any()
     assert_same(q, wanted[0])
     assert_same(ascales.nan_to_num(-1), wanted[1].nan_to_num(-1))
+
+
+@pytest.fixture
+def ada(monkeypatch, tmp_path):
+    """Triton as it is on an RTX 40, but for the last step: kernels are compiled and not started.
+    Returns the kernels that were."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from nibble.kernels.backends import triton_w4a4
+    from nibble.kernels.backends.triton import Gpu
+
+    class Driver:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 89, 32))
+
+    made = []
+
+    def run(kernel, *arguments, **named):
+        made.append(real(kernel, *arguments, **(named | {"warmup": True})))
+
+    real = triton.runtime.jit.JITFunction.run
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(triton_w4a4, "_gpu", lambda device: Gpu("cuda", "89", 128))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    return made
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_arguments_of_a_launch_fit_the_kernels(bias, ada):
+    from nibble.kernels.backends import triton_w4a4
+
+    case = Case("", 70, 128, 72, R=1 if bias else 33, bias=bias, act_unsigned=bias)
+    x, p = make_input(case, torch.bfloat16), interpreted.layer(case, torch.bfloat16)
+    y = triton_w4a4.linear_w4a4(x, p)
+    assert y.shape == (70, 72) and y.dtype == torch.bfloat16
+    assert [made.metadata.name for made in ada] == ["quantize_down", "gemm_up"]
+    assert "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32" in ada[1].asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", ["80", "89"])
