@@ -28,29 +28,48 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 SHIFT = tl.constexpr(0.171875)
 EXPONENT = tl.constexpr(0x7F800000)
 """The bits of a float's exponent, and infinity."""
-NAN = tl.constexpr(0x7FC00000)
+LOW_SIGNED = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
+LOW_UNSIGNED = tl.constexpr("and.b32 $0, $1, 0x0F0F0F0F;")
+HIGH_SIGNED = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
+HIGH_UNSIGNED = tl.constexpr("{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }")
+"""PTX: the nibbles of four bytes as four bytes, 16 * code where codes are signed, else the code."""
 
 
 # ---- quantize_down -------------------------------------------------------------------------------
 
 
 @triton.jit
-def _hadamard(v, ROWS: tl.constexpr, FLOATS: tl.constexpr):
-    """v (ROWS, 64) float32 times the 64-point Hadamard matrix, H[i, j] = (-1)^popcount(i & j) / 8.
-    As three products in the dtype FLOATS: a float32 is the sum of three bfloat16 of 8 bits each.
+def _upper(v):
+    """A float32 cut to the 8 bits of a bfloat16."""
+    return (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exact_dot(v, w, total, PARTS: tl.constexpr, FLOATS: tl.constexpr):
+    """total + v . w of float32 v and w, by products in FLOATS: a float32 is the sum of three
+    bfloat16, and w that of PARTS.
     """
+    for _ in tl.static_range(3):
+        part = _upper(v)
+        v -= part
+        rest = w
+        for _ in tl.static_range(PARTS):
+            other = _upper(rest)
+            rest -= other
+            total = tl.dot(part.to(FLOATS), other.to(FLOATS), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _hadamard(v, FLOATS: tl.constexpr):
+    """v (rows, 64) times the 64-point Hadamard matrix, H[i, j] = (-1)^popcount(i & j) / 8."""
     i = tl.arange(0, 64)
     bits = i[:, None] & i[None, :]
     bits ^= bits >> 4
     bits ^= bits >> 2
     bits ^= bits >> 1
-    matrix = (0.125 - 0.25 * (bits & 1).to(tl.float32)).to(FLOATS)
-    total = tl.zeros((ROWS, 64), tl.float32)
-    for _ in tl.static_range(3):
-        part = (v.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-        total = tl.dot(part.to(FLOATS), matrix, total, input_precision="ieee")
-        v -= part
-    return total
+    matrix = 0.125 - 0.25 * (bits & 1).to(tl.float32)
+    return _exact_dot(v, matrix, tl.zeros(v.shape, tl.float32), 1, FLOATS)
 
 
 @triton.jit
@@ -97,7 +116,7 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     UNSIGNED: tl.constexpr,
     ROTATE: tl.constexpr,
     FLOATS: tl.constexpr,
-    SAME: tl.constexpr,
+    PARTS: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -105,7 +124,8 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     -> q int8 (M, 32 * groups) · ascales float32 (groups, M) · h float32 (M, R)
 
     A program does ROWS tokens and RANK columns of h; the first column of programs quantizes. RANK
-    is a power of two, or 0 for no h. SAME: x and down have one dtype, else they meet in float32.
+    is a power of two, or 0 for no h. PARTS: of how many bfloat16 each number of `down` is the sum;
+    0 where it has x's dtype, in which the two are multiplied as they are.
     """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
@@ -119,17 +139,17 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
         xv = tl.load(x + wide * (groups * 64) + k[None, :], mask=mask, other=0.0)
         if RANK:
             d = tl.load(down + k[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
-            if SAME:
+            if PARTS == 0:
                 total = tl.dot(xv, d, total, input_precision="ieee")
             else:
-                total = tl.dot(xv.to(tl.float32), d.to(tl.float32), total, input_precision="ieee")
+                total = _exact_dot(xv.to(tl.float32), d.to(tl.float32), total, PARTS, FLOATS)
         if block == 0:
             v = xv.to(tl.float32)
             if UNSIGNED:
                 v += SHIFT
             v = tl.div_rn(v, tl.load(smooth + k).to(tl.float32)[None, :].broadcast_to(ROWS, 64))
             if ROTATE:
-                v = _hadamard(v, ROWS, FLOATS)
+                v = _hadamard(v, FLOATS)
             scale = _scale(v, UNSIGNED)
             byte = _codes(v, scale, UNSIGNED, ROWS)
             column = g * 32 + tl.arange(0, 32)
@@ -153,9 +173,9 @@ def _low(b, SIGNED: tl.constexpr, PTX: tl.constexpr):
     """The lower nibbles of bytes, as int8: 16 * code where codes are signed, else the code."""
     if PTX:
         if SIGNED:
-            code = _four(b, "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
+            code = _four(b, LOW_SIGNED)
         else:
-            code = _four(b, "and.b32 $0, $1, 0x0F0F0F0F;")
+            code = _four(b, LOW_UNSIGNED)
     else:
         if SIGNED:
             code = (b << 4).to(tl.int8)
@@ -169,9 +189,9 @@ def _high(b, SIGNED: tl.constexpr, PTX: tl.constexpr):
     """The upper nibbles, in the same form."""
     if PTX:
         if SIGNED:
-            code = _four(b, "and.b32 $0, $1, 0xF0F0F0F0;")
+            code = _four(b, HIGH_SIGNED)
         else:
-            code = _four(b, "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }")
+            code = _four(b, HIGH_UNSIGNED)
     else:
         if SIGNED:
             code = (b & -16).to(tl.int8)

@@ -1,9 +1,8 @@
 """The W4A4 ops through Triton: tensors into launches.
 
-Functions take and give what `reference` does, x (M, K). Parameters are brought to one dtype, their
-own where they agree, else x's: a product has operands of one dtype. Memory is torch's, work goes to
-torch's current stream. The first call of a kernel compiles it, a few seconds, into Triton's own
-cache on disk.
+Functions take and give what `reference` does, x (M, K). Parameters are read in their own dtypes.
+Memory is torch's, work goes to torch's current stream. The first call of a kernel compiles it, a
+few seconds, into Triton's own cache on disk.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
         W4A4Params,
     )
 
-WIDEST = 256
-"""Columns of h that a program of `quantize_down` does at most; more are more programs."""
 STRIPE = 8
 """Tiles of rows that neighbouring programs share: 8 x 128 rows of codes are 1.6 MB at K = 3072, and
 stay in the L2 cache beside the weight's tiles.
@@ -67,6 +64,8 @@ RDNA4 = (Tile(128, 128, 8, 2), Tile(64, 64, 4, 2))
 RDNA3 = (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
 """128 x 128 spills there: both halves of a wave hold an operand."""
 AMD = {"gfx9": CDNA, "gfx12": RDNA4, "gfx11": RDNA3}
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""How many bfloat16 a number is the sum of."""
 OTHERS = (Tile(64, 64, 4, 2),)
 
 
@@ -86,8 +85,12 @@ def way(there: Gpu | None) -> Way:
 
 
 def tile(tiles: tuple[Tile, ...], m: int, n: int, multiprocessors: int) -> Tile:
+    """None that tokens fill by less than half, but for the last."""
     for found in tiles:
-        if triton.cdiv(m, found.rows) * triton.cdiv(n, found.columns) >= multiprocessors:
+        if (
+            2 * m > found.rows
+            and triton.cdiv(m, found.rows) * triton.cdiv(n, found.columns) >= multiprocessors
+        ):
             return found
     return tiles[-1]
 
@@ -103,23 +106,22 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return getattr(torch, device.type).device(device)
 
 
-def _dtype(x: torch.dtype, *parameters: Tensor | None) -> torch.dtype:
-    kinds = {tensor.dtype for tensor in parameters if tensor is not None}
-    return kinds.pop() if len(kinds) == 1 else x
-
-
 def _power(rank: int, least: int, most: int) -> int:
     """The power of two that holds `rank` columns, within bounds; 0 for none."""
     return min(max(triton.next_power_of_2(rank), least), most) if rank else 0
 
 
-def quantizer_tile(columns: int, rotate: bool, there: Gpu | None) -> Tile:
-    """What a program of `quantize_down` does: tokens and columns of h. RDNA3 spills where warps are
-    fewer or, beside a rotation, loads run ahead.
+def quantizer_tile(rank: int, rotate: bool, there: Gpu | None) -> Tile:
+    """What a program of `quantize_down` does: tokens and columns of h; more columns are more
+    programs, which read x again. AMD's spill where a rotation has more than 32 beside it, and
+    RDNA3's also where warps are fewer or loads run ahead.
     """
-    amd = there is not None and there.kind == "hip"
-    rows, warps = (16, 8) if columns > 128 else (32, 8 if rotate else 4)
-    return Tile(rows, columns, warps, 1 if rotate and amd else 2)
+    if rotate and there is not None and there.kind == "hip":
+        return Tile(32, _power(rank, 16, 32), 8, 1)
+    columns = _power(rank, 16, 256)
+    if columns > 128:
+        return Tile(16, columns, 8, 2)
+    return Tile(32, columns, 8 if rotate else 4, 2)
 
 
 def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,16 +132,13 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
     h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
     if not m:
         return q, ascales, h
-    dtype = _dtype(x.dtype, p.smooth_factor, p.proj_down)
-    down = p.proj_down.to(dtype).contiguous()
-    rotate, columns = p.rotation != 0, _power(rank, 16, WIDEST)
-    shape = quantizer_tile(columns, rotate, _gpu(x.device))
-    grid = (triton.cdiv(m, shape.rows), triton.cdiv(rank, columns) if rank else 1)
+    shape = quantizer_tile(rank, p.rotation != 0, _gpu(x.device))
+    grid = (triton.cdiv(m, shape.rows), triton.cdiv(rank, shape.columns) if rank else 1)
     with _on(x.device):
         kernels.quantize_down[grid](
             x.contiguous(),
-            p.smooth_factor.to(dtype).contiguous(),
-            down,
+            p.smooth_factor.contiguous(),
+            p.proj_down.contiguous(),
             q,
             ascales,
             h,
@@ -147,10 +146,10 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
             k // GROUP,
             rank,
             UNSIGNED=p.act_unsigned,
-            ROTATE=rotate,
+            ROTATE=p.rotation != 0,
             FLOATS=tl.float32 if x.device.type == "cpu" else tl.bfloat16,
-            SAME=x.dtype == dtype,
-            RANK=columns,
+            PARTS=0 if x.dtype == p.proj_down.dtype else PARTS[p.proj_down.dtype],
+            RANK=shape.columns,
             ROWS=shape.rows,
             num_warps=shape.warps,
             num_stages=shape.stages,
@@ -164,19 +163,18 @@ def _product(act: Activations, p: ProductParams, out_dtype: torch.dtype) -> Tens
     out = torch.empty((m, n), dtype=out_dtype, device=device)
     if not out.numel():
         return out
-    dtype = _dtype(out_dtype, p.weight_scale, p.proj_up, p.bias)
     there = _gpu(device)
     chosen = way(there)
     shape = tile(chosen.tiles, m, n, 0 if there is None else there.multiprocessors)
-    bias = None if p.bias is None else p.bias.to(dtype).contiguous()
+    bias = None if p.bias is None else p.bias.contiguous()
     with _on(device):
         kernels.gemm_up[(triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns),)](
             act.q,
             act.ascales,
             act.h,
             p.weight.contiguous(),
-            p.weight_scale.to(dtype).contiguous(),
-            p.proj_up.to(dtype).contiguous(),
+            p.weight_scale.contiguous(),
+            p.proj_up.contiguous(),
             bias,
             out,
             m,
@@ -229,8 +227,7 @@ def _activations(x: Tensor, p: QuantizeParams) -> Activations:
 
 def linear_w4a4_grouped(x: Tensor, p: GroupParams) -> list[Tensor]:
     """One quantization for all, and one h in which each layer has its columns."""
-    dtype = _dtype(x.dtype, p.smooth_factor, *p.proj_down)
-    down = torch.cat([each.to(dtype) for each in p.proj_down], 1)
+    down = torch.cat(list(p.proj_down), 1)
     layers = p.layers
     act = _activations(x, layers[0].quantizer._replace(proj_down=down))
     start, outs = 0, []

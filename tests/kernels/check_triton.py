@@ -72,14 +72,16 @@ def quantizer(arch: str, unsigned: bool, rotate: bool, rank: int) -> tuple[Any, 
     from nibble.kernels.backends import triton_kernels, triton_w4a4
 
     tile = triton_w4a4.quantizer_tile(rank, rotate, gpu_of(arch))
-    constants = {"UNSIGNED": unsigned, "ROTATE": rotate, "FLOATS": tl.bfloat16, "SAME": True}
+    constants = {"UNSIGNED": unsigned, "ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
     constants |= {"RANK": tile.columns, "ROWS": tile.rows}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton_kernels.quantize_down, constants, options
 
 
-def source_of(kernel: Any, constants: dict, parameters: str = "bf16") -> Any:
+def source_of(kernel: Any, constants: dict) -> Any:
     from triton.compiler import ASTSource
+
+    pointers = POINTERS | ({"x": "fp32"} if constants.get("PARTS") else {})
 
     names = list(kernel.arg_names)
     signature = {}
@@ -89,7 +91,7 @@ def source_of(kernel: Any, constants: dict, parameters: str = "bf16") -> Any:
         elif name in INTEGERS:
             signature[name] = "i32"
         else:
-            signature[name] = "*" + POINTERS.get(name, parameters)
+            signature[name] = "*" + pointers.get(name, "bf16")
     aligned = [n for n in names if signature[n][0] == "*" or n in ("N", "R", "stride")]
     return ASTSource(
         fn=kernel,

@@ -4,6 +4,7 @@ for GPUs that are not here.
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_a_whole_linear_is_the_references(case, dtype, results):
 
 
 @pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
+def test_parameters_of_another_dtype_lose_nothing(dtype, results):
+    x, p = interpreted.mixed(dtype)
+    q, ascales, h = results["mixed", dtype]
+    wanted = reference.quantize_down(x, *p.quantizer)
+    assert_same(q, wanted[0])
+    assert_same(ascales, wanted[1])
+    assert relative_error(h, x.double() @ p.proj_down.double()) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
 def test_a_group_shares_one_quantization(dtype, results):
     x, p = make_input(interpreted.MIDDLE, dtype), interpreted.group(dtype)
     for found, wanted in zip(
@@ -119,6 +130,30 @@ def test_any_number_at_all_is_treated_as_the_reference_does(dtype, unsigned, res
     assert wanted[1].isnan().any() and wanted[1].isinf().any()
     assert_same(q, wanted[0])
     assert_same(ascales.nan_to_num(-1), wanted[1].nan_to_num(-1))
+
+
+def run_ptx(code: str, word: int) -> int:
+    """What `shl`, `shr` and `and` of 32 bits make of $1."""
+    registers = {"$1": word}
+    for name, target, first, second in re.findall(r"(\w+)\.[bu]32 (\S+), (\S+), (\w+);", code):
+        value, by = registers[first], int(second, 0)
+        operator = {"shl": int.__lshift__, "shr": int.__rshift__, "and": int.__and__}[name]
+        registers[target] = operator(value, by) & 0xFFFFFFFF
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("half", ["LOW", "HIGH"])
+@pytest.mark.parametrize("form", ["SIGNED", "UNSIGNED"])
+def test_four_bytes_come_apart_into_codes(half, form):
+    from nibble.kernels.backends import triton_kernels
+
+    code = getattr(triton_kernels, f"{half}_{form}").value
+    packed = torch.arange(256, dtype=torch.uint8)
+    nibbles = unpack_int4(packed.view(torch.int8), form == "SIGNED").view(256, 2)
+    wanted = nibbles[:, int(half == "HIGH")].int() * (16 if form == "SIGNED" else 1)
+    words = packed.numpy().view("<u4").tolist()
+    found = torch.tensor([list(run_ptx(code, word).to_bytes(4, "little")) for word in words])
+    assert torch.equal(found.flatten().to(torch.uint8).view(torch.int8).int(), wanted)
 
 
 @pytest.fixture

@@ -48,6 +48,12 @@ def layer(case: Case, dtype: torch.dtype) -> W4A4Params:
     return W4A4Params(**make_w4a4(case, dtype), **options(case))
 
 
+def mixed(dtype: torch.dtype) -> tuple[Tensor, W4A4Params]:
+    """x in one dtype, parameters in the other."""
+    other = DTYPES[dtype == DTYPES[0]]
+    return make_input(MIDDLE, dtype), layer(MIDDLE, other)
+
+
 def group(dtype: torch.dtype) -> GroupParams:
     """Layers of several ranks and sizes that share their smoothing."""
     layers = [layer(Case("", 6, 128, 40 + rank, R=rank, bias=rank != 32), dtype) for rank in RANKS]
@@ -112,6 +118,8 @@ def main(path: str) -> None:
             make_input(MIDDLE, dtype), group(dtype)
         )
         results["gelu", dtype] = triton_w4a4.gemm_w4a4_up_gelu_quantize_down(gelu_arguments(dtype))
+        x, p = mixed(dtype)
+        results["mixed", dtype] = triton_w4a4.quantize_down(x, p.quantizer)
         for unsigned in (False, True):
             x, p = random_bits(dtype)
             p = p._replace(act_unsigned=unsigned)
