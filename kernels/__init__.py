@@ -8,8 +8,8 @@ The shape alphabet, used in every signature, comment and test:
 
 `ops` holds every op once, one file an op family; `params` the parameters of each op as a record;
 `reference` is the truth in plain torch; `backends` decides what runs an op and holds the three
-ways to run faster: compiled kernels, Triton's and comfy-kitchen's. `which(op, device)` says which one is used and
-why. `environment` tells what a machine has.
+ways to run faster: compiled kernels, Triton's and comfy-kitchen's. `which(op, device)` says which
+one is used and why. `environment` tells what a machine has.
 """
 
 from .ops import (
