@@ -54,6 +54,11 @@ E4M3 = 1
 """Activation codes as 8-bit floats: between compiled ops on Hopper."""
 WIDE = torch.float8_e4m3fn
 OLDEST_GPU = 75
+INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
+WITHOUT_INT8 = (103,)
+"""Compute capabilities whose 8-bit integer products, which W4A4 runs through from Blackwell on, are
+slower than 16-bit ones: B300.
+"""
 ALIGNMENT = 16
 """Bytes that kernels load and store at once."""
 
@@ -83,8 +88,8 @@ def module() -> tuple[ModuleType | None, str]:
 
 @functools.lru_cache(maxsize=64)
 def serving(device: torch.device) -> tuple[Any, str]:
-    """The module that serves a device, or None, and the reason in one sentence; which it is is
-    logged once a device.
+    """The module that serves a device, or None, and the reason in one sentence. One that serves a
+    GPU is logged, once a device; what is used where none does, `choose` logs.
     """
     extension, why = module()
     if extension is not None and device.type in extension.DEVICES:
@@ -100,7 +105,8 @@ def serving(device: torch.device) -> tuple[Any, str]:
     else:
         built = " and ".join(extension.DEVICES)
         return None, f"this {MODULE} was built for {built}, not for {device.type}"
-    log.info("4-bit layers on %s: %s", device, why)
+    if found is not None:
+        log.info("4-bit layers on %s: compiled kernels (%s)", device, why)
     return found, why
 
 
@@ -163,6 +169,9 @@ def serves(
             f"compiled kernels need compute capability {OLDEST_GPU / 10}, and {device} has"
             f" {capability(device) / 10}",
         )
+    if capability(device) in WITHOUT_INT8 and set(ops) & set(INT8_PRODUCTS):
+        has = capability(device) / 10
+        return None, f"{device} has compute capability {has}, with few 8-bit integer products"
     kinds = set(parameters) - {None}
     if device.type == "cpu":
         return (kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPES) else torch.float32), why
