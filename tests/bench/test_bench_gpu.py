@@ -103,7 +103,8 @@ def test_what_ncu_prints_is_read():
     name = "sm__issue_active.avg.pct_of_peak_sustained_active"
     text = (
         '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-        f'"0","gemm_kernel","{name}","%","61.2"\n"0","gemm_kernel","gpu__time_duration.sum","us","9"\n'
+        f'"0","gemm_kernel","{name}","%","61.2"\n'
+        '"0","gemm_kernel","gpu__time_duration.sum","us","9"\n'
         '"1","gemm_w4a4","gpu__time_duration.sum","us","12"\n'
     )
     first, second = counters.rows_of(text)

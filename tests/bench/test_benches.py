@@ -69,6 +69,13 @@ def test_the_estimate_on_paper_adds_up(tmp_path):
     first = gpus["RTX 4090"]["layers"][0]
     assert first["bounds_ms"]["mma"] == pytest.approx(0.0658, abs=1e-4)
     assert first["binds"] == "mma"
+    # 128 x 128 codes of 4 bits on both sides and their scales, 8960 bytes, in 512 clocks
+    assert gpus["RTX 4090"]["l2"]["128 x 128"]["bytes_a_clock"] == pytest.approx(17.5, abs=0.01)
+    assert gpus["H100"]["l2"]["128 x 128"]["bytes_a_clock"] == pytest.approx(34, abs=0.1)
+    blackwell = gpus["RTX 5090"]
+    assert blackwell["times_as_fast_reachable"] < 0.7 * blackwell["times_as_fast_at_best"]
+    assert blackwell["measured"]["source"].startswith("github.com/")
+    assert "times_as_fast_reachable" not in gpus["RTX 4090"], "nobody's figure, so none"
     assert gpus["A100"]["layers"][0]["binds"] == "rescale"
 
 
