@@ -172,13 +172,77 @@ def test_damaged_and_stale_packages_are_not_used(tmp_path):
         none.on(0)
 
 
-def test_routes(ada):
+def test_routes_are_paths_and_their_tiles(ada):
     fake, module = ada
-    assert module.routes("gemm_w4a4_up", 89) == {1: "sm75", 2: "sm80"}
-    assert module.routes("gemm_w4a4_up", 90) == {1: "sm75", 2: "sm80", 4: "sm100", 3: "sm90"}
-    with pytest.raises(ValueError, match="route 4 is none of"):
-        start(module, isa=4)
+    assert list(module.routes("gemm_w4a4_up", 89)) == [1, 1032, 1064, 1128, 2, 2032, 2064, 2128]
+    assert module.routes("gemm_w4a4_up_gelu_quantize_down", 89) == {1: "sm75", 2: "sm80"}
+    assert module.routes("quantize_down", 89) == {0: "cuda"}
+    hopper = module.routes("gemm_w4a4_up", 90)
+    assert {hopper[number] for number in (3, 3001, 3002, 3003, 2064)} == {
+        "sm90", "sm90, 256 x 128", "sm90, 128 x 128", "sm90, 128 x 64", "sm80, 64 tokens",
+    }  # fmt: skip
+    assert 3 not in module.routes("gemm_w4a4_up_gelu_quantize_down", 90)
+    assert not {3, 3001} & set(module.routes("gemm_w4a4_up", 100))
+
+
+@pytest.mark.parametrize("route", [4, 3001, 2256, 5])
+def test_a_route_that_the_gpu_does_not_have_is_refused(ada, route):
+    fake, module = ada
+    with pytest.raises(ValueError, match=f"route {route} is none of 1 .sm75., 1032"):
+        start(module, isa=route)
     assert fake.started == []
+
+
+@pytest.fixture
+def hopper(tmp_path):
+    """Every kernel of every path, as if it had been compiled for Hopper."""
+    folder = tmp_path / "hopper"
+    package_of(folder, "90a", "89", "75")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    whole, places = b"", {}
+    for arch, listed in manifest["architectures"].items():
+        content = lzma.decompress((folder / f"sm_{arch}.xz").read_bytes())
+        for name, place in listed["kernels"].items():
+            places.setdefault(name, place | {"at": [len(whole) + place["at"][0], place["at"][1]]})
+        whole += content
+    packed = lzma.compress(whole)
+    (folder / "sm_90a.xz").write_bytes(packed)
+    own = {"file": "sm_90a.xz", "sha256": hashlib.sha256(packed).hexdigest(), "kernels": places}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"architectures": {"90a": own}}))
+    fake = FakeDriver(90)
+    return fake, module_of(fake, library.Package(folder))
+
+
+@pytest.mark.parametrize(
+    "route, symbol",
+    [
+        (0, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (1, "_gemm_w4a4<Turing, bf16, 64, false, Store>"),
+        (1128, "_gemm_w4a4<Turing, bf16, 128, false, Store>"),
+        (2032, "_gemm_w4a4<Int4, bf16, 32, false, Store>"),
+        (3001, "_sm90::gemm_kernel<bf16, 2, 128>"),
+        (3002, "_sm90::gemm_kernel<bf16, 1, 128>"),
+        (3003, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (4064, "_gemm_w4a4<Int8, bf16, 64, false, Store>"),
+    ],
+)
+def test_a_route_chooses_the_kernel(hopper, route, symbol):
+    fake, module = hopper
+    start(module, isa=route)
+    assert fake.started[-1].symbol == symbol
+    assert [started.symbol for started in fake.started[:-1]] == (
+        ["_sm90::widen_kernel<false>"] if "sm90" in symbol else []
+    )
+
+
+def test_without_wgmma_a_hopper_gets_packed_codes(hopper):
+    fake, module = hopper
+    assert module.codes(90) == structs.E4M3 and module.codes(90, 4) == structs.PACKED
+    module.default_route = 4
+    assert module.codes(90) == structs.PACKED
+    start(module)
+    assert "Int8" in fake.started[-1].symbol
+    assert module.route("gemm_w4a4_up", 90, 1, 1, 1) == ("sm100, asked for", "route 4")
 
 
 def test_a_whole_linear_shares_its_scratch(ada):

@@ -1,7 +1,7 @@
 """The interface of `nibble_kernels` for GPUs, without anything compiled for this Python.
 
 Ops take the same arguments by name. `isa` is the number of a route on a GPU: 0 the one that is
-chosen, and the others as `ROUTES` names them, so that every path can be tried on one GPU.
+chosen, and the others as `routes` numbers them, so that every path can be tried on one GPU.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from . import driver, kernels, library, nvrtc, plans, structs
+from . import driver, kernels, library, nvrtc, plans, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
-from .structs import E4M3, PACKED
+from .structs import PACKED
 
 OLDEST = 75
-ROUTES = {1: "sm75", 2: "sm80", 3: "sm90", 4: "sm100"}
-"""Route number -> the path of the W4A4 product: int4 m8n8k32, int4 m16n8k64, wgmma on 8-bit
-floats, int8 m16n8k32.
-"""
-_MMA_OF_ROUTE = {1: "Turing", 2: "Int4", 4: "Int8"}
 
 
 class Unavailable(RuntimeError):
@@ -107,11 +102,14 @@ class Device:
             self.cuda.start(self.context, function, launch, stream)
 
     def prepare(
-        self, wanted: Iterable[Kernel], said: Callable[[int, int, str], None] | None = None
+        self,
+        wanted: Iterable[Kernel],
+        said: Callable[[int, int, str], None] | None = None,
+        at_once: int = 4,
     ) -> None:
         """Has kernels compiled side by side before they are needed; `said`: done, all, name."""
         missing = [kernel for kernel in wanted if kernel not in self._functions]
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(at_once) as pool:
             tasks = {pool.submit(self.cubin, kernel): kernel for kernel in missing}
             for done, task in enumerate(as_completed(tasks), 1):
                 task.result()
@@ -120,7 +118,11 @@ class Device:
 
 
 class CubinModule:
-    """See the module's docstring. cuda, package: others in tests."""
+    """See the module's docstring. cuda, package: others in tests.
+
+    default_route: what a call without a route gets. 0 leaves it to the GPU; another one is for
+    GPUs on which a path is found to be wrong, and is set before the first call.
+    """
 
     ABI = 4
     DEVICES = ("cuda",)
@@ -130,6 +132,7 @@ class CubinModule:
     ) -> None:
         self.cuda = driver.driver() if cuda is None else cuda
         self.package = library.Package() if package is None else package
+        self.default_route = 0
         self._devices: dict[int, Device] = {}
         self._lock = threading.Lock()
 
@@ -147,24 +150,20 @@ class CubinModule:
     def capability(self, device: int) -> int:
         return self.on(device).gpu.capability
 
-    @staticmethod
-    def codes(capability: int) -> int:
-        """The form of activation codes that a GPU's product reads fastest."""
-        return E4M3 if capability // 10 == 9 else PACKED
+    def codes(self, capability: int, route: int = 0) -> int:
+        """The form of activation codes that a GPU's product, or a route of it, reads fastest."""
+        return routes.codes_of(route or self.default_route, capability)
 
     @staticmethod
     def routes(op: str, capability: int) -> dict[int, str]:
-        """The paths of an op on a GPU; where there is one only, it has no number of its own."""
-        if op not in ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down"):
-            return {0: "cuda"}
-        # ptxas makes int4 products for later GPUs out of others: slow, and right
-        numbers = [1] if capability < 80 else [1, 2] if capability < 90 else [1, 2, 4]
-        if capability // 10 == 9 and op == "gemm_w4a4_up":
-            numbers.append(3)
-        return {number: ROUTES[number] for number in numbers}
+        """The routes of an op on a GPU, by number."""
+        return routes.of(op, capability)
 
     def route(self, op: str, capability: int, m: int, n: int, k: int) -> tuple[str, str]:
         """(path, reason) in words."""
+        chosen = routes.path_of(self.default_route)
+        if op.startswith("gemm_w4a4_up") and chosen:
+            return f"{routes.PATHS[chosen]}, asked for", f"route {self.default_route}"
         if op == "gemm_w4a4_up" and capability // 10 == 9:
             return "sm90: wgmma on 8-bit floats", f"compute capability {capability / 10}"
         words = {75: "sm75: int4 m8n8k32", 80: "sm80: int4 m16n8k64"}
@@ -200,7 +199,7 @@ class CubinModule:
         self, device: int, stream: int, threads: int, isa: int, workspace_size: int, **fields
     ) -> None:
         there, op = self.on(device), structs.GemmW4A4Up(**fields)
-        there.start(_product(op, there.gpu, isa), stream)
+        there.start(routes.product(op, there.gpu, isa or self.default_route), stream)
 
     def gemm_w4a4_up_gelu_quantize_down(
         self,
@@ -216,9 +215,13 @@ class CubinModule:
         second = {name: fields.pop(name) for name in list(fields) if name in _OF_SECOND}
         first = structs.GemmW4A4Up(out_dtype=mid_dtype, **fields)
         op = structs.GemmW4A4UpGeluQuantizeDown(first=first, **second)
-        there.start(
-            plans.gemm_w4a4_up_gelu_quantize_down(op, there.gpu, _MMA_OF_ROUTE.get(isa, "")), stream
-        )
+        route = isa or self._path_of_fused()
+        there.start(routes.fused(op, there.gpu, route), stream)
+
+    def _path_of_fused(self) -> int:
+        """The fused op has paths and no tiles of its own, and none of Hopper's."""
+        path = routes.path_of(self.default_route)
+        return path if path in routes.MMAS else 0
 
     def linear_w4a4(
         self,
@@ -242,7 +245,7 @@ class CubinModule:
         first = structs.QuantizeDown(**shared, **quantizer)
         second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
         there.start(plans.quantize_down(first, there.gpu), stream)
-        there.start(_product(second, there.gpu, isa), stream)
+        there.start(routes.product(second, there.gpu, isa or self.default_route), stream)
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
@@ -256,21 +259,6 @@ class CubinModule:
 
 
 _OF_SECOND = {name for name, _ in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}
-
-
-def _product(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
-    """The product by the route that is chosen (0) or asked for. Raises ValueError for one that
-    the GPU does not have.
-    """
-    if not route:
-        return plans.gemm_w4a4_up(op, gpu)
-    known = CubinModule.routes("gemm_w4a4_up", gpu.capability)
-    if route not in known:
-        raise ValueError(f"gemm_w4a4_up: route {route} is none of {known}")
-    if route == 3:
-        return plans.hopper(op, gpu)
-    rows = plans.tile_rows(op.M, op.N, gpu.multiprocessors)
-    return plans.mma_product(op, _MMA_OF_ROUTE[route], rows)
 
 
 def _aligned(size: int) -> int:
