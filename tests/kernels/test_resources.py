@@ -22,6 +22,8 @@ from check_resources import (
     tool,
 )
 from nibble.kernels.backends import native
+from nibble.kernels.backends.cubins import kernels as instances
+from nibble.kernels.backends.cubins import library, nvrtc
 
 MANGLED = "_ZN6nibble4cuda4gemmILi128ELi64ELb1EEEvNS0_4ArgsE"
 PTXAS = f"""ptxas info    : 0 bytes gmem
@@ -90,6 +92,50 @@ def test_spills_too_many_registers_and_unknown_kernels_are_reported():
         "c on sm_90a" in lines[2],
     ] == [True] * 3
     assert len(broken(kernels, None)) == 1
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The manifest of three kernels, compiled by NVRTC as a release compiles all."""
+    try:
+        nvrtc.architectures()
+    except nvrtc.CompileError as error:
+        pytest.skip(str(error))
+    few = [
+        instances.add_tiles("Int4"),
+        instances.w4a16_gemv("bf16", "bf16", 1),
+        instances.quantize("bf16", "bf16", "Form::signed_codes", "packed", (2, 12, 1)),
+    ]
+    monkeypatch.setattr(instances, "of", lambda arch: iter(few))
+    library.write_package(tmp_path, ["89", "ptx80"])
+    return tmp_path / "manifest.json"
+
+
+def test_a_package_of_cubins_keeps_the_bounds(package, capsys):
+    assert main(["--manifest", str(package)]) == 0
+    said = capsys.readouterr().out
+    assert "3 kernels, all within their bounds" in said, "PTX has no registers"
+    for name in ("add_tiles", "gemv_kernel<1>", "quantize_down_kernel<0,0,2,12,1>"):
+        assert name in said
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"registers": 41}, "add_tiles on sm_89 uses 41 registers and may use 40"),
+        ({"spills": 8}, "add_tiles on sm_89 has 8 bytes of spills"),
+        ({"stack": 16}, "and a stack of 16 bytes; none is allowed"),
+        ({"symbol": "_Z5otherv"}, "_Z5otherv on sm_89 uses"),
+    ],
+    ids=["registers", "spills", "stack", "unknown"],
+)
+def test_a_package_that_breaks_a_bound_is_reported(package, capsys, changed, said):
+    """36 registers are the bound of add_tiles, and 40 are given out for them."""
+    manifest = json.loads(package.read_text())
+    manifest["architectures"]["89"]["kernels"]["add_tiles<Int4>"] |= changed
+    package.write_text(json.dumps(manifest))
+    assert main(["--manifest", str(package)]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_file_names_decide_architectures():
