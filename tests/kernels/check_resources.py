@@ -15,8 +15,9 @@ instructions, bounded by a file.
       bounds
 
 Bounds lie in kernels/resources.json: the most registers a kernel may use for each architecture, as
-nvcc compiles it. NVRTC's differ by a few: a package may use as many as are given out for the bound,
-which is in eights, so that no fewer warps fit.
+nvcc compiles it. What NVRTC makes of it differs by a few: a package has bounds of its own ("90a
+nvrtc") where they were written, and may else use as many as are given out for nvcc's, which is in
+eights, so that no fewer warps fit.
 Spills and a stack are never allowed. A kernel without a bound is a mistake too: it has to be looked
 at once. Exit code 1 and a line for each broken bound. Matrix instructions are counted in the
 machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on the path that it is
@@ -66,6 +67,12 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     matrix: dict[str, int] | None = field(default=None)
+    compiler: str = ""  # where it is not nvcc
+
+    @property
+    def key(self) -> str:
+        """Its architecture as the bounds have it."""
+        return f"{self.arch} {self.compiler}".strip()
 
 
 def base_name(mangled: str) -> str:
@@ -141,6 +148,7 @@ def read_manifest(manifest: dict) -> list[Kernel]:
             place["symbol"],
             listed["file"],
             **{name: place.get(name, 0) for name in ("registers", "shared", "stack", "spills")},
+            compiler="nvrtc",
         )
         for arch, listed in manifest["architectures"].items()
         for place in listed["kernels"].values()
@@ -247,12 +255,17 @@ def look_into(module: Path) -> list[Kernel]:
 # ---- judging -------------------------------------------------------------------------------------
 
 
-def broken(
-    kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None, step: int = 1
-) -> list[str]:
-    """A line for each broken bound; without `bounds` only spills and stacks are looked at. step:
-    bounds are rounded up to a multiple of it.
-    """
+def bound_of(kernel: Kernel, bounds: dict[str, dict[str, int]]) -> int | None:
+    """The most registers that a kernel may use, None where nobody has said."""
+    archs = bounds.get(kernel.name, {})
+    own = archs.get(kernel.key, archs.get(kernel.arch))
+    if own is None or kernel.key in archs:
+        return own
+    return -(-own // GIVEN_OUT) * GIVEN_OUT
+
+
+def broken(kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None) -> list[str]:
+    """A line for each broken bound; without `bounds` only spills and stacks are looked at."""
     lines = []
     for kernel in kernels:
         where = f"{kernel.name} on sm_{kernel.arch}"
@@ -263,13 +276,13 @@ def broken(
             )
         if bounds is None:
             continue
-        bound = bounds.get(kernel.name, {}).get(kernel.arch)
+        bound = bound_of(kernel, bounds)
         if bound is None:
             lines.append(
                 f"{where} uses {kernel.registers} registers and has no bound in {BOUNDS.name}"
             )
-        elif kernel.registers > (allowed := -(-bound // step) * step):
-            lines.append(f"{where} uses {kernel.registers} registers and may use {allowed}")
+        elif kernel.registers > bound:
+            lines.append(f"{where} uses {kernel.registers} registers and may use {bound}")
     return lines
 
 
@@ -302,10 +315,10 @@ def write_bounds(kernels: list[Kernel]) -> None:
         alike = [
             other.registers
             for other in kernels
-            if (other.name, other.arch) == (kernel.name, kernel.arch)
+            if (other.name, other.key) == (kernel.name, kernel.key)
         ]
         # instantiations for several dtypes share a name here
-        bounds.setdefault(kernel.name, {})[kernel.arch] = max(alike)
+        bounds.setdefault(kernel.name, {})[kernel.key] = max(alike)
     ordered = {
         name: dict(sorted(bounds[name].items(), key=lambda item: int(re.sub(r"\D", "", item[0]))))
         for name in sorted(bounds)
@@ -359,8 +372,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write:
         write_bounds(kernels)
     bounds = json.loads(BOUNDS.read_text()) if BOUNDS.exists() else {}
-    step = GIVEN_OUT if options.manifest else 1
-    wrong = broken(kernels, None if options.spills_only else bounds, step)
+    wrong = broken(kernels, None if options.spills_only else bounds)
     print(
         "\n".join(wrong) if wrong else f"{len(kernels)} kernels, all within their bounds",
         file=sys.stderr if wrong else sys.stdout,
