@@ -155,7 +155,7 @@ class Run:
         if self.end - time.perf_counter() < 5:
             report.set(state="out of time")
             return
-        states = self.jobs(report, [Job(name, work, LIMITS.get(name, 20))])
+        states = self.jobs(report, [Job(name, work, LIMITS.get(name, 40))])
         report.set(state=states[name])
 
     # ---- finding the live routes ---------------------------------------------------------------

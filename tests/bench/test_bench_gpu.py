@@ -11,8 +11,8 @@ import pytest
 if not hasattr(os, "fork"):
     pytest.skip("its sections are forked", allow_module_level=True)
 
-from bench.gpu import counters, instances, smoke, table
-from nibble.kernels.backends.cubins import kernels, routes
+from bench.gpu import ceilings, counters, instances, smoke, start, table  # noqa: F401
+from nibble.kernels.backends.cubins import kernels, library, nvrtc, routes
 
 BENCH = Path(__file__).with_name("bench_gpu.py")
 HOPPER = routes.of("gemm_w4a4_up", 90)
@@ -97,6 +97,16 @@ def test_what_is_compiled_beforehand_is_what_the_routes_start(capability):
     assert ("sm90::gemm_kernel<bf16, 2, 128>" in names) == (capability == 90)
     arch = kernels.architecture(capability)
     assert set(found) >= {kernel for kernel in kernels.of(arch) if "vq_gemm" in kernel.name}
+
+
+@pytest.mark.parametrize("name", ["read", "multiply"])
+def test_the_kernels_of_the_ceilings_compile(name):
+    try:
+        nvrtc.architectures()
+    except nvrtc.CompileError as error:
+        pytest.skip(str(error))
+    compiled = nvrtc.compile_kernel(ceilings._kernel(name), "90a")
+    assert library.resources(compiled.log)["spills"] == 0
 
 
 def test_what_ncu_prints_is_read():

@@ -135,14 +135,16 @@ def write_package(
 
 
 def resources(report: str) -> dict[str, int]:
-    """Registers, spilled bytes and static shared memory, from ptxas' report; {} for PTX."""
+    """Registers, stack, spilled bytes and static shared memory, from ptxas' report; {} for PTX."""
     registers = re.search(r"Used (\d+) registers", report)
     if registers is None:
         return {}
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    stack = re.search(r"(\d+) bytes stack frame", report)
     shared = re.search(r"(\d+) bytes smem", report)
     return {
         "registers": int(registers[1]),
+        "stack": int(stack[1]) if stack else 0,
         "spills": int(spills[1]) + int(spills[2]) if spills else 0,
         "shared": int(shared[1]) if shared else 0,
     }

@@ -27,13 +27,17 @@ class Gpu:
         self.context = self.cuda.context(index)
         self.arch = kernels.architecture(self.cuda.capability(index))
         self.device = torch.device("cuda", index)
+        self._functions: dict[kernels.Kernel, ctypes.c_void_p] = {}
 
     def launch(
         self, which: kernels.Kernel, grid: int, threads: int, shared: int, arguments: tuple
     ) -> None:
         """Starts a kernel of ours; nothing waits. arguments: ctypes values, or a Matrix."""
-        compiled = _compiled(which, self.arch)
-        function = self.cuda.function(self.context, *compiled)
+        function = self._functions.get(which)
+        if function is None:
+            compiled = nvrtc.compile_kernel(which, self.arch)
+            function = self.cuda.function(self.context, compiled.code, compiled.symbol)
+            self._functions[which] = function
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self.cuda.start(
             self.context, function, Launch(which, (grid, 1), threads, shared, arguments), stream
@@ -62,13 +66,3 @@ def _value(argument: object, copy: torch.Tensor) -> object:
         return ctypes.c_void_p(copy.data_ptr())
     rows, row_bytes = argument.matrix.shape
     return Matrix(copy.data_ptr(), rows, row_bytes, argument.box_rows, argument.box_bytes)
-
-
-_kept: dict[tuple, tuple[bytes, str]] = {}
-
-
-def _compiled(which: kernels.Kernel, arch: str) -> tuple[bytes, str]:
-    if (which, arch) not in _kept:
-        compiled = nvrtc.compile_kernel(which, arch)
-        _kept[which, arch] = compiled.code, compiled.symbol
-    return _kept[which, arch]
