@@ -164,7 +164,6 @@ struct GemmVQ {
     Dtype out_dtype;
 };
 
-
 #ifndef __CUDACC_RTC__  // the host's part
 
 // What runs an op, in words for people: {"sm80: int4 m16n8k64, tile 128x128", "native int4 ... "}.

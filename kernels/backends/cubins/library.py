@@ -117,7 +117,8 @@ def write_package(
         wanted = list(kernels.of(arch))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(lambda kernel, arch=arch: compile_kernel(kernel, arch), wanted))
-        places, end = {}, 0
+        places: dict[str, dict] = {}
+        end = 0
         for kernel, compiled in zip(wanted, made, strict=True):
             size = len(compiled.code)
             places[kernel.name] = {"at": [end, size], "symbol": compiled.symbol}

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from . import driver, kernels, library, nvrtc, plans, routes, structs
+from . import driver, kernels, library, nvrtc, plans, plans_w16, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
 from .structs import PACKED
@@ -249,16 +249,16 @@ class CubinModule:
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans.w4a16(structs.W4A16(**fields), there.gpu), stream)
+        there.start(plans_w16.w4a16(structs.W4A16(**fields), there.gpu), stream)
 
     gemm_w4a16 = gemv_w4a16
 
     def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
+        there.start(plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
 
 
-_OF_SECOND = {name for name, _ in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}
+_OF_SECOND = {field[0] for field in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}
 
 
 def _aligned(size: int) -> int:

@@ -48,7 +48,7 @@ class CompileError(RuntimeError):
 @functools.cache
 def library() -> ctypes.CDLL:
     """NVRTC. Raises CompileError where none is found."""
-    tried = []
+    tried: list[str] = []
     for path in _candidates():
         for builtins in _builtins(path):  # NVRTC looks for it by name alone
             _load(builtins, tried)

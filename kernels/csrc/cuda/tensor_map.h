@@ -33,8 +33,8 @@ inline TensorMap tensor_map(const void* base, uint64_t rows, uint64_t row_bytes,
     cuuint64_t size[2] = {row_bytes, rows}, stride[1] = {row_bytes};
     cuuint32_t box[2] = {box_bytes, box_rows}, step[2] = {1, 1};
     CUresult encoded = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)(
-        reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(base), size, stride, box, step,
-        CU_TENSOR_MAP_INTERLEAVE_NONE,
+        reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT8, 2,
+        const_cast<void*>(base), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
         box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (encoded != CUDA_SUCCESS)

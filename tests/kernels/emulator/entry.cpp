@@ -100,8 +100,8 @@ const char* emulated_notes() {
         char* name = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
         words += name ? name : "";
         std::free(name);
-        for (size_t number : {size_t(launch.x), size_t(launch.y), size_t(launch.threads),
-                              launch.shared})
+        for (size_t number :
+             {size_t(launch.x), size_t(launch.y), size_t(launch.threads), launch.shared})
             words += "\t" + std::to_string(number);
         for (const std::string& bytes : launch.arguments) {
             words += "\t";

@@ -45,7 +45,7 @@ struct Terms {
     template <class T>
     static constexpr int OF = HALVES || same<T, bf16> ? 1
                               : same<T, f16>          ? 2
-                                                                : 3;
+                                                      : 3;
 };
 
 // What is left of x after TERM leading bfloat16 terms. Cutting, unlike rounding, never overflows.

@@ -33,24 +33,22 @@ NIBBLE_DEVICE Pair<float> read_pair(const T* row, bool exists, int column, int R
     return {to_float(row[column]), column + 1 < R ? to_float(row[column + 1]) : 0.0f};
 }
 
-// float16 reaches from 6e-5 to 65504, and h may pass both ends. So large numbers are multiplied
-// divided by 256, as are the sums while it lasts, and the others as they are, in a second turn.
-// Powers of two change no digit.
-enum class Part { all, large, small };
-constexpr float LARGE = 256.0f;
+// float16 reaches 65504 and h may pass it: h is divided by 256 for the product, and so are the sums
+// while it lasts. Powers of two change no digit.
+template <class Param>
+constexpr float H_SCALE = 1.0f;
+template <>
+constexpr float H_SCALE<f16> = 0.00390625f;
 
-template <Part PART>
-NIBBLE_DEVICE float part_of(float h) {
-    if constexpr (PART == Part::all) return h;
-    const bool large = fabsf(h) >= LARGE;  // NaN is not
-    if constexpr (PART == Part::large) return large ? h * (1.0f / LARGE) : 0.0f;
-    return large ? 0.0f : h;
-}
-
-template <Part PART, int Blocks, int Chunks, class Param>
-NIBBLE_DEVICE void add_products(Sums<Blocks, Chunks>& acc, const Parameters<Param>& p, int row,
+template <int Blocks, int Chunks, class Param>
+NIBBLE_DEVICE void add_low_rank(Sums<Blocks, Chunks>& acc, const Parameters<Param>& p, int row,
                                 int token) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    constexpr float SCALE = H_SCALE<Param>;
+    if (SCALE != 1.0f) {
+#pragma unroll
+        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= SCALE;
+    }
     for (int r = 2 * t; r < p.R + 2 * t; r += 16) {
         uint32_t a[Blocks][4];
 #pragma unroll
@@ -69,9 +67,8 @@ NIBBLE_DEVICE void add_products(Sums<Blocks, Chunks>& acc, const Parameters<Para
             for (int i = 0; i < 2; i++) {
                 int m = token + 8 * j + g;
                 auto h = read_pair(p.h + m * p.h_stride, m < p.M, r + i * 8, p.R, p.paired);
-                b[i] = pack2<Param>(part_of<PART>(h.x), part_of<PART>(h.y));
+                b[i] = pack2<Param>(h.x * SCALE, h.y * SCALE);
             }
-            sync_warp();  // lanes part ways where the matrix ends
 #pragma unroll
             for (int block = 0; block < Blocks; block++) {
                 float* sums = &acc[block][j / 8][j % 8 * 4];
@@ -82,20 +79,9 @@ NIBBLE_DEVICE void add_products(Sums<Blocks, Chunks>& acc, const Parameters<Para
             }
         }
     }
-}
-
-template <int Blocks, int Chunks, class Param>
-NIBBLE_DEVICE void add_low_rank(Sums<Blocks, Chunks>& acc, const Parameters<Param>& p, int row,
-                                int token) {
-    if constexpr (same<Param, f16>) {
+    if (SCALE != 1.0f) {
 #pragma unroll
-        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= 1.0f / LARGE;
-        add_products<Part::large, Blocks, Chunks>(acc, p, row, token);
-#pragma unroll
-        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= LARGE;
-        add_products<Part::small, Blocks, Chunks>(acc, p, row, token);
-    } else {
-        add_products<Part::all, Blocks, Chunks>(acc, p, row, token);
+        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= 1 / SCALE;
     }
 }
 
