@@ -124,7 +124,7 @@ def test_a_package_of_cubins_keeps_the_bounds(package, capsys):
     [
         ({"registers": 41}, "add_tiles on sm_89 uses 41 registers and may use 40"),
         ({"spills": 8}, "add_tiles on sm_89 has 8 bytes of spills"),
-        ({"stack": 16}, "and a stack of 16 bytes; none is allowed"),
+        ({"stack": 16}, "and a stack of 16 bytes; none are allowed"),
         ({"symbol": "_Z5otherv"}, "_Z5otherv on sm_89 uses"),
     ],
     ids=["registers", "spills", "stack", "unknown"],
