@@ -18,10 +18,10 @@ Bounds lie in kernels/resources.json: the most registers a kernel may use for ea
 nvcc compiles it. What NVRTC makes of it differs by a few: a package has bounds of its own ("90a
 nvrtc") where they were written, and may else use as many as are given out for nvcc's, which is in
 eights, so that no fewer warps fit.
-Spills and a stack are not allowed, but for what SPILLS names. A kernel without a bound is a mistake too: it has to be looked
-at once. Exit code 1 and a line for each broken bound. Matrix instructions are counted in the
-machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on the path that it is
-meant to be on.
+Spills and a stack are not allowed, but for what SPILLS names. A kernel without a bound is a mistake
+too: it has to be looked at once. Exit code 1 and a line for each broken bound. Matrix instructions
+are counted in the machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on
+the path that it is meant to be on.
 """
 
 from __future__ import annotations
