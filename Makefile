@@ -3,7 +3,8 @@ PYTHON  ?= python3
 VENV    ?= .venv
 OUT     ?= tests/bench/results
 ARCHS   ?= native
-MINUTES ?= 5
+CAPABILITY ?= 90
+SECONDS ?= 420
 RUN      = $(VENV)/bin/python
 CXX_HERE = $(shell command -v $(CXX) 2>/dev/null)
 NPX      = $(shell command -v npx 2>/dev/null)
@@ -14,7 +15,7 @@ SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmak
 # As node_modules would have it; change it together with .pre-commit-config.yaml.
 PRETTIER = prettier@3.10.1
 
-.PHONY: demo test bench gpu lint lint-python lint-cxx lint-web types format clean
+.PHONY: demo test bench gpu gpu-compile gpu-extension gpu-tests lint lint-python lint-cxx lint-web types format clean
 
 demo: $(VENV)/ready        ## quantize the demo FLUX to 4 bits, draw with both, write demo.png
 	$(RUN) -m nibble demo --out demo.png
@@ -26,13 +27,22 @@ test: $(VENV)/kernels      ## every test that this machine can run; the others s
 bench: $(VENV)/kernels     ## ratios against peers, written to tests/bench/results
 	$(RUN) -m nibble bench all
 
-gpu:                       ## on a machine with a GPU and its own torch: build for it, check every op there, measure (OUT=folder); needs no network
+gpu:                       ## on a machine with a GPU and its own torch: which paths are right, and how fast (OUT=folder); no compiler, no network
+	mkdir -p $(OUT)
+	$(PYTHON) tests/bench/bench_gpu.py --out $(OUT)/gpu.json --seconds $(SECONDS)
+
+gpu-compile:               ## the kernels of that run, compiled beforehand on any machine with NVRTC, into build/gpu-cache (CAPABILITY=90)
+	$(PYTHON) tests/bench/bench_gpu.py --compile $(CAPABILITY)
+
+gpu-tests:                 ## the tests that need a GPU
+	$(PYTHON) -m pytest -q -rs -m gpu --maxfail=20 tests/kernels tests/quant/svdquant
+
+gpu-extension:             ## the same run of the compiled extension: nvcc and cmake (ARCHS=native)
 	mkdir -p $(OUT)
 	cmake -G Ninja -S kernels -B build/gpu -DNIBBLE_CUDA=ON "-DNIBBLE_CUDA_ARCHS=$(ARCHS)" -DPython_EXECUTABLE=$$(command -v $(PYTHON)) > $(OUT)/build.log 2>&1 \
 		&& cmake --build build/gpu --verbose >> $(OUT)/build.log 2>&1 || { tail -40 $(OUT)/build.log; exit 1; }
 	-$(PYTHON) tests/kernels/check_resources.py --module build/gpu/nibble_kernels*.so --spills-only --json $(OUT)/resources.json >> $(OUT)/build.log 2>&1
-	-PYTHONPATH=build/gpu timeout 120 $(PYTHON) -m pytest -q -rs -m gpu --maxfail=20 tests/kernels tests/quant/svdquant > $(OUT)/tests.log 2>&1; tail -25 $(OUT)/tests.log
-	PYTHONPATH=build/gpu $(PYTHON) tests/bench/bench_gpu.py --out $(OUT)/gpu.json --minutes $(MINUTES)
+	PYTHONPATH=build/gpu $(PYTHON) tests/bench/bench_gpu.py --extension --out $(OUT)/gpu-extension.json --seconds $(SECONDS)
 
 lint: lint-python lint-cxx lint-web types  ## format, lint and types; `make -k lint` goes on after the first that fails
 

@@ -1,4 +1,4 @@
-"""The terminal's front door: python -m nibble {demo,quantize,inspect,convert,bench}.
+"""The terminal's front door: python -m nibble {demo,quantize,inspect,convert,cubins,bench}.
 
 Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from .demo import cli as demo
+from .kernels.backends.cubins import build as cubins
 from .quant.cli import EXAMPLES, options
 
 BENCHES = Path(__file__).resolve().parent / "tests" / "bench"
@@ -46,9 +47,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{demo,quantize,inspect,convert,bench}"
+        dest="command", required=True, metavar="{demo,quantize,inspect,convert,cubins,bench}"
     )
     demo.add_command(commands)
+    cubins.add_command(commands)
     options.add_commands(commands, small_file)
     commands.add_parser(
         "bench",

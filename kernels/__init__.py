@@ -1,5 +1,5 @@
-"""kernels/ - the arithmetic. Knows tensors, not models; imports torch, and comfy_kitchen and
-nibble_kernels where they are installed.
+"""kernels/ - the arithmetic. Knows tensors, not models; imports torch, and nibble_kernels, Triton
+and comfy_kitchen where they are installed.
 
 The shape alphabet, used in every signature, comment and test:
 
@@ -7,9 +7,10 @@ The shape alphabet, used in every signature, comment and test:
     sub-vector
 
 `ops` holds every op once, one file an op family; `params` the parameters of each op as a record;
-`reference` is the truth in plain torch; `backends` decides what runs an op and holds the two ways
-to run faster, compiled kernels and comfy-kitchen's. `which(op, device)` says which one is used and
-why. `environment` tells what a machine has; `optional` imports what can be done without.
+`reference` is the truth in plain torch; `backends` decides what runs an op and holds the three
+ways to run faster: compiled kernels, Triton's and comfy-kitchen's. `which(op, device)` says which
+one is used and why. `environment` tells what a machine has; `optional` imports what can be done
+without.
 """
 
 from .ops import (

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import ops
-from .backends import choose, native
+from .backends import choose, native, triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,6 +27,7 @@ def describe(shape: tuple[int, int, int] = ops.TYPICAL) -> dict:
     `shape` (M, N, K). Plain JSON.
     """
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices += [f"xpu:{index}" for index in range(_xpus())]
     rows = []
     for op in ops.SCHEMAS:
         asked = (1, *shape[1:]) if op == "gemv_w4a16" else shape  # one token: what a gemv is for
@@ -97,14 +98,26 @@ def _facts() -> dict[str, str]:
             f" {gpu.total_memory / 2**30:.0f} GiB"
         )
     if torch.cuda.device_count():
-        facts["driver"] = f"{_driver()}; torch was built for CUDA {torch.version.cuda}"
+        facts["driver"] = f"{_driver()}; torch was built for {_built_for()}"
+    elif _xpus():
+        facts["GPU"] = torch.xpu.get_device_properties(0).name
     else:
         facts["GPU"] = (
             "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
         )
     facts[native.MODULE] = _extension()
+    facts["Triton"] = triton.module()[1]
     facts["comfy_kitchen"] = _version("comfy-kitchen")
     return facts
+
+
+def _xpus() -> int:
+    return torch.xpu.device_count() if hasattr(torch, "xpu") else 0
+
+
+def _built_for() -> str:
+    hip = torch.version.hip
+    return f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
 
 
 def _extension() -> str:

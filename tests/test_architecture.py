@@ -28,14 +28,17 @@ HOSTS = {
     "diffusers",
     "comfy_kitchen",
     "nibble_kernels",
+    "triton",
 }
-ROOMS_OF_COMFYUI = HOSTS - {"diffusers", "nibble_kernels"}
+ROOMS_OF_COMFYUI = HOSTS - {"diffusers", "nibble_kernels", "triton"}
 # fmt: off
 #    room              may import these rooms                       and these hosts
 RULES = {
     "kernels":           ({"kernels"},                                   set()),
     "kernels.backends.kitchen": ({"kernels"},                            {"comfy_kitchen"}),
     "kernels.backends.native": ({"kernels"},                             {"nibble_kernels"}),
+    "kernels.backends.triton_w4a4": ({"kernels"},                        {"triton"}),
+    "kernels.backends.triton_kernels": (set(),                           {"triton"}),
     "quant":             ({"kernels", "quant"},                          set()),
     "quant.files":       ({"quant.files"},                               set()),
     "quant.files.source": ({"kernels", "quant.files"},                   {"comfy_kitchen"}),

@@ -1,9 +1,13 @@
-"""What runs an op: compiled kernels, comfy-kitchen's, or the reference.
+"""What runs an op: compiled kernels, Triton's, comfy-kitchen's, or the reference.
 
-choose        which of the three, for a device and dtypes, with the reason in words
-native        nibble_kernels: found if installed, what it can take, and operands for it
-native_w4a4   tensors into pointers for the W4A4 ops
-native_w4a16  the same for weights alone in 4 bits
-native_vq     the same for codebook weights
-kitchen       comfy-kitchen's CUDA kernels
+choose          which of the four, for a device and dtypes, with the reason in words
+native          nibble_kernels: found if installed, what it can take, and operands for it
+native_w4a4     tensors into pointers for the W4A4 ops
+native_w4a16    the same for weights alone in 4 bits
+native_vq       the same for codebook weights
+cubins          the interface of nibble_kernels for GPUs, with nothing compiled for this Python
+triton          Triton: which GPUs it serves, tried on a small linear first
+triton_w4a4     tensors into launches for the W4A4 ops
+triton_kernels  their two kernels
+kitchen         comfy-kitchen's kernels for NVIDIA and AMD
 """

@@ -1,5 +1,8 @@
-"""The choice of what runs an op: native -> comfy_kitchen -> reference, once for each device and set
-of dtypes, with its reason.
+"""The choice of what runs an op, once for each device and set of dtypes, with its reason:
+
+    native -> triton -> comfy_kitchen -> reference
+
+Each way is asked only where those before it do not serve, and none is imported before it is asked.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import kitchen, native
+from . import kitchen, native, triton
 
 log = logging.getLogger("nibble")
 
@@ -27,6 +30,14 @@ PARTS = {
     "linear_vq": ("gemm_vq",),
 }
 """Ops made of others."""
+
+NAMES = {
+    "native": "compiled kernels",
+    "triton": "Triton",
+    "comfy_kitchen": "comfy-kitchen",
+    "reference": "plain torch",
+}
+"""Backends in words."""
 
 TYPICAL = (4608, 3072, 3072)
 """(M, N, K) of a FLUX.1 layer at a megapixel: the shape that `which` speaks of unless told
@@ -46,17 +57,38 @@ def choose(
     op: str, device: torch.device, dtype: torch.dtype, parameters: tuple[torch.dtype | None, ...]
 ) -> Choice:
     """What runs `op` for activations of `dtype` and parameters of the given dtypes on `device`."""
-    brought_to, native_reason = native.serves(PARTS.get(op, (op,)), device, dtype, parameters)
+    brought_to, why = native.serves(PARTS.get(op, (op,)), device, dtype, parameters)
     if brought_to is not None:
-        choice = Choice("native", native_reason, brought_to)
+        choice = Choice("native", why, brought_to)
     else:
-        use, why = kitchen.decide(op, device, dtype)
-        if use:
-            choice = Choice("comfy_kitchen", why, None)
-        else:
-            choice = Choice("reference", f"{native_reason}; {why}", None)
+        choice = _other(op, device, dtype, parameters, why)
     log.debug("%s on %s in %s: %s (%s)", op, device, dtype, choice.backend, choice.reason)
     return choice
+
+
+def _other(
+    op: str, device: torch.device, dtype: torch.dtype, parameters: tuple, native_reason: str
+) -> Choice:
+    """The first of the ways after native, and why those before it do not serve."""
+    use, why = triton.serves(op, device, dtype, parameters)
+    if use:
+        choice = Choice("triton", f"{why}; not native: {native_reason}", None)
+    else:
+        reasons = f"{native_reason}; {why}"
+        use, why = kitchen.decide(op, device, dtype)
+        if use:
+            choice = Choice("comfy_kitchen", f"{why}; {reasons}", None)
+        else:
+            choice = Choice("reference", f"{reasons}; {why}", None)
+    if device.type != "cpu" and op == "linear_w4a4":
+        _say(device, choice.backend, choice.reason)
+    return choice
+
+
+@functools.lru_cache(maxsize=64)
+def _say(device: torch.device, backend: str, reason: str) -> None:
+    """Once: on a GPU that native kernels do not serve, what does instead and why."""
+    log.info("4-bit layers on %s: %s (%s)", device, NAMES[backend], reason)
 
 
 def which(
@@ -69,8 +101,7 @@ def which(
     reason in words.
 
     `shape`: (M, N, K) of the layer asked about; the compiled module chooses its path by it.
-    Returns ("native" | "comfy_kitchen" | "reference", reason). Raises ValueError for an op that is
-    not ours.
+    Returns (one of NAMES, reason). Raises ValueError for an op that is not ours.
     """
     if op not in native.OPS and op not in PARTS:
         raise ValueError(f"unknown op {op!r}: the ops are {', '.join((*native.OPS, *PARTS))}")

@@ -1,4 +1,7 @@
-"""comfy-kitchen's CUDA kernels as a fallback, and the only file that imports comfy_kitchen.
+"""comfy-kitchen's kernels as a fallback, and the only file that imports comfy_kitchen.
+
+Its backend is that of the device: "cuda" on NVIDIA's GPUs, "hip" on AMD's (RDNA2 to RDNA4, of which
+RDNA2 has no W4A4 product there), "triton" on Intel's, which has none of these ops.
 
 What differs there, and what is done about it:
 - it pads tokens to a multiple of 256: the result is cut back to M;
@@ -30,11 +33,12 @@ _OPS = {
     "gemv_w4a16": ("gemv_awq_w4a16",),
     "gemm_w4a16": ("gemv_awq_w4a16",),
 }
+_BACKENDS = {"cuda": "CUDA", "hip": "HIP", "triton": "Triton"}
 
 
 @functools.lru_cache(maxsize=1)
 def module() -> ModuleType | None:
-    """comfy_kitchen, imported at the first CUDA tensor and not before, or None."""
+    """comfy_kitchen, imported at the first GPU tensor and not before, or None."""
     return optional("comfy_kitchen")[0]
 
 
@@ -42,8 +46,8 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str
     """Whether comfy_kitchen runs `op` for activations of `dtype` on `device`, and why or why not,
     in one sentence.
     """
-    if device.type != "cuda":
-        return False, f"comfy_kitchen is used for CUDA tensors only, and this is {device.type}"
+    if device.type not in ("cuda", "xpu"):
+        return False, f"comfy_kitchen is used on GPUs only, and this is {device.type}"
     if op not in _OPS:
         return False, f"comfy_kitchen has no separate {op} with float32 scales"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -51,25 +55,38 @@ def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str
     kitchen = module()
     if kitchen is None:
         return False, "comfy_kitchen is not installed"
+    if device.type == "xpu":
+        return _has(kitchen, "triton", op)
     if not torch.cuda.is_available():
         return False, "torch finds no CUDA device"
-    return _decide_for_gpu(kitchen, op, torch.cuda.get_device_capability(device))
+    if torch.version.hip:
+        return _has(kitchen, "hip", op)
+    return _decide_for_nvidia(kitchen, op, torch.cuda.get_device_capability(device))
 
 
-def _decide_for_gpu(kitchen: ModuleType, op: str, capability: tuple[int, int]) -> tuple[bool, str]:
-    gpu = "compute capability {}.{}".format(*capability)
+def _has(kitchen: ModuleType, name: str, op: str) -> tuple[bool, str]:
+    """Whether one of its backends is there and has what `op` needs."""
+    words = f"comfy_kitchen's {_BACKENDS[name]} backend"
     backend = kitchen.list_backends().get(
-        "cuda", {"available": False, "disabled": False, "unavailable_reason": "unknown"}
+        name, {"available": False, "unavailable_reason": "this version has none"}
     )
     if not backend["available"]:
-        return (
-            False,
-            f"comfy_kitchen's CUDA backend is not available: {backend['unavailable_reason']}",
-        )
+        return False, f"{words} is not available: {backend['unavailable_reason']}"
     if backend["disabled"]:
-        return False, "comfy_kitchen's CUDA backend was disabled by the host program"
-    if not set(_OPS[op]) <= set(backend["capabilities"]):
-        return False, f"this comfy_kitchen's CUDA backend has no {' and '.join(_OPS[op])}"
+        return False, f"{words} was disabled by the host program"
+    missing = [function for function in _OPS[op] if function not in backend["capabilities"]]
+    if missing:
+        return False, f"{words} has no {' and '.join(missing)} for this GPU"
+    return True, f"{words} has {' and '.join(_OPS[op])}"
+
+
+def _decide_for_nvidia(
+    kitchen: ModuleType, op: str, capability: tuple[int, int]
+) -> tuple[bool, str]:
+    use, why = _has(kitchen, "cuda", op)
+    if not use:
+        return False, why
+    gpu = "compute capability {}.{}".format(*capability)
     if capability < (8, 0):
         return False, f"comfy_kitchen needs compute capability 8.0, this GPU has {gpu}"
     if op == "linear_w4a4" and capability[0] != 8:

@@ -1,7 +1,11 @@
-"""The seam for the compiled extension `nibble_kernels`: found if installed, never required; what it
-can take; and tensors made ready for it.
+"""The seam for compiled kernels: which module serves a device, what it can take, and tensors made
+ready for it.
 
-The module takes bare pointers and sizes by name, knows no torch, and serves any torch. It offers
+Two modules have one interface: the extension `nibble_kernels`, found if installed, never required,
+for the CPU and, where it was built with nvcc, for GPUs; and `cubins`, for GPUs that it does not
+serve.
+
+A module takes bare pointers and sizes by name, knows no torch, and serves any torch. It offers
 `ABI` (an integer, equal to the one here), `__version__`, `DEVICES` (a tuple such as ("cpu",
 "cuda")), the ops under their own names, and answers about them (`capability`, `codes`, `route`,
 `workspace_bytes`, `cpu_isas`, `build_info`).
@@ -29,6 +33,7 @@ from torch import Tensor
 
 from ..optional import optional
 from ..reference import GROUP
+from . import cubins
 
 MODULE = "nibble_kernels"
 ABI = 4
@@ -49,6 +54,11 @@ E4M3 = 1
 """Activation codes as 8-bit floats: between compiled ops on Hopper."""
 WIDE = torch.float8_e4m3fn
 OLDEST_GPU = 75
+INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
+WITHOUT_INT8 = (103,)
+"""Compute capabilities whose 8-bit integer products, which W4A4 runs through from Blackwell on, are
+slower than 16-bit ones: B300.
+"""
 ALIGNMENT = 16
 """Bytes that kernels load and store at once."""
 
@@ -69,19 +79,69 @@ def module() -> tuple[ModuleType | None, str]:
             return found, f"{MODULE} {found.__version__} is installed"
         why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"
     log.info(
-        "%s: 4-bit layers run through comfy_kitchen where it is faster and in plain torch"
-        " elsewhere, with the same numbers; a wheel from the release page, or `pip install"
-        " ./kernels` in the clone, makes them fast.",
+        "%s: 4-bit layers on the CPU run in plain torch, with the same numbers; a wheel from the"
+        " release page, or `pip install ./kernels` in the clone, makes them fast.",
         why,
     )
     return None, why
 
 
-def loaded() -> Any:
-    """The extension, for whoever has asked `serves` before."""
-    extension = module()[0]
-    assert extension is not None
-    return extension
+@functools.lru_cache(maxsize=64)
+def serving(device: torch.device) -> tuple[Any, str]:
+    """The module that serves a device, or None, and the reason in one sentence. One that serves a
+    GPU is logged, once a device; what is used where none does, `choose` logs.
+    """
+    extension, why = module()
+    if extension is not None and device.type in extension.DEVICES:
+        if device.type == "cpu":
+            return extension, why
+        found, why = _usable(extension, device, why)
+    elif device.type == "cuda":
+        found, why_not = _cubins(device)
+        built_without = f"this {MODULE} was built for cpu, not for cuda; {why_not}"
+        why = why_not if found or extension is None else built_without
+    elif extension is None:
+        return None, why
+    else:
+        built = " and ".join(extension.DEVICES)
+        return None, f"this {MODULE} was built for {built}, not for {device.type}"
+    if found is not None:
+        log.info("4-bit layers on %s: compiled kernels (%s)", device, why)
+    return found, why
+
+
+def _usable(extension: Any, device: torch.device, why: str) -> tuple[Any, str]:
+    """The extension, asked whether it has code for a GPU; else cubins."""
+    try:
+        extension.capability(index_of(device))
+        return extension, why
+    # a driver older than the module's CUDA, or a GPU of another make behind torch's "cuda"
+    except (RuntimeError, ValueError) as error:
+        found, reason = _cubins(device)
+        return found, f"{MODULE} cannot use {device}: {error}; {reason}"
+
+
+def _cubins(device: torch.device) -> tuple[Any, str]:
+    if torch.version.cuda is None:
+        make = "an AMD GPU" if torch.version.hip else "not there: this torch was built without CUDA"
+        return None, f"{device} is {make}"
+    try:
+        found = cubins.module()
+        return found, f"cubins: {found.on(index_of(device)).origin}"
+    except cubins.ERRORS as error:
+        return None, str(error)
+
+
+def on(device: torch.device) -> Any:
+    """The module of a device, for whoever has asked `serves` before."""
+    found = serving(device)[0]
+    assert found is not None
+    return found
+
+
+def index_of(device: torch.device) -> int:
+    """A GPU's number, the current one's where the device names none."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 # ---- what it can take ----------------------------------------------------------------------------
@@ -95,31 +155,23 @@ def serves(
 
     `parameters`: the dtypes of the layer's floating-point parameters, None for one that is absent.
     """
-    extension, why = module()
-    if extension is None:
+    serves_device, why = serving(device)
+    if serves_device is None:
         return None, why
-    if device.type not in extension.DEVICES:
-        return (
-            None,
-            f"this {MODULE} was built for {' and '.join(extension.DEVICES)}, not for {device.type}",
-        )
     if dtype not in DTYPES:
-        return None, f"{MODULE} computes in float32, float16 and bfloat16, not {dtype}"
-    missing = [op for op in ops if not hasattr(extension, op)]
+        return None, f"compiled kernels compute in float32, float16 and bfloat16, not {dtype}"
+    missing = [op for op in ops if not hasattr(serves_device, op)]
     if missing:
         return None, f"this {MODULE} lacks {' and '.join(missing)}"
-    if device.type == "cuda":
-        try:
-            found = capability(device)
-        # a driver older than the module's CUDA, or a GPU of another make behind torch's "cuda"
-        except (RuntimeError, ValueError) as error:
-            return None, f"{MODULE} cannot use {device}: {error}"
-        if found < OLDEST_GPU:
-            return (
-                None,
-                f"{MODULE} needs compute capability {OLDEST_GPU / 10}, and {device} has"
-                f" {found / 10}",
-            )
+    if device.type == "cuda" and capability(device) < OLDEST_GPU:
+        return (
+            None,
+            f"compiled kernels need compute capability {OLDEST_GPU / 10}, and {device} has"
+            f" {capability(device) / 10}",
+        )
+    if capability(device) in WITHOUT_INT8 and set(ops) & set(INT8_PRODUCTS):
+        has = capability(device) / 10
+        return None, f"{device} has compute capability {has}, with few 8-bit integer products"
     kinds = set(parameters) - {None}
     if device.type == "cpu":
         return (kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPES) else torch.float32), why
@@ -127,18 +179,18 @@ def serves(
         return (
             None,
             (
-                f"{MODULE}'s GPU kernels take parameters in float16 or bfloat16, not"
+                "GPU kernels take parameters in float16 or bfloat16, not"
                 f" {', '.join(sorted(map(str, kinds - set(HALVES))))}"
             ),
         )
     if len(kinds) > 1 and dtype not in HALVES:
-        return None, f"{MODULE}'s GPU kernels take parameters of one dtype, and these are mixed"
+        return None, "GPU kernels take parameters of one dtype, and these are mixed"
     return (kinds.pop() if len(kinds) == 1 else dtype), why
 
 
 def route(op: str, device: torch.device, shape: tuple[int, int, int]) -> str:
     """The path that the module takes for (M, N, K) on a device, and why, in words."""
-    path, reason = loaded().route(op, capability(device), *shape)
+    path, reason = on(device).route(op, capability(device), *shape)
     return f"{path} ({reason})" if reason else path
 
 
@@ -161,14 +213,14 @@ def gpu(device: torch.device) -> tuple[int, int]:
     """
     if device.type == "cpu":
         return 0, PACKED
-    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return _gpu(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _gpu(index: int) -> tuple[int, int]:
-    extension = loaded()
-    found = extension.capability(index)
-    return found, extension.codes(found)
+def _gpu(device: torch.device) -> tuple[int, int]:
+    serves_device = on(device)
+    found = serves_device.capability(index_of(device))
+    return found, serves_device.codes(found)
 
 
 # ---- operands ------------------------------------------------------------------------------------

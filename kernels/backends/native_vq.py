@@ -76,7 +76,7 @@ class LinearCall:
         """
         leading = x.shape[:-1]
         out = x.new_empty((*leading, self.outputs), dtype=out_dtype or x.dtype)
-        native.loaded().gemm_vq(
+        native.on(x.device).gemm_vq(
             M=leading.numel(),
             x=x.data_ptr(),
             x_dtype=DTYPES[x.dtype],

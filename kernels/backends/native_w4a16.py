@@ -51,7 +51,7 @@ class LinearCall:
         """
         leading = x.shape[:-1]
         out = x.new_empty((*leading, self.outputs))
-        getattr(native.loaded(), op)(
+        getattr(native.on(x.device), op)(
             M=leading.numel(),
             x=x.data_ptr(),
             x_dtype=DTYPES[x.dtype],

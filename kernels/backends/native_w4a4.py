@@ -93,10 +93,11 @@ def product_arguments(
     }
 
 
-def _workspace(op: str, gpu: int, m: int, product: Arguments, rank: int) -> int:
+def _workspace(op: str, device: torch.device, m: int, product: Arguments, rank: int) -> int:
     """Bytes of scratch that an op wants; `rank` is that of the h which it writes, if it does."""
-    return native.loaded().workspace_bytes(
-        op=op, capability=gpu, M=m, N=product["N"], K=product["K"], R=rank, codes=product["codes"]
+    sizes = {name: product[name] for name in ("N", "K", "codes")}
+    return native.on(device).workspace_bytes(
+        op=op, capability=native.capability(device), M=m, R=rank, **sizes
     )
 
 
@@ -118,7 +119,7 @@ def quantize_down(
     q, ascales, h = _new_activations(x.device, m, k, p.proj_down.shape[1])
     if codes == E4M3:
         q = torch.empty((m, k), dtype=WIDE, device=x.device)
-    native.loaded().quantize_down(
+    native.on(x.device).quantize_down(
         **native.place(x.device, isa),
         **quantizer_arguments(p, codes),
         M=m,
@@ -145,11 +146,11 @@ def gemm_w4a4_up(
     device, m = act.q.device, act.q.shape[0]
     p, act = product_operands(p, dtype), _activation_operands(act)
     product = product_arguments(p, E4M3 if act.q.dtype is WIDE else PACKED, act.act_unsigned)
-    needed = _workspace("gemm_w4a4_up", native.capability(device), m, product, product["R"])
+    needed = _workspace("gemm_w4a4_up", device, m, product, product["R"])
     workspace, (work,) = native.scratch(device, needed)
     out_kind = out_dtype if out_dtype in DTYPES else torch.float32
     out = torch.empty((m, product["N"]), dtype=out_kind, device=device)
-    native.loaded().gemm_w4a4_up(
+    native.on(device).gemm_w4a4_up(
         **native.place(device, isa),
         **product,
         M=m,
@@ -188,10 +189,10 @@ def gemm_w4a4_up_gelu_quantize_down(
     product = product_arguments(p, PACKED, act.act_unsigned)
     n, rank2 = second.proj_down.shape
     op = "gemm_w4a4_up_gelu_quantize_down"
-    needed = _workspace(op, native.capability(device), m, product, rank2)
+    needed = _workspace(op, device, m, product, rank2)
     workspace, (work,) = native.scratch(device, needed)
     q2, ascales2, h2 = _new_activations(device, m, n, rank2)
-    native.loaded().gemm_w4a4_up_gelu_quantize_down(
+    native.on(device).gemm_w4a4_up_gelu_quantize_down(
         **native.place(device, isa),
         **product,
         **_second_arguments(second, a.mid_dtype, PACKED),
@@ -220,7 +221,7 @@ class LinearCall:
 
     def __init__(self, p: W4A4Params, device: torch.device, isa: int = 0):
         self.device, self.isa = device, isa
-        self.run = native.loaded().linear_w4a4
+        self.module = native.on(device)
         self.outputs = len(p.weight)
         gpu, codes = native.gpu(device)
         quantizer = quantizer_arguments(p.quantizer, codes)
@@ -242,7 +243,7 @@ class LinearCall:
             # `scratch` lives until the call has returned; a GPU's work is ordered by its stream.
             scratch = self._scratch(x, m)
             tokens |= {"scratch": scratch.data_ptr(), "scratch_size": scratch.numel()}
-        self.run(
+        self.module.linear_w4a4(
             out=out.data_ptr(), **tokens, **native.place(self.device, self.isa), **self.arguments
         )
         return out
@@ -253,7 +254,7 @@ class LinearCall:
         """
         last = self.last
         if last[0] != m:
-            last = self.last = m, native.loaded().linear_w4a4_bytes(M=m, **self.sizes)
+            last = self.last = m, self.module.linear_w4a4_bytes(M=m, **self.sizes)
         return x.new_empty(last[1], dtype=torch.uint8)
 
 
@@ -267,14 +268,14 @@ def linear_w4a4_grouped(
 ) -> list[Tensor]:
     """One quantization for all, and one h in which each layer has its columns."""
     device, (m, k), x = x.device, x.shape, dense(x)
-    gpu, codes = native.gpu(device)
-    place, extension, kind = native.place(device, isa), native.loaded(), DTYPES[x.dtype]
+    codes = native.gpu(device)[1]
+    place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     layers = [layer_operands(layer, dtype) for layer in p.layers]
     down = _side_by_side([layer.proj_down for layer in layers])
     quantizer = layers[0].quantizer._replace(proj_down=down)
     width = down.shape[1]
     products = [product_arguments(layer.product, codes, p.act_unsigned, width) for layer in layers]
-    needed = max(_workspace("gemm_w4a4_up", gpu, m, a, a["R"]) for a in products)
+    needed = max(_workspace("gemm_w4a4_up", device, m, a, a["R"]) for a in products)
     # `owner` is read nowhere: it keeps the scratch memory alive until the calls have returned.
     owner, (q, ascales, h, work) = native.scratch(
         device, *native.activation_bytes(m, k, width, codes), needed
@@ -330,14 +331,14 @@ def mlp_w4a4(
 ) -> Tensor:
     """For devices of which `native.fuses` is true."""
     device, (m, k), x = x.device, x.shape, dense(x)
-    gpu, codes = native.gpu(device)
-    place, extension, kind = native.place(device, isa), native.loaded(), DTYPES[x.dtype]
+    codes = native.gpu(device)[1]
+    place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     first, second = layer_operands(first, dtype), layer_operands(second, dtype)
     (n, rank), (n2, rank2) = first.proj_up.shape, second.proj_up.shape
     up = product_arguments(first.product, codes, first.act_unsigned)
     last = product_arguments(second.product, codes, second.act_unsigned)
-    fused_bytes = _workspace("gemm_w4a4_up_gelu_quantize_down", gpu, m, up, rank2)
-    last_bytes = _workspace("gemm_w4a4_up", gpu, m, last, rank2)
+    fused_bytes = _workspace("gemm_w4a4_up_gelu_quantize_down", device, m, up, rank2)
+    last_bytes = _workspace("gemm_w4a4_up", device, m, last, rank2)
     # The owners are read nowhere: they keep the scratch memory alive until the calls have returned.
     owner, (q, ascales, h, work) = native.scratch(
         device, *native.activation_bytes(m, k, rank, codes), max(fused_bytes, last_bytes)

@@ -43,6 +43,11 @@ if(NIBBLE_CUDA_ARCHS STREQUAL "native")
     list(REMOVE_DUPLICATES NIBBLE_CUDA_ARCHS)
 endif()
 
+# Hopper is in no Windows PC, and MSVC lays the copy engine's map out with another alignment.
+if(WIN32)
+    list(REMOVE_ITEM NIBBLE_CUDA_ARCHS 90a)
+endif()
+
 # What this nvcc can compile for. Families (100f) came with 12.9; before it the one chip (100a), and
 # before 12.8 neither.
 execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known)

@@ -82,10 +82,9 @@ inline Codes codes(const char* op, const char* name, int code) {
     return Codes(code);
 }
 
-// On a GPU the same number names a route of the backend's own, which refuses those that it does not
-// have.
+// A GPU has one path of this module's; another is tried through kernels/backends/cubins.
 inline Isa isa(const char* op, int code, bool gpu) {
-    if (gpu && code >= 0 && code < 256) return Isa(code);
+    if (gpu && code) refuse(op, "isa=" + std::to_string(code) + " names no path of a GPU: it is 0");
     if (code < 0 || code > 3) {
         refuse(op, "isa=" + std::to_string(code) +
                        " is none of 0 (best), 1 (portable), 2 (avx2), 3 (avx512_vnni)");

@@ -13,8 +13,11 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#ifndef __CUDACC_RTC__
 #include <stdexcept>
 #include <string>
+#endif
 
 namespace nibble {
 
@@ -31,6 +34,8 @@ enum class Op : int {
     gemm_vq
 };
 
+#ifndef __CUDACC_RTC__  // the host's part
+
 // The names that Python knows, in the order of Op.
 constexpr const char* OP_NAMES[] = {
     "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
@@ -46,6 +51,8 @@ inline Op op_named(const std::string& name) {
     }
     throw std::invalid_argument("unknown op '" + name + "'");
 }
+
+#endif
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
@@ -157,6 +164,8 @@ struct GemmVQ {
     Dtype out_dtype;
 };
 
+#ifndef __CUDACC_RTC__  // the host's part
+
 // What runs an op, in words for people: {"sm80: int4 m16n8k64, tile 128x128", "native int4 ... "}.
 struct Route {
     std::string path, reason;
@@ -189,5 +198,7 @@ int capability(int device);   // 10 * major + minor; throws std::runtime_error w
 Codes codes(int capability);  // the activation format that this GPU's product reads fastest
 }  // namespace cuda
 #endif
+
+#endif  // __CUDACC_RTC__
 
 }  // namespace nibble

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import kitchen, native, native_w4a4
+from ..backends import kitchen, native, native_w4a4, triton
 from ..backends.choose import choose
 from ..params import GroupParams, MLPParams, W4A4Params, float_dtypes
 from ..reference import GROUP
@@ -119,6 +119,8 @@ def _run_rows(rows: Tensor, p: W4A4Params) -> Tensor:
     choice = choose("linear_w4a4", rows.device, rows.dtype, float_dtypes(*p[1:6]))
     if choice.parameters is not None:
         return native_w4a4.linear_w4a4(choice.parameters, rows, p)
+    if choice.backend == "triton":
+        return triton.w4a4().linear_w4a4(rows, p)
     # comfy_kitchen's kernels are not made for an empty batch or for rank 0.
     if choice.backend == "comfy_kitchen" and len(rows) and p.proj_down.shape[1]:
         return kitchen.linear_w4a4(rows, p)
@@ -142,6 +144,8 @@ def _run_grouped(x: Tensor, *parameters) -> list[Tensor]:
     choice = choose("linear_w4a4_grouped", x.device, x.dtype, kinds)
     if choice.parameters is not None:
         ys = native_w4a4.linear_w4a4_grouped(choice.parameters, rows, p)
+    elif choice.backend == "triton":
+        ys = triton.w4a4().linear_w4a4_grouped(rows, p)
     elif choose("linear_w4a4", x.device, x.dtype, kinds).backend == "comfy_kitchen":
         ys = [_run_rows(rows, layer) for layer in p.layers]
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import native, native_w4a4
+from ..backends import native, native_w4a4, triton
 from ..backends.choose import choose
 from ..params import (
     Activations,
@@ -140,6 +140,8 @@ def _run_quantize_down(x: Tensor, *parameters) -> tuple[Tensor, Tensor, Tensor]:
     choice = choose("quantize_down", x.device, x.dtype, dtypes)
     if choice.parameters is not None:
         return native_w4a4.quantize_down(choice.parameters, x, p)
+    if choice.backend == "triton":
+        return triton.w4a4().quantize_down(x, p)
     return reference.quantize_down(x, *p)
 
 
@@ -155,6 +157,8 @@ def _run_gemm_w4a4_up(*arguments) -> Tensor:
     choice = choose("gemm_w4a4_up", act.q.device, dtype, dtypes)
     if choice.parameters is not None:
         return native_w4a4.gemm_w4a4_up(choice.parameters, act, p, out_dtype)
+    if choice.backend == "triton":
+        return triton.w4a4().gemm_w4a4_up(act, p, out_dtype)
     return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, act.act_unsigned).to(out_dtype)
 
 
@@ -169,6 +173,8 @@ def _run_gelu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         return native_w4a4.gemm_w4a4_up_gelu_quantize_down(
             choice.parameters, a._replace(mid_dtype=mid_dtype)
         )
+    if choice.backend == "triton":
+        return triton.w4a4().gemm_w4a4_up_gelu_quantize_down(a._replace(mid_dtype=mid_dtype))
     return reference.gemm_w4a4_up_gelu_quantize_down(*a[:12], mid_dtype)
 
 

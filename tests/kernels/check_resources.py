@@ -9,14 +9,19 @@ instructions, bounded by a file.
       (needs cuobjdump)
     python tests/kernels/check_resources.py --log FILE           read the log of a build (nvcc's
       -Xptxas=-v)
+    python tests/kernels/check_resources.py --manifest FILE      look at a package of cubins (what
+      `python -m nibble cubins` writes)
     python tests/kernels/check_resources.py --write              take what was found as the new
       bounds
 
-Bounds lie in kernels/resources.json: the most registers a kernel may use for each architecture.
-Spills and a stack are never allowed. A kernel without a bound is a mistake too: it has to be looked
-at once. Exit code 1 and a line for each broken bound. Matrix instructions are counted in the
-machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on the path that it is
-meant to be on.
+Bounds lie in kernels/resources.json: the most registers a kernel may use for each architecture, as
+nvcc compiles it. What NVRTC makes of it differs by a few: a package has bounds of its own ("90a
+nvrtc") where they were written, and may else use as many as are given out for nvcc's, which is in
+eights, so that no fewer warps fit.
+Spills and a stack are not allowed, but for what SPILLS names. A kernel without a bound is a mistake
+too: it has to be looked at once. Exit code 1 and a line for each broken bound. Matrix instructions
+are counted in the machine code where cuobjdump or nvdisasm is found; they tell that a kernel is on
+the path that it is meant to be on.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ ARCHS = {
 """Architecture -> the names of files or folders that are its own; files under no such name are
 compiled for all.
 """
+GIVEN_OUT = 8
+"""Registers of a thread are given out in so many at a time."""
 MATRIX = re.compile(r"\b(IMMA|HMMA|QMMA|OMMA|IGMMA|HGMMA|QGMMA|UTCIMMA|UTCHMMA|UTCQMMA)\b")
 
 
@@ -60,6 +67,12 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     matrix: dict[str, int] | None = field(default=None)
+    compiler: str = ""  # where it is not nvcc
+
+    @property
+    def key(self) -> str:
+        """Its architecture as the bounds have it."""
+        return f"{self.arch} {self.compiler}".strip()
 
 
 def base_name(mangled: str) -> str:
@@ -124,6 +137,23 @@ def read_module(text: str) -> list[Kernel]:
                 int, match.groups()
             )
     return found
+
+
+def read_manifest(manifest: dict) -> list[Kernel]:
+    """The kernels of a package of cubins; PTX has no registers yet."""
+    return [
+        Kernel(
+            base_name(place["symbol"]),
+            arch,
+            place["symbol"],
+            listed["file"],
+            **{name: place.get(name, 0) for name in ("registers", "shared", "stack", "spills")},
+            compiler="nvrtc",
+        )
+        for arch, listed in manifest["architectures"].items()
+        for place in listed["kernels"].values()
+        if "registers" in place
+    ]
 
 
 def count_matrix(text: str, kernels: list[Kernel]) -> None:
@@ -225,19 +255,33 @@ def look_into(module: Path) -> list[Kernel]:
 # ---- judging -------------------------------------------------------------------------------------
 
 
+def bound_of(kernel: Kernel, bounds: dict[str, dict[str, int]]) -> int | None:
+    """The most registers that a kernel may use, None where nobody has said."""
+    archs = bounds.get(kernel.name, {})
+    own = archs.get(kernel.key, archs.get(kernel.arch))
+    if own is None or kernel.key in archs:
+        return own
+    return -(-own // GIVEN_OUT) * GIVEN_OUT
+
+
+SPILLS = {("gemm_kernel<2,128>", "90a nvrtc"): 32}
+"""Bytes that may spill: NVRTC 12.9 needs 28 for float16 parameters in Hopper's largest tile."""
+
+
 def broken(kernels: list[Kernel], bounds: dict[str, dict[str, int]] | None) -> list[str]:
     """A line for each broken bound; without `bounds` only spills and stacks are looked at."""
     lines = []
     for kernel in kernels:
         where = f"{kernel.name} on sm_{kernel.arch}"
-        if kernel.spills or kernel.stack:
+        allowed = SPILLS.get((kernel.name, kernel.key), 0)
+        if max(kernel.spills, kernel.stack) > allowed:
             lines.append(
                 f"{where} has {kernel.spills} bytes of spills and a stack of {kernel.stack} bytes;"
-                " none is allowed"
+                f" {allowed or 'none'} are allowed"
             )
         if bounds is None:
             continue
-        bound = bounds.get(kernel.name, {}).get(kernel.arch)
+        bound = bound_of(kernel, bounds)
         if bound is None:
             lines.append(
                 f"{where} uses {kernel.registers} registers and has no bound in {BOUNDS.name}"
@@ -276,10 +320,10 @@ def write_bounds(kernels: list[Kernel]) -> None:
         alike = [
             other.registers
             for other in kernels
-            if (other.name, other.arch) == (kernel.name, kernel.arch)
+            if (other.name, other.key) == (kernel.name, kernel.key)
         ]
         # instantiations for several dtypes share a name here
-        bounds.setdefault(kernel.name, {})[kernel.arch] = max(alike)
+        bounds.setdefault(kernel.name, {})[kernel.key] = max(alike)
     ordered = {
         name: dict(sorted(bounds[name].items(), key=lambda item: int(re.sub(r"\D", "", item[0]))))
         for name in sorted(bounds)
@@ -293,6 +337,21 @@ def write_bounds(kernels: list[Kernel]) -> None:
     )
 
 
+def look(options: argparse.Namespace) -> list[Kernel]:
+    """The kernels of what is asked for."""
+    if options.module:
+        return look_into(options.module)
+    if options.log:
+        return read_ptxas(options.log.read_text())
+    if options.manifest:
+        return read_manifest(json.loads(options.manifest.read_text(encoding="utf-8")))
+    if shutil.which("nvcc") is None:
+        raise SystemExit("nvcc is not found")
+    wanted = jobs(options.arch or list(ARCHS), options.only)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return [kernel for found in pool.map(compile_one, wanted) for kernel in found]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -301,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="files with this in their path")
     parser.add_argument("--module", type=Path)
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--manifest", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write what was found here too")
     parser.add_argument("--write", action="store_true")
@@ -310,19 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="registers are another compiler's than that of the bounds",
     )
     options = parser.parse_args(arguments)
-    if options.module:
-        kernels = look_into(options.module)
-    elif options.log:
-        kernels = read_ptxas(options.log.read_text())
-    else:
-        if shutil.which("nvcc") is None:
-            raise SystemExit("nvcc is not found")
-        with ThreadPoolExecutor(options.jobs) as pool:
-            kernels = [
-                kernel
-                for found in pool.map(compile_one, jobs(options.arch or list(ARCHS), options.only))
-                for kernel in found
-            ]
+    kernels = look(options)
     print(table(kernels))
     if options.json:
         options.json.write_text(json.dumps([asdict(kernel) for kernel in kernels], indent=1))

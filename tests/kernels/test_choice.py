@@ -13,7 +13,7 @@ import torch
 
 from cases import SMALL, make_input, make_w4a4
 from nibble.kernels import ops, which
-from nibble.kernels.backends import choose, kitchen, native
+from nibble.kernels.backends import choose, kitchen, native, triton
 from nibble.kernels.ops import register, w4a4, w4a16
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,8 @@ PLAIN = SMALL[0]
 @pytest.fixture
 def forget():
     """Clears what is remembered about installed modules, before and after."""
-    caches = (choose.choose, native.module)
+    caches = (choose.choose, choose._say, native.module, native.serving, native._gpu)
+    caches += (triton.module, triton.serving, triton.gpu)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -88,7 +89,7 @@ def test_comfy_kitchen_is_chosen_by_gpu_and_with_a_reason(op, capability, state,
         "capabilities": everything,
     } | state
     module = types.SimpleNamespace(list_backends=lambda: {"cuda": cuda})
-    chosen, reason = kitchen._decide_for_gpu(module, op, capability)
+    chosen, reason = kitchen._decide_for_nvidia(module, op, capability)
     assert chosen == use and words in reason
 
 

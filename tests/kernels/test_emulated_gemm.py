@@ -319,6 +319,9 @@ def test_route_says_what_runs(emulated, capability, m, n, words):
 # ---- sanitizers ----------------------------------------------------------------------------------
 
 SANITIZED = """
+import sys
+sys.path.append("../support")
+import checkout
 import torch
 from emulator import emulated
 SHAPES = ((3, 37, 192, 3, True), (33, 136, 64, 16, False), (40, 129, 128, 0, False),

@@ -7,6 +7,7 @@ import torch
 
 from nibble.__main__ import main
 from nibble.kernels import environment, ops
+from nibble.kernels.backends import choose
 
 
 def test_every_op_has_a_row_for_each_dtype():
@@ -15,11 +16,10 @@ def test_every_op_has_a_row_for_each_dtype():
     assert {
         (op, "cpu", dtype) for op in ops.SCHEMAS for dtype in ("bfloat16", "float16", "float32")
     } <= rows
-    assert all(
-        row["backend"] in ("native", "comfy_kitchen", "reference") and row["reason"]
-        for row in found["ops"]
-    )
-    assert {"python", "torch", "CPU", "nibble_kernels", "comfy_kitchen"} <= found["facts"].keys()
+    assert all(row["backend"] in choose.NAMES and row["reason"] for row in found["ops"])
+    assert {"python", "torch", "CPU", "nibble_kernels", "Triton", "comfy_kitchen"} <= found[
+        "facts"
+    ].keys()
     assert torch.__version__ in environment.table(found)
 
 

@@ -11,7 +11,6 @@ from compare import assert_twice_plain
 from nibble.kernels import ops, reference, which
 from nibble.kernels.backends import native
 
-module, reason = native.module()
 BF16 = torch.bfloat16
 CASE, SECOND = (
     Case("gpu", 300, 1024, 768, R=32),
@@ -26,8 +25,9 @@ pytestmark = pytest.mark.gpu
 def gpu():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device in this machine")
-    if module is None or "cuda" not in module.DEVICES:
-        pytest.skip(f"{reason}, without CUDA" if module else reason)
+    module, reason = native.serving(torch.device("cuda", torch.cuda.current_device()))
+    if module is None:
+        pytest.skip(reason)
 
 
 def layer(case):
@@ -116,7 +116,7 @@ def test_both_forms_of_codes_give_the_same_product(unsigned):
     """
     weight, scale, smooth, down, up, bias = layer(CASE)
     x = make_input(CASE, BF16, device="cuda")
-    own = module.codes(module.capability(torch.cuda.current_device()))
+    own = native.gpu(torch.device("cuda", torch.cuda.current_device()))[1]
     results = []
     for form in {native.PACKED, own}:
         q, ascales, h = flat_native.quantize_down(BF16, x, smooth, down, unsigned, 0, codes=form)
@@ -162,5 +162,5 @@ def test_a_wrong_device_is_refused_with_words():
             make_input(CASE, BF16, device="cuda"), layer(CASE)[0].cpu(), *layer(CASE)[1:]
         )
     with pytest.raises((ValueError, RuntimeError)):
-        module.capability(63)
+        native.on(torch.device("cuda", 0)).capability(63)
     assert ops.linear_w4a4(make_input(CASE, BF16, device="cuda"), *layer(CASE)).isfinite().all()

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def forget():
     """Clears what is remembered about installed modules, before and after."""
-    caches = (choose.choose, native.module, native._gpu)
+    caches = (choose.choose, native.module, native.serving, native._gpu)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -220,7 +220,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
         (75, F16, (BF16, F16), F16, "is installed"),
         (90, BF16, (BF16, F32), None, "not torch.float32"),
         (90, F32, (BF16, F16), None, "mixed"),
-        (70, F16, (F16,), None, "needs compute capability 7.5, and cuda:0 has 7.0"),
+        (70, F16, (F16,), None, "need compute capability 7.5, and cuda:0 has 7.0"),
     ],
 )
 def test_a_gpu_takes_16_bit_parameters_of_one_dtype(
@@ -242,11 +242,10 @@ def test_a_driver_that_is_too_old_leaves_the_gpu_to_others(forget, monkeypatch):
     module.DEVICES, module.capability = ("cpu", "cuda"), refuse
     monkeypatch.setitem(sys.modules, native.MODULE, module)
     brought_to, reason = native.serves(native.OPS, torch.device("cuda", 0), BF16, (BF16,))
-    assert (
-        brought_to is None
-        and reason
-        == "nibble_kernels cannot use cuda:0: CUDA driver version is insufficient for CUDA runtime"
-        " version"
+    assert brought_to is None
+    assert reason.startswith(
+        "nibble_kernels cannot use cuda:0: CUDA driver version is insufficient for CUDA runtime"
+        " version; cuda:0 is not there"
     )
 
 

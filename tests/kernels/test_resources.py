@@ -22,6 +22,8 @@ from check_resources import (
     tool,
 )
 from nibble.kernels.backends import native
+from nibble.kernels.backends.cubins import kernels as instances
+from nibble.kernels.backends.cubins import library, nvrtc
 
 MANGLED = "_ZN6nibble4cuda4gemmILi128ELi64ELb1EEEvNS0_4ArgsE"
 PTXAS = f"""ptxas info    : 0 bytes gmem
@@ -92,6 +94,58 @@ def test_spills_too_many_registers_and_unknown_kernels_are_reported():
     assert len(broken(kernels, None)) == 1
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The manifest of three kernels, compiled by NVRTC as a release compiles all."""
+    try:
+        nvrtc.architectures()
+    except nvrtc.CompileError as error:
+        pytest.skip(str(error))
+    few = [
+        instances.add_tiles("Int4"),
+        instances.w4a16_gemv("bf16", "bf16", 1),
+        instances.quantize("bf16", "bf16", "Form::signed_codes", "packed", (2, 12, 1)),
+    ]
+    monkeypatch.setattr(instances, "of", lambda arch: iter(few))
+    library.write_package(tmp_path, ["89", "ptx80"])
+    return tmp_path / "manifest.json"
+
+
+def test_a_package_of_cubins_keeps_the_bounds(package, capsys):
+    assert main(["--manifest", str(package)]) == 0
+    said = capsys.readouterr().out
+    assert "3 kernels, all within their bounds" in said, "PTX has no registers"
+    for name in ("add_tiles", "gemv_kernel<1>", "quantize_down_kernel<0,0,2,12,1>"):
+        assert name in said
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"registers": 41}, "add_tiles on sm_89 uses 41 registers and may use 40"),
+        ({"spills": 8}, "add_tiles on sm_89 has 8 bytes of spills"),
+        ({"stack": 16}, "and a stack of 16 bytes; none are allowed"),
+        ({"symbol": "_Z5otherv"}, "_Z5otherv on sm_89 uses"),
+    ],
+    ids=["registers", "spills", "stack", "unknown"],
+)
+def test_a_package_that_breaks_a_bound_is_reported(package, capsys, changed, said):
+    """36 registers are the bound of add_tiles, and 40 are given out for them."""
+    manifest = json.loads(package.read_text())
+    manifest["architectures"]["89"]["kernels"]["add_tiles<Int4>"] |= changed
+    package.write_text(json.dumps(manifest))
+    assert main(["--manifest", str(package)]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_nvrtcs_own_bounds_come_before_nvccs():
+    kernel = Kernel("a", "89", "a", registers=101, compiler="nvrtc")
+    assert broken([kernel], {"a": {"89": 97}}) == []
+    assert "may use 96" in broken([kernel], {"a": {"89": 95}})[0]
+    assert broken([kernel], {"a": {"89": 95, "89 nvrtc": 101}}) == []
+    assert "may use 100" in broken([kernel], {"a": {"89": 97, "89 nvrtc": 100}})[0]
+
+
 def test_file_names_decide_architectures():
     """The same rule as kernels/cmake/cuda.cmake."""
     found = jobs(list(check_resources.ARCHS), "")
@@ -109,7 +163,7 @@ def test_every_bound_is_a_possible_one():
     for name, archs in json.loads(BOUNDS.read_text()).items():
         assert (
             name
-            and set(archs) <= set(check_resources.ARCHS)
+            and {arch.removesuffix(" nvrtc") for arch in archs} <= set(check_resources.ARCHS)
             and all(0 < registers <= 255 for registers in archs.values())
         )
 

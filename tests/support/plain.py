@@ -11,6 +11,11 @@ from nibble.kernels.backends import choose, native
 def plain_torch() -> Iterator[None]:
     """As if nibble_kernels were not installed."""
     with mock.patch.object(native, "module", lambda: (None, "left out for a comparison")):
-        choose.choose.cache_clear()
+        _forget()
         yield
-    choose.choose.cache_clear()
+    _forget()
+
+
+def _forget() -> None:
+    for cache in (choose.choose, native.serving, native._gpu):
+        cache.cache_clear()

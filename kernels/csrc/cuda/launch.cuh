@@ -20,10 +20,24 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, const Target&,
             Arguments... arguments) {
+    if (emulator::notes().wanted) {
+        const auto bytes = [](const auto& value) {
+            return std::string(reinterpret_cast<const char*>(&value), sizeof(value));
+        };
+        emulator::notes().launches.push_back({reinterpret_cast<const void*>(kernel),
+                                              grid.x,
+                                              grid.y,
+                                              threads,
+                                              shared,
+                                              {bytes(Parameters(arguments))...}});
+        return;
+    }
     emulator::run({grid.x, grid.y, grid.z}, threads, shared,
                   [=] { kernel(Parameters(arguments)...); });
 }
-inline int multiprocessors(int) { return 4; }
+template <class Kernel>
+void find_image(Kernel) {}
+inline int multiprocessors(int) { return emulator::notes().multiprocessors; }
 
 #else
 
@@ -74,6 +88,14 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(target.stream);
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "starting a kernel");
+}
+
+// Asks for a kernel's code for the current GPU: a module that was built for others, or PTX that is
+// newer than the driver, is told before anything runs.
+template <class Kernel>
+void find_image(Kernel kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "looking for code for this GPU");
 }
 
 inline int multiprocessors(int device) {

@@ -19,10 +19,32 @@
 
 #include <cstdint>
 
+namespace nibble {
+
+// What <type_traits> has: the compiler that torch brings (NVRTC) has no standard library.
+template <bool Condition, class A, class B>
+struct Pick {
+    using type = A;
+};
+template <class A, class B>
+struct Pick<false, A, B> {
+    using type = B;
+};
+template <bool Condition, class A, class B>
+using pick = typename Pick<Condition, A, B>::type;
+template <class A, class B>
+inline constexpr bool same = false;
+template <class A>
+inline constexpr bool same<A, A> = true;
+
+}  // namespace nibble
+
 #ifdef NIBBLE_EMULATE
 #include "emulated_primitives.h"  // from tests/kernels/emulator
 #else
+#ifndef __CUDACC_RTC__
 #include <cuda_runtime.h>
+#endif
 
 namespace nibble {
 

@@ -16,7 +16,7 @@ std::string in_words(int capability) {
 struct Family {
     bool turing;     // int4 in 8x8 tiles, no asynchronous copies, no bfloat16
     bool ampere;     // 8.0 8.6 8.7 8.9: int4 in 16x8 tiles
-    bool hopper;     // wgmma on 8-bit floats; its mma.sync is a compatibility path
+    bool hopper;     // wgmma on 8-bit floats; int8 by mma.sync is the second way
     bool blackwell;  // 10.0 and later: no int4 in the matrix units, int8 instead
 };
 
@@ -128,7 +128,16 @@ int capability(int device) {
           "asking for the GPU's compute capability");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
           "asking for the GPU's compute capability");
-    return 10 * major + minor;
+    const int found = 10 * major + minor;
+    if (found >= 75) {
+        OnDevice on(device);
+        const Family gpu = family(found);
+        if (gpu.turing) gemm_w4a4_sm75_image();
+        if (gpu.ampere) gemm_w4a4_sm80_image();
+        if (gpu.hopper) gemm_w4a4_sm90_image();
+        if (gpu.blackwell) gemm_w4a4_sm100_image();
+    }
+    return found;
 }
 #endif
 

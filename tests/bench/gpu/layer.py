@@ -24,10 +24,15 @@ def in_order(parameters: dict[str, Tensor | None]) -> list[Tensor | None]:
     return [parameters[name] for name in PARAMETERS]
 
 
-def compiled_for(device: str) -> bool:
-    """Whether the compiled module is here and has kernels for this device."""
-    module, _ = native.module()
-    return module is not None and torch.device(device).type in module.DEVICES
+def compiled(device: str | torch.device) -> object | None:
+    """The module that has kernels for this device, or None."""
+    device = torch.device(device)
+    index = native.index_of(device) if device.type == "cuda" else None
+    return native.serving(torch.device(device.type, index))[0]
+
+
+def compiled_for(device: str | torch.device) -> bool:
+    return compiled(device) is not None
 
 
 def random_parameters(
@@ -100,46 +105,47 @@ class Layer:
 
 class Steps:
     """`quantize_down` and `gemm_w4a4_up` as compiled, with the activation codes in the form that
-    this device's product reads fastest.
+    this device's product, or the route that is forced, reads fastest.
 
-    route: number of a path to force, 0 for the router's own choice (see `routes`). Raises
-        ValueError without the compiled module.
+    route: number of a route (see `routes`), 0 for the router's own choice. Raises ValueError
+        without a compiled module.
+    q, ascales, h: what lies between the two; codes: the form of q.
     """
 
     def __init__(self, layer: Layer, route: int = 0):
-        case, x, p = layer.case, layer.x, layer.parameters
-        self.module, why = native.module()
-        if self.module is None or x.device.type not in self.module.DEVICES:
-            raise ValueError(why)
-        self.device, self.route = x.device, route
-        capability, codes = native.gpu(x.device)
-        params = W4A4Params(**p, act_unsigned=case.act_unsigned, rotation=case.rotation)
-        kind, m, k, n, r = DTYPES[x.dtype], case.M, case.K, case.N, case.R
-        needed = self.module.workspace_bytes("gemm_w4a4_up", capability, m, n, k, r, codes)
-        self.scratch, (q, ascales, h, work) = native.scratch(
-            x.device, *native.activation_bytes(m, k, r, codes), needed
-        )
+        case, x = layer.case, layer.x
+        module = compiled(x.device)
+        if module is None:
+            raise ValueError(f"nothing is compiled for {x.device}")
+        self.module, self.layer, self.route, self.device = module, layer, route, x.device
+        capability = native.gpu(x.device)[0]
+        self.codes = codes_of(module, capability, route)
+        m, k, n, r = case.M, case.K, case.N, case.R
+        width, kind = (k // 2, torch.int8) if self.codes == native.PACKED else (k, native.WIDE)
+        self.q = torch.empty((m, width), dtype=kind, device=x.device)
+        self.ascales = torch.empty((k // 64, m), device=x.device)
+        self.h = torch.empty((m, r), device=x.device)
         self.out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-        self.held = (layer, self.scratch)  # addresses below are bare numbers
-        activations = {"M": m, "q": q, "ascales": ascales, "h": h}
-        self._quantize = (
-            quantizer_arguments(params.quantizer, codes)
-            | activations
-            | {"x": x.data_ptr(), "x_dtype": kind}
-        )
-        self._product = (
-            product_arguments(params.product, codes, case.act_unsigned)
-            | activations
-            | {"out": self.out.data_ptr(), "out_dtype": kind}
-            | {"workspace": work, "workspace_size": needed}
-        )
-        # bytes that quantize_down must move: x once, codes and scales and h once
-        self.quantize_bytes = (
-            x.numel() * x.element_size()
-            + m * k // (2 if codes == native.PACKED else 1)
-            + m * k // 64 * 4
-            + m * r * 4
-        )
+        needed = module.workspace_bytes("gemm_w4a4_up", capability, m, n, k, r, self.codes)
+        self.scratch, (work,) = native.scratch(x.device, needed)
+        self._workspace = {"workspace": work, "workspace_size": needed}
+        self._arguments(W4A4Params(**layer.parameters, **options(case)))
+
+    def _arguments(self, params: W4A4Params) -> None:
+        x, kind = self.layer.x, DTYPES[self.layer.x.dtype]
+        between = {name: getattr(self, name).data_ptr() for name in ("q", "ascales", "h")}
+        activations = {"M": self.layer.case.M, **between}
+        own = {"x": x.data_ptr(), "x_dtype": kind}
+        self._quantize = quantizer_arguments(params.quantizer, self.codes) | activations | own
+        product = product_arguments(params.product, self.codes, params.act_unsigned)
+        out = {"out": self.out.data_ptr(), "out_dtype": kind}
+        self._product = product | activations | out | self._workspace
+
+    @property
+    def quantize_bytes(self) -> int:
+        """Bytes that quantize_down must move: x once, codes, scales and h once."""
+        moved = (self.layer.x, self.q, self.ascales, self.h)
+        return sum(t.numel() * t.element_size() for t in moved)
 
     def _place(self) -> dict[str, int]:
         # A graph is captured on a stream of its own: the current one is asked for at every call.
@@ -157,13 +163,19 @@ class Steps:
         return self.product()
 
 
-def routes(op: str, capability: int) -> list[tuple[int, str]]:
-    """(number, name) of the paths that can be forced for an op; empty where the module offers no
+def codes_of(module: object, capability: int, route: int) -> int:
+    """The form of activation codes that a route reads; the extension has no routes."""
+    if hasattr(module, "routes"):
+        return module.codes(capability, route)
+    return module.codes(capability)
+
+
+def routes(op: str, device: str | torch.device) -> dict[int, str]:
+    """Number -> name of the routes that can be forced for an op; empty where the module offers no
     choice.
     """
-    module, _ = native.module()
-    return (
-        list(module.routes(op, capability))
-        if module is not None and hasattr(module, "routes")
-        else []
-    )
+    module, device = compiled(device), torch.device(device)
+    if module is None or not hasattr(module, "routes"):
+        return {}
+    capability = module.capability(native.index_of(device)) if device.type == "cuda" else 0
+    return module.routes(op, capability)

@@ -10,24 +10,20 @@ import torch
 
 from bench import peers
 from bench.gpu import timing
+from bench.gpu.isolate import Remote
 from bench.gpu.layer import Layer, Steps, in_order
-from bench.gpu.report import Report
+from bench.gpu.products import SHAPES, flux_case
 from bench.timer import geometric_mean
 from cases import FLUX_MODULATION, VQ_LAYOUTS, Case, make_input, make_vq, make_w4a16
 from nibble.kernels import ops
 from nibble.kernels.reference import vq as reference_vq
 
-SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 TOKENS = [4608, 1024, 256]
 """4096 of a megapixel picture and 512 of its text first: if time runs out, what matters most has
 been measured.
 """
 OURS = "nibble"
 STEPS = ("quantize_down", "gemm_w4a4_up", "steps, rank 0")
-
-
-def flux_case(m: int, k: int, n: int, rank: int = 32) -> Case:
-    return Case(f"{k}x{n}", m, k, n, R=rank, act_unsigned=k == 12288)
 
 
 def candidates(
@@ -294,7 +290,7 @@ def summary(rows: list[dict]) -> dict:
     return found
 
 
-def run(report: Report, device: str, dry: bool, ceilings: dict) -> None:
+def run(report: Remote, device: str, dry: bool, ceilings: dict) -> None:
     dtype = torch.bfloat16
     for m in [256] if dry else TOKENS:
         for k, n in SHAPES[2:4] if dry else SHAPES:
@@ -308,7 +304,7 @@ def run(report: Report, device: str, dry: bool, ceilings: dict) -> None:
                 ),
                 {"op": "linear_w4a4", "case": case.name, "M": m},
             )
-            report.set(summary=summary(report.facts["rows"]))
+            report.set(summary=summary(report.rows))
     for m in [5] if dry else TOKENS:
         if not report.late():
             rows = fused_rows(m, dtype, device, 64 if dry else 3072)
@@ -334,7 +330,7 @@ def run(report: Report, device: str, dry: bool, ceilings: dict) -> None:
                 )
 
 
-def add(report: Report, make, facts: dict) -> None:
+def add(report: Remote, make, facts: dict) -> None:
     """A row, or the row's failure: one layer's error must not cost the others their figures."""
     try:
         report.add(make())

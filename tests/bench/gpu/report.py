@@ -1,52 +1,47 @@
-"""The JSON file of a GPU run, written after every step: a run that is cut off keeps what it has."""
+"""The JSON file of a GPU run, written as it grows: a run that is cut off keeps what it has."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from pathlib import Path
 
 
 class Report:
-    """One section of the file. Sections are written by processes that follow one another, never at
-    once.
-    """
+    """One section of the file. Sections are written one after another, by one process."""
 
-    def __init__(self, path: Path, section: str, seconds: float = math.inf):
-        self.path, self.section, self.deadline = path, section, time.perf_counter() + seconds
+    def __init__(self, path: Path, section: str):
+        self.path, self.section, self.started = path, section, time.perf_counter()
         self.facts: dict = {"state": "running", "rows": []}
-        self.started = time.perf_counter()
+        self.written = 0.0
+        self.save(at_once=True)
 
-    def late(self) -> bool:
-        """Whether the section's time is used up: what is left is skipped, and the file says so."""
-        if time.perf_counter() > self.deadline:
-            self.facts["cut_off"] = True
-            return True
-        return False
+    def receive(self, job: str, kind: str, value: dict) -> None:
+        """What `isolate.run` hands on from a job."""
+        if kind == "row":
+            self.add(value)
+        else:
+            self.set(**value)
 
     def add(self, row: dict) -> None:
-        """One more measurement, on disk at once and printed in one line."""
+        """One more measurement, printed in one line."""
         self.facts["rows"].append(row)
-        print(
-            f"[{self.section}] "
-            + "  ".join(
-                f"{key}={_short(value)}"
-                for key, value in row.items()
-                if not isinstance(value, dict)
-            ),
-            flush=True,
-        )
+        words = [f"{k}={_short(v)}" for k, v in row.items() if not isinstance(v, dict)]
+        print(f"[{self.section}]", "  ".join(words), flush=True)
         self.save()
 
     def set(self, **facts: object) -> None:
         self.facts |= facts
-        self.save()
+        self.save(at_once="state" in facts)
 
-    def save(self) -> None:
-        self.facts["seconds"] = round(time.perf_counter() - self.started, 1)
-        write(self.path, self.section, self.facts)
+    def save(self, at_once: bool = False) -> None:
+        """Writes the file, twice a second at most: it grows, and is written whole."""
+        now = time.perf_counter()
+        if at_once or now > self.written + 0.5:
+            self.written = now
+            self.facts["seconds"] = round(now - self.started, 1)
+            write(self.path, self.section, self.facts)
 
 
 def write(path: Path, section: str, facts: object) -> None:

@@ -1,15 +1,19 @@
-"""What must hold on a GPU beside numbers: capture in CUDA graphs, many streams at once, the same
-bits every time, refusals that harm nothing.
+"""What must hold on a GPU beside numbers, by every route that is alive: capture in CUDA graphs, the
+same bits every time, a NaN that stays in its token; and of the whole linear: many streams at once,
+refusals that harm nothing, no memory of its own, torch.compile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from bench.gpu.layer import Layer
-from bench.gpu.report import Report
+from bench.gpu.isolate import Remote
+from bench.gpu.layer import Layer, Steps
+from bench.gpu.smoke import row
 from cases import Case, make_w4a16, options
 from nibble.kernels import ops
 
@@ -19,98 +23,115 @@ SHAPES = [
     Case("middle", 300, 3072, 3072, R=32),
     Case("unsigned", 256, 12288, 3072, R=32, act_unsigned=True),
     Case("rotated", 512, 3072, 3072, R=32, rotation=64),
+    Case("flux", 4608, 3072, 3072, R=32),
 ]
+REPEATS = 50
+NO_GPU = {"ok": True, "skipped": "this needs a GPU"}
+
+
+class Subject(NamedTuple):
+    """run: the layer on what is in layer.x now, as a new tensor."""
+
+    layer: Layer
+    run: Callable[[], Tensor]
 
 
 def layers(device: str, dry: bool) -> list[Layer]:
     return [
         Layer.random(case.scaled(0.03) if dry else case, torch.bfloat16, device, seed)
-        for seed, case in enumerate(SHAPES)
+        for seed, case in enumerate(SHAPES[:-1] if dry else SHAPES)
     ]
 
 
-def repeats(made: list[Layer], device: str) -> dict:
+def by_route(made: list[Layer], route: int) -> list[Subject]:
+    steps = [Steps(layer, route) for layer in made]
+    return [Subject(one.layer, lambda one=one: one.both().clone()) for one in steps]
+
+
+# ---- by route ------------------------------------------------------------------------------------
+
+
+def repeats(subjects: list[Subject], device: str) -> dict:
     """Fifty runs, one result."""
     different = 0
-    for layer in made:
-        first = layer.linear()
-        different += sum(not torch.equal(first, layer.linear()) for _ in range(50))
+    for subject in subjects:
+        first = subject.run()
+        different += sum(not torch.equal(first, subject.run()) for _ in range(REPEATS))
     return {"ok": different == 0, "different": different}
 
 
-def graph(made: list[Layer], device: str) -> dict:
+def graph(subjects: list[Subject], device: str) -> dict:
     """Captured once, replayed with new inputs: the same bits as without a graph."""
     if device == "cpu":
-        return {"ok": True, "skipped": "graphs need a GPU"}
+        return NO_GPU
     wrong = []
-    for layer in made:
-        layer.linear()
+    for layer, run in subjects:
+        run()
         torch.cuda.synchronize()
-        captured = torch.cuda.CUDAGraph()
+        captured, kept = torch.cuda.CUDAGraph(), layer.x.clone()
         with torch.cuda.graph(captured):
-            out = layer.linear()
+            out = run()
         for seed in range(3):
             layer.x.copy_(Layer.random(layer.case, layer.x.dtype, device, 100 + seed).x)
             captured.replay()
-            if not torch.equal(out, layer.linear()):
+            if not torch.equal(out, run()):
                 wrong.append(f"{layer.case.name}, input {seed}")
+        layer.x.copy_(kept)
     return {"ok": not wrong, "wrong": wrong}
 
 
-def streams(made: list[Layer], device: str) -> dict:
+def tokens_apart(subjects: list[Subject], device: str) -> dict:
+    """A token's output does not depend on the others: NaN in one changes that one alone."""
+    wrong = []
+    for layer, run in subjects:
+        m = layer.case.M
+        if m < 2:
+            continue
+        whole, kept = run(), layer.x[m // 2].clone()
+        layer.x[m // 2, 3] = torch.nan
+        spoiled = run()
+        layer.x[m // 2] = kept
+        others = torch.arange(m, device=layer.x.device) != m // 2
+        if not torch.equal(spoiled[others], whole[others]) or not spoiled[m // 2].isnan().any():
+            wrong.append(layer.case.name)
+    return {"ok": not wrong, "wrong": wrong}
+
+
+# ---- the whole linear ----------------------------------------------------------------------------
+
+
+def streams(subjects: list[Subject], device: str) -> dict:
     """Eight streams with every layer in turn, many times: each result as if it had run alone."""
     if device == "cpu":
-        return {"ok": True, "skipped": "streams need a GPU"}
-    alone = [layer.linear() for layer in made]
+        return NO_GPU
+    alone = [subject.run() for subject in subjects]
     torch.cuda.synchronize()
     side = [torch.cuda.Stream() for _ in range(8)]
     results = []
     for turn in range(10):
         for i, stream in enumerate(side):
             with torch.cuda.stream(stream):
-                results.append(((i + turn) % len(made), made[(i + turn) % len(made)].linear()))
+                which = (i + turn) % len(subjects)
+                results.append((which, subjects[which].run()))
     torch.cuda.synchronize()
     wrong = sum(not torch.equal(found, alone[i]) for i, found in results)
     return {"ok": wrong == 0, "wrong": wrong, "calls": len(results)}
 
 
-def tokens_apart(made: list[Layer], device: str) -> dict:
-    """A token's output does not depend on the others: NaN in one changes that one alone, and rows
-    of a part are rows of the whole.
-    """
-    wrong = []
-    for layer in made:
-        whole, m = layer.linear(), layer.case.M
-        if m < 2:
-            continue
-        x = layer.x.clone()
-        x[m // 2, 3] = torch.nan
-        spoiled = ops.linear_w4a4(x, **layer.parameters, **options(layer.case))
-        others = torch.arange(m, device=x.device) != m // 2
-        if not torch.equal(spoiled[others], whole[others]) or not spoiled[m // 2].isnan().any():
-            wrong.append(layer.case.name)
-    return {"ok": not wrong, "wrong": wrong}
-
-
-def refusals(made: list[Layer], device: str) -> dict:
+def refusals(subjects: list[Subject], device: str) -> dict:
     """Wrong arguments raise, and the next right call gives what it gave before."""
-    layer, accepted = made[0], []
-    before = layer.linear()
-    p = layer.parameters
-    for name, spoiled in {
-        "weight on the CPU" if device == "cuda" else "short scales": (
-            p
-            | (
-                {"weight": p["weight"].cpu()}
-                if device == "cuda"
-                else {"weight_scale": p["weight_scale"][:-1]}
-            )
-        ),
+    layer, accepted = subjects[0].layer, []
+    before, p = layer.linear(), layer.parameters
+    spoiled = {
+        "short scales": p | {"weight_scale": p["weight_scale"][:-1]},
         "short bias": p | {"bias": p["bias"][:-1]},
         "another K": p | {"weight": p["weight"][:, :-32].contiguous()},
-    }.items():
+    }
+    if device == "cuda":
+        spoiled["weight on the CPU"] = p | {"weight": p["weight"].cpu()}
+    for name, parameters in spoiled.items():
         try:
-            ops.linear_w4a4(layer.x, **spoiled)
+            ops.linear_w4a4(layer.x, **parameters)
             accepted.append(name)
         except (ValueError, RuntimeError):
             continue
@@ -118,73 +139,74 @@ def refusals(made: list[Layer], device: str) -> dict:
     return {"ok": same and not accepted, "accepted": accepted, "same_after": same}
 
 
-def without_memory_of_its_own(made: list[Layer], device: str) -> dict:
+def without_memory_of_its_own(subjects: list[Subject], device: str) -> dict:
     """A call takes its memory from torch: what torch counts before and after is the result
     alone.
     """
     if device == "cpu":
-        return {"ok": True, "skipped": "torch counts memory on a GPU"}
-    rows = []
-    for layer in made:
-        layer.linear()
+        return NO_GPU
+    outside = []
+    for _, run in subjects:
+        run()
         torch.cuda.synchronize()
         free, held = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-        out = layer.linear()
+        out = run()
         torch.cuda.synchronize()
-        rows.append((free - torch.cuda.mem_get_info()[0]) - (torch.cuda.memory_reserved() - held))
+        taken = free - torch.cuda.mem_get_info()[0]
+        outside.append(taken - (torch.cuda.memory_reserved() - held))
         del out
-    return {"ok": max(rows) == 0, "bytes_outside_torch": max(rows)}
+    return {"ok": max(outside) == 0, "bytes_outside_torch": max(outside)}
 
 
-def compiled(made: list[Layer], device: str) -> dict:
+def compiled(subjects: list[Subject], device: str) -> dict:
     """torch.compile sees one opaque node: the whole function is one graph, with the same bits."""
-    layer = made[2]
+    layer = subjects[2].layer
     run = torch.compile(
         lambda x: ops.linear_w4a4(x, **layer.parameters, **options(layer.case)),
         fullgraph=True,
         backend="aot_eager",
     )
-    with torch.inference_mode():
-        return {"ok": torch.equal(run(layer.x), layer.linear())}
+    return {"ok": torch.equal(run(layer.x), layer.linear())}
 
 
-def modulation(made: list[Layer], device: str) -> dict:
-    """The weight-only op: the same bits twice, in a graph as outside."""
-    case = Case("modulation", 1, 256 if device == "cpu" else 3072, 256 if device == "cpu" else 9216)
-    p, x = (
-        make_w4a16(case, torch.bfloat16, device=device),
-        torch.randn(1, case.K, device=device).bfloat16(),
-    )
+def modulation(subjects: list[Subject], device: str) -> dict:
+    """The weight-only op: the same bits every time."""
+    k, n = (256, 256) if device == "cpu" else (3072, 9216)
+    p = make_w4a16(Case("modulation", 1, k, n), torch.bfloat16, device=device)
+    x = torch.randn(1, k, device=device).bfloat16()
     first = ops.linear_w4a16(x, **p)
     return {"ok": all(torch.equal(first, ops.linear_w4a16(x, **p)) for _ in range(20))}
 
 
-CHECKS: dict[str, Callable[[list[Layer], str], dict]] = {
+Check = Callable[[list[Subject], str], dict]
+BY_ROUTE: dict[str, Check] = {
     "same bits every time": repeats,
     "CUDA graph": graph,
-    "many streams": streams,
     "tokens apart": tokens_apart,
+}
+WHOLE: dict[str, Check] = BY_ROUTE | {
+    "many streams": streams,
     "refusals": refusals,
     "no memory of its own": without_memory_of_its_own,
-    "torch.compile": compiled,
     "modulation": modulation,
+    "torch.compile": compiled,
 }
 
 
-def run(report: Report, device: str, dry: bool) -> None:
-    made = layers(device, dry)
-    for name, check in CHECKS.items():
-        if report.late():
-            break
-        try:
-            with torch.inference_mode():
-                report.add({"check": name} | check(made, device))
-        except Exception as error:
-            report.add(
-                {
-                    "check": name,
-                    "ok": False,
-                    "error_message": f"{type(error).__name__}: {error}".splitlines()[0],
-                }
-            )
-    report.set(failed=[row["check"] for row in report.facts["rows"] if not row["ok"]])
+def run(remote: Remote, device: str, dry: bool, alive: list[int]) -> None:
+    made, failed = layers(device, dry), []
+    whole = [Subject(layer, layer.linear) for layer in made]
+    todo = [("linear_w4a4", name, check, whole) for name, check in WHOLE.items()]
+    for route in alive:
+        subjects = by_route(made, route)
+        todo += [(f"route {route}", name, check, subjects) for name, check in BY_ROUTE.items()]
+    for what, name, check, subjects in todo:
+        if remote.late():
+            return
+        facts = {"what": what, "check": name}
+        with torch.inference_mode():
+            found = row(facts, lambda check=check, subjects=subjects: check(subjects, device))
+        remote.add(found)
+        if not found["ok"]:
+            failed.append(f"{what}: {name}")
+        remote.set(failed=failed)

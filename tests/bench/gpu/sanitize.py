@@ -1,7 +1,5 @@
-"""compute-sanitizer over every op at small shapes, where the tool is on PATH: memory errors, races,
-reads of what nobody wrote.
-
-`python sanitize.py` is the program that the tool watches; `run` starts the tool on it.
+"""compute-sanitizer's memcheck over every op at small shapes and by every route that is alive,
+where the tool is on PATH. `python sanitize.py DEVICE ROUTE...` is the program that it watches.
 """
 
 from __future__ import annotations
@@ -10,18 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
-
-def exercise(device: str) -> None:
-    """Every op, at shapes with ragged edges and every route that small shapes take."""
+def exercise(device: str, numbers: list[int]) -> None:
+    """Every op, at shapes with ragged edges."""
     import torch
 
-    from bench.gpu.layer import Layer, Steps, compiled_for, in_order
-    from cases import SMALL, Case, make_w4a16, options
+    from bench.gpu.layer import Layer, Steps, in_order
+    from cases import SMALL, VQ_LAYOUTS, Case, make_vq, make_w4a16, options
     from nibble.kernels import ops
 
     extra = [
@@ -29,95 +24,60 @@ def exercise(device: str) -> None:
         Case("rank", 65, 128, 128, R=80),
         Case("unsigned", 200, 192, 192, R=16, act_unsigned=True),
     ]
+    bf16 = torch.bfloat16
     with torch.inference_mode():
-        for case in [*SMALL, *extra]:
-            layer = Layer.random(case, torch.bfloat16, device)
+        for case in [*SMALL[2:4], SMALL[7], *extra]:
+            layer = Layer.random(case, bf16, device)
             p, second = layer.parameters, Case("second", case.M, case.N, 64, R=8, act_unsigned=True)
-            q, ascales, h = ops.quantize_down(
-                layer.x, p["smooth_factor"], p["proj_down"], **options(case)
-            )
-            ops.gemm_w4a4_up(
-                q,
-                ascales,
-                h,
-                p["weight"],
-                p["weight_scale"],
-                p["proj_up"],
-                p["bias"],
-                case.act_unsigned,
-                torch.bfloat16,
-            )
             layer.linear()
-            if compiled_for(device):
-                Steps(layer).both()
+            for number in numbers:
+                Steps(layer, number).both()
             if case.N % 64 == 0:
-                p2 = Layer.random(second, torch.bfloat16, device).parameters
-                ops.mlp_w4a4(
-                    layer.x, in_order(p), in_order(p2), **options(case), act_unsigned2=True
-                )
+                p2 = Layer.random(second, bf16, device).parameters
+                mlp = in_order(p), in_order(p2)
+                ops.mlp_w4a4(layer.x, *mlp, **options(case), act_unsigned2=True)
             for tokens in (1, case.M, 40):
                 x = torch.randn(tokens, case.K, device=device).bfloat16()
-                ops.linear_w4a16(x, **make_w4a16(case, torch.bfloat16, device=device))
+                ops.linear_w4a16(x, **make_w4a16(case, bf16, device=device))
+            for layout in VQ_LAYOUTS.values():
+                ops.linear_vq(layer.x, **make_vq(case, *layout, bf16, device=device))
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def run(report, device: str, dry: bool) -> None:
-    """One row a tool: errors that it counted, and its words."""
-    program = [sys.executable, str(Path(__file__).resolve()), device]
+def run(remote, device: str, dry: bool, numbers: list[int]) -> None:
+    """One row: errors that the tool counted, and its words."""
+    program = [sys.executable, str(Path(__file__).resolve()), device, *map(str, numbers)]
     tool = shutil.which("compute-sanitizer")
     if tool is None and not dry:
-        report.set(absent="compute-sanitizer is not on PATH")
+        remote.set(absent="compute-sanitizer is not on PATH")
         return
-    for name in TOOLS[:1] if dry else TOOLS:
-        left = report.deadline - time.perf_counter()
-        if report.late() or left < 5:
-            break
-        # Our kernels alone, for time. initcheck has to see torch's too: what an unwatched kernel
-        # writes would count as never written.
-        only = [] if name == "initcheck" else ["--kernel-name", "kernel_substring=nibble"]
-        command = (
-            program
-            if dry
-            else [
-                tool,
-                "--tool",
-                name,
-                *only,
-                "--print-limit",
-                "20",
-                "--error-exitcode",
-                "9",
-                *program,
-            ]
+    # Our kernels alone, for time.
+    only = ["--kernel-name", "kernel_substring=nibble", "--print-limit", "20"]
+    watched = [tool, "--tool", "memcheck", *only, "--error-exitcode", "9", *program]
+    # Without torch's cache every tensor is an allocation of its own, so that a step past its end
+    # is seen.
+    surroundings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        ended = subprocess.run(
+            [*program, "--dry"] if dry else watched,
+            capture_output=True,
+            text=True,
+            timeout=remote.left() - 1,
+            env=surroundings,
         )
-        # Without torch's cache every tensor is an allocation of its own, so that a step past its
-        # end is seen.
-        surroundings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        try:
-            ended = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                timeout=None if left == float("inf") else left,
-                env=surroundings,
-            )
-        except subprocess.TimeoutExpired:
-            report.add({"tool": name, "ok": None, "why": "out of time"})
-            continue
-        lines = (ended.stdout + ended.stderr).strip().splitlines()
-        report.add(
-            {
-                "tool": name,
-                "ok": ended.returncode == 0,
-                "last": lines[-1] if lines else "",
-                "words": {"all": lines[:40]} if ended.returncode else {},
-            }
-        )
+    except subprocess.TimeoutExpired:
+        remote.set(absent="out of time")
+        return
+    lines = (ended.stdout + ended.stderr).strip().splitlines()
+    row = {"tool": "memcheck", "ok": ended.returncode == 0, "last": lines[-1] if lines else ""}
+    remote.add(row | {"words": {"all": lines[:40]} if ended.returncode else {}})
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "support"))
     import checkout  # noqa: F401
+    from bench.gpu import start
 
-    exercise(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+    start.ready(sys.argv[1], "--dry" in sys.argv)
+    exercise(sys.argv[1], [int(word) for word in sys.argv[2:] if word.isdigit()])

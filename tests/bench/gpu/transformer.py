@@ -4,14 +4,17 @@ memory, and where the time goes.
 
 from __future__ import annotations
 
+import functools
+import os
 import statistics
 
 import torch
 from torch import Tensor, nn
 
 from bench import flux, peers
+from bench.gpu import start
+from bench.gpu.isolate import Job, Remote
 from bench.gpu.layer import PARAMETERS, random_parameters
-from bench.gpu.report import Report
 from bench.gpu.timing import Timed
 from cases import Case
 from nibble.kernels import ops
@@ -200,32 +203,37 @@ def kernels(model: nn.Module, arguments: tuple) -> dict[str, float]:
         return {f"the profiler failed: {error}".splitlines()[0]: 0.0}
 
 
-def run(report: Report, device: str, dry: bool) -> None:
+def one(remote: Remote, name: str, label: str, device: str, dry: bool) -> None:
     config, picture, words = (SMALL, 4, 3) if dry else (flux.Config(), 64, 512)
-    for name in (
-        "nibble",
-        "bfloat16",
-        "nibble, fused MLP",
-        "comfy_kitchen convrot_w4a4 int8",
-        "comfy_kitchen svdquant",
-    ):
-        if report.late():
-            break
-        try:
-            report.add(measure(name, config, picture, words, device))
-        except Exception as error:
-            report.add(
-                {"model": name, "absent": f"{type(error).__name__}: {error}".splitlines()[0]}
-            )
-        steps = {row["model"]: row for row in report.facts["rows"] if "ms" in row}
-        if {"nibble", "bfloat16"} <= steps.keys():
-            report.set(
-                summary={
-                    name: {
-                        "times_as_fast_as_bfloat16": steps["bfloat16"]["ms"] / row["ms"],
-                        "ms": row["ms"],
-                        **{key: row[key] for key in ("weight_gb", "peak_gb") if key in row},
-                    }
-                    for name, row in steps.items()
-                }
-            )
+    try:
+        remote.add(measure(name, config, picture, words, device) | {"model": label})
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        remote.add({"model": label, "error_message": message})
+
+
+def by_route(remote: Remote, route: int, **rest: object) -> None:
+    """With another default route, in the process that is forked for it."""
+    os.environ[start.ROUTE] = str(route)
+    start.ready(str(rest["device"]), bool(rest["dry"]))
+    one(remote, **rest)
+
+
+def jobs(device: str, dry: bool, alive: list[int], seconds: float) -> list[Job]:
+    """A process a model, so that one that fails, or another default route, harms no other. Where
+    wgmma is at hand, the fused MLP and its linears by mma.sync are measured beside it.
+    """
+    place = {"device": device, "dry": dry}
+    labels = {"bfloat16": "bfloat16", "nibble": "nibble"}
+    if not {3, 4} <= set(alive):
+        labels["nibble, fused MLP"] = "nibble, fused MLP"
+    found = [
+        Job(label, functools.partial(one, name=name, label=label, **place), seconds / 2)
+        for name, label in labels.items()
+    ]
+    if {3, 4} <= set(alive):
+        for name in ("nibble, fused MLP", "nibble"):
+            label = f"{name}, by mma.sync s8"
+            work = functools.partial(by_route, route=4, name=name, label=label, **place)
+            found.append(Job(label, work, seconds / 2))
+    return found

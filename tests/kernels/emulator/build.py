@@ -122,9 +122,9 @@ def sources(only: Sequence[str] = ()) -> list[Path]:
     ]
 
 
-def library(sanitized: Sequence[str] = ()) -> Path:
+def library(sanitized: Sequence[str] = (), own: Sequence[Path] = ()) -> Path:
     """Path of the built library, building what is not built yet; with names, of those files alone
-    and with sanitizers.
+    and with sanitizers; with sources of one's own, of those in place of the kernels.
 
     Raises RuntimeError with the compiler's own words.
     """
@@ -133,7 +133,8 @@ def library(sanitized: Sequence[str] = ()) -> Path:
     _text.cache_clear()
     flags = _flags(bool(sanitized))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags, folder), sources(sanitized)))
+        wanted = list(own) or sources(sanitized)
+        objects = list(pool.map(lambda source: _object(source, flags, folder), wanted))
     key = hashlib.sha256(" ".join(o.name for o in objects).encode()).hexdigest()[:20]
     result = folder / f"libemulated-{key}.so"
     if result.exists():
@@ -147,10 +148,12 @@ def load(sanitized: Sequence[str] = ()) -> ctypes.CDLL:
 
 
 def asan() -> str:
-    """Path of libasan, to be preloaded by a process that runs the sanitized library."""
-    return subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """What a process that runs the sanitized library must preload: libasan, and the C++ library,
+    whose exceptions it would not find where Python loads that later.
+    """
+    commands = (["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6"))
+    found = (subprocess.run(c, capture_output=True, text=True, check=True) for c in commands)
+    return " ".join(done.stdout.strip() for done in found)
 
 
 if __name__ == "__main__":

@@ -13,62 +13,31 @@ import os
 import torch
 from torch import Tensor
 
+from nibble.kernels.backends.cubins.structs import (
+    W4A16,
+    GemmVQ,
+    GemmW4A4Up,
+    GemmW4A4UpGeluQuantizeDown,
+    QuantizeDown,
+)
+
 from . import build
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED, E4M3 = 0, 1
 
-_size, _pointer, _int, _bool = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_bool
+_size, _int = ctypes.c_int64, ctypes.c_int
 
 
-def _struct(name: str, text: str) -> type[ctypes.Structure]:
-    kinds = {"i": _size, "p": _pointer, "e": _int, "b": _bool}
-    return type(
-        name,
-        (ctypes.Structure,),
-        {
-            "_fields_": [
-                (field, kinds[kind]) for field, kind in (f.split(":") for f in text.split())
-            ]
-        },
-    )
+class Target(ctypes.Structure):
+    """Where an op runs."""
 
-
-Target = _struct("Target", "device:e stream:p capability:e threads:e isa:e")
-QuantizeDown = _struct(
-    "QuantizeDown",
-    "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e"
-    " q:p ascales:p h:p",
-)
-GemmW4A4Up = _struct(
-    "GemmW4A4Up",
-    "M:i N:i K:i R:i codes:e q:p act_unsigned:b ascales:p h:p h_stride:i weight:p weight_scale:p"
-    " proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
-)
-W4A16 = _struct(
-    "W4A16",
-    "M:i N:i K:i x:p x_dtype:e weight:p weight_scale:p weight_zeros:p bias:p param_dtype:e out:p",
-)
-GemmVQ = _struct(
-    "GemmVQ",
-    "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p"
-    " param_dtype:e addend:p addend_dtype:e out:p out_dtype:e",
-)
-
-
-class GemmW4A4UpGeluQuantizeDown(ctypes.Structure):
     _fields_ = [
-        ("first", GemmW4A4Up),
-        ("R2", _size),
-        ("smooth2", _pointer),
-        ("proj_down2", _pointer),
-        ("act_unsigned2", _bool),
-        ("rotate2", _bool),
-        ("codes2", _int),
-        ("q2", _pointer),
-        ("ascales2", _pointer),
-        ("h2", _pointer),
-        ("workspace", _pointer),
+        ("device", _int),
+        ("stream", ctypes.c_void_p),
+        ("capability", _int),
+        ("threads", _int),
+        ("isa", _int),
     ]
 
 

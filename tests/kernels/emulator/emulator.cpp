@@ -111,6 +111,11 @@ void run_block(Run& run) {
 
 Block& block() { return now->block; }
 Thread& self() { return *now->running; }
+Notes& notes() {
+    static thread_local Notes all;
+    return all;
+}
+
 void set_seed(unsigned seed) { shuffle_order.seed(seed); }
 
 void wait(const unsigned* counter, unsigned value) {

@@ -86,6 +86,22 @@ void wait_until(std::function<bool()> condition);
 void run(Index grid, int threads, size_t shared, const std::function<void()>& kernel);
 void set_seed(unsigned seed);
 
+// Launches that are noted instead of run: what a test compares with another launcher's. Off by
+// default; the number of multiprocessors that launchers are told is 4 then.
+struct Launched {
+    const void* kernel;
+    unsigned x, y;
+    int threads;
+    size_t shared;
+    std::vector<std::string> arguments;  // the bytes of each
+};
+struct Notes {
+    bool wanted = false;
+    int multiprocessors = 4;
+    std::vector<Launched> launches;
+};
+Notes& notes();
+
 void barrier(int id, int count);
 
 // What a warp does together. `compute(lanes)` gets the 32 lanes' arguments and writes their results

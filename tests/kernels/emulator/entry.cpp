@@ -1,5 +1,9 @@
 // The emulated kernels' C interface for ctypes: each op takes its struct of nibble.h and a Target,
 // and returns null or the error's words.
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
 #include <string>
 
 #include "cuda/gemm_w4a4/gemm_w4a4.h"
@@ -76,6 +80,40 @@ size_t emulated_workspace_bytes(const char* op, int codes, int capability, int64
                                               capability, M, N, K, R);
     });
     return bytes;
+}
+
+// From here on launches are noted instead of run, for so many multiprocessors; 0 runs them again.
+void emulated_note(int multiprocessors) {
+    emulator::Notes& notes = emulator::notes();
+    notes.launches.clear();
+    notes.wanted = multiprocessors > 0;
+    notes.multiprocessors = multiprocessors > 0 ? multiprocessors : 4;
+}
+
+// A line for each: kernel, grid, threads, shared memory and the arguments' bytes in hexadecimal,
+// between tabs.
+const char* emulated_notes() {
+    words.clear();
+    for (const emulator::Launched& launch : emulator::notes().launches) {
+        Dl_info found{};
+        dladdr(launch.kernel, &found);
+        char* name = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
+        words += name ? name : "";
+        std::free(name);
+        for (size_t number :
+             {size_t(launch.x), size_t(launch.y), size_t(launch.threads), launch.shared})
+            words += "\t" + std::to_string(number);
+        for (const std::string& bytes : launch.arguments) {
+            words += "\t";
+            for (unsigned char byte : bytes) {
+                words += "0123456789abcdef"[byte / 16];
+                words += "0123456789abcdef"[byte % 16];
+            }
+        }
+        words += "\n";
+    }
+    emulator::notes().launches.clear();
+    return words.c_str();
 }
 
 int emulated_codes(int capability) {

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "kernel.cuh"
-#include "../launch.cuh"
 
 namespace nibble::cuda {
 

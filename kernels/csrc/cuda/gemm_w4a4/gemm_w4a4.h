@@ -24,4 +24,10 @@ void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&, co
 void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Target&);
 size_t gemm_w4a4_up_sm90_workspace(Codes, int64_t M, int64_t N, int64_t K);  // bytes
 
+// Throw where the module has no code of that path for the current GPU.
+void gemm_w4a4_sm75_image();
+void gemm_w4a4_sm80_image();
+void gemm_w4a4_sm90_image();
+void gemm_w4a4_sm100_image();
+
 }  // namespace nibble::cuda

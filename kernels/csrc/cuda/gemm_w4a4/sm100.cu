@@ -3,6 +3,8 @@
 
 namespace nibble::cuda {
 
+void gemm_w4a4_sm100_image() { find_image(gemm_w4a4<Int8, bf16, 32, false, Store>); }
+
 void gemm_w4a4_up_sm100(const GemmW4A4Up& op, const Target& target, int rows) {
     dispatch_rows<Int8>(op, target, rows);
 }

@@ -3,6 +3,8 @@
 
 namespace nibble::cuda {
 
+void gemm_w4a4_sm75_image() { find_image(gemm_w4a4<Turing, bf16, 32, false, Store>); }
+
 void gemm_w4a4_up_sm75(const GemmW4A4Up& op, const Target& target, int rows) {
     dispatch_rows<Turing>(op, target, rows);
 }

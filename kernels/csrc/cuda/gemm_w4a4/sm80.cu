@@ -3,6 +3,8 @@
 
 namespace nibble::cuda {
 
+void gemm_w4a4_sm80_image() { find_image(gemm_w4a4<Int4, bf16, 32, false, Store>); }
+
 void gemm_w4a4_up_sm80(const GemmW4A4Up& op, const Target& target, int rows) {
     dispatch_rows<Int4>(op, target, rows);
 }

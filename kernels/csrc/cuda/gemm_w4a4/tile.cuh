@@ -5,21 +5,6 @@
 
 namespace nibble::cuda {
 
-template <bool Condition, class A, class B>
-struct Pick {
-    using type = A;
-};
-template <class A, class B>
-struct Pick<false, A, B> {
-    using type = B;
-};
-template <bool Condition, class A, class B>
-using pick = typename Pick<Condition, A, B>::type;
-template <class A, class B>
-inline constexpr bool same = false;
-template <class A>
-inline constexpr bool same<A, A> = true;
-
 constexpr int THREADS = 128;
 constexpr int COLUMNS = 128;  // of every tile
 

@@ -1,4 +1,4 @@
-#include "kernel.cuh"
+#include "launch.cuh"
 
 namespace nibble::cuda {
 

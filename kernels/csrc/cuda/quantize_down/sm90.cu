@@ -1,6 +1,6 @@
 // Codes as 8-bit floats, for Hopper alone: 14 MB instead of 7 for FLUX's 4608 x 3072, which its
 // product reads without widening them.
-#include "kernel.cuh"
+#include "launch.cuh"
 
 namespace nibble::cuda {
 

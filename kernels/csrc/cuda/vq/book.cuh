@@ -9,7 +9,8 @@
 // turns for 8 bits and 4 columns, 1 a word for 6 bits and 2.
 #pragma once
 
-#include "../launch.cuh"
+#include "../../nibble.h"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 
@@ -32,7 +33,7 @@ NIBBLE_DEVICE void stage_book(char* book, const GemmVQ& a, int threads) {
     for (int i = int(threadIdx.x); i < L::CODEWORDS * PAIRS; i += threads) {
         const uint32_t pair = from[i];
         const uint32_t word =
-            std::is_same_v<T, f16> ? pair : pack2<T>(low_half<f16>(pair), high_half<f16>(pair));
+            same<T, f16> ? pair : pack2<T>(low_half<f16>(pair), high_half<f16>(pair));
         char* to = book + i / PAIRS * (L::WORD * L::COPIES) + i % PAIRS * 4;
 #pragma unroll
         for (int copy = 0; copy < L::COPIES; copy++)

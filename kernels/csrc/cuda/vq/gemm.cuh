@@ -123,8 +123,11 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) vq_gemm_kernel(const Ge
     using L = typename S::Book;
     const int thread = int(threadIdx.x), lane = thread % 32, warp_m = thread / 32 % S::M_WARPS,
               warp_n = thread / 32 / S::M_WARPS;
-    const int64_t first_row = int64_t(blockIdx.y) * S::ROWS,
-                  first_column = int64_t(blockIdx.x) * S::COLUMNS;
+    // Blocks that follow one another share the rows of x, which are few, and read different
+    // weights. All are along x: the other axes have 2^16 blocks at most.
+    const unsigned across = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS);
+    const int64_t first_row = int64_t(blockIdx.x / across) * S::ROWS,
+                  first_column = int64_t(blockIdx.x % across) * S::COLUMNS;
     const int groups = int(a.K / GROUP);
     char* shared = dynamic_shared();
     const char* book = shared + lane % L::COPIES * L::WORD;
@@ -165,29 +168,6 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) vq_gemm_kernel(const Ge
                                  column);
             }
     }
-}
-
-template <class T, class S>
-void start_vq_gemm(const GemmVQ& a, const Target& target) {
-    const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
-                   rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(vq_gemm_kernel<T, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
-}
-
-template <class T, class L>
-void vq_gemm(const GemmVQ& a, const Target& target) {
-    using Few = VqFewTokens<L>;
-    using Some = VqSomeTokens<L>;
-    using Many = VqManyTokens<L>;
-    const int64_t large_tiles =
-        (a.M + Many::ROWS - 1) / Many::ROWS * ((a.N + Many::COLUMNS - 1) / Many::COLUMNS);
-    if (a.M <= Few::ROWS) return start_vq_gemm<T, Few>(a, target);
-    // A large tile decodes a weight for twice the tokens, where there are enough of them, tiles for
-    // every multiprocessor, and more shared memory than Turing's.
-    const bool large = target.capability >= 80 && a.M > Some::ROWS &&
-                       large_tiles >= multiprocessors(target.device);
-    if (large) return start_vq_gemm<T, Many>(a, target);
-    start_vq_gemm<T, Some>(a, target);
 }
 
 }  // namespace nibble::cuda

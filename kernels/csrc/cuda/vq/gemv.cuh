@@ -8,8 +8,6 @@
 // each 7 us on 132 multiprocessors of 1.7 GHz. Not measured yet.
 #pragma once
 
-#include <type_traits>
-
 #include "book.cuh"
 #include "../w4a16/gemv.cuh"
 
@@ -117,17 +115,6 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 4 : 3)
         if (lane % 4 == 0 && n < a.N && token < a.M)
             static_cast<X*>(a.out)[token * a.N + n] = finished<X>(a, sum, with, token, n);
     }
-}
-
-template <class X, class L, int TOKENS>
-void start_vq_gemv(const GemmVQ& a, const Target& target) {
-    const int64_t outputs = GEMV_OUTPUTS * GEMV_WARPS,
-                  whole = (a.K + GEMV_STEP - 1) / GEMV_STEP * GEMV_STEP * TOKENS * 4;
-    const unsigned blocks = unsigned((a.N + outputs - 1) / outputs),
-                   tokens = unsigned((a.M + TOKENS - 1) / TOKENS);
-    const size_t x = size_t(whole < GEMV_SHARED / 2 ? whole : GEMV_SHARED / 2);
-    launch(vq_gemv_kernel<X, L, TOKENS>, {blocks * tokens}, 32 * GEMV_WARPS, L::BOOK_BYTES + x,
-           target, a, int(tokens));
 }
 
 }  // namespace nibble::cuda

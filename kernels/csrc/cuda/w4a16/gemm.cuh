@@ -12,9 +12,8 @@
 // is columns 8c + {2h, 2h + 4} and 8c + {2h + 1, 2h + 5} of chunk c = 2t + i.
 #pragma once
 
-#include <type_traits>
-
-#include "../launch.cuh"
+#include "../../nibble.h"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 
@@ -45,7 +44,7 @@ NIBBLE_DEVICE int x_offset(int row, int chunk) { return row * 128 + (chunk ^ (ro
 
 template <class T>
 NIBBLE_DEVICE uint32_t pair_of_codes(uint32_t word, int p) {
-    constexpr bool HALF = std::is_same_v<T, f16>;
+    constexpr bool HALF = same<T, f16>;
     constexpr uint32_t MASK = HALF ? 0x03C003C0u : 0x00780078u,
                        SIXTEEN = HALF ? 0x4C004C00u : 0x41804180u;
     const int up = (HALF ? 6 : 3) - 4 * p;
@@ -135,8 +134,11 @@ template <class T, class P, class S>
 __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) w4a16_gemm_kernel(const W4A16 a) {
     const int thread = int(threadIdx.x), lane = thread % 32, warp_m = thread / 32 % S::M_WARPS,
               warp_n = thread / 32 / S::M_WARPS;
-    const int64_t first_row = int64_t(blockIdx.y) * S::ROWS,
-                  first_column = int64_t(blockIdx.x) * S::COLUMNS;
+    // Blocks that follow one another share the rows of x, which are few, and read different
+    // weights. All are along x: the other axes have 2^16 blocks at most.
+    const unsigned across = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS);
+    const int64_t first_row = int64_t(blockIdx.x / across) * S::ROWS,
+                  first_column = int64_t(blockIdx.x % across) * S::COLUMNS;
     const int groups = int(a.K / GROUP);
     char* shared = dynamic_shared();
     float2* scales = reinterpret_cast<float2*>(shared + S::STAGES * S::STAGE_BYTES);
@@ -198,27 +200,6 @@ __global__ void __launch_bounds__(S::THREADS, S::BLOCKS) w4a16_gemm_kernel(const
                     if (column + 1 < a.N) to[1] = from_float<T>(pair[1]);
                 }
             }
-}
-
-template <class T, class P, class S>
-void start_gemm(const W4A16& a, const Target& target) {
-    // Blocks that follow one another share the rows of x, which are few, and read different
-    // weights.
-    const unsigned columns = unsigned((a.N + S::COLUMNS - 1) / S::COLUMNS),
-                   rows = unsigned((a.M + S::ROWS - 1) / S::ROWS);
-    launch(w4a16_gemm_kernel<T, P, S>, {columns, rows}, S::THREADS, S::SHARED, target, a);
-}
-
-template <class T, class P>
-void gemm(const W4A16& a, const Target& target) {
-    const int64_t large_tiles = (a.M + ManyTokens::ROWS - 1) / ManyTokens::ROWS *
-                                ((a.N + ManyTokens::COLUMNS - 1) / ManyTokens::COLUMNS);
-    if (a.M <= FewTokens::ROWS) return start_gemm<T, P, FewTokens>(a, target);
-    // A large tile decodes a weight for twice the tokens, where there are enough of them and tiles
-    // for every multiprocessor.
-    if (a.M > SomeTokens::ROWS && large_tiles >= multiprocessors(target.device))
-        return start_gemm<T, P, ManyTokens>(a, target);
-    start_gemm<T, P, SomeTokens>(a, target);
 }
 
 }  // namespace nibble::cuda

@@ -14,7 +14,8 @@
 // is better where it can be used (gemm.cuh). Not measured yet.
 #pragma once
 
-#include "../launch.cuh"
+#include "../../nibble.h"
+#include "../primitives.cuh"
 
 namespace nibble::cuda {
 
@@ -207,24 +208,6 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS, TOKENS == 1 ? 5 : 3)
             static_cast<X*>(a.out)[token * a.N + n] = from_float<X>(sum);
         }
     }
-}
-
-template <class X, class P, int TOKENS>
-void start_gemv(const W4A16& a, const Target& target) {
-    const int64_t outputs = GEMV_OUTPUTS * GEMV_WARPS,
-                  whole = (a.K + GEMV_STEP - 1) / GEMV_STEP * GEMV_STEP * TOKENS * 4;
-    const unsigned blocks = unsigned((a.N + outputs - 1) / outputs),
-                   tokens = unsigned((a.M + TOKENS - 1) / TOKENS);
-    const size_t shared = size_t(whole < GEMV_SHARED ? whole : GEMV_SHARED);
-    launch(gemv_kernel<X, P, TOKENS>, {blocks * tokens}, 32 * GEMV_WARPS, shared, target, a,
-           int(tokens));
-}
-
-template <class X, class P>
-void gemv(const W4A16& a, const Target& target) {
-    if (a.M == 1) return start_gemv<X, P, 1>(a, target);
-    if (a.M == 2) return start_gemv<X, P, 2>(a, target);
-    start_gemv<X, P, 4>(a, target);
 }
 
 }  // namespace nibble::cuda

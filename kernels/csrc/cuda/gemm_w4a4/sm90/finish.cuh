@@ -1,4 +1,4 @@
-// What kernel.cu does with finished sums: adds the low-rank branch and the bias, rounds,
+// What kernel.cuh does with finished sums: adds the low-rank branch and the bias, rounds,
 // and writes rows of `out`.
 //
 // A warp has 16 weight rows of each block of 64, and all tokens of the tile. Element e of a chunk

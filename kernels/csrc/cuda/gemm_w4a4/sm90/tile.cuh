@@ -1,8 +1,8 @@
-// What the warpgroups of kernel.cu share: the tile, the ring of stages, and the warpgroup
+// What the warpgroups of kernel.cuh share: the tile, the ring of stages, and the warpgroup
 // that fills it.
 #pragma once
 
-#include "../../launch.cuh"
+#include "../../../nibble.h"
 #include "../../primitives_sm90.cuh"
 
 namespace nibble::cuda::sm90 {

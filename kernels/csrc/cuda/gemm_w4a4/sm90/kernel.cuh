@@ -20,9 +20,7 @@
 // compute, each with half of the rows. A computing warpgroup has one chunk in flight and then adds
 // it; meanwhile the other's chunk runs. Blocks stay on their multiprocessor and take tile after
 // tile, so that loading never stops.
-#include "../gemm_w4a4.h"
-
-#include <algorithm>
+#pragma once
 
 #include "finish.cuh"
 #include "tile.cuh"
@@ -227,81 +225,5 @@ __global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
     }
 }
 
-const void* widen(const GemmW4A4Up& p, const Target& target) {
-    const int64_t blocks = p.M * p.K / 32, threads = 256;
-    const Grid grid{unsigned(
-        std::min<int64_t>((blocks + threads - 1) / threads, 16 * multiprocessors(target.device)))};
-    launch(p.act_unsigned ? widen_kernel<true> : widen_kernel<false>, grid, int(threads), 0, target,
-           static_cast<const uint4*>(p.q), static_cast<uint4*>(p.workspace), blocks);
-    return p.workspace;
-}
-
-// ---- choice -------------------------------------------------------------------------------------
-
-template <class Param, int Blocks, int Tokens>
-void start(const GemmW4A4Up& p, const void* codes, const Target& target) {
-    using Shape = Tile<Blocks, Tokens>;
-    const int across = int((p.N + Shape::rows - 1) / Shape::rows),
-              tiles = across * int((p.M + Tokens - 1) / Tokens);
-    const bool paired =
-        p.R % 2 == 0 && p.h_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.h) % 8 == 0;
-    const Parameters<Param> parameters{int(p.M),
-                                       int(p.N),
-                                       int(p.K),
-                                       int(p.R),
-                                       across,
-                                       tiles,
-                                       p.ascales,
-                                       p.h,
-                                       p.h_stride,
-                                       static_cast<const Param*>(p.weight_scale),
-                                       static_cast<const Param*>(p.proj_up),
-                                       static_cast<const Param*>(p.bias),
-                                       p.out,
-                                       p.out_dtype,
-                                       paired};
-    launch(gemm_kernel<Param, Blocks, Tokens>,
-           {unsigned(std::min(tiles, multiprocessors(target.device)))}, THREADS, Shape::shared,
-           target, p.K ? tensor_map(codes, p.M, p.K, Tokens, STEP) : TensorMap{},
-           p.K ? tensor_map(p.weight, p.N, p.K / 2, Shape::rows, STEP / 2) : TensorMap{},
-           parameters);
-}
-
-// The tile that needs the least time by count: rounds over all multiprocessors, times a tile's
-// size, times what a smaller tile costs more for the bytes that it brings in for each
-// multiplication (an estimate, not a measurement).
-template <class Param>
-void choose(const GemmW4A4Up& p, const void* codes, const Target& target) {
-    const int64_t processors = multiprocessors(target.device);
-    auto cost = [&](int64_t rows, int64_t tokens, int64_t percent) {
-        const int64_t tiles = ((p.N + rows - 1) / rows) * ((p.M + tokens - 1) / tokens);
-        return (tiles + processors - 1) / processors * rows * tokens * percent;
-    };
-    const int64_t large = cost(256, 128, 100), middle = cost(128, 128, 110),
-                  small = cost(128, 64, 125);
-    if (large <= middle && large <= small)
-        start<Param, 2, 128>(p, codes, target);
-    else if (middle <= small)
-        start<Param, 1, 128>(p, codes, target);
-    else
-        start<Param, 1, 64>(p, codes, target);
-}
-
 }  // namespace sm90
-
-size_t gemm_w4a4_up_sm90_workspace(Codes codes, int64_t M, int64_t, int64_t K) {
-    return codes == Codes::packed ? size_t(M) * K : 0;
-}
-
-void gemm_w4a4_up_sm90(const GemmW4A4Up& p, const Target& target) {
-    if (!p.M || !p.N) return;
-    const void* codes = p.codes == Codes::packed && p.K ? sm90::widen(p, target) : p.q;
-    if (p.param_dtype == Dtype::bf16)
-        sm90::choose<bf16>(p, codes, target);
-    else if (p.param_dtype == Dtype::f16)
-        sm90::choose<f16>(p, codes, target);
-    else
-        throw std::invalid_argument("on a GPU parameters are bfloat16 or float16");
-}
-
 }  // namespace nibble::cuda

@@ -1,0 +1,40 @@
+"""`python -m nibble cubins`: the package's cubins, compiled by NVRTC; needs no GPU and no nvcc.
+
+NVRTC of CUDA 12.9 is what releases use: the newest whose cubins every driver of CUDA 12 loads
+(Linux 525, Windows 528 and newer), and the first that compiles for families of Blackwell.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import kernels, library
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Adds the command to the terminal's front door."""
+    command = commands.add_parser(
+        "cubins",
+        help="compile the GPU kernels for a package, by NVRTC; without it they are compiled on"
+        " the GPU's own machine when they are first needed",
+    )
+    command.add_argument(
+        "--out", type=Path, default=library.PACKAGE, help="folder (default: the package's own)"
+    )
+    command.add_argument(
+        "--archs",
+        nargs="+",
+        choices=kernels.ARCHITECTURES,
+        default=kernels.ARCHITECTURES,
+        metavar="ARCH",
+        help=f"any of {' '.join(kernels.ARCHITECTURES)} (default: all)",
+    )
+    command.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    manifest = library.write_package(options.out, options.archs, print)
+    files = [options.out / arch["file"] for arch in manifest["architectures"].values()]
+    total = sum(path.stat().st_size for path in files)
+    print(f"{options.out}: {total:,} bytes, by {manifest['compiler']}")

@@ -1,0 +1,182 @@
+"""CUDA's driver, by ctypes: devices, modules, and kernels started on a stream.
+
+The library comes with every graphics driver (`libcuda.so.1`, `nvcuda.dll`). Device memory,
+streams and contexts are torch's: a module is loaded into a device's primary context, which torch
+uses too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+
+from .plans import Launch, Matrix
+
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
+_MOST_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
+_LARGEST_CARVEOUT = 100
+_RELAXED_CAPTURE = 2
+
+
+class DriverError(RuntimeError):
+    """The driver's own words, and what was asked of it."""
+
+
+class Driver:
+    """lib: the driver's library; another one in tests. Raises DriverError where there is none."""
+
+    def __init__(self, lib: ctypes.CDLL | None = None):
+        self.lib = _load() if lib is None else lib
+        self.process = os.getpid()
+        self._check(self.lib.cuInit(0), "starting CUDA")
+
+    def attribute(self, device: int, which: int) -> int:
+        handle, value = ctypes.c_int(), ctypes.c_int()
+        self._check(self.lib.cuDeviceGet(ctypes.byref(handle), device), f"finding GPU {device}")
+        asked = self.lib.cuDeviceGetAttribute(ctypes.byref(value), which, handle)
+        self._check(asked, f"asking GPU {device}")
+        return value.value
+
+    def capability(self, device: int) -> int:
+        """10 * major + minor."""
+        return 10 * self.attribute(device, _MAJOR) + self.attribute(device, _MINOR)
+
+    def multiprocessors(self, device: int) -> int:
+        return self.attribute(device, _MULTIPROCESSORS)
+
+    def version(self) -> int:
+        """1000 * major + 10 * minor of the newest CUDA that the driver serves."""
+        value = ctypes.c_int()
+        self._check(self.lib.cuDriverGetVersion(ctypes.byref(value)), "asking the driver's version")
+        return value.value
+
+    def context(self, device: int) -> ctypes.c_void_p:
+        """A device's primary context, kept as long as the process lives."""
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        self._check(self.lib.cuDeviceGet(ctypes.byref(handle), device), f"finding GPU {device}")
+        kept = self.lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
+        self._check(kept, f"using GPU {device}")
+        return context
+
+    def function(self, context: ctypes.c_void_p, code: bytes, symbol: str) -> ctypes.c_void_p:
+        """A kernel from a cubin or PTX, loaded into a context; also while a graph is captured."""
+        module, found = ctypes.c_void_p(), ctypes.c_void_p()
+        mode = ctypes.c_int(_RELAXED_CAPTURE)
+        with _Current(self, context):
+            self._check(self.lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "loading")
+            try:
+                # text has to end with a zero
+                loaded = self.lib.cuModuleLoadData(ctypes.byref(module), code + b"\0")
+                self._check(loaded, f"loading {symbol}")
+                taken = self.lib.cuModuleGetFunction(ctypes.byref(found), module, symbol.encode())
+                self._check(taken, f"finding {symbol}")
+                carveout = self.lib.cuFuncSetAttribute(found, _CARVEOUT, _LARGEST_CARVEOUT)
+                self._check(carveout, f"preferring shared memory for {symbol}")
+            finally:
+                self.lib.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        return found
+
+    def allow_shared(self, function: ctypes.c_void_p, size: int) -> None:
+        """More than 48 KB of shared memory have to be allowed, once for each kernel and context."""
+        allowed = self.lib.cuFuncSetAttribute(function, _MOST_SHARED, size)
+        self._check(allowed, f"allowing {size} bytes of shared memory")
+
+    def matrix(self, matrix: Matrix) -> ctypes.Array:
+        """What Hopper's copy engine is told of a matrix: 128 bytes, aligned to 64 as the driver
+        wants them.
+        """
+        buffer = (ctypes.c_ubyte * 192)()
+        offset = -ctypes.addressof(buffer) % 64
+        described = (ctypes.c_ubyte * 128).from_buffer(buffer, offset)
+        if not matrix.base:
+            return described
+        pair64, pair32 = ctypes.c_uint64 * 2, ctypes.c_uint32 * 2
+        swizzle = 3 if matrix.box_bytes == 128 else 2
+        status = self.lib.cuTensorMapEncodeTiled(
+            described,
+            0,  # bytes
+            2,
+            ctypes.c_void_p(matrix.base),
+            pair64(matrix.row_bytes, matrix.rows),
+            (ctypes.c_uint64 * 1)(matrix.row_bytes),
+            pair32(matrix.box_bytes, matrix.box_rows),
+            pair32(1, 1),
+            0,  # not interleaved
+            swizzle,
+            3,  # 256 bytes into the second-level cache at once
+            0,  # zeros outside
+        )
+        self._check(status, "describing a matrix to the copy engine")
+        return described
+
+    def start(
+        self, context: ctypes.c_void_p, function: ctypes.c_void_p, launch: Launch, stream: int
+    ) -> None:
+        """Starts a kernel; nothing waits."""
+        values = [
+            self.matrix(value) if isinstance(value, Matrix) else value for value in launch.arguments
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        (x, y), shared = launch.grid, launch.shared
+        with _Current(self, context):
+            status = self.lib.cuLaunchKernel(
+                function, x, y, 1, launch.threads, 1, 1, shared, stream, addresses, None
+            )
+        self._check(status, f"starting {launch.kernel.name}")
+
+    def _check(self, status: int, what: str) -> None:
+        if not status:
+            return
+        if os.getpid() != self.process:
+            raise DriverError(
+                f"{what}: this process was forked from one that uses the GPU; start it with the"
+                " 'spawn' method"
+            )
+        words = ctypes.c_char_p()
+        self.lib.cuGetErrorString(status, ctypes.byref(words))
+        text = words.value.decode() if words.value else f"error {status}"
+        raise DriverError(f"{what}: {text}")
+
+
+class _Current:
+    """Makes a context current for one block; one that is current already costs one question."""
+
+    def __init__(self, driver: Driver, context: ctypes.c_void_p):
+        self.driver, self.context = driver, context
+
+    def __enter__(self) -> None:
+        now = ctypes.c_void_p()
+        self.driver.lib.cuCtxGetCurrent(ctypes.byref(now))
+        self.pushed = now.value != self.context.value
+        if self.pushed:
+            status = self.driver.lib.cuCtxPushCurrent_v2(self.context)
+            self.driver._check(status, "choosing the GPU")
+
+    def __exit__(self, *_) -> None:
+        if self.pushed:
+            self.driver.lib.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+
+
+def _load() -> ctypes.CDLL:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        lib = ctypes.CDLL(name)
+    except OSError as error:
+        raise DriverError(f"no NVIDIA driver ({name}): {error}") from error
+    # pointers and 64-bit numbers, which ctypes would cut to an int
+    lib.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p,
+        *(ctypes.c_uint,) * 7,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
+    return lib
+
+
+@functools.cache
+def driver() -> Driver:
+    """The process's driver. Raises DriverError."""
+    return Driver()

@@ -1,0 +1,153 @@
+"""Every instance of the GPU kernels: its C++ name, the header that has it, and the architectures
+that it is built for.
+
+A name is a C++ expression in the namespaces nibble and nibble::cuda, such as
+`gemm_w4a4<Int4, bf16, 128, false, Store>`: what NVRTC is asked for, and what `plans` starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+TYPES = ("float", "f16", "bf16")
+"""C++ names, in the order of Dtype in nibble.h."""
+HALVES = ("f16", "bf16")
+FORMS = ("Form::signed_codes", "Form::unsigned_codes", "Form::rotated")
+SIGNS = ("false", "true")
+W4A16_TILINGS = ("FewTokens", "SomeTokens", "ManyTokens")
+VQ_TILINGS = ("VqFewTokens", "VqSomeTokens", "VqManyTokens")
+VQ_LAYOUTS = ((8, 4), (6, 2), (8, 2))
+"""(bits of an index, columns of a codeword)."""
+HOPPER_TILES = ((2, 128), (1, 128), (1, 64))
+"""(blocks of 128 weight rows, tokens)."""
+QUANTIZE_TILES = ((2, 12, 1), (4, 6, 2), (5, 12, 1))
+"""(eights of tokens, warps, blocks on a multiprocessor); the first takes every type, the others
+what fits the matrix unit as it is.
+"""
+
+
+class Kernel(NamedTuple):
+    """header: below csrc; name: the C++ expression."""
+
+    header: str
+    name: str
+
+
+def gemm(mma: str, param: str, rows: int, sign: str) -> Kernel:
+    return Kernel("cuda/gemm_w4a4/store.cuh", f"gemm_w4a4<{mma}, {param}, {rows}, {sign}, Store>")
+
+
+def gelu(mma: str, param: str, rows: int, sign: str) -> Kernel:
+    epilogue = f"GeluQuantizeDown<{mma}, {param}>"
+    return Kernel(
+        "cuda/gemm_w4a4/gelu.cuh", f"gemm_w4a4<{mma}, {param}, {rows}, {sign}, {epilogue}>"
+    )
+
+
+def add_tiles(mma: str) -> Kernel:
+    return Kernel("cuda/gemm_w4a4/gelu.cuh", f"add_tiles<{mma}>")
+
+
+def hopper(param: str, blocks: int, tokens: int) -> Kernel:
+    return Kernel(
+        "cuda/gemm_w4a4/sm90/kernel.cuh", f"sm90::gemm_kernel<{param}, {blocks}, {tokens}>"
+    )
+
+
+def widen(sign: str) -> Kernel:
+    return Kernel("cuda/gemm_w4a4/sm90/kernel.cuh", f"sm90::widen_kernel<{sign}>")
+
+
+def quantize(x: str, param: str, form: str, codes: str, tile: tuple[int, int, int]) -> Kernel:
+    sizes = ", ".join(map(str, tile))
+    return Kernel(
+        "cuda/quantize_down/kernel.cuh",
+        f"quantize_down_kernel<{x}, {param}, {form}, Codes::{codes}, {sizes}>",
+    )
+
+
+def project(x: str, param: str) -> Kernel:
+    return Kernel("cuda/quantize_down/kernel.cuh", f"down_kernel<{x}, {param}>")
+
+
+def w4a16_gemv(x: str, param: str, tokens: int) -> Kernel:
+    return Kernel("cuda/w4a16/gemv.cuh", f"gemv_kernel<{x}, {param}, {tokens}>")
+
+
+def w4a16_gemm(x: str, param: str, tiling: str) -> Kernel:
+    return Kernel("cuda/w4a16/gemm.cuh", f"w4a16_gemm_kernel<{x}, {param}, {tiling}>")
+
+
+def vq_gemv(x: str, layout: tuple[int, int], tokens: int) -> Kernel:
+    return Kernel(
+        "cuda/vq/gemv.cuh", f"vq_gemv_kernel<{x}, Layout<{layout[0]}, {layout[1]}>, {tokens}>"
+    )
+
+
+def vq_gemm(x: str, layout: tuple[int, int], tiling: str) -> Kernel:
+    return Kernel(
+        "cuda/vq/gemm.cuh", f"vq_gemm_kernel<{x}, {tiling}<Layout<{layout[0]}, {layout[1]}>>>"
+    )
+
+
+# ---- architectures -------------------------------------------------------------------------------
+
+MMAS = {"75": "Turing", "80": "Int4", "86": "Int4", "89": "Int4", "90a": "Int8"}
+"""How an architecture multiplies 4-bit codes with mma.sync; Int8 in all that are not named."""
+PTX = "ptx80"
+"""Text that a driver compiles for GPUs that none of the cubins fits."""
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100f", "120f", PTX)
+"""What a package carries."""
+
+
+def architecture(capability: int) -> str:
+    """The cubin that a GPU of 10 * major + minor runs: code of a GPU's own major version and a
+    minor version that is not later, of a family (f), or of the chip itself (a).
+    """
+    if capability < 80:
+        return "75"
+    if capability < 90:
+        return {86: "86", 87: "86", 89: "89"}.get(capability, "80")
+    if capability < 100:
+        return "90a"
+    return {10: "100f", 12: "120f"}.get(capability // 10, PTX)
+
+
+def fits_as_it_is(x: str, param: str) -> bool:
+    """Whether the matrix unit multiplies x and proj_down without splitting either into terms."""
+    return x == param != "float"
+
+
+def of(arch: str) -> Iterator[Kernel]:
+    """Every kernel that an architecture can be asked for."""
+    mma = MMAS.get(arch, "Int8")
+    yield from _products(mma)
+    yield from _quantizers("packed")
+    if arch == "75":
+        yield from (project(x, p) for x in TYPES for p in HALVES if (x, p) != ("f16", "f16"))
+    if arch == "90a":
+        yield from _quantizers("e4m3")
+        yield from (hopper(p, *tile) for p in HALVES for tile in HOPPER_TILES)
+        yield from map(widen, SIGNS)
+    halves = ("f16",) if arch == "75" else HALVES  # Turing multiplies float16 alone
+    yield from (w4a16_gemv(x, p, t) for x in TYPES for p in HALVES for t in (1, 2, 4))
+    yield from (w4a16_gemm(x, p, t) for x in halves for p in HALVES for t in W4A16_TILINGS)
+    for layout in VQ_LAYOUTS:
+        yield from (vq_gemv(x, layout, t) for x in TYPES for t in (1, 4) if (x, t) != ("f16", 4))
+        yield from (vq_gemm(x, layout, t) for x in halves for t in VQ_TILINGS)
+
+
+def _products(mma: str) -> Iterator[Kernel]:
+    tall = 64 if mma == "Int8" else 128
+    for param, sign in itertools.product(HALVES, SIGNS):
+        yield from (gemm(mma, param, rows, sign) for rows in (32, 64, 128))
+        yield from (gelu(mma, param, rows, sign) for rows in (32, tall))
+    yield add_tiles(mma)
+
+
+def _quantizers(codes: str) -> Iterator[Kernel]:
+    for x, param, form in itertools.product(TYPES, HALVES, FORMS):
+        tiles = QUANTIZE_TILES if fits_as_it_is(x, param) else QUANTIZE_TILES[:1]
+        yield from (quantize(x, param, form, codes, tile) for tile in tiles)

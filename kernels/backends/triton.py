@@ -1,0 +1,173 @@
+"""The seam for Triton: what it can run on a device, found out once, with the reason in words.
+
+Triton comes with torch on Linux (NVIDIA, ROCm, XPU); on Windows it is the package triton-windows.
+It is imported when a GPU's W4A4 layer is first asked about, and never for a CPU.
+
+    NVIDIA   compute capability 8.0 and newer; 10.3, whose 8-bit integer products are slow, in
+             bfloat16
+    AMD      RDNA3 and newer, CDNA
+    Intel    what torch calls an XPU, with the Triton of torch's XPU wheels
+
+Before a device is served, one small linear runs there and is compared with the reference: Triton
+needs a driver and, on Linux, a C compiler, and has back ends that these kernels have not met. What
+fails is told in the reason, and the next way is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .native import WITHOUT_INT8
+
+OPS = (
+    "quantize_down",
+    "gemm_w4a4_up",
+    "gemm_w4a4_up_gelu_quantize_down",
+    "linear_w4a4",
+    "linear_w4a4_grouped",
+    "mlp_w4a4",
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = 80
+AMD = ("gfx11", "gfx12", "gfx908", "gfx90a", "gfx94", "gfx95")
+"""RDNA3, RDNA4; CDNA 1 to 4. RDNA2 has no matrix instructions, and the kernels spill there."""
+BACKENDS = {"cuda": "nvidia", "hip": "amd", "xpu": "intel"}
+DIFFERENCE = 0.02
+"""Of the trial's result to the reference's; bfloat16 rounds to 0.004."""
+
+log = logging.getLogger("nibble")
+
+
+class Gpu(NamedTuple):
+    """kind: "cuda", "hip" or "xpu"; arch: 10 * major + minor as text, gfx..., or a name."""
+
+    kind: str
+    arch: str
+    multiprocessors: int
+
+    @property
+    def capability(self) -> int:
+        """10 * major + minor of an NVIDIA GPU, else 0."""
+        return int(self.arch) if self.kind == "cuda" else 0
+
+
+@functools.lru_cache(maxsize=1)
+def module() -> tuple[ModuleType | None, str]:
+    """Triton, or None, and the reason in one sentence."""
+    try:
+        found = importlib.import_module("triton")
+        back_ends = importlib.import_module("triton.backends").backends
+    except ModuleNotFoundError:
+        return None, "Triton is not installed (on Windows the package triton-windows)"
+    except Exception as error:  # whatever an import of foreign code raises
+        return None, f"Triton cannot be loaded: {error}"
+    return found, f"Triton {found.__version__} for {' and '.join(sorted(back_ends))}"
+
+
+@functools.lru_cache(maxsize=64)
+def gpu(device: torch.device) -> Gpu:
+    """What a device of type cuda or xpu is."""
+    if device.type == "xpu":
+        found = torch.xpu.get_device_properties(device)
+        return Gpu("xpu", found.name, int(getattr(found, "gpu_subslice_count", 0)))
+    properties = torch.cuda.get_device_properties(device)
+    count = properties.multi_processor_count
+    if torch.version.hip:
+        return Gpu("hip", properties.gcnArchName.split(":")[0], count)
+    return Gpu("cuda", f"{properties.major}{properties.minor}", count)
+
+
+def serves(
+    op: str, device: torch.device, dtype: torch.dtype, parameters: tuple[torch.dtype | None, ...]
+) -> tuple[bool, str]:
+    """Whether Triton runs `op` for activations of `dtype` and parameters of these dtypes on a
+    device, and why or why not, in one sentence.
+    """
+    if op not in OPS:
+        return False, f"there is no {op} in Triton here"
+    if device.type not in ("cuda", "xpu"):
+        return False, f"Triton is used on GPUs only, and this is {device.type}"
+    if dtype not in FLOATS:
+        return False, f"Triton's kernels compute in float32, float16 and bfloat16, not {dtype}"
+    others = {kind for kind in parameters if kind is not None} - set(FLOATS[:2])
+    if others:
+        names = ", ".join(sorted(map(str, others)))
+        return False, f"Triton's kernels take parameters in float16 or bfloat16, not {names}"
+    return serving(device)
+
+
+@functools.lru_cache(maxsize=64)
+def serving(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton serves a GPU, and why or why not."""
+    found, why = module()
+    if found is None:
+        return False, why
+    try:
+        there = gpu(device)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        return False, f"Triton: torch finds no {device}: {error}"
+    why_not = _why_not(there)
+    if why_not:
+        return False, why_not
+    try:
+        difference = trial(device)
+    except Exception as error:  # a compiler and a driver of any make
+        first = str(error).strip().split("\n")[0]
+        return False, f"Triton fails on {device}: {type(error).__name__}: {first}"
+    if not difference <= DIFFERENCE:
+        return False, f"Triton's result on {device} is {difference:.2g} off the reference's"
+    return True, f"{why}; {device} is {_words(there)}"
+
+
+def _why_not(there: Gpu) -> str:
+    """Why Triton is not used on a GPU; empty where it is."""
+    back_ends = importlib.import_module("triton.backends").backends
+    if BACKENDS[there.kind] not in back_ends:
+        known = " and ".join(sorted(back_ends)) or "no GPU"
+        return f"this Triton was built for {known}, not for {BACKENDS[there.kind]}"
+    if there.kind == "cuda" and there.capability < OLDEST:
+        has = there.capability / 10
+        return f"Triton needs compute capability {OLDEST / 10}, and this GPU has {has}"
+    if there.kind == "hip" and not there.arch.startswith(AMD):
+        return f"Triton's kernels need RDNA3, RDNA4 or CDNA, and this GPU is {there.arch}"
+    return ""
+
+
+def _words(there: Gpu) -> str:
+    if there.kind != "cuda":
+        return there.arch
+    if there.capability in WITHOUT_INT8:
+        return f"of compute capability {there.capability / 10}, products of codes in bfloat16"
+    return f"of compute capability {there.capability / 10}, products of codes in int8"
+
+
+def w4a4() -> ModuleType:
+    """The kernels' launcher, for whoever has asked `serves` before."""
+    return importlib.import_module(".triton_w4a4", __package__)
+
+
+def trial(device: torch.device) -> float:
+    """Relative difference of a small linear on a device from the reference in float32."""
+    from ..params import W4A4Params
+
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu").bfloat16()
+
+    x = normal(40, 192)
+    weight = torch.randint(-128, 128, (80, 96), generator=generator, dtype=torch.int8, device="cpu")
+    scale, smooth = normal(3, 80).abs() * 0.05, normal(192).abs() + 0.5
+    p = W4A4Params(weight, scale, smooth, normal(192, 24) * 0.1, normal(80, 24) * 0.3, normal(80))
+    wanted = reference.linear_w4a4(x.float(), *p)
+    there = W4A4Params(*(each.to(device) for each in p[:6] if each is not None))  # type: ignore[arg-type]
+    found = w4a4().linear_w4a4(x.to(device), there).float().cpu()
+    return ((found - wanted).norm() / wanted.norm()).item()

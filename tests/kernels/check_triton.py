@@ -1,0 +1,221 @@
+"""What Triton makes of the W4A4 kernels for GPUs that are not here: matrix instructions, registers,
+spills.
+
+    python tests/kernels/check_triton.py                 every architecture; needs Triton, no GPU
+    python tests/kernels/check_triton.py --arch 89 --arch gfx1100
+    python tests/kernels/check_triton.py --all           every tile, signed and unsigned codes
+
+Exit code 1, and a line for each, where a kernel spills or has no matrix instruction. AMD's kernels
+go as far as assembly: the last step is their linker's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: E402, F401
+
+ARCHS = ("80", "86", "89", "90", "100", "103", "120", "gfx1100", "gfx1201", "gfx90a", "gfx942")
+MATRIX = re.compile(r"^(?:(?:I|H|Q|O|IG|HG|QG|UTCI|UTCH|UTCQ)MMA|v_wmma|v_mfma|v_dot)")
+SPILLS = ("STL", "LDL", "scratch_store", "scratch_load", "buffer_store", "buffer_load")
+POINTERS = {"q": "i8", "weight": "i8", "ascales": "fp32", "h": "fp32"}
+INTEGERS = ("M", "N", "groups", "R", "stride")
+
+
+@dataclass
+class Compiled:
+    name: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    spills: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> dict[str, int]:
+        return {name: n for name, n in self.instructions.items() if MATRIX.match(name)}
+
+
+# ---- what is compiled ----------------------------------------------------------------------------
+
+
+def gpu_of(arch: str):
+    from nibble.kernels.backends.triton import Gpu
+
+    return Gpu("hip" if arch.startswith("gfx") else "cuda", arch, 1)
+
+
+def product(arch: str, tile: Any, unsigned: bool, rank: int = 32) -> tuple[Any, dict, dict]:
+    """(kernel, its constants, its options)."""
+    from nibble.kernels.backends import triton_kernels, triton_w4a4
+
+    way = triton_w4a4.way(gpu_of(arch))
+    constants = {"UNSIGNED": unsigned, "BIAS": True, "RANK": rank, "FLOATS": way.floats}
+    constants |= {"PTX": way.ptx, "MAGIC": way.magic, "ROWS": tile.rows}
+    constants |= {"COLUMNS": tile.columns, "STRIPE": triton_w4a4.STRIPE}
+    return triton_kernels.gemm_up, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def quantizer(arch: str, unsigned: bool, rotate: bool, rank: int) -> tuple[Any, dict, dict]:
+    import triton.language as tl
+
+    from nibble.kernels.backends import triton_kernels, triton_w4a4
+
+    tile = triton_w4a4.quantizer_tile(rank, rotate, gpu_of(arch))
+    constants = {"UNSIGNED": unsigned, "ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
+    constants |= {"RANK": tile.columns, "ROWS": tile.rows}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton_kernels.quantize_down, constants, options
+
+
+def source_of(kernel: Any, constants: dict) -> Any:
+    from triton.compiler import ASTSource
+
+    pointers = POINTERS | ({"x": "fp32"} if constants.get("PARTS") else {})
+
+    names = list(kernel.arg_names)
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*" + pointers.get(name, "bf16")
+    aligned = [n for n in names if signature[n][0] == "*" or n in ("N", "R", "stride")]
+    return ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+
+
+# ---- compiling and reading -----------------------------------------------------------------------
+
+
+def nvidia(source: Any, arch: str, options: dict) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    made = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        text = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True
+        ).stdout
+    found = collections.Counter(
+        re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text)
+    )
+    registers = re.search(r"REG:(\d+)", usage)
+    return Compiled(
+        made.name, arch, int(registers[1]) if registers else 0, made.metadata.shared,
+        sum(found[name] for name in SPILLS), dict(found),
+    )  # fmt: skip
+
+
+def amd(source: Any, arch: str, options: dict) -> Compiled:
+    """As far as assembly."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    back_end = make_backend(target)
+    parsed = back_end.parse_options(dict(options))
+    context = ir.context()
+    ir.load_dialects(context)
+    back_end.load_dialects(context)
+    stages: dict[str, Any] = {}
+    back_end.add_stages(stages, parsed, source.language)
+    code = source.make_ir(
+        target, parsed, back_end.get_codegen_implementation(parsed), back_end.get_module_map(),
+        context,
+    )  # fmt: skip
+    metadata = {"hash": "", "target": target, **vars(parsed)}
+    for name, stage in stages.items():
+        if name == "hsaco":
+            break
+        code = stage(code, metadata)
+    found = collections.Counter(re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", code, re.M))
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", code)
+    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
+    return Compiled(
+        source.fn.__name__, arch, int(registers[1]), metadata.get("shared", 0), int(spills[1]),
+        dict(found),
+    )  # fmt: skip
+
+
+def compiled(arch: str, kernel: Any, constants: dict, options: dict) -> Compiled:
+    make = amd if arch.startswith("gfx") else nvidia
+    return make(source_of(kernel, constants), arch, options)
+
+
+def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
+    """(words, what `compiled` takes after the architecture)."""
+    from nibble.kernels.backends import triton_w4a4
+
+    tiles = triton_w4a4.way(gpu_of(arch)).tiles
+    found = []
+    for tile in tiles if everything else tiles[:1]:
+        for unsigned in (False, True) if everything else (False,):
+            words = f"{tile.rows} x {tile.columns}" + ", unsigned" * unsigned
+            found.append((words, product(arch, tile, unsigned)))
+    for rank in (32, 128, 256) if everything else (32,):
+        for rotate in (False, True):
+            words = f"rank {rank}" + ", rotated" * rotate
+            found.append((words, quantizer(arch, False, rotate, rank)))
+    return found
+
+
+SHOWN = (
+    *("I2F", "I2FP", "FADD", "FMUL", "FFMA", "LOP3", "PRMT", "SHF", "MOV", "LDGSTS", "LDSM", "STS"),
+    *("v_perm_b32", "v_and_b32_e32", "v_bfe_i32", "v_cvt_f32_i32_e32"),
+)
+
+
+def line(words: str, found: Compiled) -> str:
+    names = [*found.matrix, *(name for name in SHOWN if name in found.instructions)]
+    counts = ", ".join(f"{found.instructions[name]} {name}" for name in names)
+    return (
+        f"{found.arch:<8} {found.name:<14} {words:<22} {found.registers:>4} {found.shared:>7}"
+        f" {found.spills:>6}  {counts}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=ARCHS)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
+    print("arch     kernel         form                   regs  shared spills  instructions")
+    wrong = []
+    for arch in options.arch or ARCHS:
+        for words, job in jobs(arch, options.all):
+            found = compiled(arch, *job)
+            print(line(words, found), flush=True)
+            if found.spills or not found.matrix:
+                wrong.append(f"{found.name} ({words}) on {arch}: {found.spills} spills,"
+                             f" matrix instructions {found.matrix}")  # fmt: skip
+    print("\n".join(wrong) or "no spills, and matrix instructions everywhere")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
