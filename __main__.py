@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from .demo import cli as demo
-from .kernels.backends.cubins import build as cubins
 from .quant.cli import EXAMPLES, options
 
 BENCHES = Path(__file__).resolve().parent / "tests" / "bench"
@@ -23,6 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments[:1] == ["bench"]:  # a bench has arguments of its own
             return bench(arguments[1:])
+        if arguments[:1] == ["cubins"]:  # imports torch, as all of `kernels` does
+            from .kernels.backends.cubins import build
+
+            return build.main(arguments[1:])
         command = _parser().parse_args(arguments)
         command.run(command)
     except KeyboardInterrupt:
@@ -50,8 +53,14 @@ def _parser() -> argparse.ArgumentParser:
         dest="command", required=True, metavar="{demo,quantize,inspect,convert,cubins,bench}"
     )
     demo.add_command(commands)
-    cubins.add_command(commands)
     options.add_commands(commands, small_file)
+    commands.add_parser(
+        "cubins",
+        help=(
+            "compile the GPU kernels for a package, by NVRTC; without it they are compiled on the"
+            " GPU's own machine when they are first needed"
+        ),
+    )
     commands.add_parser(
         "bench",
         help=(

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.abc
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -147,3 +149,14 @@ def test_the_oldest_comfyui_and_newer_ones_are_taken(monkeypatch, version):
 def test_the_oldest_comfyui_is_the_one_of_the_registry():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["tool"]["comfy"]["requires-comfyui"] == f">={nibble.COMFYUI}"
+
+
+def test_the_front_door_names_torch_where_it_is_missing(tmp_path):
+    """In a process of its own: nothing that the door itself imports needs torch."""
+    (tmp_path / "nibble").symlink_to(ROOT)
+    (tmp_path / "torch.py").write_text('raise ModuleNotFoundError("", name="torch")\n')
+    command = [sys.executable, "-m", "nibble", "demo"]
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.strip() == "nibble: torch is not installed; pip install torch"

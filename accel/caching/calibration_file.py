@@ -5,24 +5,22 @@ and a schedule.
      "run": {"sampler", "steps", "sigmas", "flow", "shift", "cfg", "latent", "prompts", "seed"},
      "teacache": {"feature", "coefficients", "x_min", "x_max", "r2", "points": [[x, y], …]} | null,
      "smoothcache": {kind: {"mean": [k - 1][step], "half": …, "samples"}},
-     "grams": [prompt][step][step], "sum": SHA-256 of all of this without "sum"}
+     "grams": [prompt][step][step], "checksum": as quant/files/small.py}
 
 "flow" is the unit in which velocities were measured (`flow_time.py`). Files of before have neither
-"flow" nor "sum": they are read, but where sigma was not a flow's, their velocities were measured in
-the sampler's unit, and what was learnt from those is refused.
+"flow" nor "checksum": they are read, but where sigma was not a flow's, their velocities were
+measured in the sampler's unit, and what was learnt from those is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ...quant.files import atomic
+from ...quant.files import atomic, small
 from ...quant.files.errors import FileRefused
 from . import mask_search
 from .calibration_facts import Malformed, parsed, validate
@@ -148,7 +146,7 @@ class Calibration:
         return sentences
 
     def facts(self) -> dict:
-        """What is in its file, but for the sum."""
+        """What is in its file, but for the checksum."""
         curves = {
             kind: {"mean": curve.mean, "half": curve.half, "samples": curve.samples}
             for kind, curve in self.curves.items()
@@ -164,7 +162,7 @@ class Calibration:
 
     def digest(self) -> str:
         """The sum of its content."""
-        return _sum(self.facts())
+        return small.json_sum(self.facts())
 
     def save(self, path: Path) -> None:
         """Writes the file, whole or not at all; equal content gives equal bytes. Raises
@@ -176,7 +174,7 @@ class Calibration:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise atomic.refusal(path, error) from error
-        atomic.write(path, (_canonical(facts | {"sum": _sum(facts)}) + "\n").encode())
+        atomic.write(path, small.json_bytes(facts) + b"\n")
 
 
 def read(path: Path) -> Calibration:
@@ -193,8 +191,8 @@ def read(path: Path) -> Calibration:
             f"{path.name} was written by a newer Nibble (format {version[:20]}); update"
             " ComfyUI-Nibble, or calibrate again."
         )
-    written = facts.pop("sum", None)
-    if written is not None and written != _sum(facts):
+    written = facts.pop(small.JSON_SUM, None)
+    if written is not None and written != small.json_sum(facts):
         raise FileRefused(
             f"{path.name} is damaged: its content is not what was written; calibrate again."
         )
@@ -254,14 +252,6 @@ def _validated(facts: dict, name: str, what: str) -> None:
         validate(facts)
     except Malformed as error:
         raise FileRefused(f"{name} {what} {error}; calibrate again.") from error
-
-
-def _canonical(facts: dict) -> str:
-    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
-
-
-def _sum(facts: dict) -> str:
-    return hashlib.sha256(_canonical(facts).encode()).hexdigest()
 
 
 _masks: dict[tuple, list[bool]] = {}

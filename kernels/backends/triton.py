@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..optional import optional
 from .native import WITHOUT_INT8
 
 OPS = (
@@ -62,13 +63,11 @@ class Gpu(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def module() -> tuple[ModuleType | None, str]:
     """Triton, or None, and the reason in one sentence."""
-    try:
-        found = importlib.import_module("triton")
-        back_ends = importlib.import_module("triton.backends").backends
-    except ModuleNotFoundError:
-        return None, "Triton is not installed (on Windows the package triton-windows)"
-    except Exception as error:  # whatever an import of foreign code raises
-        return None, f"Triton cannot be loaded: {error}"
+    found, why = optional("triton")
+    parts, why_not = optional("triton.backends")
+    if found is None or parts is None:
+        return None, f"{why or why_not} (on Windows the package is triton-windows)"
+    back_ends = parts.backends
     return found, f"Triton {found.__version__} for {' and '.join(sorted(back_ends))}"
 
 

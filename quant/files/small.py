@@ -2,15 +2,15 @@
 the same bytes, and what is damaged is not read.
 
 A safetensors file with the checksums of `integrity.py`, written whole or not at all; an index in
-JSON with `checksum`, the crc32 of the rest. Readers refuse in one sentence that names the file and
-the way out. What a format asks of its tensors beyond that is the format's own.
+JSON with `checksum`, the SHA-256 of the rest. Readers refuse in one sentence that names the file
+and the way out. What a format asks of its tensors beyond that is the format's own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .safetensors import SafetensorsFile, TensorSpec, checksum, read_header, ten
 from .writer import header_bytes, order
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_SUM = "checksum"  # of an index
+JSON_SUM = "checksum"  # of an object in JSON
 # what a value of the wrong kind ends in, wherever it is used
 WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
@@ -117,7 +117,7 @@ class SmallFile:
 
 def json_bytes(content: dict) -> bytes:
     """An object as JSON with its checksum; equal objects give equal bytes."""
-    return _text(content | {_SUM: _json_sum(content)})
+    return _text(content | {JSON_SUM: json_sum(content)})
 
 
 def json_content(text: bytes) -> dict:
@@ -126,8 +126,8 @@ def json_content(text: bytes) -> dict:
     """
     try:
         content = json.loads(text)
-        wanted = content.pop(_SUM, None)
-        whole = isinstance(content, dict) and wanted in (None, _json_sum(content))
+        wanted = content.pop(JSON_SUM, None)
+        whole = isinstance(content, dict) and wanted in (None, json_sum(content))
     except WRONG as error:
         raise ValueError(f"no JSON object ({type(error).__name__})") from error
     if not whole:
@@ -143,8 +143,9 @@ def format_of(path: Path) -> str | None:
         return None
 
 
-def _json_sum(content: dict) -> str:
-    return f"{zlib.crc32(_text(content)):08x}"
+def json_sum(content: dict) -> str:
+    """SHA-256 of an object, in hexadecimal; equal objects have equal sums."""
+    return hashlib.sha256(_text(content)).hexdigest()
 
 
 def _text(content: dict) -> bytes:

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ..files import atomic
+from ..files import atomic, small
 from ..files.errors import FileRefused
 from ..files.safetensors import Header, SafetensorsFile
 from ..files.writer import check_target
@@ -51,10 +50,11 @@ def convert_lora(source: str | os.PathLike, target: str | os.PathLike) -> list[t
     lines. Raises FileRefused for a file that is none, or damaged.
     """
     path = Path(target)
-    with SafetensorsFile(source) as stored:
-        check_target(stored.path, path)
-        tensors = ordinary(stored)
-    atomic.write(path, save(tensors, {"format": "pt"}))
+    with atomic.exclusive(path) as held:
+        with SafetensorsFile(source) as stored:
+            check_target(stored.path, held)
+            tensors = ordinary(stored)
+        small.write(held, tensors, {"format": "pt"})
     return [
         ("model", "FLUX.1"),
         ("format", "Nunchaku LoRA → LoRA for Load LoRA"),

@@ -4,16 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import small_files
+from calibrations import calibration
 from intlora_bases import N, adapters, bases, paper, svdquant, w4a16
-from nibble.accel.caching.calibration_file import Calibration
-from nibble.accel.caching.flow_time import FlowTime
-from nibble.accel.caching.smoothcache import Curve
 from nibble.accel.caf import heads_file
 from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.report import LayerRow, Report
@@ -130,21 +127,4 @@ def state_file(path: Path) -> None:
 
 
 def calibration_file(path: Path) -> None:
-    """Of a run of six steps, with a fit and a curve."""
-    rows = [[0.1 * k] * (6 - k) for k in (1, 2)]
-    run = {"sampler": "euler", "steps": 6, "sigmas": [1 - i / 6 for i in range(7)]}
-    run |= {"flow": FlowTime().to_json(), "shift": 3.0, "cfg": 1.0, "latent": [1, 16, 8, 8]}
-    Calibration(
-        model={"class": "Flux", "fingerprint": "0f" * 16, "name": "Flux", "weights": "16 bit"},
-        run=run | {"prompts": 1, "seed": 5},
-        teacache={
-            "feature": "modulated",
-            "coefficients": [2.0, -1.0, 0.0],
-            "x_min": 0.1,
-            "x_max": 0.5,
-            "r2": 0.9,
-            "points": [[0.1, 0.2], [0.5, 0.3]],
-        },
-        curves={"step": Curve(rows, rows, 4)},
-        grams=np.eye(6)[None],
-    ).save(path)
+    calibration().save(path)

@@ -12,17 +12,13 @@ from pathlib import Path
 from . import kernels, library
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    """Adds the command to the terminal's front door."""
-    command = commands.add_parser(
-        "cubins",
-        help="compile the GPU kernels for a package, by NVRTC; without it they are compiled on"
-        " the GPU's own machine when they are first needed",
-    )
-    command.add_argument(
+def main(arguments: list[str]) -> int:
+    """Compiles and writes; returns the exit code. Raises CompileError."""
+    parser = argparse.ArgumentParser(prog="python -m nibble cubins", description=__doc__)
+    parser.add_argument(
         "--out", type=Path, default=library.PACKAGE, help="folder (default: the package's own)"
     )
-    command.add_argument(
+    parser.add_argument(
         "--archs",
         nargs="+",
         choices=kernels.ARCHITECTURES,
@@ -30,11 +26,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         metavar="ARCH",
         help=f"any of {' '.join(kernels.ARCHITECTURES)} (default: all)",
     )
-    command.set_defaults(run=_run)
-
-
-def _run(options: argparse.Namespace) -> None:
+    options = parser.parse_args(arguments)
     manifest = library.write_package(options.out, options.archs, print)
     files = [options.out / arch["file"] for arch in manifest["architectures"].values()]
     total = sum(path.stat().st_size for path in files)
     print(f"{options.out}: {total:,} bytes, by {manifest['compiler']}")
+    return 0

@@ -87,6 +87,7 @@ class Device:
         if found is not None and shared <= allowed:
             return found
         with self._lock:
+            found, allowed = self._functions.get(kernel, (None, 0))
             if found is None:
                 found = self.cuda.function(self.context, *self.cubin(kernel))
                 allowed = 48 * 1024
@@ -124,7 +125,6 @@ class CubinModule:
     GPUs on which a path is found to be wrong, and is set before the first call.
     """
 
-    ABI = 4
     DEVICES = ("cuda",)
 
     def __init__(

@@ -8,44 +8,13 @@ import random
 import numpy as np
 import pytest
 
-from nibble.accel.caching.calibration_file import LARGEST, Calibration, read
+from calibrations import STEPS, calibration
+from nibble.accel.caching.calibration_file import LARGEST, read
 from nibble.accel.caching.extrapolate import Reuse
 from nibble.accel.caching.flow_time import FlowTime
-from nibble.accel.caching.smoothcache import Curve
 from nibble.quant.files.errors import FileRefused
 
-STEPS = 6
 COSMOS = [80.0, 20.0, 5.0, 1.0, 0.2, 0.02, 0.0]
-
-
-def calibration(**run) -> Calibration:
-    velocities = np.random.default_rng(0).normal(size=(2, STEPS, 40)).round(3)
-    rows = [[0.1 * k] * (STEPS - k) for k in (1, 2)]
-    return Calibration(
-        model={"class": "Flux", "fingerprint": "0f" * 16, "name": "Flux", "weights": "16 bit"},
-        run={
-            "sampler": "euler",
-            "steps": STEPS,
-            "sigmas": [1 - i / STEPS for i in range(STEPS + 1)],
-            "flow": FlowTime().to_json(),
-            "shift": 3.0,
-            "cfg": 1.0,
-            "latent": [1, 16, 8, 8],
-            "prompts": 2,
-            "seed": 5,
-        }
-        | run,
-        teacache={
-            "feature": "modulated",
-            "coefficients": [2.0, -1.0, 0.0],
-            "x_min": 0.1,
-            "x_max": 0.5,
-            "r2": 0.9,
-            "points": [[0.1, 0.2], [0.5, 0.3]],
-        },
-        curves={"step": Curve(rows, rows, 4), "double": Curve(rows, rows, 4)},
-        grams=np.einsum("pic,pjc->pij", velocities, velocities),
-    )
 
 
 @pytest.fixture
@@ -57,7 +26,7 @@ def path(tmp_path):
 def without_sum(path, change=lambda facts: None):
     """The file as it was written before files had sums, and changed."""
     facts = json.loads(path.read_text())
-    facts.pop("sum")
+    facts.pop("checksum")
     facts["run"].pop("flow")
     change(facts)
     path.write_text(json.dumps(facts | {"created": "2026-01-01T00:00:00+00:00"}))

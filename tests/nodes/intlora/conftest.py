@@ -26,3 +26,18 @@ def loras(tmp_path, monkeypatch, model):
     yield tmp_path / intlora.LORAS
     for kind in (intlora.LORAS, intlora.FOLDER):
         folder_paths.filename_list_cache.pop(kind, None)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """ComfyUI's IntLoRA folder, empty."""
+    import folder_paths
+
+    from nibble.nodes.bridge.intlora import files
+
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"})
+    )
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(files.FOLDER, None)

@@ -4,13 +4,12 @@ and everything else refused in words.
 
 import comfy.model_management
 import comfy.sd
-import folder_paths
 import pytest
 import torch
 
 from flux_loras import MLP, bits, layer_of, with_lora
 from intlora_training_runs import FP32, job, same, stopping_at, trained
-from nibble.nodes.bridge.intlora import files, merge, rounded, save
+from nibble.nodes.bridge.intlora import merge, rounded, save
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.intlora.apply import apply_beside
 from nibble.nodes.bridge.training import session as training
@@ -22,17 +21,6 @@ from training_runs import Stop, caption, latents
 EIGHT, FOUR = rounded.BASES
 ONE = {"latents": [latents(1)]}
 SHORT = {"options": Options(steps=2, lr=1e-2, warmup=0), "layers": ("double_blocks.*mlp*",)}
-
-
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """ComfyUI's IntLoRA folder, empty."""
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"})
-    )
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
 
 
 def velocity(model) -> torch.Tensor:
@@ -53,14 +41,14 @@ def fresh(flux_file):
 
 @pytest.mark.parametrize("variant, base", [("mul", EIGHT), ("shift", FOUR)])
 def test_it_learns_on_a_rounded_base_and_applies_bit_for_bit(
-    dense_model, flux_file, loras, variant, base
+    dense_model, flux_file, home, variant, base
 ):
     settings = {"variant": variant, "base": base, "settings": FP32, **ONE}
     long = {"steps": 24, "warmup": 0}
     idle, _ = trained(
-        dense_model, loras, filename="idle", options=Options(lr=1e-9, **long), **settings
+        dense_model, home, filename="idle", options=Options(lr=1e-9, **long), **settings
     )
-    done, adapter = trained(dense_model, loras, options=Options(lr=4e-2, **long), **settings)
+    done, adapter = trained(dense_model, home, options=Options(lr=4e-2, **long), **settings)
     assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:])
     assert adapter.rounded_bits == rounded.BASES[base]
     assert all(layer.rule.noise is not None for layer in adapter.layers.values())
@@ -88,9 +76,9 @@ def merge_of(layer, weight: torch.Tensor) -> torch.Tensor:
     return (product.p.double() * product.scale.double().T).to(weight.dtype)
 
 
-def test_what_is_applied_is_what_was_trained(dense_model, loras):
+def test_what_is_applied_is_what_was_trained(dense_model, home):
     """The layer that trains, in float32, against the integers that Apply finds in float64."""
-    _, adapter = trained(dense_model, loras, base=EIGHT, variant="mul", **SHORT)
+    _, adapter = trained(dense_model, home, base=EIGHT, variant="mul", **SHORT)
     weight = layer_of(dense_model, MLP).weight.detach()
     model = torch.nn.Sequential(torch.nn.Linear(*reversed(weight.shape), bias=False))
     model[0].weight = torch.nn.Parameter(weight.float())
@@ -111,8 +99,8 @@ def test_what_is_applied_is_what_was_trained(dense_model, loras):
     assert (dense - expected).norm() < 1e-3 * expected.norm()
 
 
-def test_loras_before_and_after_it_give_the_same(dense_model, loras):
-    done, _ = trained(dense_model, loras, base=EIGHT, variant="mul", **SHORT)
+def test_loras_before_and_after_it_give_the_same(dense_model, home):
+    done, _ = trained(dense_model, home, base=EIGHT, variant="mul", **SHORT)
     n, k = layer_of(dense_model, MLP).weight.shape
     stem = "lora_unet_" + MLP.replace(".", "_")
     draw = torch.Generator().manual_seed(1)
@@ -126,21 +114,21 @@ def test_loras_before_and_after_it_give_the_same(dense_model, loras):
     assert not torch.equal(one, velocity(apply_beside(dense_model, done.name, 1.0)))
 
 
-def test_a_stopped_run_goes_on_and_a_finished_one_can_be_continued(dense_model, loras, monkeypatch):
+def test_a_stopped_run_goes_on_and_a_finished_one_can_be_continued(dense_model, home, monkeypatch):
     settings = {"base": FOUR, "variant": "mul", "layers": SHORT["layers"]}
     options = Options(steps=4, lr=1e-2, warmup=0)
-    _, whole = trained(dense_model, loras, options=options, **settings)
+    _, whole = trained(dense_model, home, options=options, **settings)
     layers = len(whole.layers)
     stopping_at(monkeypatch, layers + 2)
     with pytest.raises(Stop):
         intlora_training.run(job(dense_model, filename="stopped", options=options, **settings))
     stopping_at(monkeypatch, 0)
     assert same(
-        trained(dense_model, loras, filename="stopped", options=options, **settings)[1], whole
+        trained(dense_model, home, filename="stopped", options=options, **settings)[1], whole
     )
     more, adapter = trained(
         dense_model,
-        loras,
+        home,
         filename="more",
         existing="mine.intlora.safetensors",
         options=Options(steps=2, lr=1e-9, warmup=0, seed=5),
@@ -155,7 +143,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_can_be_continued(dense_model, 
 # ---- what is refused
 
 
-def test_models_that_cannot_be_rounded_are_refused(model, dense_model, loras, monkeypatch):
+def test_models_that_cannot_be_rounded_are_refused(model, dense_model, home, monkeypatch):
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(FileRefused, match="is quantized, and rounding .* Load Diffusion Model"):
         intlora_training.run(job(model, base=EIGHT))
@@ -179,8 +167,8 @@ def test_models_that_cannot_be_rounded_are_refused(model, dense_model, loras, mo
         intlora_training.run(job(dense_model, base=EIGHT))
 
 
-def test_a_file_goes_onto_its_own_model_alone(model, dense_model, loras):
-    done, _ = trained(dense_model, loras, base=EIGHT, variant="mul", **SHORT)
+def test_a_file_goes_onto_its_own_model_alone(model, dense_model, home):
+    done, _ = trained(dense_model, home, base=EIGHT, variant="mul", **SHORT)
     with pytest.raises(FileRefused, match="is quantized, and rounding"):
         apply_beside(model, done.name, 1.0)
     with pytest.raises(FileRefused, match="no 4-bit weights to merge it into; set mode to branch"):
@@ -203,8 +191,8 @@ def test_a_file_goes_onto_its_own_model_alone(model, dense_model, loras):
     assert not dense_model.patches
 
 
-def test_an_adapter_of_integers_is_refused_on_16_bits(model, dense_model, loras):
-    done, _ = trained(model, loras, **SHORT)
+def test_an_adapter_of_integers_is_refused_on_16_bits(model, dense_model, home):
+    done, _ = trained(model, home, **SHORT)
     with pytest.raises(FileRefused, match="in 16 bits"):
         apply_beside(dense_model, done.name, 1.0)
     with pytest.raises(FileRefused, match="acts on the integers of a 4-bit model"):
@@ -213,9 +201,9 @@ def test_an_adapter_of_integers_is_refused_on_16_bits(model, dense_model, loras)
         )
 
 
-def test_a_file_of_missing_layers_is_refused(dense_model, loras):
-    done, adapter = trained(dense_model, loras, base=EIGHT, variant="mul", **SHORT)
-    path = loras / done.name
+def test_a_file_of_missing_layers_is_refused(dense_model, home):
+    done, adapter = trained(dense_model, home, base=EIGHT, variant="mul", **SHORT)
+    path = home / done.name
     renamed = {f"other.{name}": layer for name, layer in adapter.layers.items()}
     file.save(type(adapter)(renamed, adapter.facts), path)
     with pytest.raises(FileRefused, match="rounds the layer other.*lacks it"):

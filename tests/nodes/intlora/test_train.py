@@ -7,7 +7,6 @@ import dataclasses
 import gc
 
 import comfy.model_management
-import folder_paths
 import pytest
 import torch
 
@@ -26,17 +25,6 @@ from nibble.quant.training.loop import Options
 from training_runs import Stop, caption, latents
 
 
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """ComfyUI's IntLoRA folder, empty."""
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"})
-    )
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
-
-
 def session_of(model, work, settings=FP32, **data):
     pictures = dataset.dataset_of(
         model, data.get("latents", [latents()]), data.get("positive", [[caption()]])
@@ -53,10 +41,10 @@ def session_of(model, work, settings=FP32, **data):
 # ---- what it does
 
 
-def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
+def test_it_learns_and_the_file_holds_what_was_learned(model, home):
     one, long = {"latents": [latents(1)]}, {"steps": 24, "warmup": 0}
-    idle, _ = trained(model, loras, filename="idle", options=Options(lr=1e-9, **long), **one)
-    done, adapter = trained(model, loras, options=Options(lr=2e-2, **long), **one)
+    idle, _ = trained(model, home, filename="idle", options=Options(lr=1e-9, **long), **one)
+    done, adapter = trained(model, home, options=Options(lr=2e-2, **long), **one)
     assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:]), "the same pictures, times and noise"
     bases = Bases(model)
     assert adapter.layers.keys() == {
@@ -65,7 +53,7 @@ def test_it_learns_and_the_file_holds_what_was_learned(model, loras):
     file.check_bases(adapter, bases, done.name)
     assert done.steps == adapter.facts["steps"] == 24
     assert done.name in files.adapter_files()
-    assert not list(loras.glob("*.state*"))
+    assert not list(home.glob("*.state*"))
     assert done.lora.keys() == {
         f"diffusion_model.{name}.{part}"
         for name in adapter.layers
@@ -124,9 +112,9 @@ def test_pictures_of_one_prompt_go_together_and_every_other_keeps_its_own(model)
 
 
 @pytest.mark.parametrize("variant", ["mul", "shift"])
-def test_the_paper_s_variants_train_too(model, loras, variant):
+def test_the_paper_s_variants_train_too(model, home, variant):
     done, adapter = trained(
-        model, loras, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0)
+        model, home, variant=variant, options=Options(steps=3, lr=1e-2, warmup=0)
     )
     assert {layer.rule.NAME for layer in adapter.layers.values()} == {variant}
     assert len(set(done.losses)) == 3
@@ -135,17 +123,17 @@ def test_the_paper_s_variants_train_too(model, loras, variant):
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD", "RMSprop"])
-def test_other_optimizers_stop_and_go_on_as_well(model, loras, monkeypatch, optimizer):
+def test_other_optimizers_stop_and_go_on_as_well(model, home, monkeypatch, optimizer):
     options = Options(steps=4, lr=1e-2, warmup=0, optimizer=optimizer)
-    _, whole = trained(model, loras, options=options)
+    _, whole = trained(model, home, options=options)
     stopping_at(monkeypatch, 2)
     with pytest.raises(Stop):
         intlora_training.run(job(model, filename="stopped", options=options))
-    assert same(trained(model, loras, filename="stopped", options=options)[1], whole)
+    assert same(trained(model, home, filename="stopped", options=options)[1], whole)
 
 
-def test_modulation_is_trained_when_asked_for(model, loras):
-    _, adapter = trained(model, loras, layers=("*mod*",))
+def test_modulation_is_trained_when_asked_for(model, home):
+    _, adapter = trained(model, home, layers=("*mod*",))
     assert adapter.layers and all("mod" in name for name in adapter.layers)
 
 
@@ -160,9 +148,9 @@ def test_every_loss_is_finite_and_different(model, loss):
 # ---- memory, previews, checkpointing
 
 
-def test_checkpointing_and_previews_change_no_number(model, loras):
-    plain, first = trained(model, loras, settings=dataclasses.replace(FP32, checkpointing=False))
-    twice, second = trained(model, loras, filename="b", preview_every=2)
+def test_checkpointing_and_previews_change_no_number(model, home):
+    plain, first = trained(model, home, settings=dataclasses.replace(FP32, checkpointing=False))
+    twice, second = trained(model, home, filename="b", preview_every=2)
     assert plain.losses == twice.losses
     assert same(first, second)
 
@@ -207,7 +195,7 @@ def weights_of(model) -> dict:
 
 
 @pytest.mark.parametrize("how", ["done", "stopped", "failed"])
-def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
+def test_the_model_and_comfyui_are_as_before(model, home, monkeypatch, how):
     comfy.model_management.load_models_gpu([model])
     before, modules = weights_of(model), dict(model.model.diffusion_model.named_modules())
     wrappers = copy.deepcopy(model.wrappers)
@@ -243,30 +231,30 @@ def test_the_model_and_comfyui_are_as_before(model, loras, monkeypatch, how):
         "the copy is unloaded"
     )
     assert torch.is_grad_enabled()
-    assert not list(loras.glob("*.partial"))
+    assert not list(home.glob("*.partial"))
 
 
-def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, loras):
+def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(quantized_file, home):
     with torch.inference_mode():
         model = loading.load(quantized_file)
         comfy.model_management.load_models_gpu([model])
         data, words = latents(), caption()
-        done, adapter = trained(model, loras, latents=[data], positive=[[words]])
+        done, adapter = trained(model, home, latents=[data], positive=[[words]])
         comfy.model_management.load_models_gpu([model])  # it was unloaded outside of inference mode
         x = torch.randn(3, 128)
         assert model.model.diffusion_model.double_blocks[0].img_attn.qkv(x).shape == (3, 384)
-    fresh, again = trained(model, loras, filename="again")
+    fresh, again = trained(model, home, filename="again")
     assert done.losses == fresh.losses
     assert same(adapter, again)
 
 
-def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, loras):
-    done, _ = trained(model, loras)
+def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model, home):
+    done, _ = trained(model, home)
     patched = apply_beside(model, done.name, 3.0)
     more, adapter = trained(
-        patched, loras, filename="more", options=Options(steps=4, lr=1e-9, warmup=0)
+        patched, home, filename="more", options=Options(steps=4, lr=1e-9, warmup=0)
     )
-    plain, _ = trained(model, loras, filename="plain", options=Options(steps=4, lr=1e-9, warmup=0))
+    plain, _ = trained(model, home, filename="plain", options=Options(steps=4, lr=1e-9, warmup=0))
     assert more.losses != plain.losses, "it trains beside the model as it was connected"
     file.check_bases(adapter, Bases(model), more.name)
 
@@ -293,19 +281,19 @@ def test_loras_that_are_on_the_model_stay_and_the_file_belongs_to_the_base(model
         ({"existing": "gone.intlora.safetensors"}, "gone.intlora.safetensors is not in"),
     ],
 )
-def test_wrong_inputs_are_refused_in_words(model, loras, monkeypatch, changes, said):
+def test_wrong_inputs_are_refused_in_words(model, home, monkeypatch, changes, said):
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises((ValueError, FileRefused), match=said):
         intlora_training.run(job(model, **changes))
-    assert not list(loras.iterdir())
+    assert not list(home.iterdir())
 
 
-def test_a_16_bit_model_is_refused_with_the_fix(dense_model, loras):
+def test_a_16_bit_model_is_refused_with_the_fix(dense_model, home):
     with pytest.raises(FileRefused, match="in 16 bits and has no integers .* Load SVDQuant Model"):
         intlora_training.run(job(dense_model))
 
 
-def test_a_model_that_cannot_be_loaded_again_is_refused(model, loras):
+def test_a_model_that_cannot_be_loaded_again_is_refused(model, home):
     model.cached_patcher_init = None
     with pytest.raises(
         FileRefused, match="cannot load it a second time; connect Load SVDQuant Model"

@@ -2,12 +2,10 @@
 twice.
 """
 
-import folder_paths
 import pytest
 import torch
 
 from intlora_training_runs import job, same, stopping_at, trained
-from nibble.nodes.bridge.intlora import files
 from nibble.nodes.bridge.intlora import train as intlora_training
 from nibble.nodes.bridge.training import dataset
 from nibble.nodes.bridge.training import session as training
@@ -17,33 +15,22 @@ from nibble.quant.training.loop import Options
 from training_runs import Stop, latents
 
 
-@pytest.fixture
-def loras(tmp_path, monkeypatch):
-    """ComfyUI's IntLoRA folder, empty."""
-    monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"})
-    )
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(files.FOLDER, None)
-
-
-def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, loras, monkeypatch):
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(model, home, monkeypatch):
     options = Options(steps=6, lr=5e-3)
-    whole, wanted = trained(model, loras, options=options)
+    whole, wanted = trained(model, home, options=options)
     for stop in (2, 3):
         stopping_at(monkeypatch, stop)
         with pytest.raises(Stop):
             intlora_training.run(job(model, filename="stopped", options=options))
-        assert [path.name for path in loras.glob("stopped*")] == ["stopped.intlora.state"]
+        assert [path.name for path in home.glob("stopped*")] == ["stopped.intlora.state"]
     stopping_at(monkeypatch, 0)
-    done, found = trained(model, loras, filename="stopped", options=options)
+    done, found = trained(model, home, filename="stopped", options=options)
     assert done.losses == whole.losses
     assert same(found, wanted)
-    assert not list(loras.glob("*.state"))
+    assert not list(home.glob("*.state"))
 
 
-def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, monkeypatch):
+def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, home, monkeypatch):
     stopping_at(monkeypatch, 2)
     with pytest.raises(Stop):
         intlora_training.run(job(model))
@@ -52,12 +39,12 @@ def test_a_stopped_run_of_other_pictures_is_refused_or_forgotten(model, loras, m
         FileRefused, match="mine.intlora.state belongs to a training run with other options"
     ):
         intlora_training.run(job(model, latents=[latents(seed=9)]))
-    done, _ = trained(model, loras, latents=[latents(seed=9)], overwrite=True)
+    done, _ = trained(model, home, latents=[latents(seed=9)], overwrite=True)
     assert len(done.losses) == 4
 
 
-def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
-    done, _ = trained(model, loras)
+def test_a_run_that_is_done_is_not_done_again(model, home, monkeypatch):
+    done, _ = trained(model, home)
     monkeypatch.setattr(training, "run", lambda *_: pytest.fail("trained again"))
     again = intlora_training.run(job(model))
     assert again.name == done.name
@@ -68,11 +55,11 @@ def test_a_run_that_is_done_is_not_done_again(model, loras, monkeypatch):
         intlora_training.run(job(model, rank=2))
 
 
-def test_an_adapter_is_trained_further(model, loras):
-    done, first = trained(model, loras)
+def test_an_adapter_is_trained_further(model, home):
+    done, first = trained(model, home)
     more, second = trained(
         model,
-        loras,
+        home,
         filename="more",
         existing=done.name,
         options=Options(steps=2, lr=1e-9, warmup=0),
@@ -88,7 +75,7 @@ def test_an_adapter_is_trained_further(model, loras):
         intlora_training.run(job(model, filename="other", existing=done.name, rank=2))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, loras, monkeypatch):
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, home, monkeypatch):
     plain, calls = dataset.LOSSES["MSE"], []
 
     def spoilt(*values):
@@ -104,14 +91,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(model, l
         ),
     ):
         intlora_training.run(job(model))
-    done, adapter = trained(model, loras, options=Options(steps=4, lr=1e-3, warmup=0))
+    done, adapter = trained(model, home, options=Options(steps=4, lr=1e-3, warmup=0))
     assert len(done.losses) == 4
     assert len(calls) == 5
     assert all(layer.factors.delta().isfinite().all() for layer in adapter.layers.values())
 
 
-def test_a_second_run_is_refused_at_its_start_and_a_late_file_is_kept(model, loras, monkeypatch):
-    target = loras / "mine.intlora.safetensors"
+def test_a_second_run_is_refused_at_its_start_and_a_late_file_is_kept(model, home, monkeypatch):
+    target = home / "mine.intlora.safetensors"
     with (
         atomic.exclusive(target),
         pytest.raises(FileRefused, match="mine.intlora.safetensors is being written by another"),
@@ -130,17 +117,17 @@ def test_a_second_run_is_refused_at_its_start_and_a_late_file_is_kept(model, lor
     assert target.read_bytes() == b"another program's"
     target.unlink()
     monkeypatch.setattr(training, "run", real)
-    kept = (loras / "mine.intlora.state").read_bytes()
-    done, _ = trained(model, loras)
+    kept = (home / "mine.intlora.state").read_bytes()
+    done, _ = trained(model, home)
     # killed between the file's renaming and the state's removal
-    (loras / "mine.intlora.state").write_bytes(kept)
+    (home / "mine.intlora.state").write_bytes(kept)
     assert intlora_training.run(job(model)).losses == pytest.approx(done.losses, rel=1e-5)
-    assert [path.name for path in loras.iterdir()] == [target.name]
+    assert [path.name for path in home.iterdir()] == [target.name]
 
 
-def test_a_full_disk_is_told_before_the_first_step(model, loras, monkeypatch):
+def test_a_full_disk_is_told_before_the_first_step(model, home, monkeypatch):
     full = type("Usage", (), {"free": 10})()
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: full)
     with pytest.raises(FileRefused, match=r"The disk of .* is full: mine.intlora.state needs"):
         intlora_training.run(job(model))
-    assert not list(loras.iterdir())
+    assert not list(home.iterdir())
