@@ -122,7 +122,7 @@ class Device:
 class CubinModule:
     """See the module's docstring. cuda, package: others in tests."""
 
-    ABI = 4
+    ABI = 5
     DEVICES = ("cuda",)
 
     def __init__(
@@ -235,8 +235,10 @@ class CubinModule:
         m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
         ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
         shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
-        shared |= {"act_unsigned": get("act_unsigned"), "q": scratch, "ascales": ascales, "h": h}
-        quantizer = {name: get(name) for name in ("x", "x_dtype", "smooth", "proj_down", "rotate")}
+        shared |= {name: get(name) for name in ("act_unsigned", "unsigned_from")}
+        shared |= {"q": scratch, "ascales": ascales, "h": h}
+        quantizer = {name: get(name) for name in ("x", "x_stride", "x_dtype", "smooth")}
+        quantizer |= {name: get(name) for name in ("proj_down", "rotate")}
         product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
         product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
         first = structs.QuantizeDown(**shared, **quantizer)

@@ -193,7 +193,9 @@ def hopper(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         grid = (min(up(blocks, 256), 16 * gpu.multiprocessors), 1)
         addresses = (ctypes.c_void_p(op.q), ctypes.c_void_p(op.workspace))
         kernel = kernels.widen(_sign(op.act_unsigned))
-        launches.append(Launch(kernel, grid, 256, 0, (*addresses, ctypes.c_int64(blocks))))
+        across = (ctypes.c_int(op.K // 32), ctypes.c_int(op.unsigned_from // 32))
+        sizes = (ctypes.c_int64(blocks), *across)
+        launches.append(Launch(kernel, grid, 256, 0, (*addresses, *sizes)))
         codes = op.workspace
     blocks, tokens = hopper_tile(op.M, op.N, gpu.multiprocessors)
     return [*launches, hopper_product(op, codes, (blocks, tokens), gpu)]

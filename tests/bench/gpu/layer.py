@@ -125,10 +125,10 @@ class Steps:
         self._quantize = (
             quantizer_arguments(params.quantizer, codes)
             | activations
-            | {"x": x.data_ptr(), "x_dtype": kind}
+            | {"x": x.data_ptr(), "x_stride": k, "x_dtype": kind}
         )
         self._product = (
-            product_arguments(params.product, codes, case.act_unsigned)
+            product_arguments(params.product, codes, (case.act_unsigned, 0))
             | activations
             | {"out": self.out.data_ptr(), "out_dtype": kind}
             | {"workspace": work, "workspace_size": needed}

@@ -235,8 +235,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>)
         copy_async_commit();
         const int present = left < STEP<Mma> ? left : STEP<Mma>;
 #pragma unroll 1
-        for (int s = 0; s < present; s++)
-            multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        for (int s = 0; s < present; s++) {
+            if (Unsigned && groups - left + s < int(op.unsigned_from / GROUP))
+                multiply_group<Mma, Tp, Rows, false>(sums, ring[full][s], row, column, lane);
+            else
+                multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        }
         if (ahead > 0) loader.land(ring[empty]);
         empty = full;
         full = full + 1 == DEPTH ? 0 : full + 1;
