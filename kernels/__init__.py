@@ -13,6 +13,7 @@ why. `environment` tells what a machine has; `optional` imports what can be done
 """
 
 from .ops import (
+    fuses_mlp,
     gemm_vq,
     gemm_w4a4_up,
     gemm_w4a4_up_gelu_quantize_down,
@@ -31,6 +32,7 @@ from .reference import GROUP, SHIFT, hadamard64
 __all__ = [
     "GROUP",
     "SHIFT",
+    "fuses_mlp",
     "gemm_vq",
     "gemm_w4a16",
     "gemm_w4a4_up",

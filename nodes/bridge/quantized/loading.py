@@ -20,7 +20,7 @@ from ....quant.interop.opening import OpenedFiles, method_of
 from ....quant.weights.delta import SIDE
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
-from . import layouts, lora, modulation
+from . import layouts, lora, mlp, modulation
 from .linear import NibbleOperations
 
 MODULATION = ("vram", "ram")
@@ -91,6 +91,7 @@ def load(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
     _check_complete(patcher, file)
+    mlp.fuse(patcher.model.diffusion_model)
     if modulation_in == "ram":
         modulation.keep_in_ram(patcher)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
