@@ -26,7 +26,7 @@ def describe(shape: tuple[int, int, int] = ops.TYPICAL) -> dict:
     """Facts and, for every op, device and dtype, its backend with path and reason for a layer of
     `shape` (M, N, K). Plain JSON.
     """
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices = _devices()
     rows = []
     for op in ops.SCHEMAS:
         asked = (1, *shape[1:]) if op == "gemv_w4a16" else shape  # one token: what a gemv is for
@@ -103,8 +103,29 @@ def _facts() -> dict[str, str]:
             "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
         )
     facts[native.MODULE] = _extension()
+    for device in _devices():
+        facts[f"way on {device}"] = way(torch.device(device))
     facts["comfy_kitchen"] = _version("comfy-kitchen")
     return facts
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+
+
+def way(device: torch.device) -> str:
+    """How a device comes by compiled kernels, in one line: the extension, cubins of the package,
+    cubins compiled here; and why not a way before that one.
+    """
+    served, why = native.serving(device)
+    if served is None:
+        return f"no compiled kernels: {why}"
+    extension, reason = native.module()
+    if served is extension:
+        return f"extension: {reason}"
+    if extension is not None:
+        reason = f"{native.MODULE} was built for {' and '.join(extension.DEVICES)}"
+    return f"cubins: {served.on(native.index_of(device)).way}; {reason}"
 
 
 def _extension() -> str:

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from emulator import build, emulated
-from nibble.kernels.backends.cubins import kernels, plans, structs
+from nibble.kernels.backends.cubins import kernels, plans, plans_w16, structs
 from nibble.kernels.backends.cubins.plans import Gpu, Matrix
 
 if unavailable := build.unavailable():
@@ -114,7 +114,8 @@ def fields_of(struct: ctypes.Structure) -> dict:
 
 
 TILINGS = {
-    name: ", ".join(map(str, tiling)) for name, tiling in {**plans._W4A16, **plans._VQ}.items()
+    name: ", ".join(map(str, tiling))
+    for name, tiling in {**plans_w16._W4A16, **plans_w16._VQ}.items()
 }
 
 
@@ -196,8 +197,8 @@ def test_quantizer(gpu):
 def test_w4a16(gpu):
     for (m, n, k), x, param in itertools.product(SHAPES, (0, 1, 2), (1, 2)):
         op = fill(structs.W4A16(), M=m, N=n, K=k, x_dtype=x, param_dtype=param)
-        compare("gemm_w4a16", plans.w4a16, op, gpu)
-        known(gpu, plans.w4a16, op)
+        compare("gemm_w4a16", plans_w16.w4a16, op, gpu)
+        known(gpu, plans_w16.w4a16, op)
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
@@ -206,9 +207,9 @@ def test_codebooks(gpu):
     for (m, n, k), x, (bits, vector) in itertools.product(SHAPES, (0, 1, 2), layouts):
         op = fill(structs.GemmVQ(), M=m, N=n, K=k, bits=bits, vector=vector, x_dtype=x, out_dtype=x)
         op.codebook_dtype, op.addend_dtype, op.param_dtype = 1, x, 2
-        compare("gemm_vq", plans.gemm_vq, op, gpu)
+        compare("gemm_vq", plans_w16.gemm_vq, op, gpu)
         if (bits, vector) in kernels.VQ_LAYOUTS:
-            known(gpu, plans.gemm_vq, op)
+            known(gpu, plans_w16.gemm_vq, op)
 
 
 def test_refusals_are_the_same():
@@ -220,6 +221,6 @@ def test_refusals_are_the_same():
     op = fill(structs.QuantizeDown(), M=4, K=64, R=0, param_dtype=1, codes=structs.E4M3)
     compare("quantize_down", plans.quantize_down, op, gpu)
     op = fill(structs.W4A16(), M=4, N=128, K=64, param_dtype=0)
-    compare("gemm_w4a16", plans.w4a16, op, gpu)
+    compare("gemm_w4a16", plans_w16.w4a16, op, gpu)
     op = fill(structs.GemmVQ(), M=4, N=128, K=64, bits=8, vector=4, codebook_dtype=2)
-    compare("gemm_vq", plans.gemm_vq, op, gpu)
+    compare("gemm_vq", plans_w16.gemm_vq, op, gpu)

@@ -213,6 +213,7 @@ def test_what_is_missing_is_compiled_once_and_kept(tmp_path, monkeypatch):
     fake = FakeDriver(89)
     module = module_of(fake, library.Package(tmp_path / "none"))
     assert module.on(0).origin.startswith("89, compiled here by NVRTC ")
+    assert module.on(0).way.endswith("; the package carries no cubins")
     kept = list(library.cache_folder().iterdir())
     assert len(kept) == 1 and fake.loads[0][1].startswith(b"\x7fELF")
 

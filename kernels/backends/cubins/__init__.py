@@ -6,8 +6,10 @@ torch's CUDA wheels bring, once, into a cache on disk.
 
 module     the interface of `nibble_kernels`, for GPUs
 plans      an op's struct -> the kernels to start: which instance, grid, threads, shared memory
+plans_w16  the same for activations of 16 bits
 structs    the structs of csrc/nibble.h
 kernels    every instance, and for which architectures it is built
+wanted     those that a model can ask for
 library    where a cubin comes from: the package, the cache, NVRTC; with the reason in words
 nvrtc      CUDA C++ -> cubin, by NVRTC
 driver     libcuda: devices, modules, launches

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from . import driver, kernels, library, nvrtc, plans, structs
+from . import driver, kernels, library, nvrtc, plans, plans_w16, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
 from .structs import E4M3, PACKED
@@ -48,13 +48,16 @@ class Device:
         self.context = cuda.context(index)
         self._functions: dict[Kernel, tuple[ctypes.c_void_p, int]] = {}
         self._lock = threading.Lock()
+        self.passed_over: list[str] = []
         self.arch, self.packaged = self._chosen()
 
     def _chosen(self) -> tuple[str, bool]:
-        """(architecture, whether its cubins are the package's)."""
+        """(architecture, whether its cubins are the package's); why not a way before that one is
+        in `passed_over`.
+        """
         wanted = kernels.architecture(self.gpu.capability)
         own = str(self.gpu.capability) if wanted == kernels.PTX else wanted
-        reasons = []
+        reasons = self.passed_over
         for arch, packaged in ((wanted, True), (own, False), (kernels.PTX, True)):
             if packaged and not self.package.has(arch):
                 why = self.package.absent or f"the package has no cubins for {arch}"
@@ -78,6 +81,11 @@ class Device:
             return f"{self.arch} of the package ({self.package.manifest['compiler']})"
         major, minor = nvrtc.version()
         return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
+
+    @property
+    def way(self) -> str:
+        """`origin`, and why not a way before it."""
+        return "; ".join([self.origin, *self.passed_over])
 
     def cubin(self, kernel: Kernel) -> library.Cubin:
         """A kernel's code; what the package has not (another GPU's path) is compiled. Raises
@@ -109,14 +117,31 @@ class Device:
     def prepare(
         self, wanted: Iterable[Kernel], said: Callable[[int, int, str], None] | None = None
     ) -> None:
-        """Has kernels compiled side by side before they are needed; `said`: done, all, name."""
-        missing = [kernel for kernel in wanted if kernel not in self._functions]
+        """Has kernels compiled side by side before they are needed; `said`: done, all, name. What
+        it raises ends the work, after the kernels that are under way.
+        """
+        missing = self.missing(wanted)
         with ThreadPoolExecutor(4) as pool:
             tasks = {pool.submit(self.cubin, kernel): kernel for kernel in missing}
-            for done, task in enumerate(as_completed(tasks), 1):
-                task.result()
-                if said:
-                    said(done, len(missing), tasks[task].name)
+            try:
+                if said and missing:
+                    said(0, len(missing), missing[0].name)
+                for done, task in enumerate(as_completed(tasks), 1):
+                    task.result()
+                    if said:
+                        said(done, len(missing), tasks[task].name)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def missing(self, wanted: Iterable[Kernel]) -> list[Kernel]:
+        """Those that would have to be compiled; none where nothing can be."""
+        if library.why_not_compile(self.arch):
+            return []
+        return [kernel for kernel in wanted if not self._is_at_hand(kernel)]
+
+    def _is_at_hand(self, kernel: Kernel) -> bool:
+        packaged = self.packaged and self.package.lists(kernel, self.arch)
+        return packaged or kernel in self._functions or library.is_cached(kernel, self.arch)
 
 
 class CubinModule:
@@ -248,13 +273,13 @@ class CubinModule:
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans.w4a16(structs.W4A16(**fields), there.gpu), stream)
+        there.start(plans_w16.w4a16(structs.W4A16(**fields), there.gpu), stream)
 
     gemm_w4a16 = gemv_w4a16
 
     def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
+        there.start(plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
 
 
 _OF_SECOND = {name for name, _ in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}

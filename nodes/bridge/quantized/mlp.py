@@ -66,7 +66,12 @@ def _fused(base: type[nn.Module]) -> type[nn.Module]:
         operands, flags = zip(*(_operands(linear, x) for linear in (first, second)), strict=True)
         return kernels.mlp_w4a4(x, *operands, *flags[0], *flags[1])
 
-    return type(f"Fused{base.__name__}", (base,), {"forward": forward, "__doc__": __doc__})
+    return type(f"Fused{base.__name__}", (base,), {"forward": forward, "runs_as_one_op": True})
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module got its new class."""
+    return getattr(type(module), "runs_as_one_op", False)
 
 
 def _runs_fused(first: nn.Module, act: nn.Module, second: nn.Module, x: torch.Tensor) -> bool:

@@ -34,19 +34,15 @@ def ran(patcher, calls) -> bool:
     """Whether every MLP ran through the op; a run of both or of neither."""
     calls.clear()
     run(patcher)
-    expected = len([m for m in patcher.model.diffusion_model.modules() if is_fused(m)])
+    expected = len([m for m in patcher.model.diffusion_model.modules() if mlp.is_fused(m)])
     assert len(calls) in (0, expected) and expected
     return bool(calls)
-
-
-def is_fused(module) -> bool:
-    return type(module).__name__.startswith("Fused")
 
 
 @pytest.mark.parametrize("name", MLPS)
 def test_an_mlp_is_still_a_sequential_of_its_children(model, name):
     module = model.model.diffusion_model.get_submodule(name)
-    assert is_fused(module) and isinstance(module, torch.nn.Sequential)
+    assert mlp.is_fused(module) and isinstance(module, torch.nn.Sequential)
     assert [key for key, _ in module.named_children()] == ["0", "1", "2"]
 
 
@@ -161,7 +157,7 @@ def test_state_dicts_and_reloading_are_as_before(quantized_file):
     plain, fused = loading.load(quantized_file), loading.load(quantized_file)
     assert list(plain.model.state_dict()) == list(fused.model.state_dict())
     clone = fused.clone(force_deepcopy=True)
-    assert is_fused(clone.model.diffusion_model.get_submodule(MLPS[0]))
+    assert mlp.is_fused(clone.model.diffusion_model.get_submodule(MLPS[0]))
 
 
 def test_other_sequentials_are_left_alone(model):
