@@ -113,7 +113,8 @@ class W4A4Params(NamedTuple):
 
     @property
     def quantizer(self) -> QuantizeParams:
-        return QuantizeParams(*self[2:4], *self[6:])
+        flags = (self.act_unsigned, self.rotation, self.unsigned_from)
+        return QuantizeParams(self.smooth_factor, self.proj_down, *flags)
 
     @property
     def product(self) -> ProductParams:

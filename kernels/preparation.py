@@ -63,5 +63,15 @@ def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind |
     brought_to = native.serves(PARTS[layer.op], device, dtype, tuple(layer.parameters))[0]
     if brought_to is None:
         return None
-    options = (layer.act_unsigned, layer.rotated, layer.bits, layer.vector)
-    return LayerKind(layer.op, *layer.shape, layer.rank, native.DTYPES[brought_to], *options)
+    n, k = layer.shape
+    return LayerKind(
+        layer.op,
+        n,
+        k,
+        layer.rank,
+        native.DTYPES[brought_to],
+        layer.act_unsigned,
+        layer.rotated,
+        layer.bits,
+        layer.vector,
+    )

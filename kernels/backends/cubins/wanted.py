@@ -6,6 +6,7 @@ kernel runs what.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ def _launches(layer: LayerKind, m: int, x_dtype: int, gpu: Gpu) -> list[Launch]:
 
 def _w4a4(
     layer: LayerKind, m: int, x_dtype: int, gpu: Gpu
-) -> tuple[structs.QuantizeDown, structs.GemmW4A4Up]:
+) -> tuple[ctypes.Structure, ctypes.Structure]:
     shared = {"M": m, "K": layer.k, "R": layer.rank, "param_dtype": layer.param_dtype}
     shared |= {"codes": E4M3 if gpu.hopper else PACKED, "act_unsigned": layer.act_unsigned}
     quantizer = structs.QuantizeDown(**shared, x_dtype=x_dtype, rotate=layer.rotated)
@@ -77,11 +78,11 @@ def _w4a4(
     return quantizer, product
 
 
-def _w4a16(layer: LayerKind, m: int, x_dtype: int) -> structs.W4A16:
+def _w4a16(layer: LayerKind, m: int, x_dtype: int) -> ctypes.Structure:
     return structs.W4A16(M=m, N=layer.n, K=layer.k, x_dtype=x_dtype, param_dtype=layer.param_dtype)
 
 
-def _vq(layer: LayerKind, m: int, x_dtype: int) -> structs.GemmVQ:
+def _vq(layer: LayerKind, m: int, x_dtype: int) -> ctypes.Structure:
     return structs.GemmVQ(
         M=m,
         N=layer.n,
