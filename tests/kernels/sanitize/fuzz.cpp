@@ -75,8 +75,7 @@ void fuzz_quantize(Target target) {
     const int64_t from = act_unsigned && coin() ? GROUP * any(0, K / GROUP - 1) : 0;
     Floats x(any_dtype(), M * K), smooth(any_dtype(), K), down(smooth.dtype, K * R);
     x.fill(pick({0.0, 1e-39, 1e-6, 1.0, 300.0}));
-    smooth.fill(0.3, pick({1.0, -1.0, 4.0}));
-    down.fill(0.1);
+    smooth.fill(0.3, pick({1.0, -1.0, 4.0})), down.fill(0.1);
     for (int64_t k = 0; k < K; ++k)
         if (std::fabs(smooth[k]) < 0.01) smooth.set(k, 1);
     if (M && coin())

@@ -3,10 +3,12 @@ picture stays what it was. The CPU stands for a GPU here.
 """
 
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 from comfy.ldm.wan.model import WanFeedForward
 
+from checkout import ROOT
 from flux_runs import decibels, little_for_weights, loaded, run, sampled
 from nibble import kernels
 from nibble.nodes.bridge.quantized import loading, mlp
@@ -170,3 +172,22 @@ def test_other_sequentials_are_left_alone(model):
     ]
     assert mlp.fuse(torch.nn.ModuleList(others)) == 0
     assert mlp.fuse(torch.nn.ModuleList([WanFeedForward(linear, gelu, linear)])) == 1
+
+
+def test_the_trained_demo_draws_as_well(tmp_path, monkeypatch, calls):
+    """As near to the 16-bit picture as layer by layer, and nearer to that one's."""
+    from nibble.quant.svdquant.quantize import quantize_checkpoint
+    from nibble.quant.svdquant.recipe import Recipe
+
+    source = ROOT / "demo" / "weights" / "flux-demo.safetensors"
+    recipe = Recipe.from_preset("fast", rank=16, rotation="off", solver="svd")
+    quantize_checkpoint(source, tmp_path / "demo.safetensors", recipe)
+    patcher = loading.load(tmp_path / "demo.safetensors")
+    fused = sampled(patcher)
+    assert calls
+    monkeypatch.setattr(mlp, "gains", lambda device: False)
+    plain = sampled(patcher)
+    exact = sampled(comfy.sd.load_diffusion_model(str(source)))
+    errors = [(exact - picture).norm() for picture in (fused, plain)]
+    assert errors[0] < 1.1 * errors[1]
+    assert (fused - plain).norm() < 0.5 * errors[1]
