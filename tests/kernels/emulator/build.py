@@ -147,10 +147,12 @@ def load(sanitized: Sequence[str] = ()) -> ctypes.CDLL:
 
 
 def asan() -> str:
-    """Path of libasan, to be preloaded by a process that runs the sanitized library."""
-    return subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    """What a process that runs the sanitized library must preload: libasan, and the C++ library,
+    whose exceptions it would not find where Python loads that later.
+    """
+    commands = (["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so.6"))
+    found = (subprocess.run(c, capture_output=True, text=True, check=True) for c in commands)
+    return " ".join(done.stdout.strip() for done in found)
 
 
 if __name__ == "__main__":
