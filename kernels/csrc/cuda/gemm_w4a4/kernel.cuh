@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>)
         const int present = left < STEP<Mma> ? left : STEP<Mma>;
 #pragma unroll 1
         for (int s = 0; s < present; s++) {
-            if (Unsigned && groups - left + s < int(op.unsigned_from / GROUP))
+            // Counted from the end: a counter from the beginning is a register more.
+            if (Unsigned && (left - s) * GROUP > int(op.K) - int(op.unsigned_from))
                 multiply_group<Mma, Tp, Rows, false>(sums, ring[full][s], row, column, lane);
             else
                 multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
