@@ -36,7 +36,7 @@ from ..reference import GROUP
 from . import cubins
 
 MODULE = "nibble_kernels"
-ABI = 4
+ABI = 5
 OPS = (
     "quantize_down",
     "gemm_w4a4_up",
@@ -61,6 +61,8 @@ slower than 16-bit ones: B300.
 """
 ALIGNMENT = 16
 """Bytes that kernels load and store at once."""
+WIDEST = 2**26
+"""Elements that rows of x may lie apart."""
 
 log = logging.getLogger("nibble")
 
@@ -245,6 +247,20 @@ def dense(tensor: Tensor) -> Tensor:
     """Contiguous and aligned: the tensor itself where it is so already."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`dense`, but that rows of a matrix may lie apart: columns of a wider one are not copied."""
+    if x.dim() == 2 and x.stride(1) == 1 and not x.is_neg() and not x.data_ptr() % ALIGNMENT:
+        apart = x.stride(0)
+        if x.shape[1] <= apart <= WIDEST and apart % 8 == 0:
+            return x
+    return dense(x)
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row of what `dense_rows` gave to the next."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(0)
 
 
 def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,14 +8,18 @@
 namespace nibble {
 
 inline QuantizeDown quantizer(const char* op, int64_t M, int64_t K, int64_t R, Address x,
-                              int x_dtype, Address smooth, Address proj_down, int param_dtype,
-                              bool act_unsigned, bool rotate, int codes, Address q, Address ascales,
+                              int64_t x_stride, int x_dtype, Address smooth, Address proj_down,
+                              int param_dtype, bool act_unsigned, bool rotate,
+                              int64_t unsigned_from, int codes, Address q, Address ascales,
                               Address h) {
     check::sizes(op, {{"M", M}, {"K", K}, {"R", R}});
     check::whole_groups(op, {"K", K});
     check::flags(op, act_unsigned, rotate);
+    check::unsigned_from(op, act_unsigned, unsigned_from, K);
+    check::stride(op, x_stride, K);
     const Codes form = check::codes(op, "codes", codes);
     const int64_t mk = check::product(op, "x", {"M", M}, {"K", K});
+    check::product(op, "x", {"M", M}, {"x_stride", x_stride});
     check::pointer(op, "x", x, mk);
     check::pointer(op, "smooth", smooth, K);
     check::pointer(op, "proj_down", proj_down, check::product(op, "proj_down", {"K", K}, {"R", R}));
@@ -26,12 +30,14 @@ inline QuantizeDown quantizer(const char* op, int64_t M, int64_t K, int64_t R, A
             K,
             R,
             at(x),
+            x_stride,
             check::dtype(op, "x_dtype", x_dtype),
             at(smooth),
             at(proj_down),
             check::dtype(op, "param_dtype", param_dtype),
             act_unsigned,
             rotate,
+            unsigned_from,
             form,
             at(q),
             static_cast<float*>(at(ascales)),
@@ -40,11 +46,12 @@ inline QuantizeDown quantizer(const char* op, int64_t M, int64_t K, int64_t R, A
 
 // Everything of a product but where its result goes: the plain op and the fused one share it.
 inline GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64_t R, int codes,
-                          Address q, bool act_unsigned, Address ascales, Address h,
-                          int64_t h_stride, Address weight, Address weight_scale, Address proj_up,
-                          Address bias, int param_dtype) {
+                          Address q, bool act_unsigned, int64_t unsigned_from, Address ascales,
+                          Address h, int64_t h_stride, Address weight, Address weight_scale,
+                          Address proj_up, Address bias, int param_dtype) {
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}, {"h_stride", h_stride}});
     check::whole_groups(op, {"K", K});
+    check::unsigned_from(op, act_unsigned, unsigned_from, K);
     if (h_stride < R)
         check::refuse(
             op, check::shape({{"h_stride", h_stride}, {"R", R}}) + ": rows of h would overlap");
@@ -63,7 +70,7 @@ inline GemmW4A4Up product(const char* op, int64_t M, int64_t N, int64_t K, int64
     arguments.M = M, arguments.N = N, arguments.K = K, arguments.R = R;
     arguments.codes = check::codes(op, "codes", codes);
     arguments.q = at(q);
-    arguments.act_unsigned = act_unsigned;
+    arguments.act_unsigned = act_unsigned, arguments.unsigned_from = unsigned_from;
     arguments.ascales = static_cast<const float*>(at(ascales));
     arguments.h = static_cast<const float*>(at(h));
     arguments.h_stride = h_stride;

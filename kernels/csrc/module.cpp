@@ -32,27 +32,27 @@ namespace nibble {
 namespace {
 
 void quantize_down(int device, Address stream, int threads, int isa, int64_t M, int64_t K,
-                   int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
-                   int param_dtype, bool act_unsigned, bool rotate, int codes, Address q,
-                   Address ascales, Address h) {
+                   int64_t R, Address x, int64_t x_stride, int x_dtype, Address smooth,
+                   Address proj_down, int param_dtype, bool act_unsigned, bool rotate,
+                   int64_t unsigned_from, int codes, Address q, Address ascales, Address h) {
     constexpr const char* op = "quantize_down";
     const Target place = target_of(op, device, stream, threads, isa);
     const QuantizeDown arguments =
-        quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype, act_unsigned, rotate,
-                  codes, q, ascales, h);
+        quantizer(op, M, K, R, x, x_stride, x_dtype, smooth, proj_down, param_dtype, act_unsigned,
+                  rotate, unsigned_from, codes, q, ascales, h);
     py::gil_scoped_release release;
     NIBBLE_RUN(quantize_down, arguments, place);
 }
 
 void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
-                  int64_t R, int codes, Address q, bool act_unsigned, Address ascales, Address h,
-                  int64_t h_stride, Address weight, Address weight_scale, Address proj_up,
-                  Address bias, int param_dtype, Address out, int out_dtype, Address workspace,
-                  int64_t workspace_size) {
+                  int64_t R, int codes, Address q, bool act_unsigned, int64_t unsigned_from,
+                  Address ascales, Address h, int64_t h_stride, Address weight,
+                  Address weight_scale, Address proj_up, Address bias, int param_dtype, Address out,
+                  int out_dtype, Address workspace, int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up";
     const Target place = target_of(op, device, stream, threads, isa);
-    GemmW4A4Up arguments = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride,
-                                   weight, weight_scale, proj_up, bias, param_dtype);
+    GemmW4A4Up arguments = product(op, M, N, K, R, codes, q, act_unsigned, unsigned_from, ascales,
+                                   h, h_stride, weight, weight_scale, proj_up, bias, param_dtype);
     check::pointer(op, "out", out, M * N);
     check::workspace(op, workspace, workspace_size,
                      workspace_of(Op::gemm_w4a4_up, arguments.codes, place.capability, M, N, K, R));
@@ -65,18 +65,18 @@ void gemm_w4a4_up(int device, Address stream, int threads, int isa, int64_t M, i
 
 void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, int isa, int64_t M,
                                      int64_t N, int64_t K, int64_t R, int codes, Address q,
-                                     bool act_unsigned, Address ascales, Address h,
-                                     int64_t h_stride, Address weight, Address weight_scale,
-                                     Address proj_up, Address bias, int param_dtype, int mid_dtype,
-                                     int64_t R2, Address smooth2, Address proj_down2,
-                                     bool act_unsigned2, bool rotate2, int codes2, Address q2,
-                                     Address ascales2, Address h2, Address workspace,
-                                     int64_t workspace_size) {
+                                     bool act_unsigned, int64_t unsigned_from, Address ascales,
+                                     Address h, int64_t h_stride, Address weight,
+                                     Address weight_scale, Address proj_up, Address bias,
+                                     int param_dtype, int mid_dtype, int64_t R2, Address smooth2,
+                                     Address proj_down2, bool act_unsigned2, bool rotate2,
+                                     int codes2, Address q2, Address ascales2, Address h2,
+                                     Address workspace, int64_t workspace_size) {
     constexpr const char* op = "gemm_w4a4_up_gelu_quantize_down";
     const Target place = target_of(op, device, stream, threads, isa);
     GemmW4A4UpGeluQuantizeDown arguments{};
-    arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, ascales, h, h_stride, weight,
-                              weight_scale, proj_up, bias, param_dtype);
+    arguments.first = product(op, M, N, K, R, codes, q, act_unsigned, unsigned_from, ascales, h,
+                              h_stride, weight, weight_scale, proj_up, bias, param_dtype);
     check::sizes(op, {{"R2", R2}});
     check::whole_groups(op, {"N", N});
     check::flags(op, act_unsigned2, rotate2);
@@ -105,10 +105,11 @@ void gemm_w4a4_up_gelu_quantize_down(int device, Address stream, int threads, in
 // A whole linear: quantize_down and gemm_w4a4_up, with what goes between them in scratch memory. On
 // the CPU `scratch` may be null, and the call then allocates its own.
 void linear_w4a4(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,
-                 int64_t R, Address x, int x_dtype, Address smooth, Address proj_down,
-                 Address weight, Address weight_scale, Address proj_up, Address bias,
-                 int param_dtype, bool act_unsigned, bool rotate, int codes, Address out,
-                 Address scratch, int64_t scratch_size) {
+                 int64_t R, Address x, int64_t x_stride, int x_dtype, Address smooth,
+                 Address proj_down, Address weight, Address weight_scale, Address proj_up,
+                 Address bias, int param_dtype, bool act_unsigned, bool rotate,
+                 int64_t unsigned_from, int codes, Address out, Address scratch,
+                 int64_t scratch_size) {
     constexpr const char* op = "linear_w4a4";
     const Target target = target_of(op, device, stream, threads, isa);
     check::sizes(op, {{"M", M}, {"N", N}, {"K", K}, {"R", R}});
@@ -122,10 +123,11 @@ void linear_w4a4(int device, Address stream, int threads, int isa, int64_t M, in
         check::workspace(op, scratch, scratch_size, layout.bytes);
     }
     const Address ascales = scratch + layout.ascales, h = scratch + layout.h;
-    const QuantizeDown first = quantizer(op, M, K, R, x, x_dtype, smooth, proj_down, param_dtype,
-                                         act_unsigned, rotate, codes, scratch, ascales, h);
-    GemmW4A4Up second = product(op, M, N, K, R, codes, scratch, act_unsigned, ascales, h, R, weight,
-                                weight_scale, proj_up, bias, param_dtype);
+    const QuantizeDown first =
+        quantizer(op, M, K, R, x, x_stride, x_dtype, smooth, proj_down, param_dtype, act_unsigned,
+                  rotate, unsigned_from, codes, scratch, ascales, h);
+    GemmW4A4Up second = product(op, M, N, K, R, codes, scratch, act_unsigned, unsigned_from,
+                                ascales, h, R, weight, weight_scale, proj_up, bias, param_dtype);
     check::pointer(op, "out", out, M * N);
     second.out = at(out);
     second.out_dtype = first.x_dtype;
@@ -251,8 +253,8 @@ bool runs(Isa isa) {
     Target place;
     place.isa = isa;
     try {
-        cpu::quantize_down({1, GROUP, 0, x, Dtype::f32, smooth, unused, Dtype::f32, false, false,
-                            Codes::packed, q, scale, unused},
+        cpu::quantize_down({1, GROUP, 0, x, GROUP, Dtype::f32, smooth, unused, Dtype::f32, false,
+                            false, 0, Codes::packed, q, scale, unused},
                            place);
     } catch (const std::exception&) {
         return false;
@@ -302,19 +304,20 @@ PYBIND11_MODULE(nibble_kernels, m) {
         HAS_CUDA ? py::tuple(py::make_tuple("cpu", "cuda")) : py::tuple(py::make_tuple("cpu"));
 #define NIBBLE_PLACE \
     py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("threads"), py::arg("isa")
-#define NIBBLE_PRODUCT                                                                      \
-    py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"), \
-        py::arg("act_unsigned"), py::arg("ascales"), py::arg("h"), py::arg("h_stride"),     \
-        py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), py::arg("bias"),    \
-        py::arg("param_dtype")
+#define NIBBLE_PRODUCT                                                                       \
+    py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("codes"), py::arg("q"),  \
+        py::arg("act_unsigned"), py::arg("unsigned_from"), py::arg("ascales"), py::arg("h"), \
+        py::arg("h_stride"), py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), \
+        py::arg("bias"), py::arg("param_dtype")
 #define NIBBLE_W4A16                                                                          \
     NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("x"), py::arg("x_dtype"), \
         py::arg("weight"), py::arg("weight_scale"), py::arg("weight_zeros"), py::arg("bias"), \
         py::arg("param_dtype"), py::arg("out")
     m.def("quantize_down", &quantize_down, NIBBLE_PLACE, py::arg("M"), py::arg("K"), py::arg("R"),
-          py::arg("x"), py::arg("x_dtype"), py::arg("smooth"), py::arg("proj_down"),
-          py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
-          py::arg("q"), py::arg("ascales"), py::arg("h"));
+          py::arg("x"), py::arg("x_stride"), py::arg("x_dtype"), py::arg("smooth"),
+          py::arg("proj_down"), py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"),
+          py::arg("unsigned_from"), py::arg("codes"), py::arg("q"), py::arg("ascales"),
+          py::arg("h"));
     m.def("gemm_w4a4_up", &gemm_w4a4_up, NIBBLE_PLACE, NIBBLE_PRODUCT, py::arg("out"),
           py::arg("out_dtype"), py::arg("workspace") = 0, py::arg("workspace_size") = 0);
     m.def("gemm_w4a4_up_gelu_quantize_down", &gemm_w4a4_up_gelu_quantize_down, NIBBLE_PLACE,
@@ -323,10 +326,11 @@ PYBIND11_MODULE(nibble_kernels, m) {
           py::arg("q2"), py::arg("ascales2"), py::arg("h2"), py::arg("workspace") = 0,
           py::arg("workspace_size") = 0);
     m.def("linear_w4a4", &linear_w4a4, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),
-          py::arg("R"), py::arg("x"), py::arg("x_dtype"), py::arg("smooth"), py::arg("proj_down"),
-          py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"), py::arg("bias"),
-          py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"), py::arg("codes"),
-          py::arg("out"), py::arg("scratch") = 0, py::arg("scratch_size") = 0);
+          py::arg("R"), py::arg("x"), py::arg("x_stride"), py::arg("x_dtype"), py::arg("smooth"),
+          py::arg("proj_down"), py::arg("weight"), py::arg("weight_scale"), py::arg("proj_up"),
+          py::arg("bias"), py::arg("param_dtype"), py::arg("act_unsigned"), py::arg("rotate"),
+          py::arg("unsigned_from"), py::arg("codes"), py::arg("out"), py::arg("scratch") = 0,
+          py::arg("scratch_size") = 0);
     m.def("gemv_w4a16", &gemv_w4a16, NIBBLE_W4A16);
     m.def("gemm_w4a16", &gemm_w4a16, NIBBLE_W4A16);
     m.def("gemm_vq", &gemm_vq, NIBBLE_PLACE, py::arg("M"), py::arg("N"), py::arg("K"),

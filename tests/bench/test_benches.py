@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import bench_fusions
+
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
 
@@ -195,3 +197,19 @@ def test_the_bench_of_the_distilled_demo_asks_as_often_as_it_says(tmp_path):
         psnr["euler", "even", 2], abs=0.5
     )
     assert psnr["CAF, h = 1", "even t", 2] < psnr["CAF, h = 1, ahead 0.5", "even t", 2]
+
+
+def test_the_bench_of_fusions_counts_what_is_saved(tmp_path):
+    out = tmp_path / "fusions.json"
+    run("bench_fusions.py", "--tokens", 8, "--hidden", 64, "--rounds", 2, "--out", out)
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {"linear2", "mlp"}
+    assert all(len(row["timings"]) == 2 for row in rows.values())
+
+
+def test_bytes_of_fusions_at_flux_s_size():
+    """By hand: copies of x 283 MB, a second result and the addition 113 MB, h once more 1 MB."""
+    one, two = bench_fusions.linear2_bytes(4608, 3072)
+    assert round((two - one) / 1e6) == 398
+    fused, plain = bench_fusions.mlp_bytes(4096, 3072)
+    assert round((plain - fused) / 1e6) == 302

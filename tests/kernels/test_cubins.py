@@ -56,7 +56,7 @@ def ada(tmp_path):
 def product(**values) -> dict:
     fields = {name: 64 for name, _ in structs.GemmW4A4Up._fields_}
     fields |= {"M": 64, "N": 256, "K": 128, "R": 32, "codes": 0, "param_dtype": 2, "out_dtype": 2}
-    return fields | {"act_unsigned": False} | values
+    return fields | {"act_unsigned": False, "unsigned_from": 0} | values
 
 
 def start(module: CubinModule, device: int = 0, isa: int = 0, **values) -> None:
@@ -87,9 +87,9 @@ def test_much_shared_memory_is_allowed_once(ada):
     fake, module = ada
     for _ in range(2):
         module.quantize_down(
-            device=0, stream=0, threads=1, isa=0, M=3280, K=64, R=32, x=64, x_dtype=2, smooth=64,
-            proj_down=64, param_dtype=2, act_unsigned=False, rotate=False, codes=0, q=64,
-            ascales=64, h=64,
+            device=0, stream=0, threads=1, isa=0, M=3280, K=64, R=32, x=64, x_stride=64,
+            x_dtype=2, smooth=64, proj_down=64, param_dtype=2, act_unsigned=False, rotate=False,
+            unsigned_from=0, codes=0, q=64, ascales=64, h=64,
         )  # fmt: skip
     wanted = [value for _, which, value in fake.attributes if which == 8]
     assert wanted == [fake.started[-1].shared] and wanted[0] > 48 * 1024
@@ -250,9 +250,10 @@ def test_a_whole_linear_shares_its_scratch(ada):
     size = module.linear_w4a4_bytes(capability=89, M=33, N=128, K=128, R=32, codes=0)
     assert size == 2304 + 512 + 4352  # codes, scales and h, each rounded up to 256 bytes
     module.linear_w4a4(
-        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_dtype=2, smooth=64,
-        proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0, param_dtype=2,
-        act_unsigned=False, rotate=False, codes=0, out=64, scratch=4096, scratch_size=size,
+        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_stride=128,
+        x_dtype=2, smooth=64, proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0,
+        param_dtype=2, act_unsigned=False, rotate=False, unsigned_from=0, codes=0, out=64,
+        scratch=4096, scratch_size=size,
     )  # fmt: skip
     assert [started.symbol.partition("<")[0] for started in fake.started] == [
         "_quantize_down_kernel",
@@ -276,6 +277,7 @@ def test_what_is_missing_is_compiled_once_and_kept(tmp_path, monkeypatch):
     fake = FakeDriver(89)
     module = module_of(fake, library.Package(tmp_path / "none"))
     assert module.on(0).origin.startswith("89, compiled here by NVRTC ")
+    assert module.on(0).way.endswith("; the package carries no cubins")
     kept = list(library.cache_folder().iterdir())
     assert len(kept) == 1 and fake.loads[0][1].startswith(b"\x7fELF")
 

@@ -7,7 +7,7 @@ import torch
 
 from nibble.__main__ import main
 from nibble.kernels import environment, ops
-from nibble.kernels.backends import choose
+from nibble.kernels.backends import choose, native
 
 
 def test_every_op_has_a_row_for_each_dtype():
@@ -37,3 +37,30 @@ def test_a_wrong_option_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--env", "--shape", "4"])
     assert "--shape" in capsys.readouterr().err
+
+
+class Kernels:
+    """A stand-in for what serves a GPU: its one line, and the extension without CUDA."""
+
+    DEVICES = ("cpu",)
+
+    def on(self, index):
+        return self
+
+    way = "89, compiled here by NVRTC 12.9; the package carries no cubins"
+
+
+@pytest.mark.parametrize(
+    ("served", "extension", "words"),
+    [
+        (None, None, "no compiled kernels: cuda:0 is an AMD GPU"),
+        (Kernels(), None, f"cubins: {Kernels.way}; nibble_kernels is not installed"),
+        (Kernels(), Kernels(), f"cubins: {Kernels.way}; nibble_kernels was built for cpu"),
+        ("both", "both", "extension: nibble_kernels 0.7 is installed"),
+    ],
+)
+def test_a_device_s_way_to_kernels_is_one_line(monkeypatch, served, extension, words):
+    why = f"nibble_kernels {'is not' if extension is None else '0.7 is'} installed"
+    monkeypatch.setattr(native, "serving", lambda device: (served, "cuda:0 is an AMD GPU"))
+    monkeypatch.setattr(native, "module", lambda: (extension, why))
+    assert environment.way(torch.device("cuda", 0)) == words

@@ -29,12 +29,14 @@ def call(op, **changes):
             K=64,
             R=4,
             x=a,
+            x_stride=64,
             x_dtype=0,
             smooth=a,
             proj_down=a,
             param_dtype=0,
             act_unsigned=False,
             rotate=False,
+            unsigned_from=0,
             codes=0,
             q=a,
             ascales=a,
@@ -74,6 +76,7 @@ PRODUCT = dict(
     codes=0,
     q=BASE,
     act_unsigned=False,
+    unsigned_from=0,
     ascales=BASE,
     h=BASE,
     h_stride=4,
@@ -169,12 +172,16 @@ def test_which_tells_the_native_path():
         ),
         ("quantize_down", {"codes": 2}, "codes=2 is neither"),
         ("quantize_down", {"act_unsigned": True, "rotate": True}, "exclude one another"),
+        ("quantize_down", {"unsigned_from": 64}, "unsigned_from=64, K=64: a multiple of the group"),
+        ("quantize_down", {"x_stride": 63}, "rows of x would overlap"),
+        ("quantize_down", {"x_stride": 68}, "x_stride=68 is not a multiple of 8"),
         ("quantize_down", {"isa": 4}, "isa=4 is none of"),
         ("quantize_down", {"threads": 0}, "threads=0 is less than 1"),
         ("quantize_down", {"device": -2}, "device=-2 is neither"),
         ("gemm_w4a4_up", {"N": -64}, "N is negative"),
         ("gemm_w4a4_up", {"M": 2**30, "N": 2**30, "K": 0}, r"out \(M, N\) is larger than memory"),
         ("gemm_w4a4_up", {"h_stride": 3}, "rows of h would overlap"),
+        ("gemm_w4a4_up", {"act_unsigned": True, "unsigned_from": -64}, "unsigned_from=-64, K=64"),
         ("gemm_w4a4_up", {"weight": 0}, "weight is null"),
         ("gemm_w4a4_up", {"bias": 8}, "bias is not aligned"),
         ("gemm_w4a4_up", {"out_dtype": -1}, "out_dtype=-1"),
@@ -244,8 +251,9 @@ HUGE = st.sampled_from([2**31 - 64, 2**31, 2**40, 2**62, 2**63 - 1])
 CODES = st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 2**31 - 1])
 POINTERS = st.sampled_from([0, BASE, BASE + 16, BASE + 4, BASE + 1])
 FIELDS = {
-    name: SIZES for name in ("M", "N", "K", "R", "R2", "h_stride", "threads", "workspace_size")
-}
+    name: SIZES
+    for name in ("M", "N", "K", "R", "R2", "x_stride", "h_stride", "unsigned_from", "threads")
+} | {"workspace_size": SIZES}
 FIELDS |= {
     name: CODES
     for name in (
@@ -282,12 +290,14 @@ def test_no_argument_brings_the_process_down(data):
             "K",
             "R",
             "x",
+            "x_stride",
             "x_dtype",
             "smooth",
             "proj_down",
             "param_dtype",
             "act_unsigned",
             "rotate",
+            "unsigned_from",
             "codes",
             "q",
             "h",

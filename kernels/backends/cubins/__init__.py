@@ -10,6 +10,7 @@ plans_w16  the same for activations of 16 bits
 routes     the paths of the W4A4 product by number, each with its tiles
 structs    the structs of csrc/nibble.h
 kernels    every instance, and for which architectures it is built
+wanted     those that a model can ask for
 library    where a cubin comes from: the package, the cache, NVRTC; with the reason in words
 nvrtc      CUDA C++ -> cubin, by NVRTC
 driver     libcuda: devices, modules, launches

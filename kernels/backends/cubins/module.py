@@ -43,13 +43,16 @@ class Device:
         self.context = cuda.context(index)
         self._functions: dict[Kernel, tuple[ctypes.c_void_p, int]] = {}
         self._lock = threading.Lock()
+        self.passed_over: list[str] = []
         self.arch, self.packaged = self._chosen()
 
     def _chosen(self) -> tuple[str, bool]:
-        """(architecture, whether its cubins are the package's)."""
+        """(architecture, whether its cubins are the package's); why not a way before that one is
+        in `passed_over`.
+        """
         wanted = kernels.architecture(self.gpu.capability)
         own = str(self.gpu.capability) if wanted == kernels.PTX else wanted
-        reasons = []
+        reasons = self.passed_over
         for arch, packaged in ((wanted, True), (own, False), (kernels.PTX, True)):
             if packaged and not self.package.has(arch):
                 why = self.package.absent or f"the package has no cubins for {arch}"
@@ -73,6 +76,11 @@ class Device:
             return f"{self.arch} of the package ({self.package.manifest['compiler']})"
         major, minor = nvrtc.version()
         return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
+
+    @property
+    def way(self) -> str:
+        """`origin`, and why not a way before it."""
+        return "; ".join([self.origin, *self.passed_over])
 
     def cubin(self, kernel: Kernel) -> library.Cubin:
         """A kernel's code; what the package has not (another GPU's path) is compiled. Raises
@@ -108,14 +116,31 @@ class Device:
         said: Callable[[int, int, str], None] | None = None,
         at_once: int = 4,
     ) -> None:
-        """Has kernels compiled side by side before they are needed; `said`: done, all, name."""
-        missing = [kernel for kernel in wanted if kernel not in self._functions]
+        """Has kernels compiled side by side before they are needed; `said`: done, all, name. What
+        it raises ends the work, after the kernels that are under way.
+        """
+        missing = self.missing(wanted)
         with ThreadPoolExecutor(at_once) as pool:
             tasks = {pool.submit(self.cubin, kernel): kernel for kernel in missing}
-            for done, task in enumerate(as_completed(tasks), 1):
-                task.result()
-                if said:
-                    said(done, len(missing), tasks[task].name)
+            try:
+                if said and missing:
+                    said(0, len(missing), missing[0].name)
+                for done, task in enumerate(as_completed(tasks), 1):
+                    task.result()
+                    if said:
+                        said(done, len(missing), tasks[task].name)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def missing(self, wanted: Iterable[Kernel]) -> list[Kernel]:
+        """Those that would have to be compiled; none where nothing can be."""
+        if library.why_not_compile(self.arch):
+            return []
+        return [kernel for kernel in wanted if not self._is_at_hand(kernel)]
+
+    def _is_at_hand(self, kernel: Kernel) -> bool:
+        packaged = self.packaged and self.package.lists(kernel, self.arch)
+        return packaged or kernel in self._functions or library.is_cached(kernel, self.arch)
 
 
 class CubinModule:
@@ -238,8 +263,10 @@ class CubinModule:
         m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
         ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
         shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
-        shared |= {"act_unsigned": get("act_unsigned"), "q": scratch, "ascales": ascales, "h": h}
-        quantizer = {name: get(name) for name in ("x", "x_dtype", "smooth", "proj_down", "rotate")}
+        shared |= {name: get(name) for name in ("act_unsigned", "unsigned_from")}
+        shared |= {"q": scratch, "ascales": ascales, "h": h}
+        quantizer = {name: get(name) for name in ("x", "x_stride", "x_dtype", "smooth")}
+        quantizer |= {name: get(name) for name in ("proj_down", "rotate")}
         product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
         product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
         first = structs.QuantizeDown(**shared, **quantizer)

@@ -3,6 +3,8 @@
 What csrc/cuda/router.cu and the launch files decide for the compiled extension, for cubins. Tests
 run both for the same structs and compare every launch, so neither can drift.
 
+Ops whose activations keep their 16 bits are in `plans_w16`.
+
 Routes are numbered by the path of the product: 0 the one for the GPU, 1 sm75, 2 sm80, 3 sm90 and 4
 sm100. Any route can be asked for by name where its kernels exist for the architecture.
 """
@@ -193,7 +195,9 @@ def hopper(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         grid = (min(up(blocks, 256), 16 * gpu.multiprocessors), 1)
         addresses = (ctypes.c_void_p(op.q), ctypes.c_void_p(op.workspace))
         kernel = kernels.widen(_sign(op.act_unsigned))
-        launches.append(Launch(kernel, grid, 256, 0, (*addresses, ctypes.c_int64(blocks))))
+        across = (ctypes.c_int(op.K // 32), ctypes.c_int(op.unsigned_from // 32))
+        sizes = (ctypes.c_int64(blocks), *across)
+        launches.append(Launch(kernel, grid, 256, 0, (*addresses, *sizes)))
         codes = op.workspace
     blocks, tokens = hopper_tile(op.M, op.N, gpu.multiprocessors)
     return [*launches, hopper_product(op, codes, (blocks, tokens), gpu)]

@@ -23,13 +23,13 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
 
 QuantizeDown = _struct(
     "QuantizeDown",
-    "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e"
-    " q:p ascales:p h:p",
+    "M:i K:i R:i x:p x_stride:i x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b"
+    " rotate:b unsigned_from:i codes:e q:p ascales:p h:p",
 )
 GemmW4A4Up = _struct(
     "GemmW4A4Up",
-    "M:i N:i K:i R:i codes:e q:p act_unsigned:b ascales:p h:p h_stride:i weight:p weight_scale:p"
-    " proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
+    "M:i N:i K:i R:i codes:e q:p act_unsigned:b unsigned_from:i ascales:p h:p h_stride:i weight:p"
+    " weight_scale:p proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
 )
 W4A16 = _struct(
     "W4A16",

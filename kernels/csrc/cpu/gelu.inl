@@ -64,7 +64,7 @@ inline void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op
         gemm_chunk(first, m, m + tokens, steps.data, threads, gelu_tile, &middle);
         QuantizeDown second{};
         second.M = tokens, second.K = first.N, second.R = op.R2;
-        second.x = y.data, second.x_dtype = Dtype::f32;
+        second.x = y.data, second.x_stride = first.N, second.x_dtype = Dtype::f32;
         second.proj_down = op.proj_down2, second.param_dtype = first.param_dtype;
         second.act_unsigned = op.act_unsigned2, second.rotate = op.rotate2;
         second.q = static_cast<uint8_t*>(op.q2) + m * (first.N / 2);

@@ -24,6 +24,7 @@ struct Step {
 // (rows, 64) packed codes of one group -> a step. Rows that do not exist are zeros.
 inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& step) {
     const int rows = static_cast<int>(smaller(ROWS, op.M - m0));
+    const bool is_unsigned = op.act_unsigned && group * GROUP >= op.unsigned_from;
     for (int r = 0; r < ROWS; ++r) {
         int8_t codes[GROUP] = {};
         int sum = 0;
@@ -33,10 +34,9 @@ inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& s
             for (int b = 0; b < GROUP / 2; ++b) {
                 const int even = b / 4 * 8 + b % 4;
                 // (x ^ 8) - 8 extends a nibble's sign.
-                codes[even] =
-                    static_cast<int8_t>(op.act_unsigned ? q[b] & 15 : ((q[b] & 15) ^ 8) - 8);
+                codes[even] = static_cast<int8_t>(is_unsigned ? q[b] & 15 : ((q[b] & 15) ^ 8) - 8);
                 codes[even + 4] =
-                    static_cast<int8_t>(op.act_unsigned ? q[b] >> 4 : ((q[b] >> 4) ^ 8) - 8);
+                    static_cast<int8_t>(is_unsigned ? q[b] >> 4 : ((q[b] >> 4) ^ 8) - 8);
             }
         }
         for (int k = 0; k < GROUP; ++k) sum += codes[k];

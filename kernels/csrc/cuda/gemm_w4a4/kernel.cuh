@@ -235,8 +235,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>)
         copy_async_commit();
         const int present = left < STEP<Mma> ? left : STEP<Mma>;
 #pragma unroll 1
-        for (int s = 0; s < present; s++)
-            multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        for (int s = 0; s < present; s++) {
+            // Counted from the end: a counter from the beginning is a register more.
+            if (Unsigned && (left - s) * GROUP > int(op.K) - int(op.unsigned_from))
+                multiply_group<Mma, Tp, Rows, false>(sums, ring[full][s], row, column, lane);
+            else
+                multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        }
         if (ahead > 0) loader.land(ring[empty]);
         empty = full;
         full = full + 1 == DEPTH ? 0 : full + 1;

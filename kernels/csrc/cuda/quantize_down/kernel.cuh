@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const
     // Where the lane stands in every tensor, for the eight rows that begin the block, and how far
     // the next eight and the next group are.
     const char* x_lane = static_cast<const char*>(a.x) +
-                         ((first_row + g) * a.K + warp * GROUP + 8 * t) * int(sizeof(X));
+                         ((first_row + g) * a.x_stride + warp * GROUP + 8 * t) * int(sizeof(X));
     const char* down_lane = static_cast<const char*>(a.proj_down) +
                             ((warp * GROUP + lane / 4) * a.R + first_column + lane % 4 * 8) * 2;
     char* q_lane =
         static_cast<char*>(a.q) + ((first_row + g) * (a.K / GROUP) + warp) * GROUP_BYTES + 8 * t;
     float* scale_lane = a.ascales + warp * a.M + first_row + g;
-    const uint32_t x_eight = uint32_t(8 * a.K * int(sizeof(X))),
+    const uint32_t x_eight = uint32_t(8 * a.x_stride * int(sizeof(X))),
                    q_eight = uint32_t(8 * (a.K / GROUP) * GROUP_BYTES);
 
     Chunk<X> x[EIGHTS][2] = {};  // two chunks of each row; zeros beyond the last token
@@ -217,9 +217,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const
             for (int e = part; e < part + 2 && e < EIGHTS; e++) {
                 const bool in_range = g + 8 * e < tokens;
                 if (quantizes) {
-                    const float scale = quantize_row<X, P, FORM, FORMAT>(
-                        x[e], reciprocals + t * Reciprocals::CHUNK_BYTES, x_lane + e * x_eight,
-                        smooth, q_lane + e * q_eight, in_range, t);
+                    const char* factors = reciprocals + t * Reciprocals::CHUNK_BYTES;
+                    const float scale =
+                        FORM == Form::unsigned_codes && group < int(a.unsigned_from / GROUP)
+                            ? quantize_row<X, P, Form::signed_codes, FORMAT>(
+                                  x[e], factors, x_lane + e * x_eight, smooth, q_lane + e * q_eight,
+                                  in_range, t)
+                            : quantize_row<X, P, FORM, FORMAT>(x[e], factors, x_lane + e * x_eight,
+                                                               smooth, q_lane + e * q_eight,
+                                                               in_range, t);
                     if (in_range && t == 0) scale_lane[8 * e] = scale;
                 }
                 // The registers are free: the next group's row is requested while the other rows
@@ -271,7 +277,8 @@ __global__ void __launch_bounds__(256) down_kernel(const QuantizeDown a) {
         for (int i = thread; i < 32 * GROUP; i += 256) {
             const int64_t row = first_row + i / GROUP;
             x_tile[i / GROUP * 68 + i % GROUP] =
-                row < a.M ? to_float(static_cast<const X*>(a.x)[row * a.K + k + i % GROUP]) : 0.0f;
+                row < a.M ? to_float(static_cast<const X*>(a.x)[row * a.x_stride + k + i % GROUP])
+                          : 0.0f;
             const int64_t from = first_column + i % 32;
             down_tile[i] =
                 from < a.R ? to_float(static_cast<const P*>(a.proj_down)[(k + i / 32) * a.R + from])

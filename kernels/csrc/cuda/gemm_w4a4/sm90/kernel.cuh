@@ -200,9 +200,11 @@ __global__ void __launch_bounds__(THREADS, 1)
 
 // ---- packed codes -------------------------------------------------------------------------------
 
-// 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives.
+// 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives. `across`: such
+// blocks in a row, of which those before `signed_blocks` hold signed codes.
 template <bool Unsigned>
-__global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
+__global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks, int across,
+                             int signed_blocks) {
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < blocks;
          i += int64_t(gridDim.x) * blockDim.x) {
         const uint4 from = packed[i];
@@ -210,7 +212,7 @@ __global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
         uint32_t low[4], high[4];
 #pragma unroll
         for (int w = 0; w < 4; w++) {
-            if constexpr (Unsigned) {  // the second table is 8..15
+            if (Unsigned && i % across >= signed_blocks) {  // the second table is 8..15
                 const uint32_t flipped = words[w] ^ 0x88888888;
                 low[w] = permute_bytes(0x44403800, 0x4E4C4A48, words[w]) +
                          permute_bytes(0x53525150, 0x57565554, flipped);

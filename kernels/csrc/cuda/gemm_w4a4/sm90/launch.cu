@@ -15,7 +15,8 @@ const void* widen(const GemmW4A4Up& p, const Target& target) {
     const Grid grid{unsigned(
         std::min<int64_t>((blocks + threads - 1) / threads, 16 * multiprocessors(target.device)))};
     launch(p.act_unsigned ? widen_kernel<true> : widen_kernel<false>, grid, int(threads), 0, target,
-           static_cast<const uint4*>(p.q), static_cast<uint4*>(p.workspace), blocks);
+           static_cast<const uint4*>(p.q), static_cast<uint4*>(p.workspace), blocks, int(p.K / 32),
+           int(p.unsigned_from / 32));
     return p.workspace;
 }
 
