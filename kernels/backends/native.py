@@ -243,6 +243,17 @@ def place(device: torch.device, isa: int = 0) -> dict[str, int]:
     return {"device": device.index, "stream": _stream(device.index), "threads": 1, "isa": isa}
 
 
+def layer_op(device: torch.device, op: str, arguments: dict[str, Any]) -> Callable[..., None]:
+    """An op with the arguments that a layer has whatever its tokens; called with the others. Where
+    cubins serve the device, it keeps the launches that it planned.
+    """
+    found = on(device)
+    repeated = getattr(found, "repeated", None)
+    return (
+        repeated(op, arguments) if repeated else functools.partial(getattr(found, op), **arguments)
+    )
+
+
 def dense(tensor: Tensor) -> Tensor:
     """Contiguous and aligned: the tensor itself where it is so already."""
     tensor = tensor.contiguous()

@@ -226,7 +226,7 @@ class LinearCall:
     """
 
     def __init__(self, p: W4A4Params, device: torch.device, isa: int = 0):
-        self.device, self.isa = device, isa
+        self.device, self.isa, self.on_gpu = device, isa, device.type != "cpu"
         self.module = native.on(device)
         self.outputs = len(p.weight)
         gpu, codes = native.gpu(device)
@@ -234,6 +234,7 @@ class LinearCall:
         product = product_arguments(p.product, codes, (p.act_unsigned, p.unsigned_from))
         del product["h_stride"]
         self.arguments: Arguments = {**quantizer, **product}
+        self.op = native.layer_op(device, "linear_w4a4", self.arguments)
         self.sizes = {"capability": gpu, "codes": codes}
         self.sizes |= {name: self.arguments[name] for name in "NKR"}
         # Tokens of the last call, and the scratch that so many want.
@@ -246,13 +247,11 @@ class LinearCall:
         out = x.new_empty((*leading, self.outputs))
         tokens: Arguments = {"M": m, "x": x.data_ptr(), "x_dtype": DTYPES[x.dtype]}
         tokens["x_stride"] = row_stride(x)
-        if x.is_cuda:
+        if self.on_gpu:
             # `scratch` lives until the call has returned; a GPU's work is ordered by its stream.
             scratch = self._scratch(x, m)
             tokens |= {"scratch": scratch.data_ptr(), "scratch_size": scratch.numel()}
-        self.module.linear_w4a4(
-            out=out.data_ptr(), **tokens, **native.place(self.device, self.isa), **self.arguments
-        )
+        self.op(out=out.data_ptr(), **tokens, **native.place(self.device, self.isa))
         return out
 
     def _scratch(self, x: Tensor, m: int) -> Tensor:

@@ -88,7 +88,9 @@ class FakeDriver:
     def _cuFuncSetAttribute(self, function, which, value):
         self.attributes.append((self.symbols[function.value], which, value))
 
-    def _cuTensorMapEncodeTiled(self, described, *rest):
+    def _cuTensorMapEncodeTiled(self, described, kind, rank, base, *rest):
+        """What is described begins with the matrix's address."""
+        described[:8] = base.value.to_bytes(8, "little")
         return 0 if ctypes.addressof(described) % 64 == 0 else 1
 
     def _cuLaunchKernel(self, function, x, y, z, threads, ty, tz, shared, stream, values, extra):

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterable
 
 from .plans import Launch, Matrix
 
@@ -111,20 +112,22 @@ class Driver:
         self._check(status, "describing a matrix to the copy engine")
         return described
 
-    def start(
-        self, context: ctypes.c_void_p, function: ctypes.c_void_p, launch: Launch, stream: int
-    ) -> None:
-        """Starts a kernel; nothing waits."""
+    def ready(self, function: ctypes.c_void_p, launch: Launch) -> Ready:
+        """A launch with its arguments in memory."""
         values = [
             self.matrix(value) if isinstance(value, Matrix) else value for value in launch.arguments
         ]
-        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        (x, y), shared = launch.grid, launch.shared
+        return Ready(function, launch, values)
+
+    def start(self, context: ctypes.c_void_p, launches: Iterable[Ready], stream: int) -> None:
+        """Starts kernels, one after another; nothing waits."""
         with _Current(self, context):
-            status = self.lib.cuLaunchKernel(
-                function, x, y, 1, launch.threads, 1, 1, shared, stream, addresses, None
-            )
-        self._check(status, f"starting {launch.kernel.name}")
+            for launch in launches:
+                status = self.lib.cuLaunchKernel(
+                    launch.function, *launch.shape, stream, launch.addresses, None
+                )
+                if status:
+                    self._check(status, f"starting {launch.name}")
 
     def _check(self, status: int, what: str) -> None:
         if not status:
@@ -138,6 +141,22 @@ class Driver:
         self.lib.cuGetErrorString(status, ctypes.byref(words))
         text = words.value.decode() if words.value else f"error {status}"
         raise DriverError(f"{what}: {text}")
+
+
+class Ready:
+    """A launch that can be started, and again: the driver reads its arguments when it is."""
+
+    def __init__(self, function: ctypes.c_void_p, launch: Launch, values: list):
+        (x, y), name = launch.grid, launch.kernel.name
+        self.function, self.name = function, name
+        self.shape = (x, y, 1, launch.threads, 1, 1, launch.shared)
+        self._values = values
+        self.addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+
+    def replace(self, number: int, value: ctypes.Array) -> None:
+        """Another value for an argument."""
+        self._values[number] = value
+        self.addresses[number] = ctypes.addressof(value)
 
 
 class _Current:
@@ -165,7 +184,11 @@ def _load() -> ctypes.CDLL:
         lib = ctypes.CDLL(name)
     except OSError as error:
         raise DriverError(f"no NVIDIA driver ({name}): {error}") from error
-    # pointers and 64-bit numbers, which ctypes would cut to an int
+    return typed(lib)
+
+
+def typed(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told of pointers and 64-bit numbers, which ctypes would cut to an int."""
     lib.cuLaunchKernel.argtypes = [
         ctypes.c_void_p,
         *(ctypes.c_uint,) * 7,

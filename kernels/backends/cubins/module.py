@@ -11,10 +11,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 from . import driver, kernels, library, nvrtc, plans, plans_w16, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
+from .repeated import RepeatedCall
 from .structs import PACKED
 
 OLDEST = 75
@@ -105,10 +107,14 @@ class Device:
             self._functions[kernel] = found, allowed
         return found
 
+    def ready(self, launches: Iterable[Launch]) -> list[driver.Ready]:
+        return [
+            self.cuda.ready(self.function(launch.kernel, launch.shared), launch)
+            for launch in launches
+        ]
+
     def start(self, launches: Iterable[Launch], stream: int) -> None:
-        for launch in launches:
-            function = self.function(launch.kernel, launch.shared)
-            self.cuda.start(self.context, function, launch, stream)
+        self.cuda.start(self.context, self.ready(launches), stream)
 
     def prepare(
         self,
@@ -259,30 +265,56 @@ class CubinModule:
         **fields,
     ) -> None:
         """quantize_down and gemm_w4a4_up, with what goes between them in scratch memory."""
-        there, get = self.on(device), fields.get
-        m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
-        ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
-        shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
-        shared |= {name: get(name) for name in ("act_unsigned", "unsigned_from")}
-        shared |= {"q": scratch, "ascales": ascales, "h": h}
-        quantizer = {name: get(name) for name in ("x", "x_stride", "x_dtype", "smooth")}
-        quantizer |= {name: get(name) for name in ("proj_down", "rotate")}
-        product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
-        product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
-        first = structs.QuantizeDown(**shared, **quantizer)
-        second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
-        there.start(plans.quantize_down(first, there.gpu), stream)
-        there.start(routes.product(second, there.gpu, isa or self.default_route), stream)
+        there, whole = self.on(device), fields | {"scratch": scratch}
+        there.start(_linear(there, isa or self.default_route, whole), stream)
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans_w16.w4a16(structs.W4A16(**fields), there.gpu), stream)
+        there.start(_w4a16(there, isa, fields), stream)
 
     gemm_w4a16 = gemv_w4a16
 
     def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
+        there.start(_vq(there, isa, fields), stream)
+
+    def repeated(self, op: str, arguments: dict[str, Any]) -> RepeatedCall:
+        """An op of a layer, whose arguments but for the tokens' these are: called as the op is
+        with the others, it keeps what it planned.
+        """
+        return RepeatedCall(self, _PLANS[op], arguments)
+
+
+# ---- a layer's arguments -> its launches ---------------------------------------------------------
+
+
+def _linear(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    get, scratch = fields.get, fields.get("scratch", 0)
+    m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
+    ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
+    if not CubinModule.workspace_bytes("gemm_w4a4_up", there.gpu.capability, m, 0, k, rank, codes):
+        workspace = 0  # the end of the scratch memory, where something else may begin
+    shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
+    shared |= {name: get(name) for name in ("act_unsigned", "unsigned_from")}
+    shared |= {"q": scratch, "ascales": ascales, "h": h}
+    quantizer = {name: get(name) for name in ("x", "x_stride", "x_dtype", "smooth")}
+    quantizer |= {name: get(name) for name in ("proj_down", "rotate")}
+    product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
+    product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
+    first = structs.QuantizeDown(**shared, **quantizer)
+    second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
+    return plans.quantize_down(first, there.gpu) + routes.product(second, there.gpu, route)
+
+
+def _w4a16(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    return plans_w16.w4a16(structs.W4A16(**fields), there.gpu)
+
+
+def _vq(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    return plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu)
+
+
+_PLANS = {"linear_w4a4": _linear, "gemv_w4a16": _w4a16, "gemm_w4a16": _w4a16, "gemm_vq": _vq}
 
 
 _OF_SECOND = {field[0] for field in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}
