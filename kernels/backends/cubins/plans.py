@@ -241,8 +241,10 @@ def hopper_product(
 # ---- W4A4: the quantizer -------------------------------------------------------------------------
 
 
-def _quantize_tile(m: int, fits: bool, gpu: Gpu) -> tuple[int, int, int]:
-    """Tokens of a block in eights, its warps, and blocks on a multiprocessor."""
+def _quantize_tile(m: int, rank: int, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
+    """Tokens of a block in eights, its warps, blocks on a multiprocessor, and tiles of 32 columns
+    of proj_down.
+    """
     low, middle, high = kernels.QUANTIZE_TILES
     # Three quarters of the multiprocessors busy with twice the tokens are as fast, and read
     # proj_down half as often.
@@ -253,8 +255,13 @@ def _quantize_tile(m: int, fits: bool, gpu: Gpu) -> tuple[int, int, int]:
         """Tokens that the busiest multiprocessor gets."""
         return up(up(m, tokens), gpu.multiprocessors) * tokens
 
-    # The highest takes 69 KB, more than Turing has.
-    return high if gpu.capability >= 80 and busiest(40) < busiest(32) else middle
+    # The highest and the wide ones take 69 KB, more than Turing has.
+    if gpu.capability < 80:
+        return middle
+    fewer = busiest(40) < busiest(32)
+    if rank > _DOWN_COLUMNS:
+        return kernels.WIDE_QUANTIZE_TILES[fewer]
+    return high if fewer else middle
 
 
 def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
@@ -276,10 +283,11 @@ def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         op = QuantizeDown.from_buffer_copy(op)
         op.R = rank = 0
     form = kernels.FORMS[1 if op.act_unsigned else 2 if op.rotate else 0]
-    tile = _quantize_tile(op.M, kernels.fits_as_it_is(x, param), gpu)
-    eights, warps, _ = tile
+    tile = _quantize_tile(op.M, rank, kernels.fits_as_it_is(x, param), gpu)
+    eights, warps, _, tiles = tile
     sums = warps * 8 * eights * (_DOWN_COLUMNS + 4) * 4
-    shared = max(warps * (GROUP * _DOWN_COLUMNS * 2 + 8 * 80), sums)
+    buffers = 2 if tiles > 1 else 1
+    shared = max(warps * (buffers * GROUP * _DOWN_COLUMNS * 2 + 8 * 80), sums)
     kernel = kernels.quantize(x, param, form, "e4m3" if op.codes == E4M3 else "packed", tile)
-    grid = (up(op.M, 8 * eights), up(rank, _DOWN_COLUMNS) or 1)
+    grid = (up(op.M, 8 * eights), up(rank, tiles * _DOWN_COLUMNS) or 1)
     return [*launches, Launch(kernel, grid, 32 * warps, shared, (op,))]
