@@ -140,10 +140,15 @@ def of(arch: str) -> Iterator[Kernel]:
         yield from (vq_gemm(x, layout, t) for x in halves for t in VQ_TILINGS)
 
 
+def tile_rows(mma: str) -> tuple[int, ...]:
+    """Tokens of a tile of the product by mma.sync, every height that there is."""
+    return (32, 64, 128, 256) if mma == "Int4" else (32, 64, 128)
+
+
 def _products(mma: str) -> Iterator[Kernel]:
     tall = 64 if mma == "Int8" else 128
     for param, sign in itertools.product(HALVES, SIGNS):
-        yield from (gemm(mma, param, rows, sign) for rows in (32, 64, 128))
+        yield from (gemm(mma, param, rows, sign) for rows in tile_rows(mma))
         yield from (gelu(mma, param, rows, sign) for rows in (32, tall))
     yield add_tiles(mma)
 

@@ -73,24 +73,36 @@ def up(value: int, divisor: int) -> int:
 # ---- W4A4: the product ---------------------------------------------------------------------------
 
 
-def tile_rows(m: int, n: int, multiprocessors: int) -> int:
+def tile_rows(m: int, n: int, multiprocessors: int, mma: str) -> int:
     """The height of a tile: as low as the tokens, and tall only where all multiprocessors have
     work (two blocks live on each). Not yet measured: the reasons are arithmetic.
     """
     if m <= 32:
         return 32
-    fills = up(m, 128) * up(n, COLUMNS) >= 2 * multiprocessors
-    return 128 if m > 64 and fills else 64
+    if m <= 64 or up(m, 128) * up(n, COLUMNS) < 2 * multiprocessors:
+        return 64
+    return 256 if mma == "Int4" and _tallest_pays(m, n, multiprocessors) else 128
+
+
+def _tallest_pays(m: int, n: int, multiprocessors: int) -> bool:
+    """Whether tiles of 256 tokens beat those of 128 with int4: by what each asks of the L2 cache
+    (a tenth, an estimate), and by the rows that the busiest multiprocessor gets.
+    """
+
+    def cost(rows: int, percent: int) -> int:
+        return up(up(m, rows) * up(n, COLUMNS), multiprocessors) * rows * percent
+
+    return cost(256, 100) < cost(128, 110)
 
 
 def _ring_bytes(mma: str, rows: int) -> int:
-    """A stage holds both operands of a group and their scales; a ring has two or four stages of
+    """A stage holds both operands of a group and their scales; a ring has two to four stages of
     one or two groups.
     """
     group = rows * 32 + COLUMNS * 32 + rows * 4 + COLUMNS * 2
     if mma == "Turing":
         return 2 * group
-    return (4 if rows == 32 else 2) * 2 * group
+    return {32: 4, 256: 3}.get(rows, 2) * 2 * group
 
 
 def _check_product(op: ctypes.Structure) -> None:
@@ -106,7 +118,8 @@ def _product_launch(
     blocks = up(op.M, rows) * up(op.N, COLUMNS)
     if blocks > _MOST_BLOCKS:
         raise ValueError("gemm_w4a4_up: more than 2^31 tiles")
-    return [Launch(kernel, (blocks, 1), THREADS, shared, (op, epilogue))] if blocks else []
+    threads = 2 * THREADS if rows > 128 else THREADS
+    return [Launch(kernel, (blocks, 1), threads, shared, (op, epilogue))] if blocks else []
 
 
 def _sign(is_unsigned: bool) -> str:
@@ -117,11 +130,11 @@ def gemm_w4a4_up(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     """GemmW4A4Up -> its launches. Raises ValueError for what no kernel takes."""
     if gpu.hopper:
         return hopper(op, gpu)
-    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors))
+    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors, gpu.mma))
 
 
 def mma_product(op: ctypes.Structure, mma: str, rows: int) -> list[Launch]:
-    """The product by mma.sync, whatever the GPU would choose; rows: 32, 64 or 128."""
+    """The product by mma.sync, whatever the GPU would choose; rows: 32, 64, 128; with Int4 256."""
     _check_product(op)
     kernel = kernels.gemm(mma, TYPES[op.param_dtype], rows, _sign(op.act_unsigned))
     return _product_launch(kernel, op, rows, _ring_bytes(mma, rows), _EMPTY)
