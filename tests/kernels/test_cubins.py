@@ -252,20 +252,36 @@ def test_without_wgmma_a_hopper_gets_packed_codes(hopper):
     assert module.route("gemm_w4a4_up", 90, 1, 1, 1) == ("sm100, asked for", "route 4")
 
 
+def whole_linear(module: CubinModule, codes: int = 0) -> None:
+    module.linear_w4a4(
+        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_stride=128,
+        x_dtype=2, smooth=64, proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0,
+        param_dtype=2, act_unsigned=False, rotate=False, unsigned_from=0, codes=codes, out=64,
+        scratch=4096, scratch_size=7168,
+    )  # fmt: skip
+
+
 def test_a_whole_linear_shares_its_scratch(ada):
     fake, module = ada
     size = module.linear_w4a4_bytes(capability=89, M=33, N=128, K=128, R=32, codes=0)
     assert size == 2304 + 512 + 4352  # codes, scales and h, each rounded up to 256 bytes
-    module.linear_w4a4(
-        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_stride=128,
-        x_dtype=2, smooth=64, proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0,
-        param_dtype=2, act_unsigned=False, rotate=False, unsigned_from=0, codes=0, out=64,
-        scratch=4096, scratch_size=size,
-    )  # fmt: skip
+    whole_linear(module)
     assert [started.symbol.partition("<")[0] for started in fake.started] == [
         "_quantize_down_kernel",
         "_gemm_w4a4",
     ]
+    assert not any(started.early for started in fake.started)
+
+
+def test_from_hopper_on_a_whole_linears_product_may_start_early(hopper, tmp_path):
+    fake, module = hopper
+    whole_linear(module, structs.E4M3)
+    assert [started.early for started in fake.started] == [False, True]
+    start(module)
+    assert not fake.started[-1].early
+    jetson = FakeDriver(110)  # what the driver makes of the PTX does not wait
+    whole_linear(module_of(jetson, package_of(tmp_path / "text", "ptx80")))
+    assert [started.early for started in jetson.started] == [False, False]
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------

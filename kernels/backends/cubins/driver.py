@@ -20,6 +20,28 @@ _LARGEST_CARVEOUT = 100
 _RELAXED_CAPTURE = 2
 
 
+_EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class DriverError(RuntimeError):
     """The driver's own words, and what was asked of it."""
 
@@ -121,9 +143,16 @@ class Driver:
         addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         (x, y), shared = launch.grid, launch.shared
         with _Current(self, context):
-            status = self.lib.cuLaunchKernel(
-                function, x, y, 1, launch.threads, 1, 1, shared, stream, addresses, None
-            )
+            if launch.waits:
+                early = _Attribute(id=_EARLY_START)
+                early.value[0] = 1
+                config = _Config((x, y, 1), (launch.threads, 1, 1), shared, stream)
+                config.attributes, config.count = ctypes.pointer(early), 1
+                status = self.lib.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None)
+            else:
+                status = self.lib.cuLaunchKernel(
+                    function, x, y, 1, launch.threads, 1, 1, shared, stream, addresses, None
+                )
         self._check(status, f"starting {launch.kernel.name}")
 
     def _check(self, status: int, what: str) -> None:

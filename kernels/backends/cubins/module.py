@@ -78,6 +78,13 @@ class Device:
         return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
 
     @property
+    def knows_waiting(self) -> bool:
+        """Whether its kernels of a product wait themselves for the one before them; those of the
+        PTX, which is for 8.0 and later, do not.
+        """
+        return self.gpu.capability >= 90 and self.arch != kernels.PTX
+
+    @property
     def way(self) -> str:
         """`origin`, and why not a way before it."""
         return "; ".join([self.origin, *self.passed_over])
@@ -272,7 +279,8 @@ class CubinModule:
         first = structs.QuantizeDown(**shared, **quantizer)
         second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
         there.start(plans.quantize_down(first, there.gpu), stream)
-        there.start(routes.product(second, there.gpu, isa or self.default_route), stream)
+        following = routes.product(second, there.gpu, isa or self.default_route)
+        there.start((launch._replace(waits=there.knows_waiting) for launch in following), stream)
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)

@@ -56,13 +56,16 @@ class Matrix(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """arguments: ctypes values, or a Matrix, in the kernel's order."""
+    """arguments: ctypes values, or a Matrix, in the kernel's order. waits: the kernel waits itself
+    for the one before it on the stream, and may be started while that runs.
+    """
 
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
     shared: int
     arguments: tuple
+    waits: bool = False
 
 
 def up(value: int, divisor: int) -> int:

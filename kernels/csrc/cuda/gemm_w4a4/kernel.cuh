@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Mma, Rows>)
     constexpr int DEPTH = STAGES<Mma, Rows>;
     Stage* ring = reinterpret_cast<Stage*>(dynamic_shared());
     const int groups = int(op.K / GROUP);
+    wait_for_previous_kernel();
 
     const Corner corner = corner_of_block(op.M, op.N, Rows, blockIdx.x);
     Loader<Mma, Tp, Rows> loader(corner, int(threadIdx.x));

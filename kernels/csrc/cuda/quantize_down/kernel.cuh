@@ -167,6 +167,7 @@ NIBBLE_DEVICE int multiply_offset(int lane) {
 template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const QuantizeDown a) {
     constexpr int ROWS = 8 * EIGHTS, GROUP_BYTES = FORMAT == Codes::packed ? GROUP / 2 : GROUP;
+    allow_next_kernel();  // a whole linear's product, which waits for these codes
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     // Blocks of the same tokens follow one another, so that x comes from memory for the first
     // alone.
