@@ -134,7 +134,9 @@ void linear_w4a4(int device, Address stream, int threads, int isa, int64_t M, in
     second.workspace = at(scratch + layout.workspace);
     py::gil_scoped_release release;
     NIBBLE_RUN(quantize_down, first, target);
-    NIBBLE_RUN(gemm_w4a4_up, second, target);
+    Target next = target;
+    next.waits = true;
+    NIBBLE_RUN(gemm_w4a4_up, second, next);
 }
 
 void gemv_w4a16(int device, Address stream, int threads, int isa, int64_t M, int64_t N, int64_t K,

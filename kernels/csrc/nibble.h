@@ -76,6 +76,9 @@ struct Target {
     int capability = 0;
     int threads = 1;      // CPU: how many may work; results do not depend on it
     Isa isa = Isa::best;  // CPU: a test may name one; an unsupported one throws
+    // GPU: the op reads what the kernel before it on the stream writes, waits for that itself, and
+    // may be started while it runs.
+    bool waits = false;
 };
 
 // x -> codes, ascales, h:   codes = round(rotate?((x + shift?) / smooth) / ascales),  h = x .

@@ -112,7 +112,7 @@ GPUS = [
 """The A100's cache delivers 5120 bytes a clock (its whitepaper)."""
 MMA_TILES = ((32, 128), (64, 128), (128, 128), (256, 128))
 WGMMA_TILES = ((64, 128), (128, 128), (128, 256))
-"""(tokens, weight rows); 256 tokens by mma.sync are not among the kernels."""
+"""(tokens, weight rows); 256 tokens by mma.sync are among the kernels with int4 alone."""
 
 
 # ---- the second-level cache ----------------------------------------------------------------------

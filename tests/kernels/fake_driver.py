@@ -20,6 +20,8 @@ class Started(NamedTuple):
     threads: int
     shared: int
     stream: int
+    early: bool = False
+    """Whether it may be started while the kernel before it runs."""
 
 
 class FakeDriver:
@@ -99,6 +101,13 @@ class FakeDriver:
                 self.stack[-1], self.symbols[function.value], (x, y, z), threads, shared, stream
             )
         )
+
+    def _cuLaunchKernelEx(self, config, function, values, extra):
+        given = config._obj
+        attribute = given.attributes[0]
+        early = (given.count, attribute.id, attribute.value[0]) == (1, 6, 1)
+        place = self.stack[-1], self.symbols[function.value], tuple(given.grid)
+        self.started.append(Started(*place, given.block[0], given.shared, given.stream, early))
 
     def _cuGetErrorString(self, status, words):
         words._obj.value = _WORDS.get(status, b"an error of the driver")

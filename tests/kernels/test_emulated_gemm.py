@@ -26,6 +26,7 @@ EDGES = [
     Case("two_wide_ranks", 3, 64, 24, R=160),
     Case("unsigned_odd", 34, 128, 131, R=3, act_unsigned=True),
     Case("tall_tile", 200, 64, 513, R=32),
+    Case("tallest_tile_of_int4", 470, 448, 200, R=17),
 ]
 
 

@@ -21,6 +21,28 @@ _LARGEST_CARVEOUT = 100
 _RELAXED_CAPTURE = 2
 
 
+_EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
 class DriverError(RuntimeError):
     """The driver's own words, and what was asked of it."""
 
@@ -123,9 +145,15 @@ class Driver:
         """Starts kernels, one after another; nothing waits."""
         with _Current(self, context):
             for launch in launches:
-                status = self.lib.cuLaunchKernel(
-                    launch.function, *launch.shape, stream, launch.addresses, None
-                )
+                if launch.config is None:
+                    status = self.lib.cuLaunchKernel(
+                        launch.function, *launch.shape, stream, launch.addresses, None
+                    )
+                else:
+                    launch.config.stream = stream
+                    status = self.lib.cuLaunchKernelEx(
+                        ctypes.byref(launch.config), launch.function, launch.addresses, None
+                    )
                 if status:
                     self._check(status, f"starting {launch.name}")
 
@@ -143,6 +171,16 @@ class Driver:
         raise DriverError(f"{what}: {text}")
 
 
+def _early(launch: Launch) -> _Config:
+    """Of a kernel that may start while the one before it still runs; its stream is set later."""
+    attribute = _Attribute(id=_EARLY_START)
+    attribute.value[0] = 1
+    (x, y), shared = launch.grid, launch.shared
+    config = _Config((x, y, 1), (launch.threads, 1, 1), shared)
+    config.attributes, config.count = ctypes.pointer(attribute), 1
+    return config
+
+
 class Ready:
     """A launch that can be started, and again: the driver reads its arguments when it is."""
 
@@ -150,6 +188,7 @@ class Ready:
         (x, y), name = launch.grid, launch.kernel.name
         self.function, self.name = function, name
         self.shape = (x, y, 1, launch.threads, 1, 1, launch.shared)
+        self.config = _early(launch) if launch.waits else None
         self._values = values
         self.addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
 

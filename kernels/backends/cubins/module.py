@@ -80,6 +80,13 @@ class Device:
         return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
 
     @property
+    def knows_waiting(self) -> bool:
+        """Whether its kernels of a product wait themselves for the one before them; those of the
+        PTX, which is for 8.0 and later, do not.
+        """
+        return self.gpu.capability >= 90 and self.arch != kernels.PTX
+
+    @property
     def way(self) -> str:
         """`origin`, and why not a way before it."""
         return "; ".join([self.origin, *self.passed_over])
@@ -303,7 +310,9 @@ def _linear(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
     product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
     first = structs.QuantizeDown(**shared, **quantizer)
     second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
-    return plans.quantize_down(first, there.gpu) + routes.product(second, there.gpu, route)
+    following = routes.product(second, there.gpu, route)
+    waiting = [launch._replace(waits=there.knows_waiting) for launch in following]
+    return plans.quantize_down(first, there.gpu) + waiting
 
 
 def _w4a16(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:

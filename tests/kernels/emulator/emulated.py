@@ -38,6 +38,7 @@ class Target(ctypes.Structure):
         ("capability", _int),
         ("threads", _int),
         ("isa", _int),
+        ("waits", ctypes.c_bool),
     ]
 
 

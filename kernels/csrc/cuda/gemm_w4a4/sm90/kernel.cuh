@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(THREADS, 1)
         barrier_init_fence();
     }
     sync_block();
+    wait_for_previous_kernel();
     if (threadIdx.x < WARPGROUP) {
         registers_release<24>();
         load<Shape>(shared, full, empty, tokens, weights, p);
@@ -205,6 +206,7 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <bool Unsigned>
 __global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks, int across,
                              int signed_blocks) {
+    wait_for_previous_kernel();
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < blocks;
          i += int64_t(gridDim.x) * blockDim.x) {
         const uint4 from = packed[i];
