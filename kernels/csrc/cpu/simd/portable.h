@@ -82,6 +82,8 @@ inline int largest(I x) {
     return m;
 }
 
+inline float total(F x) { return x.v[0] + x.v[2] + (x.v[1] + x.v[3]); }
+
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7FFF;
     if (rest >= 0x7C00) return as_float(shifted(sign | 0x7F800000u | rest << 13));
@@ -174,10 +176,39 @@ inline F butterflies(F x) {
 
 #undef NIBBLE_EACH
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, code J times UNIT[J]: masked without being shifted down.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 16, 256, 4096, 65536, 1048576, 16777216, 1};
+    template <int J>
+    F of(I word) const {
+        if constexpr (J == 7)
+            return sub(to_float(shift_right<28>(word)), splat(8.0f));
+        else
+            return sub(to_float(and_(word, splat_int(15 << 4 * J))),
+                       splat(static_cast<float>(8 << 4 * J)));
+    }
+};
+
+// A row's next dwords, first byte lowest; here two vectors are a group.
+inline I load_dwords(const uint8_t* p) {
+    I words[8];
+    load_words(p, 4, LANES, words);
+    return words[0];
+}
+inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    return splat(scales[vector / 2 * stride]);
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
+
+// Tiles of 32 outputs of a task, side by side.
+constexpr int MOST_TILES = 1;
 
 constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;
 
-// Starting value of the sums that makes up for weights stored as code + 8.
-inline int32_t offset(int sum) { return -8 * sum; }
+// Starting values of the sums that make up for weights stored as code + 8.
+inline I offset(I sums) { return sub_int(splat_int(0), shift_left<3>(sums)); }
