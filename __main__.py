@@ -1,4 +1,4 @@
-"""The terminal's front door: python -m nibble {demo,quantize,inspect,convert,cubins,libraries,bench}.
+"""The terminal's front door: python -m nibble COMMAND, as `--help` lists them.
 
 Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{demo,quantize,inspect,convert,cubins,libraries,bench}"
+        dest="command",
+        required=True,
+        metavar="{demo,quantize,inspect,convert,cubins,libraries,bench}",
     )
     demo.add_command(commands)
     options.add_commands(commands, small_file)

@@ -145,8 +145,8 @@ def _compiled() -> str:
     info = module.build_info()
     cuda = f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "no CUDA"
     return (
-        f"{module.kind} {module.__version__}, built with {info['compiler']} and {cuda}; this CPU runs"
-        f" {', '.join(module.cpu_isas())}"
+        f"{module.kind} {module.__version__}, built with {info['compiler']} and {cuda}; this CPU"
+        f" runs {', '.join(module.cpu_isas())}"
     )
 
 

@@ -40,11 +40,7 @@ _WORKSPACE = {"workspace": 0, "workspace_size": 0}
 _CALLS: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     "quantize_down": (structs.QuantizeDown, _names(structs.QuantizeDown), {}),
     "gemm_w4a4_up": (structs.GemmW4A4Up, _names(structs.GemmW4A4Up), _WORKSPACE),
-    "gemm_w4a4_up_gelu_quantize_down": (
-        structs.GemmW4A4UpGeluQuantizeDown,
-        _FUSED,
-        _WORKSPACE,
-    ),
+    "gemm_w4a4_up_gelu_quantize_down": (structs.GemmW4A4UpGeluQuantizeDown, _FUSED, _WORKSPACE),
     "linear_w4a4": (_LINEAR, _names(_LINEAR), {"scratch": 0, "scratch_size": 0}),
     "gemv_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_w4a16": (structs.W4A16, _names(structs.W4A16), {}),

@@ -79,7 +79,9 @@ def module() -> tuple[Any, str]:
     found, why = optional(MODULE)
     if found is not None:
         if getattr(found, "ABI", None) == ABI:
-            return Compiled(found, "extension", MODULE), f"{MODULE} {found.__version__} is installed"
+            return Compiled(
+                found, "extension", MODULE
+            ), f"{MODULE} {found.__version__} is installed"
         why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"
     try:
         library = cpu_library.load(ABI)
