@@ -151,15 +151,22 @@ def _question(op: str, capability: int, *sizes: int) -> list[Any]:
     return [op.encode(), ctypes.c_int(capability), *map(ctypes.c_int64, sizes)]
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What `python -m nibble libraries` wrote; None where there is none, or a damaged one."""
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def load(abi: int, folder: Path = FOLDER) -> Library:
     """The package's library for this machine. Raises Unavailable with the reason."""
     if os.environ.get("NIBBLE_LIBRARY", "1") == "0":
         raise Unavailable("NIBBLE_LIBRARY=0 leaves the package's CPU library out")
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        listed = manifest["platforms"].get(here())
-    except (OSError, ValueError, KeyError):
-        raise Unavailable("the package carries no CPU library") from None
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise Unavailable("the package carries no CPU library")
+    listed = manifest["platforms"].get(here())
     if listed is None:
         raise Unavailable(f"the package carries no CPU library for {here()}")
     if sources_hash() not in ("", manifest["sources"]) or manifest["abi"] != abi:

@@ -22,7 +22,7 @@ def emulated():
 
 
 @pytest.fixture(scope="session")
-def cpu_library():
+def built_library():
     """The C library of the CPU's kernels: the package's, or one built by the compiler at hand and
     kept by its sources' hash; skips with its reason where neither can be.
     """

@@ -24,7 +24,7 @@ BASE = BUFFER.data_ptr() + -BUFFER.data_ptr() % 256
 def module(request):
     """The compiled code behind one of its doors."""
     if request.param == "library":
-        return Compiled(request.getfixturevalue("cpu_library"), "library", "CPU library")
+        return Compiled(request.getfixturevalue("built_library"), "library", "CPU library")
     found, reason = native.module()
     if found is None or found.kind != "extension":
         pytest.skip(f"{reason}: pip install ./kernels")

@@ -27,12 +27,12 @@ def included() -> list[str]:
     return re.findall(r'"([^"]+)"', listed[1]) if listed else []
 
 
-def files() -> list[str]:
+def files(without: tuple[str, ...] = ()) -> list[str]:
     """Every file of the archive, relative to the repository. Raises ValueError for a folder that is
-    to be included and was not built.
+    to be included, but for `without`, and was not built.
     """
     found = _git() - _git("--cached", "--ignored", "--exclude-from=.comfyignore")
-    for folder in included():
+    for folder in [folder for folder in included() if folder not in without]:
         built = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
         if not built:
             raise ValueError(f"{folder} was not built")
@@ -40,9 +40,9 @@ def files() -> list[str]:
     return sorted(name for name in found if (ROOT / name).is_file())
 
 
-def write(path: Path) -> list[str]:
-    """Writes the archive; returns its files."""
-    names = files()
+def write(path: Path, without: tuple[str, ...] = ()) -> list[str]:
+    """Writes the archive; returns its files. Raises ValueError as `files` does."""
+    names = files(without)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in names:
             archive.write(ROOT / name, name)

@@ -1,5 +1,6 @@
 """`make release-check`: what the registry would take, installed where nothing can compile.
 
+    python -m nibble cubins && python -m nibble libraries --platforms all
     python tests/release/check.py [--out FOLDER] [--torch "torch==2.13.0"] [--demo]
 
 Writes the archive (archive.py), makes a new virtual environment with torch and the requirements,
@@ -55,11 +56,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=archive.ROOT / "build" / "release")
     parser.add_argument("--torch", default="torch", help="as pip takes it (default: the newest)")
     parser.add_argument("--torch-index", help="where pip finds that (default: its own)")
+    parser.add_argument(
+        "--without-cubins", action="store_true", help="where the GPU's kernels were not compiled"
+    )
     parser.add_argument("--demo", action="store_true", help="run the README's demo too: minutes")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     packed = options.out / "nibble.zip"
-    names = archive.write(packed)
+    names = archive.write(packed, ("kernels/cubins",) if options.without_cubins else ())
     sizes(names, packed)
 
     pack = options.out / "custom_nodes" / "nibble"

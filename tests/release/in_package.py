@@ -74,10 +74,14 @@ def layers(name: str) -> None:
     print(f"layers agree with plain torch; this CPU runs {', '.join(compiled.cpu_isas())}")
 
 
-def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
+def no_compiler() -> None:
     there = [name for name in COMPILERS if shutil.which(name)]
     assert not there, f"PATH has {', '.join(there)}"
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    no_compiler()
     layers(load(Path(sys.argv[1]).resolve()))
 
 
