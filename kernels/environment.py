@@ -104,7 +104,7 @@ def _facts() -> dict[str, str]:
         facts["GPU"] = (
             "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
         )
-    facts[native.MODULE] = _extension()
+    facts["compiled"] = _compiled()
     facts["Triton"] = triton.module()[1]
     for device in _devices():
         facts[f"way on {device}"] = way(torch.device(device))
@@ -124,29 +124,29 @@ def _built_for() -> str:
 
 
 def way(device: torch.device) -> str:
-    """How a device comes by compiled kernels, in one line: the extension, cubins of the package,
-    cubins compiled here; and why not a way before that one.
+    """How a device comes by compiled kernels, in one line: the extension, the package's CPU
+    library, cubins of the package, cubins compiled here; and why not a way before that one.
     """
     served, why = native.serving(device)
     if served is None:
         return f"no compiled kernels: {why}"
-    extension, reason = native.module()
-    if served is extension:
-        return f"extension: {reason}"
-    if extension is not None:
-        reason = f"{native.MODULE} was built for {' and '.join(extension.DEVICES)}"
+    compiled, reason = native.module()
+    if served is compiled:
+        return f"{compiled.kind}: {reason}"
+    if compiled is not None:
+        reason = f"this {compiled.name} was built for {' and '.join(compiled.DEVICES)}"
     return f"cubins: {served.on(native.index_of(device)).way}; {reason}"
 
 
-def _extension() -> str:
+def _compiled() -> str:
     module, why = native.module()
     if module is None:
         return why
     info = module.build_info()
     cuda = f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "no CUDA"
     return (
-        f"{module.__version__}, built with {info['compiler']} and {cuda}; this CPU runs"
-        f" {', '.join(module.cpu_isas())}"
+        f"{module.kind} {module.__version__}, built with {info['compiler']} and {cuda}; this CPU"
+        f" runs {', '.join(module.cpu_isas())}"
     )
 
 

@@ -4,6 +4,7 @@ flattening is tested without a compiler.
 
 import ctypes
 import math
+import sys
 
 import torch
 
@@ -41,6 +42,7 @@ class StandIn:
     """Counts its calls in `calls`; `wide` makes activation codes 8-bit floats, as on Hopper."""
 
     ABI, __version__, DEVICES = native.ABI, "0-stand-in", ("cpu",)
+    kind, name = "extension", native.MODULE
     WORKSPACE = 640
 
     def __init__(self, wide: bool = False):
@@ -380,3 +382,15 @@ class StandIn:
             at(bias, kind, N) if bias else None,
         )
         at(out, NAMES[out_dtype], M, N).copy_(y if added is None else y + added)
+
+
+def install(monkeypatch, module: StandIn) -> None:
+    """In place of the extension; it takes keywords, not a call's bytes."""
+    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    monkeypatch.setattr(native, "Compiled", lambda door, kind, name: door)
+
+
+def install_nothing(monkeypatch) -> None:
+    """As if nothing were compiled for the CPU."""
+    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    monkeypatch.setenv("NIBBLE_LIBRARY", "0")

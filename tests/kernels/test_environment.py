@@ -17,7 +17,7 @@ def test_every_op_has_a_row_for_each_dtype():
         (op, "cpu", dtype) for op in ops.SCHEMAS for dtype in ("bfloat16", "float16", "float32")
     } <= rows
     assert all(row["backend"] in choose.NAMES and row["reason"] for row in found["ops"])
-    assert {"python", "torch", "CPU", "nibble_kernels", "Triton", "comfy_kitchen"} <= found[
+    assert {"python", "torch", "CPU", "compiled", "Triton", "comfy_kitchen"} <= found[
         "facts"
     ].keys()
     assert torch.__version__ in environment.table(found)
@@ -42,7 +42,7 @@ def test_a_wrong_option_is_wrong_usage(capsys):
 class Kernels:
     """A stand-in for what serves a GPU: its one line, and the extension without CUDA."""
 
-    DEVICES = ("cpu",)
+    DEVICES, kind, name = ("cpu",), "extension", "nibble_kernels"
 
     def on(self, index):
         return self
@@ -50,13 +50,16 @@ class Kernels:
     way = "89, compiled here by NVRTC 12.9; the package carries no cubins"
 
 
+KERNELS = Kernels()
+
+
 @pytest.mark.parametrize(
     ("served", "extension", "words"),
     [
         (None, None, "no compiled kernels: cuda:0 is an AMD GPU"),
         (Kernels(), None, f"cubins: {Kernels.way}; nibble_kernels is not installed"),
-        (Kernels(), Kernels(), f"cubins: {Kernels.way}; nibble_kernels was built for cpu"),
-        ("both", "both", "extension: nibble_kernels 0.7 is installed"),
+        (Kernels(), Kernels(), f"cubins: {Kernels.way}; this nibble_kernels was built for cpu"),
+        (KERNELS, KERNELS, "extension: nibble_kernels 0.7 is installed"),
     ],
 )
 def test_a_device_s_way_to_kernels_is_one_line(monkeypatch, served, extension, words):

@@ -1,0 +1,114 @@
+"""The libraries of other platforms, on this machine: ARM's in QEMU, Windows' in Wine, held against
+this one's on the same numbers (every_op.cpp); and what each file needs of its system.
+
+Built by Zig (`pip install ziglang`). Skips with its reason where Zig, the emulator or, for ARM, a
+C library (Debian: qemu-user, libc6-arm64-cross, wine64) is missing.
+"""
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nibble.kernels.backends import cpu_library, cpu_library_build
+from nibble.kernels.backends.cpu_library_build import PLATFORMS
+
+HERE = Path(__file__).resolve().parent
+ARM_ROOT = Path("/usr/aarch64-linux-gnu")
+X86_LINUX = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+EMULATORS = {
+    "linux-x86_64": [],
+    "linux-aarch64": ["qemu-aarch64", "-L", str(ARM_ROOT)],
+    "windows-x86_64": ["wine64"],
+}
+DOORS = {f"nibble_{name}" for name in ("abi", "free", "about", "gemm_vq", "linear_w4a4", "route")}
+NEEDED = {
+    "linux-x86_64": {"libc.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-x86-64.so.2"},
+    "linux-aarch64": {"libc.so.6", "libpthread.so.0", "libdl.so.2", "ld-linux-aarch64.so.1"},
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not X86_LINUX, reason="the emulators are set up for x86-64 Linux"),
+    pytest.mark.skipif(not cpu_library_build.zig(), reason="no Zig: pip install ziglang"),
+]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """A platform's library: the package's where it is of these sources, else built here."""
+    folder = tmp_path_factory.mktemp("libraries")
+
+    def find(name: str) -> Path:
+        manifest = cpu_library.read_manifest(cpu_library.FOLDER)
+        if manifest and manifest["sources"] == cpu_library.sources_hash():
+            listed = manifest["platforms"].get(name)
+            if listed is not None:
+                return cpu_library.FOLDER / listed["file"]
+        path = folder / f"{name}.{PLATFORMS[name].suffix}"
+        if not path.exists():
+            cpu_library_build.compile_library(name, path)
+        return path
+
+    return find
+
+
+def results(name: str, library: Path, isa: int, folder: Path) -> dict[str, list[str]]:
+    """What every_op prints on a platform, by line."""
+    program = folder / f"every_op-{name}.exe"
+    if not program.exists():
+        command = [*cpu_library_build.zig(), "-target", PLATFORMS[name].target, "-std=c++17", "-O1"]
+        command += [f"-I{cpu_library.CSRC}", str(HERE / "every_op.cpp"), "-o", str(program)]
+        subprocess.run(command, check=True, capture_output=True)
+    command = [*EMULATORS[name], str(program), str(library), str(isa)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return {words[0]: words[1:] for words in lines}
+
+
+@pytest.mark.parametrize("name", ["linux-aarch64", "windows-x86_64"])
+def test_another_platform_computes_what_this_one_does(name, library, tmp_path):
+    if not shutil.which(EMULATORS[name][0]):
+        pytest.skip(f"{EMULATORS[name][0]} is not installed")
+    if name == "linux-aarch64" and not (ARM_ROOT / "lib").exists():
+        pytest.skip("no C library for ARM: libc6-arm64-cross")
+    ours = results("linux-x86_64", library("linux-x86_64"), 1, tmp_path)
+    theirs = results(name, library(name), 1, tmp_path)
+    assert set(ours) == set(theirs) and len(ours) == 11
+    assert " ".join(ours["refused"]).startswith("Vquantize_down: K=65 is not a multiple")
+    for line, values in ours.items():
+        if line in ("codes", "codes2", "refused"):
+            assert values == theirs[line], line
+        else:
+            pairs = zip(map(float, values), map(float, theirs[line]), strict=True)
+            assert all(abs(a - b) <= 1e-5 * max(1, abs(a)) for a, b in pairs), line
+
+
+@pytest.mark.parametrize("name", ["linux-x86_64", "linux-aarch64"])
+def test_a_linux_library_needs_the_c_library_alone(name, library):
+    if not shutil.which("readelf"):
+        pytest.skip("no readelf")
+    path = library(name)
+    said = subprocess.run(
+        ["readelf", "-W", "-d", "--dyn-syms", "-V", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert set(re.findall(r"NEEDED.*\[(.+)\]", said)) <= NEEDED[name]
+    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", said)
+    assert max((int(a), int(b)) for a, b in versions) <= (2, 28)
+    assert all(door in said for door in DOORS)
+
+
+def test_windows_and_macos_libraries_need_the_system_alone(library):
+    """By the names in the files: no C++ library, no Python."""
+    for name in ("windows-x86_64", "macos-aarch64"):
+        content = library(name).read_bytes()
+        assert all(door.encode() in content for door in DOORS)
+        for stranger in (b"libstdc++", b"libc++.1", b"MSVCP", b"VCRUNTIME", b"python3", b"libgcc"):
+            assert stranger not in content, (name, stranger)
