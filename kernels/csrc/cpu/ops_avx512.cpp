@@ -17,6 +17,11 @@
 
 #include "threads.h"
 
+#ifdef __GNUC__
+#define NIBBLE_UNROLL_4 _Pragma("GCC unroll 4")
+#else
+#define NIBBLE_UNROLL_4
+#endif
 #define NIBBLE_DOT "simd/dot_avx512.inl"
 
 namespace nibble::cpu {

@@ -179,5 +179,5 @@ inline F butterflies(F x) {
 constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;
 
-// Starting value of the sums that makes up for weights stored as code + 8.
-inline int32_t offset(int sum) { return -8 * sum; }
+// Starting values of the sums that make up for weights stored as code + 8.
+inline I offset(I sums) { return sub_int(splat_int(0), shift_left<3>(sums)); }
