@@ -118,6 +118,29 @@ inline F butterflies(F x) {
     return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, s4));
 }
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, code J times UNIT[J]: masked without being shifted down.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 16, 256, 4096, 65536, 1048576, 16777216, 1};
+    template <int J>
+    F of(I word) const {
+        if constexpr (J == 7)
+            return sub(to_float(shift_right<28>(word)), splat(8.0f));
+        else
+            return sub(to_float(and_(word, splat_int(15 << 4 * J))),
+                       splat(static_cast<float>(8 << 4 * J)));
+    }
+};
+
+// A row's next dwords; here a vector is a group.
+inline I load_dwords(const uint8_t* p, int64_t) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    return splat(scales[vector * stride]);
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 4;      // tokens at once

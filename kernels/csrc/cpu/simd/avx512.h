@@ -138,6 +138,28 @@ inline F butterflies(F x) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x4, x4, 0x4E), _mm512_mask_blend_ps(0xFF00, x4, m4));
 }
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, by table: vpermps reads a lane's lowest four bits.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    template <int J>
+    F of(I word) const {
+        return _mm512_permutexvar_ps(J ? shift_right<4 * J>(word) : word, table);
+    }
+};
+
+// A row's next dwords; here a vector is two groups, of which the second may not exist.
+inline I load_dwords(const uint8_t* p, int64_t bytes) {
+    if (bytes >= 64) return _mm512_loadu_si512(p);
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    const float* first = scales + 2 * vector * stride;
+    return _mm512_mask_blend_ps(0xFF00, splat(first[0]), splat(first[stride]));
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 8;       // tokens at once

@@ -174,6 +174,31 @@ inline F butterflies(F x) {
 
 #undef NIBBLE_EACH
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, code J times UNIT[J]: masked without being shifted down.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 16, 256, 4096, 65536, 1048576, 16777216, 1};
+    template <int J>
+    F of(I word) const {
+        if constexpr (J == 7)
+            return sub(to_float(shift_right<28>(word)), splat(8.0f));
+        else
+            return sub(to_float(and_(word, splat_int(15 << 4 * J))),
+                       splat(static_cast<float>(8 << 4 * J)));
+    }
+};
+
+// A row's next dwords, first byte lowest; here two vectors are a group.
+inline I load_dwords(const uint8_t* p, int64_t) {
+    I words[8];
+    load_words(p, 4, LANES, words);
+    return words[0];
+}
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    return splat(scales[vector / 2 * stride]);
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
 
 constexpr int ROWS = 4;
