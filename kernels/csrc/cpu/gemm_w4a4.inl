@@ -12,7 +12,6 @@
 
 constexpr int TILE_M = 256;  // tokens that share one decoding of the weights
 constexpr int TILE_N = 2 * PANEL;
-constexpr int MOST_TILES = 4;    // side by side in a task: 128 KB of sums, with 256 tokens
 constexpr int STRETCH = 8;       // groups: two panels of 8 KB and ROWS tokens' codes fit into L1
 constexpr int64_t CHUNK = 1024;  // tokens unpacked at a time: bounds the scratch
 
@@ -131,12 +130,19 @@ using Epilogue = void (*)(const void* context, float* tile, int64_t m0, int64_t 
 
 struct Gemm {
     const GemmW4A4Up& op;
-    const Step* steps;       // (tiles of LANES tokens, groups) of this chunk
+    const Step* steps;       // (stretches, LANES tokens each, groups of a stretch) of this chunk
     int64_t m_begin, m_end;  // the chunk
     int64_t tile_m, tiles;   // of a task: tokens, and tiles of TILE_N outputs
     Epilogue epilogue;
     const void* context;
 };
+
+// The first step of a stretch that begins at group g0, of the LANES tokens of a number in the chunk:
+// one stretch of all tokens lies together, as a task reads it.
+inline int64_t step_of(const Gemm& gemm, int64_t g0, int64_t block) {
+    const int64_t blocks = divide_up(gemm.m_end - gemm.m_begin, LANES);
+    return g0 * blocks + block * smaller(STRETCH, gemm.op.K / GROUP - g0);
+}
 
 inline void start_tile(const GemmW4A4Up& op, int64_t m0, int64_t rows, int64_t n0, int valid,
                        const GemmScratch& scratch, float* tile) {
@@ -197,7 +203,7 @@ inline void gemm_task(const void* context, int64_t index, void* memory) {
             const Stretch stretch = decode_stretch(op, g0, n0, valid(n0), scratch);
             for (int64_t r = 0; r < rows; r += ROWS)
                 dot_rows<ROWS>(static_cast<int>(smaller(ROWS, rows - r)),
-                               gemm.steps + (m0 - gemm.m_begin + r) / LANES * groups + g0,
+                               gemm.steps + step_of(gemm, g0, (m0 - gemm.m_begin + r) / LANES),
                                static_cast<int>(r % LANES), stretch, tile(n0) + r * TILE_N);
         }
     for (int64_t n0 = n_begin; n0 < n_end; n0 += TILE_N)
@@ -206,10 +212,10 @@ inline void gemm_task(const void* context, int64_t index, void* memory) {
 
 inline void unpack_task(const void* context, int64_t tile, void*) {
     const Gemm& gemm = *static_cast<const Gemm*>(context);
-    const int64_t groups = gemm.op.K / GROUP;
-    Step* steps = const_cast<Step*>(gemm.steps) + tile * groups;
-    for (int64_t g = 0; g < groups; ++g)
-        unpack_step(gemm.op, gemm.m_begin + tile * LANES, g, steps[g]);
+    Step* steps = const_cast<Step*>(gemm.steps);
+    for (int64_t g = 0; g < gemm.op.K / GROUP; ++g)
+        unpack_step(gemm.op, gemm.m_begin + tile * LANES, g,
+                    steps[step_of(gemm, g / STRETCH * STRETCH, tile) + g % STRETCH]);
 }
 
 // Tokens m_begin .. m_end - 1, through `epilogue`. `steps` is scratch for them.

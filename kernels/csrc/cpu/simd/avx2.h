@@ -143,6 +143,9 @@ inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
 
 // ---- the int4 product's inner loop --------------------------------------------------------------
 
+// Tiles of 32 outputs of a task, side by side: with more, an L2 of 512 KB overflows.
+constexpr int MOST_TILES = 1;
+
 constexpr int ROWS = 4;      // tokens at once
 constexpr int FMA_ROWS = 6;  // and in floating point, where no register holds codes
 

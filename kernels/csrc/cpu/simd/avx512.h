@@ -153,7 +153,8 @@ struct FewCodes {
 // A row's next dwords; here a vector is two groups, of which the second may not exist.
 inline I load_dwords(const uint8_t* p, int64_t bytes) {
     if (bytes >= 64) return _mm512_loadu_si512(p);
-    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m256i group = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return join(group, _mm256_setzero_si256());
 }
 inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
     const float* first = scales + 2 * vector * stride;
@@ -161,6 +162,10 @@ inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
 }
 
 // ---- the int4 product's inner loop --------------------------------------------------------------
+
+// Tiles of 32 outputs of a task, side by side: 128 KB of sums with 256 tokens, in an L2 of 1 MB or
+// more.
+constexpr int MOST_TILES = 4;
 
 constexpr int ROWS = 8;       // tokens at once
 constexpr int FMA_ROWS = 12;  // and in floating point

@@ -37,7 +37,7 @@ NIBBLE_NOINLINE void dot_tile(const Step* steps, int first, const Stretch& stret
         const uint8_t* right = stretch.panels[1] + g * GROUP * PANEL;
         I sum[R][2];
         for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = splat_int(step.offset[first + r]);
-        NIBBLE_UNROLL_4
+        NIBBLE_UNROLL_16
         for (int quad = 0; quad < GROUP / 4; ++quad) {
             const I w0 = _mm512_loadu_si512(left + quad * 4 * PANEL);
             const I w1 = _mm512_loadu_si512(right + quad * 4 * PANEL);
@@ -50,7 +50,7 @@ NIBBLE_NOINLINE void dot_tile(const Step* steps, int first, const Stretch& stret
         const F scales[2] = {load(stretch.scales + g * TILE_N),
                              load(stretch.scales + g * TILE_N + LANES)};
         const int32_t ordinary = step.ordinary >> first & ALL;
-        if (ordinary == ALL) {
+        if (NIBBLE_LIKELY(ordinary == ALL)) {
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < 2; ++v) {
                     float* out = tile + r * TILE_N + v * LANES;

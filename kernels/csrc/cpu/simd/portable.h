@@ -201,6 +201,9 @@ inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
 
 // ---- the int4 product's inner loop --------------------------------------------------------------
 
+// Tiles of 32 outputs of a task, side by side.
+constexpr int MOST_TILES = 1;
+
 constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;
 
