@@ -64,41 +64,45 @@ void few_step(const FewCodes& codes, const I word[R], const float* x, int64_t st
     }
 }
 
-// R rows of weights from `weight` on. A vector's 8 products are summed by themselves and then,
-// scaled, added to the row's sum: short chains of fmas, so that several go on at a time, and less
+// Vector i of R rows, whose dwords are `word`. Its 8 products are summed by themselves and then,
+// scaled, added to the rows' sums: short chains of fmas, so that several go on at a time, and less
 // rounding. `scales` are FEW_OUTPUTS floats apart from one group to the next.
+template <int M, int R>
+inline void few_vector(const Few& few, const FewCodes& codes, const I word[R], const float* scales,
+                       int64_t i, F sum[M][R]) {
+    F part[M][R];
+    few_step<0, M, R>(codes, word, few.x + i * 8 * LANES, few.vectors * 8 * LANES, part);
+    for (int r = 0; r < R; ++r) {
+        const F scale = scales_of_vector(scales + r, FEW_OUTPUTS, i);
+        for (int m = 0; m < M; ++m) sum[m][r] = fma(part[m][r], scale, sum[m][r]);
+    }
+}
+
+// R rows of weights from `weight` on.
 template <int M, int R>
 NIBBLE_NOINLINE void few_tile(const Few& few, const uint8_t* weight, const float* scales,
                               float* result) {
     const FewCodes codes;
-    const int64_t stride = few.op.K / 2, x_stride = few.vectors * 8 * LANES;
+    const int64_t stride = few.op.K / 2, whole = stride / (4 * LANES);
     F sum[M][R];
+    I word[R];
     for (int m = 0; m < M; ++m)
         for (int r = 0; r < R; ++r) sum[m][r] = zero();
-    for (int64_t i = 0; i < few.vectors; ++i) {
-        const int64_t begin = i * 4 * LANES;
-        I word[R];
+    for (int64_t i = 0; i < whole; ++i) {
         for (int r = 0; r < R; ++r) {
-            const uint8_t* p = weight + r * stride + begin;
+            const uint8_t* p = weight + r * stride + i * 4 * LANES;
             prefetch(p + R * stride);
-            word[r] = load_dwords(p, stride - begin);
+            word[r] = load_dwords(p);
         }
-        F part[M][R];
-        few_step<0, M, R>(codes, word, few.x + i * 8 * LANES, x_stride, part);
-        for (int r = 0; r < R; ++r) {
-            const F scale = scales_of_vector(scales + r, FEW_OUTPUTS, i);
-            for (int m = 0; m < M; ++m) sum[m][r] = fma(part[m][r], scale, sum[m][r]);
-        }
+        few_vector<M, R>(few, codes, word, scales, i, sum);
+    }
+    if (whole < few.vectors) {
+        for (int r = 0; r < R; ++r)
+            word[r] = load_last_dwords(weight + r * stride + whole * 4 * LANES);
+        few_vector<M, R>(few, codes, word, scales, whole, sum);
     }
     for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R; ++r) {
-            float lanes[LANES], total = 0.0f;
-            store(lanes, sum[m][r]);
-            for (int width = LANES / 2; width; width /= 2)
-                for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-            total = lanes[0];
-            result[m * FEW_OUTPUTS + r] = total;
-        }
+        for (int r = 0; r < R; ++r) result[m * FEW_OUTPUTS + r] = total(sum[m][r]);
 }
 
 struct FewScratch {

@@ -50,6 +50,8 @@ inline int largest(I x) {
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
 }
 
+inline float total(F x) { return total_of_eight(x); }
+
 inline F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -134,9 +136,10 @@ struct FewCodes {
 };
 
 // A row's next dwords; here a vector is a group.
-inline I load_dwords(const uint8_t* p, int64_t) {
+inline I load_dwords(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
 inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
     return splat(scales[vector * stride]);
 }

@@ -59,6 +59,11 @@ inline int largest(I x) {
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
 }
 
+inline float total(F x) {
+    const __m256 low = _mm256_castsi256_ps(half_of(bits(x), 0));
+    return total_of_eight(_mm256_add_ps(low, _mm256_castsi256_ps(half_of(bits(x), 1))));
+}
+
 inline F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -150,9 +155,9 @@ struct FewCodes {
     }
 };
 
-// A row's next dwords; here a vector is two groups, of which the second may not exist.
-inline I load_dwords(const uint8_t* p, int64_t bytes) {
-    if (bytes >= 64) return _mm512_loadu_si512(p);
+// A row's next dwords; here a vector is two groups, of which the last one may lack the second.
+inline I load_dwords(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline I load_last_dwords(const uint8_t* p) {
     const __m256i group = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return join(group, _mm256_setzero_si256());
 }

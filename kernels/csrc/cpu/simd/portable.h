@@ -82,6 +82,8 @@ inline int largest(I x) {
     return m;
 }
 
+inline float total(F x) { return x.v[0] + x.v[2] + (x.v[1] + x.v[3]); }
+
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7FFF;
     if (rest >= 0x7C00) return as_float(shifted(sign | 0x7F800000u | rest << 13));
@@ -190,11 +192,12 @@ struct FewCodes {
 };
 
 // A row's next dwords, first byte lowest; here two vectors are a group.
-inline I load_dwords(const uint8_t* p, int64_t) {
+inline I load_dwords(const uint8_t* p) {
     I words[8];
     load_words(p, 4, LANES, words);
     return words[0];
 }
+inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
 inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
     return splat(scales[vector / 2 * stride]);
 }
