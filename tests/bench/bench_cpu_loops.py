@@ -168,7 +168,7 @@ def main() -> None:
     if compiler is None or mca is None:
         print("skipped: needs g++ and llvm-mca (Debian: g++, llvm)")
         return
-    found = {"llvm-mca": mca, "now": rows_of(assembly(chosen.sources, compiler), mca)}
+    found = {"llvm-mca": Path(mca).name, "now": rows_of(assembly(chosen.sources, compiler), mca)}
     if chosen.before:
         found["before"] = rows_of(assembly(chosen.before, compiler), mca)
     for when in ("before", "now"):

@@ -137,8 +137,8 @@ struct Gemm {
     const void* context;
 };
 
-// The first step of a stretch that begins at group g0, of the LANES tokens of a number in the chunk:
-// one stretch of all tokens lies together, as a task reads it.
+// The first step of a stretch that begins at group g0, of the LANES tokens of a number in the
+// chunk: one stretch of all tokens lies together, as a task reads it.
 inline int64_t step_of(const Gemm& gemm, int64_t g0, int64_t block) {
     const int64_t blocks = divide_up(gemm.m_end - gemm.m_begin, LANES);
     return g0 * blocks + block * smaller(STRETCH, gemm.op.K / GROUP - g0);
@@ -163,8 +163,7 @@ inline void start_tile(const GemmW4A4Up& op, int64_t m0, int64_t rows, int64_t n
 inline Stretch decode_stretch(const GemmW4A4Up& op, int64_t g0, int64_t n0, int valid,
                               const GemmScratch& scratch) {
     const int64_t groups = op.K / GROUP, stride = op.K / 2;
-    const uint8_t* weight =
-        static_cast<const uint8_t*>(op.weight) + n0 * stride + g0 * (GROUP / 2);
+    const uint8_t* weight = static_cast<const uint8_t*>(op.weight) + n0 * stride + g0 * (GROUP / 2);
     Stretch stretch{static_cast<int>(smaller(STRETCH, groups - g0)), {}, scratch.scales};
     for (int p = 0; p < TILE_N / PANEL; ++p) {
         stretch.panels[p] = scratch.panels + p * STRETCH * GROUP * PANEL;

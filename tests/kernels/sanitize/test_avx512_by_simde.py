@@ -1,5 +1,5 @@
-"""The tests of the CPU's ops, on AVX-512, on any x86 processor: `nibble_kernels` built from the
-sources with SIMDe in the place of the intrinsics, and the tests run on it in a process of their own.
+"""The tests of the CPU ops, on AVX-512, on any x86 processor: `nibble_kernels` built from the
+sources with SIMDe in the place of the intrinsics, and the tests run on it in their own process.
 
 Skips with its reason where there is no compiler, no pybind11 or no SIMDe (Debian: libsimde-dev).
 """
@@ -24,7 +24,7 @@ OWN_FLAGS = {
     "ops_avx512": [*AVX2, "-Wno-psabi"],
     "module": ['-DNIBBLE_VERSION="simde"'],
 }
-TESTS = ("test_native_cpu.py", "test_native_cpu_bits.py", "test_native_vq.py")
+TESTS = ("test_native_cpu.py", "test_native_cpu_bits.py")
 
 
 def run(*command, **how) -> subprocess.CompletedProcess:

@@ -87,9 +87,9 @@ F codewords(const float* codebook, const uint16_t* codes, int64_t k) {
     return from_bits(join(_mm256_castps_si256(low), _mm256_castps_si256(high)));
 }
 
-// The 32 bytes (one group of 64 codes) of sixteen rows, as eight vectors: words[d] holds the 4 bytes
-// at 4 d of every row, row by row. `rows` are `stride` bytes apart; only the first `valid` exist,
-// and the last of them stands in for the others.
+// The 32 bytes (one group of 64 codes) of sixteen rows, as eight vectors: words[d] holds the 4
+// bytes at 4 d of every row, row by row. `rows` are `stride` bytes apart; only the first `valid`
+// exist, and the last of them stands in for the others.
 template <bool ALL>
 void transpose_sixteen(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
     const auto row = [&](int r) { return rows + (ALL || r < valid ? r : valid - 1) * stride; };

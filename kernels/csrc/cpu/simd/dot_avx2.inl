@@ -31,8 +31,9 @@ NIBBLE_NOINLINE void dot_tile(const Step* steps, int first, const Stretch& stret
                 for (int v = 0; v < 2; ++v) {
                     float* out = tile + r * TILE_N + p * PANEL + v * LANES;
                     const F exact = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum[r][v], ones));
-                    store(out, fma(exact, mul(load(scales + v * LANES), splat(step.scale[first + r])),
-                                   load(out)));
+                    store(out,
+                          fma(exact, mul(load(scales + v * LANES), splat(step.scale[first + r])),
+                              load(out)));
                 }
         }
     }

@@ -117,18 +117,20 @@ inline void store_u16(uint16_t* p, I x) {
     for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint16_t>(x.v[i]);
 }
 
+// Four bytes, the first one lowest.
+inline int32_t dword(const uint8_t* b) {
+    const uint32_t low = b[0] | static_cast<uint32_t>(b[1]) << 8,
+                   high = b[2] | static_cast<uint32_t>(b[3]) << 8;
+    return shifted(low | high << 16);
+}
+
 // The 32 bytes (one group of 64 codes) of LANES rows: words[d] holds the 4 bytes at 4 d of every
 // row, row by row, first byte lowest. `rows` are `stride` bytes apart; only the first `valid`
 // exist, and the last of them stands in for the others.
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
     for (int r = 0; r < LANES; ++r) {
         const uint8_t* row = rows + (r < valid ? r : valid - 1) * stride;
-        for (int d = 0; d < 8; ++d) {
-            const uint8_t* b = row + 4 * d;
-            const uint32_t low = b[0] | static_cast<uint32_t>(b[1]) << 8,
-                           high = b[2] | static_cast<uint32_t>(b[3]) << 8;
-            words[d].v[r] = shifted(low | high << 16);
-        }
+        for (int d = 0; d < 8; ++d) words[d].v[r] = dword(row + 4 * d);
     }
 }
 
@@ -191,11 +193,11 @@ struct FewCodes {
     }
 };
 
-// A row's next dwords, first byte lowest; here two vectors are a group.
+// A row's next dwords; here two vectors are a group.
 inline I load_dwords(const uint8_t* p) {
-    I words[8];
-    load_words(p, 4, LANES, words);
-    return words[0];
+    I words;
+    for (int i = 0; i < LANES; ++i) words.v[i] = dword(p + 4 * i);
+    return words;
 }
 inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
 inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
