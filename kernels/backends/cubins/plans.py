@@ -180,10 +180,10 @@ def hopper_workspace(codes: int, m: int, k: int) -> int:
 def hopper_tile(m: int, n: int, multiprocessors: int) -> tuple[int, int]:
     """(blocks of 128 rows, tokens) of the tile that needs the least time by count: rounds over all
     multiprocessors, times a tile's size, times what a smaller one costs more for the bytes that it
-    brings in (an estimate, not a measurement).
+    brings in (an estimate; sm90/launch.cu says from what).
     """
     costs = {}
-    for (blocks, tokens), percent in zip(kernels.HOPPER_TILES, (100, 110, 125), strict=True):
+    for (blocks, tokens), percent in zip(kernels.HOPPER_TILES, (100, 120, 160), strict=True):
         tiles = up(n, 128 * blocks) * up(m, tokens)
         costs[blocks, tokens] = up(tiles, multiprocessors) * 128 * blocks * tokens * percent
     return min(costs, key=lambda tile: costs[tile])

@@ -173,7 +173,8 @@ NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
 }
 
 // Registers: 65536 / 384 threads is 168 at the start; the loading warpgroup leaves most of its own
-// to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24).
+// to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24). Of the
+// smaller tiles they hold 64 sums or 32, so there the loading one keeps more.
 template <class Param, int Blocks, int Tokens>
 __global__ void __launch_bounds__(THREADS, 1)
     gemm_kernel(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap weights,
@@ -191,10 +192,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     sync_block();
     wait_for_previous_kernel();
     if (threadIdx.x < WARPGROUP) {
-        registers_release<24>();
+        registers_release<Blocks == 2 ? 24 : 40>();
         load<Shape>(shared, full, empty, tokens, weights, p);
     } else {
-        registers_claim<240>();
+        registers_claim<Blocks == 2 ? 240 : 232>();
         compute<Shape, Blocks>(shared, full, empty, p);
     }
 }
