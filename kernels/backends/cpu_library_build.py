@@ -77,6 +77,8 @@ def _run(command: list[str]) -> str:
 
 def _linking(name: str, by_zig: bool) -> list[str]:
     """What makes one library of the objects: no symbols but the exported ones."""
+    if by_zig and name.startswith("macos"):  # else its name is the path that it was linked at
+        return ["-s", "-Wl,-install_name,@rpath/nibble_cpu.dylib"]
     if by_zig:
         return ["-s"]
     if name.startswith("linux"):

@@ -3,13 +3,15 @@
 // another's.
 //
 //     every_op LIBRARY ISA
-#include <cmath>
+//
+// It takes the structs alone from nibble.h and nothing of the C++ library, so that a cross-compiler
+// need not build one for it.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
 
-#include "calls.h"
+#define __CUDACC_RTC__
+#include "nibble.h"
 
 #ifdef _WIN32
 #include <windows.h>
@@ -27,6 +29,13 @@ static void* symbol(const char* library, const char* name) {
 #endif
 
 using namespace nibble;
+
+template <typename Op>
+struct Call {  // as in calls.h
+    Target place;
+    Op op;
+    int64_t workspace_size;
+};
 
 static const char* library;
 static int isa;
@@ -59,10 +68,11 @@ static void run(const char* name, const Op& op, int threads = 2) {
     call.place.threads = threads;
     call.place.isa = Isa(isa);
     call.op = op;
-    const std::string door = std::string("nibble_") + name;
-    auto function = reinterpret_cast<char* (*)(const void*, size_t)>(symbol(library, door.c_str()));
+    char door[64];
+    std::snprintf(door, sizeof door, "nibble_%s", name);
+    auto function = reinterpret_cast<char* (*)(const void*, size_t)>(symbol(library, door));
     if (!function) {
-        std::fprintf(stderr, "no %s in %s\n", door.c_str(), library);
+        std::fprintf(stderr, "no %s in %s\n", door, library);
         std::exit(2);
     }
     if (const char* said = function(&call, sizeof call)) std::printf("refused %s\n", said);
