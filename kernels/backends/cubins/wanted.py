@@ -26,6 +26,9 @@ TOKENS = {
 picture of a batch.
 """
 
+_OF_A_LORA = 32
+"""Columns that a LoRA adds to a branch after the model was loaded: enough to change the kernel."""
+
 
 class LayerKind(NamedTuple):
     """What decides which kernels a layer runs. op: a key of TOKENS; mlp_w4a4 is the first layer of
@@ -61,6 +64,8 @@ def _launches(layer: LayerKind, m: int, x_dtype: int, gpu: Gpu) -> list[Launch]:
         return plans_w16.gemm_vq(_vq(layer, m, x_dtype), gpu) if known else []
     quantizer, product = _w4a4(layer, m, x_dtype, gpu)
     launches = plans.quantize_down(quantizer, gpu)
+    quantizer.R += _OF_A_LORA
+    launches += plans.quantize_down(quantizer, gpu)
     if layer.op == "mlp_w4a4":
         fused = structs.GemmW4A4UpGeluQuantizeDown(first=product, R2=1)
         return launches + plans.gemm_w4a4_up_gelu_quantize_down(fused, gpu)
