@@ -84,40 +84,44 @@ class Library:
     def __getattr__(self, op: str) -> Callable[[bytes], None]:
         """The door of an op, made when it is first asked for."""
         try:
-            function = self._function(op, ctypes.c_char_p, ctypes.c_size_t)
+            function = self._typed(op, ctypes.c_char_p, ctypes.c_size_t)
         except AttributeError:
             raise AttributeError(f"{self.__file__} has no {op}") from None
 
         def door(call: bytes) -> None:
-            function(call, len(call))
+            said = function(call, len(call))
+            if said is not None:
+                self._raise(said)
 
         setattr(self, op, door)
         return door
 
-    def _function(self, name: str, *arguments: Any) -> Callable[..., None]:
-        """A function of the library that returns null or words, which are raised."""
+    def _typed(self, name: str, *arguments: Any) -> Callable[..., int | None]:
+        """A function of the library that returns null, or the address of words."""
         function = getattr(self._loaded, f"nibble_{name}")
-        function.argtypes, function.restype = arguments, ctypes.c_void_p
-        return functools.partial(self._checked, function)
+        function.argtypes, function.restype = arguments or None, ctypes.c_void_p
+        return function
 
-    def _checked(self, function: Callable[..., int | None], *arguments: Any) -> None:
-        said = function(*arguments)
-        if said is None:
-            return
+    def _raise(self, said: int) -> None:
         text = ctypes.string_at(said).decode(errors="replace")
         self._loaded.nibble_free(said)
         raise ERRORS.get(text[0], RuntimeError)(text[1:])
 
+    def _ask(self, name: str, *arguments: Any) -> None:
+        said = self._typed(name)(*arguments)
+        if said is not None:
+            self._raise(said)
+
     def _number(self, name: str, *arguments: Any) -> int:
         """The answer to a question, whose arguments are an op's name, an int and sizes."""
         answer = ctypes.c_int64()
-        self._function(name)(*arguments, ctypes.byref(answer))
+        self._ask(name, *arguments, ctypes.byref(answer))
         return answer.value
 
     def _text(self, name: str, *arguments: Any) -> list[str]:
         """The lines of an answer in words."""
         answer = ctypes.create_string_buffer(WORDS)
-        self._function(name)(*arguments, answer, ctypes.c_size_t(WORDS))
+        self._ask(name, *arguments, answer, ctypes.c_size_t(WORDS))
         return answer.value.decode(errors="replace").split("\n")
 
     def capability(self, device: int) -> int:
