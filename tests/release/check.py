@@ -4,9 +4,9 @@
     python tests/release/check.py [--out FOLDER] [--torch "torch==2.13.0"] [--demo]
 
 Writes the archive (archive.py), makes a new virtual environment with torch and the requirements,
-unpacks the archive there as ComfyUI-Manager does, runs layers in it (in_package.py) and, with
---demo, the README's demo, and prints the size of every artefact. What runs there has a PATH without
-a compiler.
+unpacks the archive there as ComfyUI-Manager does, runs layers in it (in_package.py; under ComfyUI's
+own imports where COMFYUI_PATH names it) and, with --demo, the README's demo, and prints the size of
+every artefact. What runs there has a PATH without a compiler.
 """
 
 import argparse
@@ -31,6 +31,9 @@ def environment(folder: Path, torch: str, index: str | None) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
     subprocess.run([*pip, "-r", str(archive.ROOT / "requirements.txt")], check=True)
+    if "COMFYUI_PATH" in os.environ:
+        comfyui = Path(os.environ["COMFYUI_PATH"]) / "requirements.txt"
+        subprocess.run([*pip, "-r", str(comfyui)], check=True)
     return python
 
 

@@ -27,9 +27,8 @@ def load(folder: Path) -> str:
     if comfyui:
         sys.path.insert(0, comfyui)
         sys.argv = ["main.py", "--cpu"]
-        import comfy.cli_args  # noqa: F401  (reads the command line)
-
-        import nodes  # noqa: F401  (ComfyUI's own)
+        importlib.import_module("comfy.options").enable_args_parsing()
+        importlib.import_module("nodes")  # ComfyUI's own
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
@@ -40,7 +39,7 @@ def load(folder: Path) -> str:
 
 
 def layers(name: str) -> None:
-    """A W4A4 layer, a W4A16 layer and a whole MLP, compared with plain torch."""
+    """A W4A4 and a W4A16 layer, compared with plain torch."""
     import torch
 
     ops = importlib.import_module(f"{name}.kernels")
