@@ -99,6 +99,15 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
     parser.add_argument("--solver", help="alternating or svd")
+    parser.add_argument(
+        "--activations",
+        type=int,
+        choices=(4, 8),
+        help=(
+            "bits of the activations that layers are fitted for (default: 4); 8 for Hopper,"
+            " Blackwell and CPUs, more accurate"
+        ),
+    )
     parser.add_argument("--rotation", help="auto, on or off")
     parser.add_argument("--modulation", help="w4a16 or keep")
     parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)

@@ -23,7 +23,7 @@ FORMATS = {
             "weight_proj_up": "N,R",
             "weight_smooth_factor": "K",
         },
-        {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"},
+        {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows", "act_bits"},
     ),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
     "vq": (
@@ -39,6 +39,7 @@ OPTIONAL = {
 }
 _WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
+ACT_BITS = (4, 8)  # of activations that a layer can be fitted for
 # powers of two, so that every index that a file can hold is one of the codebook
 CODEWORDS = tuple(1 << bits for bits in range(1, 17))
 
@@ -71,6 +72,8 @@ def _can_be(option: str, value: Any) -> bool:
     """Whether an option of a layer's JSON can have a value."""
     if option == "act_unsigned":
         return type(value) is bool
+    if option == "act_bits":
+        return type(value) is int and value in ACT_BITS
     if option == "smooth_rows":
         return isinstance(value, list) and all(type(rows) is int and rows > 0 for rows in value)
     return type(value) is int and value >= 0

@@ -42,6 +42,17 @@ class Export(ABC):
             if facts["format"] not in self.FORMATS:
                 raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
 
+    def refuse_wide(self, name: str, facts: dict) -> None:
+        """Raises FileRefused for a layer that was fitted for 8-bit activations: other programs know
+        4 bits alone.
+        """
+        if facts.get("act_bits", 4) != 4:
+            raise self.refused(
+                name,
+                "was fitted for 8-bit activations",
+                "quantize the 16-bit file again with --activations 4",
+            )
+
     @property
     def units(self) -> Iterable[str]:
         """Names, in order."""
@@ -141,6 +152,7 @@ class ToKitchen(Export):
                 raise self.refused(
                     name, "has a rotation", "quantize the 16-bit file again with --rotation off"
                 )
+            self.refuse_wide(name, facts)
             if facts.get("unsigned_from"):
                 raise self.refused(
                     name, "has inputs of two kinds side by side", "convert it to nibble, which can"

@@ -1,8 +1,8 @@
 """One linear layer into SVDQuant's form: W = 4-bit part + low rank, in a space where inputs survive
 4 bits.
 
-With x' the smoothed (rotated) input, e the error of its trip through 4 bits, C = E[x' x'^T] and S =
-E[e e^T] (diagonal), the error is
+With x' the smoothed (rotated) input, e the error of its trip through 4 bits, or 8 (act_bits of the
+recipe), C = E[x' x'^T] and S = E[e e^T] (diagonal), the error is
 
     E |y - y_q|^2 = tr (W' - L - Q) C (W' - L - Q)^T + tr Q S Q^T
 
@@ -72,7 +72,8 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
     smooth: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[SVDQuantWeight, LayerError]:
-    """A linear into 4-bit weights and activations with a low-rank branch, on the weight's device.
+    """A linear into 4-bit weights and activations of recipe.act_bits with a low-rank branch, on the
+    weight's device.
 
     Shapes:
         weight float (N, K), 64 | K · bias float (N,) | None · smooth float (K,): factors to use
@@ -131,19 +132,23 @@ def _spaces(
     problem: LayerProblem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
 ) -> Iterator[InputSpace]:
     """The best space of each mode by a quick score; without GPTQ only the best of all."""
-    unsigned = post_gelu and recipe.act_unsigned and problem.bias is not None
+    narrow = recipe.act_bits == 4
+    unsigned = narrow and post_gelu and recipe.act_unsigned and problem.bias is not None
     best_of_modes = []
     for mode in _modes(recipe, unsigned, problem.sampled):
         if smooth is not None:
             candidates = [
                 InputSpace(
-                    smooth.bfloat16().float().to(problem.weight.device), **mode, label="given"
+                    smooth.bfloat16().float().to(problem.weight.device),
+                    **mode,
+                    label="given",
+                    act_bits=recipe.act_bits,
                 )
             ]
         else:
             rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
             candidates = [
-                InputSpace(factors, **mode, label=label)
+                InputSpace(factors, **mode, label=label, act_bits=recipe.act_bits)
                 for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]
         scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
@@ -280,6 +285,7 @@ class _Fit:
             None if bias is None else bias.bfloat16(),
             self.space.act_unsigned,
             self.space.rotation,
+            act_bits=self.space.act_bits,
         )
 
 

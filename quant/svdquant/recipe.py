@@ -2,7 +2,8 @@
 makes.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
 from ..job.recipe import FromPreset
@@ -26,6 +27,7 @@ _CHOICES = {
     "solver": ("alternating", "svd"),
     "rotation": ("auto", "on", "off"),
     "modulation": ("w4a16", "keep"),
+    "act_bits": (4, 8),
 }
 
 
@@ -44,7 +46,8 @@ class Recipe(FromPreset):
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
     clip_search     search each group's scale instead of absmax / 7
-    act_unsigned    allow unsigned activations behind a GELU
+    act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell, CPU)
+    act_unsigned    allow unsigned activations behind a GELU (of 4 bits; those of 8 have no use for it)
     keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
       bit, or 4-bit weights only
     modulation      modulation layers: "w4a16" or "keep"
@@ -66,12 +69,14 @@ class Recipe(FromPreset):
     w4a16: tuple[str, ...] = ()
     modulation: str = "w4a16"
     seed: int = 0
+    act_bits: int = 4
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+                    f"{name}={getattr(self, name)!r} is not one of"
+                    f" {', '.join(map(str, choices))}"
                 )
         if self.rank % 16 or not 16 <= self.rank <= 256:
             raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
@@ -90,6 +95,15 @@ class Recipe(FromPreset):
                     " 'double_blocks.0.*'"
                 )
             object.__setattr__(self, name, tuple(patterns))
+
+    def to_json(self) -> str:
+        """Every value, as JSON text; act_bits only where it is not 4, so that files of earlier
+        versions are those of the same recipe.
+        """
+        values = asdict(self)
+        if self.act_bits == 4:
+            del values["act_bits"]
+        return json.dumps(values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:
         """Whether a module's name matches one of the patterns."""

@@ -75,4 +75,5 @@ def _layer(linear: torch.nn.Module, dtype: torch.dtype) -> Layer:
         bool(getattr(p, "rotation", 0)) and codebook is None,
         bits,
         vector,
+        getattr(p, "act_bits", 4),
     )

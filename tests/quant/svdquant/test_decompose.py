@@ -5,6 +5,7 @@ transformer's are; 256 x 256, rank 16.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,3 +270,31 @@ def test_a_layer_quantizes_on_its_device(device):
     result, error = quantize_linear(weight.to(device), bias.to(device), stats, recipe)
     assert result.qweight.device.type == device
     assert error.db > 15
+
+
+# ---- activations of 8 bits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_a_layer_fitted_for_8_bits_is_closer_and_says_so(preset):
+    weight, bias = layer()
+    stats, held_out = recorded(inputs(2048)), inputs(256, seed=2)
+    found = {}
+    for bits in (4, 8):
+        recipe = Recipe.from_preset(preset, rank=16, act_bits=bits)
+        result, _ = quantize_linear(weight, bias, stats, recipe)
+        found[bits] = result
+        assert result.act_bits == bits
+        assert result.facts().get("act_bits", 4) == bits
+    four, eight = (db(weight, bias, found[bits], held_out) for bits in (4, 8))
+    assert eight > four + 3
+    # the same tensors, other numbers: each is best with the width that it was fitted for
+    assert eight > db(weight, bias, replace(found[4], act_bits=8), held_out) + 0.2
+
+
+def test_8_bits_have_no_use_for_unsigned_codes():
+    weight, bias = layer()
+    x = torch.nn.functional.gelu(inputs(1024))
+    recipe = Recipe.from_preset("best", rank=16, rotation="off", act_bits=8)
+    result, error = quantize_linear(weight, bias, recorded(x), recipe, post_gelu=True)
+    assert not result.act_unsigned and not error.act_unsigned

@@ -132,8 +132,10 @@ def live(weight: torch.Tensor) -> torch.nn.Parameter:
     return parameter
 
 
-def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | None) -> NibbleTensor:
-    """The weight with other tensors beside the same codes, and a hook cell of its own."""
+def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | int | None) -> NibbleTensor:
+    """The weight with other tensors or options beside the same codes, and a hook cell of its
+    own.
+    """
     params = dataclasses.replace(weight.params, hook=HookCell(), hook_seen=None, **fields)
     return NibbleTensor(weight._qdata, weight._layout_cls, params)
 
