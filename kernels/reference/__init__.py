@@ -20,6 +20,7 @@ from .nibbles import (
     unpack_nibbles,
 )
 from .w4a4 import (
+    ACT_BITS,
     SHIFT,
     SIGNED_MAX,
     UNSIGNED_MAX,
@@ -35,6 +36,7 @@ from .w4a4 import (
 from .w4a16 import gemm_w4a16, gemv_w4a16, linear_w4a16_grad
 
 __all__ = [
+    "ACT_BITS",
     "FLIP_HIGHEST_BITS",
     "GROUP",
     "SHIFT",
