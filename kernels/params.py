@@ -189,6 +189,20 @@ class W4A16Params(NamedTuple):
     bias: Tensor | None = None  # (N,)
 
 
+class W4A8Params(NamedTuple):
+    """A linear of 4-bit weights read as int8 and activations of 8 bits: `linear_w4a8`."""
+
+    weight: Tensor  # int8 (N, K/2)
+    weight_scale: Tensor  # int8 (K/g, N)
+    weight_row_scale: Tensor  # (N,)
+    weight_table: Tensor  # int8 (16,)
+    smooth_factor: Tensor  # (K,)
+    proj_down: Tensor | None = None  # (K, R)
+    proj_up: Tensor | None = None  # (N, R)
+    bias: Tensor | None = None  # (N,)
+    rotation: int = 0
+
+
 class VQParams(NamedTuple):
     """A codebook linear: `linear_vq`; `gemm_vq` takes neither the projections nor a rotation."""
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
+from ...kernels.reference.w4a8 import GROUPS
 from ..job.recipe import FromPreset
 
 PRESETS = {
@@ -28,6 +29,8 @@ _CHOICES = {
     "rotation": ("auto", "on", "off"),
     "modulation": ("w4a16", "keep"),
     "act_bits": (4, 8),
+    "format": ("svdquant_w4a4", "svdquant_w4a8"),
+    "group": GROUPS,
 }
 
 
@@ -36,7 +39,11 @@ class Recipe(FromPreset):
     """How to quantize a model. Make one with `Recipe.from_preset("fast" | "best", **changes)`.
 
     preset          where the other values came from
-    rank            of the 16-bit low-rank branch: a multiple of 16, 16..256
+    format          of the layers: "svdquant_w4a4", which runs with activations of 4 or 8 bits, or
+      "svdquant_w4a8", which is closer with 8 and has no other
+    group           columns that share a scale of svdquant_w4a8: 16, 32 or 64 (else always 64)
+    rank            of the 16-bit low-rank branch: a multiple of 16, 16..256; svdquant_w4a8 can do
+      without, 0
     solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with
       the 4-bit part
     iterations      turns of the alternating solver; the best one is kept
@@ -70,6 +77,8 @@ class Recipe(FromPreset):
     modulation: str = "w4a16"
     seed: int = 0
     act_bits: int = 4
+    format: str = "svdquant_w4a4"
+    group: int = 32
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -78,7 +87,9 @@ class Recipe(FromPreset):
                     f"{name}={getattr(self, name)!r} is not one of"
                     f" {', '.join(map(str, choices))}"
                 )
-        if self.rank % 16 or not 16 <= self.rank <= 256:
+        if self.table:
+            object.__setattr__(self, "act_bits", 8)
+        if not (self.table and self.rank == 0) and (self.rank % 16 or not 16 <= self.rank <= 256):
             raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
         for name, (low, high) in {
             "iterations": (1, 100),
@@ -96,11 +107,18 @@ class Recipe(FromPreset):
                 )
             object.__setattr__(self, name, tuple(patterns))
 
+    @property
+    def table(self) -> bool:
+        """Whether weights get the levels of a table."""
+        return self.format == "svdquant_w4a8"
+
     def to_json(self) -> str:
-        """Every value, as JSON text; act_bits only where it is not 4, so that files of earlier
-        versions are those of the same recipe.
+        """Every value, as JSON text; what earlier versions did not have only where it is not what
+        they did, so that their files are those of the same recipe.
         """
         values = asdict(self)
+        if not self.table:
+            del values["format"], values["group"]
         if self.act_bits == 4:
             del values["act_bits"]
         return json.dumps(values)

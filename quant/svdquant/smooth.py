@@ -26,7 +26,8 @@ LIMIT = 1e4  # smoothing factors lie in 1/LIMIT..LIMIT around their geometric me
 @dataclass(frozen=True)
 class InputSpace:
     """A choice of smoothing (float32 (K,), nonzero, every value exact in bf16), rotation (0 | 64),
-    unsigned activations, and how many bits they get (4 | 8).
+    unsigned activations, how many bits they get (4 | 8), and whether a token has one scale for
+    all of them.
     """
 
     smooth: Tensor
@@ -34,6 +35,7 @@ class InputSpace:
     act_unsigned: bool = False
     label: str = ""
     act_bits: int = 4
+    per_token: bool = False
 
     def _rotate(self, x: Tensor) -> Tensor:
         return hadamard64(x) if self.rotation else x
@@ -44,9 +46,9 @@ class InputSpace:
 
     def quantized(self, inputs: Tensor) -> Tensor:
         """Result of `inputs` (..., K) → the same after a trip through `act_bits` bits, per row and
-        group of 64.
+        group of 64, or per row.
         """
-        groups = inputs.unflatten(-1, (-1, 64))
+        groups = inputs.unflatten(-1, (1, -1) if self.per_token else (-1, 64))
         if self.act_bits == 8:
             scale, low, high = groups.abs().amax(-1, keepdim=True) / 127, -127, 127
         elif self.act_unsigned:
