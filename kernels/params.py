@@ -194,7 +194,7 @@ class W4A8Params(NamedTuple):
 
     weight: Tensor  # int8 (N, K/2)
     weight_scale: Tensor  # int8 (K/g, N)
-    weight_row_scale: Tensor  # (N,)
+    weight_channel_scale: Tensor  # (N,)
     weight_table: Tensor  # int8 (16,)
     smooth_factor: Tensor  # (K,)
     proj_down: Tensor | None = None  # (K, R)

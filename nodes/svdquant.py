@@ -12,6 +12,7 @@ from .bridge.quantized import loading
 NO_FILES = "(no quantized models yet)"
 _CHOICE = {"auto": None, "on": True, "off": False}
 _FITTED_FOR = {"4 bit": 4, "8 bit": 8}
+_FORMATS = ("svdquant_w4a4", "svdquant_w4a8")
 
 
 class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
@@ -51,6 +52,7 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
         w4a16_layers,
         seed,
         activations="4 bit",
+        format=_FORMATS[0],
         **request,
     ) -> io.NodeOutput:
         recipe = Recipe.from_preset(
@@ -64,6 +66,7 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
             w4a16=widgets.patterns(w4a16_layers),
             seed=seed,
             act_bits=_FITTED_FOR[activations],
+            format=format,
         )
         name, report = SVDQuantRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
         cls.made(name)
@@ -171,6 +174,17 @@ def _expert_options() -> list[io.Input]:
             tooltip=(
                 "What the layers' inputs will be rounded to. 8 bit: closer to the 16-bit model,"
                 " same file size; as fast on Hopper, Blackwell and CPUs, slower on RTX 20 to 40."
+            ),
+        ),
+        io.Combo.Input(
+            "format",
+            options=list(_FORMATS),
+            default=_FORMATS[0],
+            advanced=True,
+            optional=True,
+            tooltip=(
+                "svdquant_w4a4: runs with activations of 4 or 8 bits. svdquant_w4a8: the closest"
+                " 4-bit weights, for activations of 8 bits alone; computed in plain torch for now."
             ),
         ),
     ]

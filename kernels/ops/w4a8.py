@@ -1,6 +1,6 @@
 """Whole linears whose 4-bit weights are read as int8, and whose activations have 8 bits a token.
 
-    y = (Q8(x / smooth) . W8^T) * ascale * row_scale + (x . proj_down) . proj_up^T + bias
+    y = (Q8(x / smooth) . W8^T) * ascale * channel_scale + (x . proj_down) . proj_up^T + bias
                         SVDQuant, arXiv 2411.05007, eq. 3 and 9; W8: `reference.w4a8`
 
 Gradients go straight through the quantizer, to x, proj_down, proj_up and bias; codes, scales, table
@@ -22,7 +22,7 @@ from .register import Gradient, grad_bias, register
 
 SCHEMAS = {
     "linear_w4a8": (
-        "(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_row_scale, Tensor"
+        "(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_channel_scale, Tensor"
         " weight_table, Tensor smooth_factor, Tensor? proj_down=None, Tensor? proj_up=None, Tensor?"
         " bias=None, int rotation=0) -> Tensor"
     ),
@@ -38,7 +38,7 @@ def check_linear(x: Tensor, p: W4A8Params) -> int:
     k = checks.features(x)
     n = checks.outputs(p.weight, k)
     _check_scales(k, n, p)
-    checks.shape("weight_row_scale", p.weight_row_scale, "(N,)", n)
+    checks.shape("weight_channel_scale", p.weight_channel_scale, "(N,)", n)
     checks.shape("smooth_factor", p.smooth_factor, "(K,)", k)
     checks.shape("bias", p.bias, "(N,)", n)
     if (p.proj_down is None) != (p.proj_up is None):
@@ -117,7 +117,7 @@ def linear_w4a8(  # noqa: PLR0913 - the schema's arguments
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_row_scale: Tensor,
+    weight_channel_scale: Tensor,
     weight_table: Tensor,
     smooth_factor: Tensor,
     proj_down: Tensor | None = None,
@@ -129,11 +129,11 @@ def linear_w4a8(  # noqa: PLR0913 - the schema's arguments
 
     Shapes:
         x (..., K), any float dtype · weight int8 (N, K/2), codes 0..15, low nibble = even column ·
-        weight_scale int8 (K/g, N), g = 16, 32 or 64 · weight_row_scale (N,) · weight_table int8
+        weight_scale int8 (K/g, N), g = 16, 32 or 64 · weight_channel_scale (N,) · weight_table int8
         (16,) · smooth_factor (K,) · proj_down (K, R) and proj_up (N, R), both or neither · bias
         (N,) or None, each in any float dtype -> (..., N) in x.dtype
     rotation: 0, or 64 for a layer whose weights were rotated per 64 columns.
     Raises ValueError naming the shapes and the rule that they break.
     """
-    tensors = (weight, weight_scale, weight_row_scale, weight_table, smooth_factor)
+    tensors = (weight, weight_scale, weight_channel_scale, weight_table, smooth_factor)
     return linear_w4a8_op(x, *tensors, proj_down, proj_up, bias, rotation)

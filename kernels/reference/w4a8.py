@@ -2,7 +2,7 @@
 product with int8 activations is one of plain integers over all of K.
 
     W8[n, k] = (table[code[n, k]] * scale[k / g, n] + 64) >> 7         int8, in -126..126
-    y = (Q8(x / smooth) . W8^T) * ascale * row_scale + (x . proj_down) . proj_up^T + bias
+    y = (Q8(x / smooth) . W8^T) * ascale * channel_scale + (x . proj_down) . proj_up^T + bias
 
 The table has 16 levels, a layer its own: those of least squared error for weights over their
 group's largest (Lloyd, 1982; 4-bit codes with a table a layer: QLoRA's NF4, arXiv 2305.14314). The
@@ -57,13 +57,13 @@ def decode_w4a8(weight: Tensor, weight_scale: Tensor, weight_table: Tensor) -> T
 def dequantize_w4a8(
     weight: Tensor,
     weight_scale: Tensor,
-    weight_row_scale: Tensor,
+    weight_channel_scale: Tensor,
     weight_table: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """W8 * row_scale, (N, K) in `dtype`. Shapes: as `linear_w4a8`."""
+    """W8 * channel_scale, (N, K) in `dtype`. Shapes: as `linear_w4a8`."""
     whole = decode_w4a8(weight, weight_scale, weight_table).to(dtype)
-    return whole.mul_(weight_row_scale.to(dtype)[:, None])
+    return whole.mul_(weight_channel_scale.to(dtype)[:, None])
 
 
 def smoothed(x: Tensor, smooth_factor: Tensor, rotation: int) -> Tensor:
@@ -84,7 +84,7 @@ def linear_w4a8(  # noqa: PLR0913 - the op's arguments
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
-    weight_row_scale: Tensor,
+    weight_channel_scale: Tensor,
     weight_table: Tensor,
     smooth_factor: Tensor,
     proj_down: Tensor | None = None,
@@ -95,7 +95,7 @@ def linear_w4a8(  # noqa: PLR0913 - the op's arguments
     """The formula above.
 
     Shapes:
-        x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale int8 (S, N) · weight_row_scale
+        x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale int8 (S, N) · weight_channel_scale
         (N,) · weight_table int8 (16,) · smooth_factor (K,) · proj_down (K, R) and proj_up (N, R) or
         neither · bias (N,) or None -> (M, N) in x.dtype
     """
@@ -103,7 +103,7 @@ def linear_w4a8(  # noqa: PLR0913 - the op's arguments
     codes, ascale = quantize_tokens(smoothed(xc, smooth_factor, rotation))
     whole = decode_w4a8(weight, weight_scale, weight_table).to(dtype)
     y = (codes.to(dtype) @ whole.t()).to(xc.dtype).mul_(ascale)
-    y = y.mul_(weight_row_scale.to(xc.dtype))
+    y = y.mul_(weight_channel_scale.to(xc.dtype))
     if proj_down is not None and proj_up is not None:
         y = y.addmm_(xc @ proj_down.to(xc.dtype), proj_up.to(xc.dtype).t())
     return (y if bias is None else y.add_(bias.to(xc.dtype))).to(x.dtype)

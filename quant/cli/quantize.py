@@ -30,6 +30,8 @@ _SVDQUANT_OPTIONS = {
     "gptq": "gptq",
     "w4a16": "w4a16",
     "activations": "act_bits",
+    "format": "format",
+    "group": "group",
 }
 _VQ_OPTIONS = {
     "bits": "bits",

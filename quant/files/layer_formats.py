@@ -1,7 +1,7 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups, S = K/group of them, R rank, L = 16 levels; C codewords of D weights, P = K/D indices of log2(C)
+N outputs, K inputs, G = K/64 groups, H = K/group of them, R rank, L = 16 levels; C codewords of D weights, P = K/D indices of log2(C)
 bits in bytes.
 """
 
@@ -28,8 +28,8 @@ FORMATS = {
     "svdquant_w4a8": (
         {
             "weight": "N,K/2",
-            "weight_scale": "S,N",
-            "weight_row_scale": "N",
+            "weight_scale": "H,N",
+            "weight_channel_scale": "N",
             "weight_table": "L",
             "weight_smooth_factor": "K",
         },
@@ -162,7 +162,7 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             "K/2": width,
             "K": 2 * width,
             "G": 2 * width // 64,
-            "S": 2 * width // (config.get("group") or 64),
+            "H": 2 * width // (config.get("group") or 64),
             "L": 16,
             "R": config.get("rank", 0),
             "P": len(config.get("smooth_rows", ())),

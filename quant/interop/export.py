@@ -24,7 +24,16 @@ from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 # of a layer's format, as reports call it
-ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+ACTIONS = {
+    "svdquant_w4a4": "w4a4",
+    "svdquant_w4a8": "w4a4",
+    "awq_w4a16": "w4a16",
+    "vq": "vq",
+}
+
+
+# what other programs have no words for
+HELD = {"vq": "codewords (vq)", "svdquant_w4a8": "levels of a table (svdquant_w4a8)"}
 
 
 class Export(ABC):
@@ -40,7 +49,7 @@ class Export(ABC):
         self.notes: list[str] = []
         for name, facts in source.layers.items():
             if facts["format"] not in self.FORMATS:
-                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
+                raise self.refused(name, f"holds {HELD[facts['format']]}", "Nibble's own format can")
 
     def refuse_wide(self, name: str, facts: dict) -> None:
         """Raises FileRefused for a layer that was fitted for 8-bit activations: other programs know
@@ -82,7 +91,7 @@ class ToNibble(Export):
     back is open.
     """
 
-    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+    FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "awq_w4a16", "vq")
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
         formats = {facts["format"] for facts in self.source.layers.values()}

@@ -294,7 +294,7 @@ class _Fit:
             return W4A8Weight(
                 qweight=pack_int4(rounded.codes),
                 scale=rounded.scale.to(torch.int8),
-                row_scale=grid.row_scale,
+                channel_scale=grid.channel_scale,
                 table=grid.table.to(torch.int8),
                 smooth_factor=smooth,
                 proj_down=down if self.recipe.rank else None,

@@ -115,12 +115,12 @@ class EvenGrid:
 
 @dataclass(frozen=True)
 class TableGrid:
-    """table: float32 (16,), whole numbers -127..127 in order; row_scale: float32 (N,), without
+    """table: float32 (16,), whole numbers -127..127 in order; channel_scale: float32 (N,), without
     which only `fitted` is of use.
     """
 
     table: Tensor
-    row_scale: Tensor
+    channel_scale: Tensor
     group: int = 16
 
     @classmethod
@@ -131,15 +131,15 @@ class TableGrid:
     def for_rows_of(self, weight: Tensor) -> "TableGrid":
         """The grid whose rows reach as far as those of a weight (N, K)."""
         reach = ROOM * UNIT / (HIGHEST * HIGHEST)
-        return replace(self, row_scale=(weight.abs().amax(1) * reach).clamp_min(1e-30))
+        return replace(self, channel_scale=(weight.abs().amax(1) * reach).clamp_min(1e-30))
 
     def rows(self, part: slice) -> "TableGrid":
-        return replace(self, row_scale=self.row_scale[part])
+        return replace(self, channel_scale=self.channel_scale[part])
 
     def scales(self, w: Tensor, importance: Tensor) -> Tensor:
         top, bottom = w.amax(-2, keepdim=True), w.amin(-2, keepdim=True)
         # the level 127 on the extreme, whatever its sign; or the lowest one
-        extreme = torch.where(top > -bottom, top, bottom) * (UNIT / self.row_scale)
+        extreme = torch.where(top > -bottom, top, bottom) * (UNIT / self.channel_scale)
         full, turned = extreme / self.table[-1], extreme / self.table[0]
         candidates = [full * r for r in TABLE_SHRINK] + [turned * r for r in TABLE_SHRINK[:2]]
         candidates = [self._whole(candidate) for candidate in candidates]
@@ -149,7 +149,7 @@ class TableGrid:
         refined = self._whole(
             (weighted * w).sum(-2, keepdim=True)
             / weighted.mul_(levels).sum(-2, keepdim=True).clamp_min(1e-30)
-            * (UNIT / self.row_scale)
+            * (UNIT / self.channel_scale)
         )
         return torch.where(loss(self, w, refined, importance) < error, refined, best)
 
@@ -161,7 +161,7 @@ class TableGrid:
         return self.table[codes.long()]
 
     def codes(self, w: Tensor, scale: Tensor) -> Tensor:
-        step = scale * (self.row_scale / UNIT)
+        step = scale * (self.channel_scale / UNIT)
         middles = (self.table[1:] + self.table[:-1]) / 2
         shares = (w / torch.where(step == 0, torch.inf, step)).contiguous()
         return torch.bucketize(shares, middles)
@@ -169,7 +169,7 @@ class TableGrid:
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         # whole numbers below 2^24: as exact as `reference.w4a8.decode_groups`
         whole = self._levels(codes).mul_(scale).add_(UNIT / 2).div_(UNIT).floor_()
-        return whole.mul_(self.row_scale)
+        return whole.mul_(self.channel_scale)
 
 
 def fit_table(weight: Tensor, group: int) -> Tensor:

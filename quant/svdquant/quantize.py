@@ -174,7 +174,7 @@ def _dtype_of(kind: str, suffix: str) -> torch.dtype:
     allowed = dtypes_of(kind, suffix)
     if torch.bfloat16 not in allowed:
         return allowed[0]
-    return torch.float32 if suffix == "weight_row_scale" else torch.bfloat16
+    return torch.float32 if suffix == "weight_channel_scale" else torch.bfloat16
 
 
 def _in_words(error: LayerError) -> str:

@@ -2,7 +2,7 @@
 its tensors, their names, and the matrix that they stand for.
 
     W8 = (table[code] * scale + 64) >> 7                   int8, a scale for `group` columns of a row
-    y = (Q8(x / smooth) . W8^T) * ascale * row_scale + (x . proj_down) . proj_up^T + bias
+    y = (Q8(x / smooth) . W8^T) * ascale * channel_scale + (x . proj_down) . proj_up^T + bias
 
 The formula's parts and their sources: `kernels.reference.w4a8`. At the same bits a weight it is
 closer than `svdquant_w4a4` with activations of 8 bits: int8 scales take half the room of 16-bit
@@ -28,7 +28,7 @@ class W4A8Weight(StoredWeight):
     Shapes:
         qweight        int8 (N, K/2)     two codes 0..15 a byte, low nibble = even column
         scale          int8 (S, N)       -127..127
-        row_scale      float32 (N,)
+        channel_scale      float32 (N,)
         table          int8 (16,)        levels by code, -127..127
         smooth_factor  bf16 (K,)         nonzero; with a rotation it may be negative
         proj_down      bf16 (K, R) | None   acts on raw x; with proj_up bf16 (N, R) | None
@@ -38,7 +38,7 @@ class W4A8Weight(StoredWeight):
 
     qweight: Tensor
     scale: Tensor
-    row_scale: Tensor
+    channel_scale: Tensor
     table: Tensor
     smooth_factor: Tensor
     proj_down: Tensor | None = None
@@ -50,7 +50,7 @@ class W4A8Weight(StoredWeight):
     SUFFIXES = {
         "qweight": "weight",
         "scale": "weight_scale",
-        "row_scale": "weight_row_scale",
+        "channel_scale": "weight_channel_scale",
         "table": "weight_table",
         "smooth_factor": "weight_smooth_factor",
         "proj_down": "weight_proj_down",
@@ -59,7 +59,7 @@ class W4A8Weight(StoredWeight):
     }
     OPTIONAL = ("weight_proj_down", "weight_proj_up", "bias")
     TOLD = ("format", "group", "rank")
-    OUTPUT_DIM = {"qweight": 0, "scale": 1, "row_scale": 0, "proj_up": 0, "bias": 0}
+    OUTPUT_DIM = {"qweight": 0, "scale": 1, "channel_scale": 0, "proj_up": 0, "bias": 0}
 
     def __post_init__(self):
         (n, k), r = self.shape, self.rank
@@ -72,7 +72,7 @@ class W4A8Weight(StoredWeight):
             f"a {n} x {k} linear of rank {r}",
             {
                 "scale": (k // self.group, n),
-                "row_scale": (n,),
+                "channel_scale": (n,),
                 "table": (w4a8.LEVELS,),
                 "smooth_factor": (k,),
                 "proj_down": (k, r),
@@ -127,7 +127,7 @@ class W4A8Weight(StoredWeight):
 
     def residual(self) -> Tensor:
         """The 4-bit part as a matrix on raw x: un-rotated, un-smoothed. float32 (N, K)."""
-        matrix = w4a8.dequantize_w4a8(self.qweight, self.scale, self.row_scale, self.table)
+        matrix = w4a8.dequantize_w4a8(self.qweight, self.scale, self.channel_scale, self.table)
         matrix = reference.hadamard64(matrix) if self.rotation else matrix
         return matrix / self.smooth_factor.float()
 
@@ -149,7 +149,7 @@ class W4A8Weight(StoredWeight):
             x,
             self.qweight,
             self.scale,
-            self.row_scale,
+            self.channel_scale,
             self.table,
             self.smooth_factor,
             self.proj_down,

@@ -48,6 +48,8 @@ def _layers(patcher: ModelPatcher) -> Iterator[torch.nn.Module]:
 def shown(patcher: ModelPatcher, choice: str) -> list[str]:
     """[label, words] for people: how wide, why, what computes it, and what the choice is worth."""
     params = [module.weight.params for module in _layers(patcher)]
+    if not params:
+        return ["activations", "8 bit: the file's format has no other"]
     widths = Counter(p.act_bits for p in params)
     fitted = sorted({p.fitted_bits for p in params})
     words = " and ".join(f"{bits} bit ({count} layers)" for bits, count in sorted(widths.items()))
