@@ -26,6 +26,11 @@ class NibbleW4A8Layout(Layout):
         smooth_factor: torch.Tensor | None = None
         rotation: int = 0
 
+        @property
+        def branch_dtype(self) -> torch.dtype:
+            """Its scales are integers."""
+            return self.smooth_factor.dtype
+
     @classmethod
     def read(cls, tensors: Tensors, settings: dict, dtype: torch.dtype) -> Params:
         own = ("scale", "channel_scale", "table", "smooth_factor")
