@@ -70,7 +70,9 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
         )
         name, report = SVDQuantRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
         cls.made(name)
-        chart = charts.layers_chart(report, name, f"SVDQuant W4A{recipe.act_bits}, rank {rank}, {preset}")
+        chart = charts.layers_chart(
+            report, name, f"SVDQuant W4A{recipe.act_bits}, rank {rank}, {preset}"
+        )
         return io.NodeOutput(name, ui=charts.ui(chart))
 
 

@@ -23,13 +23,7 @@ from .w4a4_parts import gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, quantize_
 from .w4a8 import linear_w4a8
 from .w4a16 import gemm_w4a16, gemv_w4a16, linear_w4a16
 
-SCHEMAS = {
-    **w4a4_parts.SCHEMAS,
-    **w4a4.SCHEMAS,
-    **w4a8.SCHEMAS,
-    **w4a16.SCHEMAS,
-    **vq.SCHEMAS,
-}
+SCHEMAS = {**w4a4_parts.SCHEMAS, **w4a4.SCHEMAS, **w4a8.SCHEMAS, **w4a16.SCHEMAS, **vq.SCHEMAS}
 """The schema of every op, by its name."""
 
 __all__ = [

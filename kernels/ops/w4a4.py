@@ -7,10 +7,11 @@
     linear_w4a4_grouped  several linears of one x that share its smoothing (q, k, v)
     mlp_w4a4             linear -> GELU (tanh) -> linear
 
-Gradients go straight through the quantizer, to x, proj_down, proj_up and bias; codes, scales and
-smoothing are constants. A backward pass dequantizes the weight once and keeps only the layer's
-inputs; it runs in plain torch on every backend. act_bits says how finely Q rounds: 4 or 8. The two fused ops have no gradient: where one is
-needed, their functions call the linears one by one.
+act_bits says how finely Q rounds: to 4 bits or 8. Gradients go straight through the quantizer, to
+x, proj_down, proj_up and bias; codes, scales and smoothing are constants. A backward pass
+dequantizes the weight once and keeps only the layer's inputs; it runs in plain torch on every
+backend. The two fused ops have no gradient: where one is needed, their functions call the linears
+one by one.
 """
 
 from __future__ import annotations

@@ -172,7 +172,8 @@ def _run_gemm_w4a4_up(*arguments) -> Tensor:
         return native_w4a4.gemm_w4a4_up(choice.parameters, act, p, out_dtype)
     if choice.backend == "triton":
         return triton.w4a4().gemm_w4a4_up(act, p, out_dtype)
-    return reference.gemm_w4a4_up(*act[:3], *p, *act[3:]).to(out_dtype)
+    signs = (act.act_unsigned, act.unsigned_from, act.act_bits)
+    return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, *signs).to(out_dtype)
 
 
 def _run_gelu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,8 +239,8 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the schema's arguments
     unsigned_from: int = 0,
     act_bits: int = 4,
 ) -> Tensor:
-    """Product of codes + low-rank up + bias: see `reference.gemm_w4a4_up`. (M, N) in `out_dtype`, by
-    default that of ascales.
+    """Product of codes + low-rank up + bias: see `reference.gemm_w4a4_up`. (M, N) in `out_dtype`,
+    by default that of ascales.
     """
     flags = (act_unsigned, out_dtype, unsigned_from, act_bits)
     return gemm_w4a4_up_op(q, ascales, h, weight, weight_scale, proj_up, bias, *flags)

@@ -25,7 +25,7 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_channel_scale, Tensor"
         " weight_table, Tensor smooth_factor, Tensor? proj_down=None, Tensor? proj_up=None, Tensor?"
         " bias=None, int rotation=0) -> Tensor"
-    ),
+    )
 }
 
 

@@ -13,8 +13,8 @@ unsigned in 4 bits only the shift remains, because the bias holds it.
 
 The dequantized product is as exact as the integer one: a code times a bfloat16 scale has 4 + 8
 significant bits and is exact in float32, and an int4 x int4 sum over a group is at most 64 * 15 * 8
-= 7680 and of int8 x int4 at most 64 * 127 * 8 = 65024, far below 2^24. What is left is the rounding of the float32 accumulation across groups,
-which the integer kernels have as well.
+= 7680, one of int8 x int4 at most 64 * 127 * 8 = 65024, far below 2^24. What is left is the
+rounding of the float32 accumulation across groups, which the integer kernels have as well.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the op's arguments
     """Product of codes, group scales, low-rank up-projection and bias.
 
     Shapes:
-        q int8 (M, K/2), of 8 bits (M, K) · ascales (K/64, M) · h (M, R) · weight int8 (N, K/2), codes -8..7 ·
-        weight_scale (K/64, N) proj_up (N, R) · bias (N,) or None -> (M, N) float32, float64 if
-        ascales is float64
+        q int8 (M, K/2), of 8 bits (M, K) · ascales (K/64, M) · h (M, R) · weight int8 (N, K/2),
+        codes -8..7 · weight_scale (K/64, N) proj_up (N, R) · bias (N,) or None -> (M, N) float32,
+        float64 if ascales is float64
     """
     dtype = compute_dtype(ascales)
     if act_bits == 8:

@@ -73,8 +73,8 @@ def smoothed(x: Tensor, smooth_factor: Tensor, rotation: int) -> Tensor:
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) -> float codes -127..127 (M, K), scale (M, 1) = absmax / 127. Rounded half to even. A
-    NaN or infinity spoils its own token alone.
+    """x (M, K) -> float codes -127..127 (M, K), scale (M, 1) = absmax / 127. Rounded half to even.
+    A NaN or infinity spoils its own token alone.
     """
     scale = x.abs().amax(-1, keepdim=True) / ACT_MAX
     return (x / scale.clamp_min(torch.finfo(scale.dtype).tiny)).round_(), scale
@@ -95,9 +95,9 @@ def linear_w4a8(  # noqa: PLR0913 - the op's arguments
     """The formula above.
 
     Shapes:
-        x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale int8 (S, N) · weight_channel_scale
-        (N,) · weight_table int8 (16,) · smooth_factor (K,) · proj_down (K, R) and proj_up (N, R) or
-        neither · bias (N,) or None -> (M, N) in x.dtype
+        x (M, K) · weight int8 (N, K/2), codes 0..15 · weight_scale int8 (S, N) ·
+        weight_channel_scale (N,) · weight_table int8 (16,) · smooth_factor (K,) · proj_down (K, R)
+        and proj_up (N, R) or neither · bias (N,) or None -> (M, N) in x.dtype
     """
     xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
     codes, ascale = quantize_tokens(smoothed(xc, smooth_factor, rotation))
@@ -112,8 +112,8 @@ def linear_w4a8(  # noqa: PLR0913 - the op's arguments
 def linear_w4a8_grad(
     grad: Tensor, x: Tensor, p: W4A8Params, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `linear_w4a8` to (x, proj_down, proj_up), each only where `needs` asks for it; the
-    quantizer counts as the identity.
+    """Gradients of `linear_w4a8` to (x, proj_down, proj_up), each only where `needs` asks for it;
+    the quantizer counts as the identity.
 
     Shapes: grad (M, N) · x (M, K) -> (M, K), (K, R), (N, R) in the dtypes of their inputs
     """

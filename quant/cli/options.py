@@ -97,7 +97,11 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32); 0 for none, with svdquant_w4a8")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="of the 16-bit branch (default: 32); 0 for none, with svdquant_w4a8",
+    )
     parser.add_argument("--solver", help="alternating or svd")
     parser.add_argument(
         "--activations",

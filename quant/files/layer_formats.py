@@ -1,8 +1,8 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups, H = K/group of them, R rank, L = 16 levels; C codewords of D weights, P = K/D indices of log2(C)
-bits in bytes.
+N outputs, K inputs, G = K/64 groups or H = K/group of another size, R rank, L = 16 levels; C
+codewords of D weights, P = K/D indices of log2(C) bits in bytes.
 """
 
 import json

@@ -24,12 +24,7 @@ from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 # of a layer's format, as reports call it
-ACTIONS = {
-    "svdquant_w4a4": "w4a4",
-    "svdquant_w4a8": "w4a4",
-    "awq_w4a16": "w4a16",
-    "vq": "vq",
-}
+ACTIONS = {"svdquant_w4a4": "w4a4", "svdquant_w4a8": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
 
 
 # what other programs have no words for
@@ -49,7 +44,9 @@ class Export(ABC):
         self.notes: list[str] = []
         for name, facts in source.layers.items():
             if facts["format"] not in self.FORMATS:
-                raise self.refused(name, f"holds {HELD[facts['format']]}", "Nibble's own format can")
+                raise self.refused(
+                    name, f"holds {HELD[facts['format']]}", "Nibble's own format can"
+                )
 
     def refuse_wide(self, name: str, facts: dict) -> None:
         """Raises FileRefused for a layer that was fitted for 8-bit activations: other programs know

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reader
-from ..files.layer_formats import (
-    FLOATS,
-    FORMATS,
-    OPTIONAL,
-    dtypes_of,
-    layer_sizes,
-    smoothing_rule,
-)
+from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL, dtypes_of, layer_sizes, smoothing_rule
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor

@@ -154,11 +154,7 @@ def _spaces(
             rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
             candidates = [
                 InputSpace(
-                    factors,
-                    **mode,
-                    label=label,
-                    act_bits=recipe.act_bits,
-                    per_token=recipe.table,
+                    factors, **mode, label=label, act_bits=recipe.act_bits, per_token=recipe.table
                 )
                 for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]

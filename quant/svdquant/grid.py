@@ -8,8 +8,8 @@ A grid works on groups as they are rounded: w (..., g, n), one column of the wei
 with scales (..., 1, n). Of a weight's outputs `rows` takes some.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,22 +25,26 @@ SAMPLES = 2**18  # weights that a table is fitted to
 LLOYD_TURNS = 30
 
 
-class Grid(Protocol):
+class Grid(ABC):
     """See above. group: columns that share a scale."""
 
     group: int
 
+    @abstractmethod
     def rows(self, part: slice) -> "Grid":
         """The grid of some of the outputs."""
 
+    @abstractmethod
     def scales(self, w: Tensor, importance: Tensor) -> Tensor:
         """Scales (..., 1, n) of groups w (..., g, n), as the file holds them, in float32;
         importance (..., g, 1) weighs the columns' squared errors.
         """
 
+    @abstractmethod
     def codes(self, w: Tensor, scale: Tensor) -> Tensor:
         """The codes closest to w."""
 
+    @abstractmethod
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         """What codes stand for, float32."""
 
@@ -73,7 +77,7 @@ def stored(scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class EvenGrid:
+class EvenGrid(Grid):
     """search: each group's scale instead of absmax / 7: also clipped ranges, and negative scales,
     whose code -8 serves the largest positive weight; the best is refined by least squares for its
     codes.
@@ -114,7 +118,7 @@ class EvenGrid:
 
 
 @dataclass(frozen=True)
-class TableGrid:
+class TableGrid(Grid):
     """table: float32 (16,), whole numbers -127..127 in order; channel_scale: float32 (N,), without
     which only `fitted` is of use.
     """

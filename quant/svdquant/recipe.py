@@ -53,8 +53,9 @@ class Recipe(FromPreset):
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
     clip_search     search each group's scale instead of absmax / 7
-    act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell, CPU)
-    act_unsigned    allow unsigned activations behind a GELU (of 4 bits; those of 8 have no use for it)
+    act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
+      CPU)
+    act_unsigned    allow unsigned activations of 4 bits behind a GELU
     keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
       bit, or 4-bit weights only
     modulation      modulation layers: "w4a16" or "keep"
@@ -84,8 +85,7 @@ class Recipe(FromPreset):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of"
-                    f" {', '.join(map(str, choices))}"
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
                 )
         if self.table:
             object.__setattr__(self, "act_bits", 8)

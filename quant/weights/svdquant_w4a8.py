@@ -1,7 +1,7 @@
 """A linear of 4-bit weights that are read as int8, with 8-bit activations, on disk and in memory:
 its tensors, their names, and the matrix that they stand for.
 
-    W8 = (table[code] * scale + 64) >> 7                   int8, a scale for `group` columns of a row
+    W8 = (table[code] * scale + 64) >> 7                  int8, a scale for `group` columns of a row
     y = (Q8(x / smooth) . W8^T) * ascale * channel_scale + (x . proj_down) . proj_up^T + bias
 
 The formula's parts and their sources: `kernels.reference.w4a8`. At the same bits a weight it is
@@ -65,8 +65,8 @@ class W4A8Weight(StoredWeight):
         (n, k), r = self.shape, self.rank
         if k % 64 or self.group not in w4a8.GROUPS or k % self.group:
             raise ValueError(
-                f"{len(self.scale)} rows of scales for K={k}: K is a multiple of 64, and groups have"
-                f" {', '.join(map(str, w4a8.GROUPS))} columns"
+                f"{len(self.scale)} rows of scales for K={k}: K is a multiple of 64, and groups"
+                f" have {', '.join(map(str, w4a8.GROUPS))} columns"
             )
         self._check_shapes(
             f"a {n} x {k} linear of rank {r}",

@@ -123,7 +123,10 @@ def test_what_is_not_finite_stays_in_its_group():
 def test_gradients_are_those_of_4_bits():
     found = []
     for bits in (4, 8):
-        p = {n: t if n == "weight" else t.clone().requires_grad_() for n, t in make_w4a4(CASE).items()}
+        p = {
+            n: t if n == "weight" else t.clone().requires_grad_()
+            for n, t in make_w4a4(CASE).items()
+        }
         x = make_input(CASE).requires_grad_()
         y = ops.linear_w4a4(x, **p, act_bits=bits)
         y.backward(torch.ones_like(y))
@@ -175,9 +178,7 @@ def test_a_backend_without_8_bits_is_passed_over(monkeypatch):
     assert choice.backend == "reference"
     assert "compiled kernels have no activations of 8 bits" in choice.reason
     for _ in range(2):  # the second call is the remembered one
-        assert_same(
-            ops.linear_w4a4(x, **p, act_bits=8), reference.linear_w4a4(x, **p, act_bits=8)
-        )
+        assert_same(ops.linear_w4a4(x, **p, act_bits=8), reference.linear_w4a4(x, **p, act_bits=8))
 
 
 def test_triton_and_kitchen_say_no(monkeypatch):
@@ -203,9 +204,7 @@ def test_the_choice_is_told():
 def test_8_bits_are_free_where_there_are_no_int4_products(capability, bits, monkeypatch):
     monkeypatch.setattr(triton, "gpu", lambda device: triton.Gpu("cuda", str(capability), 100))
     there = ("triton", "stand-in", None)
-    monkeypatch.setattr(
-        "nibble.kernels.activations.choose", lambda *asked: choose.Choice(*there)
-    )
+    monkeypatch.setattr("nibble.kernels.activations.choose", lambda *asked: choose.Choice(*there))
     found = kernels.act_bits(GPU)
     assert found.bits == bits and found.why
 

@@ -25,9 +25,7 @@ def layer(group: int = 32, rank: int = R, dtype=torch.float64) -> dict:
 
     return {
         "weight": pack_int4(torch.randint(0, 16, (N, K), generator=g)),
-        "weight_scale": torch.randint(
-            -127, 128, (K // group, N), generator=g, dtype=torch.int8
-        ),
+        "weight_scale": torch.randint(-127, 128, (K // group, N), generator=g, dtype=torch.int8),
         "weight_channel_scale": normal(N).abs() * 0.01 + 0.001,
         "weight_table": TABLE,
         "smooth_factor": normal(K).exp(),
@@ -169,7 +167,9 @@ def test_half_precision_is_as_close_as_it_can_be():
     p, x = layer(dtype=torch.float32), tokens(torch.float32)
     exact = ops.linear_w4a8(x, **p)
     for dtype in (torch.bfloat16, torch.float16):
-        half = {n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in p.items()}
+        half = {
+            n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in p.items()
+        }
         y = ops.linear_w4a8(x.to(dtype), **half)
         assert y.dtype == dtype
         assert (y.float() - exact).norm() < 0.02 * exact.norm()

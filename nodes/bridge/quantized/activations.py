@@ -1,5 +1,5 @@
-"""How many bits the activations of a model's 4-bit layers get: what the file was fitted for, what the
-user asks for, or what costs nothing on the device (`kernels.act_bits`).
+"""How many bits the activations of a model's 4-bit layers get: what the file was fitted for, what
+the user asks for, or what costs nothing on the device (`kernels.act_bits`).
 
 The choice is made when a model is loaded, for the device that it will be computed on, and is not
 saved with it.

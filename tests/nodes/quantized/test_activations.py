@@ -1,5 +1,5 @@
-"""How many bits the activations of a loaded model get: the choice, the file's own word, the device's,
-and what stays as it was.
+"""How many bits the activations of a loaded model get: the choice, the file's own word, the
+device's, and what stays as it was.
 """
 
 import comfy.model_management

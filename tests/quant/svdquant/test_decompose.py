@@ -17,6 +17,7 @@ from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.svdquant.w4a16 import quantize_w4a16
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
+
 def rtn_db(weight, x) -> float:
     def rounded(t):
         scale = group_absmax(t) / 7

@@ -141,9 +141,7 @@ def test_a_recipe_says_what_it_cannot():
 @pytest.fixture(scope="module", params=[0, 16], ids=["no branch", "branch"])
 def file(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("w4a8")
-    state = {
-        name: (normal(*shape) * 0.05).bfloat16() for name, shape in SHAPES.items()
-    }
+    state = {name: (normal(*shape) * 0.05).bfloat16() for name, shape in SHAPES.items()}
     save_file(state, folder / "m.safetensors", {"format": "pt"})
     recipe = Recipe.from_preset(
         "fast", rank=request.param, smoothing_grid=1, iterations=1, format="svdquant_w4a8"
