@@ -150,7 +150,7 @@ def _run_grouped(x: Tensor, *parameters) -> list[Tensor]:
     elif choose("linear_w4a4", x.device, x.dtype, kinds, p.act_bits).backend == "comfy_kitchen":
         ys = [_run_rows(rows, layer) for layer in p.layers]
     else:
-        ys = reference.linear_w4a4_grouped(rows, *p[:-1], act_bits=p.act_bits)
+        ys = reference.linear_w4a4_grouped(rows, *p)
     return [y.reshape(*x.shape[:-1], len(w)) for y, w in zip(ys, p.weight, strict=True)]
 
 

@@ -255,7 +255,7 @@ def linear_w4a4(  # noqa: PLR0913 - the op's arguments
     Shapes: x (M, K), the rest as there -> (M, N) in x.dtype
     """
     layers = [weight], [weight_scale], [proj_down], [proj_up], [bias]
-    flags = (act_unsigned, rotation, unsigned_from, act_bits)
+    flags = (act_unsigned, rotation, act_bits, unsigned_from)
     return linear_w4a4_grouped(x, smooth_factor, *layers, *flags)[0]
 
 
@@ -269,8 +269,8 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
     bias: Sequence[Tensor | None],
     act_unsigned: bool = False,
     rotation: int = 0,
-    unsigned_from: int = 0,
     act_bits: int = 4,
+    unsigned_from: int = 0,
 ) -> list[Tensor]:
     """Several linears of one x that share its smoothing (q, k and v): x is quantized once.
 
