@@ -42,17 +42,21 @@ def by_architecture(device: torch.device) -> ActBits:
     return INT4_UNITS if capability < FIRST_WIDENED else WIDENED
 
 
-def act_bits(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> ActBits:
+def act_bits(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, fitted: int = 4
+) -> ActBits:
     """What a layer that may run with either gets on a device, for activations and parameters of
-    `dtype`: 8 only where both widths go a faster way than plain torch.
+    `dtype`. fitted: the width that it was made for, which decides where both run in plain torch.
+
+    8 never where 4 would go a faster way.
     """
     device = torch.device(device)
     best = by_architecture(device)
     if best.bits == 4:
         return best
     ways = {width: choose("linear_w4a4", device, dtype, (dtype,), width) for width in (4, 8)}
-    slow = [width for width, choice in ways.items() if choice.backend == "reference"]
-    if slow:
-        words = " and ".join(f"{width} bits" for width in slow)
-        return ActBits(4, f"{words} would run in {NAMES['reference']} here")
-    return best
+    if ways[8].backend != "reference":
+        return best
+    if ways[4].backend == "reference":
+        return ActBits(fitted, f"either width runs in {NAMES['reference']} here")
+    return ActBits(4, f"8 bits would run in {NAMES['reference']} here, 4 faster")

@@ -238,8 +238,8 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
                     optional=True,
                     tooltip=(
                         "What the inputs of 4-bit layers are rounded to. 8 bit: closer to the"
-                        " 16-bit model. auto: as the file was fitted, and 8 bit where this device"
-                        " loses no speed by it. The node shows what it chose."
+                        " 16-bit model. auto: 8 bit where this device loses no speed by it, else"
+                        " 4 bit. The node shows what it chose."
                     ),
                 ),
             ],

@@ -209,12 +209,19 @@ def test_8_bits_are_free_where_there_are_no_int4_products(capability, bits, monk
     assert found.bits == bits and found.why
 
 
-@pytest.mark.parametrize("slow", [(8,), (4, 8)])
-def test_nobody_loses_compiled_kernels_to_8_bits(slow, monkeypatch):
+@pytest.mark.parametrize(
+    ("slow", "fitted", "bits", "why"),
+    [
+        ((8,), 8, 4, "8 bits would run in plain torch here, 4 faster"),
+        ((4, 8), 4, 4, "either width runs in plain torch here"),
+        ((4, 8), 8, 8, "either width runs in plain torch here"),
+        ((), 4, 8, "codes of 4 bits are multiplied as 8-bit ones here anyway"),
+    ],
+)
+def test_nobody_loses_compiled_kernels_to_8_bits(slow, fitted, bits, why, monkeypatch):
     def stand_in(op, device, dtype, parameters, act_bits):
         backend = "reference" if act_bits in slow else "native"
         return choose.Choice(backend, "stand-in", None)
 
     monkeypatch.setattr("nibble.kernels.activations.choose", stand_in)
-    found = kernels.act_bits("cpu", torch.float32)
-    assert found.bits == 4 and "8 bits would run in plain torch here" in found.why
+    assert kernels.act_bits("cpu", torch.float32, fitted) == (bits, why)

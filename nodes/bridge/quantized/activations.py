@@ -1,5 +1,5 @@
-"""How many bits the activations of a model's 4-bit layers get: what the file was fitted for, what
-the user asks for, or what costs nothing on the device (`kernels.act_bits`).
+"""How many bits the activations of a model's 4-bit layers get: what the user asks for, or 8 where
+they cost nothing on the device (`kernels.act_bits`).
 
 The choice is made when a model is loaded, for the device that it will be computed on, and is not
 saved with it.
@@ -23,20 +23,18 @@ _GIVES = "8 bit is closer to the 16-bit model, 4 bit faster on RTX 20 to 40"
 
 
 def choose(patcher: ModelPatcher, choice: str) -> None:
-    """Has the layers of a model run with the chosen width, one of CHOICES. auto: that which each
-    was fitted for, or 8 where they cost no more.
-    """
-    least = free(patcher).bits if choice == "auto" else 0
+    """Has the layers of a model run with the chosen width, one of CHOICES."""
     for module in _layers(patcher):
         params = module.weight.params
-        bits = max(least, params.fitted_bits) if choice == "auto" else _BITS[choice]
+        bits = free(patcher, params.fitted_bits).bits if choice == "auto" else _BITS[choice]
         if bits != params.act_bits:
             module.weight = layouts.live(layouts.with_fields(module.weight, act_bits=bits))
 
 
-def free(patcher: ModelPatcher) -> kernels.ActBits:
-    """What a layer gets where its file does not ask for more."""
-    return kernels.act_bits(patcher.load_device, patcher.model.get_dtype_inference())
+def free(patcher: ModelPatcher, fitted: int) -> kernels.ActBits:
+    """What costs nothing for a layer that was fitted for a width."""
+    dtype = patcher.model.get_dtype_inference()
+    return kernels.act_bits(patcher.load_device, dtype, fitted)
 
 
 def _layers(patcher: ModelPatcher) -> Iterator[torch.nn.Module]:
@@ -54,8 +52,8 @@ def shown(patcher: ModelPatcher, choice: str) -> list[str]:
     fitted = sorted({p.fitted_bits for p in params})
     words = " and ".join(f"{bits} bit ({count} layers)" for bits, count in sorted(widths.items()))
     reasons = ["fitted for " + " and ".join(f"{bits} bit" for bits in fitted)]
-    if choice == "auto" and fitted == [4]:
-        reasons.append(free(patcher).why)
+    if choice == "auto":
+        reasons += sorted({free(patcher, bits).why for bits in fitted})
     device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     if 8 in widths:
         backend, _ = kernels.which("linear_w4a4", device, dtype, act_bits=8)

@@ -1,5 +1,5 @@
-"""How many bits the activations of a loaded model get: the choice, the file's own word, the
-device's, and what stays as it was.
+"""How many bits the activations of a loaded model get: the choice, the device's word, the file's,
+and what stays as it was.
 """
 
 import comfy.model_management
@@ -10,6 +10,7 @@ from flux_loras import assert_changed_by, changes, lora_file, outputs, with_lora
 from flux_runs import decibels, loaded, run
 from nibble import kernels
 from nibble.kernels import ActBits
+from nibble.kernels.backends import choose
 from nibble.nodes.bridge.quantized import activations, layouts, loading, mlp
 from nibble.quant.weights.base import tensor_json
 from random_flux import quantize
@@ -35,12 +36,21 @@ def free_8(monkeypatch):
 
 @pytest.mark.parametrize(
     ("choice", "free", "narrow", "wide"),
-    [("auto", 4, 4, 8), ("auto", 8, 8, 8), ("4 bit", 8, 4, 4), ("8 bit", 4, 8, 8)],
+    [("auto", 4, 4, 4), ("auto", 8, 8, 8), ("4 bit", 8, 4, 4), ("8 bit", 4, 8, 8)],
 )
 def test_the_choice(choice, free, narrow, wide, quantized_file, wide_file, monkeypatch):
     monkeypatch.setattr(kernels, "act_bits", lambda *asked: ActBits(free, "stand-in"))
     for path, bits in ((quantized_file, narrow), (wide_file, wide)):
         assert widths(loading.load(path, activations=choice)) == {bits}
+
+
+def test_in_plain_torch_alone_the_file_decides(quantized_file, wide_file, monkeypatch):
+    def plain(*asked):
+        return choose.Choice("reference", "stand-in", None)
+
+    monkeypatch.setattr("nibble.kernels.activations.choose", plain)
+    assert widths(loading.load(quantized_file)) == {4}
+    assert widths(loading.load(wide_file)) == {8}
 
 
 @pytest.mark.parametrize("file", ["quantized_file", "rotated_file"])
@@ -55,7 +65,7 @@ def test_8_bits_are_closer_to_16(file, dense_model, request):
 
 def test_a_file_fitted_for_8_bits_is_best_with_them(dense_model, wide_file, quantized_file):
     exact = run(loaded(dense_model))
-    own = decibels(exact, run(loaded(loading.load(wide_file))))
+    own = decibels(exact, run(loaded(loading.load(wide_file, activations="8 bit"))))
     other = decibels(exact, run(loaded(loading.load(quantized_file, activations="8 bit"))))
     assert own > other - 0.5
 
