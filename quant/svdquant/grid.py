@@ -8,6 +8,7 @@ A grid works on groups as they are rounded: w (..., g, n), one column of the wei
 with scales (..., 1, n). Of a weight's outputs `rows` takes some.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ HIGHEST = 127  # of a level and of a scale
 UNIT = 1 << SHIFT_BITS
 SAMPLES = 2**18  # weights that a table is fitted to
 LLOYD_TURNS = 30
+FINE = 2  # steps of a level by which the closest one is looked up
 
 
 class Grid(ABC):
@@ -162,13 +164,21 @@ class TableGrid(Grid):
         return scale.round().clamp_(-HIGHEST, HIGHEST)
 
     def _levels(self, codes: Tensor) -> Tensor:
-        return self.table[codes.long()]
+        return self.table.index_select(0, codes.flatten().int()).view(codes.shape)
 
     def codes(self, w: Tensor, scale: Tensor) -> Tensor:
-        step = scale * (self.channel_scale / UNIT)
-        middles = (self.table[1:] + self.table[:-1]) / 2
-        shares = (w / torch.where(step == 0, torch.inf, step)).contiguous()
-        return torch.bucketize(shares, middles)
+        step = scale * (self.channel_scale / (UNIT * FINE))
+        place = (w / torch.where(step == 0, torch.inf, step)).round_()
+        place = place.clamp_(-FINE * UNIT, FINE * UNIT).add_(FINE * UNIT).int()
+        return self._closest.index_select(0, place.flatten()).view(w.shape)
+
+    @functools.cached_property
+    def _closest(self) -> Tensor:
+        """The code of the level closest to each place from -UNIT to UNIT in steps of 1 / FINE: a
+        search among the levels takes twenty times as long.
+        """
+        places = torch.arange(-FINE * UNIT, FINE * UNIT + 1, device=self.table.device) / FINE
+        return torch.bucketize(places, (self.table[1:] + self.table[:-1]) / 2).int()
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         # whole numbers below 2^24: as exact as `reference.w4a8.decode_groups`
