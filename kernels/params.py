@@ -4,7 +4,7 @@ Fields come in the order of the op's schema, with the schema's defaults: `W4A4Pa
 takes what torch's dispatcher passes after x. Letters for shapes are explained in the docstring of
 `kernels`; parameters may be of any float dtype unless a comment says otherwise. act_unsigned: codes
 are 0..15; unsigned_from, where it is not 0: those from that column on are, and act_unsigned is
-False.
+False. act_bits: 4, or 8 for codes -127..127 of the same values.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ class QuantizeParams(NamedTuple):
     act_unsigned: bool = False
     rotation: int = 0
     unsigned_from: int = 0
+    act_bits: int = 4
 
 
 class Activations(NamedTuple):
     """Quantized tokens: the result of `quantize_down`, and how its codes are read."""
 
-    q: Tensor  # int8 (M, K/2); between compiled ops on Hopper e4m3 (M, K)
+    q: Tensor  # int8 (M, K/2), of 8 bits (M, K); between compiled ops on Hopper e4m3 (M, K)
     ascales: Tensor  # (K/64, M)
     h: Tensor  # (M, R)
     act_unsigned: bool = False
     unsigned_from: int = 0
+    act_bits: int = 4
 
 
 class ProductParams(NamedTuple):
@@ -58,10 +60,11 @@ class GemmArguments(NamedTuple):
     act_unsigned: bool = False
     out_dtype: torch.dtype | None = None
     unsigned_from: int = 0
+    act_bits: int = 4
 
     @property
     def activations(self) -> Activations:
-        return Activations(*self[:3], self.act_unsigned, self.unsigned_from)
+        return Activations(*self[:3], self.act_unsigned, self.unsigned_from, self.act_bits)
 
     @property
     def product(self) -> ProductParams:
@@ -84,10 +87,12 @@ class GeluArguments(NamedTuple):
     act_unsigned2: bool = False
     rotation2: int = 0
     mid_dtype: torch.dtype | None = None
+    act_bits: int = 4
+    act_bits2: int = 4
 
     @property
     def activations(self) -> Activations:
-        return Activations(*self[:3], self.act_unsigned)
+        return Activations(*self[:3], self.act_unsigned, 0, self.act_bits)
 
     @property
     def product(self) -> ProductParams:
@@ -95,7 +100,7 @@ class GeluArguments(NamedTuple):
 
     @property
     def second(self) -> QuantizeParams:
-        return QuantizeParams(*self[7:9], self.act_unsigned2, self.rotation2)
+        return QuantizeParams(*self[7:9], self.act_unsigned2, self.rotation2, 0, self.act_bits2)
 
 
 class W4A4Params(NamedTuple):
@@ -110,11 +115,11 @@ class W4A4Params(NamedTuple):
     act_unsigned: bool = False
     rotation: int = 0
     unsigned_from: int = 0
+    act_bits: int = 4
 
     @property
     def quantizer(self) -> QuantizeParams:
-        flags = (self.act_unsigned, self.rotation, self.unsigned_from)
-        return QuantizeParams(self.smooth_factor, self.proj_down, *flags)
+        return QuantizeParams(self.smooth_factor, self.proj_down, *self[6:])
 
     @property
     def product(self) -> ProductParams:
@@ -132,12 +137,14 @@ class GroupParams(NamedTuple):
     bias: Sequence[Tensor | None]
     act_unsigned: bool = False
     rotation: int = 0
+    act_bits: int = 4
 
     @property
     def layers(self) -> list[W4A4Params]:
         smooth, *lists = self[:6]
+        flags = (self.act_unsigned, self.rotation, 0, self.act_bits)
         return [
-            W4A4Params(weight, scale, smooth, down, up, bias, *self[6:])
+            W4A4Params(weight, scale, smooth, down, up, bias, *flags)
             for weight, scale, down, up, bias in zip(*lists, strict=True)
         ]
 
@@ -161,14 +168,16 @@ class MLPParams(NamedTuple):
     rotation: int = 0
     act_unsigned2: bool = False
     rotation2: int = 0
+    act_bits: int = 4
+    act_bits2: int = 4
 
     @property
     def first(self) -> W4A4Params:
-        return W4A4Params(*self[:6], *self[12:14])
+        return W4A4Params(*self[:6], *self[12:14], 0, self.act_bits)
 
     @property
     def second(self) -> W4A4Params:
-        return W4A4Params(*self[6:12], *self[14:16])
+        return W4A4Params(*self[6:12], *self[14:16], 0, self.act_bits2)
 
 
 class W4A16Params(NamedTuple):
@@ -178,6 +187,20 @@ class W4A16Params(NamedTuple):
     weight_scale: Tensor  # (K/64, N)
     weight_zeros: Tensor | None = None  # (K/64, N)
     bias: Tensor | None = None  # (N,)
+
+
+class W4A8Params(NamedTuple):
+    """A linear of 4-bit weights read as int8 and activations of 8 bits: `linear_w4a8`."""
+
+    weight: Tensor  # int8 (N, K/2)
+    weight_scale: Tensor  # int8 (K/g, N)
+    weight_channel_scale: Tensor  # (N,)
+    weight_table: Tensor  # int8 (16,)
+    smooth_factor: Tensor  # (K,)
+    proj_down: Tensor | None = None  # (K, R)
+    proj_up: Tensor | None = None  # (N, R)
+    bias: Tensor | None = None  # (N,)
+    rotation: int = 0
 
 
 class VQParams(NamedTuple):

@@ -34,6 +34,7 @@ class Layer(NamedTuple):
     rotated: bool = False
     bits: int = 0
     vector: int = 0
+    act_bits: int = 4
 
 
 def prepare(
@@ -60,7 +61,8 @@ def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind |
     """None for a layer that no kernel takes, or that runs as others do."""
     if layer.op == "mlp_w4a4" and not native.fuses(device):
         return None
-    brought_to = native.serves(PARTS[layer.op], device, dtype, tuple(layer.parameters))[0]
+    kinds = tuple(layer.parameters)
+    brought_to = native.serves(PARTS[layer.op], device, dtype, kinds, layer.act_bits)[0]
     if brought_to is None:
         return None
     n, k = layer.shape

@@ -28,6 +28,7 @@ PARTS = {
     "mlp_w4a4": ("quantize_down", "gemm_w4a4_up_gelu_quantize_down", "gemm_w4a4_up"),
     "linear_w4a16": ("gemv_w4a16", "gemm_w4a16"),
     "linear_vq": ("gemm_vq",),
+    "linear_w4a8": ("linear_w4a8",),
 }
 """Ops made of others."""
 
@@ -54,33 +55,44 @@ class Choice(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def choose(
-    op: str, device: torch.device, dtype: torch.dtype, parameters: tuple[torch.dtype | None, ...]
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: tuple[torch.dtype | None, ...],
+    act_bits: int = 4,
 ) -> Choice:
-    """What runs `op` for activations of `dtype` and parameters of the given dtypes on `device`."""
-    brought_to, why = native.serves(PARTS.get(op, (op,)), device, dtype, parameters)
+    """What runs `op` for activations of `dtype`, quantized (W4A4 ops) to `act_bits` bits, and
+    parameters of the given dtypes on `device`.
+    """
+    brought_to, why = native.serves(PARTS.get(op, (op,)), device, dtype, parameters, act_bits)
     if brought_to is not None:
         choice = Choice("native", why, brought_to)
     else:
-        choice = _other(op, device, dtype, parameters, why)
+        choice = _other(op, device, dtype, parameters, why, act_bits)
     log.debug("%s on %s in %s: %s (%s)", op, device, dtype, choice.backend, choice.reason)
     return choice
 
 
-def _other(
-    op: str, device: torch.device, dtype: torch.dtype, parameters: tuple, native_reason: str
+def _other(  # noqa: PLR0913 - `choose`'s arguments, and what came of its first question
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: tuple,
+    native_reason: str,
+    act_bits: int,
 ) -> Choice:
     """The first of the ways after native, and why those before it do not serve."""
-    use, why = triton.serves(op, device, dtype, parameters)
+    use, why = triton.serves(op, device, dtype, parameters, act_bits)
     if use:
         choice = Choice("triton", f"{why}; not native: {native_reason}", None)
     else:
         reasons = f"{native_reason}; {why}"
-        use, why = kitchen.decide(op, device, dtype)
+        use, why = kitchen.decide(op, device, dtype, act_bits)
         if use:
             choice = Choice("comfy_kitchen", f"{why}; {reasons}", None)
         else:
             choice = Choice("reference", f"{reasons}; {why}", None)
-    if device.type != "cpu" and op == "linear_w4a4":
+    if device.type != "cpu" and op == "linear_w4a4" and act_bits == 4:
         _say(device, choice.backend, choice.reason)
     return choice
 
@@ -96,9 +108,10 @@ def which(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     shape: tuple[int, int, int] = TYPICAL,
+    act_bits: int = 4,
 ) -> tuple[str, str]:
     """The backend that runs `op` for activations and parameters of `dtype` on `device`, and the
-    reason in words.
+    reason in words. act_bits: to which a W4A4 op quantizes its activations.
 
     `shape`: (M, N, K) of the layer asked about; the compiled module chooses its path by it.
     Returns (one of NAMES, reason). Raises ValueError for an op that is not ours.
@@ -106,7 +119,7 @@ def which(
     if op not in native.OPS and op not in PARTS:
         raise ValueError(f"unknown op {op!r}: the ops are {', '.join((*native.OPS, *PARTS))}")
     device = torch.device(device)
-    choice = choose(op, device, dtype, (dtype,))
+    choice = choose(op, device, dtype, (dtype,), act_bits)
     if choice.backend != "native":
         return choice.backend, choice.reason
     parts = PARTS.get(op, (op,))

@@ -34,6 +34,8 @@ _OPS = {
     "gemv_w4a16": ("gemv_awq_w4a16",),
     "gemm_w4a16": ("gemv_awq_w4a16",),
 }
+ACT_BITS = (4,)
+"""Bits of the activations that its W4A4 product takes."""
 _BACKENDS = {"cuda": "CUDA", "hip": "HIP", "triton": "Triton"}
 
 
@@ -43,14 +45,18 @@ def module() -> ModuleType | None:
     return optional("comfy_kitchen")[0]
 
 
-def decide(op: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether comfy_kitchen runs `op` for activations of `dtype` on `device`, and why or why not,
-    in one sentence.
+def decide(
+    op: str, device: torch.device, dtype: torch.dtype, act_bits: int = 4
+) -> tuple[bool, str]:
+    """Whether comfy_kitchen runs `op` for activations of `dtype`, quantized to `act_bits` bits, on
+    `device`, and why or why not, in one sentence.
     """
     if device.type not in ("cuda", "xpu"):
         return False, f"comfy_kitchen is used on GPUs only, and this is {device.type}"
     if op not in _OPS:
         return False, f"comfy_kitchen has no separate {op} with float32 scales"
+    if act_bits not in ACT_BITS:
+        return False, f"comfy_kitchen's svdquant_w4a4 has no activations of {act_bits} bits"
     if dtype not in (torch.float16, torch.bfloat16):
         return False, f"comfy_kitchen computes in float16 and bfloat16, not {dtype}"
     kitchen = module()

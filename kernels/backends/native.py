@@ -54,6 +54,8 @@ PACKED = 0
 E4M3 = 1
 """Activation codes as 8-bit floats: between compiled ops on Hopper."""
 WIDE = torch.float8_e4m3fn
+ACT_BITS = (4,)
+"""Bits of the activations that the W4A4 ops take."""
 OLDEST_GPU = 75
 INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
 WITHOUT_INT8 = (103,)
@@ -161,16 +163,23 @@ def index_of(device: torch.device) -> int:
 
 
 def serves(
-    ops: Sequence[str], device: torch.device, dtype: torch.dtype, parameters: tuple
+    ops: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: tuple,
+    act_bits: int = 4,
 ) -> tuple[torch.dtype | None, str]:
     """(dtype to bring a layer's parameters to, or None if the module cannot run these ops on such
     tensors; why).
 
     `parameters`: the dtypes of the layer's floating-point parameters, None for one that is absent.
+    act_bits: of the activations that a W4A4 op quantizes.
     """
     serves_device, why = serving(device)
     if serves_device is None:
         return None, why
+    if act_bits not in ACT_BITS:
+        return None, f"compiled kernels have no activations of {act_bits} bits"
     if dtype not in DTYPES:
         return None, f"compiled kernels compute in float32, float16 and bfloat16, not {dtype}"
     missing = [op for op in ops if not hasattr(serves_device, op)]

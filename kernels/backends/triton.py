@@ -36,6 +36,8 @@ OPS = (
     "linear_w4a4_grouped",
     "mlp_w4a4",
 )
+ACT_BITS = (4,)
+"""Bits of the activations that the kernels take."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
 AMD = ("gfx11", "gfx12", "gfx908", "gfx90a", "gfx94", "gfx95")
@@ -85,13 +87,19 @@ def gpu(device: torch.device) -> Gpu:
 
 
 def serves(
-    op: str, device: torch.device, dtype: torch.dtype, parameters: tuple[torch.dtype | None, ...]
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    parameters: tuple[torch.dtype | None, ...],
+    act_bits: int = 4,
 ) -> tuple[bool, str]:
-    """Whether Triton runs `op` for activations of `dtype` and parameters of these dtypes on a
-    device, and why or why not, in one sentence.
+    """Whether Triton runs `op` for activations of `dtype`, quantized to `act_bits` bits, and
+    parameters of these dtypes on a device, and why or why not, in one sentence.
     """
     if op not in OPS:
         return False, f"there is no {op} in Triton here"
+    if act_bits not in ACT_BITS:
+        return False, f"Triton's kernels have no activations of {act_bits} bits"
     if device.type not in ("cuda", "xpu"):
         return False, f"Triton is used on GPUs only, and this is {device.type}"
     if dtype not in FLOATS:

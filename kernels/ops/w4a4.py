@@ -7,10 +7,11 @@
     linear_w4a4_grouped  several linears of one x that share its smoothing (q, k, v)
     mlp_w4a4             linear -> GELU (tanh) -> linear
 
-Gradients go straight through the quantizer, to x, proj_down, proj_up and bias; codes, scales and
-smoothing are constants. A backward pass dequantizes the weight once and keeps only the layer's
-inputs; it runs in plain torch on every backend. The two fused ops have no gradient: where one is
-needed, their functions call the linears one by one.
+act_bits says how finely Q rounds: to 4 bits or 8. Gradients go straight through the quantizer, to
+x, proj_down, proj_up and bias; codes, scales and smoothing are constants. A backward pass
+dequantizes the weight once and keeps only the layer's inputs; it runs in plain torch on every
+backend. The two fused ops have no gradient: where one is needed, their functions call the linears
+one by one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..reference import GROUP
 from . import checks
 from .eager import Call, EagerOp
 from .register import Gradient, grad_bias, need_gradients, register
-from .w4a4_parts import FLAGS, UNSIGNED_FROM, check_product, check_quantizer
+from .w4a4_parts import ACT_BITS, FLAGS, UNSIGNED_FROM, check_product, check_quantizer
 
 _LINEAR = (
     "Tensor weight, Tensor weight_scale, Tensor smooth_factor, Tensor proj_down, Tensor proj_up,"
@@ -40,14 +41,14 @@ _SECOND = (
     " proj_up2, Tensor? bias2"
 )
 SCHEMAS = {
-    "linear_w4a4": f"(Tensor x, {_LINEAR}=None, {FLAGS}, {UNSIGNED_FROM}) -> Tensor",
+    "linear_w4a4": f"(Tensor x, {_LINEAR}=None, {FLAGS}, {UNSIGNED_FROM}, {ACT_BITS}) -> Tensor",
     "linear_w4a4_grouped": (
         "(Tensor x, Tensor smooth_factor, Tensor[] weight, Tensor[] weight_scale, Tensor[]"
-        f" proj_down, Tensor[] proj_up, Tensor?[] bias, {FLAGS}) -> Tensor[]"
+        f" proj_down, Tensor[] proj_up, Tensor?[] bias, {FLAGS}, {ACT_BITS}) -> Tensor[]"
     ),
     "mlp_w4a4": (
         f"(Tensor x, {_LINEAR}, {_SECOND}, {FLAGS}, bool act_unsigned2=False, int"
-        " rotation2=0) -> Tensor"
+        f" rotation2=0, {ACT_BITS}, int act_bits2=4) -> Tensor"
     ),
 }
 
@@ -67,7 +68,7 @@ def _check_layer(k: int, device: torch.device, p: W4A4Params, layer: str = "") -
 
 def check_linear(x: Tensor, p: W4A4Params) -> int:
     """N. Raises ValueError naming the shapes and the rule that they break."""
-    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from)
+    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from, p.act_bits)
     return _check_layer(checks.features(x), x.device, p)
 
 
@@ -82,7 +83,7 @@ def _check_grouped(x: Tensor, p: GroupParams) -> None:
 
 def _check_mlp(x: Tensor, p: MLPParams) -> None:
     hidden = check_linear(x, p.first)
-    reference.check_flags(p.act_unsigned2, p.rotation2)
+    reference.check_flags(p.act_unsigned2, p.rotation2, 0, p.act_bits2)
     if hidden % GROUP:
         raise ValueError(
             f"N={hidden} of the first layer is not a multiple of the group size {GROUP}, and the"
@@ -116,7 +117,7 @@ def _fake_mlp(x: Tensor, *parameters) -> Tensor:
 
 def _run_rows(rows: Tensor, p: W4A4Params) -> Tensor:
     """`linear_w4a4` of checked arguments, x (M, K)."""
-    choice = choose("linear_w4a4", rows.device, rows.dtype, float_dtypes(*p[1:6]))
+    choice = choose("linear_w4a4", rows.device, rows.dtype, float_dtypes(*p[1:6]), p.act_bits)
     if choice.parameters is not None:
         return native_w4a4.linear_w4a4(choice.parameters, rows, p)
     if choice.backend == "triton":
@@ -141,12 +142,12 @@ def _run_grouped(x: Tensor, *parameters) -> list[Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     kinds = float_dtypes(p.smooth_factor, *p.weight_scale, *p.proj_down, *p.proj_up, *p.bias)
     kinds = tuple(sorted(set(kinds), key=str))
-    choice = choose("linear_w4a4_grouped", x.device, x.dtype, kinds)
+    choice = choose("linear_w4a4_grouped", x.device, x.dtype, kinds, p.act_bits)
     if choice.parameters is not None:
         ys = native_w4a4.linear_w4a4_grouped(choice.parameters, rows, p)
     elif choice.backend == "triton":
         ys = triton.w4a4().linear_w4a4_grouped(rows, p)
-    elif choose("linear_w4a4", x.device, x.dtype, kinds).backend == "comfy_kitchen":
+    elif choose("linear_w4a4", x.device, x.dtype, kinds, p.act_bits).backend == "comfy_kitchen":
         ys = [_run_rows(rows, layer) for layer in p.layers]
     else:
         ys = reference.linear_w4a4_grouped(rows, *p)
@@ -157,8 +158,9 @@ def _run_mlp(x: Tensor, *parameters) -> Tensor:
     p = MLPParams(*parameters)
     _check_mlp(x, p)
     rows = x.reshape(-1, x.shape[-1])
-    choice = choose("mlp_w4a4", x.device, x.dtype, float_dtypes(*p[1:6], *p[7:12]))
-    if choice.parameters is not None and native.fuses(x.device):
+    kinds, bits = float_dtypes(*p[1:6], *p[7:12]), max(p.act_bits, p.act_bits2)
+    choice = choose("mlp_w4a4", x.device, x.dtype, kinds, bits)
+    if choice.parameters is not None and native.fuses(x.device) and p.act_bits == p.act_bits2:
         y = native_w4a4.mlp_w4a4(choice.parameters, rows, p.first, p.second)
     else:
         hidden = torch.nn.functional.gelu(_run_rows(rows, p.first), approximate="tanh")
@@ -186,14 +188,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     )
     grad_x = None if grad_x is None else grad_x.reshape(x.shape)
     grads = (grad_x, None, None, None, grad_down, grad_up, grad_bias(ctx, rows, 6))
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
-def fuses_mlp(device: torch.device, dtype: torch.dtype, parameters: tuple) -> bool:
-    """Whether `mlp_w4a4` runs through the fused op for activations of a dtype and parameters of
-    such dtypes, rather than as two linears.
+def fuses_mlp(
+    device: torch.device, dtype: torch.dtype, parameters: tuple, act_bits: int = 4
+) -> bool:
+    """Whether `mlp_w4a4` runs through the fused op for activations of a dtype and of so many bits,
+    and parameters of such dtypes, rather than as two linears.
     """
-    fused = choose("mlp_w4a4", device, dtype, parameters).parameters is not None
+    fused = choose("mlp_w4a4", device, dtype, parameters, act_bits).parameters is not None
     return fused and native.fuses(device)
 
 
@@ -208,7 +212,7 @@ mlp_w4a4_op = register("mlp_w4a4", SCHEMAS["mlp_w4a4"], _run_mlp, _fake_mlp)
 
 def _prepare_linear(x: Tensor, tensors: tuple, options: tuple) -> Call | None:
     p = W4A4Params(*tensors, *options)
-    choice = choose("linear_w4a4", x.device, x.dtype, float_dtypes(*p[1:6]))
+    choice = choose("linear_w4a4", x.device, x.dtype, float_dtypes(*p[1:6]), p.act_bits)
     if choice.parameters is None:
         return None
     operands = native_w4a4.layer_operands(p, choice.parameters)
@@ -233,6 +237,7 @@ def linear_w4a4(  # noqa: PLR0913 - the schema's arguments
     act_unsigned: bool = False,
     rotation: int = 0,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> Tensor:
     """A whole SVDQuant linear.
 
@@ -245,12 +250,13 @@ def linear_w4a4(  # noqa: PLR0913 - the schema's arguments
     rotation: 0, or 64 for a file whose weights were rotated per group.
     unsigned_from: 0, or the column from which on x follows a GELU, as where a linear reads
         attention and a GELU side by side (FLUX's linear2); beside neither of the other two.
+    act_bits: 4, or 8 for the same layer with activations in codes -127..127.
     Raises ValueError naming the shapes and the rule that they break.
     """
     return _eager_linear(
         x,
         (weight, weight_scale, smooth_factor, proj_down, proj_up, bias),
-        (act_unsigned, rotation, unsigned_from),
+        (act_unsigned, rotation, unsigned_from, act_bits),
     )
 
 
@@ -264,6 +270,7 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the schema's arguments
     bias: Sequence[Tensor | None],
     act_unsigned: bool = False,
     rotation: int = 0,
+    act_bits: int = 4,
 ) -> list[Tensor]:
     """Several linears of one x that share its smoothing (q, k, v), with x quantized once: a list of
     (..., N) in x.dtype.
@@ -273,9 +280,9 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the schema's arguments
     """
     lists = (weight, weight_scale, proj_down, proj_up, bias)
     if need_gradients(x, *proj_down, *proj_up, *bias):
-        layers = GroupParams(smooth_factor, *lists, act_unsigned, rotation).layers
+        layers = GroupParams(smooth_factor, *lists, act_unsigned, rotation, act_bits).layers
         return [linear_w4a4(x, *layer) for layer in layers]
-    return linear_w4a4_grouped_op(x, smooth_factor, *lists, act_unsigned, rotation)
+    return linear_w4a4_grouped_op(x, smooth_factor, *lists, act_unsigned, rotation, act_bits)
 
 
 def mlp_w4a4(  # noqa: PLR0913 - two layers, and two flags of each
@@ -286,6 +293,8 @@ def mlp_w4a4(  # noqa: PLR0913 - two layers, and two flags of each
     rotation: int = 0,
     act_unsigned2: bool = False,
     rotation2: int = 0,
+    act_bits: int = 4,
+    act_bits2: int = 4,
 ) -> Tensor:
     """linear_w4a4 -> GELU (tanh approximation) -> linear_w4a4: x (..., K) -> (..., N of the second)
     in x.dtype.
@@ -294,7 +303,7 @@ def mlp_w4a4(  # noqa: PLR0913 - two layers, and two flags of each
         The hidden activations of the compiled op are never stored. Where a gradient is needed, the
         two linears run one by one.
     """
-    flags = (act_unsigned, rotation, act_unsigned2, rotation2)
+    flags = (act_unsigned, rotation, act_unsigned2, rotation2, act_bits, act_bits2)
     p = MLPParams(*(*first, *second, *flags))
     if need_gradients(x, *first, *second):
         hidden = torch.nn.functional.gelu(linear_w4a4(x, *p.first), approximate="tanh")

@@ -1,7 +1,7 @@
 """The two halves of a W4A4 linear as ops of their own, and their fusion across a GELU.
 
-    quantize_down   x -> int4 codes, a scale per token and group, and h = x . proj_down
-    gemm_w4a4_up    int4 x int4 product, rescaled per group, + h . proj_up^T + bias
+    quantize_down   x -> codes of 4 or 8 bits, a scale per token and group, and h = x . proj_down
+    gemm_w4a4_up    product of these and int4 weights, rescaled per group, + h . proj_up^T + bias
     gemm_w4a4_up_gelu_quantize_down
                     both, with a GELU (tanh) between: what lies between is never stored
 
@@ -30,23 +30,24 @@ from .register import register
 
 FLAGS = "bool act_unsigned=False, int rotation=0"
 UNSIGNED_FROM = "int unsigned_from=0"
+ACT_BITS = "int act_bits=4"
 _PRODUCT = (
     "Tensor q, Tensor ascales, Tensor h, Tensor weight, Tensor weight_scale, Tensor proj_up,"
     " Tensor? bias"
 )
 SCHEMAS = {
     "quantize_down": (
-        f"(Tensor x, Tensor smooth_factor, Tensor proj_down, {FLAGS}, {UNSIGNED_FROM}) -> (Tensor,"
-        " Tensor, Tensor)"
+        f"(Tensor x, Tensor smooth_factor, Tensor proj_down, {FLAGS}, {UNSIGNED_FROM}, {ACT_BITS})"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "gemm_w4a4_up": (
-        f"({_PRODUCT}=None, bool act_unsigned=False, ScalarType? out_dtype=None, {UNSIGNED_FROM})"
-        " -> Tensor"
+        f"({_PRODUCT}=None, bool act_unsigned=False, ScalarType? out_dtype=None, {UNSIGNED_FROM},"
+        f" {ACT_BITS}) -> Tensor"
     ),
     "gemm_w4a4_up_gelu_quantize_down": (
         f"({_PRODUCT}, Tensor smooth_factor2, Tensor proj_down2, bool act_unsigned=False, bool"
-        " act_unsigned2=False, int rotation2=0, ScalarType? mid_dtype=None) -> (Tensor, Tensor,"
-        " Tensor)"
+        " act_unsigned2=False, int rotation2=0, ScalarType? mid_dtype=None, int act_bits=4, int"
+        " act_bits2=4) -> (Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -75,7 +76,7 @@ def check_product(k: int, n: int, rank: int, p: ProductParams, layer: str = "") 
 
 
 def _check_quantize_down(x: Tensor, p: QuantizeParams) -> None:
-    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from)
+    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from, p.act_bits)
     checks.no_leading_shape("quantize_down", x)
     check_quantizer(checks.features(x), p)
     checks.same_device(x.device, smooth_factor=p.smooth_factor, proj_down=p.proj_down)
@@ -84,11 +85,12 @@ def _check_quantize_down(x: Tensor, p: QuantizeParams) -> None:
 def _check_gemm(act: Activations, p: ProductParams) -> int:
     """N."""
     q = act.q
+    reference.check_flags(act.act_unsigned, 0, act.unsigned_from, act.act_bits)
     if q.dtype != torch.int8 or q.dim() != 2:
-        raise ValueError(f"q must be packed int8 (M, K/2), not {q.dtype} {tuple(q.shape)}")
-    m, k = q.shape[0], q.shape[1] * 2
+        form = "packed int8 (M, K/2)" if act.act_bits == 4 else "int8 (M, K)"
+        raise ValueError(f"q must be {form}, not {q.dtype} {tuple(q.shape)}")
+    m, k = q.shape[0], q.shape[1] * 8 // act.act_bits
     checks.whole_groups("K", k)
-    reference.check_flags(act.act_unsigned, 0, act.unsigned_from)
     _check_unsigned_from(k, act.unsigned_from)
     n, rank = checks.outputs(p.weight, k), checks.rank("proj_up", p.proj_up)
     checks.shape("ascales", act.ascales, "(K/64, M)", k // GROUP, m)
@@ -99,7 +101,7 @@ def _check_gemm(act: Activations, p: ProductParams) -> int:
 
 
 def _check_gelu(a: GeluArguments) -> None:
-    reference.check_flags(a.act_unsigned2, a.rotation2)
+    reference.check_flags(a.act_unsigned2, a.rotation2, 0, a.act_bits2)
     n = _check_gemm(a.activations, a.product)
     if n % GROUP:
         raise ValueError(
@@ -112,9 +114,10 @@ def _check_gelu(a: GeluArguments) -> None:
 # ---- fakes ---------------------------------------------------------------------------------------
 
 
-def _new_activations(like: Tensor, m: int, k: int, rank: int, dtype: torch.dtype) -> tuple:
+def _new_activations(like: Tensor, m: int, p: QuantizeParams, dtype: torch.dtype) -> tuple:
+    k, rank = p.proj_down.shape
     return (
-        like.new_empty((m, k // 2), dtype=torch.int8),
+        like.new_empty((m, k * p.act_bits // 8), dtype=torch.int8),
         like.new_empty((k // GROUP, m), dtype=dtype),
         like.new_empty((m, rank), dtype=dtype),
     )
@@ -123,8 +126,7 @@ def _new_activations(like: Tensor, m: int, k: int, rank: int, dtype: torch.dtype
 def _fake_quantize_down(x: Tensor, *parameters) -> tuple:
     p = QuantizeParams(*parameters)
     _check_quantize_down(x, p)
-    m, k = x.shape
-    return _new_activations(x, m, k, p.proj_down.shape[1], reference.compute_dtype(x))
+    return _new_activations(x, len(x), p, reference.compute_dtype(x))
 
 
 def _fake_gemm_w4a4_up(*arguments) -> Tensor:
@@ -138,7 +140,7 @@ def _fake_gelu(*arguments) -> tuple:
     a = GeluArguments(*arguments)
     _check_gelu(a)
     dtype = reference.compute_dtype(a.ascales)
-    return _new_activations(a.q, a.q.shape[0], a.weight.shape[0], a.proj_down2.shape[1], dtype)
+    return _new_activations(a.q, len(a.q), a.second, dtype)
 
 
 # ---- what runs -----------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def _run_quantize_down(x: Tensor, *parameters) -> tuple[Tensor, Tensor, Tensor]:
     p = QuantizeParams(*parameters)
     _check_quantize_down(x, p)
     dtypes = float_dtypes(p.smooth_factor, p.proj_down)
-    choice = choose("quantize_down", x.device, x.dtype, dtypes)
+    choice = choose("quantize_down", x.device, x.dtype, dtypes, p.act_bits)
     if choice.parameters is not None:
         return native_w4a4.quantize_down(choice.parameters, x, p)
     if choice.backend == "triton":
@@ -165,12 +167,12 @@ def _run_gemm_w4a4_up(*arguments) -> Tensor:
     if act.ascales.dtype == torch.float64 or out_dtype not in native.DTYPES:
         dtype = act.ascales.dtype
     dtypes = float_dtypes(p.weight_scale, p.proj_up, p.bias)
-    choice = choose("gemm_w4a4_up", act.q.device, dtype, dtypes)
+    choice = choose("gemm_w4a4_up", act.q.device, dtype, dtypes, act.act_bits)
     if choice.parameters is not None:
         return native_w4a4.gemm_w4a4_up(choice.parameters, act, p, out_dtype)
     if choice.backend == "triton":
         return triton.w4a4().gemm_w4a4_up(act, p, out_dtype)
-    signs = (act.act_unsigned, act.unsigned_from)
+    signs = (act.act_unsigned, act.unsigned_from, act.act_bits)
     return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, *signs).to(out_dtype)
 
 
@@ -180,14 +182,15 @@ def _run_gelu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     mid_dtype = a.mid_dtype or a.ascales.dtype
     dtype = a.ascales.dtype if a.ascales.dtype == torch.float64 else mid_dtype
     dtypes = float_dtypes(*a[4:9])
-    choice = choose("gemm_w4a4_up_gelu_quantize_down", a.q.device, dtype, dtypes)
+    op, bits = "gemm_w4a4_up_gelu_quantize_down", max(a.act_bits, a.act_bits2)
+    choice = choose(op, a.q.device, dtype, dtypes, bits)
     if choice.parameters is not None:
         return native_w4a4.gemm_w4a4_up_gelu_quantize_down(
             choice.parameters, a._replace(mid_dtype=mid_dtype)
         )
     if choice.backend == "triton":
         return triton.w4a4().gemm_w4a4_up_gelu_quantize_down(a._replace(mid_dtype=mid_dtype))
-    return reference.gemm_w4a4_up_gelu_quantize_down(*a[:12], mid_dtype)
+    return reference.gemm_w4a4_up_gelu_quantize_down(*a._replace(mid_dtype=mid_dtype))
 
 
 quantize_down_op = register(
@@ -214,11 +217,13 @@ def quantize_down(
     act_unsigned: bool = False,
     rotation: int = 0,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """int4 codes, their scales and x . proj_down: see `reference.quantize_down`. Has no gradient;
+    """Codes, their scales and x . proj_down: see `reference.quantize_down`. Has no gradient;
     `linear_w4a4` does.
     """
-    return quantize_down_op(x, smooth_factor, proj_down, act_unsigned, rotation, unsigned_from)
+    flags = (act_unsigned, rotation, unsigned_from, act_bits)
+    return quantize_down_op(x, smooth_factor, proj_down, *flags)
 
 
 def gemm_w4a4_up(  # noqa: PLR0913 - the schema's arguments
@@ -232,11 +237,12 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the schema's arguments
     act_unsigned: bool = False,
     out_dtype: torch.dtype | None = None,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> Tensor:
-    """int4 product + low-rank up + bias: see `reference.gemm_w4a4_up`. (M, N) in `out_dtype`, by
-    default that of ascales.
+    """Product of codes + low-rank up + bias: see `reference.gemm_w4a4_up`. (M, N) in `out_dtype`,
+    by default that of ascales.
     """
-    flags = (act_unsigned, out_dtype, unsigned_from)
+    flags = (act_unsigned, out_dtype, unsigned_from, act_bits)
     return gemm_w4a4_up_op(q, ascales, h, weight, weight_scale, proj_up, bias, *flags)
 
 
@@ -244,7 +250,7 @@ def gemm_w4a4_up_gelu_quantize_down(*arguments, **named) -> tuple[Tensor, Tensor
     """One MLP layer straight into the next one's quantized input: see the reference of this name.
     Takes what `GeluArguments` names, in its order or by name. Has no gradient; `mlp_w4a4` does.
 
-    Shapes: as `gemm_w4a4_up`, N a multiple of 64 -> q2 int8 (M, N/2) · ascales2 (N/64, M) · h2 (M,
-        R2), floats as ascales
+    Shapes: as `gemm_w4a4_up`, N a multiple of 64 -> q2 int8 (M, N/2), of 8 bits (M, N) · ascales2
+        (N/64, M) · h2 (M, R2), floats as ascales
     """
     return gelu_op(*GeluArguments(*arguments, **named))

@@ -4,6 +4,7 @@ with, and what runs where nothing faster is installed. It runs in float64 too.
     w4a4      4-bit weights and activations with a low-rank branch (SVDQuant)
     w4a16     4-bit weights alone (AWQ)
     vq        codebook weights (VQ4DiT); not exported here, as its names are of another subject
+    w4a8      4-bit weights read as int8, activations of 8 bits; like vq
     nibbles   4-bit codes: packing and dequantizing; the dtypes of arithmetic
     hadamard  the 64-point rotation
 """
@@ -20,6 +21,7 @@ from .nibbles import (
     unpack_nibbles,
 )
 from .w4a4 import (
+    ACT_BITS,
     SHIFT,
     SIGNED_MAX,
     UNSIGNED_MAX,
@@ -35,6 +37,7 @@ from .w4a4 import (
 from .w4a16 import gemm_w4a16, gemv_w4a16, linear_w4a16_grad
 
 __all__ = [
+    "ACT_BITS",
     "FLIP_HIGHEST_BITS",
     "GROUP",
     "SHIFT",

@@ -8,10 +8,13 @@ Arithmetic is float32, or float64 where x is float64. On CUDA a bfloat16 x keeps
 for the large product, because tensor cores accumulate it in float32 anyway. Letters for shapes are
 explained in the docstring of `kernels`.
 
+With act_bits=8 the same values get codes -127..127, whatever their signs: where codes would be
+unsigned in 4 bits only the shift remains, because the bias holds it.
+
 The dequantized product is as exact as the integer one: a code times a bfloat16 scale has 4 + 8
 significant bits and is exact in float32, and an int4 x int4 sum over a group is at most 64 * 15 * 8
-= 7680, far below 2^24. What is left is the rounding of the float32 accumulation across groups,
-which the integer kernels have as well.
+= 7680, one of int8 x int4 at most 64 * 127 * 8 = 65024, far below 2^24. What is left is the
+rounding of the float32 accumulation across groups, which the integer kernels have as well.
 """
 
 from __future__ import annotations
@@ -43,12 +46,20 @@ exact in bfloat16.
 
 SIGNED_MAX = 7
 UNSIGNED_MAX = 15
+WIDE_MAX = 127
+ACT_BITS = (4, 8)
+"""Widths of an activation's code."""
 
 
-def check_flags(act_unsigned: bool, rotation: int, unsigned_from: int = 0) -> None:
+def check_flags(
+    act_unsigned: bool, rotation: int, unsigned_from: int = 0, act_bits: int = 4
+) -> None:
     """Raises ValueError for a rotation other than 0 and 64, for unsigned codes of rotated (hence
-    signed) values, and for codes that change their sign within a group.
+    signed) values, for codes that change their sign within a group, and for codes of neither 4 nor
+    8 bits.
     """
+    if act_bits not in ACT_BITS:
+        raise ValueError(f"act_bits={act_bits}: activations have 4 bits or 8")
     if rotation not in (0, GROUP):
         raise ValueError(f"rotation={rotation} is neither 0 nor the group size {GROUP}")
     if rotation and act_unsigned:
@@ -67,16 +78,23 @@ def check_flags(act_unsigned: bool, rotation: int, unsigned_from: int = 0) -> No
 
 
 def _quantize_groups(
-    x: Tensor, smooth_factor: Tensor, act_unsigned: bool, rotation: int, unsigned_from: int = 0
+    x: Tensor,
+    smooth_factor: Tensor,
+    act_unsigned: bool,
+    rotation: int,
+    unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """Smoothed, rotated, rounded: x (M, K) in compute dtype -> float codes (M, K/64, 64), scale (M,
     K/64, 1).
     """
-    check_flags(act_unsigned, rotation, unsigned_from)
+    check_flags(act_unsigned, rotation, unsigned_from, act_bits)
     if unsigned_from:
         sides = (slice(0, unsigned_from), slice(unsigned_from, None))
         parts = [
-            _quantize_groups(x[:, columns], smooth_factor[columns], columns.start > 0, 0)
+            _quantize_groups(
+                x[:, columns], smooth_factor[columns], columns.start > 0, 0, act_bits=act_bits
+            )
             for columns in sides
         ]
         codes, scales = zip(*parts, strict=True)
@@ -86,14 +104,16 @@ def _quantize_groups(
     if rotation:
         xs = hadamard64(xs)
     groups = xs.unflatten(-1, (-1, GROUP))
-    if act_unsigned:
+    unsigned_codes = act_unsigned and act_bits == 4
+    if unsigned_codes:
         scale = groups.amax(-1, keepdim=True).clamp_min_(0) / UNSIGNED_MAX
     else:
-        scale = groups.abs().amax(-1, keepdim=True) / SIGNED_MAX
+        largest = groups.abs().amax(-1, keepdim=True)
+        scale = largest / (WIDE_MAX if act_bits == 8 else SIGNED_MAX)
     # A group of zeros has scale 0; dividing by the smallest normal number instead gives codes 0 and
     # never 0/0.
     codes = groups.div_(scale.clamp_min(torch.finfo(scale.dtype).tiny)).round_()
-    return (codes.clamp_min_(0) if act_unsigned else codes), scale
+    return (codes.clamp_min_(0) if unsigned_codes else codes), scale
 
 
 def quantize_down(
@@ -103,23 +123,29 @@ def quantize_down(
     act_unsigned: bool = False,
     rotation: int = 0,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x -> int4 codes, their scales, and the input of the low-rank branch, in one read of x.
+    """x -> codes, their scales, and the input of the low-rank branch, in one read of x.
 
     Signed: scale = absmax / 7, codes -7..7. Unsigned: x + SHIFT, scale = max / 15, codes 0..15.
         Rounded half to even. unsigned_from, where it is not 0: columns before it are signed, and
-        those from it on unsigned.
+        those from it on unsigned. act_bits=8: scale = absmax / 127, codes -127..127; what is
+        unsigned above gets its SHIFT as before.
     A NaN or infinity in x makes the scale of its own group NaN or infinite and touches no other
     token.
 
     Shapes:
         x (M, K) · smooth_factor (K,) · proj_down (K, R)
-        -> q int8 (M, K/2), low nibble = even column · ascales float32 (K/64, M) · h float32 (M, R)
-        from the raw x
+        -> q int8 (M, K/2), low nibble = even column; of 8 bits (M, K) · ascales float32 (K/64, M) ·
+        h float32 (M, R) from the raw x
     """
     x = x.to(compute_dtype(x))
-    codes, scale = _quantize_groups(x, smooth_factor, act_unsigned, rotation, unsigned_from)
-    q = pack_nibbles(codes.nan_to_num_(0, UNSIGNED_MAX, -SIGNED_MAX).to(torch.int8).flatten(-2))
+    flags = (act_unsigned, rotation, unsigned_from, act_bits)
+    codes, scale = _quantize_groups(x, smooth_factor, *flags)
+    if act_bits == 8:
+        q = codes.nan_to_num_(0, WIDE_MAX, -WIDE_MAX).to(torch.int8).flatten(-2)
+    else:
+        q = pack_nibbles(codes.nan_to_num_(0, UNSIGNED_MAX, -SIGNED_MAX).to(torch.int8).flatten(-2))
     return q, scale.squeeze(-1).t().contiguous(), x @ proj_down.to(x.dtype)
 
 
@@ -150,16 +176,19 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the op's arguments
     bias: Tensor | None = None,
     act_unsigned: bool = False,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> Tensor:
-    """int4 product, group scales, low-rank up-projection and bias.
+    """Product of codes, group scales, low-rank up-projection and bias.
 
     Shapes:
-        q int8 (M, K/2) · ascales (K/64, M) · h (M, R) · weight int8 (N, K/2), codes -8..7 ·
-        weight_scale (K/64, N) proj_up (N, R) · bias (N,) or None -> (M, N) float32, float64 if
-        ascales is float64
+        q int8 (M, K/2), of 8 bits (M, K) · ascales (K/64, M) · h (M, R) · weight int8 (N, K/2),
+        codes -8..7 · weight_scale (K/64, N) proj_up (N, R) · bias (N,) or None -> (M, N) float32,
+        float64 if ascales is float64
     """
     dtype = compute_dtype(ascales)
-    if unsigned_from:
+    if act_bits == 8:
+        codes = q.to(dtype)
+    elif unsigned_from:
         sides = q[:, : unsigned_from // 2], q[:, unsigned_from // 2 :]
         signed, unsigned = (
             unpack_nibbles(side, signs, dtype)
@@ -186,6 +215,8 @@ def gemm_w4a4_up_gelu_quantize_down(  # noqa: PLR0913 - the op's arguments
     act_unsigned2: bool = False,
     rotation2: int = 0,
     mid_dtype: torch.dtype | None = None,
+    act_bits: int = 4,
+    act_bits2: int = 4,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantize_down(GELU(gemm_w4a4_up(...))): the first layer of an MLP straight into the input of
     its second.
@@ -194,11 +225,13 @@ def gemm_w4a4_up_gelu_quantize_down(  # noqa: PLR0913 - the op's arguments
     approximation) of it is not rounded.
 
     Shapes: as `gemm_w4a4_up`, with N a multiple of 64 · smooth_factor2 (N,) · proj_down2 (N, R2)
-        -> q2 int8 (M, N/2) · ascales2 float32 (N/64, M) · h2 float32 (M, R2)
+        -> q2 int8 (M, N/2), of 8 bits (M, N) · ascales2 float32 (N/64, M) · h2 float32 (M, R2)
     """
-    y = gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned)
+    flags = (act_unsigned, 0, act_bits)
+    y = gemm_w4a4_up(q, ascales, h, weight, weight_scale, proj_up, bias, *flags)
     hidden = torch.nn.functional.gelu(y.to(mid_dtype or y.dtype).to(y.dtype), approximate="tanh")
-    return quantize_down(hidden, smooth_factor2, proj_down2, act_unsigned2, rotation2)
+    flags2 = (act_unsigned2, rotation2, 0, act_bits2)
+    return quantize_down(hidden, smooth_factor2, proj_down2, *flags2)
 
 
 # ---- whole layers --------------------------------------------------------------------------------
@@ -215,13 +248,14 @@ def linear_w4a4(  # noqa: PLR0913 - the op's arguments
     act_unsigned: bool = False,
     rotation: int = 0,
     unsigned_from: int = 0,
+    act_bits: int = 4,
 ) -> Tensor:
     """`quantize_down` followed by `gemm_w4a4_up`, without packing the codes in between.
 
     Shapes: x (M, K), the rest as there -> (M, N) in x.dtype
     """
     layers = [weight], [weight_scale], [proj_down], [proj_up], [bias]
-    flags = (act_unsigned, rotation, unsigned_from)
+    flags = (act_unsigned, rotation, act_bits, unsigned_from)
     return linear_w4a4_grouped(x, smooth_factor, *layers, *flags)[0]
 
 
@@ -235,6 +269,7 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
     bias: Sequence[Tensor | None],
     act_unsigned: bool = False,
     rotation: int = 0,
+    act_bits: int = 4,
     unsigned_from: int = 0,
 ) -> list[Tensor]:
     """Several linears of one x that share its smoothing (q, k and v): x is quantized once.
@@ -243,7 +278,8 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
         N) each, in x.dtype
     """
     xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
-    codes, scale = _quantize_groups(xc, smooth_factor, act_unsigned, rotation, unsigned_from)
+    flags = (act_unsigned, rotation, unsigned_from, act_bits)
+    codes, scale = _quantize_groups(xc, smooth_factor, *flags)
     act = codes.mul_(scale).flatten(-2).to(dtype)
     layers = zip(weight, weight_scale, proj_down, proj_up, bias, strict=True)
     return [
@@ -262,7 +298,7 @@ def mlp_w4a4(
     """linear_w4a4 -> GELU (tanh approximation) -> linear_w4a4.
 
     `first`, `second`: weight, weight_scale, smooth_factor, proj_down, proj_up, bias. `flags`:
-        act_unsigned, rotation of each.
+        act_unsigned, rotation and, where given, unsigned_from and act_bits of each.
     Shapes: x (M, K) -> (M, N of the second) in x.dtype
     """
     return linear_w4a4(

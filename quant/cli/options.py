@@ -97,8 +97,32 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rank", type=int, help="of the 16-bit branch (default: 32)")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="of the 16-bit branch (default: 32); 0 for none, with svdquant_w4a8",
+    )
     parser.add_argument("--solver", help="alternating or svd")
+    parser.add_argument(
+        "--activations",
+        type=int,
+        choices=(4, 8),
+        help=(
+            "bits of the activations that layers are fitted for (default: 4); 8 for Hopper,"
+            " Blackwell and CPUs, more accurate"
+        ),
+    )
+    parser.add_argument(
+        "--format",
+        choices=("svdquant_w4a4", "svdquant_w4a8"),
+        help=(
+            "of the layers (default: svdquant_w4a4, which runs with either width); svdquant_w4a8:"
+            " 16 free levels and more scales, for activations of 8 bits alone"
+        ),
+    )
+    parser.add_argument(
+        "--group", type=int, help="columns that share a scale of svdquant_w4a8: 16, 32 or 64"
+    )
     parser.add_argument("--rotation", help="auto, on or off")
     parser.add_argument("--modulation", help="w4a16 or keep")
     parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)

@@ -23,7 +23,16 @@ from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})
-_SVDQUANT_OPTIONS = ("rank", "solver", "rotation", "gptq", "w4a16")
+_SVDQUANT_OPTIONS = {
+    "rank": "rank",
+    "solver": "solver",
+    "rotation": "rotation",
+    "gptq": "gptq",
+    "w4a16": "w4a16",
+    "activations": "act_bits",
+    "format": "format",
+    "group": "group",
+}
 _VQ_OPTIONS = {
     "bits": "bits",
     "codewords": "codewords",
@@ -53,7 +62,7 @@ def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
         recipe_class = VQRecipe
     else:
         _refuse_options(options, _VQ_OPTIONS, "vq")
-        changes = {name: getattr(options, name) for name in _SVDQUANT_OPTIONS}
+        changes = {field: getattr(options, name) for name, field in _SVDQUANT_OPTIONS.items()}
         modulation = options.modulation
         recipe_class = SVDQuantRecipe
     return recipe_class.from_preset(

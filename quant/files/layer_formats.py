@@ -1,8 +1,8 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups, R rank; C codewords of D weights, P = K/D indices of log2(C)
-bits in bytes.
+N outputs, K inputs, G = K/64 groups or H = K/group of another size, R rank, L = 16 levels; C
+codewords of D weights, P = K/D indices of log2(C) bits in bytes.
 """
 
 import json
@@ -23,7 +23,17 @@ FORMATS = {
             "weight_proj_up": "N,R",
             "weight_smooth_factor": "K",
         },
-        {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"},
+        {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows", "act_bits"},
+    ),
+    "svdquant_w4a8": (
+        {
+            "weight": "N,K/2",
+            "weight_scale": "H,N",
+            "weight_channel_scale": "N",
+            "weight_table": "L",
+            "weight_smooth_factor": "K",
+        },
+        {"format", "group", "rank", "rotation"},
     ),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
     "vq": (
@@ -34,11 +44,16 @@ FORMATS = {
 # Tensors that a layer may have besides: without zero points it is symmetric, without a scale its
 # rows share the codebook's, without factors it has no low-rank branch.
 OPTIONAL = {
+    "svdquant_w4a8": {"weight_proj_down": "K,R", "weight_proj_up": "N,R"},
     "awq_w4a16": {"weight_zeros": "G,N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
     "vq": {"weight_scale": "N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
 }
 _WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
+# of tensors besides X.weight that hold integers
+_INTEGERS = {("svdquant_w4a8", "weight_scale"), ("svdquant_w4a8", "weight_table")}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
+GROUPS = (16, 32, 64)  # columns that share a scale of svdquant_w4a8
+ACT_BITS = (4, 8)  # of activations that a layer can be fitted for
 # powers of two, so that every index that a file can hold is one of the codebook
 CODEWORDS = tuple(1 << bits for bits in range(1, 17))
 
@@ -71,6 +86,10 @@ def _can_be(option: str, value: Any) -> bool:
     """Whether an option of a layer's JSON can have a value."""
     if option == "act_unsigned":
         return type(value) is bool
+    if option == "act_bits":
+        return type(value) is int and value in ACT_BITS
+    if option == "group":
+        return type(value) is int and value in GROUPS
     if option == "smooth_rows":
         return isinstance(value, list) and all(type(rows) is int and rows > 0 for rows in value)
     return type(value) is int and value >= 0
@@ -114,15 +133,21 @@ def smoothing_rule(config: dict) -> dict[str, str]:
 
 
 def _check_dtypes(header: Header, name: str, config: dict, found: dict[str, TensorInfo]) -> None:
-    codes = _WEIGHT_DTYPES.get(config["format"], torch.int8)
     for suffix, info in found.items():
-        allowed = (codes,) if suffix == "weight" else FLOATS
+        allowed = dtypes_of(config["format"], suffix)
         if info.dtype not in allowed:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise FileRefused(
                 f"{header.path.name} has a damaged layer: {name}.{suffix} is not {wanted}; copy the"
                 " file again or quantize again."
             )
+
+
+def dtypes_of(kind: str, suffix: str) -> tuple[torch.dtype, ...]:
+    """The dtypes that a layer's tensor can have, by format and suffix."""
+    if suffix == "weight":
+        return (_WEIGHT_DTYPES.get(kind, torch.int8),)
+    return (torch.int8,) if (kind, suffix) in _INTEGERS else FLOATS
 
 
 def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
@@ -137,6 +162,8 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             "K/2": width,
             "K": 2 * width,
             "G": 2 * width // 64,
+            "H": 2 * width // (config.get("group") or 64),
+            "L": 16,
             "R": config.get("rank", 0),
             "P": len(config.get("smooth_rows", ())),
         }

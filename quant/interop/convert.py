@@ -92,13 +92,15 @@ def summary(target: str | Path, to: str, export: Export) -> list[tuple[str, str]
     layers = export.source.layers.values()
     counts = {
         kind: sum(facts["format"] == kind for facts in layers)
-        for kind in ("svdquant_w4a4", "awq_w4a16")
+        for kind in ("svdquant_w4a4", "svdquant_w4a8", "awq_w4a16")
     }
+    table = counts["svdquant_w4a8"]
+    w4a4 = f"{table} W4A8" if table else f"{counts['svdquant_w4a4']} W4A4"
     size = Path(target).stat().st_size
     return [
         ("model", export.source.family),
         ("format", f"{export.source.kind} → {_KINDS[to]}"),
-        ("layers", f"{counts['svdquant_w4a4']} W4A4, {counts['awq_w4a16']} 4-bit weights only"),
+        ("layers", f"{w4a4}, {counts['awq_w4a16']} 4-bit weights only"),
         ("size", f"{export.source.size / 1e6:,.1f} MB → {size / 1e6:,.1f} MB"),
         *(("note", note) for note in export.notes),
     ]

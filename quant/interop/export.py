@@ -24,7 +24,11 @@ from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 # of a layer's format, as reports call it
-ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+ACTIONS = {"svdquant_w4a4": "w4a4", "svdquant_w4a8": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+
+
+# what other programs have no words for
+HELD = {"vq": "codewords (vq)", "svdquant_w4a8": "levels of a table (svdquant_w4a8)"}
 
 
 class Export(ABC):
@@ -40,7 +44,20 @@ class Export(ABC):
         self.notes: list[str] = []
         for name, facts in source.layers.items():
             if facts["format"] not in self.FORMATS:
-                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
+                raise self.refused(
+                    name, f"holds {HELD[facts['format']]}", "Nibble's own format can"
+                )
+
+    def refuse_wide(self, name: str, facts: dict) -> None:
+        """Raises FileRefused for a layer that was fitted for 8-bit activations: other programs know
+        4 bits alone.
+        """
+        if facts.get("act_bits", 4) != 4:
+            raise self.refused(
+                name,
+                "was fitted for 8-bit activations",
+                "quantize the 16-bit file again with --activations 4",
+            )
 
     @property
     def units(self) -> Iterable[str]:
@@ -71,7 +88,7 @@ class ToNibble(Export):
     back is open.
     """
 
-    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+    FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "awq_w4a16", "vq")
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
         formats = {facts["format"] for facts in self.source.layers.values()}
@@ -141,6 +158,7 @@ class ToKitchen(Export):
                 raise self.refused(
                     name, "has a rotation", "quantize the 16-bit file again with --rotation off"
                 )
+            self.refuse_wide(name, facts)
             if facts.get("unsigned_from"):
                 raise self.refused(
                     name, "has inputs of two kinds side by side", "convert it to nibble, which can"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reader
-from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL, layer_sizes, smoothing_rule
+from ..files.layer_formats import FLOATS, FORMATS, OPTIONAL, dtypes_of, layer_sizes, smoothing_rule
 from ..files.safetensors import Header, SafetensorsFile, TensorSpec
 from ..files.source import PREFIXES
 from ..weights.base import json_tensor
@@ -38,6 +38,7 @@ _UNSIGNED = "transformer_blocks.*_mlp.net.2"
 _BYTES = {
     "svdquant_w4a4": (torch.int8, torch.uint8),
     "awq_w4a16": (torch.int8, torch.uint8),
+    "svdquant_w4a8": (torch.int8,),
     "vq": (torch.uint8,),
 }
 _BESIDE = dict(SIDE.values())  # name → shape
@@ -46,7 +47,8 @@ _BESIDE = dict(SIDE.values())  # name → shape
 def is_kitchen(header: Header) -> bool:
     """Whether a file holds SVDQuant or VQ linears under comfy-kitchen's names, from its header."""
     return any(name.endswith(".comfy_quant") for name in header.tensors) and (
-        any(name.endswith("proj_down") for name in header.tensors) or has_codebooks(header)
+        any(name.endswith(("proj_down", ".weight_table")) for name in header.tensors)
+        or has_codebooks(header)
     )
 
 
@@ -233,8 +235,9 @@ class KitchenFile(QuantizedFile):
                     f" {wanted}; download it again"
                 )
             dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
-            if dtype not in (_BYTES[kind] if suffix == "weight" else FLOATS):
-                wanted_dtype = "codes" if suffix == "weight" else "floats"
+            integers = _BYTES[kind] if suffix == "weight" else dtypes_of(kind, suffix)
+            if dtype not in integers:
+                wanted_dtype = "floats" if integers == FLOATS else "codes"
                 raise self.refusal(
                     f"has a damaged layer: {name}.{suffix} holds"
                     f" {str(dtype).removeprefix('torch.')}, no {wanted_dtype}; download it again"

@@ -103,6 +103,7 @@ class ToNunchaku(Export):
                 raise self.refused(
                     target, "has a rotation", "quantize the 16-bit file again with --rotation off"
                 )
+            self.refuse_wide(target, facts)
             if expected != (facts["format"] == W4A16Weight.FORMAT) and (
                 expected or self._is_four_bit(target)
             ):

@@ -28,6 +28,7 @@ from ..weights.packing import pack_int4, unpack_int4
 # shares of a group's largest magnitude that are tried as its range
 SEARCH = tuple(1 - 0.025 * i for i in range(20))
 _UNEVEN = {
+    "w4a8": "4-bit codes of a table (svdquant_w4a8)",
     "nf4": "NF4",
     "nvfp4": "NVFP4",
     "mxfp4": "MXFP4",

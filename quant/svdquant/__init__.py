@@ -8,5 +8,6 @@ problem.py         a layer's weight and what is known of its inputs
 smooth.py          smoothing, rotation and signs: the space in which it is rounded
 lowrank_metric.py  the best low rank under a metric
 gptq.py            rounding column by column
+grid.py            the numbers that 4-bit weights can be
 w4a16.py           layers that see few tokens: 4-bit weights only
 """

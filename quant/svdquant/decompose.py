@@ -1,8 +1,8 @@
 """One linear layer into SVDQuant's form: W = 4-bit part + low rank, in a space where inputs survive
 4 bits.
 
-With x' the smoothed (rotated) input, e the error of its trip through 4 bits, C = E[x' x'^T] and S =
-E[e e^T] (diagonal), the error is
+With x' the smoothed (rotated) input, e the error of its trip through 4 bits, or 8 (act_bits of the
+recipe), C = E[x' x'^T] and S = E[e e^T] (diagonal), the error is
 
     E |y - y_q|^2 = tr (W' - L - Q) C (W' - L - Q)^T + tr Q S Q^T
 
@@ -30,9 +30,11 @@ from ...kernels.reference import SHIFT
 from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
 from ..weights.lowrank import svd_lowrank
-from ..weights.packing import dequantize_groups, pack_int4
+from ..weights.packing import pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
-from .gptq import gptq, round_to_nearest
+from ..weights.svdquant_w4a8 import W4A8Weight
+from .gptq import gptq_on, nearest_on
+from .grid import EvenGrid, Grid, Rounded, TableGrid
 from .lowrank_metric import Metric, parallel_sum, solve_blocks, times_blocks
 from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
@@ -42,6 +44,8 @@ log = logging.getLogger("nibble")
 
 # squared rounding error of a weight over its group's mean square: (2.5 rms / 7)^2 / 12
 ROUNDING_NOISE = 0.0105
+Branch = tuple[Tensor, Tensor]  # up (N, R) and down (K, R) on raw x
+Layer = SVDQuantWeight | W4A8Weight
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,9 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
     post_gelu: bool = False,
     smooth: Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[SVDQuantWeight, LayerError]:
-    """A linear into 4-bit weights and activations with a low-rank branch, on the weight's device.
+) -> tuple[Layer, LayerError]:
+    """A linear into 4-bit weights and activations of recipe.act_bits with a low-rank branch, in the
+    recipe's format, on the weight's device.
 
     Shapes:
         weight float (N, K), 64 | K · bias float (N,) | None · smooth float (K,): factors to use
@@ -131,19 +136,26 @@ def _spaces(
     problem: LayerProblem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
 ) -> Iterator[InputSpace]:
     """The best space of each mode by a quick score; without GPTQ only the best of all."""
-    unsigned = post_gelu and recipe.act_unsigned and problem.bias is not None
+    narrow = recipe.act_bits == 4
+    unsigned = narrow and post_gelu and recipe.act_unsigned and problem.bias is not None
     best_of_modes = []
     for mode in _modes(recipe, unsigned, problem.sampled):
         if smooth is not None:
             candidates = [
                 InputSpace(
-                    smooth.bfloat16().float().to(problem.weight.device), **mode, label="given"
+                    smooth.bfloat16().float().to(problem.weight.device),
+                    **mode,
+                    label="given",
+                    act_bits=recipe.act_bits,
+                    per_token=recipe.table,
                 )
             ]
         else:
             rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
             candidates = [
-                InputSpace(factors, **mode, label=label)
+                InputSpace(
+                    factors, **mode, label=label, act_bits=recipe.act_bits, per_token=recipe.table
+                )
                 for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]
         scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
@@ -162,10 +174,12 @@ def _quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> fl
     nearest (SVDQuant's objective).
     """
     stride = max(1, problem.weight.shape[0] // QUICK_ROWS[recipe.preset])
-    weight = space.weight(problem.weight[::stride])
-    up, down = svd_lowrank(weight, recipe.rank, torch.Generator().manual_seed(recipe.seed), power=1)
-    residual = weight - up @ down.T
-    groups = residual.unflatten(1, (-1, 64))
+    residual = space.weight(problem.weight[::stride])
+    if recipe.rank:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        up, down = svd_lowrank(residual, recipe.rank, generator, power=1)
+        residual = residual - up @ down.T
+    groups = residual.unflatten(1, (-1, recipe.group if recipe.table else 64))
     scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-30)
     rounded = ((groups / scale).round() * scale).flatten(1)
     inputs = space.inputs(problem.x)
@@ -204,40 +218,42 @@ class _Fit:
         self.noise = (self.quantized_inputs - self.inputs).square().mean(0) + 1e-4 * floor.flatten()
         self.hessian = self.moments + torch.diag_embed(self.noise.reshape(diagonal.shape))
         self.wanted = problem.target(problem.x)
+        self.grid: Grid = EvenGrid(recipe.clip_search)
+        if recipe.table:
+            self.grid = TableGrid.fitted(self.weight, recipe.group)
 
-    def first_branch(self) -> tuple[Tensor, Tensor]:
+    def first_branch(self) -> Branch:
         per_group = (
             self.hessian.diagonal(dim1=1, dim2=2).reshape(-1, 64).mean(1).repeat_interleave(64)
         )
         noise = self.noise + ROUNDING_NOISE * per_group
         return self.branch(self.weight, Metric(parallel_sum(self.moments, noise)))
 
-    def branch(self, matrix: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
-        """The best low rank for a matrix (N, K) of this space: up (N, R) and raw-x down (K, R),
-        both rounded to bf16.
-        """
+    def branch(self, matrix: Tensor, metric: Metric) -> Branch:
+        """The best low rank for a matrix (N, K) of this space, rounded to bf16."""
+        if not self.recipe.rank:
+            n, k = matrix.shape
+            return matrix.new_zeros(n, 0).bfloat16(), matrix.new_zeros(k, 0).bfloat16()
         up, down = metric.fit(matrix, self.recipe.rank, self.generator)
         return up.bfloat16(), self.space.raw_weight(down.T).T.bfloat16()
 
-    def residual(self, branch: tuple[Tensor, Tensor]) -> Tensor:
+    def residual(self, branch: Branch) -> Tensor:
         """W' less the rounded branch, so that the 4-bit part makes up for that rounding too."""
         up, down = branch
         return self.weight - up.float() @ self.space.weight(down.float().T)
 
-    def rounded(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Step 2: codes int8 (N, K), scale float32 (K/64, N)."""
-        search = self.recipe.clip_search
-        if not self.problem.measured:
-            return round_to_nearest(
-                residual, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search
-            )
-        # (W' - L) C (C + S)^-1
-        best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)
-        if self.recipe.gptq:
-            return gptq(best, self.hessian, search)
-        return round_to_nearest(best, self.hessian.diagonal(dim1=1, dim2=2).flatten(), search)
+    def rounded(self, residual: Tensor) -> Rounded:
+        """Step 2."""
+        best = residual
+        if self.problem.measured:
+            # (W' - L) C (C + S)^-1
+            best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)
+        grid = self.grid.for_rows_of(best) if isinstance(self.grid, TableGrid) else self.grid
+        if self.problem.measured and self.recipe.gptq:
+            return gptq_on(grid, best, self.hessian)
+        return nearest_on(grid, best, self.hessian.diagonal(dim1=1, dim2=2).flatten())
 
-    def bias(self, branch, codes: Tensor, scale: Tensor) -> Tensor | None:
+    def bias(self, branch: Branch, dense: Tensor) -> Tensor | None:
         """The layer's bias, plus the mean error, less the shift of unsigned activations times the
         4-bit part.
         """
@@ -254,32 +270,44 @@ class _Fit:
         error = (
             self.weight @ wanted
             - up.float() @ (self.space.weight(down.float().T) @ wanted)
-            - dequantize_groups(codes, scale) @ seen
+            - dense @ seen
         )
         return self.problem.bias + error
 
-    def loss(self, branch, codes: Tensor, scale: Tensor, bias: Tensor | None) -> float:
+    def loss(self, branch: Branch, dense: Tensor, bias: Tensor | None) -> float:
         """Squared output error on the rows to choose by."""
         up, down = branch
-        y = (
-            self.quantized_inputs @ dequantize_groups(codes, scale).T
-            + (self.problem.x @ down.float()) @ up.float().T
-        )
+        y = self.quantized_inputs @ dense.T + (self.problem.x @ down.float()) @ up.float().T
         before = self.problem.bias
         shift = 0 if bias is None or before is None else bias - before
         return (y + shift - self.wanted).square().sum().item()
 
-    def pack(self, branch, codes: Tensor, scale: Tensor, bias: Tensor | None) -> SVDQuantWeight:
-        up, down = branch
+    def pack(self, branch: Branch, rounded: Rounded, bias: Tensor | None) -> Layer:
+        up, down = (factor.contiguous() for factor in branch)
+        bias = None if bias is None else bias.bfloat16()
+        smooth, grid = self.space.smooth.bfloat16(), rounded.grid
+        if isinstance(grid, TableGrid):
+            return W4A8Weight(
+                qweight=pack_int4(rounded.codes),
+                scale=rounded.scale.to(torch.int8),
+                channel_scale=grid.channel_scale,
+                table=grid.table.to(torch.int8),
+                smooth_factor=smooth,
+                proj_down=down if self.recipe.rank else None,
+                proj_up=up if self.recipe.rank else None,
+                bias=bias,
+                rotation=self.space.rotation,
+            )
         return SVDQuantWeight(
-            pack_int4(codes),
-            scale.bfloat16(),
-            down.contiguous(),
-            up.contiguous(),
-            self.space.smooth.bfloat16(),
-            None if bias is None else bias.bfloat16(),
+            pack_int4(rounded.codes),
+            rounded.scale.bfloat16(),
+            down,
+            up,
+            smooth,
+            bias,
             self.space.act_unsigned,
             self.space.rotation,
+            act_bits=self.space.act_bits,
         )
 
 
@@ -291,31 +319,33 @@ class _Best:
     loss: float = math.inf
     parts: tuple = ()
 
-    def offer(self, branch, codes: Tensor, scale: Tensor) -> bool:
-        """Takes a decomposition in if it is better; says whether it was."""
-        bias = self.fit.bias(branch, codes, scale)
-        loss = self.fit.loss(branch, codes, scale, bias)
+    def offer(self, branch: Branch, rounded: Rounded, dense: Tensor) -> bool:
+        """Takes a decomposition in if it is better; says whether it was. dense: of `rounded`."""
+        bias = self.fit.bias(branch, dense)
+        loss = self.fit.loss(branch, dense, bias)
         better = not self.parts or loss < self.loss
         if better:
-            self.loss, self.parts = loss, (branch, codes, scale, bias)
+            self.loss, self.parts = loss, (branch, rounded, bias)
         return better
 
 
 def _solve(
     problem: LayerProblem, space: InputSpace, recipe: Recipe, generator: torch.Generator
-) -> tuple[float, SVDQuantWeight]:
+) -> tuple[float, Layer]:
     """Steps 1 to 3: the loss on the rows to choose by, and the layer."""
     fit = _Fit(problem, space, recipe, generator)
     branch, best, stale = fit.first_branch(), _Best(fit), 0
-    if recipe.solver == "svd":
-        best.offer(branch, *fit.rounded(fit.residual(branch)))
+    if recipe.solver == "svd" or not recipe.rank:
+        rounded = fit.rounded(fit.residual(branch))
+        best.offer(branch, rounded, rounded.dense())
         return best.loss, fit.pack(*best.parts)
     metric = Metric(fit.moments)
     for _ in range(recipe.iterations):
-        codes, scale = fit.rounded(fit.residual(branch))
-        improved = best.offer(branch, codes, scale)
-        branch = fit.branch(fit.weight - dequantize_groups(codes, scale), metric)
-        improved |= best.offer(branch, codes, scale)
+        rounded = fit.rounded(fit.residual(branch))
+        dense = rounded.dense()
+        improved = best.offer(branch, rounded, dense)
+        branch = fit.branch(fit.weight - dense, metric)
+        improved |= best.offer(branch, rounded, dense)
         stale = 0 if improved else stale + 1
         if stale == 2:
             break

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.architectures import LayerPlan
-from ..files.layer_formats import FORMATS
+from ..files.layer_formats import FORMATS, OPTIONAL, dtypes_of, layer_sizes
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
@@ -25,13 +25,10 @@ from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, Quanti
 from ..job.measurement import Measurement
 from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
-from ..weights.awq_w4a16 import W4A16Weight
-from ..weights.svdquant_w4a4 import SVDQuantWeight
+from ..weights.base import StoredWeight
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .recipe import Recipe
 from .w4a16 import quantize_w4a16
-
-_FORMAT_OF = {"w4a4": "svdquant_w4a4", "w4a16": "awq_w4a16"}
 
 
 class SVDQuantJob(QuantizeJob):
@@ -40,7 +37,9 @@ class SVDQuantJob(QuantizeJob):
     method = "svdquant"
 
     def layout(self) -> list[TensorSpec]:
-        return layout(self.source.shapes, self.layers, self.recipe.rank, self.source.kept_dtype)
+        recipe, kept = self.recipe, self.source.kept_dtype
+        table = (recipe.format, recipe.group)
+        return layout(self.source.shapes, self.layers, recipe.rank, kept, *table)
 
     def quantizer(
         self, writer: Writer, measurement: Measurement, monitor: Monitor, device: torch.device
@@ -109,7 +108,7 @@ class _SVDQuantizer(LayerQuantizer):
             bias = bias.to(self.device)
         stats = self.statistics(layer.name)
         why = layer.why
-        result: SVDQuantWeight | W4A16Weight
+        result: StoredWeight
         if layer.action == "w4a4":
             seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
             result, error = quantize_linear(
@@ -143,14 +142,21 @@ def layout(
     layers: Iterable[LayerPlan],
     rank: int,
     kept_dtype: Callable[[str], torch.dtype] = lambda name: torch.bfloat16,
+    w4a4: str = "svdquant_w4a4",
+    group: int = 64,
 ) -> list[TensorSpec]:
-    """Every tensor of the 4-bit file, from shapes alone."""
+    """Every tensor of the 4-bit file, from shapes alone. w4a4: the format of its W4A4 layers."""
     specs, quantized = [], {layer.name: layer for layer in layers if layer.action != "keep"}
     for layer in quantized.values():
-        sizes = {"N": layer.N, "K": layer.K, "K/2": layer.K // 2, "G": layer.K // 64, "R": rank}
-        for suffix, rule in FORMATS[_FORMAT_OF[layer.action]][0].items():
+        kind = w4a4 if layer.action == "w4a4" else "awq_w4a16"
+        sizes = layer_sizes({"format": kind, "rank": rank, "group": group}, layer.N, layer.K // 2)
+        assert sizes is not None  # the plan's layers have whole groups
+        rules = dict(FORMATS[kind][0])
+        if kind == "svdquant_w4a8" and rank:
+            rules |= OPTIONAL[kind]
+        for suffix, rule in rules.items():
             shape = tuple(sizes[letter] for letter in rule.split(","))
-            dtype = torch.int8 if suffix == "weight" else torch.bfloat16
+            dtype = _dtype_of(kind, suffix)
             specs.append(TensorSpec(f"{layer.name}.{suffix}", dtype, shape))
         if layer.bias:
             specs.append(TensorSpec(f"{layer.name}.bias", torch.bfloat16, (layer.N,)))
@@ -161,6 +167,14 @@ def layout(
         for key, shape in shapes.items()
         if key not in owned
     ]
+
+
+def _dtype_of(kind: str, suffix: str) -> torch.dtype:
+    """The dtype that a tensor is written in."""
+    allowed = dtypes_of(kind, suffix)
+    if torch.bfloat16 not in allowed:
+        return allowed[0]
+    return torch.float32 if suffix == "weight_channel_scale" else torch.bfloat16
 
 
 def _in_words(error: LayerError) -> str:

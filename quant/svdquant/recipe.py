@@ -2,9 +2,11 @@
 makes.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 
+from ...kernels.reference.w4a8 import GROUPS
 from ..job.recipe import FromPreset
 
 PRESETS = {
@@ -26,6 +28,9 @@ _CHOICES = {
     "solver": ("alternating", "svd"),
     "rotation": ("auto", "on", "off"),
     "modulation": ("w4a16", "keep"),
+    "act_bits": (4, 8),
+    "format": ("svdquant_w4a4", "svdquant_w4a8"),
+    "group": GROUPS,
 }
 
 
@@ -34,7 +39,11 @@ class Recipe(FromPreset):
     """How to quantize a model. Make one with `Recipe.from_preset("fast" | "best", **changes)`.
 
     preset          where the other values came from
-    rank            of the 16-bit low-rank branch: a multiple of 16, 16..256
+    format          of the layers: "svdquant_w4a4", which runs with activations of 4 or 8 bits, or
+      "svdquant_w4a8", which is closer with 8 and has no other
+    group           columns that share a scale of svdquant_w4a8: 16, 32 or 64 (else always 64)
+    rank            of the 16-bit low-rank branch: a multiple of 16, 16..256; svdquant_w4a8 can do
+      without, 0
     solver          "svd": the branch is fitted once (SVDQuant, eq. 6); "alternating": in turns with
       the 4-bit part
     iterations      turns of the alternating solver; the best one is kept
@@ -44,7 +53,9 @@ class Recipe(FromPreset):
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
     clip_search     search each group's scale instead of absmax / 7
-    act_unsigned    allow unsigned activations behind a GELU
+    act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
+      CPU)
+    act_unsigned    allow unsigned activations of 4 bits behind a GELU
     keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
       bit, or 4-bit weights only
     modulation      modulation layers: "w4a16" or "keep"
@@ -66,14 +77,19 @@ class Recipe(FromPreset):
     w4a16: tuple[str, ...] = ()
     modulation: str = "w4a16"
     seed: int = 0
+    act_bits: int = 4
+    format: str = "svdquant_w4a4"
+    group: int = 32
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
                 )
-        if self.rank % 16 or not 16 <= self.rank <= 256:
+        if self.table:
+            object.__setattr__(self, "act_bits", 8)
+        if not (self.table and self.rank == 0) and (self.rank % 16 or not 16 <= self.rank <= 256):
             raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
         for name, (low, high) in {
             "iterations": (1, 100),
@@ -90,6 +106,22 @@ class Recipe(FromPreset):
                     " 'double_blocks.0.*'"
                 )
             object.__setattr__(self, name, tuple(patterns))
+
+    @property
+    def table(self) -> bool:
+        """Whether weights get the levels of a table."""
+        return self.format == "svdquant_w4a8"
+
+    def to_json(self) -> str:
+        """Every value, as JSON text; what earlier versions did not have only where it is not what
+        they did, so that their files are those of the same recipe.
+        """
+        values = asdict(self)
+        if not self.table:
+            del values["format"], values["group"]
+        if self.act_bits == 4:
+            del values["act_bits"]
+        return json.dumps(values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:
         """Whether a module's name matches one of the patterns."""

@@ -25,14 +25,17 @@ LIMIT = 1e4  # smoothing factors lie in 1/LIMIT..LIMIT around their geometric me
 
 @dataclass(frozen=True)
 class InputSpace:
-    """A choice of smoothing (float32 (K,), nonzero, every value exact in bf16), rotation (0 | 64)
-    and unsigned activations.
+    """A choice of smoothing (float32 (K,), nonzero, every value exact in bf16), rotation (0 | 64),
+    unsigned activations, how many bits they get (4 | 8), and whether a token has one scale for
+    all of them.
     """
 
     smooth: Tensor
     rotation: int = 0
     act_unsigned: bool = False
     label: str = ""
+    act_bits: int = 4
+    per_token: bool = False
 
     def _rotate(self, x: Tensor) -> Tensor:
         return hadamard64(x) if self.rotation else x
@@ -42,11 +45,13 @@ class InputSpace:
         return self._rotate((x + SHIFT if self.act_unsigned else x) / self.smooth)
 
     def quantized(self, inputs: Tensor) -> Tensor:
-        """Result of `inputs` (..., K) → the same after a trip through 4 bits, per row and group of
-        64.
+        """Result of `inputs` (..., K) → the same after a trip through `act_bits` bits, per row and
+        group of 64, or per row.
         """
-        groups = inputs.unflatten(-1, (-1, 64))
-        if self.act_unsigned:
+        groups = inputs.unflatten(-1, (1, -1) if self.per_token else (-1, 64))
+        if self.act_bits == 8:
+            scale, low, high = groups.abs().amax(-1, keepdim=True) / 127, -127, 127
+        elif self.act_unsigned:
             scale, low, high = groups.amax(-1, keepdim=True).clamp_min(0) / 15, 0, 15
         else:
             scale, low, high = groups.abs().amax(-1, keepdim=True) / 7, -7, 7

@@ -29,8 +29,8 @@ def join_rows(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
     if len(pieces) == 1:
         return first
     if any(
-        (p.act_unsigned, p.rotation, p.unsigned_from)
-        != (first.act_unsigned, first.rotation, first.unsigned_from)
+        (p.act_unsigned, p.rotation, p.unsigned_from, p.act_bits)
+        != (first.act_unsigned, first.rotation, first.unsigned_from, first.act_bits)
         for p in pieces
     ):
         raise ValueError("linears that quantize their input differently cannot be one")
@@ -106,10 +106,11 @@ def join_columns(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
     if (
         signs != sorted(signs)
         or any(p.rotation or p.unsigned_from for p in pieces)
-        or len({p.shape[0] for p in pieces}) > 1
+        or len({(p.shape[0], p.act_bits) for p in pieces}) > 1
     ):
         raise ValueError(
-            "linears of unequal height, or with unsigned inputs before signed ones, cannot be one"
+            "linears of unequal height or activations, or with unsigned inputs before signed ones,"
+            " cannot be one"
         )
     shared = all(
         p.proj_up.shape == first.proj_up.shape and torch.equal(p.proj_up, first.proj_up)
@@ -131,6 +132,7 @@ def join_columns(pieces: list[SVDQuantWeight]) -> SVDQuantWeight:
         _summed([p.bias for p in pieces]),
         act_unsigned=signed == 0,
         unsigned_from=signed if any(signs) and signed else 0,
+        act_bits=first.act_bits,
     )
 
 
@@ -173,6 +175,7 @@ def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeig
                 weight.smooth_factor[start:stop],
                 bias,
                 unsigned,
+                act_bits=weight.act_bits,
             )
         )
     return pieces

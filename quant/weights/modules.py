@@ -8,6 +8,7 @@ from typing import Any
 from .awq_w4a16 import W4A16Weight
 from .base import StoredLinear, StoredWeight
 from .svdquant_w4a4 import SVDQuantWeight
+from .svdquant_w4a8 import W4A8Weight
 from .vq import VQLinear
 
 
@@ -22,6 +23,15 @@ class SVDQuantLinear(StoredLinear):
         super().__init__(weight, ("proj_down", "proj_up", "bias") if train else ())
 
 
+class W4A8Linear(StoredLinear):
+    """svdquant_w4a8. train: as for `SVDQuantLinear`."""
+
+    weight_class = W4A8Weight
+
+    def __init__(self, weight: W4A8Weight, train: bool = False):
+        super().__init__(weight, ("proj_down", "proj_up", "bias") if train else ())
+
+
 class W4A16Linear(StoredLinear):
     """awq_w4a16. train: the bias becomes a parameter."""
 
@@ -33,7 +43,7 @@ class W4A16Linear(StoredLinear):
 
 # weight → its module, whose first argument is a weight of that very class
 _MODULES: dict[type[StoredWeight], Callable[[Any, bool], StoredLinear]] = {
-    module.weight_class: module for module in (SVDQuantLinear, W4A16Linear, VQLinear)
+    module.weight_class: module for module in (SVDQuantLinear, W4A8Linear, W4A16Linear, VQLinear)
 }
 
 

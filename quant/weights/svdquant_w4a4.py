@@ -5,7 +5,8 @@ the matrix that they stand for.
 
 SVDQuant (Li et al., 2024, arXiv:2411.05007, eq. 7), optionally with unsigned activations (a shift
 is folded into the bias), all of them or those from one column on, or a 64-point Hadamard rotation
-after smoothing. Layouts are natural: row major, low nibble = even column.
+after smoothing. Q rounds to 4 bits, or to 8 (`act_bits`): the tensors are the same. Layouts are
+natural: row major, low nibble = even column.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class SVDQuantWeight(StoredWeight):
     side by side (FLUX's linear2). 0: act_unsigned says it for all.
     smooth_rows: heights of the P runs of outputs that smooth the input each in its own way,
         smooth_factor then being (P, K); (): one for all.
+    act_bits: of the activations that it was fitted for, and computes with: 4 or 8.
     """
 
     qweight: Tensor
@@ -52,6 +54,7 @@ class SVDQuantWeight(StoredWeight):
     rotation: int = 0
     unsigned_from: int = 0
     smooth_rows: tuple[int, ...] = ()
+    act_bits: int = 4
 
     FORMAT = "svdquant_w4a4"
     SUFFIXES = {
@@ -90,6 +93,8 @@ class SVDQuantWeight(StoredWeight):
                 f"rotation={self.rotation}, act_unsigned={self.act_unsigned}: rotation is 0 or 64,"
                 " and excludes act_unsigned"
             )
+        if self.act_bits not in reference.ACT_BITS:
+            raise ValueError(f"act_bits={self.act_bits}: activations have 4 bits or 8")
         if self.unsigned_from and (
             self.rotation
             or self.act_unsigned
@@ -131,9 +136,9 @@ class SVDQuantWeight(StoredWeight):
             "unsigned_from": self.unsigned_from,
             "smooth_rows": list(self.smooth_rows),
         }
-        return {"format": self.FORMAT, "rank": self.rank} | {
-            name: value for name, value in options.items() if value
-        }
+        wide = {} if self.act_bits == 4 else {"act_bits": self.act_bits}
+        given = {name: value for name, value in options.items() if value}
+        return {"format": self.FORMAT, "rank": self.rank} | given | wide
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "SVDQuantWeight":
@@ -141,7 +146,7 @@ class SVDQuantWeight(StoredWeight):
         option that it does not know.
         """
         parts, facts = cls._read(tensors, prefix)
-        options = {"act_unsigned", "rotation", "unsigned_from", "smooth_rows"}
+        options = {"act_unsigned", "rotation", "unsigned_from", "smooth_rows", "act_bits"}
         cls._refuse_unknown(prefix, facts, {"format", "rank"} | options)
         weight = cls(
             **parts,
@@ -149,6 +154,7 @@ class SVDQuantWeight(StoredWeight):
             rotation=int(facts.get("rotation", 0)),
             unsigned_from=int(facts.get("unsigned_from", 0)),
             smooth_rows=tuple(facts.get("smooth_rows", ())),
+            act_bits=int(facts.get("act_bits", 4)),
         )
         if facts.get("rank", weight.rank) != weight.rank:
             raise ValueError(f"{prefix} says rank {facts['rank']}, its factors have {weight.rank}")
@@ -176,7 +182,7 @@ class SVDQuantWeight(StoredWeight):
         return fold if self.bias is None else self.bias.float() + fold
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) → (..., N) in x's dtype, with 4-bit activations."""
+        """x (..., K) → (..., N) in x's dtype, with activations of `act_bits` bits."""
         return linear_w4a4(x, self.qweight, self, self.proj_down, self.proj_up, self.bias)
 
     def rows(self, start: int, stop: int) -> "SVDQuantWeight":
@@ -221,7 +227,7 @@ class SVDQuantWeight(StoredWeight):
 
 
 class W4A4Options(Protocol):
-    """What decides how a linear's inputs become 4-bit numbers: the fields of that name of
+    """What decides how a linear's inputs become numbers of few bits: the fields of that name of
     `SVDQuantWeight`.
     """
 
@@ -231,6 +237,7 @@ class W4A4Options(Protocol):
     rotation: int
     unsigned_from: int
     smooth_rows: tuple[int, ...]
+    act_bits: int
 
 
 def linear_w4a4(
@@ -256,10 +263,9 @@ def linear_w4a4(
             proj_up,
             bias,
             o.smooth_rows,
-            o.act_unsigned,
-            o.rotation,
+            (o.act_unsigned, o.rotation, 0, o.act_bits),
         )
-    flags = (o.act_unsigned, o.rotation, o.unsigned_from)
+    flags = (o.act_unsigned, o.rotation, o.unsigned_from, o.act_bits)
     return ops.linear_w4a4(x, codes, o.scale, o.smooth_factor, proj_down, proj_up, bias, *flags)
 
 
@@ -277,12 +283,12 @@ def linear_in_runs(  # noqa: PLR0913 - the operands of an op
     proj_up: Tensor,
     bias: Tensor | None,
     heights: tuple[int, ...],
-    act_unsigned: bool = False,
-    rotation: int = 0,
+    flags: tuple = (),
 ) -> Tensor:
     """A linear whose outputs come in runs of `heights`, each with its own smoothing of the input,
     smooth_factor (P, K): one product a run, side by side. The low-rank branch is that of all runs;
-    each product computes it for its own outputs.
+    each product computes it for its own outputs. flags: act_unsigned and what follows it in
+    `ops.linear_w4a4`.
     """
     return torch.cat(
         [
@@ -294,8 +300,7 @@ def linear_in_runs(  # noqa: PLR0913 - the operands of an op
                 proj_down,
                 proj_up[a:b],
                 None if bias is None else bias[a:b],
-                act_unsigned,
-                rotation,
+                *flags,
             )
             for (a, b), smooth in zip(spans(heights), smooth_factor, strict=True)
         ],

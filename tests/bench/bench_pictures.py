@@ -63,10 +63,10 @@ def baseline(name: str) -> torch.nn.Module:
     return flux
 
 
-def ours(preset: str, folder: Path) -> torch.nn.Module:
-    """The demo FLUX quantized by a preset, through the file and back."""
-    target = folder / f"demo-{preset}.safetensors"
-    run.quantize(target, Recipe.from_preset(preset))
+def ours(preset: str, folder: Path, **changes) -> torch.nn.Module:
+    """The demo FLUX quantized by a preset with changes, through the file and back."""
+    target = folder / f"demo-{'-'.join([preset, *map(str, changes.values())])}.safetensors"
+    run.quantize(target, Recipe.from_preset(preset, **changes))
     return models.load_quantized(target, torch.float32)
 
 
@@ -113,6 +113,11 @@ def main() -> None:
         "convrot_w4a4": lambda: baseline("convrot"),
         "nibble fast": lambda: ours("fast", options.out.parent),
         "nibble best": lambda: ours("best", options.out.parent),
+        "nibble fast, W4A8": lambda: ours("fast", options.out.parent, act_bits=8),
+        "nibble best, W4A8": lambda: ours("best", options.out.parent, act_bits=8),
+        "nibble best, svdquant_w4a8": lambda: ours(
+            "best", options.out.parent, format="svdquant_w4a8"
+        ),
     }
     for name, make in makers.items():
         start = time.perf_counter()

@@ -44,6 +44,12 @@ def rotated_file(flux_file) -> Path:
     return quantize(flux_file, "rotated.safetensors", rotation="on")
 
 
+@pytest.fixture(scope="session")
+def table_file(flux_file) -> Path:
+    """The same FLUX in W4A8, with levels of a table."""
+    return quantize(flux_file, "table.safetensors", format="svdquant_w4a8")
+
+
 @pytest.fixture
 def model(quantized_file):
     """The quantized FLUX as ComfyUI's model patcher, fresh for each test."""

@@ -75,7 +75,9 @@ def model_chart(
     """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
     formats = Counter(layer["format"] for layer in file.layers.values())
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
-    backend, reason = kernels.which("linear_w4a4", device)
+    table = formats["svdquant_w4a8"]
+    backend, reason = kernels.which("linear_w4a8" if table else "linear_w4a4", device)
+    w4a4 = f"{table} W4A8" if table else f"{formats['svdquant_w4a4']} W4A4"
     errors = [
         row["db"]
         for row in file.fact("report").get("rows", [])
@@ -98,7 +100,7 @@ def model_chart(
         [
             "layers",
             (
-                f"{formats['svdquant_w4a4']} W4A4, rank {', '.join(map(str, ranks))};"
+                f"{w4a4}, rank {', '.join(map(str, ranks or [0]))};"
                 f" {formats['awq_w4a16']} 4-bit weights only"
             ),
         ],

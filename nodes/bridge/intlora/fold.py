@@ -30,6 +30,7 @@ from ....quant.weights.delta import WeightDelta
 from ....quant.weights.formats import Weight
 from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
+from ....quant.weights.svdquant_w4a8 import W4A8Weight
 from ..quantized import patches
 from .bases import PREFIX
 
@@ -119,10 +120,13 @@ def combined(
 
 def _with_scaled_rows(weight: Weight, ratio: torch.Tensor) -> Weight:
     """The weight with its rows times ratio (N,), in its scales; its real bias stays."""
+    names: tuple[str, ...] = ("scale", "zeros", "proj_up")
+    if isinstance(weight, W4A8Weight):  # whose scales are integers below one of each row
+        names = ("channel_scale", "proj_up")
     if weight.scale is None:  # codewords of rows that share the codebook's
         weight = replace(weight, scale=torch.ones_like(ratio, dtype=weight.branch_dtype))
     fields = {}
-    for name in ("scale", "zeros", "proj_up"):
+    for name in names:
         tensor = getattr(weight, name, None)
         if tensor is not None:
             rows = ratio[:, None] if name == "proj_up" else ratio

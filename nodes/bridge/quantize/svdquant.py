@@ -22,7 +22,8 @@ class SVDQuantRequest(QuantizeRequest):
 
     @property
     def ending(self) -> str:
-        return f"svdq-int4-r{self.recipe.rank}"
+        kind = "int4" if self.recipe.act_bits == 4 else "int4a8"
+        return f"svdq-{'w4a8' if self.recipe.table else kind}-r{self.recipe.rank}"
 
     @property
     def needs_inputs(self) -> bool:

@@ -8,5 +8,6 @@ lora.py         those changes on a 4-bit layer: planned, absorbed, attached
 lora_report.py  what the LoRAs on a model do, layer by layer
 mlp.py          an MLP's two linears as one op
 modulation.py   modulation layers in RAM
+activations.py  how many bits those of 4-bit layers get
 preparing.py    GPU kernels compiled before the first step
 """

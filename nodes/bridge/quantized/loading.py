@@ -20,6 +20,7 @@ from ....quant.interop.opening import OpenedFiles, method_of
 from ....quant.weights.delta import SIDE
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
+from . import activations as widths
 from . import layouts, lora, mlp, modulation, preparing
 from .linear import NibbleOperations
 
@@ -62,13 +63,15 @@ def load(
     verify: bool = True,
     dtype: str = "default",
     modulation_in: str = "vram",
+    activations: str = "auto",
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Loads a 4-bit file, Nibble's own or a published one, as ComfyUI's model patcher.
 
     dtype: a key of DTYPES, what activations and 16-bit layers are computed in. modulation_in: one
         of MODULATION, where 4-bit modulation
-    layers stay. Raises FileRefused with the reason.
+    layers stay. activations: how many bits those of W4A4 layers get, one of `activations.CHOICES`.
+    Raises FileRefused with the reason.
     """
     file = _files.open(path)
     with reading(file.path, file.remedy):
@@ -91,12 +94,14 @@ def load(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
     _check_complete(patcher, file)
+    widths.choose(patcher, activations)
     mlp.fuse(patcher.model.diffusion_model)
     if modulation_in == "ram":
         modulation.keep_in_ram(patcher)
     preparing.prepare(patcher)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
-    patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype, modulation_in))
+    again = (os.fspath(path), False, dtype, modulation_in, activations)
+    patcher.cached_patcher_init = (load, again)
     return patcher
 
 

@@ -68,7 +68,7 @@ def _of_4bit(weight, name: str, entries: list[tuple]) -> dict:
     """
     n, k = weight.shape
     effect = patches.effect_of(entries, (n, k), lambda: torch.ones(1, 1).expand(n, k), name)
-    size = weight.params.scale.element_size()
+    size = weight.params.branch_dtype.itemsize
     if effect is None:
         return {
             "how": "dense",

@@ -64,7 +64,8 @@ def _fused(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, x)
         comfy.ops.run_every_op()
         operands, flags = zip(*(_operands(linear, x) for linear in (first, second)), strict=True)
-        return kernels.mlp_w4a4(x, *operands, *flags[0], *flags[1])
+        bits = (linear.weight.params.act_bits for linear in (first, second))
+        return kernels.mlp_w4a4(x, *operands, *flags[0], *flags[1], *bits)
 
     return type(f"Fused{base.__name__}", (base,), {"forward": forward, "runs_as_one_op": True})
 
@@ -84,7 +85,8 @@ def _runs_fused(first: nn.Module, act: nn.Module, second: nn.Module, x: torch.Te
     params = first.weight.params, second.weight.params
     kinds = {tensor.dtype for p in params for tensor in p.tensors().values()}
     kinds |= {x.dtype for linear in (first, second) if linear.bias is not None}
-    return kernels.fuses_mlp(x.device, x.dtype, tuple(sorted(kinds, key=str)))
+    bits = max(p.act_bits for p in params)
+    return kernels.fuses_mlp(x.device, x.dtype, tuple(sorted(kinds, key=str)), bits)
 
 
 def gains(device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from .... import kernels
 from ....kernels.preparation import Layer
 from ....quant.weights.awq_w4a16 import W4A16Weight
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
+from ....quant.weights.svdquant_w4a8 import W4A8Weight
 from ....quant.weights.vq import VQWeight
 from ..host.progress import Progress
 from . import layouts, mlp
@@ -22,6 +23,7 @@ log = logging.getLogger("nibble")
 
 _OPS = {
     SVDQuantWeight.FORMAT: "linear_w4a4",
+    W4A8Weight.FORMAT: "linear_w4a8",
     W4A16Weight.FORMAT: "linear_w4a16",
     VQWeight.FORMAT: "linear_vq",
 }
@@ -75,4 +77,5 @@ def _layer(linear: torch.nn.Module, dtype: torch.dtype) -> Layer:
         bool(getattr(p, "rotation", 0)) and codebook is None,
         bits,
         vector,
+        getattr(p, "act_bits", 4),
     )

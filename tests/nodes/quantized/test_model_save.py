@@ -71,11 +71,11 @@ PATCHES = {
     "bias": difference("bias"),
     "DoRA, LoRA and bias": stacked,
 }
-FORMS = ["unsigned", "rotated", "in RAM", "codewords", "nunchaku", "kitchen"]
+FORMS = ["unsigned", "rotated", "in RAM", "table", "codewords", "nunchaku", "kitchen"]
 
 
 @pytest.fixture(scope="session")
-def files(quantized_file, rotated_file, codeword_file, tmp_path_factory):
+def files(quantized_file, rotated_file, table_file, codeword_file, tmp_path_factory):
     flux, folder = RandomFlux(), tmp_path_factory.mktemp("published")
     blocks, others = flux.nunchaku(modern=True)
     save_file(blocks | others, folder / "nunchaku.safetensors")
@@ -84,6 +84,7 @@ def files(quantized_file, rotated_file, codeword_file, tmp_path_factory):
         "unsigned": quantized_file,
         "in RAM": quantized_file,
         "rotated": rotated_file,
+        "table": table_file,
         "codewords": codeword_file,
         "nunchaku": folder / "nunchaku.safetensors",
         "kitchen": folder / "kitchen.safetensors",

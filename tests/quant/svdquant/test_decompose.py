@@ -5,49 +5,17 @@ transformer's are; 256 x 256, rank 16.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from decomposed import K, N, db, inputs, layer, recorded
 from nibble.kernels.reference import SHIFT
-from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.svdquant.decompose import quantize_linear, shared_smoothing
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.svdquant.w4a16 import quantize_w4a16
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
-
-N, K = 192, 256
-
-
-def layer(seed: int = 0, n: int = N, k: int = K) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    strong = torch.randn(n, 8, generator=g) @ torch.randn(8, k, generator=g)
-    return (torch.randn(n, k, generator=g) + 0.5 * strong) / k**0.5, torch.randn(n, generator=g)
-
-
-def inputs(tokens: int, seed: int = 1, k: int = K) -> torch.Tensor:
-    """Every call with another seed gives other tokens of the same distribution."""
-    g = torch.Generator().manual_seed(99)
-    mix = torch.randn(24, k, generator=g)
-    size, mean = torch.exp(torch.randn(k, generator=g)), torch.randn(k, generator=g)
-    g.manual_seed(seed)
-    return (
-        torch.randn(tokens, 24, generator=g) @ mix * 0.3
-        + 0.5 * torch.randn(tokens, k, generator=g)
-        + mean
-    ) * size
-
-
-def recorded(x: torch.Tensor, **options) -> InputStats:
-    stats = InputStats.empty(x.shape[-1], **options)
-    stats.update(x)
-    return stats
-
-
-def db(weight, bias, result, x) -> float:
-    y = x @ weight.T
-    error = result.forward(x) - (0 if bias is None else bias) - y
-    return (10 * torch.log10(y.square().sum() / error.square().sum())).item()
 
 
 def rtn_db(weight, x) -> float:
@@ -269,3 +237,31 @@ def test_a_layer_quantizes_on_its_device(device):
     result, error = quantize_linear(weight.to(device), bias.to(device), stats, recipe)
     assert result.qweight.device.type == device
     assert error.db > 15
+
+
+# ---- activations of 8 bits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_a_layer_fitted_for_8_bits_is_closer_and_says_so(preset):
+    weight, bias = layer()
+    stats, held_out = recorded(inputs(2048)), inputs(256, seed=2)
+    found = {}
+    for bits in (4, 8):
+        recipe = Recipe.from_preset(preset, rank=16, act_bits=bits)
+        result, _ = quantize_linear(weight, bias, stats, recipe)
+        found[bits] = result
+        assert result.act_bits == bits
+        assert result.facts().get("act_bits", 4) == bits
+    four, eight = (db(weight, bias, found[bits], held_out) for bits in (4, 8))
+    assert eight > four + 3
+    # the same tensors, other numbers: each is best with the width that it was fitted for
+    assert eight > db(weight, bias, replace(found[4], act_bits=8), held_out) + 0.2
+
+
+def test_8_bits_have_no_use_for_unsigned_codes():
+    weight, bias = layer()
+    x = torch.nn.functional.gelu(inputs(1024))
+    recipe = Recipe.from_preset("best", rank=16, rotation="off", act_bits=8)
+    result, error = quantize_linear(weight, bias, recorded(x), recipe, post_gelu=True)
+    assert not result.act_unsigned and not error.act_unsigned

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 from nibble.kernels import reference
-from nibble.quant.svdquant.gptq import (
-    gptq,
-    group_scales,
-    round_codes,
-    round_to_nearest,
-    rounding_order,
-)
+from nibble.quant.svdquant.gptq import gptq, round_to_nearest, rounding_order
+from nibble.quant.svdquant.grid import EvenGrid
 from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
 from nibble.quant.weights.lowrank import svd_lowrank
@@ -165,14 +160,14 @@ def test_searched_scales_beat_absmax_and_serve_either_sign_with_the_ninth_level(
     w, ones = normal(4, 64, 32), torch.ones(4, 64, 1)
 
     def error(search):
-        scale = group_scales(w, ones, search)
+        scale = EvenGrid(search).scales(w, ones)
         assert torch.equal(scale, scale.bfloat16().float())
-        return (w - round_codes(w, scale) * scale).square().sum()
+        return (w - EvenGrid().codes(w, scale) * scale).square().sum()
 
     assert error(True) < 0.85 * error(False)
     positive = torch.full((1, 64, 1), -7.0)
     positive[0, 0] = 8
-    assert group_scales(positive, torch.ones(1, 64, 1), True) == -1
+    assert EvenGrid().scales(positive, torch.ones(1, 64, 1)) == -1
 
 
 def test_a_group_of_zeros_has_scale_and_codes_zero():

@@ -27,6 +27,7 @@ def test_none_leaves_a_preset_as_it_is():
         ({"keep": "final"}, "not a list of name patterns"),
         ({"colour": 1}, "a recipe has no colour"),
         ({"seed": -1}, "seed=-1"),
+        ({"act_bits": 6}, "act_bits=6 is not one of 4, 8"),
     ],
     ids=str,
 )
@@ -45,3 +46,9 @@ def test_unknown_presets_are_refused():
 def test_patterns_match_whole_names():
     assert Recipe().matches(("double_blocks.*.img_mod.lin",), "double_blocks.3.img_mod.lin")
     assert not Recipe().matches(("lin",), "img_mod.lin")
+
+
+def test_the_width_of_activations_is_told_where_it_is_not_4():
+    assert "act_bits" not in Recipe.from_preset("best").to_json()
+    wide = Recipe.from_preset("best", act_bits=8)
+    assert Recipe.from_json(wide.to_json()) == wide

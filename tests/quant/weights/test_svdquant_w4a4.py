@@ -13,7 +13,12 @@ from nibble.quant.weights.modules import SVDQuantLinear, W4A16Linear, as_module
 from nibble.quant.weights.packing import pack_int4
 from nibble.quant.weights.svdquant_w4a4 import SVDQuantWeight
 
-OPTIONS = {"plain": {}, "unsigned": {"act_unsigned": True}, "rotated": {"rotation": 64}}
+OPTIONS = {
+    "plain": {},
+    "unsigned": {"act_unsigned": True},
+    "rotated": {"rotation": 64},
+    "8 bits": {"act_bits": 8},
+}
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
@@ -52,7 +57,7 @@ def same(a, b) -> bool:
 ALL = [*(svdquant(**o) for o in OPTIONS.values()), svdquant(bias=False), w4a16()]
 
 
-@pytest.mark.parametrize("weight", ALL, ids=["plain", "unsigned", "rotated", "no bias", "w4a16"])
+@pytest.mark.parametrize("weight", ALL, ids=[*OPTIONS, "no bias", "w4a16"])
 def test_tensors_round_trip_under_comfyui_names(weight):
     stored = weight.tensors("blocks.0.proj")
     assert {
@@ -67,7 +72,7 @@ def test_tensors_round_trip_under_comfyui_names(weight):
     )
 
 
-@pytest.mark.parametrize("weight", ALL, ids=["plain", "unsigned", "rotated", "no bias", "w4a16"])
+@pytest.mark.parametrize("weight", ALL, ids=[*OPTIONS, "no bias", "w4a16"])
 def test_rows_and_cat_are_inverse(weight):
     assert same(
         type(weight).cat([weight.rows(0, 16), weight.rows(16, 20), weight.rows(20, 48)]), weight
@@ -151,7 +156,7 @@ def test_shapes_that_do_not_fit_are_refused():
         svdquant().to(torch.float16)
 
 
-@pytest.mark.parametrize("weight", ALL, ids=["plain", "unsigned", "rotated", "no bias", "w4a16"])
+@pytest.mark.parametrize("weight", ALL, ids=[*OPTIONS, "no bias", "w4a16"])
 def test_modules_hold_the_names_on_disk_and_compute_the_same(weight):
     module, x = as_module(weight), torch.randn(3, 128)
     assert torch.equal(module(x), weight.forward(x))

@@ -4,6 +4,7 @@ tensor.
 tensor.py         the tensor and its parameters, and a LoRA hook's place in them
 base.py           what every format does alike
 svdquant_w4a4.py  4-bit weights and activations
+svdquant_w4a8.py  4-bit weights read as int8, 8-bit activations
 awq_w4a16.py      4-bit weights, 16-bit activations
 vq.py             codewords
 
@@ -33,6 +34,7 @@ from .....quant.weights.delta import WeightDelta
 from .awq_w4a16 import NibbleW4A16Layout
 from .base import Layout
 from .svdquant_w4a4 import NibbleSVDQuantLayout
+from .svdquant_w4a8 import NibbleW4A8Layout
 from .tensor import HookCell, HookSeen, LayoutParams, NibbleTensor, Tensors
 from .vq import NibbleVQLayout
 
@@ -55,7 +57,8 @@ __all__ = [
 ]
 
 LAYOUTS = {
-    layout.FORMAT: layout for layout in (NibbleSVDQuantLayout, NibbleW4A16Layout, NibbleVQLayout)
+    layout.FORMAT: layout
+    for layout in (NibbleSVDQuantLayout, NibbleW4A8Layout, NibbleW4A16Layout, NibbleVQLayout)
 }
 
 # by name: loading the pack twice in a process registers the same thing again
@@ -132,8 +135,10 @@ def live(weight: torch.Tensor) -> torch.nn.Parameter:
     return parameter
 
 
-def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | None) -> NibbleTensor:
-    """The weight with other tensors beside the same codes, and a hook cell of its own."""
+def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | int | None) -> NibbleTensor:
+    """The weight with other tensors or options beside the same codes, and a hook cell of its
+    own.
+    """
     params = dataclasses.replace(weight.params, hook=HookCell(), hook_seen=None, **fields)
     return NibbleTensor(weight._qdata, weight._layout_cls, params)
 

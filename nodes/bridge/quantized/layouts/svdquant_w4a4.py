@@ -26,6 +26,8 @@ class NibbleSVDQuantLayout(Layout):
         rotation: int = 0
         unsigned_from: int = 0
         smooth_rows: tuple[int, ...] = ()
+        act_bits: int = 4  # that it computes with
+        fitted_bits: int = 4  # that its file says
 
         def options(self) -> dict:
             """The fields that `SVDQuantWeight` has by the same names."""
@@ -34,6 +36,7 @@ class NibbleSVDQuantLayout(Layout):
                 "rotation": self.rotation,
                 "unsigned_from": self.unsigned_from,
                 "smooth_rows": self.smooth_rows,
+                "act_bits": self.act_bits,
             }
 
     @classmethod
@@ -47,6 +50,8 @@ class NibbleSVDQuantLayout(Layout):
             rotation=int(settings.get("rotation", 0)),
             unsigned_from=int(settings.get("unsigned_from", 0)),
             smooth_rows=tuple(settings.get("smooth_rows", ())),
+            act_bits=settings.get("act_bits", 4),
+            fitted_bits=settings.get("act_bits", 4),
             **(shared_fields(tensors, dtype) | branch),
         )
 
@@ -55,6 +60,9 @@ class NibbleSVDQuantLayout(Layout):
         options = {name: value for name, value in params.options().items() if value}
         # said also where false: without Nibble's metadata, readers would guess by the layer's name
         options["act_unsigned"] = params.act_unsigned
+        options["act_bits"] = params.fitted_bits
+        if params.fitted_bits == 4:
+            del options["act_bits"]  # earlier versions refuse what they do not know
         if params.smooth_rows:
             options["smooth_rows"] = list(params.smooth_rows)
         return {"format": cls.FORMAT, "rank": params.proj_down.shape[1]} | options

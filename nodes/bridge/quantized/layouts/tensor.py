@@ -76,6 +76,11 @@ class LayoutParams:
         return None if self.hook is None else self.hook.value
 
     @property
+    def branch_dtype(self) -> torch.dtype:
+        """Of low-rank factors that the weight gets: that of its scales."""
+        return self.scale.dtype
+
+    @property
     def folds_bias(self) -> bool:
         """Whether unsigned activations folded a shift into the stored bias."""
         return bool(getattr(self, "act_unsigned", False) or getattr(self, "unsigned_from", 0))
