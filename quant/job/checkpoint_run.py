@@ -305,8 +305,14 @@ class LayerQuantizer(ABC):
         began = time.monotonic()
         tensors, row = make()
         if row is not None:
+            row.seconds += time.monotonic() - began
+        self.put(unit, tensors, row)
+
+    def put(self, unit: str, tensors: Mapping[str, Tensor], row: LayerRow | None) -> None:
+        """Writes a unit that is made, and its row."""
+        if row is not None:
             row.bytes_after = sum(tensor.nbytes for tensor in tensors.values())
-            row.seconds = round(row.seconds + time.monotonic() - began, 3)
+            row.seconds = round(row.seconds, 3)
         self.writer.write(unit, tensors, vars(row) if row else {})
 
     def recorded(self, measurement: Measurement, name: str) -> InputStats | None:

@@ -1,20 +1,23 @@
 """A whole checkpoint to 4 bits, a few layers in memory at a time: plan, read, decompose, write.
 
 Every layer draws its random numbers from the recipe's seed and its own name, so the result does not
-depend on the order of the work or on where an earlier run was interrupted: the file comes out the
-same, byte for byte (on one machine with one number of threads).
+depend on the order of the work, on how many layers are made at once or on where an earlier run was
+interrupted: the file comes out the same, byte for byte (on one kind of machine).
 """
 
 import itertools
 import math
+import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import InputStats
 from ..files.architectures import LayerPlan
 from ..files.layer_formats import FORMATS, OPTIONAL, dtypes_of, layer_sizes
 from ..files.report import LayerRow, Report
@@ -25,6 +28,7 @@ from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, Quanti
 from ..job.measurement import Measurement
 from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
+from ..job.side_by_side import at_once, side_by_side
 from ..weights.base import StoredWeight
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .recipe import Recipe
@@ -69,8 +73,29 @@ def quantize_checkpoint(
     return SVDQuantJob.prepare(source, target, recipe).write(measurement, monitor, device)
 
 
+class _Group(NamedTuple):
+    """Layers that read one input, and so have the same smoothing; most are alone. unfinished: those
+    to make. The rest by name, weights of all layers.
+    """
+
+    unfinished: list[LayerPlan]
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor | None]
+    statistics: dict[str, InputStats | None]
+
+
+class _Unit(NamedTuple):
+    """A layer that is made."""
+
+    layer: LayerPlan
+    tensors: dict[str, Tensor]
+    row: LayerRow
+
+
 class _SVDQuantizer(LayerQuantizer):
-    """Layer by layer; those that read one input one behind the other, with the same smoothing."""
+    """Group by group; on a CPU several at once. What is read and written is so here, one after
+    another; only the arithmetic between is done side by side.
+    """
 
     def __init__(
         self,
@@ -84,29 +109,51 @@ class _SVDQuantizer(LayerQuantizer):
         self.statistics = partial(self.recorded, measurement)
 
     def quantize(self, layers: list[LayerPlan]) -> None:
-        for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name):
-            group = list(members)
-            smooth = None
-            if len(group) > 1 and any(layer.name not in self.writer.finished for layer in group):
+        groups = [
+            list(members)
+            for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name)
+        ]
+        if self.device.type == "cpu":
+            largest = max(sum(layer.K * layer.N for layer in group) for group in groups)
+            made = side_by_side(self._made, self._read(groups), at_once(largest))
+        else:
+            made = map(self._made, self._read(groups))
+        for group in made:
+            for unit in group:
+                self.put(unit.layer.name, unit.tensors, unit.row)
+                self.finish([unit.layer])
                 self.monitor.cancelled()
-                smooth = self._smoothing(group)
-            for layer in group:
-                self.start(layer.name)
-                self.write_unit(layer.name, partial(self._quantized, layer, smooth))
-                self.finish([layer])
 
-    def _smoothing(self, group: list[LayerPlan]) -> Tensor:
-        weights = [self.source.weight(layer.name).to(self.device) for layer in group]
-        return shared_smoothing(weights, self.statistics(group[0].name), self.recipe)
+    def _read(self, groups: list[list[LayerPlan]]) -> Iterator[_Group]:
+        """What is left to do, with what it takes."""
+        for group in groups:
+            unfinished = [layer for layer in group if layer.name not in self.writer.finished]
+            self.finish(layer for layer in group if layer not in unfinished)
+            if not unfinished:
+                continue
+            self.start(unfinished[0].name)
+            read = group if len(group) > 1 else unfinished
+            yield _Group(
+                unfinished,
+                {layer.name: self.source.weight(layer.name) for layer in read},
+                {layer.name: self.source.bias(layer.name) for layer in unfinished},
+                {layer.name: self.statistics(layer.name) for layer in read},
+            )
 
-    def _quantized(
-        self, layer: LayerPlan, smooth: Tensor | None
-    ) -> tuple[dict[str, Tensor], LayerRow]:
-        weight = self.source.weight(layer.name).to(self.device)
-        bias = self.source.bias(layer.name)
+    def _made(self, group: _Group) -> list[_Unit]:
+        smooth = None
+        if len(group.weights) > 1:
+            weights = [weight.to(self.device) for weight in group.weights.values()]
+            statistics = next(iter(group.statistics.values()))
+            smooth = shared_smoothing(weights, statistics, self.recipe)
+        return [self._quantized(layer, group, smooth) for layer in group.unfinished]
+
+    def _quantized(self, layer: LayerPlan, group: _Group, smooth: Tensor | None) -> _Unit:
+        began = time.monotonic()
+        weight, bias = group.weights[layer.name].to(self.device), group.biases[layer.name]
         if bias is not None:
             bias = bias.to(self.device)
-        stats = self.statistics(layer.name)
+        stats = group.statistics[layer.name]
         why = layer.why
         result: StoredWeight
         if layer.action == "w4a4":
@@ -133,8 +180,9 @@ class _SVDQuantizer(LayerQuantizer):
             db=round(db, 2) if math.isfinite(db) else None,
             bytes_before=self.source.nbytes(layer.name),
             bytes_after=0,
+            seconds=time.monotonic() - began,
         )
-        return tensors, row
+        return _Unit(layer, tensors, row)
 
 
 def layout(

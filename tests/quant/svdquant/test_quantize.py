@@ -229,6 +229,15 @@ def test_layers_of_one_input_share_their_smoothing_also_when_resumed(tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_bytes_do_not_depend_on_how_many_layers_are_made_at_once(
+    source, whole, tmp_path, monkeypatch, count
+):
+    monkeypatch.setattr(pipeline, "at_once", lambda largest: count)
+    quantize_checkpoint(source, tmp_path / "q.safetensors", FAST)
+    assert (tmp_path / "q.safetensors").read_bytes() == whole[1].read_bytes()
+
+
 def test_statistics_are_used_where_there_are_some(source, tmp_path):
     asked = []
 
