@@ -15,7 +15,7 @@ SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmak
 # As node_modules would have it; change it together with .pre-commit-config.yaml.
 PRETTIER = prettier@3.10.1
 
-.PHONY: demo test bench gpu gpu-compile gpu-extension gpu-tests lint lint-python lint-cxx lint-web types format clean
+.PHONY: demo test bench gpu gpu-compile gpu-extension gpu-tests release-check lint lint-python lint-cxx lint-web types format clean
 
 demo: $(VENV)/ready        ## quantize the demo FLUX to 4 bits, draw with both, write demo.png
 	$(RUN) -m nibble demo --out demo.png
@@ -30,6 +30,9 @@ bench: $(VENV)/kernels     ## ratios against peers, written to tests/bench/resul
 gpu:                       ## on a machine with a GPU and its own torch: which paths are right, and how fast (OUT=folder); no compiler, no network
 	mkdir -p $(OUT)
 	$(PYTHON) tests/bench/bench_gpu.py --out $(OUT)/gpu.json --seconds $(SECONDS)
+
+release-check:             ## what the registry takes, installed where nothing can compile (after `python -m nibble cubins` and `libraries --platforms all`)
+	$(PYTHON) tests/release/check.py
 
 gpu-compile:               ## the kernels of that run, compiled beforehand on any machine with NVRTC, into build/gpu-cache (CAPABILITY=90)
 	$(PYTHON) tests/bench/bench_gpu.py --compile $(CAPABILITY)

@@ -1,4 +1,4 @@
-"""The terminal's front door: python -m nibble {demo,quantize,inspect,convert,cubins,bench}.
+"""The terminal's front door: python -m nibble COMMAND, as `--help` lists them.
 
 Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
 """
@@ -26,6 +26,10 @@ def main(argv: list[str] | None = None) -> int:
             from .kernels.backends.cubins import build
 
             return build.main(arguments[1:])
+        if arguments[:1] == ["libraries"]:
+            from .kernels.backends import cpu_library_build
+
+            return cpu_library_build.main(arguments[1:])
         command = _parser().parse_args(arguments)
         command.run(command)
     except KeyboardInterrupt:
@@ -50,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{demo,quantize,inspect,convert,cubins,bench}"
+        dest="command",
+        required=True,
+        metavar="{demo,quantize,inspect,convert,cubins,libraries,bench}",
     )
     demo.add_command(commands)
     options.add_commands(commands, small_file)
@@ -59,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         help=(
             "compile the GPU kernels for a package, by NVRTC; without it they are compiled on the"
             " GPU's own machine when they are first needed"
+        ),
+    )
+    commands.add_parser(
+        "libraries",
+        help=(
+            "compile the CPU's kernels into the package, for this machine or, with Zig, for every"
+            " platform"
         ),
     )
     commands.add_parser(

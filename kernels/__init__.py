@@ -9,11 +9,12 @@ The shape alphabet, used in every signature, comment and test:
 `ops` holds every op once, one file an op family; `params` the parameters of each op as a record;
 `reference` is the truth in plain torch; `backends` decides what runs an op and holds the three
 ways to run faster: compiled kernels, Triton's and comfy-kitchen's. `which(op, device)` says which
-one is used and why. `environment` tells what a machine has; `optional` imports what can be done
-without.
+one is used and why. `preparation` has GPU kernels compiled ahead; `environment` tells what a
+machine has; `optional` imports what can be done without.
 """
 
 from .ops import (
+    fuses_mlp,
     gemm_vq,
     gemm_w4a4_up,
     gemm_w4a4_up_gelu_quantize_down,
@@ -27,11 +28,14 @@ from .ops import (
     quantize_down,
     which,
 )
+from .preparation import CompileError, prepare
 from .reference import GROUP, SHIFT, hadamard64
 
 __all__ = [
     "GROUP",
     "SHIFT",
+    "CompileError",
+    "fuses_mlp",
     "gemm_vq",
     "gemm_w4a16",
     "gemm_w4a4_up",
@@ -43,6 +47,7 @@ __all__ = [
     "linear_w4a4",
     "linear_w4a4_grouped",
     "mlp_w4a4",
+    "prepare",
     "quantize_down",
     "which",
 ]

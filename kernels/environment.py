@@ -26,8 +26,7 @@ def describe(shape: tuple[int, int, int] = ops.TYPICAL) -> dict:
     """Facts and, for every op, device and dtype, its backend with path and reason for a layer of
     `shape` (M, N, K). Plain JSON.
     """
-    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    devices += [f"xpu:{index}" for index in range(_xpus())]
+    devices = _devices()
     rows = []
     for op in ops.SCHEMAS:
         asked = (1, *shape[1:]) if op == "gemv_w4a16" else shape  # one token: what a gemv is for
@@ -99,20 +98,24 @@ def _facts() -> dict[str, str]:
         )
     if torch.cuda.device_count():
         facts["driver"] = f"{_driver()}; torch was built for {_built_for()}"
-    elif _xpus():
+    elif hasattr(torch, "xpu") and torch.xpu.device_count():
         facts["GPU"] = torch.xpu.get_device_properties(0).name
     else:
         facts["GPU"] = (
             "torch finds none" if torch.version.cuda else "this torch was built without CUDA"
         )
-    facts[native.MODULE] = _extension()
+    facts["compiled"] = _compiled()
     facts["Triton"] = triton.module()[1]
+    for device in _devices():
+        facts[f"way on {device}"] = way(torch.device(device))
     facts["comfy_kitchen"] = _version("comfy-kitchen")
     return facts
 
 
-def _xpus() -> int:
-    return torch.xpu.device_count() if hasattr(torch, "xpu") else 0
+def _devices() -> list[str]:
+    cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    xpus = torch.xpu.device_count() if hasattr(torch, "xpu") else 0
+    return ["cpu", *cuda, *(f"xpu:{index}" for index in range(xpus))]
 
 
 def _built_for() -> str:
@@ -120,15 +123,30 @@ def _built_for() -> str:
     return f"ROCm {hip}" if hip else f"CUDA {torch.version.cuda}"
 
 
-def _extension() -> str:
+def way(device: torch.device) -> str:
+    """How a device comes by compiled kernels, in one line: the extension, the package's CPU
+    library, cubins of the package, cubins compiled here; and why not a way before that one.
+    """
+    served, why = native.serving(device)
+    if served is None:
+        return f"no compiled kernels: {why}"
+    compiled, reason = native.module()
+    if served is compiled:
+        return f"{compiled.kind}: {reason}"
+    if compiled is not None:
+        reason = f"this {compiled.name} was built for {' and '.join(compiled.DEVICES)}"
+    return f"cubins: {served.on(native.index_of(device)).way}; {reason}"
+
+
+def _compiled() -> str:
     module, why = native.module()
     if module is None:
         return why
     info = module.build_info()
     cuda = f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "no CUDA"
     return (
-        f"{module.__version__}, built with {info['compiler']} and {cuda}; this CPU runs"
-        f" {', '.join(module.cpu_isas())}"
+        f"{module.kind} {module.__version__}, built with {info['compiler']} and {cuda}; this CPU"
+        f" runs {', '.join(module.cpu_isas())}"
     )
 
 

@@ -2,7 +2,9 @@
 
 Fields come in the order of the op's schema, with the schema's defaults: `W4A4Params(*arguments)`
 takes what torch's dispatcher passes after x. Letters for shapes are explained in the docstring of
-`kernels`; parameters may be of any float dtype unless a comment says otherwise.
+`kernels`; parameters may be of any float dtype unless a comment says otherwise. act_unsigned: codes
+are 0..15; unsigned_from, where it is not 0: those from that column on are, and act_unsigned is
+False.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ class QuantizeParams(NamedTuple):
     proj_down: Tensor  # (K, R)
     act_unsigned: bool = False
     rotation: int = 0
+    unsigned_from: int = 0
 
 
 class Activations(NamedTuple):
@@ -30,6 +33,7 @@ class Activations(NamedTuple):
     ascales: Tensor  # (K/64, M)
     h: Tensor  # (M, R)
     act_unsigned: bool = False
+    unsigned_from: int = 0
 
 
 class ProductParams(NamedTuple):
@@ -53,10 +57,11 @@ class GemmArguments(NamedTuple):
     bias: Tensor | None = None
     act_unsigned: bool = False
     out_dtype: torch.dtype | None = None
+    unsigned_from: int = 0
 
     @property
     def activations(self) -> Activations:
-        return Activations(*self[:3], self.act_unsigned)
+        return Activations(*self[:3], self.act_unsigned, self.unsigned_from)
 
     @property
     def product(self) -> ProductParams:
@@ -104,10 +109,12 @@ class W4A4Params(NamedTuple):
     bias: Tensor | None = None  # (N,)
     act_unsigned: bool = False
     rotation: int = 0
+    unsigned_from: int = 0
 
     @property
     def quantizer(self) -> QuantizeParams:
-        return QuantizeParams(*self[2:4], *self[6:8])
+        flags = (self.act_unsigned, self.rotation, self.unsigned_from)
+        return QuantizeParams(self.smooth_factor, self.proj_down, *flags)
 
     @property
     def product(self) -> ProductParams:

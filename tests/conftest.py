@@ -1,5 +1,6 @@
 """Which device the tests run on, and whether with the compiled module."""
 
+import os
 import sys
 
 import pytest
@@ -11,14 +12,27 @@ def pytest_addoption(parser):
     parser.addoption(
         "--without-extension",
         action="store_true",
-        help="run as if nibble_kernels were not installed: plain torch",
+        help="run as if no kernels were compiled: plain torch",
+    )
+    parser.addoption(
+        "--with-library",
+        action="store_true",
+        help="run the CPU's kernels through the package's library, not through nibble_kernels",
     )
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
 def pytest_configure(config):
-    if config.getoption("--without-extension"):
+    without = config.getoption("--without-extension")
+    if without or config.getoption("--with-library"):
         sys.modules["nibble_kernels"] = None  # importing it raises ImportError
+    if without:
+        os.environ["NIBBLE_LIBRARY"] = "0"
+    elif config.getoption("--with-library"):
+        from nibble.kernels.backends import native
+
+        found, why = native.module()
+        assert found is not None, f"{why}: python -m nibble libraries"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,7 +1,9 @@
 """What runs an op: compiled kernels, Triton's, comfy-kitchen's, or the reference.
 
 choose          which of the four, for a device and dtypes, with the reason in words
-native          nibble_kernels: found if installed, what it can take, and operands for it
+native          compiled kernels: which serve a device, what they can take, and operands for them
+compiled        an op's arguments by name -> the bytes that compiled code takes
+cpu_library     the package's C library for the CPU; cpu_library_build makes it
 native_w4a4     tensors into pointers for the W4A4 ops
 native_w4a16    the same for weights alone in 4 bits
 native_vq       the same for codebook weights

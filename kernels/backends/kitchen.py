@@ -15,6 +15,7 @@ What differs there, and what is done about it:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,8 @@ def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
     """`reference.linear_w4a4` through comfy_kitchen's public ops. Shapes as there; x (M, K) with M
     > 0.
     """
+    if p.unsigned_from:
+        return sum_of_two(x, p, linear_w4a4)
     kitchen = _loaded()
     dtype = x.dtype
     x = x.contiguous()
@@ -121,6 +124,29 @@ def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
         act_unsigned=p.act_unsigned,
     )
     return y[: x.shape[0]]
+
+
+def sum_of_two(x: Tensor, p: W4A4Params, linear: Callable[[Tensor, W4A4Params], Tensor]) -> Tensor:
+    """A linear whose codes change their sign at a column, by one that has no such: of the columns
+    before it and of the others.
+    """
+    k, g = p.unsigned_from, p.unsigned_from // reference.GROUP
+
+    def part(columns: slice, groups: slice, bias: Tensor | None, act_unsigned: bool) -> Tensor:
+        halves = slice(columns.start // 2, columns.stop // 2)
+        layer = p._replace(
+            weight=p.weight[:, halves].contiguous(),
+            weight_scale=p.weight_scale[groups],
+            smooth_factor=p.smooth_factor[columns],
+            proj_down=p.proj_down[columns],
+            bias=bias,
+            act_unsigned=act_unsigned,
+            unsigned_from=0,
+        )
+        return linear(x[:, columns], layer)
+
+    signed = part(slice(0, k), slice(0, g), None, False)
+    return signed + part(slice(k, x.shape[1]), slice(g, None), p.bias, True)
 
 
 def gemv_w4a16(x: Tensor, p: W4A16Params) -> Tensor:

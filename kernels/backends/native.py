@@ -1,8 +1,9 @@
 """The seam for compiled kernels: which module serves a device, what it can take, and tensors made
 ready for it.
 
-Two modules have one interface: the extension `nibble_kernels`, found if installed, never required,
-for the CPU and, where it was built with nvcc, for GPUs; and `cubins`, for GPUs that it does not
+Three modules have one interface: the extension `nibble_kernels`, found if installed, never
+required, for the CPU and, where it was built with nvcc, for GPUs; where it is not installed the
+package's C library for the CPU (`cpu_library`); and `cubins`, for GPUs that the extension does not
 serve.
 
 A module takes bare pointers and sizes by name, knows no torch, and serves any torch. It offers
@@ -25,7 +26,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,10 +33,11 @@ from torch import Tensor
 
 from ..optional import optional
 from ..reference import GROUP
-from . import cubins
+from . import cpu_library, cubins
+from .compiled import Compiled
 
 MODULE = "nibble_kernels"
-ABI = 4
+ABI = 6
 OPS = (
     "quantize_down",
     "gemm_w4a4_up",
@@ -61,6 +62,8 @@ slower than 16-bit ones: B300.
 """
 ALIGNMENT = 16
 """Bytes that kernels load and store at once."""
+WIDEST = 2**26
+"""Elements that rows of x may lie apart."""
 
 log = logging.getLogger("nibble")
 
@@ -69,21 +72,30 @@ log = logging.getLogger("nibble")
 
 
 @functools.lru_cache(maxsize=1)
-def module() -> tuple[ModuleType | None, str]:
-    """The extension, or None, and the reason in one sentence. Looked for once; what is missing is
-    logged once, in one line.
+def module() -> tuple[Any, str]:
+    """What is compiled for the CPU, the extension or else the package's library, or None, and the
+    reason in one sentence. Looked for once, and logged once, in one line.
     """
     found, why = optional(MODULE)
     if found is not None:
         if getattr(found, "ABI", None) == ABI:
-            return found, f"{MODULE} {found.__version__} is installed"
+            return Compiled(
+                found, "extension", MODULE
+            ), f"{MODULE} {found.__version__} is installed"
         why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"
-    log.info(
-        "%s: 4-bit layers on the CPU run in plain torch, with the same numbers; a wheel from the"
-        " release page, or `pip install ./kernels` in the clone, makes them fast.",
-        why,
-    )
-    return None, why
+    try:
+        library = cpu_library.load(ABI)
+    except cpu_library.Unavailable as error:
+        why = f"{why}; {error}"
+        log.info(
+            "%s: 4-bit layers on the CPU run in plain torch, with the same numbers. With a C++"
+            " compiler `python -m nibble libraries` or `pip install ./kernels` makes them fast.",
+            why,
+        )
+        return None, why
+    log.info("4-bit layers on cpu: compiled kernels (the package's CPU library; %s)", why)
+    words = f"the package's CPU library {library.__version__} is used; {why}"
+    return Compiled(library, "library", "CPU library"), words
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,12 +111,13 @@ def serving(device: torch.device) -> tuple[Any, str]:
     elif device.type == "cuda":
         found, why_not = _cubins(device)
         built_without = f"this {MODULE} was built for cpu, not for cuda; {why_not}"
-        why = why_not if found or extension is None else built_without
+        has_extension = extension is not None and extension.kind == "extension"
+        why = built_without if found is None and has_extension else why_not
     elif extension is None:
         return None, why
     else:
         built = " and ".join(extension.DEVICES)
-        return None, f"this {MODULE} was built for {built}, not for {device.type}"
+        return None, f"this {extension.name} was built for {built}, not for {device.type}"
     if found is not None:
         log.info("4-bit layers on %s: compiled kernels (%s)", device, why)
     return found, why
@@ -241,10 +254,35 @@ def place(device: torch.device, isa: int = 0) -> dict[str, int]:
     return {"device": device.index, "stream": _stream(device.index), "threads": 1, "isa": isa}
 
 
+def layer_op(device: torch.device, op: str, arguments: dict[str, Any]) -> Callable[..., None]:
+    """An op with the arguments that a layer has whatever its tokens; called with the others. Where
+    cubins serve the device, it keeps the launches that it planned.
+    """
+    found = on(device)
+    repeated = getattr(found, "repeated", None)
+    return (
+        repeated(op, arguments) if repeated else functools.partial(getattr(found, op), **arguments)
+    )
+
+
 def dense(tensor: Tensor) -> Tensor:
     """Contiguous and aligned: the tensor itself where it is so already."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`dense`, but that rows of a matrix may lie apart: columns of a wider one are not copied."""
+    if x.dim() == 2 and x.stride(1) == 1 and not x.is_neg() and not x.data_ptr() % ALIGNMENT:
+        apart = x.stride(0)
+        if x.shape[1] <= apart <= WIDEST and apart % 8 == 0:
+            return x
+    return dense(x)
+
+
+def row_stride(x: Tensor) -> int:
+    """Elements from one row of what `dense_rows` gave to the next."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(0)
 
 
 def dense_as(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,7 @@ class LinearCall:
         self.device, self.isa = device, isa
         self.outputs = len(p.indices)
         row = p.bias if p.scale is None else p.scale
-        self.arguments: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "N": self.outputs,
             "K": k,
             "bits": index_bits(p.codebook),
@@ -65,6 +65,7 @@ class LinearCall:
             "bias": native.address(p.bias),
             "param_dtype": DTYPES[torch.float32 if row is None else row.dtype],
         }
+        self.op = native.layer_op(device, "gemm_vq", arguments)
 
     def __call__(
         self, x: Tensor, addend: Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -76,7 +77,7 @@ class LinearCall:
         """
         leading = x.shape[:-1]
         out = x.new_empty((*leading, self.outputs), dtype=out_dtype or x.dtype)
-        native.on(x.device).gemm_vq(
+        self.op(
             M=leading.numel(),
             x=x.data_ptr(),
             x_dtype=DTYPES[x.dtype],
@@ -85,7 +86,6 @@ class LinearCall:
             out=out.data_ptr(),
             out_dtype=DTYPES[out.dtype],
             **native.place(self.device, self.isa),
-            **self.arguments,
         )
         return out
 

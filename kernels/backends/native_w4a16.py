@@ -25,17 +25,18 @@ def layer_operands(p: W4A16Params, dtype: torch.dtype) -> W4A16Params:
 
 
 class LinearCall:
-    """One linear, flattened: the native call's arguments but for the tokens'.
+    """One linear, flattened: the native call's arguments but for the tokens'. op: gemv_w4a16 or
+    gemm_w4a16.
 
     p: dense, aligned and of one dtype (`layer_operands`). Holds addresses and no tensor, so it is
     valid as long as whoever calls it makes sure that p's memory is what it was.
     """
 
-    def __init__(self, p: W4A16Params, device: torch.device, isa: int = 0):
+    def __init__(self, op: str, p: W4A16Params, device: torch.device, isa: int = 0):
         self.device, self.isa = device, isa
         n, half = p.weight.shape
         self.outputs = n
-        self.arguments: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "N": n,
             "K": 2 * half,
             "weight": p.weight.data_ptr(),
@@ -44,20 +45,18 @@ class LinearCall:
             "bias": native.address(p.bias),
             "param_dtype": DTYPES[p.weight_scale.dtype],
         }
+        self.op = native.layer_op(device, op, arguments)
 
-    def __call__(self, x: Tensor, op: str) -> Tensor:
-        """x (..., K) on `device`, dense and aligned -> (..., N) in x.dtype. `op`: gemv_w4a16 or
-        gemm_w4a16.
-        """
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., K) on `device`, dense and aligned -> (..., N) in x.dtype."""
         leading = x.shape[:-1]
         out = x.new_empty((*leading, self.outputs))
-        getattr(native.on(x.device), op)(
+        self.op(
             M=leading.numel(),
             x=x.data_ptr(),
             x_dtype=DTYPES[x.dtype],
             out=out.data_ptr(),
             **native.place(self.device, self.isa),
-            **self.arguments,
         )
         return out
 
@@ -65,4 +64,4 @@ class LinearCall:
 def w4a16(op: str, dtype: torch.dtype, x: Tensor, p: W4A16Params, isa: int = 0) -> Tensor:
     """`gemv_w4a16` or `gemm_w4a16`."""
     operands = layer_operands(p, dtype)  # copies live until the call has returned
-    return LinearCall(operands, x.device, isa)(dense(x), op)
+    return LinearCall(op, operands, x.device, isa)(dense(x))

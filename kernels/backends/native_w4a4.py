@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference import GROUP
 from . import native
-from .native import DTYPES, E4M3, PACKED, WIDE, dense, dense_as, optional_as
+from .native import DTYPES, E4M3, PACKED, WIDE, dense, dense_as, dense_rows, optional_as, row_stride
 
 if TYPE_CHECKING:
     from ..params import (
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 Arguments = dict[str, Any]
+Signs = tuple[bool, int]
 
 
 # ---- operands and arguments ----------------------------------------------------------------------
@@ -65,17 +66,19 @@ def quantizer_arguments(p: QuantizeParams, codes: int) -> Arguments:
         "smooth": p.smooth_factor.data_ptr(),
         "proj_down": p.proj_down.data_ptr(),
         "param_dtype": DTYPES[p.proj_down.dtype],
-        "act_unsigned": p.act_unsigned,
+        "act_unsigned": p.act_unsigned or p.unsigned_from > 0,
         "rotate": p.rotation != 0,
+        "unsigned_from": p.unsigned_from,
         "codes": codes,
     }
 
 
 def product_arguments(
-    p: ProductParams, codes: int, act_unsigned: bool, h_stride: int | None = None
+    p: ProductParams, codes: int, signs: Signs, h_stride: int | None = None
 ) -> Arguments:
-    """A product's arguments but for its place, M, activations and results. `h_stride`: floats from
-    one row of h to the next, by default R.
+    """A product's arguments but for its place, M, activations and results. `signs`: act_unsigned
+    and unsigned_from of the activations. `h_stride`: floats from one row of h to the next, by
+    default R.
     """
     n, rank = p.proj_up.shape
     return {
@@ -83,7 +86,8 @@ def product_arguments(
         "K": p.weight.shape[1] * 2,
         "R": rank,
         "codes": codes,
-        "act_unsigned": act_unsigned,
+        "act_unsigned": signs[0] or signs[1] > 0,
+        "unsigned_from": signs[1],
         "h_stride": rank if h_stride is None else h_stride,
         "weight": p.weight.data_ptr(),
         "weight_scale": p.weight_scale.data_ptr(),
@@ -115,7 +119,7 @@ def _new_activations(device: torch.device, m: int, k: int, rank: int) -> tuple:
 def quantize_down(
     dtype: torch.dtype, x: Tensor, p: QuantizeParams, isa: int = 0, codes: int = PACKED
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p, x, (m, k) = quantizer_operands(p, dtype), dense(x), x.shape
+    p, x, (m, k) = quantizer_operands(p, dtype), dense_rows(x), x.shape
     q, ascales, h = _new_activations(x.device, m, k, p.proj_down.shape[1])
     if codes == E4M3:
         q = torch.empty((m, k), dtype=WIDE, device=x.device)
@@ -124,6 +128,7 @@ def quantize_down(
         **quantizer_arguments(p, codes),
         M=m,
         x=x.data_ptr(),
+        x_stride=row_stride(x),
         x_dtype=DTYPES[x.dtype],
         q=q.data_ptr(),
         ascales=ascales.data_ptr(),
@@ -145,7 +150,8 @@ def gemm_w4a4_up(
 ) -> Tensor:
     device, m = act.q.device, act.q.shape[0]
     p, act = product_operands(p, dtype), _activation_operands(act)
-    product = product_arguments(p, E4M3 if act.q.dtype is WIDE else PACKED, act.act_unsigned)
+    codes, signs = E4M3 if act.q.dtype is WIDE else PACKED, (act.act_unsigned, act.unsigned_from)
+    product = product_arguments(p, codes, signs)
     needed = _workspace("gemm_w4a4_up", device, m, product, product["R"])
     workspace, (work,) = native.scratch(device, needed)
     out_kind = out_dtype if out_dtype in DTYPES else torch.float32
@@ -186,7 +192,7 @@ def gemm_w4a4_up_gelu_quantize_down(
     act, p = _activation_operands(a.activations), product_operands(a.product, dtype)
     second = quantizer_operands(a.second, dtype)
     assert a.mid_dtype is not None
-    product = product_arguments(p, PACKED, act.act_unsigned)
+    product = product_arguments(p, PACKED, (act.act_unsigned, 0))
     n, rank2 = second.proj_down.shape
     op = "gemm_w4a4_up_gelu_quantize_down"
     needed = _workspace(op, device, m, product, rank2)
@@ -220,32 +226,32 @@ class LinearCall:
     """
 
     def __init__(self, p: W4A4Params, device: torch.device, isa: int = 0):
-        self.device, self.isa = device, isa
+        self.device, self.isa, self.on_gpu = device, isa, device.type != "cpu"
         self.module = native.on(device)
         self.outputs = len(p.weight)
         gpu, codes = native.gpu(device)
         quantizer = quantizer_arguments(p.quantizer, codes)
-        product = product_arguments(p.product, codes, p.act_unsigned)
+        product = product_arguments(p.product, codes, (p.act_unsigned, p.unsigned_from))
         del product["h_stride"]
         self.arguments: Arguments = {**quantizer, **product}
+        self.op = native.layer_op(device, "linear_w4a4", self.arguments)
         self.sizes = {"capability": gpu, "codes": codes}
         self.sizes |= {name: self.arguments[name] for name in "NKR"}
         # Tokens of the last call, and the scratch that so many want.
         self.last = (-1, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., K) on `device`, dense and aligned -> (..., N) in x.dtype."""
+        """x (..., K) on `device`, dense (a matrix: its rows) and aligned -> (..., N) in x.dtype."""
         leading = x.shape[:-1]
         m = leading.numel()
         out = x.new_empty((*leading, self.outputs))
         tokens: Arguments = {"M": m, "x": x.data_ptr(), "x_dtype": DTYPES[x.dtype]}
-        if x.is_cuda:
+        tokens["x_stride"] = row_stride(x)
+        if self.on_gpu:
             # `scratch` lives until the call has returned; a GPU's work is ordered by its stream.
             scratch = self._scratch(x, m)
             tokens |= {"scratch": scratch.data_ptr(), "scratch_size": scratch.numel()}
-        self.module.linear_w4a4(
-            out=out.data_ptr(), **tokens, **native.place(self.device, self.isa), **self.arguments
-        )
+        self.op(out=out.data_ptr(), **tokens, **native.place(self.device, self.isa))
         return out
 
     def _scratch(self, x: Tensor, m: int) -> Tensor:
@@ -260,21 +266,22 @@ class LinearCall:
 
 def linear_w4a4(dtype: torch.dtype, x: Tensor, p: W4A4Params, isa: int = 0) -> Tensor:
     operands = layer_operands(p, dtype)  # copies live until the call has returned
-    return LinearCall(operands, x.device, isa)(dense(x))
+    return LinearCall(operands, x.device, isa)(dense_rows(x))
 
 
 def linear_w4a4_grouped(
     dtype: torch.dtype, x: Tensor, p: GroupParams, isa: int = 0
 ) -> list[Tensor]:
     """One quantization for all, and one h in which each layer has its columns."""
-    device, (m, k), x = x.device, x.shape, dense(x)
+    device, (m, k), x = x.device, x.shape, dense_rows(x)
     codes = native.gpu(device)[1]
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     layers = [layer_operands(layer, dtype) for layer in p.layers]
     down = _side_by_side([layer.proj_down for layer in layers])
     quantizer = layers[0].quantizer._replace(proj_down=down)
     width = down.shape[1]
-    products = [product_arguments(layer.product, codes, p.act_unsigned, width) for layer in layers]
+    signs = (p.act_unsigned, 0)
+    products = [product_arguments(layer.product, codes, signs, width) for layer in layers]
     needed = max(_workspace("gemm_w4a4_up", device, m, a, a["R"]) for a in products)
     # `owner` is read nowhere: it keeps the scratch memory alive until the calls have returned.
     owner, (q, ascales, h, work) = native.scratch(
@@ -285,6 +292,7 @@ def linear_w4a4_grouped(
         **quantizer_arguments(quantizer, codes),
         M=m,
         x=x.data_ptr(),
+        x_stride=row_stride(x),
         x_dtype=kind,
         q=q,
         ascales=ascales,
@@ -330,13 +338,13 @@ def mlp_w4a4(
     dtype: torch.dtype, x: Tensor, first: W4A4Params, second: W4A4Params, isa: int = 0
 ) -> Tensor:
     """For devices of which `native.fuses` is true."""
-    device, (m, k), x = x.device, x.shape, dense(x)
+    device, (m, k), x = x.device, x.shape, dense_rows(x)
     codes = native.gpu(device)[1]
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     first, second = layer_operands(first, dtype), layer_operands(second, dtype)
     (n, rank), (n2, rank2) = first.proj_up.shape, second.proj_up.shape
-    up = product_arguments(first.product, codes, first.act_unsigned)
-    last = product_arguments(second.product, codes, second.act_unsigned)
+    up = product_arguments(first.product, codes, (first.act_unsigned, 0))
+    last = product_arguments(second.product, codes, (second.act_unsigned, 0))
     fused_bytes = _workspace("gemm_w4a4_up_gelu_quantize_down", device, m, up, rank2)
     last_bytes = _workspace("gemm_w4a4_up", device, m, last, rank2)
     # The owners are read nowhere: they keep the scratch memory alive until the calls have returned.
@@ -354,6 +362,7 @@ def mlp_w4a4(
         **tokens,
         **quantizer_arguments(first.quantizer, codes),
         x=x.data_ptr(),
+        x_stride=row_stride(x),
         x_dtype=kind,
     )
     extension.gemm_w4a4_up_gelu_quantize_down(

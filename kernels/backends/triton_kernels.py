@@ -102,7 +102,37 @@ def _codes(v, scale, UNSIGNED: tl.constexpr, ROWS: tl.constexpr):
     return (even | (odd << 4)).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["M", "groups"])
+@triton.jit
+def _quantize_group(  # noqa: PLR0913 - what a kernel has at hand
+    xv,
+    smooth,
+    q,
+    ascales,
+    g,
+    rows,
+    M,
+    groups,
+    UNSIGNED: tl.constexpr,
+    ROTATE: tl.constexpr,
+    FLOATS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The codes and scales of group g, stored; xv: its columns of x."""
+    v = xv.to(tl.float32)
+    if UNSIGNED:
+        v += SHIFT
+    k = g * 64 + tl.arange(0, 64)
+    v = tl.div_rn(v, tl.load(smooth + k).to(tl.float32)[None, :].broadcast_to(ROWS, 64))
+    if ROTATE:
+        v = _hadamard(v, FLOATS)
+    scale = _scale(v, UNSIGNED)
+    byte = _codes(v, scale, UNSIGNED, ROWS)
+    at = q + rows.to(tl.int64)[:, None] * (groups * 32) + (g * 32 + tl.arange(0, 32))[None, :]
+    tl.store(at, byte, mask=(rows < M)[:, None])
+    tl.store(ascales + g * M + rows, scale, mask=rows < M)
+
+
+@triton.jit(do_not_specialize=["M", "groups", "turn"])
 def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     x,
     smooth,
@@ -112,7 +142,10 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     h,
     M,
     groups,
+    turn,
+    stride,
     R,
+    SIGNED: tl.constexpr,
     UNSIGNED: tl.constexpr,
     ROTATE: tl.constexpr,
     FLOATS: tl.constexpr,
@@ -120,8 +153,11 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """x (M, 64 * groups) · smooth (64 * groups,) · down (64 * groups, R)
+    """x (M, 64 * groups), rows `stride` apart · smooth (64 * groups,) · down (64 * groups, R)
     -> q int8 (M, 32 * groups) · ascales float32 (groups, M) · h float32 (M, R)
+
+    Groups before `turn` have signed codes and those from it on unsigned ones; SIGNED, UNSIGNED:
+    whether there are such groups.
 
     A program does ROWS tokens and RANK columns of h; the first column of programs quantizes. RANK
     is a power of two, or 0 for no h. PARTS: of how many bfloat16 each number of `down` is the sum;
@@ -136,7 +172,7 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
         total = tl.zeros((ROWS, RANK), tl.float32)
     for g in range(0, groups):
         k = g * 64 + tl.arange(0, 64)
-        xv = tl.load(x + wide * (groups * 64) + k[None, :], mask=mask, other=0.0)
+        xv = tl.load(x + wide * stride + k[None, :], mask=mask, other=0.0)
         if RANK:
             d = tl.load(down + k[:, None] * R + r[None, :], mask=(r < R)[None, :], other=0.0)
             if PARTS == 0:
@@ -144,17 +180,16 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
             else:
                 total = _exact_dot(xv.to(tl.float32), d.to(tl.float32), total, PARTS, FLOATS)
         if block == 0:
-            v = xv.to(tl.float32)
+            if SIGNED:
+                if g < turn:
+                    _quantize_group(
+                        xv, smooth, q, ascales, g, rows, M, groups, False, ROTATE, FLOATS, ROWS
+                    )
             if UNSIGNED:
-                v += SHIFT
-            v = tl.div_rn(v, tl.load(smooth + k).to(tl.float32)[None, :].broadcast_to(ROWS, 64))
-            if ROTATE:
-                v = _hadamard(v, FLOATS)
-            scale = _scale(v, UNSIGNED)
-            byte = _codes(v, scale, UNSIGNED, ROWS)
-            column = g * 32 + tl.arange(0, 32)
-            tl.store(q + wide * (groups * 32) + column[None, :], byte, mask=mask)
-            tl.store(ascales + g * M + rows, scale, mask=rows < M)
+                if g >= turn:
+                    _quantize_group(
+                        xv, smooth, q, ascales, g, rows, M, groups, True, ROTATE, FLOATS, ROWS
+                    )
     if RANK:
         tl.store(h + wide * R + r[None, :], total, mask=mask & (r < R)[None, :])
 
@@ -252,7 +287,34 @@ def _group(
     return product
 
 
-@triton.jit(do_not_specialize=["M", "groups"])
+@triton.jit
+def _add_group(  # noqa: PLR0913 - what a kernel has at hand
+    total,
+    a_at,
+    b_at,
+    ascales,
+    weight_scale,
+    g,
+    m,
+    n,
+    M,
+    N,
+    UNSIGNED: tl.constexpr,
+    PTX: tl.constexpr,
+    MAGIC: tl.constexpr,
+    FLOATS: tl.constexpr,
+):
+    """total + the product of group g, with its scales."""
+    sixteens: tl.constexpr = 1.0 / 16 if UNSIGNED else 1.0 / 256
+    a = tl.load(a_at + g * 32, mask=(m < M)[:, None], other=0)
+    b = tl.load(b_at + g * 32, mask=(n < N)[None, :], other=0)
+    product = _group(a, b, UNSIGNED, PTX, MAGIC, FLOATS)
+    sa = tl.load(ascales + g * M + m, mask=m < M, other=0.0)
+    sb = tl.load(weight_scale + g * N + n, mask=n < N, other=0.0).to(tl.float32) * sixteens
+    return total + product * sa[:, None] * sb[None, :]
+
+
+@triton.jit(do_not_specialize=["M", "groups", "turn"])
 def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     q,
     ascales,
@@ -265,8 +327,10 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     M,
     N,
     groups,
+    turn,
     R,
     stride,
+    SIGNED: tl.constexpr,
     UNSIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
@@ -281,9 +345,10 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     apart · weight int8 (N, 32 * groups) · weight_scale (groups, N) · up (N, R) · bias (N,)
     -> out (M, N)
 
-    A program does a tile of ROWS x COLUMNS. Neighbouring programs share STRIPE tiles of rows, so
-    that what they read twice is still in the L2 cache. RANK: columns of h at once, a power of two,
-    or 0 for no low-rank branch. FLOATS: tl.int8, or the dtype that codes are multiplied in.
+    Codes before group `turn` are signed, the others unsigned, as in `quantize_down`. A program does
+    a tile of ROWS x COLUMNS. Neighbouring programs share STRIPE tiles of rows, so that what they
+    read twice is still in the L2 cache. RANK: columns of h at once, a power of two, or 0 for no
+    low-rank branch. FLOATS: tl.int8, or the dtype that codes are multiplied in.
     """
     number = tl.program_id(0)
     width = STRIPE * tl.cdiv(N, COLUMNS)
@@ -299,13 +364,15 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     byte = tl.arange(0, 32)
     a_at = q + m.to(tl.int64)[:, None] * (groups * 32) + byte[None, :]
     b_at = weight + n.to(tl.int64)[None, :] * (groups * 32) + byte[:, None]
-    sixteens: tl.constexpr = 1.0 / 16 if UNSIGNED else 1.0 / 256
-    for g in range(0, groups):
-        a = tl.load(a_at + g * 32, mask=(m < M)[:, None], other=0)
-        b = tl.load(b_at + g * 32, mask=(n < N)[None, :], other=0)
-        product = _group(a, b, UNSIGNED, PTX, MAGIC, FLOATS)
-        sa = tl.load(ascales + g * M + m, mask=m < M, other=0.0)
-        sb = tl.load(weight_scale + g * N + n, mask=n < N, other=0.0).to(tl.float32) * sixteens
-        total += product * sa[:, None] * sb[None, :]
+    if SIGNED:
+        for g in range(0, turn):
+            total = _add_group(
+                total, a_at, b_at, ascales, weight_scale, g, m, n, M, N, False, PTX, MAGIC, FLOATS
+            )
+    if UNSIGNED:
+        for g in range(turn, groups):
+            total = _add_group(
+                total, a_at, b_at, ascales, weight_scale, g, m, n, M, N, True, PTX, MAGIC, FLOATS
+            )
     at = out + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

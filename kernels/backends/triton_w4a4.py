@@ -124,8 +124,23 @@ def quantizer_tile(rank: int, rotate: bool, there: Gpu | None) -> Tile:
     return Tile(32, columns, 8 if rotate else 4, 2)
 
 
+class Signs(NamedTuple):
+    """The group from which on codes are unsigned, and which signs there are."""
+
+    turn: int
+    signed: bool
+    unsigned: bool
+
+
+def signs(p: QuantizeParams | Activations, groups: int) -> Signs:
+    if p.unsigned_from:
+        return Signs(p.unsigned_from // GROUP, True, True)
+    return Signs(0, False, True) if p.act_unsigned else Signs(groups, True, False)
+
+
 def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]:
     m, k = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
     rank = p.proj_down.shape[1]
     q = torch.empty((m, k // 2), dtype=torch.int8, device=x.device)
     ascales = torch.empty((k // GROUP, m), dtype=torch.float32, device=x.device)
@@ -134,9 +149,10 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
         return q, ascales, h
     shape = quantizer_tile(rank, p.rotation != 0, _gpu(x.device))
     grid = (triton.cdiv(m, shape.rows), triton.cdiv(rank, shape.columns) if rank else 1)
+    codes = signs(p, k // GROUP)
     with _on(x.device):
         kernels.quantize_down[grid](
-            x.contiguous(),
+            x,
             p.smooth_factor.contiguous(),
             p.proj_down.contiguous(),
             q,
@@ -144,8 +160,11 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
             h,
             m,
             k // GROUP,
+            codes.turn,
+            x.stride(0),
             rank,
-            UNSIGNED=p.act_unsigned,
+            SIGNED=codes.signed,
+            UNSIGNED=codes.unsigned,
             ROTATE=p.rotation != 0,
             FLOATS=tl.float32 if x.device.type == "cpu" else tl.bfloat16,
             PARTS=0 if x.dtype == p.proj_down.dtype else PARTS[p.proj_down.dtype],
@@ -167,6 +186,8 @@ def _product(act: Activations, p: ProductParams, out_dtype: torch.dtype) -> Tens
     chosen = way(there)
     shape = tile(chosen.tiles, m, n, 0 if there is None else there.multiprocessors)
     bias = None if p.bias is None else p.bias.contiguous()
+    groups = act.q.shape[1] * 2 // GROUP
+    codes = signs(act, groups)
     with _on(device):
         kernels.gemm_up[(triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns),)](
             act.q,
@@ -179,10 +200,12 @@ def _product(act: Activations, p: ProductParams, out_dtype: torch.dtype) -> Tens
             out,
             m,
             n,
-            act.q.shape[1] * 2 // GROUP,
+            groups,
+            codes.turn,
             rank,
             act.h.stride(0),
-            UNSIGNED=act.act_unsigned,
+            SIGNED=codes.signed,
+            UNSIGNED=codes.unsigned,
             BIAS=bias is not None,
             RANK=_power(rank, 16, 32),
             FLOATS=chosen.floats,
@@ -222,7 +245,7 @@ def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
 def _activations(x: Tensor, p: QuantizeParams) -> Activations:
     from ..params import Activations
 
-    return Activations(*quantize_down(x, p), p.act_unsigned)
+    return Activations(*quantize_down(x, p), p.act_unsigned, p.unsigned_from)
 
 
 def linear_w4a4_grouped(x: Tensor, p: GroupParams) -> list[Tensor]:

@@ -99,6 +99,26 @@ inline void flags(const char* op, bool act_unsigned, bool rotate) {
                "act_unsigned and rotate exclude one another: rotated activations have both signs");
 }
 
+// Columns before it are signed.
+inline void unsigned_from(const char* op, bool act_unsigned, int64_t column, int64_t K) {
+    if (!column) return;
+    if (!act_unsigned || column < 0 || column >= K || column % GROUP) {
+        refuse(op, shape({{"unsigned_from", column}, {"K", K}}) +
+                       ": a multiple of the group size within K is wanted, and act_unsigned");
+    }
+}
+
+// Rows of x, in elements: they may not overlap, and kernels load 16 bytes at once.
+inline void stride(const char* op, int64_t x_stride, int64_t K) {
+    sizes(op, {{"x_stride", x_stride}});
+    if (x_stride < K)
+        refuse(op, shape({{"x_stride", x_stride}, {"K", K}}) + ": rows of x would overlap");
+    if (x_stride % 8 || x_stride > (int64_t(1) << 26)) {
+        refuse(op,
+               shape({{"x_stride", x_stride}}) + " is not a multiple of 8, or is more than 2^26");
+    }
+}
+
 // The layouts that backends have; a GPU's has fewer and refuses the others itself.
 inline void codebook(const char* op, int64_t K, int bits, int vector) {
     if (bits < 1 || bits > 12) refuse(op, "bits=" + std::to_string(bits) + " is outside 1..12");

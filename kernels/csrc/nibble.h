@@ -21,7 +21,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 4;  // of the Python module; kernels/backends/native.py names the one it needs
+constexpr int ABI = 6;  // of calls and structs; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -76,18 +76,25 @@ struct Target {
     int capability = 0;
     int threads = 1;      // CPU: how many may work; results do not depend on it
     Isa isa = Isa::best;  // CPU: a test may name one; an unsupported one throws
+    // GPU: the op reads what the kernel before it on the stream writes, waits for that itself, and
+    // may be started while it runs.
+    bool waits = false;
 };
 
 // x -> codes, ascales, h:   codes = round(rotate?((x + shift?) / smooth) / ascales),  h = x .
 // proj_down (raw x, fp32 sums)
 struct QuantizeDown {
     int64_t M, K, R;
-    const void* x;  // (M, K) x_dtype
+    const void* x;  // (M, K) x_dtype, rows x_stride elements apart
+    int64_t x_stride;
     Dtype x_dtype;
     const void* smooth;     // (K,)   param_dtype
     const void* proj_down;  // (K, R) param_dtype
     Dtype param_dtype;
     bool act_unsigned, rotate;  // never both
+    int64_t
+        unsigned_from;  // with act_unsigned the column from which on codes are unsigned (0: all),
+                        // a multiple of G: a linear that reads attention and a GELU side by side
     Codes codes;
     void* q;         // out: (M, K/2) int8 or (M, K) e4m3
     float* ascales;  // out: (K/G, M)
@@ -100,7 +107,8 @@ struct GemmW4A4Up {
     Codes codes;
     const void* q;  // (M, K/2) int8 or (M, K) e4m3
     bool act_unsigned;
-    const float* ascales;  // (K/G, M)
+    int64_t unsigned_from;  // as in QuantizeDown
+    const float* ascales;   // (K/G, M)
     const float* h;  // (M, R), rows h_stride floats apart (a slice of a wider h: grouped q/k/v)
     int64_t h_stride;
     const void* weight;        // (N, K/2) int8: codes -8..7, low nibble = even column

@@ -1,4 +1,4 @@
-// Where a call runs, from the numbers that Python gives, and the backend that runs it there.
+// Where a call runs, and the backend that runs it there.
 #pragma once
 
 #include <atomic>
@@ -33,29 +33,27 @@ inline int known_capability(int device) {
 }
 #else
 inline int known_capability(int device) {
-    throw std::invalid_argument("device " + std::to_string(device) +
-                                ": this nibble_kernels was built without CUDA");
+    throw std::invalid_argument("device " + std::to_string(device) + ": built without CUDA");
 }
 #endif
 
-inline Target target_of(const char* op, int device, Address stream, int threads, int isa) {
-    Target place;
-    if (device < -1)
-        check::refuse(op, "device=" + std::to_string(device) +
+// Where a call wants to run, checked, with the device's capability filled in.
+inline Target placed(const char* op, const Target& given) {
+    Target place = given;
+    if (given.device < -1)
+        check::refuse(op, "device=" + std::to_string(given.device) +
                               " is neither -1 (the CPU) nor a CUDA device index");
-    if (threads < 1) check::refuse(op, "threads=" + std::to_string(threads) + " is less than 1");
-    place.device = device;
-    place.stream = at(stream);
-    place.threads = threads;
-    place.isa = check::isa(op, isa, device >= 0);
-    if (device >= 0) place.capability = known_capability(device);
+    if (given.threads < 1)
+        check::refuse(op, "threads=" + std::to_string(given.threads) + " is less than 1");
+    check::isa(op, int(given.isa), given.device >= 0);
+    place.capability = given.device >= 0 ? known_capability(given.device) : 0;
     return place;
 }
 
 inline bool on_cpu(const Target& place) { return place.device < 0; }
 
-inline size_t workspace_of(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
-                           int64_t R) {
+inline size_t workspace_of(Op op, Codes codes, [[maybe_unused]] int capability, int64_t M,
+                           int64_t N, int64_t K, int64_t R) {
 #ifdef NIBBLE_CUDA
     if (capability) return cuda::workspace_bytes(op, codes, capability, M, N, K, R);
 #endif

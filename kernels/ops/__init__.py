@@ -17,7 +17,7 @@ opaque node, and `torch.inference_mode` and FakeTensor work; the op then refuses
 from ..backends.choose import TYPICAL, which
 from . import vq, w4a4, w4a4_parts, w4a16
 from .vq import gemm_vq, linear_vq
-from .w4a4 import linear_w4a4, linear_w4a4_grouped, mlp_w4a4
+from .w4a4 import fuses_mlp, linear_w4a4, linear_w4a4_grouped, mlp_w4a4
 from .w4a4_parts import gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, quantize_down
 from .w4a16 import gemm_w4a16, gemv_w4a16, linear_w4a16
 
@@ -27,6 +27,7 @@ SCHEMAS = {**w4a4_parts.SCHEMAS, **w4a4.SCHEMAS, **w4a16.SCHEMAS, **vq.SCHEMAS}
 __all__ = [
     "SCHEMAS",
     "TYPICAL",
+    "fuses_mlp",
     "gemm_vq",
     "gemm_w4a16",
     "gemm_w4a4_up",

@@ -115,11 +115,11 @@ def _prepare_linear(x: Tensor, tensors: tuple, options: tuple) -> Call | None:
     operands = native_w4a16.layer_operands(p, choice.parameters)
     if any(ours is not theirs for ours, theirs in zip(operands, p, strict=True)):
         return None
-    call = native_w4a16.LinearCall(p, x.device)
+    few = native_w4a16.LinearCall("gemv_w4a16", p, x.device)
+    many = native_w4a16.LinearCall("gemm_w4a16", p, x.device)
 
     def run(x: Tensor) -> Tensor:
-        few = x.shape[:-1].numel() <= GEMV_TOKENS
-        return call(x, "gemv_w4a16" if few else "gemm_w4a16")
+        return few(x) if x.shape[:-1].numel() <= GEMV_TOKENS else many(x)
 
     return run
 

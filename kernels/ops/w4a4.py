@@ -29,7 +29,7 @@ from ..reference import GROUP
 from . import checks
 from .eager import Call, EagerOp
 from .register import Gradient, grad_bias, need_gradients, register
-from .w4a4_parts import FLAGS, check_product, check_quantizer
+from .w4a4_parts import FLAGS, UNSIGNED_FROM, check_product, check_quantizer
 
 _LINEAR = (
     "Tensor weight, Tensor weight_scale, Tensor smooth_factor, Tensor proj_down, Tensor proj_up,"
@@ -40,7 +40,7 @@ _SECOND = (
     " proj_up2, Tensor? bias2"
 )
 SCHEMAS = {
-    "linear_w4a4": f"(Tensor x, {_LINEAR}=None, {FLAGS}) -> Tensor",
+    "linear_w4a4": f"(Tensor x, {_LINEAR}=None, {FLAGS}, {UNSIGNED_FROM}) -> Tensor",
     "linear_w4a4_grouped": (
         "(Tensor x, Tensor smooth_factor, Tensor[] weight, Tensor[] weight_scale, Tensor[]"
         f" proj_down, Tensor[] proj_up, Tensor?[] bias, {FLAGS}) -> Tensor[]"
@@ -67,7 +67,7 @@ def _check_layer(k: int, device: torch.device, p: W4A4Params, layer: str = "") -
 
 def check_linear(x: Tensor, p: W4A4Params) -> int:
     """N. Raises ValueError naming the shapes and the rule that they break."""
-    reference.check_flags(p.act_unsigned, p.rotation)
+    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from)
     return _check_layer(checks.features(x), x.device, p)
 
 
@@ -157,7 +157,7 @@ def _run_mlp(x: Tensor, *parameters) -> Tensor:
     p = MLPParams(*parameters)
     _check_mlp(x, p)
     rows = x.reshape(-1, x.shape[-1])
-    choice = choose("mlp_w4a4", x.device, x.dtype, float_dtypes(*p[1:6], *p[6:12]))
+    choice = choose("mlp_w4a4", x.device, x.dtype, float_dtypes(*p[1:6], *p[7:12]))
     if choice.parameters is not None and native.fuses(x.device):
         y = native_w4a4.mlp_w4a4(choice.parameters, rows, p.first, p.second)
     else:
@@ -185,7 +185,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
         rows, x.reshape(-1, x.shape[-1]), p, needs
     )
     grad_x = None if grad_x is None else grad_x.reshape(x.shape)
-    return grad_x, None, None, None, grad_down, grad_up, grad_bias(ctx, rows, 6), None, None
+    grads = (grad_x, None, None, None, grad_down, grad_up, grad_bias(ctx, rows, 6))
+    return (*grads, None, None, None)
+
+
+def fuses_mlp(device: torch.device, dtype: torch.dtype, parameters: tuple) -> bool:
+    """Whether `mlp_w4a4` runs through the fused op for activations of a dtype and parameters of
+    such dtypes, rather than as two linears.
+    """
+    fused = choose("mlp_w4a4", device, dtype, parameters).parameters is not None
+    return fused and native.fuses(device)
 
 
 linear_w4a4_op = register(
@@ -223,6 +232,7 @@ def linear_w4a4(  # noqa: PLR0913 - the schema's arguments
     bias: Tensor | None = None,
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
 ) -> Tensor:
     """A whole SVDQuant linear.
 
@@ -233,10 +243,14 @@ def linear_w4a4(  # noqa: PLR0913 - the schema's arguments
     act_unsigned: x follows a GELU, codes are 0..15 and `bias` already holds -SHIFT * sum_k W[n, k]
         / smooth[k].
     rotation: 0, or 64 for a file whose weights were rotated per group.
+    unsigned_from: 0, or the column from which on x follows a GELU, as where a linear reads
+        attention and a GELU side by side (FLUX's linear2); beside neither of the other two.
     Raises ValueError naming the shapes and the rule that they break.
     """
     return _eager_linear(
-        x, (weight, weight_scale, smooth_factor, proj_down, proj_up, bias), (act_unsigned, rotation)
+        x,
+        (weight, weight_scale, smooth_factor, proj_down, proj_up, bias),
+        (act_unsigned, rotation, unsigned_from),
     )
 
 

@@ -29,16 +29,19 @@ from . import checks
 from .register import register
 
 FLAGS = "bool act_unsigned=False, int rotation=0"
+UNSIGNED_FROM = "int unsigned_from=0"
 _PRODUCT = (
     "Tensor q, Tensor ascales, Tensor h, Tensor weight, Tensor weight_scale, Tensor proj_up,"
     " Tensor? bias"
 )
 SCHEMAS = {
     "quantize_down": (
-        f"(Tensor x, Tensor smooth_factor, Tensor proj_down, {FLAGS}) -> (Tensor, Tensor, Tensor)"
+        f"(Tensor x, Tensor smooth_factor, Tensor proj_down, {FLAGS}, {UNSIGNED_FROM}) -> (Tensor,"
+        " Tensor, Tensor)"
     ),
     "gemm_w4a4_up": (
-        f"({_PRODUCT}=None, bool act_unsigned=False, ScalarType? out_dtype=None) -> Tensor"
+        f"({_PRODUCT}=None, bool act_unsigned=False, ScalarType? out_dtype=None, {UNSIGNED_FROM})"
+        " -> Tensor"
     ),
     "gemm_w4a4_up_gelu_quantize_down": (
         f"({_PRODUCT}, Tensor smooth_factor2, Tensor proj_down2, bool act_unsigned=False, bool"
@@ -56,7 +59,13 @@ def check_quantizer(k: int, p: QuantizeParams, layer: str = "") -> int:
     checks.shape(f"smooth_factor{layer}", p.smooth_factor, "(K,)", k)
     rank = checks.rank(f"proj_down{layer}", p.proj_down)
     checks.shape(f"proj_down{layer}", p.proj_down, "(K, R)", k, rank)
+    _check_unsigned_from(k, p.unsigned_from)
     return rank
+
+
+def _check_unsigned_from(k: int, column: int) -> None:
+    if column and column >= k:
+        raise ValueError(f"unsigned_from={column} is none of the columns of K={k}")
 
 
 def check_product(k: int, n: int, rank: int, p: ProductParams, layer: str = "") -> None:
@@ -66,7 +75,7 @@ def check_product(k: int, n: int, rank: int, p: ProductParams, layer: str = "") 
 
 
 def _check_quantize_down(x: Tensor, p: QuantizeParams) -> None:
-    reference.check_flags(p.act_unsigned, p.rotation)
+    reference.check_flags(p.act_unsigned, p.rotation, p.unsigned_from)
     checks.no_leading_shape("quantize_down", x)
     check_quantizer(checks.features(x), p)
     checks.same_device(x.device, smooth_factor=p.smooth_factor, proj_down=p.proj_down)
@@ -79,6 +88,8 @@ def _check_gemm(act: Activations, p: ProductParams) -> int:
         raise ValueError(f"q must be packed int8 (M, K/2), not {q.dtype} {tuple(q.shape)}")
     m, k = q.shape[0], q.shape[1] * 2
     checks.whole_groups("K", k)
+    reference.check_flags(act.act_unsigned, 0, act.unsigned_from)
+    _check_unsigned_from(k, act.unsigned_from)
     n, rank = checks.outputs(p.weight, k), checks.rank("proj_up", p.proj_up)
     checks.shape("ascales", act.ascales, "(K/64, M)", k // GROUP, m)
     checks.shape("h", act.h, "(M, R)", m, rank)
@@ -159,7 +170,8 @@ def _run_gemm_w4a4_up(*arguments) -> Tensor:
         return native_w4a4.gemm_w4a4_up(choice.parameters, act, p, out_dtype)
     if choice.backend == "triton":
         return triton.w4a4().gemm_w4a4_up(act, p, out_dtype)
-    return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, act.act_unsigned).to(out_dtype)
+    signs = (act.act_unsigned, act.unsigned_from)
+    return reference.gemm_w4a4_up(act.q, act.ascales, act.h, *p, *signs).to(out_dtype)
 
 
 def _run_gelu(*arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +213,12 @@ def quantize_down(
     proj_down: Tensor,
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """int4 codes, their scales and x . proj_down: see `reference.quantize_down`. Has no gradient;
     `linear_w4a4` does.
     """
-    return quantize_down_op(x, smooth_factor, proj_down, act_unsigned, rotation)
+    return quantize_down_op(x, smooth_factor, proj_down, act_unsigned, rotation, unsigned_from)
 
 
 def gemm_w4a4_up(  # noqa: PLR0913 - the schema's arguments
@@ -218,13 +231,13 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the schema's arguments
     bias: Tensor | None = None,
     act_unsigned: bool = False,
     out_dtype: torch.dtype | None = None,
+    unsigned_from: int = 0,
 ) -> Tensor:
     """int4 product + low-rank up + bias: see `reference.gemm_w4a4_up`. (M, N) in `out_dtype`, by
     default that of ascales.
     """
-    return gemm_w4a4_up_op(
-        q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned, out_dtype
-    )
+    flags = (act_unsigned, out_dtype, unsigned_from)
+    return gemm_w4a4_up_op(q, ascales, h, weight, weight_scale, proj_up, bias, *flags)
 
 
 def gemm_w4a4_up_gelu_quantize_down(*arguments, **named) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,9 +45,9 @@ SIGNED_MAX = 7
 UNSIGNED_MAX = 15
 
 
-def check_flags(act_unsigned: bool, rotation: int) -> None:
-    """Raises ValueError for a rotation other than 0 and 64, and for unsigned codes of rotated
-    (hence signed) values.
+def check_flags(act_unsigned: bool, rotation: int, unsigned_from: int = 0) -> None:
+    """Raises ValueError for a rotation other than 0 and 64, for unsigned codes of rotated (hence
+    signed) values, and for codes that change their sign within a group.
     """
     if rotation not in (0, GROUP):
         raise ValueError(f"rotation={rotation} is neither 0 nor the group size {GROUP}")
@@ -56,18 +56,31 @@ def check_flags(act_unsigned: bool, rotation: int) -> None:
             f"act_unsigned and rotation={rotation} exclude one another: rotated activations have"
             " both signs"
         )
+    if unsigned_from and (act_unsigned or rotation or unsigned_from < 0 or unsigned_from % GROUP):
+        raise ValueError(
+            f"unsigned_from={unsigned_from} must be a multiple of the group size {GROUP}, beside"
+            " neither act_unsigned nor rotation"
+        )
 
 
 # ---- activations ---------------------------------------------------------------------------------
 
 
 def _quantize_groups(
-    x: Tensor, smooth_factor: Tensor, act_unsigned: bool, rotation: int
+    x: Tensor, smooth_factor: Tensor, act_unsigned: bool, rotation: int, unsigned_from: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Smoothed, rotated, rounded: x (M, K) in compute dtype -> float codes (M, K/64, 64), scale (M,
     K/64, 1).
     """
-    check_flags(act_unsigned, rotation)
+    check_flags(act_unsigned, rotation, unsigned_from)
+    if unsigned_from:
+        sides = (slice(0, unsigned_from), slice(unsigned_from, None))
+        parts = [
+            _quantize_groups(x[:, columns], smooth_factor[columns], columns.start > 0, 0)
+            for columns in sides
+        ]
+        codes, scales = zip(*parts, strict=True)
+        return torch.cat(codes, 1), torch.cat(scales, 1)
     smooth = smooth_factor.to(x.dtype)
     xs = (x + SHIFT).div_(smooth) if act_unsigned else x / smooth
     if rotation:
@@ -89,11 +102,13 @@ def quantize_down(
     proj_down: Tensor,
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x -> int4 codes, their scales, and the input of the low-rank branch, in one read of x.
 
     Signed: scale = absmax / 7, codes -7..7. Unsigned: x + SHIFT, scale = max / 15, codes 0..15.
-        Rounded half to even.
+        Rounded half to even. unsigned_from, where it is not 0: columns before it are signed, and
+        those from it on unsigned.
     A NaN or infinity in x makes the scale of its own group NaN or infinite and touches no other
     token.
 
@@ -103,7 +118,7 @@ def quantize_down(
         from the raw x
     """
     x = x.to(compute_dtype(x))
-    codes, scale = _quantize_groups(x, smooth_factor, act_unsigned, rotation)
+    codes, scale = _quantize_groups(x, smooth_factor, act_unsigned, rotation, unsigned_from)
     q = pack_nibbles(codes.nan_to_num_(0, UNSIGNED_MAX, -SIGNED_MAX).to(torch.int8).flatten(-2))
     return q, scale.squeeze(-1).t().contiguous(), x @ proj_down.to(x.dtype)
 
@@ -134,6 +149,7 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the op's arguments
     proj_up: Tensor,
     bias: Tensor | None = None,
     act_unsigned: bool = False,
+    unsigned_from: int = 0,
 ) -> Tensor:
     """int4 product, group scales, low-rank up-projection and bias.
 
@@ -143,12 +159,16 @@ def gemm_w4a4_up(  # noqa: PLR0913 - the op's arguments
         ascales is float64
     """
     dtype = compute_dtype(ascales)
-    act = (
-        unpack_nibbles(q, not act_unsigned, dtype)
-        .unflatten(-1, (-1, GROUP))
-        .mul_(per_group(ascales, dtype))
-        .flatten(-2)
-    )
+    if unsigned_from:
+        sides = q[:, : unsigned_from // 2], q[:, unsigned_from // 2 :]
+        signed, unsigned = (
+            unpack_nibbles(side, signs, dtype)
+            for side, signs in zip(sides, (True, False), strict=True)
+        )
+        codes = torch.cat((signed, unsigned), 1)
+    else:
+        codes = unpack_nibbles(q, not act_unsigned, dtype)
+    act = codes.unflatten(-1, (-1, GROUP)).mul_(per_group(ascales, dtype)).flatten(-2)
     return _matmul_up(act, dequantize_w4(weight, weight_scale, dtype), h.to(dtype), proj_up, bias)
 
 
@@ -194,13 +214,15 @@ def linear_w4a4(  # noqa: PLR0913 - the op's arguments
     bias: Tensor | None = None,
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
 ) -> Tensor:
     """`quantize_down` followed by `gemm_w4a4_up`, without packing the codes in between.
 
     Shapes: x (M, K), the rest as there -> (M, N) in x.dtype
     """
     layers = [weight], [weight_scale], [proj_down], [proj_up], [bias]
-    return linear_w4a4_grouped(x, smooth_factor, *layers, act_unsigned, rotation)[0]
+    flags = (act_unsigned, rotation, unsigned_from)
+    return linear_w4a4_grouped(x, smooth_factor, *layers, *flags)[0]
 
 
 def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
@@ -213,6 +235,7 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
     bias: Sequence[Tensor | None],
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
 ) -> list[Tensor]:
     """Several linears of one x that share its smoothing (q, k and v): x is quantized once.
 
@@ -220,7 +243,7 @@ def linear_w4a4_grouped(  # noqa: PLR0913 - the op's arguments
         N) each, in x.dtype
     """
     xc, dtype = x.to(compute_dtype(x)), operand_dtype(x)
-    codes, scale = _quantize_groups(xc, smooth_factor, act_unsigned, rotation)
+    codes, scale = _quantize_groups(xc, smooth_factor, act_unsigned, rotation, unsigned_from)
     act = codes.mul_(scale).flatten(-2).to(dtype)
     layers = zip(weight, weight_scale, proj_down, proj_up, bias, strict=True)
     return [

@@ -177,10 +177,7 @@ class SVDQuantWeight(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) → (..., N) in x's dtype, with 4-bit activations."""
-        codes: Tensor | tuple[Tensor, Tensor] = self.qweight
-        if self.unsigned_from:
-            codes = split_columns(self.qweight, self.unsigned_from)
-        return linear_w4a4(x, codes, self, self.proj_down, self.proj_up, self.bias)
+        return linear_w4a4(x, self.qweight, self, self.proj_down, self.proj_up, self.bias)
 
     def rows(self, start: int, stop: int) -> "SVDQuantWeight":
         """The linear that computes outputs start..stop; shares proj_down and smooth_factor with the
@@ -238,7 +235,7 @@ class W4A4Options(Protocol):
 
 def linear_w4a4(
     x: Tensor,
-    codes: Tensor | tuple[Tensor, Tensor],
+    codes: Tensor,
     options: W4A4Options,
     proj_down: Tensor,
     proj_up: Tensor,
@@ -246,15 +243,9 @@ def linear_w4a4(
 ) -> Tensor:
     """x (..., K) → (..., N) in x's dtype, whatever kind of linear the options make it.
 
-    codes: packed, int8 (N, K/2); with unsigned_from the two that `split_columns` makes of them
+    codes: packed, int8 (N, K/2)
     """
     o = options
-    if o.unsigned_from:
-        signed, unsigned = codes
-        return linear_in_two(
-            x, signed, unsigned, o.scale, o.smooth_factor, proj_down, proj_up, bias
-        )
-    assert isinstance(codes, Tensor)  # two only with unsigned_from
     if o.smooth_rows:
         return linear_in_runs(
             x,
@@ -268,83 +259,13 @@ def linear_w4a4(
             o.act_unsigned,
             o.rotation,
         )
-    return ops.linear_w4a4(
-        x, codes, o.scale, o.smooth_factor, proj_down, proj_up, bias, o.act_unsigned, o.rotation
-    )
+    flags = (o.act_unsigned, o.rotation, o.unsigned_from)
+    return ops.linear_w4a4(x, codes, o.scale, o.smooth_factor, proj_down, proj_up, bias, *flags)
 
 
 def spans(heights: Sequence[int]) -> list[tuple[int, int]]:
     """(start, stop) of runs of these heights, one behind the other."""
     return [(sum(heights[:i]), sum(heights[: i + 1])) for i in range(len(heights))]
-
-
-def split_columns(qweight: Tensor, column: int) -> tuple[Tensor, Tensor]:
-    """Packed codes (N, K/2) before a column and from it on, each contiguous: (N, column/2), (N, (K
-    - column)/2).
-    """
-    return qweight[:, : column // 2].contiguous(), qweight[:, column // 2 :].contiguous()
-
-
-def halves_first(qweight: Tensor, column: int) -> Tensor:
-    """Packed codes (N, K/2) with what `split_columns` gives lying one behind the other in memory;
-    the shape, for the books, stays (N, K/2).
-    """
-    return torch.cat([half.reshape(-1) for half in split_columns(qweight, column)]).reshape(
-        qweight.shape
-    )
-
-
-def halves_of(stored: Tensor, column: int) -> tuple[Tensor, Tensor]:
-    """`split_columns` of codes that went through `halves_first`: views, nothing is copied."""
-    n, flat = stored.shape[0], stored.reshape(-1)
-    return flat[: n * column // 2].view(n, -1), flat[n * column // 2 :].view(n, -1)
-
-
-def natural_columns(stored: Tensor, column: int) -> Tensor:
-    """The inverse of `halves_first`."""
-    return torch.cat(halves_of(stored, column), 1)
-
-
-def linear_in_two(  # noqa: PLR0913 - the operands of an op
-    x: Tensor,
-    signed: Tensor,
-    unsigned: Tensor,
-    scale: Tensor,
-    smooth_factor: Tensor,
-    proj_down: Tensor,
-    proj_up: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """A linear whose first columns read signed inputs and whose others unsigned ones: the sum of
-    two products, in x's dtype.
-
-    signed, unsigned: packed codes of the two, as `split_columns` gives them; the rest as in
-        `SVDQuantWeight`, for all K columns.
-    """
-    k = signed.shape[1] * 2
-    g = k // 64
-    y = ops.linear_w4a4(
-        x[..., k:].contiguous(),
-        unsigned,
-        scale[g:],
-        smooth_factor[k:],
-        proj_down[k:],
-        proj_up,
-        bias,
-        True,
-        0,
-    )
-    return y + ops.linear_w4a4(
-        x[..., :k].contiguous(),
-        signed,
-        scale[:g],
-        smooth_factor[:k],
-        proj_down[:k],
-        proj_up,
-        None,
-        False,
-        0,
-    )
 
 
 def linear_in_runs(  # noqa: PLR0913 - the operands of an op

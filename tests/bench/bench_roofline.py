@@ -33,9 +33,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from math import exp, log
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401 - makes `nibble` importable
+from nibble.kernels.backends.cubins import plans
 
 SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 
@@ -65,7 +70,6 @@ class Gpu:
     lanes: int  # float32 multiply-adds a clock and multiprocessor
     # warp instructions for 64 x 64 outputs and a group of 64 columns, counted in the machine code
     slots: int = 363
-    tile: tuple[int, int] = (128, 128)  # tokens and weight rows of the tile that 4608 tokens get
     measured: Measured | None = None
     l2_gb_s: float | None = None
 
@@ -112,7 +116,7 @@ GPUS = [
 """The A100's cache delivers 5120 bytes a clock (its whitepaper)."""
 MMA_TILES = ((32, 128), (64, 128), (128, 128), (256, 128))
 WGMMA_TILES = ((64, 128), (128, 128), (128, 256))
-"""(tokens, weight rows); 256 tokens by mma.sync are not among the kernels."""
+"""(tokens, weight rows); 256 tokens by mma.sync are among the kernels with int4 alone."""
 
 
 # ---- the second-level cache ----------------------------------------------------------------------
@@ -135,6 +139,15 @@ def wanted(gpu: Gpu, tile: tuple[int, int]) -> dict[str, float]:
     return {"bytes_a_clock": asked, "gb_s": asked * gpu.clocks / 1e9}
 
 
+def chosen_tile(gpu: Gpu, m: int, n: int) -> tuple[int, int]:
+    """(tokens, weight rows) of the tile that a layer gets."""
+    if gpu.wgmma:
+        blocks, tokens = plans.hopper_tile(m, n, gpu.multiprocessors)
+        return tokens, 128 * blocks
+    mma = "Int4" if gpu.unit == "int4" else "Int8"
+    return plans.tile_rows(m, n, gpu.multiprocessors, mma), plans.COLUMNS
+
+
 def bounds(gpu: Gpu, m: int, k: int, n: int, rank: int = 32) -> dict[str, float]:
     """Milliseconds of each bound of one layer."""
     wide = 1 if gpu.wgmma else 0.5  # bytes that a code takes between the two ops
@@ -151,8 +164,8 @@ def bounds(gpu: Gpu, m: int, k: int, n: int, rank: int = 32) -> dict[str, float]
     rescale = 2 * m * n * k / 64
     issued = m * n * k / 64**3 * gpu.slots
     mma = 2e-9 * m * n * k / gpu.codes
-    tokens, rows = gpu.tile
-    through_l2 = m * n * k / 64 / (tokens * rows) * group_bytes(gpu, gpu.tile)
+    tokens, rows = tile = chosen_tile(gpu, m, n)
+    through_l2 = m * n * k / 64 / (tokens * rows) * group_bytes(gpu, tile)
     known = {"l2": through_l2 / gpu.l2_gb_s / 1e6} if gpu.l2_gb_s else {}
     return known | {
         "quantize": quantize_bytes / gpu.gb_s / 1e6,

@@ -54,6 +54,19 @@ def cpu_name() -> str:
     )
 
 
+WIDE_SETS = ("avx2", "f16c", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+
+
+def instruction_sets() -> list[str]:
+    """Those of WIDE_SETS that this processor has; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [name for name in WIDE_SETS if name in flags]
+
+
 def command() -> str:
     """How this run was started, as one would type it."""
     return " ".join(
@@ -68,6 +81,7 @@ def describe_cpu() -> dict:
     return {
         "device": "cpu",
         "name": cpu_name(),
+        "instruction_sets": instruction_sets(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_uses": capability,

@@ -1,11 +1,14 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from bench import bench_fusions
 
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
@@ -40,6 +43,15 @@ def test_the_bench_of_ops_says_who_is_faster_and_why_a_peer_is_missing(tmp_path)
     assert all(row["absent"].values())
     assert row["fastest"] == min(row["timings"], key=lambda name: row["timings"][name]["ms"])
     assert row["difference"] < 0.05
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="the bench makes its driver with a C compiler")
+def test_the_bench_of_launches_has_a_row_for_each_kind_of_gpu(tmp_path):
+    out = tmp_path / "launches.json"
+    run("bench_launch_overhead.py", "--quick", "--out", out)
+    rows = json.loads(out.read_text())["us"].values()
+    assert len(rows) == 4
+    assert all({"checks", "call", "call, planned anew", "both"} == row.keys() for row in rows)
 
 
 def test_the_bench_of_codebook_ops_compares_with_dense_and_decoded_weights(tmp_path):
@@ -195,3 +207,19 @@ def test_the_bench_of_the_distilled_demo_asks_as_often_as_it_says(tmp_path):
         psnr["euler", "even", 2], abs=0.5
     )
     assert psnr["CAF, h = 1", "even t", 2] < psnr["CAF, h = 1, ahead 0.5", "even t", 2]
+
+
+def test_the_bench_of_fusions_counts_what_is_saved(tmp_path):
+    out = tmp_path / "fusions.json"
+    run("bench_fusions.py", "--tokens", 8, "--hidden", 64, "--rounds", 2, "--out", out)
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {"linear2", "mlp"}
+    assert all(len(row["timings"]) == 2 for row in rows.values())
+
+
+def test_bytes_of_fusions_at_flux_s_size():
+    """By hand: copies of x 283 MB, a second result and the addition 113 MB, h once more 1 MB."""
+    one, two = bench_fusions.linear2_bytes(4608, 3072)
+    assert round((two - one) / 1e6) == 398
+    fused, plain = bench_fusions.mlp_bytes(4096, 3072)
+    assert round((plain - fused) / 1e6) == 302

@@ -29,7 +29,8 @@ ARCHS = ("80", "86", "89", "90", "100", "103", "120", "gfx1100", "gfx1201", "gfx
 MATRIX = re.compile(r"^(?:(?:I|H|Q|O|IG|HG|QG|UTCI|UTCH|UTCQ)MMA|v_wmma|v_mfma|v_dot)")
 SPILLS = ("STL", "LDL", "scratch_store", "scratch_load", "buffer_store", "buffer_load")
 POINTERS = {"q": "i8", "weight": "i8", "ascales": "fp32", "h": "fp32"}
-INTEGERS = ("M", "N", "groups", "R", "stride")
+INTEGERS = ("M", "N", "groups", "turn", "R", "stride")
+SIGNS = {"signed": (True, False), "unsigned": (False, True), "both signs": (True, True)}
 
 
 @dataclass
@@ -55,24 +56,26 @@ def gpu_of(arch: str):
     return Gpu("hip" if arch.startswith("gfx") else "cuda", arch, 1)
 
 
-def product(arch: str, tile: Any, unsigned: bool, rank: int = 32) -> tuple[Any, dict, dict]:
+def product(arch: str, tile: Any, signs: str, rank: int = 32) -> tuple[Any, dict, dict]:
     """(kernel, its constants, its options)."""
     from nibble.kernels.backends import triton_kernels, triton_w4a4
 
     way = triton_w4a4.way(gpu_of(arch))
-    constants = {"UNSIGNED": unsigned, "BIAS": True, "RANK": rank, "FLOATS": way.floats}
+    constants = dict(zip(("SIGNED", "UNSIGNED"), SIGNS[signs], strict=True))
+    constants |= {"BIAS": True, "RANK": rank, "FLOATS": way.floats}
     constants |= {"PTX": way.ptx, "MAGIC": way.magic, "ROWS": tile.rows}
     constants |= {"COLUMNS": tile.columns, "STRIPE": triton_w4a4.STRIPE}
     return triton_kernels.gemm_up, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def quantizer(arch: str, unsigned: bool, rotate: bool, rank: int) -> tuple[Any, dict, dict]:
+def quantizer(arch: str, signs: str, rotate: bool, rank: int) -> tuple[Any, dict, dict]:
     import triton.language as tl
 
     from nibble.kernels.backends import triton_kernels, triton_w4a4
 
     tile = triton_w4a4.quantizer_tile(rank, rotate, gpu_of(arch))
-    constants = {"UNSIGNED": unsigned, "ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
+    constants = dict(zip(("SIGNED", "UNSIGNED"), SIGNS[signs], strict=True))
+    constants |= {"ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
     constants |= {"RANK": tile.columns, "ROWS": tile.rows}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton_kernels.quantize_down, constants, options
@@ -173,13 +176,15 @@ def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
     tiles = triton_w4a4.way(gpu_of(arch)).tiles
     found = []
     for tile in tiles if everything else tiles[:1]:
-        for unsigned in (False, True) if everything else (False,):
-            words = f"{tile.rows} x {tile.columns}" + ", unsigned" * unsigned
-            found.append((words, product(arch, tile, unsigned)))
+        for signs in SIGNS if everything else ("signed",):
+            words = f"{tile.rows} x {tile.columns}, {signs}"
+            found.append((words, product(arch, tile, signs)))
     for rank in (32, 128, 256) if everything else (32,):
         for rotate in (False, True):
             words = f"rank {rank}" + ", rotated" * rotate
-            found.append((words, quantizer(arch, False, rotate, rank)))
+            found.append((words, quantizer(arch, "signed", rotate, rank)))
+    if everything:
+        found.append(("rank 32, both signs", quantizer(arch, "both signs", False, 32)))
     return found
 
 
@@ -193,7 +198,7 @@ def line(words: str, found: Compiled) -> str:
     names = [*found.matrix, *(name for name in SHOWN if name in found.instructions)]
     counts = ", ".join(f"{found.instructions[name]} {name}" for name in names)
     return (
-        f"{found.arch:<8} {found.name:<14} {words:<22} {found.registers:>4} {found.shared:>7}"
+        f"{found.arch:<8} {found.name:<14} {words:<24} {found.registers:>4} {found.shared:>7}"
         f" {found.spills:>6}  {counts}"
     )
 

@@ -1,5 +1,9 @@
 """Fixtures of the kernels' tests."""
 
+import getpass
+import tempfile
+from pathlib import Path
+
 import pytest
 
 
@@ -15,6 +19,26 @@ def emulated():
         pytest.skip(reason)
     emulated.library()
     return emulated
+
+
+@pytest.fixture(scope="session")
+def built_library():
+    """The C library of the CPU's kernels: the package's, or one built by the compiler at hand and
+    kept by its sources' hash; skips with its reason where neither can be.
+    """
+    from nibble.kernels.backends import cpu_library, cpu_library_build, native
+
+    try:
+        return cpu_library.load(native.ABI)
+    except cpu_library.Unavailable:
+        folder = Path(tempfile.gettempdir()) / f"nibble-cpu-library-{getpass.getuser()}"
+        folder /= cpu_library.sources_hash()[:20]
+    try:
+        if not (folder / "manifest.json").exists():
+            cpu_library_build.write_package(folder, [cpu_library.here()])
+        return cpu_library.load(native.ABI, folder)
+    except (ValueError, KeyError, cpu_library.Unavailable) as reason:
+        pytest.skip(str(reason))
 
 
 # ---- layers that are remembered: test_eager_*.py -------------------------------------------------

@@ -20,6 +20,8 @@ class Started(NamedTuple):
     threads: int
     shared: int
     stream: int
+    early: bool = False
+    """Whether it may be started while the kernel before it runs."""
 
 
 class FakeDriver:
@@ -88,7 +90,9 @@ class FakeDriver:
     def _cuFuncSetAttribute(self, function, which, value):
         self.attributes.append((self.symbols[function.value], which, value))
 
-    def _cuTensorMapEncodeTiled(self, described, *rest):
+    def _cuTensorMapEncodeTiled(self, described, kind, rank, base, *rest):
+        """What is described begins with the matrix's address."""
+        described[:8] = base.value.to_bytes(8, "little")
         return 0 if ctypes.addressof(described) % 64 == 0 else 1
 
     def _cuLaunchKernel(self, function, x, y, z, threads, ty, tz, shared, stream, values, extra):
@@ -97,6 +101,13 @@ class FakeDriver:
                 self.stack[-1], self.symbols[function.value], (x, y, z), threads, shared, stream
             )
         )
+
+    def _cuLaunchKernelEx(self, config, function, values, extra):
+        given = config._obj
+        attribute = given.attributes[0]
+        early = (given.count, attribute.id, attribute.value[0]) == (1, 6, 1)
+        place = self.stack[-1], self.symbols[function.value], tuple(given.grid)
+        self.started.append(Started(*place, given.block[0], given.shared, given.stream, early))
 
     def _cuGetErrorString(self, status, words):
         words._obj.value = _WORDS.get(status, b"an error of the driver")

@@ -4,6 +4,7 @@ flattening is tested without a compiler.
 
 import ctypes
 import math
+import sys
 
 import torch
 
@@ -30,10 +31,18 @@ def at(address: int, dtype: torch.dtype, *shape: int) -> torch.Tensor | None:
     ).view(shape)
 
 
+def rows_at(address: int, dtype: torch.dtype, m: int, k: int, stride: int) -> torch.Tensor:
+    """(m, k) whose rows lie apart; the last one ends after k, not after the stride."""
+    if not m or not k:
+        return torch.empty(m, k, dtype=dtype)
+    return at(address, dtype, (m - 1) * stride + k).as_strided((m, k), (stride, 1))
+
+
 class StandIn:
     """Counts its calls in `calls`; `wide` makes activation codes 8-bit floats, as on Hopper."""
 
     ABI, __version__, DEVICES = native.ABI, "0-stand-in", ("cpu",)
+    kind, name = "extension", native.MODULE
     WORKSPACE = 640
 
     def __init__(self, wide: bool = False):
@@ -72,12 +81,14 @@ class StandIn:
         K,
         R,
         x,
+        x_stride,
         x_dtype,
         smooth,
         proj_down,
         param_dtype,
         act_unsigned,
         rotate,
+        unsigned_from,
         codes,
         q,
         ascales,
@@ -86,12 +97,14 @@ class StandIn:
         self.calls.append("quantize_down")
         assert (device, stream, threads) == (-1, 0, torch.get_num_threads())
         kind = NAMES[param_dtype]
+        assert not self.wide or not unsigned_from
         found = reference.quantize_down(
-            at(x, NAMES[x_dtype], M, K),
+            rows_at(x, NAMES[x_dtype], M, K, x_stride),
             at(smooth, kind, K),
             at(proj_down, kind, K, R),
-            act_unsigned,
+            act_unsigned and not unsigned_from,
             64 * rotate,
+            unsigned_from,
         )
         self._write_codes(q, codes, found[0], M, K, act_unsigned)
         at(ascales, torch.float32, K // 64, M).copy_(found[1])
@@ -115,13 +128,10 @@ class StandIn:
         bias,
         kind,
     ):
-        rows = torch.empty(M, 0)
-        if R and M:  # the last row ends after R floats, not after h_stride
-            rows = at(h, torch.float32, (M - 1) * h_stride + R).as_strided((M, R), (h_stride, 1))
         return (
             self._read_codes(q, codes, M, K),
             at(ascales, torch.float32, K // 64, M),
-            rows,
+            rows_at(h, torch.float32, M, R, h_stride),
             at(weight, torch.int8, N, K // 2),
             at(weight_scale, kind, K // 64, N),
             at(proj_up, kind, N, R),
@@ -142,6 +152,7 @@ class StandIn:
         codes,
         q,
         act_unsigned,
+        unsigned_from,
         ascales,
         h,
         h_stride,
@@ -177,10 +188,22 @@ class StandIn:
             bias,
             NAMES[param_dtype],
         )
-        at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, act_unsigned))
+        signs = (act_unsigned and not unsigned_from, unsigned_from)
+        at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, *signs))
 
     def linear_w4a4(
-        self, *, x, x_dtype, smooth, proj_down, rotate, out, scratch=0, scratch_size=0, **rest
+        self,
+        *,
+        x,
+        x_stride,
+        x_dtype,
+        smooth,
+        proj_down,
+        rotate,
+        out,
+        scratch=0,
+        scratch_size=0,
+        **rest,
     ):
         m, k, rank = rest["M"], rest["K"], rest["R"]
         q, ascales, h, work = (
@@ -189,14 +212,14 @@ class StandIn:
         )
         place = {name: rest.pop(name) for name in ("device", "stream", "threads", "isa")}
         between = {"q": q.data_ptr(), "ascales": ascales.data_ptr(), "h": h.data_ptr()}
-        shared = {
-            name: rest[name] for name in ("M", "K", "R", "param_dtype", "act_unsigned", "codes")
-        }
+        names = ("M", "K", "R", "param_dtype", "act_unsigned", "unsigned_from", "codes")
+        shared = {name: rest[name] for name in names}
         self.quantize_down(
             **place,
             **shared,
             **between,
             x=x,
+            x_stride=x_stride,
             x_dtype=x_dtype,
             smooth=smooth,
             proj_down=proj_down,
@@ -227,6 +250,7 @@ class StandIn:
         codes,
         q,
         act_unsigned,
+        unsigned_from,
         ascales,
         h,
         h_stride,
@@ -358,3 +382,15 @@ class StandIn:
             at(bias, kind, N) if bias else None,
         )
         at(out, NAMES[out_dtype], M, N).copy_(y if added is None else y + added)
+
+
+def install(monkeypatch, module: StandIn) -> None:
+    """In place of the extension; it takes keywords, not a call's bytes."""
+    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    monkeypatch.setattr(native, "Compiled", lambda door, kind, name: door)
+
+
+def install_nothing(monkeypatch) -> None:
+    """As if nothing were compiled for the CPU."""
+    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    monkeypatch.setenv("NIBBLE_LIBRARY", "0")

@@ -15,6 +15,7 @@ from cases import SMALL, make_input, make_w4a4
 from nibble.kernels import ops, which
 from nibble.kernels.backends import choose, kitchen, native, triton
 from nibble.kernels.ops import register, w4a4, w4a16
+from stand_in import install_nothing
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = SMALL[0]
@@ -36,7 +37,7 @@ def forget():
 
 
 def test_a_missing_extension_is_logged_once_with_what_to_install(forget, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    install_nothing(monkeypatch)
     with caplog.at_level(logging.INFO, "nibble"):
         for _ in range(3):
             backend, reason = which("linear_w4a4", "cpu")
@@ -46,6 +47,7 @@ def test_a_missing_extension_is_logged_once_with_what_to_install(forget, caplog,
 
 def test_an_extension_of_another_interface_is_not_used(forget, monkeypatch):
     monkeypatch.setitem(sys.modules, native.MODULE, types.SimpleNamespace(ABI=native.ABI + 1))
+    monkeypatch.setenv("NIBBLE_LIBRARY", "0")
     backend, reason = which("gemv_w4a16", "cpu")
     assert backend == "reference" and f"has interface {native.ABI + 1}" in reason
 

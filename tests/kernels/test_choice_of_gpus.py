@@ -13,7 +13,7 @@ from cases import Case, make_input, make_w4a4
 from nibble.kernels import ops, reference
 from nibble.kernels.backends import choose, kitchen, native, triton
 from nibble.kernels.backends.triton import Gpu
-from stand_in import StandIn
+from stand_in import StandIn, install, install_nothing
 
 GPU, XPU, CPU = torch.device("cuda", 0), torch.device("xpu", 0), torch.device("cpu")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,7 +37,7 @@ def there(monkeypatch):
     """Makes a device look like a GPU, with Triton for all makes, whose trial differs from the
     reference by `off`.
     """
-    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    install_nothing(monkeypatch)
 
     def make(gpu: Gpu, off: float = 0.004, back_ends=("nvidia", "amd", "intel")):
         package = types.SimpleNamespace(__version__="3.9", __path__=[])
@@ -164,7 +164,7 @@ def test_every_w4a4_op_goes_to_triton_where_it_is_chosen(monkeypatch):
         "linear_w4a4_grouped": lambda x, p: reference.linear_w4a4_grouped(x, *p),
     }
     module = types.SimpleNamespace(**{name: stand_in(name, f) for name, f in functions.items()})
-    monkeypatch.setitem(sys.modules, native.MODULE, None)
+    install_nothing(monkeypatch)
     monkeypatch.setattr(triton, "serves", lambda op, *others: (op in triton.OPS, "stand-in"))
     monkeypatch.setattr(triton, "w4a4", lambda: module)
     x, p, second = make_input(CASE), make_w4a4(CASE, F32), make_w4a4(SECOND, F32)
@@ -200,7 +200,7 @@ def test_a_b300_does_not_multiply_codes_as_8_bit_integers(
 ):
     module = StandIn()
     module.DEVICES, module.capability = ("cpu", "cuda"), lambda device: capability
-    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    install(monkeypatch, module)
     brought_to, reason = native.serves(ops_asked, GPU, BF16, (BF16,))
     assert (brought_to is not None) == serves
     assert serves or "few 8-bit integer products" in reason

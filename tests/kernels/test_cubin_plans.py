@@ -159,6 +159,7 @@ def test_product(gpu):
     for (m, n, k), rank, dtype, sign in itertools.product(SHAPES, (0, 32, 33), (1, 2), (0, 1)):
         for form in codes:
             op = fill(structs.GemmW4A4Up(), M=m, N=n, K=k, R=rank, codes=form, act_unsigned=sign)
+            op.unsigned_from = 64 * sign * (rank == 33)
             op.h_stride, op.param_dtype, op.out_dtype = rank, dtype, 2
             compare("gemm_w4a4_up", plans.gemm_w4a4_up, op, gpu)
             known(gpu, plans.gemm_w4a4_up, op)
@@ -186,6 +187,7 @@ def test_quantizer(gpu):
             for codes in plans_codes(gpu):
                 op = fill(structs.QuantizeDown(), M=m, K=k, R=rank, x_dtype=x, param_dtype=param)
                 op.act_unsigned, op.rotate, op.codes = form == 1, form == 2, codes
+                op.x_stride, op.unsigned_from = k + 8, 64 * (form == 1 and rank == 33)
                 compare("quantize_down", plans.quantize_down, op, gpu)
                 assert op.R == rank
                 known(gpu, plans.quantize_down, op)

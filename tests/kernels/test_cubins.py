@@ -56,7 +56,7 @@ def ada(tmp_path):
 def product(**values) -> dict:
     fields = {name: 64 for name, _ in structs.GemmW4A4Up._fields_}
     fields |= {"M": 64, "N": 256, "K": 128, "R": 32, "codes": 0, "param_dtype": 2, "out_dtype": 2}
-    return fields | {"act_unsigned": False} | values
+    return fields | {"act_unsigned": False, "unsigned_from": 0} | values
 
 
 def start(module: CubinModule, device: int = 0, isa: int = 0, **values) -> None:
@@ -69,7 +69,7 @@ def test_a_kernel_of_the_package_is_started_on_the_stream(ada):
     start(module)
     started = fake.started[-1]
     assert started.symbol == "_gemm_w4a4<Int4, bf16, 64, false, Store>"
-    assert started[2:] == ((2, 1, 1), 128, 26624, 7)
+    assert started[2:] == ((2, 1, 1), 128, 26624, 7, False)
     assert fake.loads[-1][1] == b"89:gemm_w4a4<Int4, bf16, 64, false, Store>\0"
     assert "89 of the package (NVRTC 12.9)" == module.on(0).origin
     assert fake.stack == []
@@ -87,9 +87,9 @@ def test_much_shared_memory_is_allowed_once(ada):
     fake, module = ada
     for _ in range(2):
         module.quantize_down(
-            device=0, stream=0, threads=1, isa=0, M=3280, K=64, R=32, x=64, x_dtype=2, smooth=64,
-            proj_down=64, param_dtype=2, act_unsigned=False, rotate=False, codes=0, q=64,
-            ascales=64, h=64,
+            device=0, stream=0, threads=1, isa=0, M=3280, K=64, R=32, x=64, x_stride=64,
+            x_dtype=2, smooth=64, proj_down=64, param_dtype=2, act_unsigned=False, rotate=False,
+            unsigned_from=0, codes=0, q=64, ascales=64, h=64,
         )  # fmt: skip
     wanted = [value for _, which, value in fake.attributes if which == 8]
     assert wanted == [fake.started[-1].shared] and wanted[0] > 48 * 1024
@@ -174,7 +174,14 @@ def test_damaged_and_stale_packages_are_not_used(tmp_path):
 
 def test_routes_are_paths_and_their_tiles(ada):
     fake, module = ada
-    assert list(module.routes("gemm_w4a4_up", 89)) == [1, 1032, 1064, 1128, 2, 2032, 2064, 2128]
+    heights = [32, 64, 128]
+    expected = [
+        1,
+        *(1000 + rows for rows in heights),
+        2,
+        *(2000 + rows for rows in (*heights, 256)),
+    ]
+    assert list(module.routes("gemm_w4a4_up", 89)) == expected
     assert module.routes("gemm_w4a4_up_gelu_quantize_down", 89) == {1: "sm75", 2: "sm80"}
     assert module.routes("quantize_down", 89) == {0: "cuda"}
     hopper = module.routes("gemm_w4a4_up", 90)
@@ -185,7 +192,7 @@ def test_routes_are_paths_and_their_tiles(ada):
     assert not {3, 3001} & set(module.routes("gemm_w4a4_up", 100))
 
 
-@pytest.mark.parametrize("route", [4, 3001, 2256, 5])
+@pytest.mark.parametrize("route", [4, 3001, 2512, 5])
 def test_a_route_that_the_gpu_does_not_have_is_refused(ada, route):
     fake, module = ada
     with pytest.raises(ValueError, match=f"route {route} is none of 1 .sm75., 1032"):
@@ -245,19 +252,36 @@ def test_without_wgmma_a_hopper_gets_packed_codes(hopper):
     assert module.route("gemm_w4a4_up", 90, 1, 1, 1) == ("sm100, asked for", "route 4")
 
 
+def whole_linear(module: CubinModule, codes: int = 0) -> None:
+    module.linear_w4a4(
+        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_stride=128,
+        x_dtype=2, smooth=64, proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0,
+        param_dtype=2, act_unsigned=False, rotate=False, unsigned_from=0, codes=codes, out=64,
+        scratch=4096, scratch_size=7168,
+    )  # fmt: skip
+
+
 def test_a_whole_linear_shares_its_scratch(ada):
     fake, module = ada
     size = module.linear_w4a4_bytes(capability=89, M=33, N=128, K=128, R=32, codes=0)
     assert size == 2304 + 512 + 4352  # codes, scales and h, each rounded up to 256 bytes
-    module.linear_w4a4(
-        device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_dtype=2, smooth=64,
-        proj_down=64, weight=64, weight_scale=64, proj_up=64, bias=0, param_dtype=2,
-        act_unsigned=False, rotate=False, codes=0, out=64, scratch=4096, scratch_size=size,
-    )  # fmt: skip
+    whole_linear(module)
     assert [started.symbol.partition("<")[0] for started in fake.started] == [
         "_quantize_down_kernel",
         "_gemm_w4a4",
     ]
+    assert not any(started.early for started in fake.started)
+
+
+def test_from_hopper_on_a_whole_linears_product_may_start_early(hopper, tmp_path):
+    fake, module = hopper
+    whole_linear(module, structs.E4M3)
+    assert [started.early for started in fake.started] == [False, True]
+    start(module)
+    assert not fake.started[-1].early
+    jetson = FakeDriver(110)  # what the driver makes of the PTX does not wait
+    whole_linear(module_of(jetson, package_of(tmp_path / "text", "ptx80")))
+    assert [started.early for started in jetson.started] == [False, False]
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------
@@ -276,6 +300,7 @@ def test_what_is_missing_is_compiled_once_and_kept(tmp_path, monkeypatch):
     fake = FakeDriver(89)
     module = module_of(fake, library.Package(tmp_path / "none"))
     assert module.on(0).origin.startswith("89, compiled here by NVRTC ")
+    assert module.on(0).way.endswith("; the package carries no cubins")
     kept = list(library.cache_folder().iterdir())
     assert len(kept) == 1 and fake.loads[0][1].startswith(b"\x7fELF")
 

@@ -26,6 +26,7 @@ EDGES = [
     Case("two_wide_ranks", 3, 64, 24, R=160),
     Case("unsigned_odd", 34, 128, 131, R=3, act_unsigned=True),
     Case("tall_tile", 200, 64, 513, R=32),
+    Case("tallest_tile_of_int4", 470, 448, 200, R=17),
 ]
 
 
@@ -334,6 +335,8 @@ for capability in (75, 80):
         first = (q, ascales, h, weight, *(part.bfloat16() for part in layer), unsigned)
         for dtype in (torch.bfloat16, torch.float32)[: 1 if m > 100 else 2]:
             assert emulated.gemm_w4a4_up(*first, dtype, capability=capability).isfinite().all()
+            if unsigned:
+                emulated.gemm_w4a4_up(*first[:-1], False, dtype, 64, capability=capability)
     q, weight = torch.zeros(5, 32, dtype=torch.int8), torch.zeros(192, 32, dtype=torch.int8)
     half = lambda *shape: torch.rand(*shape).bfloat16()
     emulated.gemm_w4a4_up_gelu_quantize_down(

@@ -207,6 +207,20 @@ def test_a_large_h_does_not_overflow_in_float16(emulated):
     assert_twice_plain(ours, exact, exact.to(torch.float16))
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e5])
+def test_an_h_of_any_size_keeps_its_digits_beside_float16(emulated, size):
+    """Where the sums are the low-rank branch alone: float16 has 11 bits from 6e-5 to 65504."""
+    operands = make_operands(Case("any_h", 8, 64, 64, R=24), torch.float16)
+    operands["ascales"].zero_()
+    operands["bias"] = None
+    operands["h"] *= size / operands["h"].abs().max()
+    operands["proj_up"] *= min(max(1 / size, 1e-3), 1e3) / operands["proj_up"].abs().max()
+    exact = operands["h"].double() @ operands["proj_up"].double().t()
+    ours = product(emulated, operands, False, torch.float16).double()
+    bound = 2.0**-11 * (operands["h"].abs().double() @ operands["proj_up"].abs().double().t())
+    assert ((ours - exact).abs() <= bound + 2.0**-24 + 2.0**-11 * exact.abs()).all()
+
+
 def test_float32_parameters_are_refused(emulated):
     with pytest.raises(emulated.Failed, match="bfloat16 or float16"):
         product(emulated, make_operands(SMALL[0], torch.float32), False, torch.float32)

@@ -27,6 +27,8 @@ BLOCKS = [
     Case("blocks_of_32", 77, 128, 1, R=24, act_unsigned=True),
     Case("blocks_of_40", 135, 832, 1, R=32),
     Case("ragged_rank", 70, 128, 1, R=37),
+    Case("rank_of_96_in_blocks_of_40", 135, 1152, 1, R=96),
+    Case("a_second_read_in_blocks_of_32", 77, 1152, 1, R=161, act_unsigned=True),
     Case("rank_zero", 70, 64, 1, R=0),
 ]
 

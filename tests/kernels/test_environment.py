@@ -7,7 +7,7 @@ import torch
 
 from nibble.__main__ import main
 from nibble.kernels import environment, ops
-from nibble.kernels.backends import choose
+from nibble.kernels.backends import choose, native
 
 
 def test_every_op_has_a_row_for_each_dtype():
@@ -17,7 +17,7 @@ def test_every_op_has_a_row_for_each_dtype():
         (op, "cpu", dtype) for op in ops.SCHEMAS for dtype in ("bfloat16", "float16", "float32")
     } <= rows
     assert all(row["backend"] in choose.NAMES and row["reason"] for row in found["ops"])
-    assert {"python", "torch", "CPU", "nibble_kernels", "Triton", "comfy_kitchen"} <= found[
+    assert {"python", "torch", "CPU", "compiled", "Triton", "comfy_kitchen"} <= found[
         "facts"
     ].keys()
     assert torch.__version__ in environment.table(found)
@@ -37,3 +37,33 @@ def test_a_wrong_option_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "--env", "--shape", "4"])
     assert "--shape" in capsys.readouterr().err
+
+
+class Kernels:
+    """A stand-in for what serves a GPU: its one line, and the extension without CUDA."""
+
+    DEVICES, kind, name = ("cpu",), "extension", "nibble_kernels"
+
+    def on(self, index):
+        return self
+
+    way = "89, compiled here by NVRTC 12.9; the package carries no cubins"
+
+
+KERNELS = Kernels()
+
+
+@pytest.mark.parametrize(
+    ("served", "extension", "words"),
+    [
+        (None, None, "no compiled kernels: cuda:0 is an AMD GPU"),
+        (Kernels(), None, f"cubins: {Kernels.way}; nibble_kernels is not installed"),
+        (Kernels(), Kernels(), f"cubins: {Kernels.way}; this nibble_kernels was built for cpu"),
+        (KERNELS, KERNELS, "extension: nibble_kernels 0.7 is installed"),
+    ],
+)
+def test_a_device_s_way_to_kernels_is_one_line(monkeypatch, served, extension, words):
+    why = f"nibble_kernels {'is not' if extension is None else '0.7 is'} installed"
+    monkeypatch.setattr(native, "serving", lambda device: (served, "cuda:0 is an AMD GPU"))
+    monkeypatch.setattr(native, "module", lambda: (extension, why))
+    assert environment.way(torch.device("cuda", 0)) == words

@@ -10,7 +10,7 @@ from cases import SMALL, Case, make_input, make_w4a4, make_w4a16, options
 from compare import assert_sqnr, assert_twice_plain
 from nibble.kernels import ops, reference
 from nibble.kernels.backends import choose
-from nibble.kernels.ops import w4a16
+from nibble.kernels.ops import w4a4, w4a16
 from nibble.quant.weights.packing import dequantize_groups, pack_int4, unpack_int4
 
 ORDER = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
@@ -344,3 +344,13 @@ def test_a_tensor_on_another_device_is_refused(name):
     parameters[name] = parameters[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} is on meta and the activations are on cpu"):
         ops.linear_w4a4(make_input(SMALL[0]), **parameters, **options(SMALL[0]))
+
+
+def test_a_fused_mlp_is_chosen_by_its_floats(monkeypatch):
+    """Codes are integers, and no kernel takes integer parameters."""
+    asked, own = [], w4a4.choose
+    monkeypatch.setattr(w4a4, "choose", lambda *given: asked.append(given) or own(*given))
+    first, second = (layer(Case("layer", 3, 64, 64), torch.bfloat16) for _ in range(2))
+    ops.mlp_w4a4(torch.randn(3, 64), first, second)
+    kinds = next(kinds for op, _, _, kinds in asked if op == "mlp_w4a4")
+    assert set(kinds) == {torch.bfloat16}

@@ -1,7 +1,8 @@
-"""The compiled module's own surface: what it says of itself, what it refuses, and that no argument,
-stream or thread brings it down.
+"""The surface of compiled code, through both doors, the Python module and the C library: what it
+says of itself, what it refuses, and that no argument, stream or thread brings it down.
 """
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,31 @@ from hypothesis import strategies as st
 
 from nibble.kernels import which
 from nibble.kernels.backends import native
-
-module, reason = native.module()
-pytestmark = pytest.mark.skipif(module is None, reason=f"{reason}: pip install ./kernels")
+from nibble.kernels.backends.compiled import Compiled
+from nibble.kernels.backends.cpu_library import Library
 
 SIZE = 1 << 18  # the largest codebook is 128 KB
 BUFFER = torch.zeros(SIZE + 256, dtype=torch.uint8)
 BASE = BUFFER.data_ptr() + -BUFFER.data_ptr() % 256
 
 
-def call(op, **changes):
+@pytest.fixture(scope="module", params=["extension", "library"])
+def module(request):
+    """The compiled code behind one of its doors."""
+    if request.param == "library":
+        return Compiled(request.getfixturevalue("built_library"), "library", "CPU library")
+    found, reason = native.module()
+    if found is None or found.kind != "extension":
+        pytest.skip(f"{reason}: pip install ./kernels")
+    return found
+
+
+@pytest.fixture(scope="module")
+def call(module):
+    return functools.partial(_call, module)
+
+
+def _call(module, op, **changes):
     """An op on the CPU with good arguments over one zeroed buffer, but for `changes`."""
     a = BASE
     good = {
@@ -29,12 +45,14 @@ def call(op, **changes):
             K=64,
             R=4,
             x=a,
+            x_stride=64,
             x_dtype=0,
             smooth=a,
             proj_down=a,
             param_dtype=0,
             act_unsigned=False,
             rotate=False,
+            unsigned_from=0,
             codes=0,
             q=a,
             ascales=a,
@@ -74,6 +92,7 @@ PRODUCT = dict(
     codes=0,
     q=BASE,
     act_unsigned=False,
+    unsigned_from=0,
     ascales=BASE,
     h=BASE,
     h_stride=4,
@@ -120,7 +139,7 @@ VQ = dict(
 # ---- what it says --------------------------------------------------------------------------------
 
 
-def test_it_names_itself():
+def test_it_names_itself(module):
     assert (
         module.ABI == native.ABI
         and module.__version__
@@ -131,14 +150,14 @@ def test_it_names_itself():
     assert module.cpu_isas()[0] == "portable" and set(module.cpu_isas()) < set(native.ISAS)
 
 
-def test_it_links_neither_torch_nor_a_cuda_runtime():
+def test_it_links_neither_torch_nor_a_cuda_runtime(module):
     """One binary for every torch: such a library would be named in its list of needed ones."""
     binary = Path(module.__file__).read_bytes()
     assert b"libtorch" not in binary and b"libc10" not in binary and b"libcudart.so" not in binary
 
 
 @pytest.mark.parametrize("op", native.OPS)
-def test_every_op_has_a_route_and_a_workspace_on_every_architecture(op):
+def test_every_op_has_a_route_and_a_workspace_on_every_architecture(module, op):
     for capability in (0, 75, 80, 86, 89, 90, 100, 120, 130) if "cuda" in module.DEVICES else (0,):
         path, why = module.route(op, capability, 4608, 3072, 3072)
         assert path and why
@@ -146,9 +165,11 @@ def test_every_op_has_a_route_and_a_workspace_on_every_architecture(op):
         assert module.codes(capability) in (0, 1)
 
 
+@pytest.mark.skipif(native.module()[0] is None, reason=native.module()[1])
 def test_which_tells_the_native_path():
     backend, words = which("linear_w4a4", "cpu")
-    assert backend == "native" and "gemm_w4a4_up: " in words and module.__version__ in words
+    assert backend == "native" and "gemm_w4a4_up: " in words
+    assert native.module()[0].__version__ in words
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
@@ -169,12 +190,16 @@ def test_which_tells_the_native_path():
         ),
         ("quantize_down", {"codes": 2}, "codes=2 is neither"),
         ("quantize_down", {"act_unsigned": True, "rotate": True}, "exclude one another"),
+        ("quantize_down", {"unsigned_from": 64}, "unsigned_from=64, K=64: a multiple of the group"),
+        ("quantize_down", {"x_stride": 63}, "rows of x would overlap"),
+        ("quantize_down", {"x_stride": 68}, "x_stride=68 is not a multiple of 8"),
         ("quantize_down", {"isa": 4}, "isa=4 is none of"),
         ("quantize_down", {"threads": 0}, "threads=0 is less than 1"),
         ("quantize_down", {"device": -2}, "device=-2 is neither"),
         ("gemm_w4a4_up", {"N": -64}, "N is negative"),
         ("gemm_w4a4_up", {"M": 2**30, "N": 2**30, "K": 0}, r"out \(M, N\) is larger than memory"),
         ("gemm_w4a4_up", {"h_stride": 3}, "rows of h would overlap"),
+        ("gemm_w4a4_up", {"act_unsigned": True, "unsigned_from": -64}, "unsigned_from=-64, K=64"),
         ("gemm_w4a4_up", {"weight": 0}, "weight is null"),
         ("gemm_w4a4_up", {"bias": 8}, "bias is not aligned"),
         ("gemm_w4a4_up", {"out_dtype": -1}, "out_dtype=-1"),
@@ -197,19 +222,35 @@ def test_which_tells_the_native_path():
         ("gemm_vq", {"out_dtype": 5}, "out_dtype=5"),
     ],
 )
-def test_wrong_values_are_named(op, change, words):
+def test_wrong_values_are_named(call, op, change, words):
     with pytest.raises(ValueError, match=words):
         call(op, **change)
 
 
 @pytest.mark.parametrize("value", ["1", None, 1.5, 2**70, -(2**70)])
-def test_wrong_types_are_refused(value):
+def test_wrong_types_are_refused(call, value):
     for name in ("M", "x", "isa"):
         with pytest.raises(TypeError):
             call("quantize_down", **{name: value})
 
 
-def test_questions_refuse_too():
+def test_wrong_names_are_refused(module, call):
+    with pytest.raises(TypeError, match=r"quantize_down: no such arguments: \['N'\]"):
+        call("quantize_down", N=64)
+    with pytest.raises(TypeError, match="quantize_down: device is missing"):
+        module.quantize_down(M=2)
+
+
+def test_a_call_of_another_build_is_refused(module):
+    """Structs of another size: the sources on the two sides differ."""
+    door = native.optional(native.MODULE)[0]
+    if module.kind == "library":
+        door = Library(Path(module.__file__), "")
+    with pytest.raises(ValueError, match="gemm_vq: a call of 3 bytes, and this build's has"):
+        door.gemm_vq(b"abc")
+
+
+def test_questions_refuse_too(module):
     for ask in (
         lambda: module.route("gemm", 0, 1, 1, 1),
         lambda: module.workspace_bytes("gemm", 0, 1, 1, 1, 1),
@@ -222,14 +263,15 @@ def test_questions_refuse_too():
             ask()
 
 
-def test_an_instruction_set_that_the_cpu_lacks_is_refused():
+def test_an_instruction_set_that_the_cpu_lacks_is_refused(module, call):
     for name in set(native.ISAS) - {"best", *module.cpu_isas()}:
         with pytest.raises((RuntimeError, ValueError)):
             call("quantize_down", isa=native.ISAS[name])
 
 
-@pytest.mark.skipif(module is not None and "cuda" in module.DEVICES, reason="this build has CUDA")
-def test_a_build_for_the_cpu_says_so():
+def test_a_build_for_the_cpu_says_so(module, call):
+    if "cuda" in module.DEVICES:
+        pytest.skip("this build has CUDA")
     for ask in (
         lambda: call("quantize_down", device=0),
         lambda: module.capability(0),
@@ -244,8 +286,9 @@ HUGE = st.sampled_from([2**31 - 64, 2**31, 2**40, 2**62, 2**63 - 1])
 CODES = st.sampled_from([-(2**31), -1, 0, 1, 2, 3, 4, 2**31 - 1])
 POINTERS = st.sampled_from([0, BASE, BASE + 16, BASE + 4, BASE + 1])
 FIELDS = {
-    name: SIZES for name in ("M", "N", "K", "R", "R2", "h_stride", "threads", "workspace_size")
-}
+    name: SIZES
+    for name in ("M", "N", "K", "R", "R2", "x_stride", "h_stride", "unsigned_from", "threads")
+} | {"workspace_size": SIZES}
 FIELDS |= {
     name: CODES
     for name in (
@@ -271,7 +314,7 @@ FIELDS |= {
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_no_argument_brings_the_process_down(data):
+def test_no_argument_brings_the_process_down(call, data):
     """Anything is either computed or refused with words. Sizes that memory cannot hold come with no
     memory.
     """
@@ -282,12 +325,14 @@ def test_no_argument_brings_the_process_down(data):
             "K",
             "R",
             "x",
+            "x_stride",
             "x_dtype",
             "smooth",
             "proj_down",
             "param_dtype",
             "act_unsigned",
             "rotate",
+            "unsigned_from",
             "codes",
             "q",
             "h",

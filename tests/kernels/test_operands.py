@@ -2,8 +2,6 @@
 and what is asked of the reference instead.
 """
 
-import sys
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from compare import assert_same
 from nibble.kernels import ops, reference, which
 from nibble.kernels.backends import choose, native
 from nibble.kernels.reference import vq as reference_vq
-from stand_in import StandIn
+from stand_in import StandIn, install
 
 PLAIN, UNSIGNED, ROTATED = SMALL[0], SMALL[-2], SMALL[-1]
 MIDDLE = Case("middle", 6, 128, 192, R=5)
@@ -33,7 +31,7 @@ def forget():
 @pytest.fixture(params=[False, True], ids=["packed", "wide"])
 def compiled(request, forget, monkeypatch):
     module = StandIn(request.param)
-    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    install(monkeypatch, module)
     if request.param:  # a GPU's form of codes, on the CPU
         monkeypatch.setattr(native, "gpu", lambda device: (0, native.E4M3))
     return module
@@ -228,7 +226,7 @@ def test_a_gpu_takes_16_bit_parameters_of_one_dtype(
 ):
     module = StandIn()
     module.DEVICES, module.capability = ("cpu", "cuda"), lambda device: capability
-    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    install(monkeypatch, module)
     brought_to, reason = native.serves(native.OPS, torch.device("cuda", 0), dtype, parameters)
     assert brought_to == found and words in reason
 
@@ -240,7 +238,7 @@ def test_a_driver_that_is_too_old_leaves_the_gpu_to_others(forget, monkeypatch):
         raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
 
     module.DEVICES, module.capability = ("cpu", "cuda"), refuse
-    monkeypatch.setitem(sys.modules, native.MODULE, module)
+    install(monkeypatch, module)
     brought_to, reason = native.serves(native.OPS, torch.device("cuda", 0), BF16, (BF16,))
     assert brought_to is None
     assert reason.startswith(

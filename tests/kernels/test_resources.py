@@ -104,7 +104,7 @@ def package(tmp_path, monkeypatch):
     few = [
         instances.add_tiles("Int4"),
         instances.w4a16_gemv("bf16", "bf16", 1),
-        instances.quantize("bf16", "bf16", "Form::signed_codes", "packed", (2, 12, 1)),
+        instances.quantize("bf16", "bf16", "Form::signed_codes", "packed", (2, 12, 1, 1)),
     ]
     monkeypatch.setattr(instances, "of", lambda arch: iter(few))
     library.write_package(tmp_path, ["89", "ptx80"])
@@ -115,7 +115,7 @@ def test_a_package_of_cubins_keeps_the_bounds(package, capsys):
     assert main(["--manifest", str(package)]) == 0
     said = capsys.readouterr().out
     assert "3 kernels, all within their bounds" in said, "PTX has no registers"
-    for name in ("add_tiles", "gemv_kernel<1>", "quantize_down_kernel<0,0,2,12,1>"):
+    for name in ("add_tiles", "gemv_kernel<1>", "quantize_down_kernel<0,0,2,12,1,1>"):
         assert name in said
 
 

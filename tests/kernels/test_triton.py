@@ -102,6 +102,17 @@ def test_parameters_of_another_dtype_lose_nothing(dtype, results):
 
 
 @pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
+def test_signs_may_change_at_a_column_and_rows_may_lie_apart(dtype, results):
+    x, p = interpreted.signs_of_both(dtype)
+    found, wanted = results["both", dtype], reference.quantize_down(x, *p.quantizer)
+    for ours, theirs in zip(found["quantized"][:2], wanted[:2], strict=True):
+        assert_same(ours, theirs)
+    doubles = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in p]
+    exact = reference.linear_w4a4(x.double(), *doubles)
+    assert_twice_plain(found["linear"], exact, reference.linear_w4a4(x, *p))
+
+
+@pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
 def test_a_group_shares_one_quantization(dtype, results):
     x, p = make_input(interpreted.MIDDLE, dtype), interpreted.group(dtype)
     for found, wanted in zip(
@@ -201,6 +212,6 @@ def test_a_product_compiles_to_integer_mma_without_spills(arch, tmp_path, monkey
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from nibble.kernels.backends.triton_w4a4 import NVIDIA
 
-    found = check_triton.compiled(arch, *check_triton.product(arch, NVIDIA[-1], True))
+    found = check_triton.compiled(arch, *check_triton.product(arch, NVIDIA[-1], "unsigned"))
     assert found.instructions["IMMA"] >= 16 and not found.spills
     assert not found.instructions.get("I2FP")  # integer sums become floats by an addition

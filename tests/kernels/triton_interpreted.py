@@ -41,6 +41,7 @@ WAYS = ("integers", "magic", "floats")
 DTYPES = (torch.float16, torch.float32)
 MIDDLE = Case("middle", 6, 128, 192, R=5)
 SECOND = Case("second", 6, 192, 40, R=17)
+BOTH = Case("both", 33, 320, 70, R=17)
 RANKS = (5, 32, 0)
 
 
@@ -67,6 +68,12 @@ def gelu_arguments(dtype: torch.dtype) -> GeluArguments:
     return GeluArguments(
         q, ascales, h, *p.product, second.smooth_factor, second.proj_down, mid_dtype=dtype
     )
+
+
+def signs_of_both(dtype: torch.dtype) -> tuple[Tensor, W4A4Params]:
+    """x of which only the first columns are read, and a layer whose codes turn unsigned."""
+    wide = make_input(Case("", 33, 448, 1), dtype)
+    return wide[:, :320], layer(BOTH, dtype)._replace(unsigned_from=192)
 
 
 def random_bits(dtype: torch.dtype) -> tuple[Tensor, QuantizeParams]:
@@ -120,6 +127,11 @@ def main(path: str) -> None:
         results["gelu", dtype] = triton_w4a4.gemm_w4a4_up_gelu_quantize_down(gelu_arguments(dtype))
         x, p = mixed(dtype)
         results["mixed", dtype] = triton_w4a4.quantize_down(x, p.quantizer)
+        x, p = signs_of_both(dtype)
+        results["both", dtype] = {
+            "quantized": triton_w4a4.quantize_down(x, p.quantizer),
+            "linear": triton_w4a4.linear_w4a4(x, p),
+        }
         for unsigned in (False, True):
             x, p = random_bits(dtype)
             p = p._replace(act_unsigned=unsigned)

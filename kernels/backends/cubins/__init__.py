@@ -8,8 +8,10 @@ module     the interface of `nibble_kernels`, for GPUs
 plans      an op's struct -> the kernels to start: which instance, grid, threads, shared memory
 plans_w16  the same for activations of 16 bits
 routes     the paths of the W4A4 product by number, each with its tiles
+repeated   a layer's launches, planned once and started at other addresses
 structs    the structs of csrc/nibble.h
 kernels    every instance, and for which architectures it is built
+wanted     those that a model can ask for
 library    where a cubin comes from: the package, the cache, NVRTC; with the reason in words
 nvrtc      CUDA C++ -> cubin, by NVRTC
 driver     libcuda: devices, modules, launches

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import sys
+from collections.abc import Iterable
 
 from .plans import Launch, Matrix
 
@@ -18,6 +19,28 @@ _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CU_DEVICE_ATTRIBUTE_…
 _MOST_SHARED, _CARVEOUT = 8, 9  # CU_FUNC_ATTRIBUTE_…
 _LARGEST_CARVEOUT = 100
 _RELAXED_CAPTURE = 2
+
+
+_EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 class DriverError(RuntimeError):
@@ -111,20 +134,28 @@ class Driver:
         self._check(status, "describing a matrix to the copy engine")
         return described
 
-    def start(
-        self, context: ctypes.c_void_p, function: ctypes.c_void_p, launch: Launch, stream: int
-    ) -> None:
-        """Starts a kernel; nothing waits."""
+    def ready(self, function: ctypes.c_void_p, launch: Launch) -> Ready:
+        """A launch with its arguments in memory."""
         values = [
             self.matrix(value) if isinstance(value, Matrix) else value for value in launch.arguments
         ]
-        addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        (x, y), shared = launch.grid, launch.shared
+        return Ready(function, launch, values)
+
+    def start(self, context: ctypes.c_void_p, launches: Iterable[Ready], stream: int) -> None:
+        """Starts kernels, one after another; nothing waits."""
         with _Current(self, context):
-            status = self.lib.cuLaunchKernel(
-                function, x, y, 1, launch.threads, 1, 1, shared, stream, addresses, None
-            )
-        self._check(status, f"starting {launch.kernel.name}")
+            for launch in launches:
+                if launch.config is None:
+                    status = self.lib.cuLaunchKernel(
+                        launch.function, *launch.shape, stream, launch.addresses, None
+                    )
+                else:
+                    launch.config.stream = stream
+                    status = self.lib.cuLaunchKernelEx(
+                        ctypes.byref(launch.config), launch.function, launch.addresses, None
+                    )
+                if status:
+                    self._check(status, f"starting {launch.name}")
 
     def _check(self, status: int, what: str) -> None:
         if not status:
@@ -138,6 +169,33 @@ class Driver:
         self.lib.cuGetErrorString(status, ctypes.byref(words))
         text = words.value.decode() if words.value else f"error {status}"
         raise DriverError(f"{what}: {text}")
+
+
+def _early(launch: Launch) -> _Config:
+    """Of a kernel that may start while the one before it still runs; its stream is set later."""
+    attribute = _Attribute(id=_EARLY_START)
+    attribute.value[0] = 1
+    (x, y), shared = launch.grid, launch.shared
+    config = _Config((x, y, 1), (launch.threads, 1, 1), shared)
+    config.attributes, config.count = ctypes.pointer(attribute), 1
+    return config
+
+
+class Ready:
+    """A launch that can be started, and again: the driver reads its arguments when it is."""
+
+    def __init__(self, function: ctypes.c_void_p, launch: Launch, values: list):
+        (x, y), name = launch.grid, launch.kernel.name
+        self.function, self.name = function, name
+        self.shape = (x, y, 1, launch.threads, 1, 1, launch.shared)
+        self.config = _early(launch) if launch.waits else None
+        self._values = values
+        self.addresses = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+
+    def replace(self, number: int, value: ctypes.Array) -> None:
+        """Another value for an argument."""
+        self._values[number] = value
+        self.addresses[number] = ctypes.addressof(value)
 
 
 class _Current:
@@ -165,7 +223,11 @@ def _load() -> ctypes.CDLL:
         lib = ctypes.CDLL(name)
     except OSError as error:
         raise DriverError(f"no NVIDIA driver ({name}): {error}") from error
-    # pointers and 64-bit numbers, which ctypes would cut to an int
+    return typed(lib)
+
+
+def typed(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, told of pointers and 64-bit numbers, which ctypes would cut to an int."""
     lib.cuLaunchKernel.argtypes = [
         ctypes.c_void_p,
         *(ctypes.c_uint,) * 7,

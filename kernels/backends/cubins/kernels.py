@@ -22,9 +22,10 @@ VQ_LAYOUTS = ((8, 4), (6, 2), (8, 2))
 """(bits of an index, columns of a codeword)."""
 HOPPER_TILES = ((2, 128), (1, 128), (1, 64))
 """(blocks of 128 weight rows, tokens)."""
-QUANTIZE_TILES = ((2, 12, 1), (4, 6, 2), (5, 12, 1))
-"""(eights of tokens, warps, blocks on a multiprocessor); the first takes every type, the others
-what fits the matrix unit as it is.
+QUANTIZE_TILES = ((2, 12, 1, 1), (4, 6, 2, 1), (5, 12, 1, 1))
+WIDE_QUANTIZE_TILES = ((4, 8, 1, 3), (5, 8, 1, 3))
+"""(eights of tokens, warps, blocks on a multiprocessor, tiles of 32 columns of proj_down); the
+first takes every type, the others what fits the matrix unit as it is. Wide ones: for ranks over 32.
 """
 
 
@@ -60,7 +61,7 @@ def widen(sign: str) -> Kernel:
     return Kernel("cuda/gemm_w4a4/sm90/kernel.cuh", f"sm90::widen_kernel<{sign}>")
 
 
-def quantize(x: str, param: str, form: str, codes: str, tile: tuple[int, int, int]) -> Kernel:
+def quantize(x: str, param: str, form: str, codes: str, tile: tuple[int, ...]) -> Kernel:
     sizes = ", ".join(map(str, tile))
     return Kernel(
         "cuda/quantize_down/kernel.cuh",
@@ -124,11 +125,11 @@ def of(arch: str) -> Iterator[Kernel]:
     """Every kernel that an architecture can be asked for."""
     mma = MMAS.get(arch, "Int8")
     yield from _products(mma)
-    yield from _quantizers("packed")
+    yield from _quantizers("packed", arch)
     if arch == "75":
         yield from (project(x, p) for x in TYPES for p in HALVES if (x, p) != ("f16", "f16"))
     if arch == "90a":
-        yield from _quantizers("e4m3")
+        yield from _quantizers("e4m3", arch)
         yield from (hopper(p, *tile) for p in HALVES for tile in HOPPER_TILES)
         yield from map(widen, SIGNS)
     halves = ("f16",) if arch == "75" else HALVES  # Turing multiplies float16 alone
@@ -139,15 +140,22 @@ def of(arch: str) -> Iterator[Kernel]:
         yield from (vq_gemm(x, layout, t) for x in halves for t in VQ_TILINGS)
 
 
+def tile_rows(mma: str) -> tuple[int, ...]:
+    """Tokens of a tile of the product by mma.sync, every height that there is."""
+    return (32, 64, 128, 256) if mma == "Int4" else (32, 64, 128)
+
+
 def _products(mma: str) -> Iterator[Kernel]:
     tall = 64 if mma == "Int8" else 128
     for param, sign in itertools.product(HALVES, SIGNS):
-        yield from (gemm(mma, param, rows, sign) for rows in (32, 64, 128))
+        yield from (gemm(mma, param, rows, sign) for rows in tile_rows(mma))
         yield from (gelu(mma, param, rows, sign) for rows in (32, tall))
     yield add_tiles(mma)
 
 
-def _quantizers(codes: str) -> Iterator[Kernel]:
+def _quantizers(codes: str, arch: str) -> Iterator[Kernel]:
+    wide = () if arch == "75" else WIDE_QUANTIZE_TILES
     for x, param, form in itertools.product(TYPES, HALVES, FORMS):
-        tiles = QUANTIZE_TILES if fits_as_it_is(x, param) else QUANTIZE_TILES[:1]
+        every = (*QUANTIZE_TILES, *wide)
+        tiles = every if fits_as_it_is(x, param) else every[:1]
         yield from (quantize(x, param, form, codes, tile) for tile in tiles)

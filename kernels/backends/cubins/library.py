@@ -80,6 +80,10 @@ class Package:
     def has(self, arch: str) -> bool:
         return arch in self.manifest["architectures"]
 
+    def lists(self, kernel: Kernel, arch: str) -> bool:
+        """Whether a kernel is among them."""
+        return kernel.name in self.manifest["architectures"].get(arch, {"kernels": {}})["kernels"]
+
     def find(self, kernel: Kernel, arch: str) -> Cubin | None:
         """None where it is not among them. Raises OSError, ValueError for a damaged package."""
         listed = self.manifest["architectures"].get(arch, {"kernels": {}})
@@ -188,10 +192,20 @@ def cache_folder() -> Path:
     return Path(home) / "nibble" / "kernels"
 
 
+def _place(kernel: Kernel, arch: str) -> Path:
+    """A kernel's file in the cache. Raises CompileError where there is no NVRTC."""
+    key = f"{sources_hash()} {nvrtc.version()} {arch} {kernel.name}"
+    return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+
+
+def is_cached(kernel: Kernel, arch: str) -> bool:
+    """Whether `cached` will find it. Raises CompileError."""
+    return _place(kernel, arch).exists()
+
+
 def cached(kernel: Kernel, arch: str) -> Cubin:
     """From the cache, or compiled and put there. Raises CompileError."""
-    key = f"{sources_hash()} {nvrtc.version()} {arch} {kernel.name}"
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    path = _place(kernel, arch)
     try:
         first, _, code = path.read_bytes().partition(b"\n")
         symbol, _, sha256 = first.decode().partition(" ")

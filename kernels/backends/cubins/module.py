@@ -11,10 +11,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 from . import driver, kernels, library, nvrtc, plans, plans_w16, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
+from .repeated import RepeatedCall
 from .structs import PACKED
 
 OLDEST = 75
@@ -43,13 +45,16 @@ class Device:
         self.context = cuda.context(index)
         self._functions: dict[Kernel, tuple[ctypes.c_void_p, int]] = {}
         self._lock = threading.Lock()
+        self.passed_over: list[str] = []
         self.arch, self.packaged = self._chosen()
 
     def _chosen(self) -> tuple[str, bool]:
-        """(architecture, whether its cubins are the package's)."""
+        """(architecture, whether its cubins are the package's); why not a way before that one is
+        in `passed_over`.
+        """
         wanted = kernels.architecture(self.gpu.capability)
         own = str(self.gpu.capability) if wanted == kernels.PTX else wanted
-        reasons = []
+        reasons = self.passed_over
         for arch, packaged in ((wanted, True), (own, False), (kernels.PTX, True)):
             if packaged and not self.package.has(arch):
                 why = self.package.absent or f"the package has no cubins for {arch}"
@@ -74,6 +79,18 @@ class Device:
         major, minor = nvrtc.version()
         return f"{self.arch}, compiled here by NVRTC {major}.{minor}"
 
+    @property
+    def knows_waiting(self) -> bool:
+        """Whether its kernels of a product wait themselves for the one before them; those of the
+        PTX, which is for 8.0 and later, do not.
+        """
+        return self.gpu.capability >= 90 and self.arch != kernels.PTX
+
+    @property
+    def way(self) -> str:
+        """`origin`, and why not a way before it."""
+        return "; ".join([self.origin, *self.passed_over])
+
     def cubin(self, kernel: Kernel) -> library.Cubin:
         """A kernel's code; what the package has not (another GPU's path) is compiled. Raises
         CompileError, or ValueError for a damaged package.
@@ -97,10 +114,14 @@ class Device:
             self._functions[kernel] = found, allowed
         return found
 
+    def ready(self, launches: Iterable[Launch]) -> list[driver.Ready]:
+        return [
+            self.cuda.ready(self.function(launch.kernel, launch.shared), launch)
+            for launch in launches
+        ]
+
     def start(self, launches: Iterable[Launch], stream: int) -> None:
-        for launch in launches:
-            function = self.function(launch.kernel, launch.shared)
-            self.cuda.start(self.context, function, launch, stream)
+        self.cuda.start(self.context, self.ready(launches), stream)
 
     def prepare(
         self,
@@ -108,14 +129,31 @@ class Device:
         said: Callable[[int, int, str], None] | None = None,
         at_once: int = 4,
     ) -> None:
-        """Has kernels compiled side by side before they are needed; `said`: done, all, name."""
-        missing = [kernel for kernel in wanted if kernel not in self._functions]
+        """Has kernels compiled side by side before they are needed; `said`: done, all, name. What
+        it raises ends the work, after the kernels that are under way.
+        """
+        missing = self.missing(wanted)
         with ThreadPoolExecutor(at_once) as pool:
             tasks = {pool.submit(self.cubin, kernel): kernel for kernel in missing}
-            for done, task in enumerate(as_completed(tasks), 1):
-                task.result()
-                if said:
-                    said(done, len(missing), tasks[task].name)
+            try:
+                if said and missing:
+                    said(0, len(missing), missing[0].name)
+                for done, task in enumerate(as_completed(tasks), 1):
+                    task.result()
+                    if said:
+                        said(done, len(missing), tasks[task].name)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def missing(self, wanted: Iterable[Kernel]) -> list[Kernel]:
+        """Those that would have to be compiled; none where nothing can be."""
+        if library.why_not_compile(self.arch):
+            return []
+        return [kernel for kernel in wanted if not self._is_at_hand(kernel)]
+
+    def _is_at_hand(self, kernel: Kernel) -> bool:
+        packaged = self.packaged and self.package.lists(kernel, self.arch)
+        return packaged or kernel in self._functions or library.is_cached(kernel, self.arch)
 
 
 class CubinModule:
@@ -234,28 +272,58 @@ class CubinModule:
         **fields,
     ) -> None:
         """quantize_down and gemm_w4a4_up, with what goes between them in scratch memory."""
-        there, get = self.on(device), fields.get
-        m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
-        ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
-        shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
-        shared |= {"act_unsigned": get("act_unsigned"), "q": scratch, "ascales": ascales, "h": h}
-        quantizer = {name: get(name) for name in ("x", "x_dtype", "smooth", "proj_down", "rotate")}
-        product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
-        product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
-        first = structs.QuantizeDown(**shared, **quantizer)
-        second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
-        there.start(plans.quantize_down(first, there.gpu), stream)
-        there.start(routes.product(second, there.gpu, isa or self.default_route), stream)
+        there, whole = self.on(device), fields | {"scratch": scratch}
+        there.start(_linear(there, isa or self.default_route, whole), stream)
 
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans_w16.w4a16(structs.W4A16(**fields), there.gpu), stream)
+        there.start(_w4a16(there, isa, fields), stream)
 
     gemm_w4a16 = gemv_w4a16
 
     def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
-        there.start(plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu), stream)
+        there.start(_vq(there, isa, fields), stream)
+
+    def repeated(self, op: str, arguments: dict[str, Any]) -> RepeatedCall:
+        """An op of a layer, whose arguments but for the tokens' these are: called as the op is
+        with the others, it keeps what it planned.
+        """
+        return RepeatedCall(self, _PLANS[op], arguments)
+
+
+# ---- a layer's arguments -> its launches ---------------------------------------------------------
+
+
+def _linear(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    get, scratch = fields.get, fields.get("scratch", 0)
+    m, k, rank, codes = fields["M"], fields["K"], fields["R"], fields["codes"]
+    ascales, h, workspace = (scratch + place for place in _linear_places(m, k, rank, codes))
+    if not CubinModule.workspace_bytes("gemm_w4a4_up", there.gpu.capability, m, 0, k, rank, codes):
+        workspace = 0  # the end of the scratch memory, where something else may begin
+    shared = {name: get(name) for name in ("M", "K", "R", "param_dtype", "codes")}
+    shared |= {name: get(name) for name in ("act_unsigned", "unsigned_from")}
+    shared |= {"q": scratch, "ascales": ascales, "h": h}
+    quantizer = {name: get(name) for name in ("x", "x_stride", "x_dtype", "smooth")}
+    quantizer |= {name: get(name) for name in ("proj_down", "rotate")}
+    product = {name: get(name) for name in ("N", "weight", "weight_scale", "proj_up", "bias")}
+    product |= {"out": get("out"), "out_dtype": get("x_dtype"), "h_stride": rank}
+    first = structs.QuantizeDown(**shared, **quantizer)
+    second = structs.GemmW4A4Up(**shared, **product, workspace=workspace)
+    following = routes.product(second, there.gpu, route)
+    waiting = [launch._replace(waits=there.knows_waiting) for launch in following]
+    return plans.quantize_down(first, there.gpu) + waiting
+
+
+def _w4a16(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    return plans_w16.w4a16(structs.W4A16(**fields), there.gpu)
+
+
+def _vq(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    return plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu)
+
+
+_PLANS = {"linear_w4a4": _linear, "gemv_w4a16": _w4a16, "gemm_w4a16": _w4a16, "gemm_vq": _vq}
 
 
 _OF_SECOND = {field[0] for field in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}

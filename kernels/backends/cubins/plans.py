@@ -3,6 +3,8 @@
 What csrc/cuda/router.cu and the launch files decide for the compiled extension, for cubins. Tests
 run both for the same structs and compare every launch, so neither can drift.
 
+Ops whose activations keep their 16 bits are in `plans_w16`.
+
 Routes are numbered by the path of the product: 0 the one for the GPU, 1 sm75, 2 sm80, 3 sm90 and 4
 sm100. Any route can be asked for by name where its kernels exist for the architecture.
 """
@@ -54,13 +56,16 @@ class Matrix(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """arguments: ctypes values, or a Matrix, in the kernel's order."""
+    """arguments: ctypes values, or a Matrix, in the kernel's order. waits: the kernel waits itself
+    for the one before it on the stream, and may be started while that runs.
+    """
 
     kernel: Kernel
     grid: tuple[int, int]
     threads: int
     shared: int
     arguments: tuple
+    waits: bool = False
 
 
 def up(value: int, divisor: int) -> int:
@@ -71,24 +76,36 @@ def up(value: int, divisor: int) -> int:
 # ---- W4A4: the product ---------------------------------------------------------------------------
 
 
-def tile_rows(m: int, n: int, multiprocessors: int) -> int:
+def tile_rows(m: int, n: int, multiprocessors: int, mma: str) -> int:
     """The height of a tile: as low as the tokens, and tall only where all multiprocessors have
     work (two blocks live on each). Not yet measured: the reasons are arithmetic.
     """
     if m <= 32:
         return 32
-    fills = up(m, 128) * up(n, COLUMNS) >= 2 * multiprocessors
-    return 128 if m > 64 and fills else 64
+    if m <= 64 or up(m, 128) * up(n, COLUMNS) < 2 * multiprocessors:
+        return 64
+    return 256 if mma == "Int4" and _tallest_pays(m, n, multiprocessors) else 128
+
+
+def _tallest_pays(m: int, n: int, multiprocessors: int) -> bool:
+    """Whether tiles of 256 tokens beat those of 128 with int4: by what each asks of the L2 cache
+    (a tenth, an estimate), and by the rows that the busiest multiprocessor gets.
+    """
+
+    def cost(rows: int, percent: int) -> int:
+        return up(up(m, rows) * up(n, COLUMNS), multiprocessors) * rows * percent
+
+    return cost(256, 100) < cost(128, 110)
 
 
 def _ring_bytes(mma: str, rows: int) -> int:
-    """A stage holds both operands of a group and their scales; a ring has two or four stages of
+    """A stage holds both operands of a group and their scales; a ring has two to four stages of
     one or two groups.
     """
     group = rows * 32 + COLUMNS * 32 + rows * 4 + COLUMNS * 2
     if mma == "Turing":
         return 2 * group
-    return (4 if rows == 32 else 2) * 2 * group
+    return {32: 4, 256: 3}.get(rows, 2) * 2 * group
 
 
 def _check_product(op: ctypes.Structure) -> None:
@@ -104,7 +121,8 @@ def _product_launch(
     blocks = up(op.M, rows) * up(op.N, COLUMNS)
     if blocks > _MOST_BLOCKS:
         raise ValueError("gemm_w4a4_up: more than 2^31 tiles")
-    return [Launch(kernel, (blocks, 1), THREADS, shared, (op, epilogue))] if blocks else []
+    threads = 2 * THREADS if rows > 128 else THREADS
+    return [Launch(kernel, (blocks, 1), threads, shared, (op, epilogue))] if blocks else []
 
 
 def _sign(is_unsigned: bool) -> str:
@@ -115,11 +133,11 @@ def gemm_w4a4_up(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     """GemmW4A4Up -> its launches. Raises ValueError for what no kernel takes."""
     if gpu.hopper:
         return hopper(op, gpu)
-    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors))
+    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors, gpu.mma))
 
 
 def mma_product(op: ctypes.Structure, mma: str, rows: int) -> list[Launch]:
-    """The product by mma.sync, whatever the GPU would choose; rows: 32, 64 or 128."""
+    """The product by mma.sync, whatever the GPU would choose; rows: 32, 64, 128; with Int4 256."""
     _check_product(op)
     kernel = kernels.gemm(mma, TYPES[op.param_dtype], rows, _sign(op.act_unsigned))
     return _product_launch(kernel, op, rows, _ring_bytes(mma, rows), _EMPTY)
@@ -162,10 +180,10 @@ def hopper_workspace(codes: int, m: int, k: int) -> int:
 def hopper_tile(m: int, n: int, multiprocessors: int) -> tuple[int, int]:
     """(blocks of 128 rows, tokens) of the tile that needs the least time by count: rounds over all
     multiprocessors, times a tile's size, times what a smaller one costs more for the bytes that it
-    brings in (an estimate, not a measurement).
+    brings in (an estimate; sm90/launch.cu says from what).
     """
     costs = {}
-    for (blocks, tokens), percent in zip(kernels.HOPPER_TILES, (100, 110, 125), strict=True):
+    for (blocks, tokens), percent in zip(kernels.HOPPER_TILES, (100, 120, 160), strict=True):
         tiles = up(n, 128 * blocks) * up(m, tokens)
         costs[blocks, tokens] = up(tiles, multiprocessors) * 128 * blocks * tokens * percent
     return min(costs, key=lambda tile: costs[tile])
@@ -193,7 +211,9 @@ def hopper(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         grid = (min(up(blocks, 256), 16 * gpu.multiprocessors), 1)
         addresses = (ctypes.c_void_p(op.q), ctypes.c_void_p(op.workspace))
         kernel = kernels.widen(_sign(op.act_unsigned))
-        launches.append(Launch(kernel, grid, 256, 0, (*addresses, ctypes.c_int64(blocks))))
+        across = (ctypes.c_int(op.K // 32), ctypes.c_int(op.unsigned_from // 32))
+        sizes = (ctypes.c_int64(blocks), *across)
+        launches.append(Launch(kernel, grid, 256, 0, (*addresses, *sizes)))
         codes = op.workspace
     blocks, tokens = hopper_tile(op.M, op.N, gpu.multiprocessors)
     return [*launches, hopper_product(op, codes, (blocks, tokens), gpu)]
@@ -237,8 +257,10 @@ def hopper_product(
 # ---- W4A4: the quantizer -------------------------------------------------------------------------
 
 
-def _quantize_tile(m: int, fits: bool, gpu: Gpu) -> tuple[int, int, int]:
-    """Tokens of a block in eights, its warps, and blocks on a multiprocessor."""
+def _quantize_tile(m: int, rank: int, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
+    """Tokens of a block in eights, its warps, blocks on a multiprocessor, and tiles of 32 columns
+    of proj_down.
+    """
     low, middle, high = kernels.QUANTIZE_TILES
     # Three quarters of the multiprocessors busy with twice the tokens are as fast, and read
     # proj_down half as often.
@@ -249,8 +271,13 @@ def _quantize_tile(m: int, fits: bool, gpu: Gpu) -> tuple[int, int, int]:
         """Tokens that the busiest multiprocessor gets."""
         return up(up(m, tokens), gpu.multiprocessors) * tokens
 
-    # The highest takes 69 KB, more than Turing has.
-    return high if gpu.capability >= 80 and busiest(40) < busiest(32) else middle
+    # The highest and the wide ones take 69 KB, more than Turing has.
+    if gpu.capability < 80:
+        return middle
+    fewer = busiest(40) < busiest(32)
+    if rank > _DOWN_COLUMNS:
+        return kernels.WIDE_QUANTIZE_TILES[fewer]
+    return high if fewer else middle
 
 
 def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
@@ -272,10 +299,11 @@ def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         op = QuantizeDown.from_buffer_copy(op)
         op.R = rank = 0
     form = kernels.FORMS[1 if op.act_unsigned else 2 if op.rotate else 0]
-    tile = _quantize_tile(op.M, kernels.fits_as_it_is(x, param), gpu)
-    eights, warps, _ = tile
+    tile = _quantize_tile(op.M, rank, kernels.fits_as_it_is(x, param), gpu)
+    eights, warps, _, tiles = tile
     sums = warps * 8 * eights * (_DOWN_COLUMNS + 4) * 4
-    shared = max(warps * (GROUP * _DOWN_COLUMNS * 2 + 8 * 80), sums)
+    buffers = 2 if tiles > 1 else 1
+    shared = max(warps * (buffers * GROUP * _DOWN_COLUMNS * 2 + 8 * 80), sums)
     kernel = kernels.quantize(x, param, form, "e4m3" if op.codes == E4M3 else "packed", tile)
-    grid = (up(op.M, 8 * eights), up(rank, _DOWN_COLUMNS) or 1)
+    grid = (up(op.M, 8 * eights), up(rank, tiles * _DOWN_COLUMNS) or 1)
     return [*launches, Launch(kernel, grid, 32 * warps, shared, (op,))]

@@ -2,7 +2,7 @@
 asked for on one GPU.
 
     1 sm75     int4 m8n8k32       1032, 1064, 1128   the same with tiles of so many tokens
-    2 sm80     int4 m16n8k64      2032, 2064, 2128
+    2 sm80     int4 m16n8k64      2032, 2064, 2128, 2256
     3 sm90     wgmma, 8-bit floats            3001, 3002, 3003   its tiles, the largest first
     4 sm100    int8 m16n8k32      4032, 4064, 4128
 
@@ -21,8 +21,6 @@ from .structs import E4M3, PACKED
 PATHS = {1: "sm75", 2: "sm80", 3: "sm90", 4: "sm100"}
 HOPPER = 3
 MMAS = {1: "Turing", 2: "Int4", 4: "Int8"}
-ROWS = (32, 64, 128)
-"""Tokens of a tile of the products by mma.sync."""
 _HOPPER_TILES = dict(enumerate(kernels.HOPPER_TILES, 3001))
 
 
@@ -57,7 +55,8 @@ def of(op: str, capability: int) -> dict[int, str]:
     for path in _paths(capability):
         found[path] = PATHS[path]
         if path in MMAS:
-            found |= {1000 * path + rows: f"{PATHS[path]}, {rows} tokens" for rows in ROWS}
+            heights = kernels.tile_rows(MMAS[path])
+            found |= {1000 * path + rows: f"{PATHS[path]}, {rows} tokens" for rows in heights}
     if HOPPER in found:
         for number, (blocks, tokens) in _HOPPER_TILES.items():
             found[number] = f"sm90, {128 * blocks} x {tokens}"
@@ -79,8 +78,9 @@ def product(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
     check("gemm_w4a4_up", route, gpu.capability)
     if path_of(route) == HOPPER:
         return _hopper(op, gpu, route)
-    rows = route % 1000 if route >= 1000 else plans.tile_rows(op.M, op.N, gpu.multiprocessors)
-    return plans.mma_product(op, MMAS[path_of(route)], rows)
+    mma = MMAS[path_of(route)]
+    chosen = plans.tile_rows(op.M, op.N, gpu.multiprocessors, mma)
+    return plans.mma_product(op, mma, route % 1000 if route >= 1000 else chosen)
 
 
 def _hopper(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:

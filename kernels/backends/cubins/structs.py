@@ -13,7 +13,7 @@ PACKED, E4M3 = 0, 1
 GROUP = 64
 
 
-def _struct(name: str, fields: str) -> type[ctypes.Structure]:
+def struct(name: str, fields: str) -> type[ctypes.Structure]:
     """A struct of fields "name:kind", kind i (int64), p (pointer), e (int, enum) or b (bool)."""
     kinds = {"i": SIZE, "p": POINTER, "e": INT, "b": BOOL}
     pairs = [field.split(":") for field in fields.split()]
@@ -21,26 +21,26 @@ def _struct(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), members)
 
 
-QuantizeDown = _struct(
+QuantizeDown = struct(
     "QuantizeDown",
-    "M:i K:i R:i x:p x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b rotate:b codes:e"
-    " q:p ascales:p h:p",
+    "M:i K:i R:i x:p x_stride:i x_dtype:e smooth:p proj_down:p param_dtype:e act_unsigned:b"
+    " rotate:b unsigned_from:i codes:e q:p ascales:p h:p",
 )
-GemmW4A4Up = _struct(
+GemmW4A4Up = struct(
     "GemmW4A4Up",
-    "M:i N:i K:i R:i codes:e q:p act_unsigned:b ascales:p h:p h_stride:i weight:p weight_scale:p"
-    " proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
+    "M:i N:i K:i R:i codes:e q:p act_unsigned:b unsigned_from:i ascales:p h:p h_stride:i weight:p"
+    " weight_scale:p proj_up:p bias:p param_dtype:e out:p out_dtype:e workspace:p",
 )
-W4A16 = _struct(
+W4A16 = struct(
     "W4A16",
     "M:i N:i K:i x:p x_dtype:e weight:p weight_scale:p weight_zeros:p bias:p param_dtype:e out:p",
 )
-GemmVQ = _struct(
+GemmVQ = struct(
     "GemmVQ",
     "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p"
     " param_dtype:e addend:p addend_dtype:e out:p out_dtype:e",
 )
-HopperProduct = _struct(
+HopperProduct = struct(
     "HopperProduct",
     "M:e N:e K:e R:e across:e tiles:e ascales:p h:p h_stride:i weight_scale:p proj_up:p bias:p"
     " out:p out_dtype:e paired:b",

@@ -12,8 +12,12 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(NIBBLE_X86) && defined(_MSC_VER)
+#ifdef NIBBLE_X86
+#ifdef _MSC_VER
 #include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
 #endif
 
 namespace nibble::cpu {
@@ -24,53 +28,50 @@ namespace {
 Isa best_isa() { return Isa::portable; }
 
 #else
-#if defined(_MSC_VER) && !defined(__clang__)
 
-// Bits of cpuid's leaves 1 and 7 and of XCR0, which tells the registers that the operating system
-// saves: bits 1-2 for AVX, bits 5-7 for AVX-512.
-bool has(int word, std::initializer_list<int> bits) {
-    for (const int bit : bits)
-        if (!(word >> bit & 1)) return false;
-    return true;
+// Four registers that cpuid fills. Asked of the processor itself: not every compiler's runtime
+// knows what __builtin_cpu_supports asks (Zig's says no to everything).
+struct Cpuid {
+    int words[4];  // eax ebx ecx edx
+
+    explicit Cpuid(int leaf) {
+#ifdef _MSC_VER
+        __cpuidex(words, leaf, 0);
+#else
+        __cpuid_count(leaf, 0, words[0], words[1], words[2], words[3]);
+#endif
+    }
+
+    bool has(int word, std::initializer_list<int> bits) const {
+        for (const int bit : bits)
+            if (!(words[word] >> bit & 1)) return false;
+        return true;
+    }
+};
+
+// Whether the operating system saves registers: bits of XCR0, 1-2 for AVX, 5-7 for AVX-512. Only
+// where cpuid has OSXSAVE.
+bool saves(unsigned registers) {
+#ifdef _MSC_VER
+    const unsigned saved = static_cast<unsigned>(_xgetbv(0));
+#else
+    unsigned saved, high;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+#endif
+    return (saved & registers) == registers;
 }
 
 bool has_avx2() {
-    int none[4], one[4], seven[4];
-    __cpuidex(none, 0, 0);
-    if (none[0] < 7) return false;
-    __cpuidex(one, 1, 0);
-    __cpuidex(seven, 7, 0);
-    const bool named = has(one[2], {12, 27, 28, 29}) && has(seven[1], {5});  // FMA AVX F16C, AVX2
-    return named && (_xgetbv(0) & 0x06) == 0x06;
+    if (Cpuid(0).words[0] < 7) return false;
+    // FMA, OSXSAVE, AVX, F16C; AVX2
+    return Cpuid(1).has(2, {12, 27, 28, 29}) && Cpuid(7).has(1, {5}) && saves(0x06);
 }
 
+// Of a processor that has AVX2.
 bool has_avx512_vnni() {
-    int seven[4];
-    __cpuidex(seven, 7, 0);
-    const bool named = has(seven[1], {16, 17, 30, 31}) && has(seven[2], {11});  // F DQ BW VL, VNNI
-    return named && (_xgetbv(0) & 0xE6) == 0xE6;
+    const Cpuid seven(7);
+    return seven.has(1, {16, 17, 30, 31}) && seven.has(2, {11}) && saves(0xE6);  // F DQ BW VL, VNNI
 }
-
-#else
-
-// The compiler's runtime asks the processor and the operating system.
-bool has_avx2() {
-    __builtin_cpu_init();
-    const bool named = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#if defined(__clang__) ? __clang_major__ >= 19 : __GNUC__ >= 11
-    return named && __builtin_cpu_supports("f16c");
-#else
-    return named;  // older compilers do not know the name; every processor with both has F16C
-#endif
-}
-
-bool has_avx512_vnni() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-#endif
 
 Isa best_isa() {
     if (!has_avx2()) return Isa::portable;

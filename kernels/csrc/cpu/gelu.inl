@@ -2,7 +2,7 @@
 // caches go through the product, the GELU and the quantizer before the next ones start, so y is
 // never in memory as a whole.
 
-constexpr int64_t MLP_TOKENS = 128;  // a multiple of TOKENS and of ROWS
+constexpr int64_t MLP_TOKENS = 128;  // a multiple of TOKENS and of LANES
 
 // e^x = 2^n * e^r, |r| <= ln(2) / 2, a polynomial of degree 6 (Cephes' expf). Below e^-87 it stays
 // there, from e^88.4 on it is infinite.
@@ -55,7 +55,7 @@ inline void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op
     const GemmW4A4Up& first = op.first;
     if (first.M == 0) return;
     const int64_t most = smaller(first.M, MLP_TOKENS);
-    Scratch<Step> steps(divide_up(most, ROWS) * (first.K / GROUP));
+    Scratch<Step> steps(divide_up(most, LANES) * (first.K / GROUP));
     Scratch<float> y(most * first.N), smooth(first.N);
     to_floats(first.param_dtype, op.smooth2, first.N, smooth.data);
     for (int64_t m = 0; m < first.M; m += MLP_TOKENS) {
@@ -64,7 +64,7 @@ inline void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op
         gemm_chunk(first, m, m + tokens, steps.data, threads, gelu_tile, &middle);
         QuantizeDown second{};
         second.M = tokens, second.K = first.N, second.R = op.R2;
-        second.x = y.data, second.x_dtype = Dtype::f32;
+        second.x = y.data, second.x_stride = first.N, second.x_dtype = Dtype::f32;
         second.proj_down = op.proj_down2, second.param_dtype = first.param_dtype;
         second.act_unsigned = op.act_unsigned2, second.rotate = op.rotate2;
         second.q = static_cast<uint8_t*>(op.q2) + m * (first.N / 2);

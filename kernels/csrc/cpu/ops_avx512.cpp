@@ -17,6 +17,13 @@
 
 #include "threads.h"
 
+#ifdef __GNUC__
+#define NIBBLE_UNROLL_16 _Pragma("GCC unroll 16")
+#define NIBBLE_LIKELY(condition) __builtin_expect(condition, 1)
+#else
+#define NIBBLE_UNROLL_16
+#define NIBBLE_LIKELY(condition) (condition)
+#endif
 #define NIBBLE_DOT "simd/dot_avx512.inl"
 
 namespace nibble::cpu {

@@ -82,12 +82,12 @@ inline void quantize_task(const void* context, int64_t index, void* memory) {
         const int64_t columns = smaller(DOWN_BLOCK, op.K - k0);
         for (int64_t r = 0; r < rows; ++r) {
             float* x = scratch.x + r * DOWN_BLOCK;
-            to_floats(op.x_dtype, at(op.x, op.x_dtype, (m0 + r) * op.K + k0), columns, x);
+            to_floats(op.x_dtype, at(op.x, op.x_dtype, (m0 + r) * op.x_stride + k0), columns, x);
             for (int64_t k = 0; k < columns; k += GROUP) {
                 uint8_t* q = static_cast<uint8_t*>(op.q) + ((m0 + r) * op.K + k0 + k) / 2;
                 float* ascale = op.ascales + (k0 + k) / GROUP * quantize.ascales_stride + m0 + r;
-                quantize_group(x + k, quantize.smooth + k0 + k, op.act_unsigned, op.rotate, q,
-                               ascale);
+                const bool is_unsigned = op.act_unsigned && k0 + k >= op.unsigned_from;
+                quantize_group(x + k, quantize.smooth + k0 + k, is_unsigned, op.rotate, q, ascale);
             }
         }
         for (int64_t c = 0; c < op.R; c += PANEL) {

@@ -1,25 +1,32 @@
 // y = x . ((W - 8) * weight_scale + weight_zeros)^T + bias, activations in floating point.
-//   few tokens   codes go from the file's bytes into the sum, scales once a group: the weights are
-//   read once, at 4 bits more tokens  bound by multiplying: a panel of weights is decoded to floats
-//   once and used by all tokens of a tile
+//   few tokens   codes go from the file's bytes into the sum, row by row, scales once a group: what
+//                takes time is reading the weights, once
+//   more tokens  bound by multiplying: a panel of weights is decoded to floats once and used by all
+//                tokens of a tile
 
 constexpr int64_t MANY_CHUNK = 256;  // tokens converted at a time: bounds the scratch
 
 // ---- few tokens ---------------------------------------------------------------------------------
 
-// A dword holds 8 codes. Masking the code at bit 4 j without shifting it leaves code * 16^j, so
-// token values come divided by 16^j; only the highest code is shifted down. A token whose values
+// A vector holds LANES dwords that follow one another in a row of weights; code j of dword d is
+// column 8 d + j, and meets a vector of the token's values at these columns. FewCodes (simd/) makes
+// floats of the codes, times UNIT[j]: the token's values come divided by it. A token whose values
 // are so small that the division would lose bits is scaled up by 2^64 before.
 struct Few {
     const W4A16& op;
-    const float* x;     // (M, K), element k divided by 16^(k % 8), the eighth undivided
+    int64_t vectors;    // in a row; the last one may be half empty: zeros of x, and of scales
+    const float* x;     // (M, vectors, 8, LANES)
     const float* sums;  // (K / GROUP, M): the group's sum of x
     const float* undo;  // (M,) 1 or 2^-64
 };
 
-inline void prepare_few(const W4A16& op, float* x, float* sums, float* undo) {
-    for (int64_t m = 0; m < op.M; ++m) {
-        float* row = x + m * op.K;
+constexpr int FEW_OUTPUTS = 64;  // of a task: their scales are converted together
+
+inline void prepare_few(const W4A16& op, int64_t vectors, float* x, float* sums, float* undo) {
+    Scratch<float> scratch(op.K);
+    float* row = scratch.data;
+    std::memset(x, 0, static_cast<size_t>(op.M * vectors * 8 * LANES) * 4);
+    for (int64_t m = 0; m < op.M; ++m, x += vectors * 8 * LANES) {
         to_floats(op.x_dtype, at(op.x, op.x_dtype, m * op.K), op.K, row);
         float most = 0.0f;
         for (int64_t k = 0; k < op.K; ++k) {
@@ -28,121 +35,152 @@ inline void prepare_few(const W4A16& op, float* x, float* sums, float* undo) {
         }
         const bool tiny = most < 1e-24f;
         undo[m] = tiny ? 5.421010862427522e-20f : 1.0f;
+        for (int64_t k = 0; k < op.K; ++k) row[k] *= tiny ? 1.8446744073709552e19f : 1.0f;
         for (int64_t g = 0; g < op.K / GROUP; ++g) {
             float sum = 0.0f;
-            for (int k = 0; k < GROUP; ++k) {
-                float& value = row[g * GROUP + k];
-                value *= tiny ? 1.8446744073709552e19f : 1.0f;
-                sum += value;
-                value *= k % 8 == 7 ? 1.0f : 1.0f / static_cast<float>(1 << 4 * (k % 8));
-            }
+            for (int k = 0; k < GROUP; ++k) sum += row[g * GROUP + k];
             sums[g * op.M + m] = sum;
         }
+        for (int64_t d = 0; d < op.K / 8; ++d)
+            for (int j = 0; j < 8; ++j)
+                x[(d / LANES * 8 + j) * LANES + d % LANES] = row[8 * d + j] / FewCodes::UNIT[j];
     }
 }
 
-constexpr int COLUMNS =
-    2;  // vectors of outputs in a tile: a token's value and a mask are loaded once for both
-
-// Code J of each dword, times the tokens' values. J is a constant of the program, so that the masks
-// are constants too.
-template <int J, int M>
-void few_step(const I word[COLUMNS], const float* x, int64_t stride, F part[M][COLUMNS]) {
-    F value[COLUMNS];
-    for (int v = 0; v < COLUMNS; ++v) {
-        if constexpr (J == 7)
-            value[v] = sub(to_float(shift_right<28>(word[v])), splat(8.0f));
-        else
-            value[v] = sub(to_float(and_(word[v], splat_int(15 << 4 * J))),
-                           splat(static_cast<float>(8 << 4 * J)));
-    }
-    for (int m = 0; m < M; ++m) {
-        const F factor = splat(x[m * stride + J]);
-        for (int v = 0; v < COLUMNS; ++v)
-            part[m][v] = J ? fma(factor, value[v], part[m][v]) : mul(factor, value[v]);
-    }
-}
-
-// A dword's 8 products are summed by themselves and then added to the group's sum: short chains of
-// fmas, so that several go on at a time, and less rounding.
-template <int M>
-NIBBLE_NOINLINE void few_tile(const Few& few, int64_t n0, int valid) {
-    const W4A16& op = few.op;
-    const uint8_t* weight = static_cast<const uint8_t*>(op.weight) + n0 * (op.K / 2);
-    F sum[M][COLUMNS];
-    for (int m = 0; m < M; ++m)
-        for (int v = 0; v < COLUMNS; ++v) sum[m][v] = zero();
-    for (int64_t g = 0; g < op.K / GROUP; ++g) {
-        I words[COLUMNS][8];
-        for (int v = 0; v < COLUMNS; ++v) {
-            // A vector wholly beyond N repeats the last row.
-            const int first = v * LANES < valid ? v * LANES : valid - 1;
-            load_words(weight + first * (op.K / 2) + g * (GROUP / 2), op.K / 2, valid - first,
-                       words[v]);
-        }
-        F group[M][COLUMNS];
-        for (int m = 0; m < M; ++m)
-            for (int v = 0; v < COLUMNS; ++v) group[m][v] = zero();
-        const float* x = few.x + g * GROUP;
-        for (int d = 0; d < 8; ++d) {
-            I word[COLUMNS];
-            for (int v = 0; v < COLUMNS; ++v) word[v] = words[v][d];
-            F part[M][COLUMNS];
-            few_step<0, M>(word, x + 8 * d, op.K, part);
-            few_step<1, M>(word, x + 8 * d, op.K, part);
-            few_step<2, M>(word, x + 8 * d, op.K, part);
-            few_step<3, M>(word, x + 8 * d, op.K, part);
-            few_step<4, M>(word, x + 8 * d, op.K, part);
-            few_step<5, M>(word, x + 8 * d, op.K, part);
-            few_step<6, M>(word, x + 8 * d, op.K, part);
-            few_step<7, M>(word, x + 8 * d, op.K, part);
+// Code J of each dword, times the tokens' values. J is a constant of the program, so that masks and
+// shifts are constants too.
+template <int J, int M, int R>
+void few_step(const FewCodes& codes, const I word[R], const float* x, int64_t stride,
+              F part[M][R]) {
+    if constexpr (J < 8) {
+        F value[M];
+        for (int m = 0; m < M; ++m) value[m] = load(x + m * stride + J * LANES);
+        for (int r = 0; r < R; ++r) {
+            const F code = codes.of<J>(word[r]);
             for (int m = 0; m < M; ++m)
-                for (int v = 0; v < COLUMNS; ++v) group[m][v] = add(group[m][v], part[m][v]);
+                part[m][r] = J ? fma(value[m], code, part[m][r]) : mul(value[m], code);
         }
-        float scale[COLUMNS * LANES] = {}, zeros[COLUMNS * LANES] = {};
-        to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, g * op.N + n0), valid, scale);
-        if (op.weight_zeros)
-            to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid,
-                      zeros);
-        for (int m = 0; m < M; ++m)
-            for (int v = 0; v < COLUMNS; ++v) {
-                sum[m][v] = fma(load(scale + v * LANES), group[m][v], sum[m][v]);
-                if (op.weight_zeros)
-                    sum[m][v] = fma(load(zeros + v * LANES), splat(few.sums[g * M + m]), sum[m][v]);
-            }
+        few_step<J + 1, M, R>(codes, word, x, stride, part);
     }
-    float y[COLUMNS * LANES], bias[COLUMNS * LANES] = {};
+}
+
+// Vector i of R rows, whose dwords are `word`. Its 8 products are summed by themselves and then,
+// scaled, added to the rows' sums: short chains of fmas, so that several go on at a time, and less
+// rounding. `scales` are FEW_OUTPUTS floats apart from one group to the next.
+template <int M, int R>
+inline void few_vector(const Few& few, const FewCodes& codes, const I word[R], const float* scales,
+                       int64_t i, F sum[M][R]) {
+    F part[M][R];
+    few_step<0, M, R>(codes, word, few.x + i * 8 * LANES, few.vectors * 8 * LANES, part);
+    for (int r = 0; r < R; ++r) {
+        const F scale = scales_of_vector(scales + r, FEW_OUTPUTS, i);
+        for (int m = 0; m < M; ++m) sum[m][r] = fma(part[m][r], scale, sum[m][r]);
+    }
+}
+
+// R rows of weights from `weight` on.
+template <int M, int R>
+NIBBLE_NOINLINE void few_tile(const Few& few, const uint8_t* weight, const float* scales,
+                              float* result) {
+    const FewCodes codes;
+    const int64_t stride = few.op.K / 2, whole = stride / (4 * LANES);
+    F sum[M][R];
+    I word[R];
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) sum[m][r] = zero();
+    for (int64_t i = 0; i < whole; ++i) {
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* p = weight + r * stride + i * 4 * LANES;
+            prefetch(p + R * stride);
+            word[r] = load_dwords(p);
+        }
+        few_vector<M, R>(few, codes, word, scales, i, sum);
+    }
+    if (whole < few.vectors) {
+        for (int r = 0; r < R; ++r)
+            word[r] = load_last_dwords(weight + r * stride + whole * 4 * LANES);
+        few_vector<M, R>(few, codes, word, scales, whole, sum);
+    }
+    for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) result[m * FEW_OUTPUTS + r] = total(sum[m][r]);
+}
+
+struct FewScratch {
+    float *scales, *zeros, *result, *rest;
+    FewScratch(Carver& carver, int64_t groups, int64_t tokens)
+        : scales(carver.take<float>((groups + 1) * FEW_OUTPUTS)),
+          zeros(carver.take<float>(FEW_OUTPUTS)),
+          result(carver.take<float>(tokens * FEW_OUTPUTS)),
+          rest(carver.take<float>(tokens * FEW_OUTPUTS)) {}
+};
+
+// Scales as floats, and what does not depend on codes: (M, FEW_OUTPUTS) zeros * sums of x.
+inline void few_scales(const Few& few, int64_t n0, int64_t valid, const FewScratch& scratch) {
+    const W4A16& op = few.op;
+    const int64_t groups = op.K / GROUP;
+    std::memset(scratch.scales, 0, static_cast<size_t>((groups + 1) * FEW_OUTPUTS) * 4);
+    std::memset(scratch.rest, 0, static_cast<size_t>(op.M * FEW_OUTPUTS) * 4);
+    for (int64_t g = 0; g < groups; ++g) {
+        to_floats(op.param_dtype, at(op.weight_scale, op.param_dtype, g * op.N + n0), valid,
+                  scratch.scales + g * FEW_OUTPUTS);
+        if (!op.weight_zeros) continue;
+        to_floats(op.param_dtype, at(op.weight_zeros, op.param_dtype, g * op.N + n0), valid,
+                  scratch.zeros);
+        for (int64_t m = 0; m < op.M; ++m) {
+            float* rest = scratch.rest + m * FEW_OUTPUTS;
+            const F sum = splat(few.sums[g * op.M + m]);
+            for (int n = 0; n < FEW_OUTPUTS; n += LANES)
+                store(rest + n, fma(load(scratch.zeros + n), sum, load(rest + n)));
+        }
+    }
+}
+
+template <int M>
+void few_outputs(const Few& few, int64_t n0, int64_t valid, void* memory) {
+    constexpr int R = M <= 2 ? 4 : 2;  // rows at once: as many sums as there are registers
+    const W4A16& op = few.op;
+    Carver carver{static_cast<char*>(memory)};
+    const FewScratch scratch(carver, op.K / GROUP, M);
+    few_scales(few, n0, valid, scratch);
+    const uint8_t* weight = static_cast<const uint8_t*>(op.weight) + n0 * (op.K / 2);
+    int64_t n = 0;
+    for (; n + R <= valid; n += R)
+        few_tile<M, R>(few, weight + n * (op.K / 2), scratch.scales + n, scratch.result + n);
+    for (; n < valid; ++n)
+        few_tile<M, 1>(few, weight + n * (op.K / 2), scratch.scales + n, scratch.result + n);
+    float bias[FEW_OUTPUTS] = {};
     if (op.bias) to_floats(op.param_dtype, at(op.bias, op.param_dtype, n0), valid, bias);
     for (int m = 0; m < M; ++m) {
-        for (int v = 0; v < COLUMNS; ++v)
-            store(y + v * LANES, fma(sum[m][v], splat(few.undo[m]), load(bias + v * LANES)));
+        float* y = scratch.result + m * FEW_OUTPUTS;
+        for (n = 0; n < valid; ++n)
+            y[n] = (y[n] + scratch.rest[m * FEW_OUTPUTS + n]) * few.undo[m] + bias[n];
         from_floats(op.x_dtype, y, valid, const_cast<char*>(at(op.out, op.x_dtype, m * op.N + n0)));
     }
 }
 
-inline void few_task(const void* context, int64_t index, void*) {
+inline void few_task(const void* context, int64_t index, void* memory) {
     const Few& few = *static_cast<const Few*>(context);
-    const int64_t columns = COLUMNS * LANES, n0 = index * columns;
-    const int valid = static_cast<int>(smaller(columns, few.op.N - n0));
+    const int64_t n0 = index * FEW_OUTPUTS, valid = smaller(FEW_OUTPUTS, few.op.N - n0);
     static_assert(FEW_TOKENS == 4, "one case for each");
     switch (few.op.M) {
         case 1:
-            return few_tile<1>(few, n0, valid);
+            return few_outputs<1>(few, n0, valid, memory);
         case 2:
-            return few_tile<2>(few, n0, valid);
+            return few_outputs<2>(few, n0, valid, memory);
         case 3:
-            return few_tile<3>(few, n0, valid);
+            return few_outputs<3>(few, n0, valid, memory);
         default:
-            return few_tile<4>(few, n0, valid);
+            return few_outputs<4>(few, n0, valid, memory);
     }
 }
 
 inline void few_tokens(const W4A16& op, int threads) {
-    const int64_t sums = op.K / GROUP * op.M;
-    Scratch<float> x(op.M * op.K), group_sums(sums), undo(op.M);
-    prepare_few(op, x.data, group_sums.data, undo.data);
-    const Few few{op, x.data, group_sums.data, undo.data};
-    parallel(divide_up(op.N, COLUMNS * LANES), threads, 0, few_task, &few);
+    const int64_t groups = op.K / GROUP, vectors = divide_up(op.K, 8 * LANES);
+    Scratch<float> x(op.M * vectors * 8 * LANES), group_sums(groups * op.M), undo(op.M);
+    prepare_few(op, vectors, x.data, group_sums.data, undo.data);
+    const Few few{op, vectors, x.data, group_sums.data, undo.data};
+    parallel(divide_up(op.N, FEW_OUTPUTS), threads, scratch_bytes<FewScratch>(groups, op.M),
+             few_task, &few);
 }
 
 // ---- more tokens --------------------------------------------------------------------------------

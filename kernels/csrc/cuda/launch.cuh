@@ -65,6 +65,15 @@ private:
     bool changed_ = false;
 };
 
+// Whether the code that the current GPU gets of a kernel has `wait_for_previous_kernel` in it: that
+// which the driver compiles from the PTX of compute_80 has not.
+template <class Kernel>
+bool knows_waiting(Kernel kernel) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "looking for code for this GPU");
+    return attributes.ptxVersion >= 90;
+}
+
 // kernel<<<grid, threads, shared, stream>>>(arguments...) on target.device. More than 48 KB of
 // shared memory has to be allowed first, for each kernel and device; asking every time keeps no
 // state.
@@ -87,6 +96,11 @@ void launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(target.stream);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    if (target.waits && target.capability >= 90 && knows_waiting(kernel))
+        config.attrs = &early, config.numAttrs = 1;
     check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "starting a kernel");
 }
 

@@ -135,6 +135,21 @@ NIBBLE_DEVICE T shuffle(T x, int lane) {
     return __shfl_sync(0xFFFFFFFF, x, lane);
 }
 
+// Two kernels that follow one another on a stream (programmatic dependent launch, 9.0 and later).
+// The second may be started while the first runs, once each block of that has allowed it or ended;
+// what the first wrote may be read, and what it read be written, after the wait alone, which is for
+// the whole first kernel. Without such a launch neither does anything.
+NIBBLE_DEVICE void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+NIBBLE_DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 NIBBLE_DEVICE uint32_t shared_address(const void* p) {

@@ -163,6 +163,23 @@ NIBBLE_DEVICE void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t
 #undef NIBBLE_SUMS
 #undef NIBBLE_PRODUCT
 
+// ---- products of a warp -------------------------------------------------------------------------
+
+// The nearest number with tf32's 11 significant bits, halves away from zero.
+NIBBLE_DEVICE uint32_t round_to_tf32(float x) {
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+// tf32 m16n8k8, fp32 sums. A: a0 (row g, k t) a1 (row g + 8) a2 (row g, k t + 4) a3 (row g + 8,
+// k t + 4); B: b0 (k t, column g) b1 (k t + 4).
+NIBBLE_DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // ---- bytes --------------------------------------------------------------------------------------
 
 // Byte i of the result is byte (nibble i of `selectors`) % 8 of {low, high}; where the nibble's bit

@@ -12,7 +12,18 @@ try:
 except ImportError:  # ComfyUI's library without its server, as in a script
     PromptServer = None
 
+try:
+    from comfy_execution.utils import get_executing_context
+except ImportError:  # an older ComfyUI
+    get_executing_context = None
+
 CHART_EVENT = "nibble_chart"  # {"node": execution id, "chart": JSON}, heard by web/nibble.js
+
+
+def running_node() -> str | None:
+    """The node that ComfyUI runs now, in this thread."""
+    context = get_executing_context() if get_executing_context else None
+    return None if context is None else context.node_id
 
 
 class Progress:
@@ -21,7 +32,7 @@ class Progress:
     """
 
     def __init__(self, title: str, node_id: str | None = None):
-        self.title, self.node_id = title, node_id
+        self.title, self.node_id = title, node_id or running_node()
         self.bar = comfy.utils.ProgressBar(1)
 
     def __call__(self, done: int, total: int, name: str = "") -> None:

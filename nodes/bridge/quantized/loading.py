@@ -20,7 +20,7 @@ from ....quant.interop.opening import OpenedFiles, method_of
 from ....quant.weights.delta import SIDE
 from ..host import folders, progress
 from ..host.folders import DIFFUSION_MODELS as FOLDER
-from . import layouts, lora, modulation
+from . import layouts, lora, mlp, modulation, preparing
 from .linear import NibbleOperations
 
 MODULATION = ("vram", "ram")
@@ -91,8 +91,10 @@ def load(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
     _check_complete(patcher, file)
+    mlp.fuse(patcher.model.diffusion_model)
     if modulation_in == "ram":
         modulation.keep_in_ram(patcher)
+    preparing.prepare(patcher)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
     patcher.cached_patcher_init = (load, (os.fspath(path), False, dtype, modulation_in))
     return patcher

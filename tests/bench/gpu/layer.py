@@ -135,9 +135,9 @@ class Steps:
         x, kind = self.layer.x, DTYPES[self.layer.x.dtype]
         between = {name: getattr(self, name).data_ptr() for name in ("q", "ascales", "h")}
         activations = {"M": self.layer.case.M, **between}
-        own = {"x": x.data_ptr(), "x_dtype": kind}
+        own = {"x": x.data_ptr(), "x_stride": x.stride(0), "x_dtype": kind}
         self._quantize = quantizer_arguments(params.quantizer, self.codes) | activations | own
-        product = product_arguments(params.product, self.codes, params.act_unsigned)
+        product = product_arguments(params.product, self.codes, (params.act_unsigned, 0))
         out = {"out": self.out.data_ptr(), "out_dtype": kind}
         self._product = product | activations | out | self._workspace
 

@@ -38,6 +38,7 @@ class Target(ctypes.Structure):
         ("capability", _int),
         ("threads", _int),
         ("isa", _int),
+        ("waits", ctypes.c_bool),
     ]
 
 
@@ -131,15 +132,17 @@ def quantize_down(
     proj_down: Tensor,
     act_unsigned: bool = False,
     rotation: int = 0,
+    unsigned_from: int = 0,
     *,
     capability: int,
     form: int = PACKED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, ascales, h); q is (M, K/2) int8, or (M, K) int8 holding the bits of e4m3 for
-    form=E4M3.
+    form=E4M3. Rows of x may lie apart.
     """
     (m, k), r = x.shape, proj_down.shape[1]
-    x, smooth_factor, proj_down = x.contiguous(), smooth_factor.contiguous(), proj_down.contiguous()
+    smooth_factor, proj_down = smooth_factor.contiguous(), proj_down.contiguous()
+    x = x if x.stride(1) == 1 and x.stride(0) >= k else x.contiguous()
     q = _unset(m, k if form else k // 2, dtype=torch.int8)
     ascales, h = _unset(k // 64, m, dtype=torch.float32), _unset(m, r, dtype=torch.float32)
     _call(
@@ -149,12 +152,14 @@ def quantize_down(
             k,
             r,
             _at(x),
+            x.stride(0),
             DTYPES[x.dtype],
             _at(smooth_factor),
             _at(proj_down),
             DTYPES[proj_down.dtype],
-            act_unsigned,
+            act_unsigned or unsigned_from > 0,
             bool(rotation),
+            unsigned_from,
             form,
             _at(q),
             _at(ascales),
@@ -187,6 +192,7 @@ def _product(
         form,
         _at(q),
         act_unsigned,
+        0,
         _at(ascales),
         _at(h),
         stride,
@@ -208,12 +214,15 @@ def gemm_w4a4_up(
     bias: Tensor | None = None,
     act_unsigned: bool = False,
     out_dtype: torch.dtype = torch.float32,
+    unsigned_from: int = 0,
     *,
     capability: int,
     form: int = PACKED,
 ) -> Tensor:
     """(M, N) in `out_dtype`. Tensors must be contiguous (h: its rows)."""
-    arguments = _product(q, ascales, h, weight, weight_scale, proj_up, bias, act_unsigned, form)
+    signs = act_unsigned or unsigned_from > 0
+    arguments = _product(q, ascales, h, weight, weight_scale, proj_up, bias, signs, form)
+    arguments.unsigned_from = unsigned_from
     out = _unset(arguments.M, arguments.N, dtype=out_dtype)
     workspace = _workspace(
         "gemm_w4a4_up", capability, arguments.M, arguments.N, arguments.K, arguments.R, form

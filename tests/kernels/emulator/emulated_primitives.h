@@ -82,6 +82,9 @@ inline int recomputed(int x) { return x; }
 
 inline char* dynamic_shared() { return emulator::block().shared; }
 inline void sync_block() { emulator::barrier(0, emulator::block().threads); }
+// The emulator runs one kernel after the other.
+inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {}
 inline void sync_warp() {
     int nothing = 0;
     emulator::together("syncwarp", nothing, [](int**) {});

@@ -18,6 +18,32 @@ namespace nibble {
 
 using Barrier = uint64_t;
 
+// ---- products of a warp -------------------------------------------------------------------------
+
+inline uint32_t round_to_tf32(float x) {
+    const uint32_t bits = uint32_t(as_int(x));
+    const bool number = (bits & 0x7F800000) != 0x7F800000;
+    return number ? (bits + 0x1000) & 0xFFFFE000 : bits;
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    struct Lane {
+        float* c;
+        const uint32_t *a, *b;
+    } mine{c, a, b};
+    emulator::together("mma.m16n8k8", mine, [](Lane** lanes) {
+        const auto cut = [](uint32_t bits) { return double(as_float(int(bits & 0xFFFFE000))); };
+        for (int lane = 0; lane < 32; lane++)
+            for (int r = 0; r < 4; r++) {
+                const int g = lane / 4, column = 2 * (lane % 4) + r % 2;
+                double sum = lanes[lane]->c[r];
+                for (int k = 0; k < 8; k++)
+                    sum += cut(lanes[4 * g + k % 4]->a[r / 2 + k / 4 * 2]) *
+                           cut(lanes[4 * column + k % 4]->b[k / 4]);
+                lanes[lane]->c[r] = float(sum);
+            }
+    });
+}
+
 // ---- barriers in shared memory and the copy engine ----------------------------------------------
 
 struct TensorMap {

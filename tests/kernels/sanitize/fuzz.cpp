@@ -72,10 +72,10 @@ void fuzz_quantize(Target target) {
     const int64_t M = any(0, 40), K = GROUP * any(1, 5),
                   R = pick<int64_t>({0, 1, 3, 8, 16, 31, 32, 33, 160});
     const bool act_unsigned = coin(), rotate = !act_unsigned && coin();
+    const int64_t from = act_unsigned && coin() ? GROUP * any(0, K / GROUP - 1) : 0;
     Floats x(any_dtype(), M * K), smooth(any_dtype(), K), down(smooth.dtype, K * R);
     x.fill(pick({0.0, 1e-39, 1e-6, 1.0, 300.0}));
-    smooth.fill(0.3, pick({1.0, -1.0, 4.0}));
-    down.fill(0.1);
+    smooth.fill(0.3, pick({1.0, -1.0, 4.0})), down.fill(0.1);
     for (int64_t k = 0; k < K; ++k)
         if (std::fabs(smooth[k]) < 0.01) smooth.set(k, 1);
     if (M && coin())
@@ -84,12 +84,14 @@ void fuzz_quantize(Target target) {
                           K,
                           R,
                           x.data(),
+                          K,
                           x.dtype,
                           smooth.data(),
                           down.data(),
                           down.dtype,
                           act_unsigned,
                           rotate,
+                          from,
                           Codes::packed,
                           nullptr,
                           nullptr,
@@ -102,15 +104,16 @@ void fuzz_quantize(Target target) {
     for (int64_t m = 0; m < M; ++m) {
         for (int64_t g = 0; g < K / GROUP; ++g) {
             double value[GROUP], turned[GROUP] = {};
+            const bool is_unsigned = act_unsigned && g * GROUP >= from;
             for (int k = 0; k < GROUP; ++k)
-                value[k] = smoothed(x, smooth, m, g * GROUP + k, act_unsigned);
+                value[k] = smoothed(x, smooth, m, g * GROUP + k, is_unsigned);
             for (int i = 0; i < GROUP && rotate; ++i)
                 for (int k = 0; k < GROUP; ++k) {
                     int bits = i & k, odd = 0;
                     for (; bits; bits &= bits - 1) odd ^= 1;
                     turned[i] += odd ? -value[k] / 8 : value[k] / 8;
                 }
-            check_group(one, M, K, m, g, rotate ? turned : value, act_unsigned, !rotate);
+            check_group(one, M, K, m, g, rotate ? turned : value, is_unsigned, !rotate);
         }
         for (int64_t r = 0; r < R; ++r) {
             double sum = 0, magnitude = 0;
@@ -131,6 +134,7 @@ void fuzz_quantize(Target target) {
 struct Product {
     int64_t M, N, K, R, stride;
     bool act_unsigned = coin(), has_bias = coin();
+    int64_t from = act_unsigned && coin() ? GROUP * any(0, K / GROUP - 1) : 0;
     Dtype dtype = any_dtype();
     Bytes q, weight;
     std::vector<float> ascales, h;
@@ -160,6 +164,7 @@ struct Product {
                 Codes::packed,
                 q.data(),
                 act_unsigned,
+                from,
                 ascales.data(),
                 h.data(),
                 stride,
@@ -178,7 +183,7 @@ struct Product {
         for (int64_t g = 0; g < K / GROUP; ++g) {
             int group = 0;
             for (int64_t k = g * GROUP; k < (g + 1) * GROUP; ++k)
-                group += code(q, m, K, k, act_unsigned) * code(weight, n, K, k, false);
+                group += code(q, m, K, k, act_unsigned && k >= from) * code(weight, n, K, k, false);
             const double term = group *
                                 static_cast<double>(ascales[static_cast<size_t>(g * M + m)]) *
                                 scale[g * N + n];

@@ -50,6 +50,8 @@ inline int largest(I x) {
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
 }
 
+inline float total(F x) { return total_of_eight(x); }
+
 inline F load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -69,8 +71,34 @@ F codewords(const float* codebook, const uint16_t* codes, int64_t k) {
     return eight_of_codewords<D>(codebook, codes, k);
 }
 
+// The 32 bytes (one group of 64 codes) of eight rows, as eight vectors: words[d] holds the 4 bytes
+// at 4 d of every row, row by row. `rows` are `stride` bytes apart; only the first `valid` exist,
+// and the last of them stands in for the others.
+template <bool ALL>
+void transpose_eight(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
+    const auto row = [&](int r) { return rows + (ALL || r < valid ? r : valid - 1) * stride; };
+    for (int r = 0; r < 8; ++r) prefetch_ahead(row(r));
+    for (int half = 0; half < 2; ++half) {
+        const auto part = [&](int r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(r) + 16 * half));
+        };
+        I x[4];
+        for (int r = 0; r < 4; ++r)
+            x[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(part(r)), part(r + 4), 1);
+        const I a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
+        const I c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
+        words[4 * half] = _mm256_unpacklo_epi64(a, c);
+        words[4 * half + 1] = _mm256_unpackhi_epi64(a, c);
+        words[4 * half + 2] = _mm256_unpacklo_epi64(b, d);
+        words[4 * half + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+}
+
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
-    transpose_words(rows, stride, valid, words);
+    if (valid >= 8)
+        transpose_eight<true>(rows, stride, valid, words);
+    else
+        transpose_eight<false>(rows, stride, valid, words);
 }
 
 inline void pack_group(const I codes[8], uint8_t* q) {
@@ -92,13 +120,41 @@ inline F butterflies(F x) {
     return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, s4));
 }
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, code J times UNIT[J]: masked without being shifted down.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 16, 256, 4096, 65536, 1048576, 16777216, 1};
+    template <int J>
+    F of(I word) const {
+        if constexpr (J == 7)
+            return sub(to_float(shift_right<28>(word)), splat(8.0f));
+        else
+            return sub(to_float(and_(word, splat_int(15 << 4 * J))),
+                       splat(static_cast<float>(8 << 4 * J)));
+    }
+};
+
+// A row's next dwords; here a vector is a group.
+inline I load_dwords(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    return splat(scales[vector * stride]);
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
+
+// Tiles of 32 outputs of a task, side by side: with more, an L2 of 512 KB overflows.
+constexpr int MOST_TILES = 1;
 
 constexpr int ROWS = 4;      // tokens at once
 constexpr int FMA_ROWS = 6;  // and in floating point, where no register holds codes
 
-// Starting value of the sums that makes up for weights stored as code + 8: two int16 that a group's
-// end adds to -8 sum(a).
-inline int32_t offset(int sum) {
-    return static_cast<int32_t>(static_cast<uint16_t>(-4 * sum) * 0x10001u);
+// Starting values of the sums that make up for weights stored as code + 8: two int16 a token that a
+// group's end adds to -8 sum(a).
+inline I offset(I sums) {
+    const I half = and_(sub_int(splat_int(0), shift_left<2>(sums)), splat_int(0xFFFF));
+    return or_(half, shift_left<16>(half));
 }

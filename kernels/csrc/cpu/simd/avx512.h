@@ -59,6 +59,11 @@ inline int largest(I x) {
     return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
 }
 
+inline float total(F x) {
+    const __m256 low = _mm256_castsi256_ps(half_of(bits(x), 0));
+    return total_of_eight(_mm256_add_ps(low, _mm256_castsi256_ps(half_of(bits(x), 1))));
+}
+
 inline F load_half(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -82,13 +87,37 @@ F codewords(const float* codebook, const uint16_t* codes, int64_t k) {
     return from_bits(join(_mm256_castps_si256(low), _mm256_castps_si256(high)));
 }
 
+// The 32 bytes (one group of 64 codes) of sixteen rows, as eight vectors: words[d] holds the 4
+// bytes at 4 d of every row, row by row. `rows` are `stride` bytes apart; only the first `valid`
+// exist, and the last of them stands in for the others.
+template <bool ALL>
+void transpose_sixteen(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
+    const auto row = [&](int r) { return rows + (ALL || r < valid ? r : valid - 1) * stride; };
+    for (int r = 0; r < 16; ++r) prefetch_ahead(row(r));
+    for (int half = 0; half < 2; ++half) {
+        const auto part = [&](int r) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(r) + 16 * half));
+        };
+        I x[4];
+        for (int r = 0; r < 4; ++r) {
+            x[r] = _mm512_inserti32x4(_mm512_castsi128_si512(part(r)), part(r + 4), 1);
+            x[r] = _mm512_inserti32x4(x[r], part(r + 8), 2);
+            x[r] = _mm512_inserti32x4(x[r], part(r + 12), 3);
+        }
+        const I a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+        const I c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+        words[4 * half] = _mm512_unpacklo_epi64(a, c);
+        words[4 * half + 1] = _mm512_unpackhi_epi64(a, c);
+        words[4 * half + 2] = _mm512_unpacklo_epi64(b, d);
+        words[4 * half + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+}
+
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
-    __m256i low[8], high[8];
-    transpose_words(rows, stride, valid, low);
-    // Where fewer than nine rows exist the upper half repeats the last one, so that nothing beyond
-    // it is read.
-    if (valid > 8) transpose_words(rows + 8 * stride, stride, valid - 8, high);
-    for (int d = 0; d < 8; ++d) words[d] = join(low[d], valid > 8 ? high[d] : low[d]);
+    if (valid >= 16)
+        transpose_sixteen<true>(rows, stride, valid, words);
+    else
+        transpose_sixteen<false>(rows, stride, valid, words);
 }
 
 inline void pack_group(const I codes[4], uint8_t* q) {
@@ -114,10 +143,42 @@ inline F butterflies(F x) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(x4, x4, 0x4E), _mm512_mask_blend_ps(0xFF00, x4, m4));
 }
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, by table: vpermps reads a lane's lowest four bits.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    template <int J>
+    F of(I word) const {
+        return _mm512_permutexvar_ps(J ? shift_right<4 * J>(word) : word, table);
+    }
+};
+
+// A row's next dwords; here a vector is two groups, of which the last one may lack the second.
+inline I load_dwords(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline I load_last_dwords(const uint8_t* p) {
+    const __m256i group = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return join(group, _mm256_setzero_si256());
+}
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    const float* first = scales + 2 * vector * stride;
+    return _mm512_mask_blend_ps(0xFF00, splat(first[0]), splat(first[stride]));
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
+
+// Tiles of 32 outputs of a task, side by side: 128 KB of sums with 256 tokens, in an L2 of 1 MB or
+// more.
+constexpr int MOST_TILES = 4;
 
 constexpr int ROWS = 8;       // tokens at once
 constexpr int FMA_ROWS = 12;  // and in floating point
 
-// Starting value of the sums that makes up for weights stored as code + 8.
-inline int32_t offset(int sum) { return -8 * sum; }
+// A sum begins at the bits of 1.5 * 2^23, so that as a float it is 1.5 * 2^23 + sum: nothing has to
+// be converted. See dot_avx512.inl.
+#define NIBBLE_SUMS_ARE_FLOATS
+constexpr int32_t FLOAT_ZERO = 0x4B400000;
+
+// Starting values of the sums that make up for weights stored as code + 8.
+inline I offset(I sums) { return sub_int(splat_int(FLOAT_ZERO), shift_left<3>(sums)); }

@@ -82,6 +82,8 @@ inline int largest(I x) {
     return m;
 }
 
+inline float total(F x) { return x.v[0] + x.v[2] + (x.v[1] + x.v[3]); }
+
 inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7FFF;
     if (rest >= 0x7C00) return as_float(shifted(sign | 0x7F800000u | rest << 13));
@@ -115,18 +117,20 @@ inline void store_u16(uint16_t* p, I x) {
     for (int i = 0; i < LANES; ++i) p[i] = static_cast<uint16_t>(x.v[i]);
 }
 
+// Four bytes, the first one lowest.
+inline int32_t dword(const uint8_t* b) {
+    const uint32_t low = b[0] | static_cast<uint32_t>(b[1]) << 8,
+                   high = b[2] | static_cast<uint32_t>(b[3]) << 8;
+    return shifted(low | high << 16);
+}
+
 // The 32 bytes (one group of 64 codes) of LANES rows: words[d] holds the 4 bytes at 4 d of every
 // row, row by row, first byte lowest. `rows` are `stride` bytes apart; only the first `valid`
 // exist, and the last of them stands in for the others.
 inline void load_words(const uint8_t* rows, int64_t stride, int valid, I words[8]) {
     for (int r = 0; r < LANES; ++r) {
         const uint8_t* row = rows + (r < valid ? r : valid - 1) * stride;
-        for (int d = 0; d < 8; ++d) {
-            const uint8_t* b = row + 4 * d;
-            const uint32_t low = b[0] | static_cast<uint32_t>(b[1]) << 8,
-                           high = b[2] | static_cast<uint32_t>(b[3]) << 8;
-            words[d].v[r] = shifted(low | high << 16);
-        }
+        for (int d = 0; d < 8; ++d) words[d].v[r] = dword(row + 4 * d);
     }
 }
 
@@ -174,10 +178,39 @@ inline F butterflies(F x) {
 
 #undef NIBBLE_EACH
 
+// ---- 4-bit weights of a few tokens (w4a16.inl) --------------------------------------------------
+
+// Codes - 8 of a vector of dwords, code J times UNIT[J]: masked without being shifted down.
+struct FewCodes {
+    static constexpr float UNIT[8] = {1, 16, 256, 4096, 65536, 1048576, 16777216, 1};
+    template <int J>
+    F of(I word) const {
+        if constexpr (J == 7)
+            return sub(to_float(shift_right<28>(word)), splat(8.0f));
+        else
+            return sub(to_float(and_(word, splat_int(15 << 4 * J))),
+                       splat(static_cast<float>(8 << 4 * J)));
+    }
+};
+
+// A row's next dwords; here two vectors are a group.
+inline I load_dwords(const uint8_t* p) {
+    I words;
+    for (int i = 0; i < LANES; ++i) words.v[i] = dword(p + 4 * i);
+    return words;
+}
+inline I load_last_dwords(const uint8_t* p) { return load_dwords(p); }
+inline F scales_of_vector(const float* scales, int64_t stride, int64_t vector) {
+    return splat(scales[vector / 2 * stride]);
+}
+
 // ---- the int4 product's inner loop --------------------------------------------------------------
+
+// Tiles of 32 outputs of a task, side by side.
+constexpr int MOST_TILES = 1;
 
 constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;
 
-// Starting value of the sums that makes up for weights stored as code + 8.
-inline int32_t offset(int sum) { return -8 * sum; }
+// Starting values of the sums that make up for weights stored as code + 8.
+inline I offset(I sums) { return sub_int(splat_int(0), shift_left<3>(sums)); }

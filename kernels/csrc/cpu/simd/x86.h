@@ -1,37 +1,21 @@
 // What AVX2 and AVX-512 share. Included inside their namespaces, after <immintrin.h>.
 
-// The 32 bytes (one group of 64 codes) of eight rows, as eight vectors: words[d] holds the 4 bytes
-// at 4 d of every row, row by row. `rows` are `stride` bytes apart; only the first `valid` exist,
-// and the last of them stands in for the others.
-inline void transpose_words(const uint8_t* rows, int64_t stride, int valid, __m256i words[8]) {
-    const uint8_t* row[8];
-    for (int r = 0; r < 8; ++r) {
-        row[r] = rows + (r < valid ? r : valid - 1) * stride;
-        // Eight groups on: the processor's own prefetcher loses rows that are left after a few
-        // lines. Beyond the end it does nothing.
-        _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(row[r]) + 256),
-                     _MM_HINT_T0);
-    }
-    for (int half = 0; half < 2; ++half) {
-        __m256i x[4];
-        for (int r = 0; r < 4; ++r) {
-            const __m128i low =
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r] + 16 * half));
-            const __m128i high =
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[r + 4] + 16 * half));
-            x[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-        }
-        const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
-        const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
-        words[4 * half] = _mm256_unpacklo_epi64(a, c);
-        words[4 * half + 1] = _mm256_unpackhi_epi64(a, c);
-        words[4 * half + 2] = _mm256_unpacklo_epi64(b, d);
-        words[4 * half + 3] = _mm256_unpackhi_epi64(b, d);
-    }
+// Beyond the end of memory it does nothing.
+inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+// Eight groups on: the processor's own prefetcher loses rows that are left after a few lines.
+inline void prefetch_ahead(const uint8_t* row) {
+    prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + 256));
 }
 
 inline __m256i load_u16(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline float total_of_eight(__m256 x) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
 }
 
 // 32 int32 codes, in order, -> 16 bytes of nibbles, low nibble first.
@@ -67,9 +51,6 @@ __m256 eight_of_codewords(const float* codebook, const uint16_t* codes, int64_t 
                                     1);
     }
 }
-
-// Beyond the end of memory it does nothing.
-inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 // Eight numbers of 16 - down bits out of eight bytes, shifted left by `up`: each is in the two
 // bytes named by `places`, and its factor moves it to the top of 16 bits.

@@ -5,7 +5,7 @@
 
 namespace nibble::cuda {
 
-// mma.sync. `rows` is the height of a tile: 32, 64 or 128.
+// mma.sync. `rows` is the height of a tile: 32, 64 or 128, and for sm80 256.
 void gemm_w4a4_up_sm75(const GemmW4A4Up&, const Target&, int rows);
 void gemm_w4a4_up_sm80(const GemmW4A4Up&, const Target&, int rows);
 void gemm_w4a4_up_sm100(const GemmW4A4Up&, const Target&,

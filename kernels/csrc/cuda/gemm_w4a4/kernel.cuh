@@ -43,7 +43,7 @@ template <class Mma, class Tp, int Rows>
 class Loader {
     using G = Group<Tp, Rows>;
     static constexpr int PASS =
-        THREADS / 2;  // rows that all threads copy at once, two of them a row
+        THREADS<Rows> / 2;  // rows that all threads copy at once, two of them a row
     static constexpr int PASSES_A = Rows > PASS ? Rows / PASS : 1, PASSES_B = COLUMNS / PASS;
 
 public:
@@ -113,7 +113,7 @@ public:
     }
 
 private:
-    static constexpr int FIRST_OF_PAIRS = THREADS - COLUMNS / 2;
+    static constexpr int FIRST_OF_PAIRS = THREADS<Rows> - COLUMNS / 2;
     NIBBLE_DEVICE static bool copies_a(int thread) { return Rows >= PASS || thread < 2 * Rows; }
     NIBBLE_DEVICE static void copy(void* to, const void* from, bool valid, uint4& held) {
         if constexpr (Mma::ASYNC)
@@ -199,13 +199,14 @@ NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][
 }
 
 template <class Mma, class Tp, int Rows, bool Unsigned, class Epilogue>
-__global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>)
+__global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Mma, Rows>)
     gemm_w4a4(GemmW4A4Up op, Epilogue epilogue) {
     using T = Tile<Rows>;
     using Stage = Group<Tp, Rows>[STEP<Mma>];
     constexpr int DEPTH = STAGES<Mma, Rows>;
     Stage* ring = reinterpret_cast<Stage*>(dynamic_shared());
     const int groups = int(op.K / GROUP);
+    wait_for_previous_kernel();
 
     const Corner corner = corner_of_block(op.M, op.N, Rows, blockIdx.x);
     Loader<Mma, Tp, Rows> loader(corner, int(threadIdx.x));
@@ -235,8 +236,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<Mma, Rows>)
         copy_async_commit();
         const int present = left < STEP<Mma> ? left : STEP<Mma>;
 #pragma unroll 1
-        for (int s = 0; s < present; s++)
-            multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        for (int s = 0; s < present; s++) {
+            // Counted from the end: a counter from the beginning is a register more.
+            if (Unsigned && (left - s) * GROUP > int(op.K) - int(op.unsigned_from))
+                multiply_group<Mma, Tp, Rows, false>(sums, ring[full][s], row, column, lane);
+            else
+                multiply_group<Mma, Tp, Rows, Unsigned>(sums, ring[full][s], row, column, lane);
+        }
         if (ahead > 0) loader.land(ring[empty]);
         empty = full;
         full = full + 1 == DEPTH ? 0 : full + 1;

@@ -17,7 +17,7 @@ void launch_kernel(const GemmW4A4Up& op, const Target& target, const Epilogue& e
     if (blocks > 0x7FFFFFFF) throw std::invalid_argument("gemm_w4a4_up: more than 2^31 tiles");
     const size_t ring = STAGES<Mma, Rows> * STEP<Mma> * sizeof(Group<Tp, Rows>);
     const size_t shared = std::max<size_t>(ring, Epilogue::template shared_bytes<Tile<Rows>>());
-    launch(gemm_w4a4<Mma, Tp, Rows, Unsigned, Epilogue>, {unsigned(blocks)}, THREADS, shared,
+    launch(gemm_w4a4<Mma, Tp, Rows, Unsigned, Epilogue>, {unsigned(blocks)}, THREADS<Rows>, shared,
            target, op, epilogue);
 }
 
@@ -44,6 +44,8 @@ void dispatch_dtype(const GemmW4A4Up& op, const Target& target) {
 template <class Mma>
 void dispatch_rows(const GemmW4A4Up& op, const Target& target, int rows) {
     check_types(op);
+    if constexpr (same<Mma, Int4>)
+        if (rows == 256) return dispatch_dtype<Mma, 256>(op, target);
     if (rows == 128)
         dispatch_dtype<Mma, 128>(op, target);
     else if (rows == 64)

@@ -1,14 +1,16 @@
-// How a block of 128 threads divides its tile, and what lies in shared memory.
+// How a block divides its tile among its threads, and what lies in shared memory.
 #pragma once
 
 #include "../primitives.cuh"
 
 namespace nibble::cuda {
 
-constexpr int THREADS = 128;
 constexpr int COLUMNS = 128;  // of every tile
+template <int Rows>
+constexpr int THREADS = Rows > 128 ? 256 : 128;
 
-// Four warps share a tile two by two. A warp's share is 64 columns wide: a group of the next layer,
+// Four warps share a tile two by two, eight the tallest one four by two. A warp's share is 64
+// columns wide: a group of the next layer,
 // which one warp can thus quantize. Large shares of few warps (64x64 is 128 sums a lane) leave less
 // to do for each product: fragments are loaded and scales are widened once for eight or four
 // products, where twice the warps would do it for four.
@@ -20,7 +22,8 @@ constexpr int COLUMNS = 128;  // of every tile
 // at a time, straight from registers.
 template <int Rows>
 struct Tile {
-    static constexpr int ROWS = Rows, WARP_ROWS = Rows / 2, WARP_COLUMNS = COLUMNS / 2;
+    static constexpr int ROWS = Rows, WARP_ROWS = Rows / (THREADS<Rows> / 64),
+                         WARP_COLUMNS = COLUMNS / 2;
     static constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
 
     // Where the share of a thread's warp begins, in the tile.
@@ -80,14 +83,18 @@ struct Group {
 // such STAGES the ring has. All blocks' rings should fit into the 100 KB of 8.6, 8.9 and 12.0, and
 // 48 KB need no permission. The smallest tiles are for few tokens, when there are few blocks and
 // the weight's bandwidth is all that counts: more is in flight there. Turing stages through
-// registers, of which there are few.
+// registers, of which there are few. The tallest tile's only block has a third stage: no other
+// block computes while it waits.
 template <class Mma, int Rows>
-constexpr int BLOCKS = Rows == 32                     ? 4
+constexpr int BLOCKS = Rows == 256                    ? 1
+                       : Rows == 32                   ? 4
                        : Rows == 64 && Mma::UNIT == 1 ? 3
                                                       : 2;
 template <class Mma>
 constexpr int STEP = Mma::ASYNC ? 2 : 1;
 template <class Mma, int Rows>
-constexpr int STAGES = Mma::ASYNC && Rows == 32 ? 4 : 2;
+constexpr int STAGES = !Mma::ASYNC || Rows == 64 || Rows == 128 ? 2
+                       : Rows == 32                             ? 4
+                                                                : 3;
 
 }  // namespace nibble::cuda

@@ -19,8 +19,12 @@
 //   before it is needed. A multiprocessor's
 //             12 warps have up to 48 KB under way; 16 KB are what 700 ns of latency need.
 // Few tokens (M <= 24 a multiprocessor) go 16 to a block, so that more multiprocessors share them:
-// M = 256 takes 16 blocks, and a warp has 4 groups one after another. More than 32 columns of
-// proj_down are further blocks in y, which only multiply (x comes from L2 then).
+// M = 256 takes 16 blocks, and a warp has 4 groups one after another.
+//
+// Ranks beyond 32 (a LoRA beside the branch): where tokens are many a block multiplies up to 96
+// columns, with 8 warps, for sums of 96 columns fill the registers of 12. What is left are further
+// blocks, which only multiply. They run beside the first block of their tokens, so x comes from
+// memory once whatever R is, and from L2 R / 96 times (few tokens: R / 32).
 #pragma once
 
 #include "../../nibble.h"
@@ -29,9 +33,13 @@
 
 namespace nibble::cuda {
 
-constexpr int DOWN_COLUMNS = 32;  // of proj_down that a block multiplies
+constexpr int DOWN_COLUMNS = 32;  // of proj_down that a warp multiplies at once
 constexpr int DOWN_TILE_BYTES = GROUP * DOWN_COLUMNS * 2;
-constexpr int WARP_BYTES = DOWN_TILE_BYTES + Reciprocals::BYTES;
+// Of several such tiles the next one is under way while one is multiplied.
+template <int TILES>
+constexpr int BUFFERS = TILES > 1 ? 2 : 1;
+template <int TILES>
+constexpr int WARP_BYTES = BUFFERS<TILES> * DOWN_TILE_BYTES + Reciprocals::BYTES;
 constexpr int SUMS_STRIDE =
     DOWN_COLUMNS + 4;  // floats a token, so that the lanes of a warp write to different banks
 
@@ -154,37 +162,48 @@ NIBBLE_DEVICE int multiply_offset(int lane) {
     return down_offset(row / 2 * 8 + row % 2 + matrix / 2 * 2, matrix % 2);
 }
 
-template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS>
+// TILES: tiles of 32 columns of proj_down that the block multiplies; its sums take 8 registers for
+// each and for 8 tokens.
+template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS, int TILES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const QuantizeDown a) {
     constexpr int ROWS = 8 * EIGHTS, GROUP_BYTES = FORMAT == Codes::packed ? GROUP / 2 : GROUP;
+    allow_next_kernel();  // a whole linear's product, which waits for these codes
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int64_t first_row = int64_t(blockIdx.x) * ROWS;
-    const int first_column = int(blockIdx.y) * DOWN_COLUMNS, groups = int(a.K / GROUP);
-    const int columns =
-        int(a.R) - first_column < DOWN_COLUMNS ? int(a.R) - first_column : DOWN_COLUMNS;
+    // Blocks of the same tokens follow one another, so that x comes from memory for the first
+    // alone.
+    const unsigned block = blockIdx.y * gridDim.x + blockIdx.x, part_of_rank = block % gridDim.y;
+    const int64_t first_row = int64_t(block / gridDim.y) * ROWS;
+    const int first_column = int(part_of_rank) * TILES * DOWN_COLUMNS, groups = int(a.K / GROUP);
+    const int columns = int(a.R) - first_column < TILES * DOWN_COLUMNS ? int(a.R) - first_column
+                                                                       : TILES * DOWN_COLUMNS;
     const int tokens = a.M - first_row < ROWS ? int(a.M - first_row) : ROWS;
-    const bool quantizes = blockIdx.y == 0, multiplies = columns > 0;
-    char* tile = dynamic_shared() + warp * WARP_BYTES;
-    char* reciprocals = tile + DOWN_TILE_BYTES;
+    const bool quantizes = part_of_rank == 0, multiplies = columns > 0;
+    char* tile = dynamic_shared() + warp * WARP_BYTES<TILES>;
+    char* reciprocals = tile + BUFFERS<TILES> * DOWN_TILE_BYTES;
     const int lane_offset = multiply_offset(lane);
 
     // Where the lane stands in every tensor, for the eight rows that begin the block, and how far
     // the next eight and the next group are.
     const char* x_lane = static_cast<const char*>(a.x) +
-                         ((first_row + g) * a.K + warp * GROUP + 8 * t) * int(sizeof(X));
+                         ((first_row + g) * a.x_stride + warp * GROUP + 8 * t) * int(sizeof(X));
     const char* down_lane = static_cast<const char*>(a.proj_down) +
                             ((warp * GROUP + lane / 4) * a.R + first_column + lane % 4 * 8) * 2;
     char* q_lane =
         static_cast<char*>(a.q) + ((first_row + g) * (a.K / GROUP) + warp) * GROUP_BYTES + 8 * t;
     float* scale_lane = a.ascales + warp * a.M + first_row + g;
-    const uint32_t x_eight = uint32_t(8 * a.K * int(sizeof(X))),
+    const uint32_t x_eight = uint32_t(8 * a.x_stride * int(sizeof(X))),
                    q_eight = uint32_t(8 * (a.K / GROUP) * GROUP_BYTES);
 
     Chunk<X> x[EIGHTS][2] = {};  // two chunks of each row; zeros beyond the last token
-    float sums[EIGHTS][2][4] = {};
+    float sums[TILES][EIGHTS][2][4] = {};
     uint32_t smooth_pair = 0;
+    int buffer = 0;  // where the tile lies that is multiplied next
     if (warp < groups) {
-        if (multiplies) stage_down<P>(tile, down_lane, uint32_t(a.R), columns, lane);
+        if (multiplies)
+#pragma unroll
+            for (int c = 0; c < BUFFERS<TILES>; c++)
+                stage_down<P>(tile + c * DOWN_TILE_BYTES, down_lane + c * DOWN_COLUMNS * 2,
+                              uint32_t(a.R), columns - c * DOWN_COLUMNS, lane);
         smooth_pair = *reinterpret_cast<const uint32_t*>(static_cast<const P*>(a.smooth) +
                                                          warp * GROUP + 2 * lane);
 #pragma unroll
@@ -194,32 +213,65 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const
     for (int group = warp; group < groups; group += WARPS) {
         const bool more = group + WARPS < groups;
         const P* smooth = static_cast<const P*>(a.smooth) + group * GROUP;
-        copy_async_wait<0>();
+        copy_async_wait<BUFFERS<TILES> - 1>();
         if (quantizes) Reciprocals::keep<P, FORM>(reciprocals, smooth_pair, lane);
         if (more)
             smooth_pair = *reinterpret_cast<const uint32_t*>(smooth + WARPS * GROUP + 2 * lane);
-        down_lane += WARPS * GROUP * a.R * 2;
+        if (TILES == 1) down_lane += WARPS * GROUP * a.R * 2;
         sync_warp();
+        // Tiles of proj_down but the last, which is multiplied where rows are quantized.
+#pragma unroll
+        for (int c = 0; c < TILES - 1; c++) {
+#pragma unroll
+            for (int part = 0; part < EIGHTS; part += 2)
+                if (c * DOWN_COLUMNS < columns) {
+                    if (part < EIGHTS - 1)
+                        multiply<X, P, 2>(sums[c] + part, x + part, tile + buffer, lane_offset);
+                    else
+                        multiply<X, P, 1>(sums[c] + part, x + part, tile + buffer, lane_offset);
+                }
+            sync_warp();  // all lanes have read the tile
+            // The tile after the next: of this group, or the first of the next group.
+            const int ahead = c + 2 < TILES ? (c + 2) * DOWN_COLUMNS : 0;
+            if (!ahead) down_lane += WARPS * GROUP * a.R * 2;
+            if (ahead || more)
+                stage_down<P>(tile + buffer, down_lane + ahead * 2, uint32_t(a.R), columns - ahead,
+                              lane);
+            else
+                copy_async_commit();
+            buffer ^= DOWN_TILE_BYTES;
+            copy_async_wait<1>();
+            sync_warp();
+        }
 #pragma unroll
         for (int part = 0; part < EIGHTS; part += 2) {  // two eights share a read of proj_down
-            constexpr int LAST = EIGHTS - 1;
+            constexpr int LAST = EIGHTS - 1, AHEAD = BUFFERS<TILES> - 1;
             if (multiplies) {
-                if (part < LAST)
-                    multiply<X, P, 2>(sums + part, x + part, tile, lane_offset);
+                if (TILES > 1 && columns <= (TILES - 1) * DOWN_COLUMNS)
+                    ;  // R ends before this tile
+                else if (part < LAST)
+                    multiply<X, P, 2>(sums[TILES - 1] + part, x + part, tile + buffer, lane_offset);
                 else
-                    multiply<X, P, 1>(sums + part, x + part, tile, lane_offset);
+                    multiply<X, P, 1>(sums[TILES - 1] + part, x + part, tile + buffer, lane_offset);
                 if (part + 2 > LAST && more) {
                     sync_warp();  // all lanes have read the tile
-                    stage_down<P>(tile, down_lane, uint32_t(a.R), columns, lane);
+                    stage_down<P>(tile + buffer, down_lane + AHEAD * DOWN_COLUMNS * 2,
+                                  uint32_t(a.R), columns - AHEAD * DOWN_COLUMNS, lane);
                 }
             }
 #pragma unroll
             for (int e = part; e < part + 2 && e < EIGHTS; e++) {
                 const bool in_range = g + 8 * e < tokens;
                 if (quantizes) {
-                    const float scale = quantize_row<X, P, FORM, FORMAT>(
-                        x[e], reciprocals + t * Reciprocals::CHUNK_BYTES, x_lane + e * x_eight,
-                        smooth, q_lane + e * q_eight, in_range, t);
+                    const char* factors = reciprocals + t * Reciprocals::CHUNK_BYTES;
+                    const float scale =
+                        FORM == Form::unsigned_codes && group < int(a.unsigned_from / GROUP)
+                            ? quantize_row<X, P, Form::signed_codes, FORMAT>(
+                                  x[e], factors, x_lane + e * x_eight, smooth, q_lane + e * q_eight,
+                                  in_range, t)
+                            : quantize_row<X, P, FORM, FORMAT>(x[e], factors, x_lane + e * x_eight,
+                                                               smooth, q_lane + e * q_eight,
+                                                               in_range, t);
                     if (in_range && t == 0) scale_lane[8 * e] = scale;
                 }
                 // The registers are free: the next group's row is requested while the other rows
@@ -230,29 +282,34 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const
         }
         x_lane += WARPS * GROUP * int(sizeof(X)), q_lane += WARPS * GROUP_BYTES,
             scale_lane += WARPS * a.M;
+        if (TILES > 1) buffer ^= DOWN_TILE_BYTES;
         sync_warp();  // all lanes have read the reciprocals
     }
     if (!multiplies) return;
 
-    // Every warp's sums side by side, then added from the first warp to the last.
-    sync_block();
+    // Every warp's sums of a tile side by side, then added from the first warp to the last.
     float* partial = reinterpret_cast<float*>(dynamic_shared());
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++)
+    for (int c = 0; c < TILES; c++) {
+        sync_block();
 #pragma unroll
-        for (int n = 0; n < 2; n++)
+        for (int e = 0; e < EIGHTS; e++)
 #pragma unroll
-            for (int r = 0; r < 4; r++)
-                partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n + 8 * (r / 2) +
-                        g] = sums[e][n][r];
-    sync_block();
-    for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
-        const int row = i / DOWN_COLUMNS, column = i % DOWN_COLUMNS;
-        float sum = 0;
+            for (int n = 0; n < 2; n++)
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += partial[(w * ROWS + row) * SUMS_STRIDE + column];
-        if (row < tokens && column < columns)
-            a.h[(first_row + row) * a.R + first_column + column] = sum;
+                for (int r = 0; r < 4; r++)
+                    partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n +
+                            8 * (r / 2) + g] = sums[c][e][n][r];
+        sync_block();
+        for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
+            const int row = i / DOWN_COLUMNS, column = c * DOWN_COLUMNS + i % DOWN_COLUMNS;
+            float sum = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++)
+                sum += partial[(w * ROWS + row) * SUMS_STRIDE + i % DOWN_COLUMNS];
+            if (row < tokens && column < columns)
+                a.h[(first_row + row) * a.R + first_column + column] = sum;
+        }
     }
 }
 
@@ -271,7 +328,8 @@ __global__ void __launch_bounds__(256) down_kernel(const QuantizeDown a) {
         for (int i = thread; i < 32 * GROUP; i += 256) {
             const int64_t row = first_row + i / GROUP;
             x_tile[i / GROUP * 68 + i % GROUP] =
-                row < a.M ? to_float(static_cast<const X*>(a.x)[row * a.K + k + i % GROUP]) : 0.0f;
+                row < a.M ? to_float(static_cast<const X*>(a.x)[row * a.x_stride + k + i % GROUP])
+                          : 0.0f;
             const int64_t from = first_column + i % 32;
             down_tile[i] =
                 from < a.R ? to_float(static_cast<const P*>(a.proj_down)[(k + i / 32) * a.R + from])

@@ -7,13 +7,16 @@
 
 namespace nibble::cuda {
 
-template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS>
+template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS,
+          int TILES = 1>
 void start(const QuantizeDown& a, const Target& target) {
     constexpr int PARTIAL = WARPS * 8 * EIGHTS * SUMS_STRIDE * 4,
-                  SHARED = WARPS * WARP_BYTES > PARTIAL ? WARPS * WARP_BYTES : PARTIAL;
+                  SHARED =
+                      WARPS * WARP_BYTES<TILES> > PARTIAL ? WARPS * WARP_BYTES<TILES> : PARTIAL,
+                  COLUMNS = TILES * DOWN_COLUMNS;
     const unsigned blocks = unsigned((a.M + 8 * EIGHTS - 1) / (8 * EIGHTS)),
-                   columns = unsigned((a.R + DOWN_COLUMNS - 1) / DOWN_COLUMNS);
-    launch(quantize_down_kernel<X, P, FORM, FORMAT, EIGHTS, WARPS, BLOCKS>,
+                   columns = unsigned((a.R + COLUMNS - 1) / COLUMNS);
+    launch(quantize_down_kernel<X, P, FORM, FORMAT, EIGHTS, WARPS, BLOCKS, TILES>,
            {blocks, columns ? columns : 1}, 32 * WARPS, SHARED, target, a);
 }
 
@@ -34,9 +37,11 @@ void start(const QuantizeDown& a, const Target& target) {
         // proj_down half as often.
         const bool many_tokens = (a.M + 31) / 32 * 4 >= gpu * 3;
         // 69 KB, more than Turing has.
-        const bool fits = target.capability >= 80;
-        if (many_tokens && fits && of_40 < of_32)
-            return start<X, P, FORM, FORMAT, 5, 12, 1>(a, target);
+        const bool fits = target.capability >= 80, fewer = of_40 < of_32;
+        if (many_tokens && fits && a.R > DOWN_COLUMNS)
+            return fewer ? start<X, P, FORM, FORMAT, 5, 8, 1, 3>(a, target)
+                         : start<X, P, FORM, FORMAT, 4, 8, 1, 3>(a, target);
+        if (many_tokens && fits && fewer) return start<X, P, FORM, FORMAT, 5, 12, 1>(a, target);
         if (many_tokens) return start<X, P, FORM, FORMAT, 4, 6, 2>(a, target);
     }
     start<X, P, FORM, FORMAT, 2, 12, 1>(a, target);

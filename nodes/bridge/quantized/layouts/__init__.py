@@ -86,7 +86,7 @@ def pack(tensors: Tensors, settings: dict, dtype: torch.dtype) -> NibbleTensor:
             f" knows {', '.join(LAYOUTS)})"
         )
     params = layout.read(tensors, settings, dtype)
-    return NibbleTensor(layout.pack(tensors["weight"], params), layout.__name__, params)
+    return NibbleTensor(tensors["weight"], layout.__name__, params)
 
 
 def unpack(weight: QuantizedTensor, bias: torch.Tensor | None = None) -> StoredWeight:

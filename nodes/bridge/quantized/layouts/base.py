@@ -26,16 +26,6 @@ class Layout(QuantizedLayout):
     Params = LayoutParams
 
     @classmethod
-    def pack(cls, qdata: torch.Tensor, params: LayoutParams) -> torch.Tensor:
-        """The file's codes as they are kept in memory; shape and dtype stay."""
-        return qdata
-
-    @classmethod
-    def natural(cls, qdata: torch.Tensor, params: LayoutParams) -> torch.Tensor:
-        """The inverse of `pack`."""
-        return qdata
-
-    @classmethod
     def read(cls, tensors: Tensors, settings: dict, dtype: torch.dtype) -> LayoutParams:
         """The parameters, out of a layer's tensors by their short names and its JSON."""
         raise NotImplementedError
@@ -98,7 +88,7 @@ class Layout(QuantizedLayout):
     def state_dict_tensors(cls, qdata: torch.Tensor, params: LayoutParams) -> Tensors:
         """Suffix to `X.weight` → tensor: the file's names."""
         named = {f"_{name}": tensor for name, tensor in params.tensors().items()}
-        return {"": cls.natural(qdata, params)} | named
+        return {"": qdata} | named
 
 
 def shared_fields(tensors: Tensors, dtype: torch.dtype) -> dict:

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .....quant.weights.delta import WeightDelta, append_factors
-from .....quant.weights.svdquant_w4a4 import (
-    SVDQuantWeight,
-    halves_first,
-    halves_of,
-    linear_w4a4,
-    natural_columns,
-)
+from .....quant.weights.svdquant_w4a4 import SVDQuantWeight, linear_w4a4
 from .base import Layout, nibble_shape, shared_fields
 from .tensor import LayoutParams, Tensors
 
@@ -21,9 +15,6 @@ from .tensor import LayoutParams, Tensors
 class NibbleSVDQuantLayout(Layout):
     """`svdquant_w4a4`: qdata int8 (N, K/2); scale (K/64, N); proj_down (K, R); proj_up (N, R);
     smooth_factor (K,), or (P, K) for P runs of rows.
-
-    With unsigned_from the codes lie in memory as `halves_first` puts them, so that computing with
-    the two halves copies nothing.
     """
 
     FORMAT = SVDQuantWeight.FORMAT
@@ -44,14 +35,6 @@ class NibbleSVDQuantLayout(Layout):
                 "unsigned_from": self.unsigned_from,
                 "smooth_rows": self.smooth_rows,
             }
-
-    @classmethod
-    def pack(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
-        return halves_first(qdata, params.unsigned_from) if params.unsigned_from else qdata
-
-    @classmethod
-    def natural(cls, qdata: torch.Tensor, params: Params) -> torch.Tensor:
-        return natural_columns(qdata, params.unsigned_from) if params.unsigned_from else qdata
 
     @classmethod
     def read(cls, tensors: Tensors, settings: dict, dtype: torch.dtype) -> Params:
@@ -81,7 +64,7 @@ class NibbleSVDQuantLayout(Layout):
         cls, qdata: torch.Tensor, params: Params, bias: torch.Tensor | None = None
     ) -> SVDQuantWeight:
         return SVDQuantWeight(
-            qweight=cls.natural(qdata, params),
+            qweight=qdata,
             scale=params.scale,
             proj_down=params.proj_down,
             proj_up=params.proj_up,
@@ -95,7 +78,7 @@ class NibbleSVDQuantLayout(Layout):
         """The changes' factors join the low-rank branch, up to the first change with more than
         factors: one that scales rows would scale theirs, too.
         """
-        params, codes, rest = weight.params, weight._qdata, []
+        params, rest = weight.params, []
         down, up = params.proj_down, params.proj_up
         for change in changes:
             scaled = change.row_scale is not None or params.row_scale is not None
@@ -104,6 +87,4 @@ class NibbleSVDQuantLayout(Layout):
                 change = WeightDelta(dense=change.dense)
             if not change.is_empty:
                 rest.append(change)
-        if params.unsigned_from:
-            codes = halves_of(codes, params.unsigned_from)
-        return linear_w4a4(x, codes, params, down, up, bias), rest
+        return linear_w4a4(x, weight._qdata, params, down, up, bias), rest

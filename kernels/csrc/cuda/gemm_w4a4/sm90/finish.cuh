@@ -15,73 +15,80 @@ using Sums = float[Blocks][Chunks][32];
 
 // ---- low-rank branch ----------------------------------------------------------------------------
 
-// Elements column, column + 1 of a row of R; zeros past its end, or all of it where the row does
-// not exist.
+// Elements column, column + 1 of a row of R; zeros past its end, or all of it where the row is not
+// there and `row` stands for another. No lane takes a way of its own: every product's warp is
+// whole.
 template <class T>
 struct Pair {
     T x, y;
 };
 template <class T>
 NIBBLE_DEVICE Pair<float> read_pair(const T* row, bool exists, int column, int R, bool paired) {
-    if (!exists || column >= R) return {0.0f, 0.0f};
-    if (paired) {
+    const bool first = exists && column < R, second = exists && column + 1 < R;
+    T x, y;
+    if (paired) {  // R is even
         struct alignas(2 * sizeof(T)) Two {
             T x, y;
-        } two = *reinterpret_cast<const Two*>(row + column);
-        return {to_float(two.x), to_float(two.y)};
+        } two = *reinterpret_cast<const Two*>(row + (first ? column : 0));
+        x = two.x, y = two.y;
+    } else {
+        x = row[first ? column : 0], y = row[second ? column + 1 : 0];
     }
-    return {to_float(row[column]), column + 1 < R ? to_float(row[column + 1]) : 0.0f};
+    return {first ? to_float(x) : 0.0f, second ? to_float(y) : 0.0f};
 }
 
-// float16 reaches 65504 and h may pass it: h is divided by 256 for the product, and so are the sums
-// while it lasts. Powers of two change no digit.
-template <class Param>
-constexpr float H_SCALE = 1.0f;
-template <>
-constexpr float H_SCALE<f16> = 0.00390625f;
-
+// With bfloat16 parameters h is rounded to them, as the layer's output will be: 16 columns of R a
+// product. float16 would not do: h may pass its 65504, and has fewer of its bits below 6e-5. So
+// there both sides are tf32, float16's 11 bits with float32's range, 8 columns a product; a lane's
+// neighbouring columns are places t and t + 4 along k, of both sides alike.
 template <int Blocks, int Chunks, class Param>
 NIBBLE_DEVICE void add_low_rank(Sums<Blocks, Chunks>& acc, const Parameters<Param>& p, int row,
                                 int token) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    constexpr float SCALE = H_SCALE<Param>;
-    if (SCALE != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= SCALE;
-    }
-    for (int r = 2 * t; r < p.R + 2 * t; r += 16) {
+    constexpr bool TF32 = same<Param, f16>;
+    constexpr int PAIRS = TF32 ? 1 : 2;  // of a row's columns that a lane has
+#pragma unroll 1
+    for (int first = 0; first < p.R; first += 8 * PAIRS) {
+        const int r = first + 2 * t;
         uint32_t a[Blocks][4];
 #pragma unroll
         for (int block = 0; block < Blocks; block++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int n = row + block * 64 + g + i % 2 * 8;
-                auto up =
-                    read_pair(p.proj_up + int64_t(n) * p.R, n < p.N, r + i / 2 * 8, p.R, p.paired);
-                a[block][i] = pack2<Param>(up.x, up.y);
+            for (int i = 0; i < 2 * PAIRS; i++) {
+                const int n = row + block * 64 + g + i % 2 * 8;
+                const auto up = read_pair(p.proj_up + int64_t(n < p.N ? n : 0) * p.R, n < p.N,
+                                          r + i / 2 * 8, p.R, p.paired);
+                if constexpr (TF32)
+                    a[block][i] = as_int(up.x), a[block][i + 2] = as_int(up.y);
+                else
+                    a[block][i] = pack2<Param>(up.x, up.y);
             }
 #pragma unroll
         for (int j = 0; j < 8 * Chunks; j++) {
+            sync_warp();  // and a fence for the compiler, which else loads for many products ahead
             uint32_t b[2];
+            const int m = token + 8 * j + g;
+            const float* of_token = p.h + (m < p.M ? m : 0) * p.h_stride;
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int m = token + 8 * j + g;
-                auto h = read_pair(p.h + m * p.h_stride, m < p.M, r + i * 8, p.R, p.paired);
-                b[i] = pack2<Param>(h.x * SCALE, h.y * SCALE);
+            for (int i = 0; i < PAIRS; i++) {
+                const auto h = read_pair(of_token, m < p.M, r + i * 8, p.R, p.paired);
+                if constexpr (TF32)
+                    b[0] = round_to_tf32(h.x), b[1] = round_to_tf32(h.y);
+                else
+                    b[i] = pack2<Param>(h.x, h.y);
             }
 #pragma unroll
             for (int block = 0; block < Blocks; block++) {
                 float* sums = &acc[block][j / 8][j % 8 * 4];
                 float c[4] = {sums[0], sums[1], sums[2], sums[3]};
-                mma_16bit<Param>(c, a[block], b);
+                if constexpr (TF32)
+                    mma_tf32(c, a[block], b);
+                else
+                    mma_16bit<Param>(c, a[block], b);
 #pragma unroll
                 for (int i = 0; i < 4; i++) sums[i] = c[i];
             }
         }
-    }
-    if (SCALE != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < Blocks * Chunks * 32; i++) (&acc[0][0][0])[i] *= 1 / SCALE;
     }
 }
 

@@ -173,7 +173,8 @@ NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
 }
 
 // Registers: 65536 / 384 threads is 168 at the start; the loading warpgroup leaves most of its own
-// to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24).
+// to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24). Of the
+// smaller tiles they hold 64 sums or 32, so there the loading one keeps more.
 template <class Param, int Blocks, int Tokens>
 __global__ void __launch_bounds__(THREADS, 1)
     gemm_kernel(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap weights,
@@ -189,20 +190,24 @@ __global__ void __launch_bounds__(THREADS, 1)
         barrier_init_fence();
     }
     sync_block();
+    wait_for_previous_kernel();
     if (threadIdx.x < WARPGROUP) {
-        registers_release<24>();
+        registers_release<Blocks == 2 ? 24 : 40>();
         load<Shape>(shared, full, empty, tokens, weights, p);
     } else {
-        registers_claim<240>();
+        registers_claim<Blocks == 2 ? 240 : 232>();
         compute<Shape, Blocks>(shared, full, empty, p);
     }
 }
 
 // ---- packed codes -------------------------------------------------------------------------------
 
-// 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives.
+// 32 columns a thread: packed nibbles -> e4m3 in the order that nibble.h gives. `across`: such
+// blocks in a row, of which those before `signed_blocks` hold signed codes.
 template <bool Unsigned>
-__global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
+__global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks, int across,
+                             int signed_blocks) {
+    wait_for_previous_kernel();
     for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < blocks;
          i += int64_t(gridDim.x) * blockDim.x) {
         const uint4 from = packed[i];
@@ -210,7 +215,7 @@ __global__ void widen_kernel(const uint4* packed, uint4* wide, int64_t blocks) {
         uint32_t low[4], high[4];
 #pragma unroll
         for (int w = 0; w < 4; w++) {
-            if constexpr (Unsigned) {  // the second table is 8..15
+            if (Unsigned && i % across >= signed_blocks) {  // the second table is 8..15
                 const uint32_t flipped = words[w] ^ 0x88888888;
                 low[w] = permute_bytes(0x44403800, 0x4E4C4A48, words[w]) +
                          permute_bytes(0x53525150, 0x57565554, flipped);

@@ -64,50 +64,77 @@ NIBBLE_DEVICE float4 tf32_terms(float x) {
 
 // ---- loading ------------------------------------------------------------------------------------
 
+// A loading thread's scales of one step, as they lie in memory.
+template <class Shape, class Param>
+class ScaleReader {
+    static constexpr int ASCALES = 2 * Shape::tokens / WARPGROUP,
+                         WSCALES = 2 * Shape::rows / WARPGROUP;
+
+public:
+    // Scales of step `step` of the tile at (row0, token0); zeros where there are none.
+    NIBBLE_DEVICE void read(const Parameters<Param>& p, int step, int row0, int token0) {
+        const int thread = threadIdx.x % WARPGROUP, groups = p.K / GROUP;
+        const float* ascales_from = p.ascales + int64_t(2 * step) * p.M + token0;
+        const Param* wscales_from = p.weight_scale + int64_t(2 * step) * p.N + row0;
+#pragma unroll
+        for (int i = 0; i < ASCALES; i++) {
+            const int at = thread + i * WARPGROUP, group = at / Shape::tokens,
+                      token = at % Shape::tokens;
+            ascale_[i] = 2 * step + group < groups && token < p.M - token0
+                             ? (ascales_from + group * int64_t(p.M))[token]
+                             : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < WSCALES; i++) {
+            const int at = thread + i * WARPGROUP, group = at / Shape::rows, row = at % Shape::rows;
+            wscale_[i] = 2 * step + group < groups && row < p.N - row0
+                             ? (wscales_from + group * int64_t(p.N))[row]
+                             : Param{0};
+        }
+    }
+    NIBBLE_DEVICE void store(char* stage) const {
+        const int thread = threadIdx.x % WARPGROUP;
+        float4* ascales = reinterpret_cast<float4*>(stage + Shape::ascales_at);
+        float* wscales = reinterpret_cast<float*>(stage + Shape::wscales_at);
+#pragma unroll
+        for (int i = 0; i < ASCALES; i++)
+            product_store(&ascales[thread + i * WARPGROUP], tf32_terms(ascale_[i]));
+#pragma unroll
+        for (int i = 0; i < WSCALES; i++) wscales[thread + i * WARPGROUP] = to_float(wscale_[i]);
+    }
+
+private:
+    float ascale_[ASCALES];
+    Param wscale_[WSCALES];
+};
+
 template <class Shape, class Param>
 NIBBLE_DEVICE void load(char* shared, Barrier* full, Barrier* empty, const TensorMap& tokens,
                         const TensorMap& weights, const Parameters<Param>& p) {
-    constexpr int ASCALES = 2 * Shape::tokens / WARPGROUP, WSCALES = 2 * Shape::rows / WARPGROUP;
-    const int thread = threadIdx.x % WARPGROUP, groups = p.K / GROUP, steps = (groups + 1) / 2;
+    // A step of the smaller tiles is computed in less time than scales are on their way, so there
+    // the next step's are asked for before these are waited for.
+    constexpr bool AHEAD = Shape::rows == 128;
+    const int steps = (p.K / GROUP + 1) / 2;
     Ring ring;
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
         const int row0 = tile % p.across * Shape::rows, token0 = tile / p.across * Shape::tokens;
+        ScaleReader<Shape, Param> scales;
+        if (AHEAD && steps) scales.read(p, 0, row0, token0);
         for (int step = 0; step < steps; step++, ring.advance()) {
-            // Read before the stage is free, so that the way to memory overlaps the wait.
-            float ascale[ASCALES], wscale[WSCALES];
-            const float* ascales_from = p.ascales + int64_t(2 * step) * p.M + token0;
-            const Param* wscales_from = p.weight_scale + int64_t(2 * step) * p.N + row0;
-#pragma unroll
-            for (int i = 0; i < ASCALES; i++) {
-                const int at = thread + i * WARPGROUP, group = at / Shape::tokens,
-                          token = at % Shape::tokens;
-                ascale[i] = 2 * step + group < groups && token < p.M - token0
-                                ? (ascales_from + group * int64_t(p.M))[token]
-                                : 0.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < WSCALES; i++) {
-                const int at = thread + i * WARPGROUP, group = at / Shape::rows,
-                          row = at % Shape::rows;
-                wscale[i] = 2 * step + group < groups && row < p.N - row0
-                                ? to_float((wscales_from + group * int64_t(p.N))[row])
-                                : 0.0f;
-            }
+            // Before the stage is free, so that the way to memory overlaps the wait.
+            if (!AHEAD) scales.read(p, step, row0, token0);
             char* stage = shared + ring.stage * Shape::stage;
             barrier_wait(&empty[ring.stage], ring.parity ^ 1);
-            if (thread == 0) {
+            // The copy engine first: the scales may still be on their way.
+            if (threadIdx.x == 0) {
                 barrier_expect(&full[ring.stage], Shape::copied);
                 copy_tile(stage, tokens, step * STEP, token0, &full[ring.stage]);
                 copy_tile(stage + Shape::weights_at, weights, step * (STEP / 2), row0,
                           &full[ring.stage]);
             }
-            float4* ascales = reinterpret_cast<float4*>(stage + Shape::ascales_at);
-            float* wscales = reinterpret_cast<float*>(stage + Shape::wscales_at);
-#pragma unroll
-            for (int i = 0; i < ASCALES; i++)
-                product_store(&ascales[thread + i * WARPGROUP], tf32_terms(ascale[i]));
-#pragma unroll
-            for (int i = 0; i < WSCALES; i++) wscales[thread + i * WARPGROUP] = wscale[i];
+            const ScaleReader<Shape, Param> here = scales;
+            if (AHEAD && step + 1 < steps) scales.read(p, step + 1, row0, token0);
+            here.store(stage);
             product_store_fence();
             barrier_arrive(&full[ring.stage]);
         }

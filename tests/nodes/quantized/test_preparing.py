@@ -1,0 +1,68 @@
+"""GPU kernels are made ready when a model is loaded, with a line under its node. What is compiled,
+and when, is tested in tests/kernels/test_preparation.py.
+"""
+
+import pytest
+import torch
+
+from nibble import kernels
+from nibble.kernels.preparation import Layer
+from nibble.nodes.bridge.host import progress
+from nibble.nodes.bridge.quantized import loading, preparing
+
+FLOATS = frozenset({torch.bfloat16})
+
+
+def test_the_layers_of_a_model_are_told_once(model):
+    layers = preparing.layers_of(model.model.diffusion_model, torch.bfloat16)
+    assert len(layers) == len(set(layers))
+    assert Layer("linear_w4a4", (384, 128), FLOATS, 16) in layers  # qkv
+    assert Layer("mlp_w4a4", (512, 128), FLOATS, 16) in layers
+    assert Layer("linear_w4a4", (128, 512), FLOATS, 16, act_unsigned=True) in layers
+    assert {layer.op for layer in layers} == {"linear_w4a4", "mlp_w4a4", "linear_w4a16"}
+
+
+def test_codewords_are_told_by_their_layout(codeword_file):
+    model = loading.load(codeword_file).model.diffusion_model
+    layers = preparing.layers_of(model, torch.float16)
+    assert {(layer.bits, layer.vector) for layer in layers if layer.op == "linear_vq"} == {(6, 2)}
+
+
+def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch):
+    lines, asked = [], []
+
+    class Server:
+        def send_progress_text(self, text, node_id):
+            lines.append((text, node_id))
+
+    def prepare(device, dtype, layers, said):
+        asked.append((device, dtype))
+        for done in range(3):
+            said(done, 2, "gemm_w4a4<...>")
+        return 2
+
+    monkeypatch.setattr(kernels, "prepare", prepare)
+    monkeypatch.setattr(progress, "PromptServer", type("P", (), {"instance": Server()}))
+    monkeypatch.setattr(progress, "running_node", lambda: "7")
+    patcher = loading.load(quantized_file)
+    assert asked == [(patcher.load_device, patcher.model.get_dtype_inference())]
+    assert lines[-1] == ("preparing 2 GPU kernels, once (2 done)", "7")
+
+
+def test_a_kernel_that_does_not_compile_does_not_stop_the_loading(
+    quantized_file, monkeypatch, caplog
+):
+    def prepare(*given):
+        raise kernels.CompileError("gemm_w4a4 does not compile")
+
+    monkeypatch.setattr(kernels, "prepare", prepare)
+    assert loading.load(quantized_file) is not None
+    assert "gemm_w4a4 does not compile" in caplog.text
+
+
+def test_the_running_node_is_comfyui_s():
+    utils = pytest.importorskip("comfy_execution.utils")
+    assert progress.running_node() is None
+    with utils.CurrentNodeContext("prompt", "12"):
+        assert progress.Progress("reading").node_id == "12"
+        assert progress.Progress("reading", "3").node_id == "3"
