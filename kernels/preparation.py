@@ -52,9 +52,7 @@ def prepare(
         return 0
     gpu = module.on(native.index_of(device))
     kinds = [kind for layer in layers if (kind := _kind(layer, device, dtype)) is not None]
-    missing = gpu.missing(of_model(kinds, native.DTYPES[dtype], gpu.gpu))
-    gpu.prepare(missing, said)
-    return len(missing)
+    return gpu.prepare(of_model(kinds, native.DTYPES[dtype], gpu.gpu), said)
 
 
 def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind | None:

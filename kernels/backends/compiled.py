@@ -16,8 +16,8 @@ from typing import Any
 from .cubins import structs
 
 _FORMATS = {structs.SIZE: "q", structs.POINTER: "P", structs.INT: "i", structs.BOOL: "?"}
-_PLACE = ("device", "stream", "zero", "threads", "isa")
-"""Target of nibble.h: the zero is the capability, which the compiled code finds out itself."""
+_PLACE = ("device", "stream", "zero", "threads", "isa", "zero")
+"""Target of nibble.h; its capability and whether it waits are set by the compiled code itself."""
 _ALIGNED = "0q"
 
 _LINEAR = structs.struct(
@@ -63,7 +63,7 @@ def _caller(op: str, door: Callable[[bytes], None]) -> Callable[..., None]:
     struct_type, fields, optional = _CALLS[op]
     size = next((name for name in optional if name.endswith("_size")), "zero")
     names = (*_PLACE, *fields, size)
-    layout = struct.Struct("@iPiii" + _ALIGNED + _format(struct_type) + _ALIGNED + "q")
+    layout = struct.Struct("@iPiii?" + _ALIGNED + _format(struct_type) + _ALIGNED + "q")
     pack, pick = layout.pack, itemgetter(*names)
     left_out = {"zero": 0, **optional}
     known = len(set(names))

@@ -109,7 +109,9 @@ def compile_library(name: str, path: Path) -> str:
         linked = Path(folder) / path.name
         link = [*compiler, *target, "-shared", *_linking(name, bool(target))]
         _run([*link, *map(str, objects), "-o", str(linked)])
-        path.write_bytes(linked.read_bytes())
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_bytes(linked.read_bytes())
+        os.replace(fresh, path)  # a program that has the old one loaded keeps it
     words = _run([*compiler, "--version"]).splitlines()[0]
     return f"Zig's {words}" if target else words
 

@@ -81,9 +81,8 @@ def module() -> tuple[Any, str]:
     found, why = optional(MODULE)
     if found is not None:
         if getattr(found, "ABI", None) == ABI:
-            return Compiled(
-                found, "extension", MODULE
-            ), f"{MODULE} {found.__version__} is installed"
+            words = f"{MODULE} {found.__version__} is installed"
+            return Compiled(found, "extension", MODULE), words
         why = f"{MODULE} has interface {getattr(found, 'ABI', None)} and this version needs {ABI}"
     try:
         library = cpu_library.load(ABI)
@@ -268,10 +267,9 @@ def layer_op(device: torch.device, op: str, arguments: dict[str, Any]) -> Callab
     cubins serve the device, it keeps the launches that it planned.
     """
     found = on(device)
-    repeated = getattr(found, "repeated", None)
-    return (
-        repeated(op, arguments) if repeated else functools.partial(getattr(found, op), **arguments)
-    )
+    if hasattr(found, "repeated"):
+        return found.repeated(op, arguments)
+    return functools.partial(getattr(found, op), **arguments)
 
 
 def dense(tensor: Tensor) -> Tensor:

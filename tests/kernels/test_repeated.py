@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from every_kernel import EveryKernel
 from fake_driver import FakeDriver
-from nibble.kernels.backends.cubins import driver, kernels, library
+from nibble.kernels.backends.cubins import driver, kernels
 from nibble.kernels.backends.cubins.module import CubinModule
 from nibble.kernels.backends.cubins.repeated import KEPT
 
@@ -45,21 +46,8 @@ class Recorded(driver.Driver):
         super().start(context, launches, stream)
 
 
-class Everything(library.Package):
-    """Cubins for every GPU, each the kernel's name."""
-
-    def __init__(self):
-        self.absent, self.manifest = "", {"compiler": "none"}
-
-    def has(self, arch):
-        return True
-
-    def find(self, kernel, arch):
-        return library.Cubin(kernel.name.encode(), kernel.name)
-
-
 def module_of(*capabilities: int) -> CubinModule:
-    return CubinModule(Recorded(*capabilities), Everything())
+    return CubinModule(Recorded(*capabilities), EveryKernel())
 
 
 def tokens_of(op: str, m: int, at: int, module: CubinModule, capability: int) -> dict:

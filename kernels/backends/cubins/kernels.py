@@ -140,7 +140,7 @@ def of(arch: str) -> Iterator[Kernel]:
         yield from (vq_gemm(x, layout, t) for x in halves for t in VQ_TILINGS)
 
 
-def tile_rows(mma: str) -> tuple[int, ...]:
+def tile_heights(mma: str) -> tuple[int, ...]:
     """Tokens of a tile of the product by mma.sync, every height that there is."""
     return (32, 64, 128, 256) if mma == "Int4" else (32, 64, 128)
 
@@ -148,7 +148,7 @@ def tile_rows(mma: str) -> tuple[int, ...]:
 def _products(mma: str) -> Iterator[Kernel]:
     tall = 64 if mma == "Int8" else 128
     for param, sign in itertools.product(HALVES, SIGNS):
-        yield from (gemm(mma, param, rows, sign) for rows in tile_rows(mma))
+        yield from (gemm(mma, param, rows, sign) for rows in tile_heights(mma))
         yield from (gelu(mma, param, rows, sign) for rows in (32, tall))
     yield add_tiles(mma)
 

@@ -128,9 +128,9 @@ class Device:
         wanted: Iterable[Kernel],
         said: Callable[[int, int, str], None] | None = None,
         at_once: int = 4,
-    ) -> None:
-        """Has kernels compiled side by side before they are needed; `said`: done, all, name. What
-        it raises ends the work, after the kernels that are under way.
+    ) -> int:
+        """Has kernels compiled side by side before they are needed; returns how many that were.
+        `said`: done, all, name. What it raises ends the work, after the kernels under way.
         """
         missing = self.missing(wanted)
         with ThreadPoolExecutor(at_once) as pool:
@@ -144,6 +144,7 @@ class Device:
                         said(done, len(missing), tasks[task].name)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+        return len(missing)
 
     def missing(self, wanted: Iterable[Kernel]) -> list[Kernel]:
         """Those that would have to be compiled; none where nothing can be."""

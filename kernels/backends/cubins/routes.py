@@ -55,7 +55,7 @@ def of(op: str, capability: int) -> dict[int, str]:
     for path in _paths(capability):
         found[path] = PATHS[path]
         if path in MMAS:
-            heights = kernels.tile_rows(MMAS[path])
+            heights = kernels.tile_heights(MMAS[path])
             found |= {1000 * path + rows: f"{PATHS[path]}, {rows} tokens" for rows in heights}
     if HOPPER in found:
         for number, (blocks, tokens) in _HOPPER_TILES.items():

@@ -31,7 +31,7 @@ def _other_paths(arch: str, capability: int) -> Iterator[Kernel]:
             continue
         yield kernels.add_tiles(mma)
         for sign in kernels.SIGNS:
-            yield from (kernels.gemm(mma, "bf16", rows, sign) for rows in kernels.tile_rows(mma))
+            yield from (kernels.gemm(mma, "bf16", rows, sign) for rows in kernels.tile_heights(mma))
             tall = 64 if mma == "Int8" else 128
             yield from (kernels.gelu(mma, "bf16", rows, sign) for rows in (32, tall))
 
