@@ -203,7 +203,8 @@ class _Fit:
         self.moments = moments + torch.diag_embed(floor)
         self.noise = (self.quantized_inputs - self.inputs).square().mean(0) + 1e-4 * floor.flatten()
         self.hessian = self.moments + torch.diag_embed(self.noise.reshape(diagonal.shape))
-        self.wanted = problem.target(problem.x)
+        self.judges = space.quantized(space.inputs(problem.judges))
+        self.wanted = problem.target(problem.judges)
 
     def first_branch(self) -> tuple[Tensor, Tensor]:
         per_group = (
@@ -262,8 +263,8 @@ class _Fit:
         """Squared output error on the rows to choose by."""
         up, down = branch
         y = (
-            self.quantized_inputs @ dequantize_groups(codes, scale).T
-            + (self.problem.x @ down.float()) @ up.float().T
+            self.judges @ dequantize_groups(codes, scale).T
+            + (self.problem.judges @ down.float()) @ up.float().T
         )
         before = self.problem.bias
         shift = 0 if bias is None or before is None else bias - before

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nibble.quant.calibration.hessian import covariance
-from nibble.quant.calibration.statistics import ENOUGH_PICTURES, InputStats
+from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.svdquant.decompose import quantize_linear
 from nibble.quant.svdquant.problem import layer_problem
 from nibble.quant.svdquant.recipe import Recipe
