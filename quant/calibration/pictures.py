@@ -7,7 +7,8 @@ recipe and set of prompts, as far as two implementations of a network agree.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,14 +23,65 @@ TEACHER_PROMPTS = 8  # random ones of a zero-data calibration block by block
 # notes of reports
 ON_NOISE = "inputs were measured on noise and random conditioning"
 ON_NOISE_CALIBRATED = "calibrated on noise and random conditioning"
+MAD_TO_STD = 1.4826  # of a normal distribution
+FEW_ROWS = 64  # so many tell as much of a channel's spread as that of all channels
 _HELD = 4  # one picture in so many is held out
 
 
-def drawn(prompts: int) -> list[int]:
-    """The prompt of each picture: each prompt once; a single one twice, from other noise, so that
-    one of the two can be held out.
+@dataclass(frozen=True)
+class Conditioning:
+    """A prompt as its text encoders gave it. tokens: (T, context); pooled: (vector,) | None."""
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+
+
+def order(prompts: int) -> list[int]:
+    """The prompt of each picture by its index, where those of `like` follow the given ones: first
+    as many of them as make the prompts enough, then each given one; a single one twice, from other
+    noise, so that one of the two can be held out.
     """
-    return [0, 0] if prompts == 1 else list(range(prompts))
+    more = max(0, ENOUGH_PROMPTS - prompts)
+    given = [0, 0] if prompts == 1 else list(range(prompts))
+    return [*range(prompts, prompts + more), *given]
+
+
+def like(prompts: Sequence[Conditioning], seed: int) -> list[Conditioning]:
+    """Prompts drawn at random like the given ones, as many as are missing to enough: half of the
+    variance is a given prompt's, half is noise. Few prompts point in few directions of the text's
+    space, and what was fitted to those alone fails in the others.
+    """
+    missing = max(0, ENOUGH_PROMPTS - len(prompts))
+    if not missing:
+        return []
+    generator = torch.Generator().manual_seed(seed)
+    tokens = _spread(torch.cat([prompt.tokens.float() for prompt in prompts]))
+    vectors = [prompt.pooled.float() for prompt in prompts if prompt.pooled is not None]
+    pooled = _spread(torch.stack(vectors)) if vectors else None
+
+    def half(given: Tensor, spread: Tensor) -> Tensor:
+        noise = spread * torch.randn(given.shape, generator=generator)
+        return ((given.float() + noise) * 0.5**0.5).to(given.dtype)
+
+    made = []
+    for number in range(missing):
+        given = prompts[number % len(prompts)]
+        vector = None
+        if given.pooled is not None and pooled is not None:
+            vector = half(given.pooled, pooled)
+        made.append(Conditioning(half(given.tokens, tokens), vector))
+    return made
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Standard deviation of each channel of rows (T, C), (C,): from the median absolute deviation,
+    for a few tokens of large language models are a thousand times as large as the others; drawn to
+    the mean of all channels where the rows are few.
+    """
+    deviation = (rows - rows.median(0).values).abs().median(0).values
+    variance = (MAD_TO_STD * deviation).square()
+    common = variance.mean() if len(rows) > FEW_ROWS else rows.var()
+    return ((len(rows) * variance + FEW_ROWS * common) / (len(rows) + FEW_ROWS)).sqrt()
 
 
 def is_held_out(numbers: Tensor, pictures: int) -> Tensor:
@@ -96,7 +148,8 @@ def few_prompts(count: int) -> str:
     """A note for a measurement on fewer prompts than are enough."""
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     return (
-        f"measured on {prompts} only: errors of other prompts may be larger than those told here;"
+        f"measured on {prompts}, and {ENOUGH_PROMPTS - count} more drawn at random like them:"
+        " errors of other prompts may be larger than those told here;"
         f" {ENOUGH_PROMPTS} or more tell what the model reads (the node adds its own where 'clip'"
         " is connected)"
     )

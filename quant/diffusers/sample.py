@@ -9,7 +9,7 @@ without transformers, and FlowMatchEulerDiscreteScheduler rounds its times other
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import diffusers
 import torch
@@ -144,10 +144,19 @@ class Drawing:
         tokens = [tokens[0] for tokens, _ in made]
         return cls(tokens, torch.cat([p for _, p in made if p is not None]), **given | changes)
 
-    @property
-    def prompts(self) -> list[int]:
-        """The prompt of each picture."""
-        return pictures.drawn(len(self.tokens))
+    def filled(self) -> "Drawing":
+        """The same for measurements: with pictures of prompts like the given ones where those are
+        few. Random conditioning is left as it is.
+        """
+        if self.kind != pictures.PROMPTS:
+            return self
+        given = [
+            pictures.Conditioning(*pair) for pair in zip(self.tokens, self.pooled, strict=True)
+        ]
+        prompts = [*given, *pictures.like(given, self.seed)]
+        drawn = [prompts[i] for i in pictures.order(len(given))]
+        pooled = torch.stack([prompt.pooled for prompt in drawn if prompt.pooled is not None])
+        return replace(self, tokens=[prompt.tokens for prompt in drawn], pooled=pooled)
 
     def provenance(self) -> dict:
         """What a recording depends on, for the file's metadata."""
@@ -162,18 +171,17 @@ class Drawing:
         """A function that draws all pictures, the same each time it is called. shown(numbers of
         the pictures) is called before each batch.
         """
-        prompts, times = self.prompts, pictures.schedule(self.steps, self.shift)
+        times = pictures.schedule(self.steps, self.shift)
         shape = (1, model.config.in_channels // 4, *self.size)
 
         @torch.no_grad()
         def run() -> None:
-            for first in range(0, len(prompts), self.batch):
-                numbers = range(first, min(first + self.batch, len(prompts)))
+            for first in range(0, len(self.tokens), self.batch):
+                numbers = range(first, min(first + self.batch, len(self.tokens)))
                 shown(numbers)
                 noise = torch.cat([pictures.noise(shape, self.seed, n) for n in numbers])
                 given = [
-                    torch.stack([part[prompts[n]] for n in numbers])
-                    for part in (self.tokens, self.pooled)
+                    torch.stack([part[n] for n in numbers]) for part in (self.tokens, self.pooled)
                 ]
                 given.append(noise.new_full((len(noise),), self.guidance))
 
@@ -212,9 +220,10 @@ def record_inputs(
     Returns name → InputStats under the names given.
     """
     model = flux_transformer(dict(state)).eval()
+    drawing = drawing.filled()
     drawn: list[range] = []
     told = drawing.kind == pictures.PROMPTS
-    shown = recorder.Shown(len(drawing.prompts), lambda: drawn[-1]) if told else recorder.UNTOLD
+    shown = recorder.Shown(len(drawing.tokens), lambda: drawn[-1]) if told else recorder.UNTOLD
     return recorder.collect(
         model,
         names,

@@ -15,6 +15,9 @@ from ..weights.svdquant_w4a4 import SVDQuantWeight
 
 SYNTHETIC_ROWS = 128
 FEWEST_ROWS = 4  # to choose by, or to report on
+# tokens that count as one: measured on the demo model (velocity's signal to noise over the preset
+# fast's noise: none 27.4, 1 33.0, 2 33.2, 4 33.3 dB)
+DEPENDENCE = 2
 EXACT_DB = 150.0  # reported for errors of (almost) nothing, where the ratio has no meaning
 
 
@@ -142,7 +145,22 @@ def _on_recorded_inputs(
 
 
 def _trusted(blocks: Tensor, square: Tensor, stats: InputStats) -> Tensor:
-    return blocks
+    """A covariance (K/B, B, B) as far as it can be trusted. square (K,): E[x^2].
+
+    Rounding errors are moved to directions in which inputs do not vary, and few tokens show few of
+    those in which they do. So it is drawn to what would be known without correlations,
+    (1 - a) C + a diag(E[x^2]), as Ledoit and Wolf (2004, "A well-conditioned estimator for
+    large-dimensional covariance matrices") draw it to a multiple of the identity. Their a is the
+    error of C over its distance from that target; for n independent tokens of B inputs it goes as
+    B / (B + n), and tokens are not independent: DEPENDENCE of them count as one.
+    """
+    share = shrinkage(stats.count, blocks.shape[-1])
+    return (1 - share) * blocks + torch.diag_embed(share * square.reshape(blocks.shape[:2]))
+
+
+def shrinkage(tokens: int, inputs: int) -> float:
+    """How far a covariance of so many inputs is drawn to its diagonal after so many tokens."""
+    return DEPENDENCE * inputs / (DEPENDENCE * inputs + tokens)
 
 
 def _rows_of(stats: InputStats | None, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import comfy.sample
@@ -51,6 +51,27 @@ class Pictures:
     seed: int
     kind: str  # "prompts" | "random conditioning"
 
+    def filled(self) -> Pictures:
+        """The same for measurements: with pictures of prompts like the user's where those are few.
+        Random conditioning is left as it is.
+        """
+        if self.kind != PROMPTS:
+            return self
+        given = []
+        for [entry] in self.prompts:
+            vector = entry[1].get("pooled_output")
+            given.append(
+                drawn.Conditioning(
+                    entry[0][0].cpu(), None if vector is None else vector.reshape(-1).cpu()
+                )
+            )
+        more = [
+            _conditioning(self.prompts[i % len(given)], made)
+            for i, made in enumerate(drawn.like(given, self.seed))
+        ]
+        prompts = [*self.prompts, *more]
+        return replace(self, prompts=[prompts[i] for i in drawn.order(len(given))])
+
     def provenance(self) -> dict:
         """What the recording depends on, for the file's metadata."""
         conditioning = []
@@ -60,6 +81,14 @@ class Pictures:
             conditioning.append([entry[0], *tensors])
         latent = list(self.latent.shape)
         return drawn.provenance(self.kind, conditioning, self.steps, self.seed, latent)
+
+
+def _conditioning(given: list, made: drawn.Conditioning) -> list:
+    """ComfyUI's form of a prompt that was made like a given one, whose other facts it shares."""
+    [[_, extras]] = given
+    if made.pooled is not None:
+        extras = extras | {"pooled_output": made.pooled[None]}
+    return [[made.tokens[None], extras]]
 
 
 @dataclass(frozen=True)
@@ -186,8 +215,9 @@ def record(
     """Statistics of the named layers' inputs over all pictures, at most `cap` bytes of them in work
     at a time. Raises DrawingFailed.
     """
+    recording = replace(recording, pictures=recording.pictures.filled())
     pictures = recording.pictures
-    count = len(drawn.drawn(len(pictures.prompts)))
+    count = len(pictures.prompts)
     total = count * pictures.steps
     state = {"pass": 0, "step": 0}
 
@@ -239,13 +269,13 @@ def draw(recording: Recording, stepped: Callable) -> None:
 
 def _draw(recording: Recording, stepped: Callable) -> None:
     patcher, pictures = recording.patcher, recording.pictures
-    for index, number in enumerate(drawn.drawn(len(pictures.prompts))):
+    for index, prompt in enumerate(pictures.prompts):
         noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)
         sigmas = comfy.samplers.calculate_sigmas(
             patcher.get_model_object("model_sampling"), "simple", pictures.steps
         )
         guider = comfy.samplers.CFGGuider(patcher)
-        guider.inner_set_conds({"positive": pictures.prompts[number]})
+        guider.inner_set_conds({"positive": prompt})
         guider.sample(
             noise,
             pictures.latent,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.calibration.pictures import ON_NOISE, ON_NOISE_CALIBRATED, TEACHER_PROMPTS, drawn
+from ....quant.calibration.pictures import ON_NOISE, ON_NOISE_CALIBRATED, TEACHER_PROMPTS
 from ....quant.calibration.teacher import Teacher
 from ....quant.files.report import Report
 from ....quant.job.checkpoint_run import QuantizeJob
@@ -119,7 +119,7 @@ def recipe_of(preset: str, bits: int, rotation: bool = False, **choices) -> Reci
 
 def _counted(pictures: Pictures, progress: Progress) -> Callable:
     """A sampler's callback that moves the bar over all pictures' steps."""
-    total = len(drawn(len(pictures.prompts))) * pictures.steps
+    total = len(pictures.prompts) * pictures.steps
     steps_done = 0
 
     def count(*_) -> None:
