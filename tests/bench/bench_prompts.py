@@ -1,5 +1,5 @@
-"""How many prompts *best* needs: the demo model quantized by *fast* (no data) and by *best* on 1, 3,
-10 and 30 prompts of its world, drawn beside 16 bit.
+"""How many prompts *best* needs: the demo model quantized by *fast* (no data) and by *best* on 1,
+3, 10 and 30 prompts of its world, drawn beside 16 bit.
 
     python tests/bench/bench_prompts.py
     python tests/bench/bench_prompts.py --scored 20 --seeds 4 --counts 24
