@@ -23,6 +23,8 @@ TEACHER_PROMPTS = 8  # random ones of a zero-data calibration block by block
 # notes of reports
 ON_NOISE = "inputs were measured on noise and random conditioning"
 ON_NOISE_CALIBRATED = "calibrated on noise and random conditioning"
+ENOUGH_PICTURES = 16  # a quarter of which is held out
+MOST_FOLLOWED = 0.5  # share of a random prompt's variance that may be a given one's
 MAD_TO_STD = 1.4826  # of a normal distribution
 FEW_ROWS = 64  # so many tell as much of a channel's spread as that of all channels
 _HELD = 4  # one picture in so many is held out
@@ -38,50 +40,58 @@ class Conditioning:
 
 def order(prompts: int) -> list[int]:
     """The prompt of each picture by its index, where those of `like` follow the given ones: first
-    as many of them as make the prompts enough, then each given one; a single one twice, from other
+    as many of them as make the pictures enough, then each given one; a single one twice, from other
     noise, so that one of the two can be held out.
     """
-    more = max(0, ENOUGH_PROMPTS - prompts)
+    more = max(0, ENOUGH_PICTURES - prompts)
     given = [0, 0] if prompts == 1 else list(range(prompts))
     return [*range(prompts, prompts + more), *given]
 
 
 def like(prompts: Sequence[Conditioning], seed: int) -> list[Conditioning]:
-    """Prompts drawn at random like the given ones, as many as are missing to enough: half of the
-    variance is a given prompt's, half is noise. Few prompts point in few directions of the text's
-    space, and what was fitted to those alone fails in the others.
+    """Prompts drawn at random like the given ones, as many as are missing to enough pictures.
+
+    Few prompts point in few directions of the text's space, and what was fitted to those alone
+    fails in the others. So a token is c + sqrt(w) (x - c) + sqrt(1 - w) s e, with x a given token,
+    c and s the channels' centre and spread, e normal, and w at most MOST_FOLLOWED: the fewer
+    prompts are given, the less it follows them.
     """
-    missing = max(0, ENOUGH_PROMPTS - len(prompts))
+    missing = max(0, ENOUGH_PICTURES - len(prompts))
     if not missing:
         return []
     generator = torch.Generator().manual_seed(seed)
-    tokens = _spread(torch.cat([prompt.tokens.float() for prompt in prompts]))
+    follow = min(1.0, len(prompts) / ENOUGH_PROMPTS) * MOST_FOLLOWED
+    tokens = _centre_and_spread(torch.cat([prompt.tokens.float() for prompt in prompts]))
     vectors = [prompt.pooled.float() for prompt in prompts if prompt.pooled is not None]
-    pooled = _spread(torch.stack(vectors)) if vectors else None
+    pooled = _centre_and_spread(torch.stack(vectors)) if vectors else None
 
-    def half(given: Tensor, spread: Tensor) -> Tensor:
+    def varied(given: Tensor, channels: tuple[Tensor, Tensor]) -> Tensor:
+        centre, spread = channels
         noise = spread * torch.randn(given.shape, generator=generator)
-        return ((given.float() + noise) * 0.5**0.5).to(given.dtype)
+        away = follow**0.5 * (given.float() - centre) + (1 - follow) ** 0.5 * noise
+        return (centre + away).to(given.dtype)
 
     made = []
     for number in range(missing):
         given = prompts[number % len(prompts)]
         vector = None
         if given.pooled is not None and pooled is not None:
-            vector = half(given.pooled, pooled)
-        made.append(Conditioning(half(given.tokens, tokens), vector))
+            vector = varied(given.pooled, pooled)
+        made.append(Conditioning(varied(given.tokens, tokens), vector))
     return made
 
 
-def _spread(rows: Tensor) -> Tensor:
-    """Standard deviation of each channel of rows (T, C), (C,): from the median absolute deviation,
-    for a few tokens of large language models are a thousand times as large as the others; drawn to
-    the mean of all channels where the rows are few.
+def _centre_and_spread(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and standard deviation of each channel of rows (T, C), (C,) each: the median and the
+    median absolute deviation, for a few tokens of large language models are a thousand times as
+    large as the others; drawn to those of all channels where the rows are few.
     """
-    deviation = (rows - rows.median(0).values).abs().median(0).values
-    variance = (MAD_TO_STD * deviation).square()
-    common = variance.mean() if len(rows) > FEW_ROWS else rows.var()
-    return ((len(rows) * variance + FEW_ROWS * common) / (len(rows) + FEW_ROWS)).sqrt()
+    count = len(rows)
+    centre = rows.median(0).values
+    variance = (MAD_TO_STD * (rows - centre).abs().median(0).values).square()
+    common = variance.mean() if count > FEW_ROWS else rows.var()
+    spread = ((count * variance + FEW_ROWS * common) / (count + FEW_ROWS)).sqrt()
+    return count / (count + FEW_ROWS) * centre, spread
 
 
 def is_held_out(numbers: Tensor, pictures: int) -> Tensor:
@@ -148,7 +158,7 @@ def few_prompts(count: int) -> str:
     """A note for a measurement on fewer prompts than are enough."""
     prompts = "1 prompt" if count == 1 else f"{count} prompts"
     return (
-        f"measured on {prompts}, and {ENOUGH_PROMPTS - count} more drawn at random like them:"
+        f"measured on {prompts}, and {ENOUGH_PICTURES - count} more drawn at random like them:"
         " errors of other prompts may be larger than those told here;"
         f" {ENOUGH_PROMPTS} or more tell what the model reads (the node adds its own where 'clip'"
         " is connected)"

@@ -10,6 +10,7 @@ without transformers, and FlowMatchEulerDiscreteScheduler rounds its times other
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import diffusers
 import torch
@@ -136,7 +137,7 @@ class Drawing:
         """Random conditioning for a FLUX.1 of such a state dict; changes: other fields."""
         widths = state["txt_in.weight"].shape[1], state["vector_in.in_layer.weight"].shape[1]
         made = list(pictures.random_prompts(prompts, *widths, changes.get("seed", 0)))
-        given = {
+        given: dict[str, Any] = {
             "kind": pictures.RANDOM,
             "size": (pictures.RANDOM_PIXELS // 8,) * 2,
             "shift": shift_of(state),

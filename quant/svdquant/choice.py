@@ -7,7 +7,7 @@ weights alone, as the preset fast makes it without inputs.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ W = TypeVar("W", SVDQuantWeight, W4A16Weight)
 
 def without_data(recipe: Recipe) -> Recipe:
     """The recipe of a layer that is made from its weights alone."""
-    return replace(recipe, **PRESETS["fast"])
+    changes: dict[str, Any] = PRESETS["fast"]
+    return replace(recipe, **changes)
 
 
 def closer(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from nibble.demo import metrics, pictures, prompts, run
 from nibble.quant import diffusers as models
-from nibble.quant.calibration.pictures import PROMPTS
+from nibble.quant.calibration.pictures import ENOUGH_PICTURES, PROMPTS
 from nibble.quant.files.report import DATA_FREE, Report
 from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant.quantize import SVDQuantJob
@@ -86,7 +86,7 @@ def calibrated(target: Path, recipe: Recipe, count: int) -> Report:
         size=(8, 8),
         shift=pictures.SHIFT,
         seed=run.CALIBRATION_SEED,
-        batch=max(count, 13),
+        batch=max(count, ENOUGH_PICTURES + 1),
     )
     statistics = models.record_inputs(state, job.quantized_names, drawing)
     return job.write(Measurement(drawing.provenance(), statistics.get))
@@ -110,7 +110,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "prompts.json")
-    parser.add_argument("--counts", type=int, nargs="*", default=[1, 3, 10, 30])
+    parser.add_argument("--counts", type=int, nargs="*", default=[0, 1, 3, 10, 30], help="0: fast")
     parser.add_argument("--scored", type=int, default=4, help="prompts that are drawn")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--iterations", type=int, help="of the solver, for a quick look")
@@ -120,7 +120,7 @@ def main() -> None:
     quick = dict(iterations=options.iterations, smoothing_grid=options.smoothing_grid)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for count in (0, *options.counts):
+        for count in options.counts:
             began = time.perf_counter()
             target = Path(folder) / f"{count}.safetensors"
             if count:
@@ -131,16 +131,16 @@ def main() -> None:
             scores = reference.score(models.load_quantized(target, torch.float32))
             rows.append(row(f"best, {count} prompts" if count else "fast", report, scores, seconds))
             print(json.dumps(rows[-1]), flush=True)
-    facts = {
-        "command": " ".join(sys.argv),
-        "scored": options.scored,
-        "seeds": options.seeds,
-        "steps": STEPS,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(facts, indent=1) + "\n")
+            facts = {
+                "command": " ".join(sys.argv),
+                "scored": options.scored,
+                "seeds": options.seeds,
+                "steps": STEPS,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "rows": rows,
+            }
+            options.out.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

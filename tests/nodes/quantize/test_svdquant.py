@@ -83,11 +83,11 @@ def recording(patcher, count: int = 2) -> record_inputs.Recording:
 def test_every_named_layer_is_measured_on_all_but_the_held_out_pictures(dense_model):
     stats = record_inputs.record(recording(dense_model), LAYERS, 1 << 30, Progress("measuring"))
     assert {name: found.count for name, found in stats.items()} == {
-        LAYERS[0]: 9 * 2 * 16,
-        LAYERS[1]: 9 * 2 * 22,
-        LAYERS[2]: 9 * 2,
+        LAYERS[0]: 12 * 2 * 16,
+        LAYERS[1]: 12 * 2 * 22,
+        LAYERS[2]: 12 * 2,
     }
-    assert {found.pictures for found in stats.values()} == {12}
+    assert {found.pictures for found in stats.values()} == {16}
     assert all(found.absmax.min() > 0 for found in stats.values())
 
 
