@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from . import small
@@ -84,8 +83,6 @@ def _check(file: small.SmallFile, tokens: list[Tensor], pooled: Tensor) -> None:
             f"{file.name} holds no prompts: 'tokens' is to be (P, T, context) and 'pooled' (P,"
             f" vector), of one number of prompts P; {_AGAIN}."
         )
-    if not all(bool(torch.isfinite(part).all()) for part in (*tokens, pooled)):
-        raise FileRefused(f"{file.name} holds NaN or infinity; {_AGAIN}.")
 
 
 def _number(file: small.SmallFile, name: str, kind: type) -> float:

@@ -113,9 +113,8 @@ class Report:
         ]
         lines += self.errors()
         if free := sum(DATA_FREE in row.why for row in self.rows):
-            lines.append(
-                ("data-free", f"{free} layers, closer so to the 16-bit ones on held-out pictures")
-            )
+            layers = "1 layer" if free == 1 else f"{free} layers"
+            lines.append(("data-free", f"{layers}, closer so to 16 bit on held-out pictures"))
         if self.seconds:
             lines.append(
                 (
