@@ -38,6 +38,7 @@ class Reference:
     """The 16-bit model's pictures, and its velocities on the way to them."""
 
     options: argparse.Namespace
+    first: torch.Tensor | None = None
 
     def __post_init__(self):
         flux = pictures.load_flux()
@@ -60,15 +61,21 @@ class Reference:
         ones = torch.ones(len(x))
         return models.velocity(flux, x, t * ones, *self.given, 3.5 * ones)
 
-    def score(self, model) -> dict[str, float]:
-        """{"psnr", "worst_psnr", "velocity"} of a quantized model, in dB."""
+    def score(self, model) -> dict:
+        """{"psnr", "worst_psnr", "velocity"} of a quantized model, in dB; and beside the first
+        model that was scored, "over_first": [mean difference of PSNR, its standard error].
+        """
         drawn, _ = run.draw(model, self.vae, self.options.scored, self.seeds, STEPS)
         each = metrics.psnr(drawn, self.drawn)
         noise = [
             10 * (v.square().mean() / (self._velocity(model, x, t) - v).square().mean()).log10()
             for x, t, v in self.path
         ]
+        if self.first is None:
+            self.first = each
+        over = each - self.first
         return {
+            "over_first": [over.mean().item(), (over.std() / len(over) ** 0.5).item()],
             "psnr": each.mean().item(),
             "worst_psnr": each.min().item(),
             "velocity": torch.stack(noise).mean().item(),
