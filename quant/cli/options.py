@@ -84,7 +84,10 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--width",
         type=int,
-        help="of the pictures to measure on, in pixels (default: the file of prompts', else 512; 256 on noise)",
+        help=(
+            "of the pictures to measure on, in pixels (default: the file of prompts', else 512; 256"
+            " on noise)"
+        ),
     )
     parser.add_argument("--height", type=int, help="the same (default: as --width)")
     parser.add_argument(
