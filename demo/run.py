@@ -7,6 +7,7 @@ returned.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..quant import diffusers as models
+from ..quant.calibration.pictures import PROMPTS, RANDOM
 from ..quant.cli import methods
 from ..quant.files.report import Report
 from ..quant.job.checkpoint_run import QuantizeJob
@@ -46,8 +48,8 @@ def quantize(
 
 def _measure(job: QuantizeJob, zero_data: bool) -> Measurement:
     """A teacher where the recipe calibrates; recorded inputs where it has a use for them."""
-    kind, tokens, pooled = _conditioning(zero_data)
-    provenance = {"kind": kind, "prompts": len(tokens), "seed": CALIBRATION_SEED}
+    drawing = _drawing(zero_data)
+    provenance = drawing.provenance()
     codewords = isinstance(job.recipe, VQRecipe)
     if codewords and not job.recipe.calibrated and not job.recipe.turns:
         return Measurement(provenance)
@@ -55,32 +57,35 @@ def _measure(job: QuantizeJob, zero_data: bool) -> Measurement:
         return Measurement(provenance)
     state = {name: job.source.read(name).float() for name in job.source.shapes}
     if codewords and job.recipe.calibrated:
-        teacher = models.flux_teacher(
-            state, tokens, pooled, side=8, seed=CALIBRATION_SEED, batch=8, shift=pictures.SHIFT
-        )
+        teacher = models.flux_teacher(state, replace(drawing, batch=8))
         return Measurement(provenance, teacher=teacher)
-    statistics = models.record_inputs(
-        state,
-        job.quantized_names,
-        tokens,
-        pooled,
-        steps=8,
-        side=8,
-        seed=CALIBRATION_SEED,
-        batch=len(tokens),
-    )
+    statistics = models.record_inputs(state, job.quantized_names, drawing)
     return Measurement(provenance, statistics.get)
 
 
-def _conditioning(zero_data: bool) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """(kind, tokens (P, T, context), pooled (P, vector)) to draw with while measuring."""
-    if zero_data:
-        generator = torch.Generator().manual_seed(CALIBRATION_SEED)
-        tokens = torch.randn(CALIBRATION_PROMPTS, 4, prompts.WORD_DIM, generator=generator)
-        return "random conditioning", tokens, tokens.mean(1)
+def calibration_prompts(count: int) -> list[str]:
+    """Prompts of the world, drawn at random: none of those that are scored was chosen for it."""
     rng = np.random.default_rng(CALIBRATION_SEED)
-    scenes = [str(world.random_scene(rng)) for _ in range(CALIBRATION_PROMPTS)]
-    return "prompts", *prompts.embed(prompts.word_indices(scenes))
+    return [str(world.random_scene(rng)) for _ in range(count)]
+
+
+def _drawing(zero_data: bool) -> models.Drawing:
+    """What to draw while measuring: in the demo's own size and schedule."""
+    generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+    tokens = torch.randn(CALIBRATION_PROMPTS, 4, prompts.WORD_DIM, generator=generator)
+    pooled = tokens.mean(1)
+    if not zero_data:
+        asked = calibration_prompts(CALIBRATION_PROMPTS)
+        tokens, pooled = prompts.embed(prompts.word_indices(asked))
+    return models.Drawing(
+        tokens,
+        pooled,
+        RANDOM if zero_data else PROMPTS,
+        size=(8, 8),
+        shift=pictures.SHIFT,
+        seed=CALIBRATION_SEED,
+        batch=CALIBRATION_PROMPTS,
+    )
 
 
 def draw(flux, vae, count: int, seeds: range, steps: int = 12) -> tuple[torch.Tensor, float]:

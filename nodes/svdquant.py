@@ -1,10 +1,13 @@
-"""The SVDQuant nodes: make a 4-bit file, load one."""
+"""The SVDQuant nodes: make a 4-bit file, load one; save prompts to calibrate on."""
+
+from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from . import file_nodes, widgets
-from .bridge.host import charts, folders
+from .bridge.host import charts, folders, node_files
+from .bridge.quantize import prompts
 from .bridge.quantize.svdquant import SVDQuantRequest
 from .bridge.quantized import activations as activation_widths
 from .bridge.quantized import loading
@@ -30,7 +33,7 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
                 " the error of every layer. An interrupted run resumes where it stopped."
             ),
             search_aliases=["nibble", "quantize", "int4", "4-bit", "nunchaku", "compress model"],
-            inputs=_main_inputs() + _expert_options(),
+            inputs=[*_main_inputs(), *_expert_options(), _clip_input()],
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Combo.Output(
@@ -192,6 +195,66 @@ def _expert_options() -> list[io.Input]:
     ]
 
 
+def _clip_input() -> io.Clip.Input:
+    """Behind all others, so that older workflows keep theirs."""
+    return io.Clip.Input(
+        "clip",
+        optional=True,
+        tooltip=(
+            "The model's text encoder: Nibble adds prompts of its own to 'positive' until there are"
+            " a dozen, or uses two dozen if nothing is connected there."
+        ),
+    )
+
+
+class NibbleSavePrompts(file_nodes.FileNode):
+    """Writes prompts for the command line's quantize."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="NibbleSavePrompts",
+            display_name="Save Calibration Prompts",
+            category="Nibble",
+            is_output_node=True,
+            description=(
+                "Saves prompts and the picture size as a file for python -m nibble quantize"
+                " --prompts, in models/calibration_prompts. For FLUX.1."
+            ),
+            search_aliases=["nibble", "calibration", "save conditioning", "export prompts"],
+            inputs=[
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Prompts. Join several with Conditioning (Combine).",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="Picture size. Not connected: 512 × 512."
+                ),
+                _clip_input(),
+                io.String.Input(
+                    "filename",
+                    default="prompts",
+                    tooltip="Name of the new file, in models/calibration_prompts.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace an existing file of this name."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            outputs=[io.String.Output("path", tooltip="Where the file is: for --prompts.")],
+        )
+
+    @classmethod
+    def execute(cls, filename, overwrite, positive=None, latent=None, clip=None) -> io.NodeOutput:
+        given = prompts.with_own(positive, clip)
+        path = prompts.save(given or [], latent, filename, overwrite)
+        node_files.remember(cls.node_id(), Path(path))
+        lines = [["prompts", str(len(given or []))], ["file", path]]
+        chart = {"kind": "facts", "title": Path(path).name, "summary": lines}
+        return io.NodeOutput(path, ui=charts.ui(chart))
+
+
 class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
     """Loads a quantized model."""
 
@@ -260,4 +323,4 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
         return io.NodeOutput(model, ui=charts.ui(chart))
 
 
-NODES = [NibbleQuantizeSVDQuant, NibbleLoadSVDQuant]
+NODES = [NibbleQuantizeSVDQuant, NibbleLoadSVDQuant, NibbleSavePrompts]

@@ -243,6 +243,32 @@ def test_the_best_preset_runs_the_model_first(source, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--width", "100"], "--width 100 is not a multiple of 16"),
+        (["--height", "8"], "--height 8 is not a multiple of 16"),
+        (["--steps", "0"], "--steps 0 is less than 1"),
+    ],
+)
+def test_a_size_that_no_flux_draws_is_refused(source, tmp_path, capsys, options, said):
+    pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI"
+    )
+    assert said in refused(capsys, "quantize", source, tmp_path / "q.safetensors", *QUICK, *options)
+
+
+def test_prompts_of_another_model_are_refused(source, tmp_path, capsys):
+    pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: the model cannot be run outside ComfyUI"
+    )
+    prompts = tmp_path / "prompts.safetensors"
+    save_file({"tokens": torch.randn(2, 4, 32), "pooled": torch.randn(2, 64)}, prompts)
+    target = tmp_path / "q.safetensors"
+    said = refused(capsys, "quantize", source, target, *QUICK, "--prompts", prompts)
+    assert "prompts of 32 and 64 channels" in said
+
+
 def test_a_second_run_records_nothing(source, tmp_path, monkeypatch):
     diffusers = pytest.importorskip(
         "nibble.quant.diffusers",

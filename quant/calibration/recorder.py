@@ -7,6 +7,7 @@ depend on the parting.
 
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -42,9 +43,41 @@ def outputs(linear: nn.Module) -> int:
     return cast("int", linear.out_features)
 
 
-def not_told() -> int | None:
+def own_name(name: str) -> str:
+    """The model's modules are called as the layers are."""
+    return name
+
+
+def _linears_of(
+    model: nn.Module, names: Iterable[str], module_of: Callable[[str], str]
+) -> dict[str, nn.Module]:
+    """The linear of each layer. Raises ValueError where the model has none of that name."""
+    linears = find_linears(model)
+    found = {}
+    for name in names:
+        module = module_of(name)
+        if module not in linears:
+            raise ValueError(f"the model has no linear layer called {module!r}")
+        found[name] = linears[module]
+    return found
+
+
+def not_told() -> range | None:
     """No picture has a number: what is drawn are not the prompts that a user will draw."""
     return None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Whose pictures are drawn while layers are watched: how many in all (0: not told), and
+    now() the numbers of those that the model is called with.
+    """
+
+    pictures: int = 0
+    now: Callable[[], range | None] = not_told
+
+
+UNTOLD = Shown()
 
 
 class Recorder:
@@ -63,15 +96,12 @@ class Recorder:
         samples: int = 256,
         hessian_block: int = BLOCK,
         seed: int = 0,
-        picture: Callable[[], int | None] = not_told,
+        shown: Shown = UNTOLD,
+        module_of: Callable[[str], str] = own_name,
     ):
         self.names = list(names)
-        self.picture = picture
-        linears = find_linears(model)
-        unknown = [name for name in self.names if name not in linears]
-        if unknown:
-            raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
-        self._modules = {name: linears[name] for name in self.names}
+        self.shown = shown
+        self._modules = _linears_of(model, self.names, module_of)
         shapes = {name: inputs(module) for name, module in self._modules.items()}
         needed = sum(InputStats.bytes_needed(k, samples, hessian_block) for k in shapes.values())
         if memory_cap_bytes is not None and needed > memory_cap_bytes:
@@ -80,7 +110,9 @@ class Recorder:
                 f"{memory_cap_bytes / 1e6:.0f} MB; record them in passes"
             )
         self.stats = {
-            name: InputStats.empty(k, samples, hessian_block, seed + zlib.crc32(name.encode()))
+            name: InputStats.empty(
+                k, samples, hessian_block, seed + zlib.crc32(name.encode()), shown.pictures
+            )
             for name, k in shapes.items()
         }
         self._hooks: list = []
@@ -88,7 +120,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         def hook_for(name: str):
             def record(_module, args):
-                self.stats[name].update(args[0], self.picture())
+                self.stats[name].update(args[0], self.shown.now())
 
             return record
 
@@ -142,25 +174,21 @@ def collect(  # noqa: PLR0913  (the last three are Recorder's own)
     samples: int = 256,
     hessian_block: int = BLOCK,
     seed: int = 0,
-    picture: Callable[[], int | None] = not_told,
+    shown: Shown = UNTOLD,
+    module_of: Callable[[str], str] = own_name,
 ) -> dict[str, InputStats]:
     """Runs the model once a pass and returns the statistics, moved to the CPU after each pass.
 
     run() must feed the model the same inputs each time; report(passes done, passes in all) is
-    called after each pass. A layer that run() never reaches keeps a count of 0. picture() is asked
-    for the number of the picture that is being drawn, the first one of a batch.
+    called after each pass. A layer that run() never reaches keeps a count of 0. module_of(layer):
+    what the model calls the module that reads the layer's input.
     """
     names = list(names)
-    linears = find_linears(model)
-    unknown = [name for name in names if name not in linears]
-    if unknown:
-        raise ValueError(f"the model has no linear layer called {unknown[0]!r}")
-    parts = Recorder.passes(
-        names, {name: inputs(linears[name]) for name in names}, cap, samples, hessian_block
-    )
+    shapes = {name: inputs(linear) for name, linear in _linears_of(model, names, module_of).items()}
+    parts = Recorder.passes(names, shapes, cap, samples, hessian_block)
     recorded: dict[str, InputStats] = {}
     for i, part in enumerate(parts):
-        watched = Recorder(model, part, cap, samples, hessian_block, seed, picture)
+        watched = Recorder(model, part, cap, samples, hessian_block, seed, shown, module_of)
         with watched as recorder, torch.no_grad():
             run()
         recorded |= {name: stats.to("cpu") for name, stats in recorder.stats.items()}

@@ -3,7 +3,9 @@ moments, and a sample of rows.
 
 The Hessian of the layer's squared output error is E[x x^T] (GPTQ, Frantar et al., 2022,
 arXiv:2210.17323); only its diagonal blocks are kept, as cross-block terms would take K^2 floats.
-All means are over tokens of raw x; `sample` is a uniform draw of rows.
+All means are over tokens of raw x; `samples` is a uniform draw of rows. Where it is told which
+picture a token is of, whole pictures are held out: their tokens are in the samples and in nothing
+else, so that what was fitted to the moments can be judged on pictures that it has not seen.
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pictures import is_held_out
+
 # inputs a Hessian block; a layer takes the largest multiple of 64 up to it that divides K
 BLOCK = 512
-ENOUGH_PICTURES = 12  # from so many prompts on, recorded correlations are taken as they are
 _MOMENTS = ("absmax", "low", "mean", "mean_square", "hessian")
 
 
@@ -33,7 +36,7 @@ class InputStats:
     `InputStats.empty`.
 
     Shapes:
-        count        tokens seen
+        count        tokens seen, without those of pictures that are held out
         absmax, low  float32 (K,)  largest magnitude, smallest value
         mean, mean_square  float32 (K,)
         hessian      float32 (K/B, B, B) diagonal blocks of E[x x^T] | None
@@ -41,7 +44,7 @@ class InputStats:
         keys         float64 (T,) the draw: a token is kept while its random key is among the T
           largest
         owners       int64 (T,) the picture that each kept row belongs to; -1: not told
-        pictures     how many there were; 0: not told
+        pictures     how many are drawn, as told before the first; 0: not told
     """
 
     count: int
@@ -59,25 +62,33 @@ class InputStats:
 
     @classmethod
     def empty(
-        cls, k: int, samples: int = 256, hessian_block: int = BLOCK, seed: int = 0, device="cpu"
+        cls,
+        k: int,
+        samples: int = 256,
+        hessian_block: int = BLOCK,
+        seed: int = 0,
+        pictures: int = 0,
     ) -> "InputStats":
-        """Statistics of no tokens yet. samples=0 keeps no rows, hessian_block=0 no Hessian."""
+        """Statistics of no tokens yet. samples=0 keeps no rows, hessian_block=0 no Hessian;
+        pictures: how many will be drawn, where each token's picture will be told.
+        """
 
         def zeros(*shape):
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape)
 
         b = block_size(k, hessian_block) if hessian_block else 0
         return cls(
             0,
             zeros(k),
-            torch.full((k,), float("inf"), device=device),
+            torch.full((k,), float("inf")),
             zeros(k),
             zeros(k),
             zeros(k // b, b, b) if b else None,
-            torch.zeros(0, k, dtype=torch.bfloat16, device=device) if samples else None,
+            torch.zeros(0, k, dtype=torch.bfloat16) if samples else None,
             torch.zeros(0, dtype=torch.float64),
             samples,
             torch.Generator().manual_seed(seed),
+            pictures=pictures,
         )
 
     @staticmethod
@@ -94,11 +105,16 @@ class InputStats:
         """Inputs of the layer."""
         return self.absmax.numel()
 
+    @property
+    def held_out(self) -> Tensor:
+        """Which of the samples are of pictures that are held out, bool (T,)."""
+        return is_held_out(self.owners, self.pictures)
+
     @torch.no_grad()
-    def update(self, x: Tensor, picture: int | None = None) -> None:
-        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. picture:
-        the number of the first of the pictures that x (batch, ..., K) is of. Raises ValueError for
-        another K.
+    def update(self, x: Tensor, shown: range | None = None) -> None:
+        """Takes in x (..., K) of any float dtype, accumulating in float32 on x's device. shown:
+        the numbers of the pictures whose tokens x is, one picture's after the other's. Raises
+        ValueError for another K.
         """
         if x.shape[-1] != self.k:
             raise ValueError(
@@ -109,6 +125,15 @@ class InputStats:
             return
         if self.absmax.device != rows.device:
             self.to(rows.device)
+        owners = _owners(len(rows), shown)
+        seen = ~is_held_out(owners, self.pictures)
+        if seen.all():
+            self._accumulate(rows)
+        elif seen.any():
+            self._accumulate(rows[seen.to(rows.device)])
+        self._draw(rows, owners)
+
+    def _accumulate(self, rows: Tensor) -> None:
         values = rows.float()
         share = len(rows) / (self.count + len(rows))
         low, high = values.aminmax(dim=0)
@@ -120,14 +145,6 @@ class InputStats:
             blocks = values.reshape(len(rows), *self.hessian.shape[:2]).transpose(0, 1)
             self.hessian.baddbmm_(blocks.mT, blocks, beta=1 - share, alpha=share / len(rows))
         self.count += len(rows)
-        self._draw(rows, self._owners(x, len(rows), picture))
-
-    def _owners(self, x: Tensor, rows: int, picture: int | None) -> Tensor:
-        if picture is None:
-            return torch.full((rows,), -1)
-        batch = x.shape[0] if x.dim() > 1 else 1
-        self.pictures = max(self.pictures, picture + batch)
-        return picture + torch.arange(rows) * batch // rows
 
     def _draw(self, rows: Tensor, owners: Tensor) -> None:
         """Reservoir sampling by random keys, which live on the CPU: no wait for the GPU, and few
@@ -242,3 +259,10 @@ class InputStats:
             pictures=int(tensors.get(f"{prefix}.pictures", 0)),
             **found,
         )
+
+
+def _owners(rows: int, shown: range | None) -> Tensor:
+    """The picture of each row, int64 (rows,); -1: not told."""
+    if shown is None:
+        return torch.full((rows,), -1)
+    return shown.start + torch.arange(rows) * len(shown) // rows

@@ -10,7 +10,8 @@ console.py   a progress bar, and lines for people
 
 EXAMPLES = """examples:
   python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
-  python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64
+  python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64 \
+--prompts prompts.safetensors
   python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 \
 --preset best
   python -m nibble inspect flux1-dev-svdq-int4.safetensors

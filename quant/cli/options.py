@@ -76,8 +76,32 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=(
-            "for --preset best: a .safetensors file with text encoders' outputs for your "
-            "prompts, 'tokens' (P, T, context) and 'pooled' (P, vector); without it they are random"
+            "to measure on: a .safetensors file of ComfyUI's node Save Calibration Prompts, or with"
+            " text encoders' outputs 'tokens' (P, T, context) and 'pooled' (P, vector); without it"
+            " they are random"
+        ),
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        help=(
+            "of the pictures to measure on, in pixels (default: the file of prompts', else 512; 256"
+            " on noise)"
+        ),
+    )
+    parser.add_argument("--height", type=int, help="the same (default: as --width)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="sampling steps of each picture (default: 8); --method vq: of calibration a block",
+    )
+    parser.add_argument(
+        "--shift",
+        type=float,
+        metavar="S",
+        help=(
+            "of the time schedule, t = e^S / (e^S + 1/u - 1) (default: the model's, 1.15 for"
+            " FLUX.1 dev and 0 for schnell)"
         ),
     )
     _svdquant_options(parser)
@@ -160,7 +184,6 @@ def _vq_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="codewords that a group of weights may choose from, for --preset vq4dit (default: 2)",
     )
-    group.add_argument("--steps", type=int, help="of calibration a block")
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:

@@ -1,21 +1,23 @@
 """python -m nibble quantize SOURCE TARGET: prepare, measure outside ComfyUI, write.
 
 Only FLUX.1 can be run here (by diffusers). The preset fast records what costs little: a FLUX.1 that
-fits under the memory cap in float32, on random conditioning.
+fits under the memory cap in float32, on random conditioning. What is drawn, and what the file says
+of it, is what ComfyUI's node draws of the same prompts.
 """
 
 import argparse
 import math
 import sys
-from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
 
 from ...kernels.optional import optional
-from ..calibration.statistics import ENOUGH_PICTURES
+from ..calibration import pictures as drawn_pictures
+from ..files import prompts as prompts_file
 from ..files.errors import FileRefused
-from ..files.safetensors import checksum, read_header, read_tensor
-from ..job.checkpoint_run import QuantizeJob, few_prompts
+from ..files.prompts import Prompts
+from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
@@ -61,7 +63,7 @@ def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
         modulation = "vq" if options.modulation == "w4a16" else options.modulation
         recipe_class = VQRecipe
     else:
-        _refuse_options(options, _VQ_OPTIONS, "vq")
+        _refuse_options(options, _VQ_OPTIONS.keys() - {"steps"}, "vq")
         changes = {field: getattr(options, name) for name, field in _SVDQUANT_OPTIONS.items()}
         modulation = options.modulation
         recipe_class = SVDQuantRecipe
@@ -91,42 +93,97 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
             " calibrated; use --preset fast, or the node"
             f" {'VQ' if options.method == 'vq' else 'SVDQuant'} Quantize Checkpoint in ComfyUI"
         )
+    prompts = None if options.prompts is None else prompts_file.read(options.prompts)
     in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
-    if fast and in_float32 > options.memory_cap * 1e9:
+    if fast and prompts is None and in_float32 > options.memory_cap * 1e9:
         return WEIGHTS_ALONE
     diffusers, why = optional("..diffusers", __package__)
     if diffusers is None:
-        if fast:
+        if fast and prompts is None:
             return _weights_alone(job, why)
         raise ValueError(
             f"--preset {options.preset} needs diffusers to run the model, and {why}; pip install"
-            " --upgrade diffusers, or use --preset fast"
+            " --upgrade diffusers, or use --preset fast without --prompts"
         )
-    if fast or options.prompts is None:
-        tokens, pooled, provenance = None, None, {"kind": "random conditioning"}
-    else:
-        tokens, pooled, provenance = _prompts(options.prompts)
-        if len(tokens) < ENOUGH_PICTURES:
-            job.source.notes.append(few_prompts(len(tokens)))
+    drawing = _drawing(diffusers, options, job, prompts)
+    provenance = drawing.provenance()
+    job.source.notes.extend(_notes(job, drawing))
     if job.existing_report(provenance) is not None:
         return Measurement(provenance)
     cap = int(options.memory_cap * 1e9)
     state = {name: job.source.read(name).float() for name in job.source.shapes}
-    seed = job.recipe.seed
     if options.method == "vq" and not fast:
-        teacher = diffusers.flux_teacher(state, tokens, pooled, cap=cap, seed=seed)
-        return Measurement(provenance, teacher=teacher)
+        return Measurement(provenance, teacher=diffusers.flux_teacher(state, drawing, cap))
     with Bar("tokens") as bar:
         statistics = diffusers.record_inputs(
             state,
             job.quantized_names,
-            tokens,
-            pooled,
-            cap=cap,
-            seed=seed,
+            drawing,
+            cap,
             report=lambda done, total: bar(done, total, "recording inputs"),
         )
     return Measurement(provenance, statistics.get)
+
+
+def _drawing(
+    diffusers: Any, options: argparse.Namespace, job: QuantizeJob, prompts: Prompts | None
+) -> Any:
+    """A `diffusers.Drawing`: of the prompts, or of random conditioning; as typed, else as the file
+    of prompts says, else as ComfyUI's node has it. Raises ValueError for what no FLUX.1 draws.
+    """
+    typed: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("steps", "shift", "seed")
+        if getattr(options, name) is not None
+    }
+    if options.method == "vq":
+        typed.pop("steps", None)  # of calibration there
+    for name, value in (("--width", options.width), ("--height", options.height)):
+        if value is not None and (value < 16 or value % 16):
+            raise ValueError(f"{name} {value} is not a multiple of 16 pixels")
+    if typed.get("steps", 1) < 1:
+        raise ValueError(f"--steps {typed['steps']} is less than 1")
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in job.source.shapes.items()}
+    if prompts is None:
+        size = _size(options, drawn_pictures.RANDOM_PIXELS)
+        return diffusers.Drawing.without_data(shapes, _random_prompts(options), size=size, **typed)
+    wanted = (shapes["txt_in.weight"].shape[1], shapes["vector_in.in_layer.weight"].shape[1])
+    found = (prompts.tokens[0].shape[1], prompts.pooled.shape[1])
+    if wanted != found:
+        raise FileRefused(
+            f"{options.prompts.name} holds prompts of {found[0]} and {found[1]} channels, and"
+            f" {job.source.name} reads {wanted[0]} and {wanted[1]}; save them with this model's"
+            " text encoders."
+        )
+    told = {"shift": diffusers.shift_of(shapes), "size": prompts.size}
+    if prompts.guidance is not None:
+        told["guidance"] = prompts.guidance
+    if prompts.size is None or options.width or options.height:
+        told["size"] = _size(options, drawn_pictures.PROMPT_PIXELS)
+    return diffusers.Drawing(prompts.tokens, prompts.pooled, **(told | typed))
+
+
+def _random_prompts(options: argparse.Namespace) -> int:
+    """How many pictures of random conditioning: more where a recipe calibrates on them."""
+    if options.preset == "fast":
+        return drawn_pictures.RANDOM_PROMPTS
+    svdquant = options.method == "svdquant"
+    return drawn_pictures.ENOUGH_PROMPTS if svdquant else drawn_pictures.TEACHER_PROMPTS
+
+
+def _size(options: argparse.Namespace, default: int) -> tuple[int, int]:
+    """(height, width) of the latents, an eighth of the picture's; default: pixels."""
+    height = options.height or options.width or default
+    return height // 8, (options.width or height) // 8
+
+
+def _notes(job: QuantizeJob, drawing: Any) -> list[str]:
+    """What the report says of a measurement that was not on enough prompts."""
+    if drawing.kind == drawn_pictures.RANDOM:
+        calibrated = getattr(job.recipe, "calibrated", False)
+        return [drawn_pictures.ON_NOISE_CALIBRATED if calibrated else drawn_pictures.ON_NOISE]
+    few = len(drawing.tokens) < drawn_pictures.ENOUGH_PROMPTS
+    return [drawn_pictures.few_prompts(len(drawing.tokens))] if few else []
 
 
 def _weights_alone(job: QuantizeJob, why: str) -> Measurement:
@@ -135,21 +192,3 @@ def _weights_alone(job: QuantizeJob, why: str) -> Measurement:
     print(f"nibble: {note}", file=sys.stderr)
     job.source.notes.append(note)
     return WEIGHTS_ALONE
-
-
-def _prompts(path: Path) -> tuple[Tensor, Tensor, dict]:
-    """(tokens, pooled, their provenance) of a file with text encoders' outputs."""
-    header = read_header(path)
-    if not {"tokens", "pooled"} <= header.tensors.keys():
-        raise FileRefused(
-            f"{path.name} lacks the tensors 'tokens' and 'pooled'; save the text encoders' outputs"
-            " under these names."
-        )
-    tokens = read_tensor(header, "tokens").float()
-    pooled = read_tensor(header, "pooled").float()
-    provenance = {
-        "kind": "prompts",
-        "prompts": len(tokens),
-        "fingerprint": f"{checksum(tokens)}{checksum(pooled)}",
-    }
-    return tokens, pooled, provenance

@@ -9,14 +9,14 @@ dit.py     a DiT to quantize, to calibrate on, and loaded again
 from .dit import dit_source, dit_teacher
 from .load import flux_config, flux_transformer, load_quantized, save_quantized
 from .names import diffusers_parts, flux_module, to_diffusers_names, to_flux_names
-from .sample import SHIFT, drawing, euler, flux_teacher, record_inputs, schedule, velocity
+from .sample import SHIFT, Drawing, euler, flux_teacher, record_inputs, schedule, shift_of, velocity
 
 __all__ = [
     "SHIFT",
+    "Drawing",
     "diffusers_parts",
     "dit_source",
     "dit_teacher",
-    "drawing",
     "euler",
     "flux_config",
     "flux_module",
@@ -26,6 +26,7 @@ __all__ = [
     "record_inputs",
     "save_quantized",
     "schedule",
+    "shift_of",
     "to_diffusers_names",
     "to_flux_names",
     "velocity",

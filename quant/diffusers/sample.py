@@ -8,19 +8,22 @@ without transformers, and FlowMatchEulerDiscreteScheduler rounds its times other
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor, nn
 
-from ..calibration import recorder
+from ..calibration import pictures, recorder
 from ..calibration.statistics import InputStats
 from ..calibration.teacher import Teacher
 from .load import flux_transformer
 from .names import diffusers_parts
 
-TOKEN_STD = 0.25  # of T5's outputs
+GUIDANCE = 3.5  # of FLUX.1 dev, where none is said, as in ComfyUI
+LATENT_CHANNELS = 16
 SHIFT = 1.15  # of FLUX.1 dev's time schedule at small sizes, and ComfyUI's default for it
 
 
@@ -75,105 +78,161 @@ def euler(  # noqa: PLR0913 (a script's keywords)
     tokens: Tensor,
     pooled: Tensor,
     steps: int,
-    guidance: float = 3.5,
+    guidance: float = GUIDANCE,
     shift: float = SHIFT,
     report: Callable[[int], None] = lambda step: None,
 ) -> Tensor:
     """Euler's method for the rectified flow dx/dt = velocity, from noise (batch, 16, h, w) at t = 1
     to latents at t = 0.
     """
-    x, times = noise, schedule(steps, shift).to(noise)
-    for i in range(steps):
-        x = x + (times[i + 1] - times[i]) * velocity(
-            flux, x, times[i].expand(len(x)), tokens, pooled, x.new_full((len(x),), guidance)
-        )
+
+    def flow(x: Tensor, t: Tensor) -> Tensor:
+        return velocity(flux, x, t, tokens, pooled, x.new_full((len(x),), guidance))
+
+    return _integrated(flow, noise, schedule(steps, shift), report)
+
+
+def _integrated(
+    flow: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    times: Tensor,
+    report: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """x (batch, …) at the first of the times (steps + 1,), led along dx/dt = flow(x, t) to the
+    last.
+    """
+    times = times.to(x)
+    for i in range(len(times) - 1):
+        x = x + (times[i + 1] - times[i]) * flow(x, times[i].expand(len(x)))
         report(i + 1)
     return x
 
 
-def drawing(  # noqa: PLR0913 (a script's keywords)
-    model: diffusers.FluxTransformer2DModel,
-    tokens: Tensor | None = None,
-    pooled: Tensor | None = None,
-    steps: int = 8,
-    side: int = 32,
-    seed: int = 0,
-    batch: int = 4,
-    shift: float = SHIFT,
-    started: Callable[[int], None] = lambda first: None,
-) -> Callable[[], None]:
-    """A function that draws with a FLUX.1, the same each time it is called; arguments as in
-    `record_inputs`. started(number of its first picture) is called before each batch.
+@dataclass(frozen=True)
+class Drawing:
+    """What a FLUX.1 draws while it is watched.
+
+    tokens, pooled  conditioning, a prompt an entry: (T, context) each, and (P, vector)
+    kind   "prompts" | "random conditioning"
+    size   (height, width) of the latents: 64 is a picture of 512 pixels
+    shift  of the time schedule
+    guidance  the distilled scale
+    batch  pictures at a time; their tokens are of one length then
     """
-    generator = torch.Generator().manual_seed(seed)
-    if tokens is None or pooled is None:
-        config = model.config
-        tokens = torch.randn(batch, 64, config.joint_attention_dim, generator=generator) * TOKEN_STD
-        pooled = torch.randn(batch, config.pooled_projection_dim, generator=generator)
-    noise = torch.randn(len(tokens), model.config.in_channels // 4, side, side, generator=generator)
 
-    def run() -> None:
-        for part in range(0, len(tokens), batch):
-            chosen = slice(part, part + batch)
-            started(part)
-            euler(model, noise[chosen], tokens[chosen], pooled[chosen], steps, shift=shift)
+    tokens: Sequence[Tensor]
+    pooled: Tensor
+    kind: str = pictures.PROMPTS
+    size: tuple[int, int] = (pictures.PROMPT_PIXELS // 8,) * 2
+    steps: int = pictures.STEPS
+    shift: float = SHIFT
+    guidance: float = GUIDANCE
+    seed: int = 0
+    batch: int = 1
 
-    return run
+    @classmethod
+    def without_data(
+        cls, state: Mapping[str, Tensor], prompts: int = pictures.RANDOM_PROMPTS, **changes
+    ) -> "Drawing":
+        """Random conditioning for a FLUX.1 of such a state dict; changes: other fields."""
+        widths = state["txt_in.weight"].shape[1], state["vector_in.in_layer.weight"].shape[1]
+        made = list(pictures.random_prompts(prompts, *widths, changes.get("seed", 0)))
+        given: dict[str, Any] = {
+            "kind": pictures.RANDOM,
+            "size": (pictures.RANDOM_PIXELS // 8,) * 2,
+            "shift": shift_of(state),
+        }
+        tokens = [tokens[0] for tokens, _ in made]
+        return cls(tokens, torch.cat([p for _, p in made if p is not None]), **given | changes)
+
+    def filled(self) -> "Drawing":
+        """The same for measurements: with pictures of prompts like the given ones where those are
+        few. Random conditioning is left as it is.
+        """
+        if self.kind != pictures.PROMPTS:
+            return self
+        given = [
+            pictures.Conditioning(*pair) for pair in zip(self.tokens, self.pooled, strict=True)
+        ]
+        prompts = [*given, *pictures.like(given, self.seed)]
+        drawn = [prompts[i] for i in pictures.order(len(given))]
+        pooled = torch.stack([prompt.pooled for prompt in drawn if prompt.pooled is not None])
+        return replace(self, tokens=[prompt.tokens for prompt in drawn], pooled=pooled)
+
+    def provenance(self) -> dict:
+        """What a recording depends on, for the file's metadata."""
+        # the shape of a prompt's tensors is not told apart from ComfyUI's (1, T, context)
+        conditioning = [list(pair) for pair in zip(self.tokens, self.pooled, strict=True)]
+        latent = [1, LATENT_CHANNELS, *self.size]
+        return pictures.provenance(self.kind, conditioning, self.steps, self.seed, latent)
+
+    def run(
+        self, model: diffusers.FluxTransformer2DModel, shown: Callable[[range], None]
+    ) -> Callable[[], None]:
+        """A function that draws all pictures, the same each time it is called. shown(numbers of
+        the pictures) is called before each batch.
+        """
+        times = pictures.schedule(self.steps, self.shift)
+        shape = (1, model.config.in_channels // 4, *self.size)
+
+        @torch.no_grad()
+        def run() -> None:
+            for first in range(0, len(self.tokens), self.batch):
+                numbers = range(first, min(first + self.batch, len(self.tokens)))
+                shown(numbers)
+                noise = torch.cat([pictures.noise(shape, self.seed, n) for n in numbers])
+                given = [
+                    torch.stack([part[n] for n in numbers]) for part in (self.tokens, self.pooled)
+                ]
+                given.append(noise.new_full((len(noise),), self.guidance))
+
+                def flow(x: Tensor, t: Tensor, given=given) -> Tensor:
+                    return velocity(model, x, t, *given)
+
+                _integrated(flow, noise, times)
+
+        return run
 
 
-def flux_teacher(  # noqa: PLR0913 (a script's keywords)
-    state: Mapping[str, Tensor],
-    tokens: Tensor | None = None,
-    pooled: Tensor | None = None,
-    cap: int = 2 << 30,
-    steps: int = 8,
-    side: int = 32,
-    seed: int = 0,
-    batch: int = 4,
-    shift: float = SHIFT,
-) -> Teacher:
-    """A 16-bit FLUX.1 at work, to calibrate codewords on; arguments as in `record_inputs`. With
-    random prompts it needs no data.
+def shift_of(state: Mapping[str, Tensor]) -> float:
+    """The shift of a FLUX.1's own schedule in ComfyUI: dev's, or none for schnell, which takes no
+    guidance.
     """
+    return SHIFT if "guidance_in.in_layer.weight" in state else 0.0
+
+
+def flux_teacher(state: Mapping[str, Tensor], drawing: Drawing, cap: int = 2 << 30) -> Teacher:
+    """A 16-bit FLUX.1 at work, to calibrate codewords on. cap: as in `record_inputs`."""
     model = flux_transformer(dict(state)).eval()
-    return Teacher(
-        model, drawing(model, tokens, pooled, steps, side, seed, batch, shift), diffusers_parts, cap
-    )
+    return Teacher(model, drawing.run(model, lambda numbers: None), diffusers_parts, cap)
 
 
-def record_inputs(  # noqa: PLR0913 (a script's keywords)
+def record_inputs(
     state: Mapping[str, Tensor],
     names: Iterable[str],
-    tokens: Tensor | None = None,
-    pooled: Tensor | None = None,
+    drawing: Drawing,
     cap: int = 4 << 30,
-    steps: int = 8,
-    side: int = 32,
-    seed: int = 0,
-    batch: int = 4,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, InputStats]:
     """What the named linears of a 16-bit FLUX.1 read while it draws.
 
-    state           its weights under Black Forest Labs' names
-    tokens, pooled  prompts (P, T, context) and (P, vector); None draws them at random, spread like
-      T5's and CLIP's outputs
-    cap             bytes of statistics to hold at once: more layers than fit are recorded in
-      several runs
-    side            of the latents: 32 is a picture of 256 pixels
-    batch           pictures at a time
+    state  its weights under Black Forest Labs' names
+    cap    bytes of statistics to hold at once: more layers than fit are recorded in several runs
     Returns name → InputStats under the names given.
     """
     model = flux_transformer(dict(state)).eval()
-    first: list[int | None] = [None]  # of the pictures being drawn, where they are of prompts
-
-    def started(picture: int) -> None:
-        first[0] = None if tokens is None else picture
-
-    run = drawing(model, tokens, pooled, steps, side, seed, batch, started=started)
-    # parts joined in one module read the same input
-    readers = {name: diffusers_parts(name)[0] for name in names}
-    recorded = recorder.collect(
-        model, readers.values(), run, cap, report, seed=seed, picture=lambda: first[0]
+    drawing = drawing.filled()
+    drawn: list[range] = []
+    told = drawing.kind == pictures.PROMPTS
+    shown = recorder.Shown(len(drawing.tokens), lambda: drawn[-1]) if told else recorder.UNTOLD
+    return recorder.collect(
+        model,
+        names,
+        drawing.run(model, drawn.append),
+        cap,
+        report,
+        seed=drawing.seed,
+        shown=shown,
+        # parts joined in one layer read the same input
+        module_of=lambda name: diffusers_parts(name)[0],
     )
-    return {name: recorded[reader] for name, reader in readers.items()}

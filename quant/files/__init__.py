@@ -10,6 +10,7 @@ writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
 integrity.py      what tells that a file is damaged
 small.py          small files: adapters, states, couplings
+prompts.py        prompts to calibrate on, as text encoders gave them
 source.py         the 16-bit model that is quantized
 source_layouts.py how ComfyUI's own quantized formats are read
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import ENOUGH_PICTURES, InputStats
+from ..calibration.statistics import InputStats
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan, recognise
 from ..files.atomic import Held
@@ -251,15 +251,6 @@ def _unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
-
-
-def few_prompts(count: int) -> str:
-    """A note for a measurement on fewer prompts than are enough."""
-    prompts = "1 prompt" if count == 1 else f"{count} prompts"
-    return (
-        f"measured on {prompts} only: errors of other prompts may be larger than those told here;"
-        f" {ENOUGH_PICTURES} or more tell what the model reads"
-    )
 
 
 class LayerQuantizer(ABC):

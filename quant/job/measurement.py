@@ -5,11 +5,23 @@ from dataclasses import dataclass, field
 
 from ..calibration.statistics import InputStats
 from ..calibration.teacher import Teacher
+from ..files.report import NOISE, PICTURES, SYNTHETIC
+
+FEWEST_SAMPLES = 16  # rows that an error can be measured on
 
 
 def no_statistics(name: str) -> InputStats | None:
     """Nothing is known about any layer."""
     return None
+
+
+def measured_on(stats: InputStats | None) -> str:
+    """What a layer's error is measured on where so much was recorded, as reports have it."""
+    if stats is None or stats.count == 0 or stats.samples is None:
+        return SYNTHETIC
+    if len(stats.samples) < FEWEST_SAMPLES:
+        return SYNTHETIC
+    return PICTURES if stats.pictures else NOISE
 
 
 @dataclass(frozen=True)

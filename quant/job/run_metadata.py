@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.architectures import LayerPlan
 from ..files.checkpoint import FORMAT_VERSION
-from ..files.report import LayerRow, Report
+from ..files.report import MEASURED_ON, LayerRow, Report
 from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import metadata_room
 from .recipe import FromPreset
@@ -77,6 +77,7 @@ def reserved_bytes(metadata: Mapping[str, str], report: Report, layers: Iterable
             db=-9999.99,
             bytes_before=largest,
             bytes_after=largest,
+            on=max(MEASURED_ON, key=len),
         )
         for layer in layers
     ]

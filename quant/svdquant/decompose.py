@@ -217,10 +217,11 @@ class _Fit:
         self.moments = moments + torch.diag_embed(floor)
         self.noise = (self.quantized_inputs - self.inputs).square().mean(0) + 1e-4 * floor.flatten()
         self.hessian = self.moments + torch.diag_embed(self.noise.reshape(diagonal.shape))
-        self.wanted = problem.target(problem.x)
         self.grid: Grid = EvenGrid(recipe.clip_search)
         if recipe.table:
             self.grid = TableGrid.fitted(self.weight, recipe.group)
+        self.judges = space.quantized(space.inputs(problem.judges))
+        self.wanted = problem.target(problem.judges)
 
     def first_branch(self) -> Branch:
         per_group = (
@@ -277,7 +278,7 @@ class _Fit:
     def loss(self, branch: Branch, dense: Tensor, bias: Tensor | None) -> float:
         """Squared output error on the rows to choose by."""
         up, down = branch
-        y = self.quantized_inputs @ dense.T + (self.problem.x @ down.float()) @ up.float().T
+        y = self.judges @ dense.T + (self.problem.judges @ down.float()) @ up.float().T
         before = self.problem.bias
         shift = 0 if bias is None or before is None else bias - before
         return (y + shift - self.wanted).square().sum().item()

@@ -20,16 +20,17 @@ from torch import Tensor
 from ..calibration.statistics import InputStats
 from ..files.architectures import LayerPlan
 from ..files.layer_formats import FORMATS, OPTIONAL, dtypes_of, layer_sizes
-from ..files.report import LayerRow, Report
+from ..files.report import DATA_FREE, LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
 from ..files.writer import Writer
 from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
-from ..job.measurement import Measurement
+from ..job.measurement import Measurement, measured_on
 from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
 from ..job.side_by_side import at_once, side_by_side
 from ..weights.base import StoredWeight
+from .choice import closer, without_data
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .recipe import Recipe
 from .w4a16 import quantize_w4a16
@@ -154,23 +155,13 @@ class _SVDQuantizer(LayerQuantizer):
         if bias is not None:
             bias = bias.to(self.device)
         stats = group.statistics[layer.name]
-        why = layer.why
         result: StoredWeight
         if layer.action == "w4a4":
-            seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
-            result, error = quantize_linear(
-                weight,
-                bias,
-                stats,
-                self.recipe,
-                post_gelu=layer.post_gelu,
-                smooth=smooth,
-                generator=torch.Generator().manual_seed(seed),
-            )
-            db = error.db
-            why = f"{why}; {_in_words(error)}"[: len(why.encode()) + WHY_ROOM // 2]
+            result, db, how = self._w4a4(layer, weight, bias, stats, smooth)
         else:
-            result, db = quantize_w4a16(weight, bias, stats, self.recipe)
+            result, db, how = self._w4a16(weight, bias, stats)
+        why = f"{layer.why}; {how}" if how else layer.why
+        why = why[: len(layer.why.encode()) + WHY_ROOM // 2]
         tensors = {key: tensor.cpu() for key, tensor in result.tensors(layer.name).items()}
         tensors[f"{layer.name}.comfy_quant"] = padded(tensors[f"{layer.name}.comfy_quant"])
         row = LayerRow(
@@ -181,8 +172,50 @@ class _SVDQuantizer(LayerQuantizer):
             bytes_before=self.source.nbytes(layer.name),
             bytes_after=0,
             seconds=time.monotonic() - began,
+            on=measured_on(stats),
         )
         return _Unit(layer, tensors, row)
+
+    def _w4a4(  # noqa: PLR0913  (a layer and what is known of it)
+        self,
+        layer: LayerPlan,
+        weight: Tensor,
+        bias: Tensor | None,
+        stats: InputStats | None,
+        smooth: Tensor | None,
+    ) -> tuple[StoredWeight, float, str]:
+        """The layer, its error in dB, and how it was made."""
+        seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
+
+        def made(stats: InputStats | None, recipe: Recipe) -> tuple[StoredWeight, LayerError]:
+            return quantize_linear(
+                weight,
+                bias,
+                stats,
+                recipe,
+                post_gelu=layer.post_gelu,
+                smooth=smooth,
+                generator=torch.Generator().manual_seed(seed),
+            )
+
+        def data_free() -> StoredWeight:
+            return made(None, without_data(self.recipe))[0]
+
+        result, error = made(stats, self.recipe)
+        other = closer(weight, bias, stats, result, data_free)
+        return (result, error.db, _in_words(error)) if other is None else (*other, DATA_FREE)
+
+    def _w4a16(
+        self, weight: Tensor, bias: Tensor | None, stats: InputStats | None
+    ) -> tuple[StoredWeight, float, str]:
+        """The same for a layer of few tokens."""
+        result, db = quantize_w4a16(weight, bias, stats, self.recipe)
+
+        def data_free() -> StoredWeight:
+            return quantize_w4a16(weight, bias, None, self.recipe)[0]
+
+        other = closer(weight, bias, stats, result, data_free)
+        return (result, db, "") if other is None else (*other, DATA_FREE)
 
 
 def layout(

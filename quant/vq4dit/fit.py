@@ -227,11 +227,12 @@ def _rounded(fitted: Fitted) -> Fitted:
 
 
 def sample_rows(stats: InputStats | None, k: int, generator: torch.Generator) -> Tensor:
-    """Rows (T, K) to report errors on: recorded ones, else noise with the recorded spread, else
-    plain noise.
+    """Rows (T, K) to report errors on: recorded ones, of held-out pictures where there are such;
+    else noise with the recorded spread, else plain noise.
     """
     if stats is not None and stats.samples is not None and len(stats.samples) >= 16:
-        return stats.samples.float()
+        held = stats.held_out.to(stats.samples.device)
+        return (stats.samples[held] if held.any() else stats.samples).float()
     noise = torch.randn(SYNTHETIC_ROWS, k, generator=generator)
     if stats is None or stats.count == 0:
         return noise

@@ -25,7 +25,7 @@ from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
 from ..files.writer import Writer
 from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, QuantizeJob
-from ..job.measurement import Measurement
+from ..job.measurement import Measurement, measured_on
 from ..job.monitor import BlockError, Monitor
 from ..job.run_metadata import padded
 from ..training.recompute import allowing_writes
@@ -136,6 +136,7 @@ class _VQQuantizer(LayerQuantizer):
             db=round(db, 2),
             bytes_before=self.source.nbytes(layer.name),
             bytes_after=0,
+            on=measured_on(stats),
         )
         return tensors, row
 

@@ -163,7 +163,8 @@ def test_recorded_inputs_are_those_of_the_layers_named(files):
         "single_blocks.0.linear2",
         "double_blocks.0.img_mod.lin",
     ]
-    stats = models.record_inputs(state, names, steps=2, side=4, batch=1)
+    drawing = models.Drawing.without_data(state, 1, size=(4, 4), steps=2)
+    stats = models.record_inputs(state, names, drawing)
     assert {name: s.k for name, s in stats.items()} == {names[0]: 128, names[1]: 640, names[2]: 128}
     tokens = 2 * 4  # steps x image tokens of 4 x 4 latents
     assert stats[names[0]].count == tokens

@@ -17,6 +17,11 @@ import {
 
 const SHOWN = new Set(["size", "layers"]); // figures that the size bar and its legend tell
 const NOTE = "signal-to-noise ratio in dB, higher is better; dashes: median";
+const ON = {
+  pictures: "on held-out pictures",
+  noise: "on noise, not on pictures",
+  synthetic: "estimated on synthetic inputs, not measured",
+};
 const bytesAfter = (rows) => sum(rows, (row) => row.bytes_after);
 
 export function layersChart(chart) {
@@ -26,10 +31,16 @@ export function layersChart(chart) {
     chart,
     sizeBar(rows, chart),
     statistics(chart.summary, SHOWN),
-    plot && [plotTitle("Accuracy per layer", NOTE), plot],
+    plot && [plotTitle("Accuracy per layer", note(rows)), plot],
     plot && [leastAccurate(rows, plot.select), leastUsedCodebooks(rows, plot.select)],
     keptLayers(rows),
   );
+}
+
+/** What the dots are, and what they were measured on where the report tells. */
+function note(rows) {
+  const kinds = Object.keys(ON).filter((on) => rows.some((row) => row.on === on));
+  return [...kinds.map((on) => ON[on]), NOTE].join("; ");
 }
 
 /** The size after as a part of the size before, split by what was done to the layers. */

@@ -3,7 +3,8 @@
 {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
 "bytes_before": int, "bytes_after": int,
  "rows": [{"name", "action": "w4a4" | "w4a16" | "vq" | "keep", "why", "db": float | null,
- "bytes_before", "bytes_after", "seconds"}, …]}
+ "bytes_before", "bytes_after", "seconds", "on": "pictures" | "noise" | "synthetic" | ""}, …]}
+   (on: what db was measured on; "": nothing, or not told)
 {"kind": "facts", "title": str, "summary": [[label, value], …]}
 {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
  "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}
@@ -28,13 +29,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections import Counter
 
 import torch
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
+from ....quant.files.errors import reading
 from ....quant.files.report import Report
 
 KEY = "nibble_chart"
@@ -69,6 +70,14 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
     }
 
 
+def error_lines(file: QuantizedFile) -> list[list[str]]:
+    """What a file's report tells of its layers' errors, as lines of a summary."""
+    text = file.metadata.get("report")
+    with reading(file.path, file.remedy):
+        report = Report.from_json(text) if text else Report("")
+    return [list(pair) for pair in report.errors()]
+
+
 def model_chart(
     file: QuantizedFile, needed: tuple[int, int], device: torch.device, in_ram: int = 0
 ) -> dict:
@@ -78,11 +87,6 @@ def model_chart(
     table = formats["svdquant_w4a8"]
     backend, reason = kernels.which("linear_w4a8" if table else "linear_w4a4", device)
     w4a4 = f"{table} W4A8" if table else f"{formats['svdquant_w4a4']} W4A4"
-    errors = [
-        row["db"]
-        for row in file.fact("report").get("rows", [])
-        if row.get("db") is not None and row["action"] == "w4a4"
-    ]
     whole = (
         f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
         if device.type == "cuda"
@@ -108,8 +112,5 @@ def model_chart(
     ]
     if in_ram:
         summary.insert(1, ["RAM", f"{size(in_ram)} of modulation layers, computed on the CPU"])
-    if errors:
-        summary.insert(
-            -1, ["error", f"median {statistics.median(errors):.1f} dB, worst {min(errors):.1f} dB"]
-        )
+    summary[-1:-1] = error_lines(file)
     return {"kind": "facts", "title": file.path.name, "summary": summary}

@@ -102,7 +102,6 @@ def bits_per_weight(file: QuantizedFile) -> float:
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
     """Facts about a loaded model: VRAM, size, bits a weight, layers, error and what computes it."""
     backend, reason = kernels.which("linear_vq", device)
-    errors = _report(file).decibels()
     whole = (
         f" of {charts.size(torch.cuda.get_device_properties(device).total_memory)}"
         if device.type == "cuda"
@@ -120,10 +119,7 @@ def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.devi
         ["bits per weight", f"{bits_per_weight(file):.2f}"],
         ["layers", _layouts(file.layers)],
     ]
-    if errors:
-        summary.append(
-            ["error", f"median {statistics.median(errors):.1f} dB, worst {errors[0]:.1f} dB"]
-        )
+    summary += charts.error_lines(file)
     return {
         "kind": "facts",
         "title": file.path.name,
@@ -180,7 +176,11 @@ def inspect_chart(file: QuantizedFile, uses: list[LayerUse]) -> dict:
         ["codewords used", f"{used / made:.1%}"],
         ["entropy", f"{share:.1%} of the indices' bits"],
     ]
-    errors = [pair for pair in chart["summary"] if pair[0] in ("architecture", "error", "note")]
+    errors = [
+        pair
+        for pair in chart["summary"]
+        if pair[0] in ("architecture", "error", "pictures", "note")
+    ]
     return chart | {
         "kind": "codebooks",
         "summary": lines + errors,

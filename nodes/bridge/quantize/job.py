@@ -19,25 +19,24 @@ import comfy.model_management
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
+from ....quant.calibration.pictures import ENOUGH_PROMPTS, ON_NOISE, few_prompts
 from ....quant.calibration.recorder import find_linears
-from ....quant.calibration.statistics import ENOUGH_PICTURES, InputStats
+from ....quant.calibration.statistics import InputStats
 from ....quant.files import architectures
 from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source, StateDictSource
-from ....quant.job.checkpoint_run import QuantizeJob, few_prompts
+from ....quant.job.checkpoint_run import QuantizeJob
 from ....quant.job.measurement import Measurement
 from ....quant.job.monitor import Monitor
 from ..host import file_names, folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER, quantized_files
-from . import record_inputs
+from . import prompts, record_inputs
 from .patched_weights import PatchedWeights, metadata_of
 from .record_inputs import DrawingFailed, NotMeasured, Recording
 
 log = logging.getLogger("nibble")
-
-MEASURED_ON_NOISE = "inputs were measured on noise and random conditioning"
 
 
 def sources() -> list[str]:
@@ -64,6 +63,7 @@ class QuantizeRequest(ABC):
     model: ModelPatcher | None = None
     positive: list | None = None
     latent: dict | None = None
+    clip: Any = None  # a text encoder, for prompts of Nibble's own
     steps: int = 8
     memory_gb: float = 4.0
     node_id: str | None = None
@@ -73,6 +73,7 @@ class QuantizeRequest(ABC):
         FileRefused and ValueError in plain words.
         """
         self.check()
+        self.positive = prompts.with_own(self.positive, self.clip)
         source = self.open_source()
         wanted = new_name(self.origin, self.filename, self.ending)
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
@@ -146,13 +147,15 @@ class QuantizeRequest(ABC):
             job.source.notes.append(recording.note)
         elif not self.positive:
             job.source.notes.append(self.noise_note)
-        elif self.reads_inputs and len(self.positive) < ENOUGH_PICTURES:
-            job.source.notes.append(few_prompts(len(self.positive)))
+        elif self.reads_inputs and len(self.positive) < ENOUGH_PROMPTS:
+            note = few_prompts(len(self.positive))
+            log.warning("%s: %s", job.source.name, note)
+            job.source.notes.append(note)
 
     @property
     def noise_note(self) -> str:
         """What the report says of a measurement without prompts."""
-        return MEASURED_ON_NOISE
+        return ON_NOISE
 
     @property
     def reads_inputs(self) -> bool:

@@ -8,11 +8,10 @@ layers can be recorded in as many passes as the memory cap demands.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.model_management
 import comfy.sample
@@ -20,7 +19,9 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....quant.calibration.recorder import collect
+from ....quant.calibration import pictures as drawn
+from ....quant.calibration.pictures import PROMPTS, RANDOM
+from ....quant.calibration.recorder import UNTOLD, Shown, collect
 from ....quant.calibration.statistics import InputStats
 from ..host.progress import Progress
 
@@ -37,17 +38,12 @@ _TOKEN_INPUTS = (
     "caption_projection.linear_1",
 )
 _POOLED_INPUTS = ("vector_in.in_layer", "y_embedder.mlp.0")
-# random conditioning: the length of a prompt, and the spread of T5's outputs
-TOKENS, TOKEN_STD = 128, 0.25
-RANDOM_PROMPTS, RANDOM_STEPS, RANDOM_PIXELS = 2, 4, 256
-PROMPT_PIXELS = 512
-PROMPTS = "prompts"  # the kind of the user's own pictures
 HEADROOM = 2 << 30  # bytes of RAM left free beside a model that is loaded only to be measured
 
 
 @dataclass
 class Pictures:
-    """What to draw while recording: each prompt once, from its own noise."""
+    """What to draw while recording."""
 
     prompts: list[list]  # ComfyUI conditionings, one entry each
     latent: torch.Tensor  # (1, C, …, h, w): zeros, or a picture's latent
@@ -55,22 +51,44 @@ class Pictures:
     seed: int
     kind: str  # "prompts" | "random conditioning"
 
+    def filled(self) -> Pictures:
+        """The same for measurements: with pictures of prompts like the user's where those are few.
+        Random conditioning is left as it is.
+        """
+        if self.kind != PROMPTS:
+            return self
+        given = []
+        for [entry] in self.prompts:
+            vector = entry[1].get("pooled_output")
+            given.append(
+                drawn.Conditioning(
+                    entry[0][0].cpu(), None if vector is None else vector.reshape(-1).cpu()
+                )
+            )
+        more = [
+            _conditioning(self.prompts[i % len(given)], made)
+            for i, made in enumerate(drawn.like(given, self.seed))
+        ]
+        prompts = [*self.prompts, *more]
+        return replace(self, prompts=[prompts[i] for i in drawn.order(len(given))])
+
     def provenance(self) -> dict:
         """What the recording depends on, for the file's metadata."""
-        digest = hashlib.sha256()
+        conditioning = []
         for [entry] in self.prompts:
-            tokens, extras = entry[0], entry[1]
-            others = [extras[key] for key in sorted(extras)]
-            for tensor in [tokens, *(value for value in others if isinstance(value, torch.Tensor))]:
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return {
-            "kind": self.kind,
-            "prompts": len(self.prompts),
-            "fingerprint": digest.hexdigest()[:16],
-            "steps": self.steps,
-            "seed": self.seed,
-            "latent": list(self.latent.shape),
-        }
+            others = [entry[1][key] for key in sorted(entry[1])]
+            tensors = [value for value in others if isinstance(value, torch.Tensor)]
+            conditioning.append([entry[0], *tensors])
+        latent = list(self.latent.shape)
+        return drawn.provenance(self.kind, conditioning, self.steps, self.seed, latent)
+
+
+def _conditioning(given: list, made: drawn.Conditioning) -> list:
+    """ComfyUI's form of a prompt that was made like a given one, whose other facts it shares."""
+    [[_, extras]] = given
+    if made.pooled is not None:
+        extras = extras | {"pooled_output": made.pooled[None]}
+    return [[made.tokens[None], extras]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,9 @@ def pictures_of(
     patcher: ModelPatcher, positive: list, latent: dict | None, steps: int, seed: int
 ) -> Pictures:
     """The user's own: each entry of a CONDITIONING is a prompt; a LATENT gives the size."""
-    samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, PROMPT_PIXELS)
+    samples = (
+        latent["samples"][:1] if latent is not None else empty_latent(patcher, drawn.PROMPT_PIXELS)
+    )
     return Pictures(
         prompts=[[entry] for entry in positive],
         latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
@@ -123,8 +143,8 @@ def pictures_of(
 def random_pictures(
     patcher: ModelPatcher,
     seed: int,
-    prompts: int = RANDOM_PROMPTS,
-    steps: int = RANDOM_STEPS,
+    prompts: int = drawn.RANDOM_PROMPTS,
+    steps: int = drawn.STEPS,
     latent: dict | None = None,
 ) -> Pictures | NotMeasured:
     """Random conditioning for a model, or the reason why there is none. A LATENT gives the size."""
@@ -134,25 +154,25 @@ def random_pictures(
         return NotMeasured(
             f"Nibble does not know how {type(patcher.model).__name__} takes its prompt"
         )
-    generator = torch.Generator().manual_seed(seed)
-
     wants_mask = _requires_mask(patcher)
 
-    def prompt() -> list:
+    def prompt(text: torch.Tensor, vector: torch.Tensor | None) -> list:
         extras = {}
         if wants_mask:
-            extras["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
-        if pooled is not None:
-            extras["pooled_output"] = torch.randn(1, pooled, generator=generator)
-        return [[torch.randn(1, TOKENS, tokens, generator=generator) * TOKEN_STD, extras]]
+            extras["attention_mask"] = torch.ones(text.shape[:2], dtype=torch.long)
+        if vector is not None:
+            extras["pooled_output"] = vector
+        return [[text, extras]]
 
-    samples = latent["samples"][:1] if latent is not None else empty_latent(patcher, RANDOM_PIXELS)
+    samples = (
+        latent["samples"][:1] if latent is not None else empty_latent(patcher, drawn.RANDOM_PIXELS)
+    )
     return Pictures(
-        prompts=[prompt() for _ in range(prompts)],
+        prompts=[prompt(*made) for made in drawn.random_prompts(prompts, tokens, pooled, seed)],
         latent=comfy.sample.fix_empty_latent_channels(patcher, samples),
         steps=steps,
         seed=seed,
-        kind="random conditioning",
+        kind=RANDOM,
     )
 
 
@@ -195,9 +215,15 @@ def record(
     """Statistics of the named layers' inputs over all pictures, at most `cap` bytes of them in work
     at a time. Raises DrawingFailed.
     """
+    recording = replace(recording, pictures=recording.pictures.filled())
     pictures = recording.pictures
-    total = len(pictures.prompts) * pictures.steps
+    count = len(pictures.prompts)
+    total = count * pictures.steps
     state = {"pass": 0, "step": 0}
+
+    def now() -> range:
+        number = state["step"] // pictures.steps
+        return range(number, number + 1)
 
     def stepped(*_) -> None:
         state["step"] += 1
@@ -214,7 +240,7 @@ def record(
         cap,
         passed,
         seed=pictures.seed,
-        picture=lambda: state["step"] // pictures.steps if pictures.kind == PROMPTS else None,
+        shown=Shown(count, now) if pictures.kind == PROMPTS else UNTOLD,
     )
     for name, found in statistics.items():
         if not found.mean_square.isfinite().all():

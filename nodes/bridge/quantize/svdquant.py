@@ -10,7 +10,7 @@ from .job import QuantizeRequest
 NO_PROMPTS = (
     "The preset 'best' watches the model while it samples your own prompts. Connect a text"
     " encoder's CONDITIONING to 'positive' (join several prompts with Conditioning (Combine)), or"
-    " choose the preset 'fast'."
+    " the text encoder to 'clip' for Nibble's own prompts, or choose the preset 'fast'."
 )
 
 
@@ -30,5 +30,5 @@ class SVDQuantRequest(QuantizeRequest):
         return self.recipe.preset == "best"
 
     def check(self) -> None:
-        if self.recipe.preset == "best" and not self.positive:
+        if self.recipe.preset == "best" and not self.positive and self.clip is None:
             raise ValueError(NO_PROMPTS)

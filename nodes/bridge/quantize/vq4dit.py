@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 
+from ....quant.calibration.pictures import ON_NOISE, ON_NOISE_CALIBRATED, TEACHER_PROMPTS
 from ....quant.calibration.teacher import Teacher
 from ....quant.files.report import Report
 from ....quant.job.checkpoint_run import QuantizeJob
@@ -25,10 +26,9 @@ from ..host.progress import Progress
 from ..host.samplers import in_training
 from . import record_inputs
 from .charts import LiveBlocks
-from .job import MEASURED_ON_NOISE, QuantizeRequest
+from .job import QuantizeRequest
 from .record_inputs import NotMeasured, Pictures, Recording
 
-PROMPTS = 8  # random ones of a zero-data calibration
 _ZERO_IS_PRESET = ("codewords", "vector", "candidates", "steps", "budget_gb")
 
 
@@ -49,8 +49,8 @@ class VQRequest(QuantizeRequest):
     @property
     def noise_note(self) -> str:
         if self.recipe.calibrated:
-            return "calibrated on noise and random conditioning"
-        return MEASURED_ON_NOISE
+            return ON_NOISE_CALIBRATED
+        return ON_NOISE
 
     @property
     def reads_inputs(self) -> bool:
@@ -64,7 +64,7 @@ class VQRequest(QuantizeRequest):
         if not self.recipe.calibrated:
             return super().random_pictures(patcher)
         return record_inputs.random_pictures(
-            patcher, self.recipe.seed, PROMPTS, self.steps, self.latent
+            patcher, self.recipe.seed, TEACHER_PROMPTS, self.steps, self.latent
         )
 
     def provenance(self, recording: Recording | NotMeasured) -> dict:
@@ -86,14 +86,14 @@ class VQRequest(QuantizeRequest):
             return super().write(job, recording, provenance)
         self.note(job, recording)
         progress = Progress("calibrating", self.node_id)
-        drawn = Progress("drawing", self.node_id)
+        bar = Progress("drawing", self.node_id)
         live = LiveBlocks(
             job.target.stem, f"{self.recipe.preset}, {self.recipe.bits} bits", progress
         )
         patcher = recording.patcher
         teacher = Teacher(
             patcher.model.diffusion_model,
-            lambda: record_inputs.draw(recording, _counted(recording.pictures, drawn)),
+            lambda: record_inputs.draw(recording, _counted(recording.pictures, bar)),
             cap=self.memory_cap,
             device=patcher.load_device,
         )

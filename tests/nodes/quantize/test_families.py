@@ -15,6 +15,7 @@ from nibble.nodes.bridge.quantize import record_inputs
 from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantize.vq4dit import VQRequest, recipe_of
 from nibble.nodes.bridge.quantized import loading
+from nibble.quant.calibration import pictures
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.recipe import Recipe
@@ -31,10 +32,8 @@ REFUSALS = (
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """ComfyUI's diffusion_models folder, empty; pictures are small."""
-    monkeypatch.setattr(record_inputs, "TOKENS", 7)
-    monkeypatch.setattr(record_inputs, "RANDOM_PROMPTS", 1)
-    monkeypatch.setattr(record_inputs, "RANDOM_STEPS", 1)
-    monkeypatch.setattr(record_inputs, "RANDOM_PIXELS", 64)
+    monkeypatch.setattr(pictures, "TOKENS", 7)
+    monkeypatch.setattr(pictures, "RANDOM_PIXELS", 64)
     monkeypatch.setitem(
         folder_paths.folder_names_and_paths, loading.FOLDER, ([str(tmp_path)], {".safetensors"})
     )

@@ -80,13 +80,14 @@ def recording(patcher, count: int = 2) -> record_inputs.Recording:
 # ---- measuring
 
 
-def test_every_named_layer_is_measured_on_every_prompt(dense_model):
+def test_every_named_layer_is_measured_on_all_but_the_held_out_pictures(dense_model):
     stats = record_inputs.record(recording(dense_model), LAYERS, 1 << 30, Progress("measuring"))
     assert {name: found.count for name, found in stats.items()} == {
-        LAYERS[0]: 2 * 2 * 16,
-        LAYERS[1]: 2 * 2 * 22,
-        LAYERS[2]: 2 * 2,
+        LAYERS[0]: 12 * 2 * 16,
+        LAYERS[1]: 12 * 2 * 22,
+        LAYERS[2]: 12 * 2,
     }
+    assert {found.pictures for found in stats.values()} == {16}
     assert all(found.absmax.min() > 0 for found in stats.values())
 
 
@@ -223,7 +224,9 @@ def test_best_measures_the_prompts_and_a_second_run_measures_nothing(folder, mon
     )
     task = request(recipe=best, positive=prompts(2), latent=latent, steps=2)
     _, first = task.run()
-    assert all("GPTQ" in row.why for row in first.rows if row.action == "w4a4")
+    made = [row for row in first.rows if row.action == "w4a4"]
+    assert all("GPTQ" in row.why or "data-free" in row.why for row in made)
+    assert {row.on for row in made} == {"pictures"}
     monkeypatch.setattr(record_inputs, "record", lambda *_: pytest.fail("measured again"))
     _, second = task.run()
     assert [row.db for row in second.rows] == [row.db for row in first.rows]
@@ -306,7 +309,8 @@ def test_the_charts_have_the_agreed_shape(folder):
         "rows",
     }
     assert all(
-        row.keys() == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds"}
+        row.keys()
+        == {"name", "action", "why", "db", "bytes_before", "bytes_after", "seconds", "on"}
         for row in chart["rows"]
     )
     model = loading.load(folder / name)

@@ -19,6 +19,7 @@ from nibble.nodes.bridge.quantize import job as quantizing
 from nibble.nodes.bridge.quantize import record_inputs
 from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import loading
+from nibble.quant.calibration import pictures
 from nibble.quant.files import checkpoint, writer
 from nibble.quant.files.errors import FileRefused
 
@@ -67,7 +68,7 @@ def digest(path) -> str:
 def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_source(
     folder, monkeypatch
 ):
-    monkeypatch.setattr(record_inputs, "RANDOM_PIXELS", 64)
+    monkeypatch.setattr(pictures, "RANDOM_PIXELS", 64)
     name, report = request().run()
     assert name == "flux-vq3-fast.safetensors"
     assert report.notes == [quantizing.MEASURED_ON_NOISE]

@@ -12,6 +12,7 @@ from nibble.nodes.bridge.quantize import record_inputs
 from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import linear as ops
 from nibble.nodes.bridge.quantized import loading
+from nibble.quant.calibration import pictures
 from nibble.quant.files import checkpoint
 
 
@@ -103,7 +104,7 @@ def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_cod
     folder, monkeypatch, family
 ):
     monkeypatch.setattr(vq, "PROMPTS", 1)
-    monkeypatch.setattr(record_inputs, "TOKENS", 8)
+    monkeypatch.setattr(pictures, "TOKENS", 8)
     patcher, latent = tiny(family), {"samples": torch.zeros(1, *FAMILIES[family][2])}
     with torch.inference_mode():
         name, report = vq.VQRequest(
