@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..calibration.hessian import covariance, diagonal_blocks
 from ..calibration.statistics import ENOUGH_PICTURES, InputStats
-from ..weights.awq_w4a16 import W4A16Weight
-from ..weights.svdquant_w4a4 import SVDQuantWeight
 
 SYNTHETIC_ROWS = 128
 FEWEST_ROWS = 4  # to choose by, or to report on
@@ -45,7 +44,14 @@ class LayerProblem:
         return (square + (0 if self.mean is None else self.mean.square())).clamp_min(0).sqrt()
 
 
-def sqnr(problem: LayerProblem, result: SVDQuantWeight | W4A16Weight) -> float:
+class Computed(Protocol):
+    """A quantized layer at work."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, K) → (T, N)."""
+
+
+def sqnr(problem: LayerProblem, result: Computed) -> float:
     """Signal over quantization noise of the layer's output (without its bias) on held-out rows, in
     dB.
     """
