@@ -55,11 +55,18 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("svdquant", "vq"),
+        choices=("svdquant", "vq", "stock"),
         default="svdquant",
         help=(
-            "svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight"
-            " (default: %(default)s)"
+            "svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight; stock:"
+            " a format that ComfyUI opens without Nibble (default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--format",
+        help=(
+            "for --method stock: asym_w4a8_int8 (default), int8_convrot or nvfp4, under the names"
+            " that ComfyUI knows"
         ),
     )
     parser.add_argument(

@@ -7,6 +7,7 @@ fits under the memory cap in float32, on random conditioning.
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -18,12 +19,14 @@ from ..files.safetensors import checksum, read_header, read_tensor
 from ..job.checkpoint_run import QuantizeJob, few_prompts
 from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})
 _SVDQUANT_OPTIONS = ("rank", "solver", "rotation", "gptq", "w4a16")
+_STOCK_OPTIONS = ("format", "gptq")
 _VQ_OPTIONS = {
     "bits": "bits",
     "codewords": "codewords",
@@ -43,30 +46,40 @@ def quantize(options: argparse.Namespace) -> None:
     print_summary(options.target, report.summary())
 
 
-def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
-    """The method's recipe. Raises ValueError for options of the other method."""
-    recipe_class: type[VQRecipe] | type[SVDQuantRecipe]
-    if options.method == "vq":
-        _refuse_options(options, _SVDQUANT_OPTIONS, "svdquant")
-        changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()}
-        modulation = "vq" if options.modulation == "w4a16" else options.modulation
-        recipe_class = VQRecipe
-    else:
-        _refuse_options(options, _VQ_OPTIONS, "vq")
-        changes = {name: getattr(options, name) for name in _SVDQUANT_OPTIONS}
+def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | StockRecipe | VQRecipe:
+    """The method's recipe. Raises ValueError for options of the other methods."""
+    known = {
+        "svdquant": dict(zip(_SVDQUANT_OPTIONS, _SVDQUANT_OPTIONS, strict=True)),
+        "stock": dict(zip(_STOCK_OPTIONS, _STOCK_OPTIONS, strict=True)),
+        "vq": _VQ_OPTIONS,
+    }
+    own = known.pop(options.method)
+    _refuse_options(options, known.items(), own)
+    changes = {field: getattr(options, name) for name, field in own.items()}
+    recipe_class = _RECIPES[options.method]
+    # what --modulation w4a16 (4-bit weights) is called elsewhere
+    modulation = {"vq": "vq", "stock": "quantize"}.get(options.method, options.modulation)
+    if options.modulation != "w4a16":
         modulation = options.modulation
-        recipe_class = SVDQuantRecipe
     return recipe_class.from_preset(
         options.preset, keep=options.keep, seed=options.seed, modulation=modulation, **changes
     )
 
 
-def _refuse_options(options: argparse.Namespace, names, method: str) -> None:
-    for name in names:
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f"--{name} belongs to --method {method}; leave it out, or choose that method"
-            )
+_RECIPES: dict[str, type[SVDQuantRecipe] | type[StockRecipe] | type[VQRecipe]] = {
+    "svdquant": SVDQuantRecipe,
+    "stock": StockRecipe,
+    "vq": VQRecipe,
+}
+
+
+def _refuse_options(options: argparse.Namespace, others: Iterable, own: Iterable[str]) -> None:
+    for method, names in others:
+        for name in set(names) - set(own):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name} belongs to --method {method}; leave it out, or choose that method"
+                )
 
 
 def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:

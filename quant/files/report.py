@@ -48,7 +48,9 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    def decibels(self, actions: tuple[str, ...] = ("w4a4", "vq", "w4a8", "w8a8", "nvfp4")) -> list[float]:
+    def decibels(
+        self, actions: tuple[str, ...] = ("w4a4", "vq", "w4a8", "w8a8", "nvfp4")
+    ) -> list[float]:
         """The errors of all layers with these actions, worst first."""
         return sorted(row.db for row in self.rows if row.action in actions and row.db is not None)
 

@@ -8,5 +8,8 @@ problem.py         a layer's weight and what is known of its inputs
 smooth.py          smoothing, rotation and signs: the space in which it is rounded
 lowrank_metric.py  the best low rank under a metric
 gptq.py            rounding column by column
+grids.py           other grids than int4: tables of 16, 4-bit floats, int8
+grid_gptq.py       rounding column by column on those
+stock/             files that ComfyUI opens without this pack
 w4a16.py           layers that see few tokens: 4-bit weights only
 """

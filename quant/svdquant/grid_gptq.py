@@ -1,6 +1,5 @@
-"""GPTQ (Frantar et al., 2022, arXiv:2210.17323, algorithm 1) on any grid of `grids.py`, in groups of
-16 columns; the int4 of groups of 64 has its own, `gptq.py`, which says how the layout and the order
-are.
+"""GPTQ (Frantar et al., 2022, arXiv:2210.17323, algorithm 1) on any grid of `grids.py`, in groups
+of 16 columns. The int4 of groups of 64 has its own, `gptq.py`, where layout and order are told.
 """
 
 import torch

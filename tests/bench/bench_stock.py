@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-import checkout  # noqa: F401
 from comfy_kitchen import tensor as kitchen
 
+import checkout  # noqa: F401
 from bench.bench_pictures import Lambda
 from nibble.demo import metrics, pictures, run
 from nibble.quant import diffusers as models
@@ -46,6 +46,8 @@ def drawn_with(form: StockFormat, names: list[str], made: Made) -> torch.nn.Modu
     found = recorder.find_linears(flux)
     for name in names:
         weight, bias = made(name)
+        if name.startswith("final_layer"):  # diffusers has scale before shift
+            weight, bias = (torch.cat(t.chunk(2)[::-1]) for t in (weight, bias))
         weight, start = form.rotated(weight), 0
         for part in models.diffusers_parts(name):
             rows = slice(start, start + recorder.outputs(found[part]))
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--methods", nargs="+", help="of the rows; by default all")
     options = parser.parse_args()
     vae, seeds = pictures.load_vae(), range(options.seeds)
     full, _ = run.draw(pictures.load_flux(), vae, options.prompts, seeds)
@@ -117,6 +120,8 @@ def main() -> None:
             "nibble best, all": (everything, lambda path=path: opened(path)),
         }
         for method, (layers, make) in makers.items():
+            if options.methods and method not in options.methods:
+                continue
             start = time.perf_counter()
             model = drawn_with(FORMATS[name], layers, make())
             drawn, _ = run.draw(model, vae, options.prompts, seeds)

@@ -71,14 +71,15 @@ def quantize_layer(  # noqa: PLR0913  (a layer's data, and what the plan knows o
     shifted = problem.bias
     if shifted is not None and problem.mean is not None:
         mean = form.rotated(problem.mean)
-        shifted = shifted + rotated @ mean - values @ (mean + error.mean(0))
+        seen = mean if form.independent_errors else mean + error.mean(0)
+        shifted = shifted + rotated @ mean - values @ seen
     tensors = form.pack(codes, scale, grid)
     if shifted is not None:
         tensors["bias"] = shifted
     tensors["comfy_quant"] = json_tensor(form.facts(weight.shape[1]))
     db = sqnr(problem, _Rounded(form, values, shifted))
-    seen = "held-out samples" if problem.sampled else "synthetic inputs"
-    return tensors, db, ", ".join((["GPTQ"] if steered else []) + [seen])
+    inputs_are = "held-out samples" if problem.sampled else "synthetic inputs"
+    return tensors, db, ", ".join((["GPTQ"] if steered else []) + [inputs_are])
 
 
 def decoded(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -88,9 +89,7 @@ def decoded(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     return grid.values(groups, scale[:, None]).reshape(k, n).T
 
 
-def _moments(
-    problem: LayerProblem, form: StockFormat, error: Tensor
-) -> tuple[Tensor, Tensor]:
+def _moments(problem: LayerProblem, form: StockFormat, error: Tensor) -> tuple[Tensor, Tensor]:
     """C and C + S, (K/B, B, B): blocks of whole rotations."""
     blocks = problem.covariance
     k, size = problem.weight.shape[1], form.rotation(problem.weight.shape[1])

@@ -13,7 +13,6 @@ rotation is block diagonal, an orthonormal Kronecker power of the regular 4-poin
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -121,11 +120,7 @@ class Int8ConvRot(_Rotated):
     name, action = "int8_convrot", "w8a8"
 
     def facts(self, k: int) -> dict[str, Any]:
-        return {
-            "format": "int8_tensorwise",
-            "convrot": True,
-            "convrot_groupsize": self.rotation(k),
-        }
+        return {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": self.rotation(k)}
 
     def specs(self, n: int, k: int) -> list[TensorSpec]:
         return [
@@ -183,9 +178,7 @@ class NVFP4(StockFormat):
         }
 
 
-FORMATS: dict[str, StockFormat] = {
-    form.name: form for form in (AsymW4A8(), Int8ConvRot(), NVFP4())
-}
+FORMATS: dict[str, StockFormat] = {form.name: form for form in (AsymW4A8(), Int8ConvRot(), NVFP4())}
 
 
 def _up(count: int, whole: int) -> int:

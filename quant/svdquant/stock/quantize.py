@@ -37,10 +37,7 @@ class StockJob(QuantizeJob):
 
     @classmethod
     def prepare(
-        cls,
-        source: str | Path | Source | StateDictSource,
-        target: str | Path | Held,
-        recipe: Any,
+        cls, source: str | Path | Source | StateDictSource, target: str | Path | Held, recipe: Any
     ) -> "StockJob":
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
@@ -64,9 +61,15 @@ class StockJob(QuantizeJob):
         specs, quantized = [], [layer for layer in self.layers if layer.action != "keep"]
         for layer in quantized:
             text = json_tensor(form.facts(layer.K))
-            own = [*form.specs(layer.N, layer.K), TensorSpec("comfy_quant", torch.uint8, text.shape)]
+            own = [
+                *form.specs(layer.N, layer.K),
+                TensorSpec("comfy_quant", torch.uint8, text.shape),
+            ]
             specs += [spec._replace(name=f"{layer.name}.{spec.name}") for spec in own]
-        owned = {f"{layer.name}.weight" for layer in quantized}
+            if layer.bias:
+                # ComfyUI makes them what it computes in; bfloat16 rounds off what a bias takes up
+                specs.append(TensorSpec(f"{layer.name}.bias", torch.float32, (layer.N,)))
+        owned = {f"{layer.name}.{part}" for layer in quantized for part in ("weight", "bias")}
         return specs + [
             TensorSpec(key, self.source.kept_dtype(key), tuple(shape))
             for key, shape in self.source.shapes.items()
@@ -124,8 +127,6 @@ class _StockQuantizer(LayerQuantizer):
             self.recipe,
             layer.post_gelu,
         )
-        if bias is not None:
-            made["bias"] = made["bias"].to(self.source.kept_dtype(f"{name}.bias"))
         row = LayerRow(
             name=name,
             action=layer.action,
