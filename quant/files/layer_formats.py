@@ -1,8 +1,8 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups, R rank; C codewords of D weights, P = K/D indices of log2(C)
-bits in bytes.
+N outputs, K inputs, G = K/64 groups, R rank, S runs of columns; C codewords of D weights, P = K/D
+indices of log2(C) bits in bytes.
 """
 
 import json
@@ -24,6 +24,17 @@ FORMATS = {
             "weight_smooth_factor": "K",
         },
         {"format", "rank", "act_unsigned", "rotation", "unsigned_from", "smooth_rows"},
+    ),
+    "svdquant_nvfp4": (
+        {
+            "weight": "N,K/2",
+            "weight_scale": "N,K/16",
+            "weight_scale_2": "S,N",
+            "weight_proj_down": "K,R",
+            "weight_proj_up": "N,R",
+            "weight_smooth_factor": "K",
+        },
+        {"format", "rank", "scale_columns", "rounded"},
     ),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
     "vq": (
@@ -69,9 +80,9 @@ def layer_json(header: Header, name: str, text: bytes) -> dict:
 
 def _can_be(option: str, value: Any) -> bool:
     """Whether an option of a layer's JSON can have a value."""
-    if option == "act_unsigned":
+    if option in ("act_unsigned", "rounded"):
         return type(value) is bool
-    if option == "smooth_rows":
+    if option in ("smooth_rows", "scale_columns"):
         return isinstance(value, list) and all(type(rows) is int and rows > 0 for rows in value)
     return type(value) is int and value >= 0
 
@@ -117,6 +128,8 @@ def _check_dtypes(header: Header, name: str, config: dict, found: dict[str, Tens
     codes = _WEIGHT_DTYPES.get(config["format"], torch.int8)
     for suffix, info in found.items():
         allowed = (codes,) if suffix == "weight" else FLOATS
+        if suffix == "weight_scale" and config["format"] == "svdquant_nvfp4":
+            allowed = (torch.float8_e4m3fn,)
         if info.dtype not in allowed:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
             raise FileRefused(
@@ -139,6 +152,8 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             "G": 2 * width // 64,
             "R": config.get("rank", 0),
             "P": len(config.get("smooth_rows", ())),
+            "K/16": width // 8,
+            "S": len(config.get("scale_columns", ())) or 1,
         }
     c, d, r = config.get("codewords"), config.get("vector", 0), config.get("rank", 0)
     if c not in CODEWORDS or d < 1 or width * 8 % (c.bit_length() - 1):

@@ -24,7 +24,14 @@ from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 # of a layer's format, as reports call it
-ACTIONS = {"svdquant_w4a4": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+ACTIONS = {"svdquant_w4a4": "w4a4", "svdquant_nvfp4": "nvfp4", "awq_w4a16": "w4a16", "vq": "vq"}
+
+_UNSAID = {
+    "vq": "holds codewords (vq)",
+    "svdquant_nvfp4": "holds 4-bit floats (NVFP4)",
+    "svdquant_w4a4": "holds 4-bit integers beside 4-bit floats",
+    "awq_w4a16": "holds weights alone in 4 bits",
+}
 
 
 class Export(ABC):
@@ -40,7 +47,8 @@ class Export(ABC):
         self.notes: list[str] = []
         for name, facts in source.layers.items():
             if facts["format"] not in self.FORMATS:
-                raise self.refused(name, "holds codewords (vq)", "Nibble's own format can")
+                what = _UNSAID[facts["format"]]
+                raise self.refused(name, what, "Nibble's own format can")
 
     @property
     def units(self) -> Iterable[str]:
@@ -71,7 +79,7 @@ class ToNibble(Export):
     back is open.
     """
 
-    FORMATS = ("svdquant_w4a4", "awq_w4a16", "vq")
+    FORMATS = ("svdquant_w4a4", "svdquant_nvfp4", "awq_w4a16", "vq")
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
         formats = {facts["format"] for facts in self.source.layers.values()}

@@ -37,6 +37,7 @@ _UNSIGNED = "transformer_blocks.*_mlp.net.2"
 # dtypes of X.weight
 _BYTES = {
     "svdquant_w4a4": (torch.int8, torch.uint8),
+    "svdquant_nvfp4": (torch.int8, torch.uint8),
     "awq_w4a16": (torch.int8, torch.uint8),
     "vq": (torch.uint8,),
 }
@@ -233,12 +234,19 @@ class KitchenFile(QuantizedFile):
                     f" {wanted}; download it again"
                 )
             dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
-            if dtype not in (_BYTES[kind] if suffix == "weight" else FLOATS):
+            if dtype not in self._allowed(kind, suffix):
                 wanted_dtype = "codes" if suffix == "weight" else "floats"
                 raise self.refusal(
                     f"has a damaged layer: {name}.{suffix} holds"
                     f" {str(dtype).removeprefix('torch.')}, no {wanted_dtype}; download it again"
                 )
+
+    @staticmethod
+    def _allowed(kind: str, suffix: str) -> tuple[torch.dtype, ...]:
+        """The dtypes that a tensor of a layer may have."""
+        if (kind, suffix) == ("svdquant_nvfp4", "weight_scale"):
+            return (torch.float8_e4m3fn,)
+        return _BYTES[kind] if suffix == "weight" else FLOATS
 
     @property
     def units(self) -> list[str]:

@@ -105,4 +105,4 @@ def _dense(module: str, bases: Bases, layers: list[LayerAdapter], strength: floa
     device = comfy.model_management.get_torch_device()
     weight = bases.weights[module]
     dense = change(bases[module].to(device), [(layer.to(device), strength) for layer in layers])
-    return dense.to(weight.params.scale.dtype).cpu()
+    return dense.to(weight.params.branch_dtype).cpu()

@@ -138,7 +138,7 @@ def apply_plan(layer: torch.nn.Module) -> QuantizedTensor:
     elif delta.row_scale is not None:
         device = delta.row_scale.device
     weight = layer.weight.to(device=device)
-    dtype = weight.params.scale.dtype
+    dtype = weight.params.branch_dtype
     return concat_branch(weight, computable(delta, dtype, lambda: row_fold_of(weight)))
 
 
@@ -158,7 +158,7 @@ def dense_delta(weight: QuantizedTensor, patched: torch.Tensor) -> WeightDelta |
     """What a patch did: `patched` float (N, K) against the weight itself; None for nothing beyond
     rounding.
     """
-    dtype = weight.params.scale.dtype
+    dtype = weight.params.branch_dtype
     original = layouts.effective_weight(weight.to(device=patched.device))
     difference = patched.float() - original
     negligible = original.square().sum().item() * ROUNDING**2
