@@ -174,7 +174,7 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4"
+                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or a"
                 " file from Nunchaku or comfy-kitchen. It works like any other model:"
                 " samplers, LoRA, ControlNet, low VRAM."
             ),
@@ -184,7 +184,8 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
                     cls.KIND,
                     NO_FILES,
                     "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 file. svdq-fp4 files are listed, but cannot be loaded.",
+                    " svdq-int4 or svdq-fp4 file (4-bit floats: fast on RTX 50, 16-bit speed"
+                    " elsewhere).",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),

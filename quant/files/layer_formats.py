@@ -1,7 +1,7 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups, R rank, S runs of columns; C codewords of D weights, P = K/D
+N outputs, K inputs, G = K/64 groups, R rank, V runs of columns; C codewords of D weights, P = K/D
 indices of log2(C) bits in bytes.
 """
 
@@ -29,7 +29,7 @@ FORMATS = {
         {
             "weight": "N,K/2",
             "weight_scale": "N,K/16",
-            "weight_scale_2": "S,N",
+            "weight_scale_2": "V,N",
             "weight_proj_down": "K,R",
             "weight_proj_up": "N,R",
             "weight_smooth_factor": "K",
@@ -153,7 +153,7 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             "R": config.get("rank", 0),
             "P": len(config.get("smooth_rows", ())),
             "K/16": width // 8,
-            "S": len(config.get("scale_columns", ())) or 1,
+            "V": len(config.get("scale_columns", ())) or 1,
         }
     c, d, r = config.get("codewords"), config.get("vector", 0), config.get("rank", 0)
     if c not in CODEWORDS or d < 1 or width * 8 % (c.bit_length() - 1):

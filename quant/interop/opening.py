@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..files.checkpoint import NibbleFile, QuantizedFile
@@ -75,7 +76,10 @@ def open_nunchaku(path: Path, stored: SafetensorsFile | None = None) -> Nunchaku
         files, folder = [SafetensorsFile(part) for part in parts], parts[0].parent
     else:
         files, folder = [stored or SafetensorsFile(path)], None
-    fp4 = any(is_fp4(file.header) for file in files)
+    with ExitStack() as opened:
+        for file in files:
+            opened.enter_context(file)
+        fp4 = any(is_fp4(file.header) for file in files)
     return (NunchakuFp4File if fp4 else NunchakuFile)(files, folder)
 
 
