@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..files.source import Source, StateDictSource
 from ..job.checkpoint_run import QuantizeJob
+from ..svdquant.nvfp4.quantize import NVFP4Job, NVFP4Recipe
 from ..svdquant.quantize import SVDQuantJob
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.quantize import StockJob
@@ -13,6 +14,7 @@ from ..vq4dit.recipe import Recipe as VQRecipe
 
 JOBS: dict[type, type[QuantizeJob]] = {
     SVDQuantRecipe: SVDQuantJob,
+    NVFP4Recipe: NVFP4Job,
     StockRecipe: StockJob,
     VQRecipe: VQJob,
 }

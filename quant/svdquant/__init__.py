@@ -10,6 +10,7 @@ lowrank_metric.py  the best low rank under a metric
 gptq.py            rounding column by column
 grids.py           other grids than int4: tables of 16, 4-bit floats, int8
 grid_gptq.py       rounding column by column on those
+nvfp4/             4-bit floats in the place of int4
 stock/             files that ComfyUI opens without this pack
 w4a16.py           layers that see few tokens: 4-bit weights only
 """

@@ -143,3 +143,10 @@ class Int8(Grid):
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         return codes * self.row
+
+
+def decoded(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Codes (N, K) under scales (K/16, N) as numbers, float32 (N, K)."""
+    n, k = codes.shape
+    groups = codes.T.reshape(k // GROUP, GROUP, n)
+    return grid.values(groups, scale[:, None]).reshape(k, n).T

@@ -44,8 +44,8 @@ class SVDQuantJob(QuantizeJob):
 
     def quantizer(
         self, writer: Writer, measurement: Measurement, monitor: Monitor, device: torch.device
-    ) -> "_SVDQuantizer":
-        return _SVDQuantizer(self, writer, measurement, monitor, device)
+    ) -> "SVDQuantizer":
+        return SVDQuantizer(self, writer, measurement, monitor, device)
 
 
 predict = SVDQuantJob.predict
@@ -70,7 +70,7 @@ def quantize_checkpoint(
     return SVDQuantJob.prepare(source, target, recipe).write(measurement, monitor, device)
 
 
-class _SVDQuantizer(LayerQuantizer):
+class SVDQuantizer(LayerQuantizer):
     """Layer by layer; those that read one input one behind the other, with the same smoothing."""
 
     def __init__(

@@ -16,7 +16,7 @@ from ...calibration.hessian import DAMPING
 from ...calibration.statistics import InputStats
 from ...weights.base import json_tensor
 from ..grid_gptq import gptq, round_to_nearest
-from ..grids import GROUP, Grid
+from ..grids import decoded
 from ..lowrank_metric import solve_blocks, times_blocks
 from ..problem import LayerProblem, layer_problem, sqnr
 from .formats import StockFormat
@@ -80,13 +80,6 @@ def quantize_layer(  # noqa: PLR0913  (a layer's data, and what the plan knows o
     db = sqnr(problem, _Rounded(form, values, shifted))
     inputs_are = "held-out samples" if problem.sampled else "synthetic inputs"
     return tensors, db, ", ".join((["GPTQ"] if steered else []) + [inputs_are])
-
-
-def decoded(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Codes (N, K) under scales (K/16, N) as numbers, float32 (N, K)."""
-    n, k = codes.shape
-    groups = codes.T.reshape(k // GROUP, GROUP, n)
-    return grid.values(groups, scale[:, None]).reshape(k, n).T
 
 
 def _moments(problem: LayerProblem, form: StockFormat, error: Tensor) -> tuple[Tensor, Tensor]:

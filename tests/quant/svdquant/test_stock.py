@@ -10,8 +10,8 @@ import torch
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.files.safetensors import read_header, read_tensor
 from nibble.quant.svdquant.grid_gptq import gptq, round_to_nearest
-from nibble.quant.svdquant.grids import E2M1, E2M1Grid, Int8, Lookup8, e4m3
-from nibble.quant.svdquant.stock.fit import decoded, quantize_layer
+from nibble.quant.svdquant.grids import E2M1, E2M1Grid, Int8, Lookup8, decoded, e4m3
+from nibble.quant.svdquant.stock.fit import quantize_layer
 from nibble.quant.svdquant.stock.formats import FORMATS, regular_hadamard, tiled_scales
 from nibble.quant.svdquant.stock.quantize import StockJob
 from nibble.quant.svdquant.stock.recipe import StockRecipe
