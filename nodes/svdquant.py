@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..quant.svdquant.nvfp4.quantize import NVFP4Recipe
 from ..quant.svdquant.recipe import PRESET_HELP, Recipe
 from . import file_nodes, widgets
 from .bridge.host import charts, folders
@@ -48,13 +49,15 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
         keep_layers,
         w4a16_layers,
         seed,
+        format="int4",
         **request,
     ) -> io.NodeOutput:
-        recipe = Recipe.from_preset(
+        floats = format == "nvfp4"
+        recipe = (NVFP4Recipe if floats else Recipe).from_preset(
             preset,
             rank=rank,
             solver=solver,
-            rotation=rotation,
+            rotation="off" if floats and rotation == "auto" else rotation,
             gptq=_CHOICE[gptq],
             modulation=modulation,
             keep=widgets.patterns(keep_layers),
@@ -157,6 +160,17 @@ def _expert_options() -> list[io.Input]:
                 " result is the same."
             ),
             seed="Seed for the noise of the calibration pictures and for every random choice.",
+        ),
+        io.Combo.Input(
+            "format",
+            options=["int4", "nvfp4"],
+            default="int4",
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "int4: runs on every GPU. nvfp4: 4-bit floats, which RTX 50 multiplies; other GPUs"
+                " run them at 16-bit speed."
+            ),
         ),
     ]
 

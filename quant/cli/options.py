@@ -65,8 +65,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         help=(
-            "for --method stock: asym_w4a8_int8 (default), int8_convrot or nvfp4, under the names"
-            " that ComfyUI knows"
+            "for --method svdquant: int4 (default) or nvfp4, 4-bit floats; for --method stock:"
+            " asym_w4a8_int8 (default), int8_convrot or nvfp4, under the names that ComfyUI knows"
         ),
     )
     parser.add_argument(
@@ -108,6 +108,12 @@ def _svdquant_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", help="alternating or svd")
     parser.add_argument("--rotation", help="auto, on or off")
     parser.add_argument("--modulation", help="w4a16 or keep")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        default=None,
+        help="with --format nvfp4: tell in the report what int4 would have given (twice the time)",
+    )
     parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument(
         "--keep",

@@ -18,6 +18,7 @@ from ..files.errors import FileRefused
 from ..files.safetensors import checksum, read_header, read_tensor
 from ..job.checkpoint_run import QuantizeJob, few_prompts
 from ..job.measurement import Measurement
+from ..svdquant.nvfp4.quantize import NVFP4Recipe
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
@@ -25,16 +26,22 @@ from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})
-_SVDQUANT_OPTIONS = ("rank", "solver", "rotation", "gptq", "w4a16")
-_STOCK_OPTIONS = ("format", "gptq")
-_VQ_OPTIONS = {
-    "bits": "bits",
-    "codewords": "codewords",
-    "vector": "vector",
-    "budget": "budget_gb",
-    "candidates": "candidates",
-    "steps": "steps",
+# method → its options, each with the field of its recipe
+_OPTIONS = {
+    "svdquant": {
+        name: name for name in ("rank", "solver", "rotation", "gptq", "w4a16", "format", "compare")
+    },
+    "stock": {"format": "format", "gptq": "gptq"},
+    "vq": {
+        "bits": "bits",
+        "codewords": "codewords",
+        "vector": "vector",
+        "budget": "budget_gb",
+        "candidates": "candidates",
+        "steps": "steps",
+    },
 }
+AnyRecipe = SVDQuantRecipe | StockRecipe | VQRecipe
 
 
 def quantize(options: argparse.Namespace) -> None:
@@ -46,40 +53,42 @@ def quantize(options: argparse.Namespace) -> None:
     print_summary(options.target, report.summary())
 
 
-def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | StockRecipe | VQRecipe:
+def _recipe(options: argparse.Namespace) -> AnyRecipe:
     """The method's recipe. Raises ValueError for options of the other methods."""
-    known = {
-        "svdquant": dict(zip(_SVDQUANT_OPTIONS, _SVDQUANT_OPTIONS, strict=True)),
-        "stock": dict(zip(_STOCK_OPTIONS, _STOCK_OPTIONS, strict=True)),
-        "vq": _VQ_OPTIONS,
-    }
-    own = known.pop(options.method)
-    _refuse_options(options, known.items(), own)
+    own = _OPTIONS[options.method]
+    for method, names in _OPTIONS.items():
+        _refuse_options(options, names.keys() - own.keys(), method)
     changes = {field: getattr(options, name) for name, field in own.items()}
-    recipe_class = _RECIPES[options.method]
-    # what --modulation w4a16 (4-bit weights) is called elsewhere
-    modulation = {"vq": "vq", "stock": "quantize"}.get(options.method, options.modulation)
-    if options.modulation != "w4a16":
-        modulation = options.modulation
-    return recipe_class.from_preset(
+    modulation = options.modulation
+    if modulation == "w4a16":  # 4-bit weights: as any other layer's, where there are no such
+        modulation = {"vq": "vq", "stock": "quantize"}.get(options.method, modulation)
+    return _recipe_class(options, changes).from_preset(
         options.preset, keep=options.keep, seed=options.seed, modulation=modulation, **changes
     )
 
 
-_RECIPES: dict[str, type[SVDQuantRecipe] | type[StockRecipe] | type[VQRecipe]] = {
-    "svdquant": SVDQuantRecipe,
-    "stock": StockRecipe,
-    "vq": VQRecipe,
-}
+def _recipe_class(
+    options: argparse.Namespace, changes: dict
+) -> type[SVDQuantRecipe] | type[StockRecipe] | type[VQRecipe]:
+    """The class of recipe. SVDQuant's two formats are two, and so `format` leaves its changes."""
+    if options.method != "svdquant":
+        return StockRecipe if options.method == "stock" else VQRecipe
+    form = changes.pop("format") or "int4"
+    if form not in ("int4", "nvfp4"):
+        raise ValueError(f"format={form!r} is not one of int4, nvfp4")
+    if form == "nvfp4":
+        return NVFP4Recipe
+    if changes.pop("compare"):
+        raise ValueError("--compare belongs to --format nvfp4; leave it out")
+    return SVDQuantRecipe
 
 
-def _refuse_options(options: argparse.Namespace, others: Iterable, own: Iterable[str]) -> None:
-    for method, names in others:
-        for name in set(names) - set(own):
-            if getattr(options, name) is not None:
-                raise ValueError(
-                    f"--{name} belongs to --method {method}; leave it out, or choose that method"
-                )
+def _refuse_options(options: argparse.Namespace, names: Iterable[str], method: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--{name} belongs to --method {method}; leave it out, or choose that method"
+            )
 
 
 def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:

@@ -232,6 +232,11 @@ def join_columns(pieces: Sequence[NVFP4Weight]) -> NVFP4Weight:
         return first
     if len({p.shape[0] for p in pieces}) > 1 or any(p.rounded != first.rounded for p in pieces):
         raise ValueError("linears of unequal height, or of different rounding, cannot be one")
+    downs = [p.proj_down for p in pieces]
+    shared = all(
+        p.proj_up.shape == first.proj_up.shape and torch.equal(p.proj_up, first.proj_up)
+        for p in pieces
+    )
     biases = [p.bias for p in pieces if p.bias is not None]
     loud = [bias for bias in biases if bias.any()]
     bias = next(iter(loud or biases), None)
@@ -242,8 +247,8 @@ def join_columns(pieces: Sequence[NVFP4Weight]) -> NVFP4Weight:
         qweight=torch.cat([p.qweight for p in pieces], 1),
         scale=_cat8([p.scale for p in pieces], 1),
         scale_2=torch.cat([p.scale_2 for p in pieces]),
-        proj_down=torch.block_diag(*(p.proj_down for p in pieces)),
-        proj_up=torch.cat([p.proj_up for p in pieces], 1),
+        proj_down=torch.cat(downs) if shared else torch.block_diag(*downs),
+        proj_up=first.proj_up if shared else torch.cat([p.proj_up for p in pieces], 1),
         smooth_factor=torch.cat([p.smooth_factor for p in pieces]),
         bias=bias,
         scale_columns=tuple(width for p in pieces for width in (p.scale_columns or (p.shape[1],))),

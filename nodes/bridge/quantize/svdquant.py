@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ....quant.svdquant.nvfp4.quantize import NVFP4Job, NVFP4Recipe
 from ....quant.svdquant.quantize import SVDQuantJob
 from .job import QuantizeRequest
 
@@ -20,9 +21,14 @@ class SVDQuantRequest(QuantizeRequest):
 
     method = SVDQuantJob
 
+    def __post_init__(self) -> None:
+        if isinstance(self.recipe, NVFP4Recipe):
+            self.method = NVFP4Job  # type: ignore[misc]  (of this request, not of all)
+
     @property
     def ending(self) -> str:
-        return f"svdq-int4-r{self.recipe.rank}"
+        form = "fp4" if isinstance(self.recipe, NVFP4Recipe) else "int4"
+        return f"svdq-{form}-r{self.recipe.rank}"
 
     @property
     def needs_inputs(self) -> bool:

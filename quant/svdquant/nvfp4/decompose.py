@@ -7,7 +7,7 @@ a small one becomes 0, so that its error is no noise but itself.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -96,8 +96,11 @@ class _Fit:
             return before
         up, down = branch
         seen = mean / self.smooth + self.error.mean(0)
-        return before + self.problem.weight @ mean - up.float() @ (down.float().T @ mean) - (
-            values @ seen
+        return (
+            before
+            + self.problem.weight @ mean
+            - up.float() @ (down.float().T @ mean)
+            - (values @ seen)
         )
 
     def loss(self, branch: tuple[Tensor, Tensor], values: Tensor, bias: Tensor | None) -> float:
@@ -182,7 +185,8 @@ def quantize_linear_nvfp4(  # noqa: PLR0913  (a layer's data, and what the plan 
     _, result, label = min(trials, key=lambda trial: trial[0])
     int4 = None
     if compare:
-        plain = replace(recipe, rotation="auto") if isinstance(recipe, Recipe) else recipe
+        shared = ("rank", "solver", "iterations", "gptq", "smoothing_grid", "seed")
+        plain = Recipe.from_preset(recipe.preset, **{key: getattr(recipe, key) for key in shared})
         int4 = quantize_linear(weight, bias, stats, plain, post_gelu=post_gelu)[1].db
     return Fitted(
         result,
