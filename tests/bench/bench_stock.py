@@ -9,6 +9,7 @@ lose in the same format is the row "best, all".
 """
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-from comfy_kitchen import tensor as kitchen
 
 import checkout  # noqa: F401
 from bench.bench_pictures import Lambda
@@ -32,10 +32,11 @@ from nibble.quant.svdquant.stock.recipe import StockRecipe
 from nibble.quant.weights import linears
 
 RESULTS = Path(__file__).resolve().parent / "results"
-LAYOUTS = {  # of comfy-kitchen, and how its codec is asked for the format
-    "asym_w4a8_int8": (kitchen.AsymW4A8Int8Layout, {}),
-    "int8_convrot": (kitchen.TensorWiseINT8Layout, {"per_channel": True, "convrot": True}),
-    "nvfp4": (kitchen.TensorCoreNVFP4Layout, {}),
+# of comfy-kitchen, and how its codec is asked for the format
+LAYOUTS: dict[str, tuple[str, dict]] = {
+    "asym_w4a8_int8": ("AsymW4A8Int8Layout", {}),
+    "int8_convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
+    "nvfp4": ("TensorCoreNVFP4Layout", {}),
 }
 Made = Callable[[str], tuple[torch.Tensor, torch.Tensor]]  # a layer's weight (N, K) and bias
 
@@ -71,7 +72,8 @@ def _layers(source: Source, recipe: StockRecipe) -> list[str]:
 
 def of_kitchen(name: str, source: Source) -> Made:
     """Weights through comfy-kitchen's codec and back."""
-    layout, options = LAYOUTS[name]
+    layout_name, options = LAYOUTS[name]
+    layout = getattr(importlib.import_module("comfy_kitchen.tensor"), layout_name)
 
     def made(layer: str) -> tuple[torch.Tensor, torch.Tensor]:
         weight = source.weight(layer)

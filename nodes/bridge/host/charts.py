@@ -2,7 +2,7 @@
 
 {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
 "bytes_before": int, "bytes_after": int,
- "rows": [{"name", "action": "w4a4" | "w4a16" | "vq" | "keep", "why", "db": float | null,
+ "rows": [{"name", "action": one of `quant/files/report.py`, "why", "db": float | null,
  "bytes_before", "bytes_after", "seconds"}, …]}
 {"kind": "facts", "title": str, "summary": [[label, value], …]}
 {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
@@ -75,11 +75,12 @@ def model_chart(
     """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
     formats = Counter(layer["format"] for layer in file.layers.values())
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
-    backend, reason = kernels.which("linear_w4a4", device)
+    floats = formats["svdquant_nvfp4"]
+    backend, reason = kernels.which("linear_nvfp4" if floats else "linear_w4a4", device)
     errors = [
         row["db"]
         for row in file.fact("report").get("rows", [])
-        if row.get("db") is not None and row["action"] == "w4a4"
+        if row.get("db") is not None and row["action"] in ("w4a4", "nvfp4")
     ]
     whole = (
         f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
@@ -98,7 +99,8 @@ def model_chart(
         [
             "layers",
             (
-                f"{formats['svdquant_w4a4']} W4A4, rank {', '.join(map(str, ranks))};"
+                f"{formats['svdquant_w4a4'] + floats} W4A4{' in 4-bit floats' if floats else ''},"
+                f" rank {', '.join(map(str, ranks))};"
                 f" {formats['awq_w4a16']} 4-bit weights only"
             ),
         ],

@@ -2,7 +2,6 @@
 saving.
 """
 
-import comfy.model_management
 import comfy.sd
 import pytest
 import torch
@@ -10,8 +9,12 @@ from safetensors.torch import save_file
 
 from flux_runs import decibels, loaded, run
 from nibble import kernels
+from nibble.nodes.bridge.host import charts
+from nibble.nodes.bridge.quantize import record_inputs
+from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantized import layouts, loading
 from nibble.quant.interop.opening import open_4bit
+from nibble.quant.svdquant.nvfp4.quantize import NVFP4Recipe
 from nibble.quant.weights.formats import weight_of
 from published_fp4 import RandomFp4Flux, official
 
@@ -71,3 +74,18 @@ def test_what_computes_it_is_told_with_a_reason():
     backend, reason = kernels.which("linear_nvfp4", "cpu")
     assert backend == "reference"
     assert "no 4-bit floats on cpu" in reason
+
+
+def test_the_quantize_node_makes_one_that_loads(folder, monkeypatch):
+    monkeypatch.setattr(record_inputs, "fits_in_memory", lambda nbytes: False)
+    recipe = NVFP4Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=2)
+    name, report = SVDQuantRequest(model_name="flux.safetensors", recipe=recipe).run()
+    assert name == "flux-svdq-fp4-r16.safetensors"
+    assert "nvfp4" in {row.action for row in report.rows}
+    made = loading.load(folder / name)
+    assert run(loaded(made)).isfinite().all()
+    chart = dict(
+        charts.model_chart(open_4bit(folder / name), (1, 1), torch.device("cpu"))["summary"]
+    )
+    assert "W4A4 in 4-bit floats, rank 16" in chart["layers"]
+    assert chart["computed by"].startswith("reference (no 4-bit floats on cpu")
