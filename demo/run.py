@@ -22,6 +22,7 @@ from ..quant.job.checkpoint_run import QuantizeJob
 from ..quant.job.measurement import Measurement
 from ..quant.job.monitor import Monitor, ignore
 from ..quant.svdquant.recipe import Recipe
+from ..quant.svdquant.stock.recipe import StockRecipe
 from ..quant.vq4dit.recipe import Recipe as VQRecipe
 from . import metrics, pictures, prompts, scorer, world
 
@@ -31,7 +32,7 @@ CALIBRATION_PROMPTS, CALIBRATION_SEED = 24, 1000
 
 def quantize(
     target: Path,
-    recipe: Recipe | VQRecipe,
+    recipe: Recipe | StockRecipe | VQRecipe,
     progress: Callable[[int, int, str], None] = ignore,
     source: Path = pictures.FLUX_FILE,
     zero_data: bool | None = None,

@@ -203,6 +203,19 @@ class W4A8Params(NamedTuple):
     rotation: int = 0
 
 
+class NVFP4Params(NamedTuple):
+    """A linear of 4-bit floats with a low-rank branch: `linear_nvfp4`."""
+
+    weight: Tensor  # int8 (N, K/2)
+    weight_scale: Tensor  # e4m3 (N, K/16)
+    weight_scale_2: Tensor  # (N,)
+    smooth_factor: Tensor  # (K,)
+    proj_down: Tensor  # (K, R)
+    proj_up: Tensor  # (N, R)
+    bias: Tensor | None = None  # (N,)
+    rounded: bool = False
+
+
 class VQParams(NamedTuple):
     """A codebook linear: `linear_vq`; `gemm_vq` takes neither the projections nor a rotation."""
 

@@ -57,6 +57,8 @@ def prepare(
 
 def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind | None:
     """None for a layer that no kernel takes, or that runs as others do."""
+    if not PARTS[layer.op]:
+        return None
     if layer.op == "mlp_w4a4" and not native.fuses(device):
         return None
     kinds = tuple(layer.parameters)

@@ -1,6 +1,7 @@
 """nodes/ - thin: a schema, one call into bridge/, one return. Nothing here computes.
 
 svdquant.py      quantize, load
+stock.py         quantize for ComfyUI without this pack
 vq4dit.py        quantize, load, inspect
 lora.py          what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
@@ -17,11 +18,12 @@ bridge/          what they call
 
 from comfy_api.latest import ComfyExtension
 
-from . import caching, caf, caf_training, demo, feather, intlora, lora, svdquant, training
+from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
 from . import vq4dit as vq
 
 NODES = [
     *svdquant.NODES,
+    *stock.NODES,
     *vq.NODES,
     *lora.NODES,
     *intlora.NODES,

@@ -15,7 +15,7 @@ from .bridge.quantized import loading
 NO_FILES = "(no quantized models yet)"
 _CHOICE = {"auto": None, "on": True, "off": False}
 _FITTED_FOR = {"4 bit": 4, "8 bit": 8}
-_FORMATS = ("svdquant_w4a4", "svdquant_w4a8")
+_FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "svdquant_nvfp4")
 
 
 class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
@@ -190,6 +190,8 @@ def _expert_options() -> list[io.Input]:
             tooltip=(
                 "svdquant_w4a4: runs with activations of 4 or 8 bits. svdquant_w4a8: the closest"
                 " 4-bit weights, for activations of 8 bits alone; computed in plain torch for now."
+                " svdquant_nvfp4: 4-bit floats, which RTX 50 multiplies; other GPUs run them at"
+                " 16-bit speed."
             ),
         ),
     ]
@@ -268,7 +270,7 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or an INT4"
+                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or a"
                 " file from Nunchaku or comfy-kitchen. It works like any other model:"
                 " samplers, LoRA, ControlNet, low VRAM."
             ),
@@ -278,7 +280,8 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
                     cls.KIND,
                     NO_FILES,
                     "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 file. svdq-fp4 files are listed, but cannot be loaded.",
+                    " svdq-int4 or svdq-fp4 file (4-bit floats: fast on RTX 50, 16-bit speed"
+                    " elsewhere).",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),

@@ -11,5 +11,6 @@ cubins          the interface of nibble_kernels for GPUs, with nothing compiled 
 triton          Triton: which GPUs it serves, tried on a small linear first
 triton_w4a4     tensors into launches for the W4A4 ops
 triton_kernels  their two kernels
+nvfp4           4-bit floats on Blackwell, through torch's scaled product
 kitchen         comfy-kitchen's kernels for NVIDIA and AMD
 """

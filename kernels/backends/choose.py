@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import kitchen, native, triton
+from . import kitchen, native, nvfp4, triton
 
 log = logging.getLogger("nibble")
 
@@ -29,6 +29,7 @@ PARTS = {
     "linear_w4a16": ("gemv_w4a16", "gemm_w4a16"),
     "linear_vq": ("gemm_vq",),
     "linear_w4a8": ("linear_w4a8",),
+    "linear_nvfp4": (),
 }
 """Ops made of others."""
 
@@ -37,6 +38,8 @@ NAMES = {
     "triton": "Triton",
     "comfy_kitchen": "comfy-kitchen",
     "reference": "plain torch",
+    "scaled_mm": "torch's scaled matrix product",
+    "decoded": "a 16-bit product of decoded weights",
 }
 """Backends in words."""
 
@@ -64,6 +67,8 @@ def choose(
     """What runs `op` for activations of `dtype`, quantized (W4A4 ops) to `act_bits` bits, and
     parameters of the given dtypes on `device`.
     """
+    if op == "linear_nvfp4":
+        return _nvfp4(device, dtype)
     brought_to, why = native.serves(PARTS.get(op, (op,)), device, dtype, parameters, act_bits)
     if brought_to is not None:
         choice = Choice("native", why, brought_to)
@@ -94,6 +99,19 @@ def _other(  # noqa: PLR0913 - `choose`'s arguments, and what came of its first 
             choice = Choice("reference", f"{reasons}; {why}", None)
     if device.type != "cpu" and op == "linear_w4a4" and act_bits == 4:
         _say(device, choice.backend, choice.reason)
+    return choice
+
+
+def _nvfp4(device: torch.device, dtype: torch.dtype) -> Choice:
+    """4-bit floats: where they are multiplied, else decoded to 16 bits; a CPU, for which neither is
+    faster, computes what Blackwell does.
+    """
+    use, why = nvfp4.serves(device, dtype)
+    backend = "scaled_mm" if use else "decoded"
+    if device.type == "cpu":
+        return Choice("reference", f"{why}; the formula", None)
+    choice = Choice(backend, why if use else f"{why}; 4-bit memory at 16-bit speed", None)
+    _say(device, choice.backend, choice.reason)
     return choice
 
 

@@ -10,20 +10,29 @@ opaque node, and `torch.inference_mode` and FakeTensor work; the op then refuses
     w4a16       4-bit weights alone: gemv_w4a16, gemm_w4a16, linear_w4a16
     w4a8        4-bit weights read as int8, activations of 8 bits: linear_w4a8
     vq          codebook weights: gemm_vq, linear_vq
+    nvfp4       4-bit floats with a low-rank branch: linear_nvfp4
     checks      the refusals that families share
     register    schema, fake and gradient into torch's registry
     eager       the shorter way of plain eager calls: a layer is checked once
 """
 
 from ..backends.choose import TYPICAL, which
-from . import vq, w4a4, w4a4_parts, w4a8, w4a16
+from . import nvfp4, vq, w4a4, w4a4_parts, w4a8, w4a16
+from .nvfp4 import linear_nvfp4
 from .vq import gemm_vq, linear_vq
 from .w4a4 import fuses_mlp, linear_w4a4, linear_w4a4_grouped, mlp_w4a4
 from .w4a4_parts import gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, quantize_down
 from .w4a8 import linear_w4a8
 from .w4a16 import gemm_w4a16, gemv_w4a16, linear_w4a16
 
-SCHEMAS = {**w4a4_parts.SCHEMAS, **w4a4.SCHEMAS, **w4a8.SCHEMAS, **w4a16.SCHEMAS, **vq.SCHEMAS}
+SCHEMAS = {
+    **w4a4_parts.SCHEMAS,
+    **w4a4.SCHEMAS,
+    **w4a8.SCHEMAS,
+    **w4a16.SCHEMAS,
+    **vq.SCHEMAS,
+    **nvfp4.SCHEMAS,
+}
 """The schema of every op, by its name."""
 
 __all__ = [
@@ -35,6 +44,7 @@ __all__ = [
     "gemm_w4a4_up",
     "gemm_w4a4_up_gelu_quantize_down",
     "gemv_w4a16",
+    "linear_nvfp4",
     "linear_vq",
     "linear_w4a16",
     "linear_w4a4",

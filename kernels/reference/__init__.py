@@ -5,6 +5,7 @@ with, and what runs where nothing faster is installed. It runs in float64 too.
     w4a16     4-bit weights alone (AWQ)
     vq        codebook weights (VQ4DiT); not exported here, as its names are of another subject
     w4a8      4-bit weights read as int8, activations of 8 bits; like vq
+    nvfp4     4-bit floats with a low-rank branch; not exported either
     nibbles   4-bit codes: packing and dequantizing; the dtypes of arithmetic
     hadamard  the 64-point rotation
 """

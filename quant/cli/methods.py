@@ -6,16 +6,22 @@ from ..files.source import Source, StateDictSource
 from ..job.checkpoint_run import QuantizeJob
 from ..svdquant.quantize import SVDQuantJob
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..svdquant.stock.quantize import StockJob
+from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.quantize import VQJob
 from ..vq4dit.recipe import Recipe as VQRecipe
 
-JOBS: dict[type, type[QuantizeJob]] = {SVDQuantRecipe: SVDQuantJob, VQRecipe: VQJob}
+JOBS: dict[type, type[QuantizeJob]] = {
+    SVDQuantRecipe: SVDQuantJob,
+    StockRecipe: StockJob,
+    VQRecipe: VQJob,
+}
 
 
 def prepare(
     source: str | Path | Source | StateDictSource,
     target: str | Path,
-    recipe: SVDQuantRecipe | VQRecipe,
+    recipe: SVDQuantRecipe | StockRecipe | VQRecipe,
 ) -> QuantizeJob:
     """The job of a recipe's method; see `QuantizeJob.prepare`."""
     return JOBS[type(recipe)].prepare(source, target, recipe)

@@ -55,11 +55,20 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("svdquant", "vq"),
+        choices=("svdquant", "vq", "stock"),
         default="svdquant",
         help=(
-            "svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight"
-            " (default: %(default)s)"
+            "svdquant: 4-bit weights and activations; vq: codebooks of 2 to 4 bits a weight; stock:"
+            " a format that ComfyUI opens without Nibble (default: %(default)s)"
+        ),
+    )
+    parser.add_argument(
+        "--format",
+        help=(
+            "for --method svdquant: svdquant_w4a4 (default; runs with activations of 4 or 8 bits),"
+            " svdquant_w4a8 (16 free levels and more scales, for activations of 8 bits alone) or"
+            " svdquant_nvfp4 (4-bit floats); for --method stock: asym_w4a8_int8 (default),"
+            " int8_convrot or nvfp4, under the names that ComfyUI knows"
         ),
     )
     parser.add_argument(
@@ -137,18 +146,19 @@ def _svdquant_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--format",
-        choices=("svdquant_w4a4", "svdquant_w4a8"),
-        help=(
-            "of the layers (default: svdquant_w4a4, which runs with either width); svdquant_w4a8:"
-            " 16 free levels and more scales, for activations of 8 bits alone"
-        ),
-    )
-    parser.add_argument(
         "--group", type=int, help="columns that share a scale of svdquant_w4a8: 16, 32 or 64"
     )
     parser.add_argument("--rotation", help="auto, on or off")
     parser.add_argument("--modulation", help="w4a16 or keep")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        default=None,
+        help=(
+            "with --format svdquant_nvfp4: tell in the report what int4 would have given (twice the"
+            " time)"
+        ),
+    )
     parser.add_argument("--gptq", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument(
         "--keep",

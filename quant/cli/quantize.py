@@ -8,6 +8,7 @@ of it, is what ComfyUI's node draws of the same prompts.
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,28 +21,40 @@ from ..files.prompts import Prompts
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
+from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})
-_SVDQUANT_OPTIONS = {
-    "rank": "rank",
-    "solver": "solver",
-    "rotation": "rotation",
-    "gptq": "gptq",
-    "w4a16": "w4a16",
-    "activations": "act_bits",
-    "format": "format",
-    "group": "group",
+# method → its options, each with the field of its recipe
+_OPTIONS = {
+    "svdquant": {
+        "rank": "rank",
+        "solver": "solver",
+        "rotation": "rotation",
+        "gptq": "gptq",
+        "w4a16": "w4a16",
+        "activations": "act_bits",
+        "format": "format",
+        "group": "group",
+        "compare": "compare",
+    },
+    "stock": {"format": "format", "gptq": "gptq"},
+    "vq": {
+        "bits": "bits",
+        "codewords": "codewords",
+        "vector": "vector",
+        "budget": "budget_gb",
+        "candidates": "candidates",
+        "steps": "steps",
+    },
 }
-_VQ_OPTIONS = {
-    "bits": "bits",
-    "codewords": "codewords",
-    "vector": "vector",
-    "budget": "budget_gb",
-    "candidates": "candidates",
-    "steps": "steps",
+AnyRecipe = SVDQuantRecipe | StockRecipe | VQRecipe
+RECIPES: dict[str, type[AnyRecipe]] = {
+    "svdquant": SVDQuantRecipe,
+    "stock": StockRecipe,
+    "vq": VQRecipe,
 }
 
 
@@ -54,25 +67,21 @@ def quantize(options: argparse.Namespace) -> None:
     print_summary(options.target, report.summary())
 
 
-def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
-    """The method's recipe. Raises ValueError for options of the other method."""
-    recipe_class: type[VQRecipe] | type[SVDQuantRecipe]
-    if options.method == "vq":
-        _refuse_options(options, _SVDQUANT_OPTIONS, "svdquant")
-        changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()}
-        modulation = "vq" if options.modulation == "w4a16" else options.modulation
-        recipe_class = VQRecipe
-    else:
-        _refuse_options(options, _VQ_OPTIONS.keys() - {"steps"}, "vq")
-        changes = {field: getattr(options, name) for name, field in _SVDQUANT_OPTIONS.items()}
-        modulation = options.modulation
-        recipe_class = SVDQuantRecipe
-    return recipe_class.from_preset(
+def _recipe(options: argparse.Namespace) -> AnyRecipe:
+    """The method's recipe. Raises ValueError for options of the other methods."""
+    own = _OPTIONS[options.method]
+    for method, names in _OPTIONS.items():
+        _refuse_options(options, names.keys() - own.keys() - {"steps"}, method)
+    changes = {field: getattr(options, name) for name, field in own.items()}
+    modulation = options.modulation
+    if modulation == "w4a16":  # 4-bit weights: as any other layer's, where there are no such
+        modulation = {"vq": "vq", "stock": "quantize"}.get(options.method, modulation)
+    return RECIPES[options.method].from_preset(
         options.preset, keep=options.keep, seed=options.seed, modulation=modulation, **changes
     )
 
 
-def _refuse_options(options: argparse.Namespace, names, method: str) -> None:
+def _refuse_options(options: argparse.Namespace, names: Iterable[str], method: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(

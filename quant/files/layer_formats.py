@@ -1,8 +1,8 @@
 """What a low-bit linear is on disk, in each format: the shapes and dtypes of its tensors and the
 options of its JSON, `X.comfy_quant`.
 
-N outputs, K inputs, G = K/64 groups or H = K/group of another size, R rank, L = 16 levels; C
-codewords of D weights, P = K/D indices of log2(C) bits in bytes.
+N outputs, K inputs, G = K/64 groups or H = K/group of another size, R rank, L = 16 levels, V runs
+of columns; C codewords of D weights, P = K/D indices of log2(C) bits in bytes.
 """
 
 import json
@@ -35,6 +35,17 @@ FORMATS = {
         },
         {"format", "group", "rank", "rotation"},
     ),
+    "svdquant_nvfp4": (
+        {
+            "weight": "N,K/2",
+            "weight_scale": "N,K/16",
+            "weight_scale_2": "V,N",
+            "weight_proj_down": "K,R",
+            "weight_proj_up": "N,R",
+            "weight_smooth_factor": "K",
+        },
+        {"format", "rank", "scale_columns", "rounded"},
+    ),
     "awq_w4a16": ({"weight": "N,K/2", "weight_scale": "G,N"}, {"format", "rank"}),
     "vq": (
         {"weight": "N,P", "weight_codebook": "C,D"},
@@ -49,8 +60,12 @@ OPTIONAL = {
     "vq": {"weight_scale": "N", "weight_proj_down": "K,R", "weight_proj_up": "N,R"},
 }
 _WEIGHT_DTYPES = {"vq": torch.uint8}  # of X.weight; int8 else
-# of tensors besides X.weight that hold integers
-_INTEGERS = {("svdquant_w4a8", "weight_scale"), ("svdquant_w4a8", "weight_table")}
+# of tensors besides X.weight that cannot be any float
+_OWN_DTYPES = {
+    ("svdquant_w4a8", "weight_scale"): torch.int8,
+    ("svdquant_w4a8", "weight_table"): torch.int8,
+    ("svdquant_nvfp4", "weight_scale"): torch.float8_e4m3fn,
+}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
 GROUPS = (16, 32, 64)  # columns that share a scale of svdquant_w4a8
 ACT_BITS = (4, 8)  # of activations that a layer can be fitted for
@@ -84,13 +99,13 @@ def layer_json(header: Header, name: str, text: bytes) -> dict:
 
 def _can_be(option: str, value: Any) -> bool:
     """Whether an option of a layer's JSON can have a value."""
-    if option == "act_unsigned":
+    if option in ("act_unsigned", "rounded"):
         return type(value) is bool
     if option == "act_bits":
         return type(value) is int and value in ACT_BITS
     if option == "group":
         return type(value) is int and value in GROUPS
-    if option == "smooth_rows":
+    if option in ("smooth_rows", "scale_columns"):
         return isinstance(value, list) and all(type(rows) is int and rows > 0 for rows in value)
     return type(value) is int and value >= 0
 
@@ -147,7 +162,8 @@ def dtypes_of(kind: str, suffix: str) -> tuple[torch.dtype, ...]:
     """The dtypes that a layer's tensor can have, by format and suffix."""
     if suffix == "weight":
         return (_WEIGHT_DTYPES.get(kind, torch.int8),)
-    return (torch.int8,) if (kind, suffix) in _INTEGERS else FLOATS
+    own = _OWN_DTYPES.get((kind, suffix))
+    return FLOATS if own is None else (own,)
 
 
 def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
@@ -166,6 +182,8 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
             "L": 16,
             "R": config.get("rank", 0),
             "P": len(config.get("smooth_rows", ())),
+            "K/16": width // 8,
+            "V": len(config.get("scale_columns", ())) or 1,
         }
     c, d, r = config.get("codewords"), config.get("vector", 0), config.get("rank", 0)
     if c not in CODEWORDS or d < 1 or width * 8 % (c.bit_length() - 1):

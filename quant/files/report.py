@@ -13,6 +13,9 @@ ACTIONS = {
     "w4a4": "W4A4",
     "w4a16": "4-bit weights only",
     "vq": "of codewords",
+    "w4a8": "W4A8",
+    "w8a8": "W8A8",
+    "nvfp4": "NVFP4",
     "keep": "kept in 16 bit",
 }
 # part of a row's reason: fitted to what was recorded, the layer was not as close
@@ -66,7 +69,9 @@ class Report:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    def decibels(self, actions: tuple[str, ...] = ("w4a4", "vq")) -> list[float]:
+    def decibels(
+        self, actions: tuple[str, ...] = ("w4a4", "vq", "w4a8", "w8a8", "nvfp4")
+    ) -> list[float]:
         """The errors of all layers with these actions, worst first."""
         return sorted(row.db for row in self.rows if row.action in actions and row.db is not None)
 

@@ -3,6 +3,7 @@ and written for those programs.
 
 opening.py         which program wrote a file; the file opened
 nunchaku_read.py   Nunchaku's INT4 files, and diffusers' dialect of them
+nunchaku_fp4.py    Nunchaku's NVFP4 files; nunchaku_fp4_write.py the way back
 nunchaku_folder.py those of them that are a folder
 nunchaku_check.py  what can be wrong with one of their linears
 nunchaku_affine.py their zero points, and the 1 of "1 + scale"

@@ -12,16 +12,16 @@ from ..files.errors import FileRefused
 from ..files.safetensors import read_header
 from ..files.writer import Writer, check_path, check_target, metadata_room
 from .export import Export, ToKitchen, ToNibble
+from .nunchaku_fp4_write import to_nunchaku
 from .nunchaku_lora import convert_lora, is_nunchaku_lora
-from .nunchaku_write import ToNunchaku
 from .opening import open_4bit
 
 TARGETS: dict[str, Callable[[QuantizedFile], Export]] = {
     "nibble": ToNibble,
     "kitchen": ToKitchen,
-    "nunchaku": ToNunchaku,
+    "nunchaku": to_nunchaku,
 }
-_KINDS = {"nibble": "Nibble", "kitchen": "comfy-kitchen SVDQuant", "nunchaku": "Nunchaku INT4"}
+_KINDS = {"nibble": "Nibble", "kitchen": "comfy-kitchen SVDQuant", "nunchaku": "Nunchaku"}
 _LARGEST = 10**15  # stands in for a file's size while it is not known
 
 
@@ -46,7 +46,7 @@ def convert(
     file = open_4bit(source)
     _ = file.family  # a model of no known family is refused before the work
     check_path(file.path, target)
-    if file.kind == _KINDS[to]:
+    if file.kind.startswith(_KINDS[to]) and "Lite" not in file.kind:
         raise FileRefused(f"{file.path.name} is in this format already ({file.kind}); copy it.")
     with atomic.exclusive(target) as held:
         check_target(file.path, held)
@@ -92,10 +92,11 @@ def summary(target: str | Path, to: str, export: Export) -> list[tuple[str, str]
     layers = export.source.layers.values()
     counts = {
         kind: sum(facts["format"] == kind for facts in layers)
-        for kind in ("svdquant_w4a4", "svdquant_w4a8", "awq_w4a16")
+        for kind in ("svdquant_w4a4", "svdquant_w4a8", "svdquant_nvfp4", "awq_w4a16")
     }
     table = counts["svdquant_w4a8"]
-    w4a4 = f"{table} W4A8" if table else f"{counts['svdquant_w4a4']} W4A4"
+    four = counts["svdquant_w4a4"] + counts["svdquant_nvfp4"]
+    w4a4 = f"{table} W4A8" if table else f"{four} W4A4"
     size = Path(target).stat().st_size
     return [
         ("model", export.source.family),
@@ -121,7 +122,7 @@ def facts_of(path: str | Path) -> dict | None:
         "format": file.kind,
         "architecture": file.family,
         "bytes": file.size,
-        "W4A4 layers": kinds.count("svdquant_w4a4"),
+        "W4A4 layers": kinds.count("svdquant_w4a4") + kinds.count("svdquant_nvfp4"),
         "4-bit weights only": kinds.count("awq_w4a16"),
         "ranks": ranks,
         "hint": (

@@ -24,11 +24,21 @@ from ..weights.formats import refuse_patched
 from .nunchaku_read import FACTS
 
 # of a layer's format, as reports call it
-ACTIONS = {"svdquant_w4a4": "w4a4", "svdquant_w4a8": "w4a4", "awq_w4a16": "w4a16", "vq": "vq"}
+ACTIONS = {
+    "svdquant_w4a4": "w4a4",
+    "svdquant_w4a8": "w4a4",
+    "svdquant_nvfp4": "nvfp4",
+    "awq_w4a16": "w4a16",
+    "vq": "vq",
+}
 
-
-# what other programs have no words for
-HELD = {"vq": "codewords (vq)", "svdquant_w4a8": "levels of a table (svdquant_w4a8)"}
+_UNSAID = {
+    "vq": "holds codewords (vq)",
+    "svdquant_w4a8": "holds levels of a table (svdquant_w4a8)",
+    "svdquant_nvfp4": "holds 4-bit floats (NVFP4)",
+    "svdquant_w4a4": "holds 4-bit integers beside 4-bit floats",
+    "awq_w4a16": "holds weights alone in 4 bits",
+}
 
 
 class Export(ABC):
@@ -44,9 +54,8 @@ class Export(ABC):
         self.notes: list[str] = []
         for name, facts in source.layers.items():
             if facts["format"] not in self.FORMATS:
-                raise self.refused(
-                    name, f"holds {HELD[facts['format']]}", "Nibble's own format can"
-                )
+                what = _UNSAID[facts["format"]]
+                raise self.refused(name, what, "Nibble's own format can")
 
     def refuse_wide(self, name: str, facts: dict) -> None:
         """Raises FileRefused for a layer that was fitted for 8-bit activations: other programs know
@@ -88,7 +97,7 @@ class ToNibble(Export):
     back is open.
     """
 
-    FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "awq_w4a16", "vq")
+    FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "svdquant_nvfp4", "awq_w4a16", "vq")
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
         formats = {facts["format"] for facts in self.source.layers.values()}

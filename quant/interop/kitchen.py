@@ -37,6 +37,7 @@ _UNSIGNED = "transformer_blocks.*_mlp.net.2"
 # dtypes of X.weight
 _BYTES = {
     "svdquant_w4a4": (torch.int8, torch.uint8),
+    "svdquant_nvfp4": (torch.int8, torch.uint8),
     "awq_w4a16": (torch.int8, torch.uint8),
     "svdquant_w4a8": (torch.int8,),
     "vq": (torch.uint8,),
@@ -235,13 +236,17 @@ class KitchenFile(QuantizedFile):
                     f" {wanted}; download it again"
                 )
             dtype = self._header.tensors[self._names[self._places[name][suffix]]].dtype
-            integers = _BYTES[kind] if suffix == "weight" else dtypes_of(kind, suffix)
-            if dtype not in integers:
-                wanted_dtype = "floats" if integers == FLOATS else "codes"
+            if dtype not in self._allowed(kind, suffix):
+                wanted_dtype = "floats" if self._allowed(kind, suffix) == FLOATS else "codes"
                 raise self.refusal(
                     f"has a damaged layer: {name}.{suffix} holds"
                     f" {str(dtype).removeprefix('torch.')}, no {wanted_dtype}; download it again"
                 )
+
+    @staticmethod
+    def _allowed(kind: str, suffix: str) -> tuple[torch.dtype, ...]:
+        """The dtypes that a tensor of a layer may have."""
+        return _BYTES[kind] if suffix == "weight" else dtypes_of(kind, suffix)
 
     @property
     def units(self) -> list[str]:

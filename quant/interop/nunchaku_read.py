@@ -18,7 +18,7 @@ inputs are signed, and modulations have their natural rows and bias.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import reader
-from ..files.safetensors import DTYPES, Header, SafetensorsFile, TensorInfo, TensorSpec
+from ..files.safetensors import Header, SafetensorsFile, TensorInfo, TensorSpec
 from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.base import StoredWeight, json_tensor
 from ..weights.formats import FourBitWeight
@@ -38,12 +38,13 @@ from . import swizzle
 from .names import SUFFIXES, Part, Recipe, checkpoint_prefix, family_of, modern
 from .nunchaku_affine import centred_zeros, shift_of_one
 from .nunchaku_check import SUFFIXES_OF_LAYERS, fault_of
-from .nunchaku_folder import folder_metadata, parts_of
+from .nunchaku_folder import folder_metadata
 from .unfuse_norms import find_fused, unfused
 
 # metadata that Nunchaku's own programs read
 FACTS = ("config", "comfy_config", "model_class", "quantization_config")
 _OWN = {*SUFFIXES_OF_LAYERS, *SUFFIXES, "smooth_factor_orig", "bias", "wtscale", "wcscales"}
+_FLOAT_SCALES = ("wtscale", "wcscales")  # of NVFP4, see nunchaku_fp4.py
 _UNREAD = ("smooth_factor_orig",)  # of no use at run time
 _MARKS = (".qweight", ".wscales")
 _LITE = "nunchaku_lite"
@@ -53,16 +54,6 @@ _SEPARATE = (".attn.to_q.qweight", ".attn.add_q_proj.qweight", ".attention.to_q.
 def is_nunchaku(header: Header) -> bool:
     """Whether a file holds linears in Nunchaku's format, from its header."""
     return any(name.endswith(_MARKS) for name in header.tensors)
-
-
-def open_nunchaku(path: Path, stored: SafetensorsFile | None = None) -> "NunchakuFile":
-    """Opens a file (`stored`: that file, where its header is read already), or a folder of the
-    first version. Raises FileRefused with the reason.
-    """
-    parts = parts_of(path)
-    if parts is not None:
-        return NunchakuFile([SafetensorsFile(part) for part in parts], parts[0].parent)
-    return NunchakuFile([stored or SafetensorsFile(path)])
 
 
 class NunchakuFile(QuantizedFile):
@@ -136,27 +127,21 @@ class NunchakuFile(QuantizedFile):
 
     def _check(self) -> None:
         """What can be wrong with single modules, before anything is put together."""
-        fp4 = [
-            name
-            for name in self._stored
-            if name.endswith((".wtscale", ".wcscales"))
-            or (name.endswith(".wscales") and self._info(name).dtype == DTYPES["F8_E4M3"])
-        ]
-        if fp4:
-            raise self.refusal(
-                f"is an NVFP4 file, for which Nibble has no arithmetic; {self._int4()}"
-            )
         if not self._quantized:
             raise self.refusal("holds no quantized layers; download the 4-bit file again")
         for module in sorted(self._quantized):
             infos = {
                 suffix: self._info(f"{module}.{suffix}")
-                for suffix in (*SUFFIXES_OF_LAYERS, "bias")
+                for suffix in (*SUFFIXES_OF_LAYERS, "bias", *_FLOAT_SCALES)
                 if f"{module}.{suffix}" in self._stored
             }
-            fault = fault_of(module, infos, self._int4())
+            fault = self._faults(module, infos)
             if fault:
                 raise self.refusal(fault)
+
+    def _faults(self, module: str, infos: Mapping[str, TensorInfo]) -> str | None:
+        """What to refuse a module for, as the rest of a sentence; None for a sound one."""
+        return fault_of(module, infos, self._int4())
 
     def _int4(self) -> str:
         """What to download instead."""
@@ -297,8 +282,7 @@ class NunchakuFile(QuantizedFile):
             if self.layers[name]["format"] == W4A16Weight.FORMAT:
                 weight = self._in_order(name, self._w4a16(recipe.parts[0]))
             else:
-                join = join_columns if recipe.axis else join_rows
-                weight = self._in_order(name, join([self._w4a4(part) for part in recipe.parts]))
+                weight = self._joined(name, recipe)
         except ValueError as error:
             raise self.refusal(
                 f"has pieces of {name} that do not fit together ({error})"
@@ -306,6 +290,10 @@ class NunchakuFile(QuantizedFile):
         if weight.facts() != self.layers[name]:
             raise self.refusal(f"changed while {name} was read; close the program that writes it")
         return weight.tensors(name)
+
+    def _joined(self, name: str, recipe: Recipe) -> StoredWeight:
+        join = join_columns if recipe.axis else join_rows
+        return self._in_order(name, join([self._w4a4(part) for part in recipe.parts]))
 
     def _in_order(self, name: str, weight: FourBitWeight) -> FourBitWeight:
         """The weight, its halves exchanged where the file has them the other way round."""

@@ -25,7 +25,7 @@ from .names import SUFFIXES, Family, Part, families
 from .nunchaku_affine import shift_of_one
 
 _FIRST_SUFFIX = {new: old for old, new in SUFFIXES.items()}
-_GAIN = "quantize the 16-bit file again for it"
+GAIN = "quantize the 16-bit file again for it"
 
 
 class _Provider(NamedTuple):
@@ -41,6 +41,8 @@ class ToNunchaku(Export):
     """One file with Nunchaku's names: FLUX.1 under its first, which every version reads, the others
     under today's.
     """
+
+    W4A4 = SVDQuantWeight.FORMAT  # of layers with 4-bit activations
 
     def __init__(self, source: QuantizedFile):
         super().__init__(source)
@@ -91,7 +93,7 @@ class ToNunchaku(Export):
         for module, facts in quantized.items():
             target = self._providers[module][0].target
             if len(self._providers[module]) != self._providers[module][0].parts[0].pieces:
-                raise self.refused(target, "has only a part of a fused layer in 4 bits", _GAIN)
+                raise self.refused(target, "has only a part of a fused layer in 4 bits", GAIN)
             expected = self._family.splits(module) > 0
             if facts["format"] == W4A16Weight.FORMAT and facts.get("rank"):
                 raise self.refused(
@@ -107,7 +109,7 @@ class ToNunchaku(Export):
             if expected != (facts["format"] == W4A16Weight.FORMAT) and (
                 expected or self._is_four_bit(target)
             ):
-                raise self.refused(target, f"has the format {facts['format']}", _GAIN)
+                raise self.refused(target, f"has the format {facts['format']}", GAIN)
         self._check_kept()
 
     def _check_kept(self) -> None:
@@ -142,7 +144,7 @@ class ToNunchaku(Export):
         if not rank:
             raise FileRefused(
                 f"{self.source.path.name} has no low-rank branch (rank 0), which Nunchaku's"
-                f" programs cannot run; {_GAIN}."
+                f" programs cannot run; {GAIN}."
             )
         if ranks != {rank}:
             self.notes.append(
@@ -152,9 +154,7 @@ class ToNunchaku(Export):
         return rank
 
     def _is_w4a4(self, module: str) -> bool:
-        return (
-            self.source.layers[self._providers[module][0].target]["format"] == SVDQuantWeight.FORMAT
-        )
+        return self.source.layers[self._providers[module][0].target]["format"] == self.W4A4
 
     # ---- units
 
@@ -179,7 +179,7 @@ class ToNunchaku(Export):
             assert isinstance(weight, W4A16Weight)  # `_check` refuses any other
             return self._named(name, self._w4a16(weight, splits))
         if weight.scale is None:
-            raise self.refused(target, f"has the format {weight.FORMAT}", _GAIN)
+            raise self.refused(target, f"has the format {weight.FORMAT}", GAIN)
         dtype = weight.scale.dtype
         self._note(f"{target}: 4-bit weights that Nunchaku keeps in 16 bit were written as such")
         bias = {} if weight.bias is None else {"bias": weight.bias.to(dtype)}
@@ -211,11 +211,11 @@ class ToNunchaku(Export):
             raise self.refused(
                 self._providers[module][0].target,
                 "has q, k and v whose inputs differ in sign or rotation",
-                _GAIN,
+                GAIN,
             ) from error
         if weight.smooth_rows:
             raise self.refused(
-                self._providers[module][0].target, "has q, k and v that differ in smoothing", _GAIN
+                self._providers[module][0].target, "has q, k and v that differ in smoothing", GAIN
             )
         return weight
 
@@ -250,7 +250,7 @@ class ToNunchaku(Export):
         bias.
         """
         if weight.act_unsigned:
-            raise self.refused(module, "has unsigned inputs", _GAIN)
+            raise self.refused(module, "has unsigned inputs", GAIN)
         self._note(
             "layers behind a GELU got unsigned inputs, as Nunchaku has them, and biases that go"
             " with these"

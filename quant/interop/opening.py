@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..files.checkpoint import NibbleFile, QuantizedFile
@@ -10,8 +11,9 @@ from ..files.errors import FileRefused, reading
 from ..files.header_limits import LISTED_HEADER
 from ..files.safetensors import Header, SafetensorsFile
 from .kitchen import KitchenFile, has_codebooks, is_kitchen
-from .nunchaku_folder import BLOCKS, OTHERS
-from .nunchaku_read import is_nunchaku, open_nunchaku
+from .nunchaku_folder import BLOCKS, OTHERS, parts_of
+from .nunchaku_fp4 import NunchakuFp4File, is_fp4
+from .nunchaku_read import NunchakuFile, is_nunchaku
 
 
 def is_4bit(path: str | os.PathLike) -> bool:
@@ -63,6 +65,22 @@ def method_of(header: Header) -> str:
     SVDQuant's; ComfyUI saves either without Nibble's metadata.
     """
     return "vq" if header.metadata.get("method") == "vq" or has_codebooks(header) else "svdquant"
+
+
+def open_nunchaku(path: Path, stored: SafetensorsFile | None = None) -> NunchakuFile:
+    """Opens a file (`stored`: that file, where its header is read already), or a folder of the
+    first version. Raises FileRefused with the reason.
+    """
+    parts = parts_of(path)
+    if parts is not None:
+        files, folder = [SafetensorsFile(part) for part in parts], parts[0].parent
+    else:
+        files, folder = [stored or SafetensorsFile(path)], None
+    with ExitStack() as opened:
+        for file in files:
+            opened.enter_context(file)
+        fp4 = any(is_fp4(file.header) for file in files)
+    return (NunchakuFp4File if fp4 else NunchakuFile)(files, folder)
 
 
 class OpenedFiles:

@@ -33,7 +33,7 @@ def _restored(tensor: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) ->
 # ---- Nunchaku ------------------------------------------------------------------------------------
 
 _WEIGHT, _SCALE, _LOW_RANK = (0, 2, 5, 3, 1, 6, 4), (0, 2, 4, 3, 5, 1), (1, 4, 2, 0, 5, 3, 6)
-_UP = (0, 4, 2, 1, 5, 3, 6)
+_UP, _MICRO = (0, 4, 2, 1, 5, 3, 6), (0, 4, 3, 2, 1, 5)
 
 
 def _weight_shape(n: int, k: int) -> tuple[int, ...]:
@@ -66,6 +66,20 @@ def scale_to_nunchaku(scale: Tensor) -> Tensor:
     """The inverse of `scale_from_nunchaku`."""
     g, n = scale.shape
     return _restored(scale.t(), (n // 128, g, 8, 4, 2, 2), _SCALE).reshape(g, n)
+
+
+def micro_from_nunchaku(wscales: Tensor) -> Tensor:
+    """NVFP4's scales of 8 bits, (K/16, N), tiled → (N, K/16)."""
+    g, n = wscales.shape
+    raw = _permuted(wscales.contiguous().view(torch.uint8), (n // 128, g // 4, 8, 4, 4, 4), _MICRO)
+    return raw.reshape(n, g).view(wscales.dtype)
+
+
+def micro_to_nunchaku(scale: Tensor) -> Tensor:
+    """The inverse of `micro_from_nunchaku`."""
+    n, g = scale.shape
+    raw = _restored(scale.contiguous().view(torch.uint8), (n // 128, g // 4, 8, 4, 4, 4), _MICRO)
+    return raw.reshape(g, n).view(scale.dtype)
 
 
 def vector_from_nunchaku(vector: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class QuantizeJob(ABC):
         identity = identity_of(self.source, self.recipe, measurement.provenance)
         report = self._empty_report()
         specs = self.layout()
-        metadata = file_metadata(self.method, identity, self.source.metadata)
+        metadata = self.metadata(identity)
         began = time.monotonic()
         reserved = reserved_bytes(metadata, report, self.layers)
         with Writer(self.held or self.target, specs, json.dumps(identity), reserved) as writer:
@@ -167,6 +167,10 @@ class QuantizeJob(ABC):
             report.seconds = time.monotonic() - began
             writer.finish(metadata_choices(metadata, report))
         return report
+
+    def metadata(self, identity: Mapping[str, str]) -> dict[str, str]:
+        """The file's metadata but the report."""
+        return file_metadata(self.method, identity, self.source.metadata)
 
     def check_measurement(self, measurement: Measurement) -> None:  # noqa: B027  (few need more)
         """Raises ValueError where the recipe needs more than was measured."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from ..calibration.hessian import covariance, diagonal_blocks
 from ..calibration.statistics import InputStats
 from ..files.report import SYNTHETIC
 from ..job.measurement import measured_on
-from ..weights.base import StoredWeight
 
 SYNTHETIC_ROWS = 128
 FEWEST_ROWS = 4  # to choose by, or to report on
@@ -51,7 +51,14 @@ class LayerProblem:
         return (square + (0 if self.mean is None else self.mean.square())).clamp_min(0).sqrt()
 
 
-def sqnr(problem: LayerProblem, result: StoredWeight, rows: Tensor | None = None) -> float:
+class Computed(Protocol):
+    """A quantized layer at work."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, K) → (T, N)."""
+
+
+def sqnr(problem: LayerProblem, result: Computed, rows: Tensor | None = None) -> float:
     """Signal over quantization noise of the layer's output (without its bias) in dB, on rows (T, K)
     or else the held-out ones.
     """

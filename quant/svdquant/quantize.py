@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from ..job.side_by_side import at_once, side_by_side
 from ..weights.base import StoredWeight
 from .choice import closer, without_data
 from .decompose import LayerError, quantize_linear, shared_smoothing
+from .nvfp4 import quantize_linear_nvfp4
 from .recipe import Recipe
 from .w4a16 import quantize_w4a16
 
@@ -48,8 +49,8 @@ class SVDQuantJob(QuantizeJob):
 
     def quantizer(
         self, writer: Writer, measurement: Measurement, monitor: Monitor, device: torch.device
-    ) -> "_SVDQuantizer":
-        return _SVDQuantizer(self, writer, measurement, monitor, device)
+    ) -> "SVDQuantizer":
+        return SVDQuantizer(self, writer, measurement, monitor, device)
 
 
 predict = SVDQuantJob.predict
@@ -85,6 +86,14 @@ class _Group(NamedTuple):
     statistics: dict[str, InputStats | None]
 
 
+class _Known(TypedDict):
+    """What the plan knows of a layer, as both `quantize_linear` take it."""
+
+    post_gelu: bool
+    smooth: Tensor | None
+    generator: torch.Generator
+
+
 class _Unit(NamedTuple):
     """A layer that is made."""
 
@@ -93,7 +102,7 @@ class _Unit(NamedTuple):
     row: LayerRow
 
 
-class _SVDQuantizer(LayerQuantizer):
+class SVDQuantizer(LayerQuantizer):
     """Group by group; on a CPU several at once. What is read and written is so here, one after
     another; only the arithmetic between is done side by side.
     """
@@ -166,7 +175,7 @@ class _SVDQuantizer(LayerQuantizer):
         tensors[f"{layer.name}.comfy_quant"] = padded(tensors[f"{layer.name}.comfy_quant"])
         row = LayerRow(
             name=layer.name,
-            action=layer.action,
+            action="nvfp4" if self.recipe.floats and layer.action == "w4a4" else layer.action,
             why=why,
             db=round(db, 2) if math.isfinite(db) else None,
             bytes_before=self.source.nbytes(layer.name),
@@ -187,23 +196,24 @@ class _SVDQuantizer(LayerQuantizer):
         """The layer, its error in dB, and how it was made."""
         seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
 
-        def made(stats: InputStats | None, recipe: Recipe) -> tuple[StoredWeight, LayerError]:
-            return quantize_linear(
-                weight,
-                bias,
-                stats,
-                recipe,
-                post_gelu=layer.post_gelu,
-                smooth=smooth,
-                generator=torch.Generator().manual_seed(seed),
-            )
+        def made(stats: InputStats | None, recipe: Recipe) -> tuple[StoredWeight, float, str]:
+            known: _Known = {
+                "post_gelu": layer.post_gelu,
+                "smooth": smooth,
+                "generator": torch.Generator().manual_seed(seed),
+            }
+            if recipe.floats:
+                floats = quantize_linear_nvfp4(weight, bias, stats, recipe, **known)
+                return floats.weight, floats.db, floats.in_words()
+            result, error = quantize_linear(weight, bias, stats, recipe, **known)
+            return result, error.db, _in_words(error)
 
         def data_free() -> StoredWeight:
             return made(None, without_data(self.recipe))[0]
 
-        result, error = made(stats, self.recipe)
+        result, db, how = made(stats, self.recipe)
         other = closer(weight, bias, stats, result, data_free)
-        return (result, error.db, _in_words(error)) if other is None else (*other, DATA_FREE)
+        return (result, db, how) if other is None else (*other, DATA_FREE)
 
     def _w4a16(
         self, weight: Tensor, bias: Tensor | None, stats: InputStats | None
@@ -250,12 +260,15 @@ def layout(
     ]
 
 
+_FLOAT32 = ("weight_channel_scale", "weight_scale_2")  # of a row; the rest is bfloat16
+
+
 def _dtype_of(kind: str, suffix: str) -> torch.dtype:
     """The dtype that a tensor is written in."""
     allowed = dtypes_of(kind, suffix)
     if torch.bfloat16 not in allowed:
         return allowed[0]
-    return torch.float32 if suffix == "weight_channel_scale" else torch.bfloat16
+    return torch.float32 if suffix in _FLOAT32 else torch.bfloat16
 
 
 def _in_words(error: LayerError) -> str:

@@ -29,7 +29,7 @@ _CHOICES = {
     "rotation": ("auto", "on", "off"),
     "modulation": ("w4a16", "keep"),
     "act_bits": (4, 8),
-    "format": ("svdquant_w4a4", "svdquant_w4a8"),
+    "format": ("svdquant_w4a4", "svdquant_w4a8", "svdquant_nvfp4"),
     "group": GROUPS,
 }
 
@@ -39,8 +39,8 @@ class Recipe(FromPreset):
     """How to quantize a model. Make one with `Recipe.from_preset("fast" | "best", **changes)`.
 
     preset          where the other values came from
-    format          of the layers: "svdquant_w4a4", which runs with activations of 4 or 8 bits, or
-      "svdquant_w4a8", which is closer with 8 and has no other
+    format          of the layers: "svdquant_w4a4", which runs with activations of 4 or 8 bits;
+      "svdquant_w4a8", which is closer with 8 and has no other; "svdquant_nvfp4", 4-bit floats
     group           columns that share a scale of svdquant_w4a8: 16, 32 or 64 (else always 64)
     rank            of the 16-bit low-rank branch: a multiple of 16, 16..256; svdquant_w4a8 can do
       without, 0
@@ -48,7 +48,7 @@ class Recipe(FromPreset):
       the 4-bit part
     iterations      turns of the alternating solver; the best one is kept
     rotation        64-point Hadamard after smoothing: "auto" measures both on recorded inputs, and
-      rotates without them
+      rotates without them; svdquant_nvfp4 has none
     gptq            round each column so that the next ones make up for it (needs recorded inputs;
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
@@ -60,6 +60,8 @@ class Recipe(FromPreset):
       bit, or 4-bit weights only
     modulation      modulation layers: "w4a16" or "keep"
     seed            of every random choice
+    compare         svdquant_nvfp4: tell in the report what int4 would have given each layer (twice
+      the time)
     """
 
     PRESETS = PRESETS
@@ -80,6 +82,7 @@ class Recipe(FromPreset):
     act_bits: int = 4
     format: str = "svdquant_w4a4"
     group: int = 32
+    compare: bool = False
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -89,6 +92,7 @@ class Recipe(FromPreset):
                 )
         if self.table:
             object.__setattr__(self, "act_bits", 8)
+        self._only_floats()
         if not (self.table and self.rank == 0) and (self.rank % 16 or not 16 <= self.rank <= 256):
             raise ValueError(f"rank={self.rank} is not a multiple of 16 between 16 and 256")
         for name, (low, high) in {
@@ -107,6 +111,24 @@ class Recipe(FromPreset):
                 )
             object.__setattr__(self, name, tuple(patterns))
 
+    def _only_floats(self) -> None:
+        if not self.floats:
+            if self.compare:
+                raise ValueError("compare is for the format svdquant_nvfp4; leave it out")
+            return
+        if self.rotation == "on" or self.act_bits == 8:
+            raise ValueError(
+                "4-bit floats (svdquant_nvfp4) have no rotation and no activations of 8 bits; leave"
+                " it out"
+            )
+        object.__setattr__(self, "rotation", "off")
+        object.__setattr__(self, "act_unsigned", False)
+
+    @property
+    def floats(self) -> bool:
+        """Whether weights and activations become 4-bit floats."""
+        return self.format == "svdquant_nvfp4"
+
     @property
     def table(self) -> bool:
         """Whether weights get the levels of a table."""
@@ -118,7 +140,11 @@ class Recipe(FromPreset):
         """
         values = asdict(self)
         if not self.table:
-            del values["format"], values["group"]
+            del values["group"]
+            if not self.floats:
+                del values["format"]
+        if not self.floats:
+            del values["compare"]
         if self.act_bits == 4:
             del values["act_bits"]
         return json.dumps(values)

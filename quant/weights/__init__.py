@@ -3,6 +3,7 @@
 base.py           what all formats share
 svdquant_w4a4.py  4-bit weights and activations, a low-rank branch
 svdquant_w4a8.py  4-bit weights read as int8, 8-bit activations, a low-rank branch
+svdquant_nvfp4.py 4-bit floats for weights and activations, a low-rank branch
 awq_w4a16.py      4-bit weights, 16-bit activations
 vq.py             codebooks and indices
 lowrank.py        the randomized SVD, and what else is done to low-rank factors

@@ -5,16 +5,18 @@ from typing import TypeVar
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reading
 from .awq_w4a16 import W4A16Weight
+from .svdquant_nvfp4 import NVFP4Weight
 from .svdquant_w4a4 import SVDQuantWeight
 from .svdquant_w4a8 import W4A8Weight
 from .vq import VQWeight
 
-FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, W4A16Weight)
-AnyWeight = TypeVar("AnyWeight", SVDQuantWeight, W4A8Weight, W4A16Weight, VQWeight)
-Weight = SVDQuantWeight | W4A8Weight | W4A16Weight | VQWeight
+FourBitWeight = TypeVar("FourBitWeight", SVDQuantWeight, NVFP4Weight, W4A16Weight)
+AnyWeight = TypeVar("AnyWeight", SVDQuantWeight, W4A8Weight, NVFP4Weight, W4A16Weight, VQWeight)
+Weight = SVDQuantWeight | W4A8Weight | NVFP4Weight | W4A16Weight | VQWeight
 FORMATS: dict[str, type[Weight]] = {
     SVDQuantWeight.FORMAT: SVDQuantWeight,
     W4A8Weight.FORMAT: W4A8Weight,
+    NVFP4Weight.FORMAT: NVFP4Weight,
     W4A16Weight.FORMAT: W4A16Weight,
     VQWeight.FORMAT: VQWeight,
 }

@@ -84,7 +84,7 @@ def split_rows(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeight]
     """The inverse of `join_rows` for pieces of `sizes` outputs."""
     bounds = spans(sizes)
     pieces = [weight.rows(start, stop) for start, stop in bounds]
-    if columns := _own_columns([p.proj_up for p in pieces], weight.rank):
+    if columns := own_columns([p.proj_up for p in pieces], weight.rank):
         pieces = [
             replace(p, proj_down=p.proj_down[:, own], proj_up=p.proj_up[:, own])
             for p, own in zip(pieces, columns, strict=True)
@@ -152,7 +152,7 @@ def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeig
         )
     downs = [weight.proj_down[start:stop] for start, stop in bounds]
     ups = [weight.proj_up] * len(bounds)
-    if columns := _own_columns(downs, weight.rank):
+    if columns := own_columns(downs, weight.rank):
         downs, ups = (
             [t[:, own] for t, own in zip(tensors, columns, strict=True)] for tensors in (downs, ups)
         )
@@ -181,7 +181,7 @@ def split_columns(weight: SVDQuantWeight, sizes: list[int]) -> list[SVDQuantWeig
     return pieces
 
 
-def _own_columns(blocks: list[Tensor], rank: int) -> list[slice] | None:
+def own_columns(blocks: list[Tensor], rank: int) -> list[slice] | None:
     """Which ranks belong to which block where a matrix is block-diagonal with blocks of one width;
     None where it is not.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 from .awq_w4a16 import W4A16Weight
 from .base import StoredLinear, StoredWeight
+from .svdquant_nvfp4 import NVFP4Weight
 from .svdquant_w4a4 import SVDQuantWeight
 from .svdquant_w4a8 import W4A8Weight
 from .vq import VQLinear
@@ -32,6 +33,15 @@ class W4A8Linear(StoredLinear):
         super().__init__(weight, ("proj_down", "proj_up", "bias") if train else ())
 
 
+class NVFP4Linear(StoredLinear):
+    """svdquant_nvfp4. train: as for `SVDQuantLinear`."""
+
+    weight_class = NVFP4Weight
+
+    def __init__(self, weight: NVFP4Weight, train: bool = False):
+        super().__init__(weight, ("proj_down", "proj_up", "bias") if train else ())
+
+
 class W4A16Linear(StoredLinear):
     """awq_w4a16. train: the bias becomes a parameter."""
 
@@ -43,7 +53,8 @@ class W4A16Linear(StoredLinear):
 
 # weight → its module, whose first argument is a weight of that very class
 _MODULES: dict[type[StoredWeight], Callable[[Any, bool], StoredLinear]] = {
-    module.weight_class: module for module in (SVDQuantLinear, W4A8Linear, W4A16Linear, VQLinear)
+    module.weight_class: module
+    for module in (SVDQuantLinear, W4A8Linear, NVFP4Linear, W4A16Linear, VQLinear)
 }
 
 

@@ -2,7 +2,7 @@
 
 {"kind": "layers", "title": str, "subtitle": str, "summary": [[label, value], …],
 "bytes_before": int, "bytes_after": int,
- "rows": [{"name", "action": "w4a4" | "w4a16" | "vq" | "keep", "why", "db": float | null,
+ "rows": [{"name", "action": one of `quant/files/report.py`, "why", "db": float | null,
  "bytes_before", "bytes_after", "seconds", "on": "pictures" | "noise" | "synthetic" | ""}, …]}
    (on: what db was measured on; "": nothing, or not told)
 {"kind": "facts", "title": str, "summary": [[label, value], …]}
@@ -78,15 +78,25 @@ def error_lines(file: QuantizedFile) -> list[list[str]]:
     return [list(pair) for pair in report.errors()]
 
 
+def _main_layers(formats: Counter) -> tuple[str, str]:
+    """How many layers of low-bit activations a file has, in words, and the op that computes
+    them.
+    """
+    if table := formats["svdquant_w4a8"]:
+        return f"{table} W4A8", "linear_w4a8"
+    if floats := formats["svdquant_nvfp4"]:
+        return f"{floats} W4A4 in 4-bit floats", "linear_nvfp4"
+    return f"{formats['svdquant_w4a4']} W4A4", "linear_w4a4"
+
+
 def model_chart(
     file: QuantizedFile, needed: tuple[int, int], device: torch.device, in_ram: int = 0
 ) -> dict:
     """Facts about a loaded model: VRAM, size, layers, error and what computes it."""
     formats = Counter(layer["format"] for layer in file.layers.values())
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
-    table = formats["svdquant_w4a8"]
-    backend, reason = kernels.which("linear_w4a8" if table else "linear_w4a4", device)
-    w4a4 = f"{table} W4A8" if table else f"{formats['svdquant_w4a4']} W4A4"
+    w4a4, op = _main_layers(formats)
+    backend, reason = kernels.which(op, device)
     whole = (
         f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
         if device.type == "cuda"

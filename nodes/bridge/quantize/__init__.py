@@ -2,6 +2,7 @@
 
 job.py              a node's request: find, prepare, measure or not, write; the same for all methods
 svdquant.py         what only SVDQuant needs: prompts for 'best', its file's name
+stock.py            the same for files of stock ComfyUI
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
 prompts.py          prompts of Nibble's own, and files of prompts for the command line
 record_inputs.py    what layers read while ComfyUI samples

@@ -13,6 +13,7 @@ from comfy.quant_ops import QuantizedTensor
 from .... import kernels
 from ....kernels.preparation import Layer
 from ....quant.weights.awq_w4a16 import W4A16Weight
+from ....quant.weights.svdquant_nvfp4 import NVFP4Weight
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ....quant.weights.svdquant_w4a8 import W4A8Weight
 from ....quant.weights.vq import VQWeight
@@ -24,6 +25,7 @@ log = logging.getLogger("nibble")
 _OPS = {
     SVDQuantWeight.FORMAT: "linear_w4a4",
     W4A8Weight.FORMAT: "linear_w4a8",
+    NVFP4Weight.FORMAT: "linear_nvfp4",
     W4A16Weight.FORMAT: "linear_w4a16",
     VQWeight.FORMAT: "linear_vq",
 }

@@ -260,29 +260,6 @@ def test_another_unet_is_refused(tmp_path):
         open_4bit(path)
 
 
-# ---- NVFP4
-
-
-def test_an_nvfp4_file_is_refused_with_the_name_of_the_int4_file(tmp_path):
-    part = svdquant("transformer_blocks.0.qkv_proj", random_linear(384, 128, 1))
-    path = saved(
-        part
-        | {
-            "transformer_blocks.0.qkv_proj.wscales": torch.ones(8, 384).to(torch.float8_e4m3fn),
-            "single_transformer_blocks.0.norm_q.weight": torch.ones(4),
-        },
-        tmp_path / "svdq-fp4_r32-flux.1-dev.safetensors",
-    )
-    with pytest.raises(
-        FileRefused,
-        match=(
-            "is an NVFP4 file.*download svdq-int4_r32-flux.1-dev.safetensors: Nibble runs it on"
-            " every GPU"
-        ),
-    ):
-        open_4bit(path)
-
-
 def test_own_files_of_several_smoothings_are_checked(lite, tmp_path):
     state = lite.nibble()
     name = "single_blocks.0.linear1.weight_smooth_factor"

@@ -269,8 +269,10 @@ def without(tensors, *names):
 
 
 CASES = {
-    "NVFP4 file": lambda t: t | {f"{QKV}.wscales": torch.ones(8, 384).to(torch.float8_e4m3fn)},
-    "NVFP4": lambda t: t | {f"{QKV}.wcscales": torch.ones(384)},
+    "wscales has the shape": lambda t: (
+        t | {f"{QKV}.wscales": torch.ones(8, 384).to(torch.float8_e4m3fn)}
+    ),
+    r"wscales .* needs \(8, 128\)": lambda t: t | {f"{QKV}.wcscales": torch.ones(384)},
     "rank 0": lambda t: without(t, f"{QKV}.lora_down", f"{QKV}.lora_up"),
     "unknown shape": (
         lambda t: (

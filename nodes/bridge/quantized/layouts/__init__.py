@@ -5,6 +5,7 @@ tensor.py         the tensor and its parameters, and a LoRA hook's place in them
 base.py           what every format does alike
 svdquant_w4a4.py  4-bit weights and activations
 svdquant_w4a8.py  4-bit weights read as int8, 8-bit activations
+svdquant_nvfp4.py 4-bit floats
 awq_w4a16.py      4-bit weights, 16-bit activations
 vq.py             codewords
 
@@ -33,6 +34,7 @@ from .....quant.weights.base import StoredWeight, json_tensor
 from .....quant.weights.delta import WeightDelta
 from .awq_w4a16 import NibbleW4A16Layout
 from .base import Layout
+from .svdquant_nvfp4 import NibbleNVFP4Layout
 from .svdquant_w4a4 import NibbleSVDQuantLayout
 from .svdquant_w4a8 import NibbleW4A8Layout
 from .tensor import HookCell, HookSeen, LayoutParams, NibbleTensor, Tensors
@@ -58,7 +60,13 @@ __all__ = [
 
 LAYOUTS = {
     layout.FORMAT: layout
-    for layout in (NibbleSVDQuantLayout, NibbleW4A8Layout, NibbleW4A16Layout, NibbleVQLayout)
+    for layout in (
+        NibbleSVDQuantLayout,
+        NibbleW4A8Layout,
+        NibbleNVFP4Layout,
+        NibbleW4A16Layout,
+        NibbleVQLayout,
+    )
 }
 
 # by name: loading the pack twice in a process registers the same thing again
