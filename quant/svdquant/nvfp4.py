@@ -171,10 +171,9 @@ def quantize_linear_nvfp4(  # noqa: PLR0913  (a layer's data, and what the plan 
     post_gelu: bool = False,
     smooth: Tensor | None = None,
     generator: torch.Generator | None = None,
-    compare: bool = False,
 ) -> Fitted:
     """A linear into 4-bit floats with a low-rank branch; arguments as in
-    `decompose.quantize_linear`. compare: quantize it to int4, too, and tell its error.
+    `decompose.quantize_linear`. With recipe.compare it is quantized to int4, too.
     """
     generator = generator or torch.Generator().manual_seed(recipe.seed)
     problem = layer_problem(weight, bias, stats, post_gelu, generator)
@@ -189,7 +188,7 @@ def quantize_linear_nvfp4(  # noqa: PLR0913  (a layer's data, and what the plan 
     ]
     _, result, label = min(trials, key=lambda trial: trial[0])
     int4 = None
-    if compare:
+    if recipe.compare:
         shared = ("rank", "solver", "iterations", "gptq", "smoothing_grid", "seed")
         plain = Recipe.from_preset(recipe.preset, **{key: getattr(recipe, key) for key in shared})
         int4 = quantize_linear(weight, bias, stats, plain, post_gelu=post_gelu)[1].db

@@ -9,6 +9,7 @@ import torch
 
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.files.safetensors import read_header, read_tensor
+from nibble.quant.svdquant.gptq import gptq_on, nearest_on
 from nibble.quant.svdquant.published_grids import E2M1, E2M1Grid, Int8, Lookup8, e4m3
 from nibble.quant.svdquant.stock.fit import quantize_layer
 from nibble.quant.svdquant.stock.formats import FORMATS, regular_hadamard, tiled_scales
