@@ -71,11 +71,6 @@ class LayoutParams:
         )
 
     @property
-    def branch_dtype(self) -> torch.dtype:
-        """Of low-rank factors that join the weight."""
-        return self.scale.dtype
-
-    @property
     def hooked(self) -> WeightDelta | None:
         """What a LoRA hook changes while it is on."""
         return None if self.hook is None else self.hook.value
