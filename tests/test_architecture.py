@@ -45,7 +45,7 @@ RULES = {
     "quant.weights":     ({"kernels", "quant.files"},                    set()),
     "quant.calibration": ({"quant.calibration"},                         set()),
     "quant.training":    ({"quant.files"},                               set()),
-    "quant.job":         ({"quant.files", "quant.calibration"},          set()),
+    "quant.job":         ({"kernels", "quant.files", "quant.calibration"}, set()),
     "quant.modulation":  ({"quant.weights"},                             set()),
     "quant.diffusers":   ({"kernels", "quant"},                          {"diffusers"}),
     "accel":             ({"kernels", "quant.files", "quant.training"},  set()),
