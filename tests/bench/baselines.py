@@ -26,6 +26,14 @@ from nibble.quant.weights.packing import dequantize_groups, group_absmax, quanti
 Linear = Callable[[Tensor], Tensor]
 
 
+class Lambda(torch.nn.Module):
+    """A function in a linear's place."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
 def symmetric(x: Tensor, group: int) -> Tensor:
     """x (..., K) through int4 and back, absmax / 7 over each group along the last axis."""
     groups = x.unflatten(-1, (-1, group))

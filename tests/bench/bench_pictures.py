@@ -4,22 +4,26 @@ several methods, same prompts and noise.
     python tests/bench/bench_pictures.py
 
 Where the compiled kernels are installed, our model is drawn once more in plain torch: how much
-faster they are, and how close the pictures. Round-to-nearest W4A4 and comfy-kitchen's convrot_w4a4
-quantize exactly the linears that our own presets quantize to W4A4, and leave the others
-(modulation, embedders, final layer) in 16 bit, which favours them.
+faster they are, and how close the pictures. Round-to-nearest W4A4, comfy-kitchen's convrot_w4a4
+and, where it is installed, its codecs of ComfyUI's own formats quantize exactly the linears that
+our own presets quantize to W4A4, and leave the others (modulation, embedders, final layer) in 16
+bit, which favours them.
 """
 
 import argparse
 import json
 import sys
 import time
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
-from bench.baselines import BASELINES
+from bench import stock_formats
+from bench.baselines import BASELINES, Lambda
 from nibble.demo import metrics, pictures, run
 from nibble.kernels import which
 from nibble.kernels.backends import native
@@ -32,14 +36,6 @@ from nibble.quant.weights import linears
 from plain import plain_torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-
-class Lambda(torch.nn.Module):
-    """A function in a linear's place."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
 
 
 def baseline(name: str) -> torch.nn.Module:
@@ -111,12 +107,20 @@ def main() -> None:
     makers = {
         "round-to-nearest W4A4": lambda: baseline("rtn"),
         "convrot_w4a4": lambda: baseline("convrot"),
+        **{
+            f"comfy-kitchen {name}": partial(stock_formats.rival, name)
+            for name in stock_formats.LAYOUTS
+            if find_spec("comfy_kitchen")
+        },
         "nibble fast": lambda: ours("fast", options.out.parent),
         "nibble best": lambda: ours("best", options.out.parent),
         "nibble fast, W4A8": lambda: ours("fast", options.out.parent, act_bits=8),
         "nibble best, W4A8": lambda: ours("best", options.out.parent, act_bits=8),
         "nibble best, svdquant_w4a8": lambda: ours(
             "best", options.out.parent, format="svdquant_w4a8"
+        ),
+        "nibble best, svdquant_nvfp4": lambda: ours(
+            "best", options.out.parent, format="svdquant_nvfp4"
         ),
     }
     for name, make in makers.items():
