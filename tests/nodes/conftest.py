@@ -50,6 +50,12 @@ def table_file(flux_file) -> Path:
     return quantize(flux_file, "table.safetensors", format="svdquant_w4a8")
 
 
+@pytest.fixture(scope="session")
+def float_file(flux_file) -> Path:
+    """The same FLUX in 4-bit floats."""
+    return quantize(flux_file, "floats.safetensors", format="svdquant_nvfp4")
+
+
 @pytest.fixture
 def model(quantized_file):
     """The quantized FLUX as ComfyUI's model patcher, fresh for each test."""
