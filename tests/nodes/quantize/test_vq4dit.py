@@ -71,7 +71,7 @@ def test_fast_is_measured_on_noise_where_the_model_fits_and_written_beside_its_s
     monkeypatch.setattr(pictures, "RANDOM_PIXELS", 64)
     name, report = request().run()
     assert name == "flux-vq3-fast.safetensors"
-    assert report.notes == [quantizing.MEASURED_ON_NOISE]
+    assert report.notes == [quantizing.ON_NOISE]
     assert (
         checkpoint.open_quantized(folder / name).fact("calibration")["kind"]
         == "random conditioning"
@@ -104,7 +104,7 @@ def test_calibration_runs_under_comfyui_s_inference_mode_and_leaves_the_model_un
 
 
 def test_zero_data_calibration_interrupted_goes_on_to_the_same_file(folder, monkeypatch):
-    monkeypatch.setattr(vq, "PROMPTS", 2)
+    monkeypatch.setattr(vq, "TEACHER_PROMPTS", 2)
     name, _ = request("best", filename="whole").run()
     seen = []
 

@@ -103,7 +103,7 @@ def tiny(family: str, operations=None):
 def test_a_model_of_another_family_is_calibrated_on_noise_and_draws_from_its_codewords(
     folder, monkeypatch, family
 ):
-    monkeypatch.setattr(vq, "PROMPTS", 1)
+    monkeypatch.setattr(vq, "TEACHER_PROMPTS", 1)
     monkeypatch.setattr(pictures, "TOKENS", 8)
     patcher, latent = tiny(family), {"samples": torch.zeros(1, *FAMILIES[family][2])}
     with torch.inference_mode():
