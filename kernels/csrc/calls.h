@@ -107,6 +107,12 @@ inline void check_product(const char* op, const GemmW4A4Up& a) {
     dtype(op, "param_dtype", a.param_dtype);
 }
 
+// No GPU kernel here reads whole numbers of 8 bits.
+inline void only_on_cpu(const char* op, const Target& place, Codes codes) {
+    if (codes == Codes::int8 && !on_cpu(place))
+        check::refuse(op, "activations of 8 bits are compiled for the CPU alone");
+}
+
 inline void check_w4a16(const char* op, const W4A16& a) {
     check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}});
     check::whole_groups(op, {"K", a.K});
@@ -127,6 +133,7 @@ inline void quantize_down(const Call<QuantizeDown>& call) {
     constexpr const char* op = "quantize_down";
     const Target place = placed(op, call.place);
     check_quantizer(op, call.op);
+    only_on_cpu(op, place, call.op.codes);
     NIBBLE_RUN(quantize_down, call.op, place);
 }
 
@@ -135,6 +142,7 @@ inline void gemm_w4a4_up(const Call<GemmW4A4Up>& call) {
     const Target place = placed(op, call.place);
     const GemmW4A4Up& a = call.op;
     check_product(op, a);
+    only_on_cpu(op, place, a.codes);
     pointer(op, "out", a.out, a.M * a.N);
     workspace(op, a.workspace, call.workspace_size,
               workspace_of(Op::gemm_w4a4_up, a.codes, place.capability, a.M, a.N, a.K, a.R));
@@ -162,6 +170,8 @@ inline void gemm_w4a4_up_gelu_quantize_down(const Call<GemmW4A4UpGeluQuantizeDow
                            N, a.first.K, a.R2));
     dtype(op, "mid_dtype", a.first.out_dtype);
     check::codes(op, "codes2", int(a.codes2));
+    only_on_cpu(op, place, a.first.codes);
+    only_on_cpu(op, place, a.codes2);
     NIBBLE_RUN(gemm_w4a4_up_gelu_quantize_down, a, place);
 }
 
@@ -192,6 +202,7 @@ inline void linear_w4a4(const Call<LinearW4A4>& call) {
     const LinearW4A4& a = call.op;
     check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}, {"R", a.R}});
     check::codes(op, "codes", int(a.codes));
+    only_on_cpu(op, place, a.codes);
     const LinearScratch layout = linear_scratch(place.capability, a.codes, a.M, a.N, a.K, a.R);
     std::unique_ptr<char[]> own;
     Address scratch = reinterpret_cast<Address>(a.scratch);
@@ -273,6 +284,35 @@ inline void gemm_vq(const Call<GemmVQ>& call) {
     NIBBLE_RUN(gemm_vq, a, place);
 }
 
+inline void linear_w4a8(const Call<LinearW4A8>& call) {
+    constexpr const char* op = "linear_w4a8";
+    const Target place = placed(op, call.place);
+    const LinearW4A8& a = call.op;
+    check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}, {"R", a.R}});
+    check::whole_groups(op, {"K", a.K});
+    check::whole_numbers(op, a.K, a.group);
+    check::stride(op, a.x_stride, a.K);
+    const int64_t mk = check::product(op, "x", {"M", a.M}, {"K", a.K}),
+                  nk = check::product(op, "weight", {"N", a.N}, {"K", a.K});
+    check::product(op, "x", {"M", a.M}, {"x_stride", a.x_stride});
+    pointer(op, "x", a.x, mk);
+    pointer(op, "smooth", a.smooth, a.K);
+    pointer(op, "proj_down", a.proj_down, check::product(op, "proj_down", {"K", a.K}, {"R", a.R}));
+    pointer(op, "weight", a.weight, nk);
+    pointer(op, "weight_scale", a.weight_scale, nk / a.group);
+    pointer(op, "channel_scale", a.channel_scale, a.N);
+    pointer(op, "table", a.table, 16);
+    pointer(op, "proj_up", a.proj_up, check::product(op, "proj_up", {"N", a.N}, {"R", a.R}));
+    pointer(op, "bias", a.bias, 0);
+    pointer(op, "out", a.out, check::product(op, "out", {"M", a.M}, {"N", a.N}));
+    dtype(op, "x_dtype", a.x_dtype);
+    dtype(op, "param_dtype", a.param_dtype);
+    only_on_cpu(op, place, Codes::int8);
+    workspace(op, a.workspace, call.workspace_size,
+              workspace_of(Op::linear_w4a8, Codes::int8, place.capability, a.M, a.N, a.K, a.R));
+    cpu::linear_w4a8(a, place);
+}
+
 }  // namespace calls
 }  // namespace nibble
 
@@ -284,4 +324,5 @@ inline void gemm_vq(const Call<GemmVQ>& call) {
     DOOR(linear_w4a4, LinearW4A4)                                     \
     DOOR(gemv_w4a16, W4A16)                                           \
     DOOR(gemm_w4a16, W4A16)                                           \
-    DOOR(gemm_vq, GemmVQ)
+    DOOR(gemm_vq, GemmVQ)                                             \
+    DOOR(linear_w4a8, LinearW4A8)
