@@ -6,7 +6,8 @@ using Code8 = int16_t;
 using Weight8 = int16_t;
 using Table8 = __m256i;
 constexpr int64_t STRETCH8 = 4;  // 16 KB of weights: half of L1
-constexpr int ROWS8 = 4;
+constexpr int ROWS8 = 6;  // 12 sums, two vectors of weights, one of codes: every register but one
+constexpr int UNROLLED8 = 2;
 constexpr int32_t OFFSET8 = 0;
 
 inline Table8 table_of(const int8_t* levels) {
@@ -47,15 +48,19 @@ NIBBLE_NOINLINE void dot_whole(const Code8* codes, int64_t columns, const Weight
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < 2; ++v)
                 sum[r][v] = load_int(sums + r * TILE_N + p * PANEL + v * LANES);
-        for (int64_t k = 0; k < columns; k += 2, w += 2 * PANEL) {
-            const __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
-            const __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 16));
-            for (int r = 0; r < R; ++r) {
-                int32_t pair;
-                std::memcpy(&pair, codes + r * columns + k, 4);
-                const __m256i a = _mm256_set1_epi32(pair);
-                sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(w0, a));
-                sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(w1, a));
+        for (int64_t k = 0; k < columns; k += 2 * UNROLLED8) {
+            // The next tokens' codes: rows are too short for the processor's own prefetcher.
+            if (p == 0 && k % 4 == 0) prefetch(codes + R * columns + k * 8);
+            for (int u = 0; u < UNROLLED8; ++u, w += 2 * PANEL) {
+                const __m256i w0 = load_int(w), w1 = load_int(w + PANEL);
+                for (int r = 0; r < R; ++r) {
+                    int32_t pair;
+                    std::memcpy(&pair, codes + r * columns + k + 2 * u, 4);
+                    const __m256i a = _mm256_set1_epi32(pair);
+                    sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(w0, a));
+                    sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(w1, a));
+                    NIBBLE_IN_ORDER(sum[r][0], sum[r][1]);
+                }
             }
         }
         for (int r = 0; r < R; ++r)
