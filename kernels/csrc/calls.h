@@ -107,12 +107,6 @@ inline void check_product(const char* op, const GemmW4A4Up& a) {
     dtype(op, "param_dtype", a.param_dtype);
 }
 
-// No GPU kernel here reads whole numbers of 8 bits.
-inline void only_on_cpu(const char* op, const Target& place, Codes codes) {
-    if (codes == Codes::int8 && !on_cpu(place))
-        check::refuse(op, "activations of 8 bits are compiled for the CPU alone");
-}
-
 inline void check_w4a16(const char* op, const W4A16& a) {
     check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}});
     check::whole_groups(op, {"K", a.K});
@@ -133,7 +127,6 @@ inline void quantize_down(const Call<QuantizeDown>& call) {
     constexpr const char* op = "quantize_down";
     const Target place = placed(op, call.place);
     check_quantizer(op, call.op);
-    only_on_cpu(op, place, call.op.codes);
     NIBBLE_RUN(quantize_down, call.op, place);
 }
 
@@ -142,7 +135,6 @@ inline void gemm_w4a4_up(const Call<GemmW4A4Up>& call) {
     const Target place = placed(op, call.place);
     const GemmW4A4Up& a = call.op;
     check_product(op, a);
-    only_on_cpu(op, place, a.codes);
     pointer(op, "out", a.out, a.M * a.N);
     workspace(op, a.workspace, call.workspace_size,
               workspace_of(Op::gemm_w4a4_up, a.codes, place.capability, a.M, a.N, a.K, a.R));
@@ -170,8 +162,6 @@ inline void gemm_w4a4_up_gelu_quantize_down(const Call<GemmW4A4UpGeluQuantizeDow
                            N, a.first.K, a.R2));
     dtype(op, "mid_dtype", a.first.out_dtype);
     check::codes(op, "codes2", int(a.codes2));
-    only_on_cpu(op, place, a.first.codes);
-    only_on_cpu(op, place, a.codes2);
     NIBBLE_RUN(gemm_w4a4_up_gelu_quantize_down, a, place);
 }
 
@@ -202,7 +192,6 @@ inline void linear_w4a4(const Call<LinearW4A4>& call) {
     const LinearW4A4& a = call.op;
     check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}, {"R", a.R}});
     check::codes(op, "codes", int(a.codes));
-    only_on_cpu(op, place, a.codes);
     const LinearScratch layout = linear_scratch(place.capability, a.codes, a.M, a.N, a.K, a.R);
     std::unique_ptr<char[]> own;
     Address scratch = reinterpret_cast<Address>(a.scratch);
@@ -307,7 +296,7 @@ inline void linear_w4a8(const Call<LinearW4A8>& call) {
     pointer(op, "out", a.out, check::product(op, "out", {"M", a.M}, {"N", a.N}));
     dtype(op, "x_dtype", a.x_dtype);
     dtype(op, "param_dtype", a.param_dtype);
-    only_on_cpu(op, place, Codes::int8);
+    if (!on_cpu(place)) check::refuse(op, "it is compiled for the CPU alone");
     workspace(op, a.workspace, call.workspace_size,
               workspace_of(Op::linear_w4a8, Codes::int8, place.capability, a.M, a.N, a.K, a.R));
     cpu::linear_w4a8(a, place);

@@ -63,7 +63,8 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 //   -8..15): what Hopper's matrix unit reads; native to native only
 //   int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs; what is
 //   unsigned in 4 bits has its shift alone
-//           In every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column 8t + 4
+//           e4m3: in every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column
+//           8t + 4
 //           + i (t, i = 0..3): the order in which decoded weights lie in registers.
 enum class Codes : int { packed = 0, e4m3 = 1, int8 = 2 };
 
