@@ -5,7 +5,8 @@ The layer does not change: its smoothed values get codes -127..127 instead of -7
 is a matter of the matrix units. Where int4 products run at twice the rate of int8 (Turing, Ampere,
 Ada), the product takes up to twice as long; where codes are widened to 8 bits anyway (Hopper,
 Blackwell, AMD, Intel, CPU), it takes as long and reads twice the bytes of activations. Rates are
-the vendors'; whole layers are not yet measured on any GPU.
+the vendors'; whole layers are not yet measured on any GPU. On a CPU with AVX2 both take the same
+time (kernels/README.md).
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind |
     if layer.op == "mlp_w4a4" and not native.fuses(device):
         return None
     kinds = tuple(layer.parameters)
-    brought_to = native.serves(PARTS[layer.op], device, dtype, kinds, layer.act_bits)[0]
+    parts = PARTS.get(layer.op, (layer.op,))
+    brought_to = native.serves(parts, device, dtype, kinds, layer.act_bits)[0]
     if brought_to is None:
         return None
     n, k = layer.shape

@@ -6,6 +6,7 @@ compiled        an op's arguments by name -> the bytes that compiled code takes
 cpu_library     the package's C library for the CPU; cpu_library_build makes it
 native_w4a4     tensors into pointers for the W4A4 ops
 native_w4a16    the same for weights alone in 4 bits
+native_w4a8     the same for 4-bit weights that are read as int8
 native_vq       the same for codebook weights
 cubins          the interface of nibble_kernels for GPUs, with nothing compiled for this Python
 triton          Triton: which GPUs it serves, tried on a small linear first

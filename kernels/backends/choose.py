@@ -28,7 +28,6 @@ PARTS = {
     "mlp_w4a4": ("quantize_down", "gemm_w4a4_up_gelu_quantize_down", "gemm_w4a4_up"),
     "linear_w4a16": ("gemv_w4a16", "gemm_w4a16"),
     "linear_vq": ("gemm_vq",),
-    "linear_w4a8": ("linear_w4a8",),
     "linear_nvfp4": (),
 }
 """Ops made of others."""

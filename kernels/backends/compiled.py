@@ -45,6 +45,7 @@ _CALLS: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     "gemv_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_vq": (structs.GemmVQ, _names(structs.GemmVQ), {}),
+    "linear_w4a8": (structs.LinearW4A8, _names(structs.LinearW4A8), _WORKSPACE),
 }
 """Of each op: its struct, the names by which Python gives the fields, and what may be left out."""
 

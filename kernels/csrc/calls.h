@@ -273,6 +273,35 @@ inline void gemm_vq(const Call<GemmVQ>& call) {
     NIBBLE_RUN(gemm_vq, a, place);
 }
 
+inline void linear_w4a8(const Call<LinearW4A8>& call) {
+    constexpr const char* op = "linear_w4a8";
+    const Target place = placed(op, call.place);
+    const LinearW4A8& a = call.op;
+    check::sizes(op, {{"M", a.M}, {"N", a.N}, {"K", a.K}, {"R", a.R}});
+    check::whole_groups(op, {"K", a.K});
+    check::whole_numbers(op, a.K, a.group);
+    check::stride(op, a.x_stride, a.K);
+    const int64_t mk = check::product(op, "x", {"M", a.M}, {"K", a.K}),
+                  nk = check::product(op, "weight", {"N", a.N}, {"K", a.K});
+    check::product(op, "x", {"M", a.M}, {"x_stride", a.x_stride});
+    pointer(op, "x", a.x, mk);
+    pointer(op, "smooth", a.smooth, a.K);
+    pointer(op, "proj_down", a.proj_down, check::product(op, "proj_down", {"K", a.K}, {"R", a.R}));
+    pointer(op, "weight", a.weight, nk);
+    pointer(op, "weight_scale", a.weight_scale, nk / a.group);
+    pointer(op, "channel_scale", a.channel_scale, a.N);
+    pointer(op, "table", a.table, 16);
+    pointer(op, "proj_up", a.proj_up, check::product(op, "proj_up", {"N", a.N}, {"R", a.R}));
+    pointer(op, "bias", a.bias, 0);
+    pointer(op, "out", a.out, check::product(op, "out", {"M", a.M}, {"N", a.N}));
+    dtype(op, "x_dtype", a.x_dtype);
+    dtype(op, "param_dtype", a.param_dtype);
+    if (!on_cpu(place)) check::refuse(op, "it is compiled for the CPU alone");
+    workspace(op, a.workspace, call.workspace_size,
+              workspace_of(Op::linear_w4a8, Codes::int8, place.capability, a.M, a.N, a.K, a.R));
+    cpu::linear_w4a8(a, place);
+}
+
 }  // namespace calls
 }  // namespace nibble
 
@@ -284,4 +313,5 @@ inline void gemm_vq(const Call<GemmVQ>& call) {
     DOOR(linear_w4a4, LinearW4A4)                                     \
     DOOR(gemv_w4a16, W4A16)                                           \
     DOOR(gemm_w4a16, W4A16)                                           \
-    DOOR(gemm_vq, GemmVQ)
+    DOOR(gemm_vq, GemmVQ)                                             \
+    DOOR(linear_w4a8, LinearW4A8)

@@ -76,10 +76,18 @@ inline Dtype dtype(const char* op, const char* name, int code) {
 }
 
 inline Codes codes(const char* op, const char* name, int code) {
-    if (code < 0 || code > 1)
+    if (code < 0 || code > 2)
         refuse(op, std::string(name) + "=" + std::to_string(code) +
-                       " is neither 0 (packed) nor 1 (e4m3)");
+                       " is none of 0 (packed), 1 (e4m3), 2 (int8)");
     return Codes(code);
+}
+
+// Columns that share a weight's scale, and integer sums over all of K that fit into 32 bits.
+inline void whole_numbers(const char* op, int64_t K, int64_t group) {
+    if (group != 16 && group != 32 && group != 64)
+        refuse(op, "group=" + std::to_string(group) + " is none of 16, 32, 64");
+    if (K > (int64_t(1) << 17))
+        refuse(op, shape({{"K", K}}) + " is more than 2^17: sums would not fit into 32 bits");
 }
 
 // A GPU has one path of this module's; another is tried through kernels/backends/cubins.

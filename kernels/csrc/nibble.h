@@ -21,7 +21,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 6;  // of calls and structs; kernels/backends/native.py names the one it needs
+constexpr int ABI = 7;  // of calls and structs; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -31,15 +31,16 @@ enum class Op : int {
     gemm_w4a4_up_gelu_quantize_down,
     gemv_w4a16,
     gemm_w4a16,
-    gemm_vq
+    gemm_vq,
+    linear_w4a8
 };
 
 #ifndef __CUDACC_RTC__  // the host's part
 
 // The names that Python knows, in the order of Op.
 constexpr const char* OP_NAMES[] = {
-    "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
-    "gemv_w4a16",    "gemm_w4a16",   "gemm_vq"};
+    "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16",
+    "gemm_vq",       "linear_w4a8"};
 
 inline const char* name_of(Op op) { return OP_NAMES[static_cast<int>(op)]; }
 
@@ -60,9 +61,12 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 //   packed  (M, K/2) bytes, low nibble = even column; signed -7..7 in two's complement, unsigned
 //   0..15: the public format e4m3    (M, K) bytes, each the code as an 8-bit float (exact for
 //   -8..15): what Hopper's matrix unit reads; native to native only
-//           In every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column 8t + 4
+//   int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs; what is
+//   unsigned in 4 bits has its shift alone
+//           e4m3: in every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column
+//           8t + 4
 //           + i (t, i = 0..3): the order in which decoded weights lie in registers.
-enum class Codes : int { packed = 0, e4m3 = 1 };
+enum class Codes : int { packed = 0, e4m3 = 1, int8 = 2 };
 
 // The CPU's instruction sets. One binary holds all three; the best that the CPU has is chosen when
 // a call comes in.
@@ -96,7 +100,7 @@ struct QuantizeDown {
         unsigned_from;  // with act_unsigned the column from which on codes are unsigned (0: all),
                         // a multiple of G: a linear that reads attention and a GELU side by side
     Codes codes;
-    void* q;         // out: (M, K/2) int8 or (M, K) e4m3
+    void* q;         // out: (M, K/2) int8, or (M, K) e4m3 or int8
     float* ascales;  // out: (K/G, M)
     float* h;        // out: (M, R)
 };
@@ -105,7 +109,7 @@ struct QuantizeDown {
 struct GemmW4A4Up {
     int64_t M, N, K, R;
     Codes codes;
-    const void* q;  // (M, K/2) int8 or (M, K) e4m3
+    const void* q;  // (M, K/2) int8, or (M, K) e4m3 or int8
     bool act_unsigned;
     int64_t unsigned_from;  // as in QuantizeDown
     const float* ascales;   // (K/G, M)
@@ -132,7 +136,7 @@ struct GemmW4A4UpGeluQuantizeDown {
     const void* proj_down2;  // (N, R2) param_dtype
     bool act_unsigned2, rotate2;
     Codes codes2;
-    void* q2;         // out: (M, N/2) int8 or (M, N) e4m3
+    void* q2;         // out: (M, N/2) int8, or (M, N) e4m3 or int8
     float* ascales2;  // out: (N/G, M)
     float* h2;        // out: (M, R2)
     void* workspace;  // workspace_bytes(...) of scratch: on a GPU nothing is allocated inside an op
@@ -172,6 +176,30 @@ struct GemmVQ {
     Dtype out_dtype;
 };
 
+// out = (codes . W8^T) * ascale * channel_scale + (x . proj_down) . proj_up^T + bias, with
+// W8 = (table[code] * weight_scale + 64) >> 7 in int8 and codes -127..127 of rotate?(x / smooth), a
+// scale a token: integers over all of K.
+struct LinearW4A8 {
+    int64_t M, N, K, R;
+    int64_t group;  // columns that share a weight_scale: 16, 32 or 64
+    const void* x;  // (M, K) x_dtype, rows x_stride elements apart; out has the same dtype
+    int64_t x_stride;
+    Dtype x_dtype;
+    const void* smooth;         // (K,)   param_dtype
+    const void* proj_down;      // (K, R) param_dtype
+    const void* weight;         // (N, K/2) int8: codes 0..15, low nibble = even column
+    const void* weight_scale;   // (K/group, N) int8, -127..127
+    const void* channel_scale;  // (N,)   param_dtype
+    const void* table;          // (16,)  int8, -127..127
+    const void* proj_up;        // (N, R) param_dtype
+    const void* bias;           // (N,)   param_dtype, or null
+    Dtype param_dtype;
+    bool rotate;
+    void* out;  // (M, N) x_dtype
+    void*
+        workspace;  // workspace_bytes(...) of scratch given by the caller, or null where that is 0
+};
+
 #ifndef __CUDACC_RTC__  // the host's part
 
 // What runs an op, in words for people: {"sm80: int4 m16n8k64, tile 128x128", "native int4 ... "}.
@@ -186,6 +214,7 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Ta
 void gemv_w4a16(const W4A16&, const Target&);
 void gemm_w4a16(const W4A16&, const Target&);
 void gemm_vq(const GemmVQ&, const Target&);
+void linear_w4a8(const LinearW4A8&, const Target&);
 Route route(Op op, int64_t M, int64_t N, int64_t K);
 // What the caller must give, for this form of the codes that the op reads; 0 where it needs none.
 size_t workspace_bytes(Op op, Codes codes, int64_t M, int64_t N, int64_t K, int64_t R);

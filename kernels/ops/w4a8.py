@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..params import W4A8Params
+from ..backends import native_w4a8
+from ..backends.choose import choose
+from ..params import W4A8Params, float_dtypes
 from ..reference import w4a8 as reference_w4a8
 from . import checks
+from .eager import Call, EagerOp
 from .register import Gradient, grad_bias, register
 
 SCHEMAS = {
@@ -73,11 +76,20 @@ def _fake_linear(x: Tensor, *parameters) -> Tensor:
 
 
 def _run_linear(x: Tensor, *parameters) -> Tensor:
-    """Nothing else computes it yet; `choose` says so."""
     p = W4A8Params(*parameters)
     check_linear(x, p)
-    y = reference_w4a8.linear_w4a8(x.reshape(-1, x.shape[-1]), *p)
+    rows = x.reshape(-1, x.shape[-1])
+    choice = choose("linear_w4a8", x.device, x.dtype, _dtypes(p))
+    if choice.parameters is not None:
+        y = native_w4a8.linear_w4a8(choice.parameters, rows, p)
+    else:
+        y = reference_w4a8.linear_w4a8(rows, *p)
     return y.reshape(*x.shape[:-1], len(p.weight))
+
+
+def _dtypes(p: W4A8Params) -> tuple[torch.dtype | None, ...]:
+    """Of its floating-point parameters: a backend is chosen by them."""
+    return float_dtypes(p.weight_channel_scale, *p[4:8])
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -110,6 +122,19 @@ linear_w4a8_op = register(
 )
 
 
+def _prepare_linear(x: Tensor, tensors: tuple, options: tuple) -> Call | None:
+    p = W4A8Params(*tensors, *options)
+    choice = choose("linear_w4a8", x.device, x.dtype, _dtypes(p))
+    if choice.parameters is None:
+        return None
+    operands = native_w4a8.layer_operands(p, choice.parameters)
+    copied = any(ours is not theirs for ours, theirs in zip(operands, p, strict=True))
+    return None if copied else native_w4a8.LinearCall(p, x.device)
+
+
+_eager_linear = EagerOp(linear_w4a8_op, _prepare_linear)
+
+
 # ---- the function to call ------------------------------------------------------------------------
 
 
@@ -136,4 +161,4 @@ def linear_w4a8(  # noqa: PLR0913 - the schema's arguments
     Raises ValueError naming the shapes and the rule that they break.
     """
     tensors = (weight, weight_scale, weight_channel_scale, weight_table, smooth_factor)
-    return linear_w4a8_op(x, *tensors, proj_down, proj_up, bias, rotation)
+    return _eager_linear(x, (*tensors, proj_down, proj_up, bias), (rotation,))

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from bench import machine, peers, timer
-from cases import FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a16, options
+from cases import FLUX_MODULATION, Case, make_input, make_w4a4, make_w4a8, make_w4a16, options
 from compare import relative_error
 from nibble.kernels import ops, reference, which
 
@@ -29,6 +29,7 @@ and second.
 """
 
 OURS, PLAIN, LOWRANK_FREE = "nibble", "nibble reference (plain torch)", "nibble at rank 0"
+EIGHT, W4A8 = "nibble, activations of 8 bits", "nibble W4A8"
 MANY = 10**9
 GOALS = [
     ("torch bfloat16", 1.6, 0, MANY),
@@ -51,7 +52,7 @@ def w4a4_row(
     """All candidates on one shape. slow: peer -> seconds a billion operations took it at this M, to
     leave out what would take too long.
     """
-    x, p = make_input(case, dtype), make_w4a4(case, dtype)
+    x, p, finer = make_input(case, dtype), make_w4a4(case, dtype), make_w4a8(case, dtype)
     no_rank = p | {
         "proj_down": p["proj_down"][:, :0].contiguous(),
         "proj_up": p["proj_up"][:, :0].contiguous(),
@@ -60,6 +61,8 @@ def w4a4_row(
         OURS: lambda: ops.linear_w4a4(x, **p, **options(case)),
         LOWRANK_FREE: lambda: ops.linear_w4a4(x, **no_rank, **options(case)),
         PLAIN: lambda: reference.linear_w4a4(x, **p, **options(case)),
+        EIGHT: lambda: ops.linear_w4a4(x, **p, **options(case), act_bits=8),
+        W4A8: lambda: ops.linear_w4a8(x, **finer),
     }
     work = 2e-9 * case.M * case.K * case.N
     late = {
@@ -68,7 +71,7 @@ def w4a4_row(
         if slow[name] * work > chosen.longest
     }
     others, absent = peers.available(
-        {name: peer for name, peer in peers.CPU_PEERS.items() if name not in late}, case, x, p
+        {name: peers.CPU_PEERS[name] for name in chosen.peers if name not in late}, case, x, p
     )
     timings = timer.side_by_side(calls | others, "cpu", chosen.rounds, chosen.seconds, absent)
     for name, timing in timings.items():
@@ -276,6 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=20.0,
         help="leave out a candidate whose one call would take more seconds",
     )
+    parser.add_argument("--peers", nargs="*", default=list(peers.CPU_PEERS), metavar="NAME")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args(arguments)
     if chosen.quick:
@@ -291,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, rows = getattr(torch, chosen.dtype), []
     backends = {
         op: dict(zip(("backend", "reason"), which(op, "cpu", dtype, (m, 3072, 3072)), strict=True))
-        for op, m in (("linear_w4a4", 256), ("linear_w4a16", 1))
+        for op, m in (("linear_w4a4", 256), ("linear_w4a8", 256), ("linear_w4a16", 1))
     }
     result = {
         "environment": machine.describe_cpu(),

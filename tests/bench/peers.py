@@ -209,6 +209,24 @@ def kitchen_int8(backend: str) -> Peer:
     return make
 
 
+def kitchen_w4a8(backend: str) -> Peer:
+    """w4a8_int8_linear (asym_w4a8_int8): 4-bit codes of a codebook read as 8-bit weights, rotated
+    8-bit inputs by token, no low-rank branch.
+    """
+
+    def make(case: Case, x: Tensor, parameters: dict) -> Call:
+        module = kitchen(backend)
+        weight, bias = dense_weight(case, x.dtype, x.device)
+        codes, *rest = module.quantize_w4a8_int8_weight(weight)
+        return _under(
+            module,
+            backend,
+            lambda: module.w4a8_int8_linear(x, codes, *rest, bias, out_dtype=x.dtype),
+        )
+
+    return make
+
+
 def kitchen_gemv(backend: str) -> Peer:
     """4-bit weights with zero points for few tokens (AWQ), on the parameters of
     `cases.make_w4a16`.
@@ -258,6 +276,8 @@ CPU_PEERS: dict[str, Peer] = {
     "torch int4 weights, bfloat16": torch_int4_weights,
     "decode Q4_K, then bfloat16 (as GGUF)": gguf(torch.bfloat16),
     "comfy_kitchen svdquant eager": kitchen_svdquant("eager"),
+    "comfy_kitchen int8 eager": kitchen_int8("eager"),
+    "comfy_kitchen w4a8 eager": kitchen_w4a8("eager"),
 }
 GPU_PEERS: dict[str, Peer] = {
     "torch bfloat16": torch_dense(torch.bfloat16),

@@ -44,7 +44,7 @@ def built_library():
 # ---- layers that are remembered: test_eager_*.py -------------------------------------------------
 
 
-@pytest.fixture(params=["linear_w4a4", "linear_w4a16", "linear_vq"])
+@pytest.fixture(params=["linear_w4a4", "linear_w4a8", "linear_w4a16", "linear_vq"])
 def op(request) -> str:
     return request.param
 

@@ -6,13 +6,14 @@ import torch
 
 from cases import Case, make_input, make_w4a4, options
 from nibble.kernels import reference
-from nibble.kernels.backends import native_vq, native_w4a4, native_w4a16
+from nibble.kernels.backends import native_vq, native_w4a4, native_w4a8, native_w4a16
 from nibble.kernels.params import (
     Activations,
     GeluArguments,
     ProductParams,
     QuantizeParams,
     VQParams,
+    W4A8Params,
     W4A16Params,
 )
 
@@ -36,6 +37,10 @@ def w4a16(op, dtype, x, *parameters, isa=0):
     return native_w4a16.w4a16(op, dtype, x, W4A16Params(*parameters), isa)
 
 
+def linear_w4a8(dtype, x, parameters: dict, isa=0):
+    return native_w4a8.linear_w4a8(dtype, x, W4A8Params(**parameters), isa)
+
+
 def gemm_vq(x, indices, codebook, scale, bias, *rest, isa=0):
     """`rest`: addend, out_dtype."""
     return native_vq.gemm_vq(x, VQParams(indices, codebook, scale, bias=bias), *rest, isa=isa)
@@ -47,7 +52,7 @@ def linear_vq(x, *parameters, isa=0):
 
 def double(parameters: dict) -> dict:
     return {
-        name: t.double() if t is not None and t.is_floating_point() else t
+        name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
         for name, t in parameters.items()
     }
 

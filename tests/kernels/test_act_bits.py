@@ -2,7 +2,6 @@
 backend computes 4 bits where 8 were asked for.
 """
 
-
 import pytest
 import torch
 
@@ -23,6 +22,8 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.fixture(autouse=True)
 def forget():
     caches = (choose.choose, choose._say, native.module, native.serving, native._gpu, triton.gpu)
+    for cache in caches:
+        cache.cache_clear()
     yield
     for cache in caches:
         cache.cache_clear()

@@ -5,7 +5,7 @@ sees their values, single or in a list.
 import pytest
 import torch
 
-from cases import SMALL, make_input, make_vq, make_w4a4, make_w4a16
+from cases import SMALL, make_input, make_vq, make_w4a4, make_w4a8, make_w4a16
 from nibble.kernels import ops
 
 CASE = SMALL[0]
@@ -48,9 +48,10 @@ def test_lists_of_lazy_tensors_are_read_with_their_sign(name, lazy):
 
 
 @pytest.mark.parametrize("lazy", LAZY.values(), ids=LAZY)
-@pytest.mark.parametrize("op", ["linear_w4a4", "linear_w4a16", "linear_vq"])
+@pytest.mark.parametrize("op", ["linear_w4a4", "linear_w4a8", "linear_w4a16", "linear_vq"])
 def test_single_lazy_tensors_are_read_with_their_sign(op, lazy):
-    make = {"linear_w4a4": make_w4a4, "linear_w4a16": make_w4a16, "linear_vq": make_vq}[op]
+    makers = (make_w4a4, make_w4a8, make_w4a16, make_vq)
+    make = {f"linear_{maker.__name__.removeprefix('make_')}": maker for maker in makers}[op]
     x, parameters = make_input(CASE, torch.float32), make(CASE, dtype=torch.float32)
     run = getattr(ops, op)
     expected = run(x, **parameters)

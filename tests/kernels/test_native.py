@@ -79,6 +79,7 @@ def _call(module, op, **changes):
         "gemv_w4a16": W4A16,
         "gemm_w4a16": W4A16,
         "gemm_vq": VQ,
+        "linear_w4a8": W4A8,
     }[op]
     place = dict(device=-1, stream=0, threads=1, isa=0)
     return getattr(module, op)(**(place | good | changes))
@@ -136,6 +137,29 @@ VQ = dict(
 )
 
 
+W4A8 = dict(
+    M=2,
+    N=64,
+    K=64,
+    R=4,
+    group=32,
+    x=BASE,
+    x_stride=64,
+    x_dtype=0,
+    smooth=BASE,
+    proj_down=BASE,
+    weight=BASE,
+    weight_scale=BASE,
+    channel_scale=BASE,
+    table=BASE,
+    proj_up=BASE,
+    bias=BASE,
+    param_dtype=0,
+    rotate=False,
+    out=BASE,
+)
+
+
 # ---- what it says --------------------------------------------------------------------------------
 
 
@@ -188,7 +212,8 @@ def test_which_tells_the_native_path():
             {"x_dtype": 3},
             r"x_dtype=3 is none of 0 \(float32\), 1 \(float16\), 2 \(bfloat16\)",
         ),
-        ("quantize_down", {"codes": 2}, "codes=2 is neither"),
+        ("quantize_down", {"codes": 3}, "codes=3 is none of"),
+        ("quantize_down", {"codes": 1}, "packed or int8, not 8-bit floats"),
         ("quantize_down", {"act_unsigned": True, "rotate": True}, "exclude one another"),
         ("quantize_down", {"unsigned_from": 64}, "unsigned_from=64, K=64: a multiple of the group"),
         ("quantize_down", {"x_stride": 63}, "rows of x would overlap"),
@@ -220,6 +245,12 @@ def test_which_tells_the_native_path():
         ("gemm_vq", {"indices": 0}, "indices is null"),
         ("gemm_vq", {"addend": 8}, "addend is not aligned"),
         ("gemm_vq", {"out_dtype": 5}, "out_dtype=5"),
+        ("linear_w4a8", {"group": 48}, "linear_w4a8: group=48 is none of 16, 32, 64"),
+        ("linear_w4a8", {"K": 2**17 + 64, "x_stride": 2**18}, r"K=131136 is more than 2\^17"),
+        ("linear_w4a8", {"x_stride": 32}, "rows of x would overlap"),
+        ("linear_w4a8", {"table": 0}, "table is null and has 16 elements"),
+        ("linear_w4a8", {"weight_scale": 0}, "weight_scale is null and has 128 elements"),
+        ("linear_w4a8", {"channel_scale": 8}, "channel_scale is not aligned"),
     ],
 )
 def test_wrong_values_are_named(call, op, change, words):
@@ -309,6 +340,7 @@ FIELDS |= {
 FIELDS |= {
     "bits": st.sampled_from([-1, 0, 1, 3, 6, 8, 12, 13, 2**31 - 1]),
     "vector": st.sampled_from([-8, 0, 1, 2, 3, 4, 8, 16]),
+    "group": st.sampled_from([-16, 0, 8, 16, 32, 64, 128]),
 }
 
 
@@ -339,6 +371,7 @@ def test_no_argument_brings_the_process_down(call, data):
         ],
         "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
         "gemm_vq": [*VQ],
+        "linear_w4a8": [*W4A8, "workspace", "workspace_size"],
         "gemm_w4a4_up_gelu_quantize_down": [
             *PRODUCT,
             "R2",

@@ -9,7 +9,7 @@ POINTER = ctypes.c_void_p
 INT = ctypes.c_int
 BOOL = ctypes.c_bool
 F32, F16, BF16 = 0, 1, 2
-PACKED, E4M3 = 0, 1
+PACKED, E4M3, INT8 = 0, 1, 2
 GROUP = 64
 
 
@@ -39,6 +39,11 @@ GemmVQ = struct(
     "GemmVQ",
     "M:i N:i K:i bits:e vector:e x:p x_dtype:e indices:p codebook:p codebook_dtype:e scale:p bias:p"
     " param_dtype:e addend:p addend_dtype:e out:p out_dtype:e",
+)
+LinearW4A8 = struct(
+    "LinearW4A8",
+    "M:i N:i K:i R:i group:i x:p x_stride:i x_dtype:e smooth:p proj_down:p weight:p weight_scale:p"
+    " channel_scale:p table:p proj_up:p bias:p param_dtype:e rotate:b out:p workspace:p",
 )
 HopperProduct = struct(
     "HopperProduct",

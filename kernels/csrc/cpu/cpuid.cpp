@@ -105,27 +105,27 @@ const Ops& ops(const Target& target) {
 
 int threads(const Target& target) { return target.threads > 1 ? target.threads : 1; }
 
-void only_packed(const char* op, Codes codes) {
-    if (codes != Codes::packed)
-        throw std::invalid_argument(std::string(op) +
-                                    ": on the CPU activation codes are packed, not 8-bit floats");
+void whole_numbers(const char* op, Codes codes) {
+    if (codes == Codes::e4m3)
+        throw std::invalid_argument(
+            std::string(op) + ": on the CPU activation codes are packed or int8, not 8-bit floats");
 }
 
 }  // namespace
 
 void quantize_down(const QuantizeDown& op, const Target& target) {
-    only_packed("quantize_down", op.codes);
+    whole_numbers("quantize_down", op.codes);
     ops(target).quantize_down(op, threads(target));
 }
 
 void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
-    only_packed("gemm_w4a4_up", op.codes);
+    whole_numbers("gemm_w4a4_up", op.codes);
     ops(target).gemm_w4a4_up(op, threads(target));
 }
 
 void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const Target& target) {
-    only_packed("gemm_w4a4_up_gelu_quantize_down", op.first.codes);
-    only_packed("gemm_w4a4_up_gelu_quantize_down", op.codes2);
+    whole_numbers("gemm_w4a4_up_gelu_quantize_down", op.first.codes);
+    whole_numbers("gemm_w4a4_up_gelu_quantize_down", op.codes2);
     ops(target).gemm_w4a4_up_gelu_quantize_down(op, threads(target));
 }
 
@@ -138,6 +138,10 @@ void gemm_w4a16(const W4A16& op, const Target& target) {
 }
 
 void gemm_vq(const GemmVQ& op, const Target& target) { ops(target).gemm_vq(op, threads(target)); }
+
+void linear_w4a8(const LinearW4A8& op, const Target& target) {
+    ops(target).linear_w4a8(op, threads(target));
+}
 
 Route route(Op op, int64_t M, int64_t, int64_t) {
     const Isa isa = best_isa();
@@ -158,6 +162,11 @@ Route route(Op op, int64_t M, int64_t, int64_t) {
                 "decoded to floats"};
     }
     if (op == Op::quantize_down) return {path + ", one read of x", "the only way there is"};
+    if (op == Op::linear_w4a8) {
+        const char* whole = isa == Isa::avx512_vnni ? ", vpdpbusd" : ", 16-bit products";
+        return {path + (isa == Isa::avx2 ? ", vpmaddwd" : whole) + ", panels of 32 outputs",
+                "exact integer sums over all of K; the widest instruction set of this CPU"};
+    }
     const char* product = ", 16-bit products";
     if (isa == Isa::avx2) product = ", vpmaddubsw";
     if (isa == Isa::avx512_vnni) product = ", vpdpbusd";

@@ -67,7 +67,8 @@ inline void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op
         second.x = y.data, second.x_stride = first.N, second.x_dtype = Dtype::f32;
         second.proj_down = op.proj_down2, second.param_dtype = first.param_dtype;
         second.act_unsigned = op.act_unsigned2, second.rotate = op.rotate2;
-        second.q = static_cast<uint8_t*>(op.q2) + m * (first.N / 2);
+        second.codes = op.codes2;
+        second.q = static_cast<uint8_t*>(op.q2) + bytes_of(op.codes2, m * first.N);
         second.ascales = op.ascales2 + m;
         second.h = op.R2 ? op.h2 + m * op.R2 : nullptr;
         quantize_rows(second, smooth.data, first.M, threads);

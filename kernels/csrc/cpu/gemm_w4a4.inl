@@ -7,8 +7,9 @@
 //   4. the tile is converted and stored.
 // A stretch of the tokens' codes stays in L2 while the task's outputs take their turns.
 // Codes inside a group may come in any order as long as both sides agree. A dword of packed codes
-// holds 8 neighbours; it becomes two quads, the even columns (low nibbles) and the odd ones, so
-// that decoding is two masks and a shift, of weights and of activations alike.
+// holds 8 neighbours, and so do two of codes of 8 bits; it becomes two quads, the even columns (low
+// nibbles) and the odd ones, so that decoding is two masks and a shift, of weights and of
+// activations alike.
 
 constexpr int TILE_M = 256;  // tokens that share one decoding of the weights
 constexpr int TILE_N = 2 * PANEL;
@@ -53,15 +54,26 @@ struct Stretch {
 
 #include NIBBLE_DOT
 
-// (LANES, 64) packed codes of one group -> a step. Tokens that do not exist repeat the last one,
-// with a scale of 0.
-inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& step) {
-    const int rows = static_cast<int>(smaller(LANES, op.M - m0));
-    const bool is_unsigned = op.act_unsigned && group * GROUP >= op.unsigned_from;
+// Of the LANES tokens of a step: where their codes begin, how far they are apart, how many exist.
+struct StepRows {
+    const uint8_t* codes;
+    int64_t stride;
+    int valid;
+};
+
+// Sums of a token's codes, of the first two of all quads in the lower 16 bits and of the others in
+// the upper ones, each code having `more` added -> what the token's integer sums start with.
+inline I start_of(I pairs, int more) {
+    const I bias = splat_int(more * GROUP / 2);
+    return offset(sub_int(and_(pairs, splat_int(0xFFFF)), bias),
+                  sub_int(shift_right<16>(pairs), bias));
+}
+
+// Packed codes of one group.
+inline void unpack_nibbles(const StepRows& rows, bool is_unsigned, Step& step) {
     const I low = splat_int(0x0F0F0F0F), top = splat_int(0x08080808);
     I words[8], bytes = splat_int(0);  // sums of codes, + 8 if signed: 16 of them fit into a byte
-    load_words(static_cast<const uint8_t*>(op.q) + m0 * (op.K / 2) + group * (GROUP / 2), op.K / 2,
-               rows, words);
+    load_words(rows.codes, rows.stride, rows.valid, words);
     for (int quad = 0; quad < GROUP / 4; ++quad) {
         const I word = words[quad / 2];
         I codes = and_(quad % 2 ? shift_right<4>(word) : word, low);
@@ -77,10 +89,51 @@ inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& s
     }
     const I halves = splat_int(0x00FF00FF);
     const I pairs = add_int(and_(bytes, halves), and_(shift_right<8>(bytes), halves));
-    const I sums = add_int(and_(pairs, splat_int(0xFFFF)), shift_right<16>(pairs));
-    store_int(step.offset, offset(sub_int(sums, splat_int(is_unsigned ? 0 : 8 * GROUP))));
+    store_int(step.offset, start_of(pairs, is_unsigned ? 0 : 8));
+}
+
+// Codes of 8 bits of one group. Two dwords, 8 neighbours, become a quad of even columns and one of
+// odd columns, as the weights' nibbles do.
+inline void unpack_bytes(const StepRows& rows, Step& step) {
+    const I halves = splat_int(0x00FF00FF), lowest = splat_int(0xFF), second = splat_int(0xFF00);
+    const I top = splat_int(static_cast<int32_t>(0x80808080u));
+    I pairs = splat_int(0);
+    for (int half = 0; half < 2; ++half) {
+        I words[8];
+        load_words(rows.codes + half * GROUP / 2, rows.stride, rows.valid, words);
+        for (int eight = 0; eight < 4; ++eight) {
+            const I left = words[2 * eight], right = words[2 * eight + 1];
+            I quads[2];
+            for (int odd = 0; odd < 2; ++odd) {
+                // Bytes 0 and 2 of each, then side by side.
+                const I a = and_(odd ? shift_right<8>(left) : left, halves);
+                const I b = and_(odd ? shift_right<8>(right) : right, halves);
+                const I low = or_(and_(a, lowest), and_(shift_right<8>(a), second));
+                const I high = or_(and_(b, lowest), and_(shift_right<8>(b), second));
+                quads[odd] = or_(low, shift_left<16>(high));
+                const I positive = xor_(quads[odd], top);  // + 128
+                pairs = add_int(
+                    pairs, add_int(and_(positive, halves), and_(shift_right<8>(positive), halves)));
+                store_int(step.codes[8 * half + 2 * eight + odd], quads[odd]);
+            }
+        }
+    }
+    store_int(step.offset, start_of(pairs, 128));
+}
+
+// Codes of one group of LANES tokens -> a step. Tokens that do not exist repeat the last one, with
+// a scale of 0.
+inline void unpack_step(const GemmW4A4Up& op, int64_t m0, int64_t group, Step& step) {
+    const int valid = static_cast<int>(smaller(LANES, op.M - m0));
+    const int64_t stride = bytes_of(op.codes, op.K);
+    const uint8_t* codes = static_cast<const uint8_t*>(op.q) + m0 * stride;
+    const StepRows rows{codes + bytes_of(op.codes, group * GROUP), stride, valid};
+    if (op.codes == Codes::int8)
+        unpack_bytes(rows, step);
+    else
+        unpack_nibbles(rows, op.act_unsigned && group * GROUP >= op.unsigned_from, step);
     for (int r = 0; r < LANES; ++r)
-        step.scale[r] = r < rows ? op.ascales[group * op.M + m0 + r] : 0.0f;
+        step.scale[r] = r < valid ? op.ascales[group * op.M + m0 + r] : 0.0f;
     finish_step(step);
 }
 

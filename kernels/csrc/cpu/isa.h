@@ -1,4 +1,4 @@
-// The six ops as compiled for one instruction set. Each ops_*.cpp defines one table; cpuid.cpp
+// The seven ops as compiled for one instruction set. Each ops_*.cpp defines one table; cpuid.cpp
 // picks.
 #pragma once
 
@@ -39,6 +39,7 @@ struct Ops {
     void (*gemv_w4a16)(const W4A16&, int threads);
     void (*gemm_w4a16)(const W4A16&, int threads);
     void (*gemm_vq)(const GemmVQ&, int threads);
+    void (*linear_w4a8)(const LinearW4A8&, int threads);
 };
 
 extern const Ops ops_portable, ops_avx2, ops_avx512;

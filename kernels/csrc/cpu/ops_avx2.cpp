@@ -17,6 +17,7 @@
 #define NIBBLE_UNROLL_16
 #endif
 #define NIBBLE_DOT "simd/dot_avx2.inl"
+#define NIBBLE_DOT_WHOLE "simd/whole_avx2.inl"
 
 namespace nibble::cpu {
 namespace {
@@ -25,8 +26,8 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_avx2{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down,
-                   w4a16,         w4a16,        gemm_vq};
+const Ops ops_avx2{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16,
+                   gemm_vq,       linear_w4a8};
 
 }  // namespace nibble::cpu
 #endif

@@ -25,6 +25,7 @@
 #define NIBBLE_LIKELY(condition) (condition)
 #endif
 #define NIBBLE_DOT "simd/dot_avx512.inl"
+#define NIBBLE_DOT_WHOLE "simd/whole_avx512.inl"
 
 namespace nibble::cpu {
 namespace {
@@ -33,8 +34,8 @@ namespace {
 #include "kernels.inl"
 }  // namespace
 
-const Ops ops_avx512{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down,
-                     w4a16,         w4a16,        gemm_vq};
+const Ops ops_avx512{quantize_down, gemm_w4a4_up, gemm_w4a4_up_gelu_quantize_down, w4a16, w4a16,
+                     gemm_vq,       linear_w4a8};
 
 }  // namespace nibble::cpu
 #endif

@@ -192,6 +192,29 @@ int main(int, char** arguments) {
     run("gemm_vq", vq);
     show("gemm_vq", static_cast<float*>(vq.out), M * N);
 
+    LinearW4A8 w4a8{M,
+                    N,
+                    K,
+                    R,
+                    32,
+                    x,
+                    K,
+                    Dtype::f32,
+                    quantize.smooth,
+                    quantize.proj_down,
+                    up.weight,
+                    bytes(K / 32 * N),
+                    up.bias,
+                    bytes(16),
+                    up.proj_up,
+                    up.bias,
+                    Dtype::f32,
+                    true,
+                    memory<float>(M * N),
+                    nullptr};
+    run("linear_w4a8", w4a8);
+    show("linear_w4a8", static_cast<float*>(w4a8.out), M * N);
+
     quantize.K = 65;  // a refusal is an exception inside, and words outside
     run("quantize_down", quantize);
     return 0;

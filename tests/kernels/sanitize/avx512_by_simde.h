@@ -23,6 +23,9 @@ struct Floats {
 struct Ints {
     int32_t v[16];
 };
+struct Bytes {
+    int8_t v[16];
+};
 struct Halves {
     uint16_t v[16];
 };
@@ -49,6 +52,20 @@ inline __m512i shift_right_signed(__m512i x, int n) {
 
 inline __m512i widen(__m256i x) {
     const Halves in = cast<Halves>(x);
+    Ints out;
+    for (int i = 0; i < 16; ++i) out.v[i] = in.v[i];
+    return cast<__m512i>(out);
+}
+
+inline __m128i narrow_to_bytes(__m512i x) {
+    const Ints in = cast<Ints>(x);
+    Bytes out;
+    for (int i = 0; i < 16; ++i) out.v[i] = static_cast<int8_t>(in.v[i]);
+    return cast<__m128i>(out);
+}
+
+inline __m512i widen_bytes(__m128i x) {
+    const Bytes in = cast<Bytes>(x);
     Ints out;
     for (int i = 0; i < 16; ++i) out.v[i] = in.v[i];
     return cast<__m512i>(out);
@@ -98,6 +115,8 @@ inline __m512 permute(__m512 x, int select, bool quarters) {
 #define _mm512_cvtps_epi32(x) gaps::to_int(x)
 #define _mm512_srai_epi32(x, n) gaps::shift_right_signed(x, n)
 #define _mm512_cvtepu16_epi32(x) gaps::widen(x)
+#define _mm512_cvtepi32_epi8(x) gaps::narrow_to_bytes(x)
+#define _mm512_cvtepi8_epi32(x) gaps::widen_bytes(x)
 #define _mm512_cvtepi32_epi16(x) gaps::narrow(x)
 #define _mm512_cvtph_ps(x) gaps::from_half(x)
 #define _mm512_cvtps_ph(x, rounding) gaps::to_half(x)

@@ -2,9 +2,8 @@
 //
 //     fuzz <isa: 1 portable, 2 AVX2, 3 AVX-512> <rounds> <seed>
 //
-// Every buffer has exactly the size of its tensor, so a sanitizer sees each byte that is read or
-// written beyond it.
-#include "fuzz.h"
+// Buffers have exactly their tensors' sizes, so that a sanitizer sees each byte touched beyond.
+#include "fuzz_8_bit.h"
 
 namespace {
 
@@ -395,6 +394,7 @@ int main(int count, char** arguments) {
         generator.seed(seed);
         where_it_is = "round with seed " + std::to_string(seed);
         for (auto fuzz : {fuzz_quantize, fuzz_gemm, fuzz_gelu, fuzz_w4a16, fuzz_vq}) fuzz(target);
+        for (auto fuzz : {fuzz_8_bit, fuzz_w4a8}) fuzz(target);
     }
     std::printf("%s rounds agree\n", arguments[2]);
 }

@@ -24,7 +24,7 @@ OWN_FLAGS = {
     "ops_avx512": [*AVX2, "-Wno-psabi"],
     "module": ['-DNIBBLE_VERSION="simde"'],
 }
-TESTS = ("test_native_cpu.py", "test_native_cpu_bits.py")
+TESTS = ("test_native_cpu.py", "test_native_cpu_bits.py", "test_native_8_bit.py")
 
 
 def run(*command, **how) -> subprocess.CompletedProcess:

@@ -41,6 +41,11 @@ I shift_right_signed(I x) {
     return _mm256_srai_epi32(x, N);
 }
 inline void store_int(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+// LANES signed bytes.
+inline I widen_bytes(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 inline I round_to_int(F x) { return _mm256_cvtps_epi32(x); }  // half to even
 
@@ -109,6 +114,17 @@ inline void pack_group(const I codes[8], uint8_t* q) {
     }
 }
 
+// 64 codes, in order, a byte each.
+inline void store_bytes(const I codes[8], uint8_t* q) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int i = 0; i < 2; ++i) {
+        const I* four = codes + 4 * i;
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(four[0], four[1]),
+                                                 _mm256_packs_epi32(four[2], four[3]));
+        store_int(q + 32 * i, _mm256_permutevar8x32_epi32(bytes, order));
+    }
+}
+
 // Butterflies between lanes: (a, b) -> (a + b, a - b) for lanes that differ in one bit of their
 // number.
 inline F butterflies(F x) {
@@ -141,9 +157,11 @@ constexpr int MOST_TILES = 1;
 constexpr int ROWS = 4;      // tokens at once
 constexpr int FMA_ROWS = 6;  // and in floating point, where no register holds codes
 
-// Starting values of the sums that make up for weights stored as code + 8: two int16 a token that a
-// group's end adds to -8 sum(a).
-inline I offset(I sums) {
-    const I half = and_(sub_int(splat_int(0), shift_left<2>(sums)), splat_int(0xFFFF));
-    return or_(half, shift_left<16>(half));
+// Starting values of the sums that make up for weights stored as code + 8: two int16 a token, -8
+// times the sum of its codes in either half of the quads. A half's products then stay within
+// 32 * 8 * 127 = 32512, whatever wraps around on the way.
+inline I offset(I first, I second) {
+    const I low = sub_int(splat_int(0), shift_left<3>(first));
+    const I high = sub_int(splat_int(0), shift_left<3>(second));
+    return or_(and_(low, splat_int(0xFFFF)), shift_left<16>(high));
 }

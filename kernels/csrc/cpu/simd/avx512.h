@@ -42,6 +42,11 @@ I shift_right_signed(I x) {
     return _mm512_srai_epi32(x, N);
 }
 inline void store_int(void* p, I x) { _mm512_storeu_si512(p, x); }
+inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+// LANES signed bytes.
+inline I widen_bytes(const int8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 inline I round_to_int(F x) { return _mm512_cvtps_epi32(x); }  // half to even
 
@@ -129,6 +134,12 @@ inline void pack_group(const I codes[4], uint8_t* q) {
     }
 }
 
+// 64 codes, in order, a byte each.
+inline void store_bytes(const I codes[4], uint8_t* q) {
+    for (int i = 0; i < 4; ++i)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 16 * i), _mm512_cvtepi32_epi8(codes[i]));
+}
+
 // Butterflies between lanes: (a, b) -> (a + b, a - b) for lanes that differ in one bit of their
 // number.
 inline F butterflies(F x) {
@@ -181,4 +192,6 @@ constexpr int FMA_ROWS = 12;  // and in floating point
 constexpr int32_t FLOAT_ZERO = 0x4B400000;
 
 // Starting values of the sums that make up for weights stored as code + 8.
-inline I offset(I sums) { return sub_int(splat_int(FLOAT_ZERO), shift_left<3>(sums)); }
+inline I offset(I first, I second) {
+    return sub_int(splat_int(FLOAT_ZERO), shift_left<3>(add_int(first, second)));
+}

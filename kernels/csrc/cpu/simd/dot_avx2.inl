@@ -1,7 +1,8 @@
-// The inner loop in AVX2. vpmaddubsw multiplies 32 codes and adds pairs: 16 of them stay below 2^15
-// (16 * 2 * 15 * 15 + 3840 = 11040), so a group is summed in int16 and widened once. Zen 3 begins
-// two products a cycle, 64 multiply-adds, but its adds take the products' units now and then:
-// product and add alone reach 49 a cycle there, this loop with the rescaling 42.
+// The inner loop in AVX2. vpmaddubsw multiplies 32 codes and adds pairs, 2 * 15 * 127 at most. A
+// group's 16 pairs and what they start with (`offset`) end below 2^15, with codes of 4 or 8 bits,
+// so a group is summed in int16, modulo 2^16, and widened once. Zen 3 begins two products a cycle,
+// 64 multiply-adds, but its adds take the products' units now and then: product and add alone reach
+// 49 a cycle there, this loop with the rescaling 42.
 
 inline void finish_step(Step&) {}
 

@@ -1,5 +1,5 @@
-// The inner loop in plain C++: products of a code and a weight are at most 225, so a group's 16
-// quads are summed in int16 lanes.
+// The inner loop in plain C++: products of a code and a weight are at most 127 * 15 = 1905, so a
+// group's 16 quads are summed in int16 lanes.
 
 inline void finish_step(Step&) {}
 

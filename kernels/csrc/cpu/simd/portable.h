@@ -69,6 +69,13 @@ I shift_right_signed(I x) {
     NIBBLE_EACH(I, x.v[i] >> N);
 }
 inline void store_int(void* p, I x) { std::memcpy(p, x.v, sizeof x.v); }
+inline I load_int(const void* p) {
+    I x;
+    std::memcpy(x.v, p, sizeof x.v);
+    return x;
+}
+// LANES signed bytes.
+inline I widen_bytes(const int8_t* p) { NIBBLE_EACH(I, p[i]); }
 inline F to_float(I x) { NIBBLE_EACH(F, static_cast<float>(x.v[i])); }
 
 // Half to even for |x| < 2^22, and 0 for NaN: adding 1.5 * 2^23 leaves no bits for a fraction.
@@ -169,6 +176,12 @@ inline void pack_group(const I codes[16], uint8_t* q) {
     }
 }
 
+// 64 codes, in order, a byte each.
+inline void store_bytes(const I codes[16], uint8_t* q) {
+    for (int i = 0; i < GROUP; ++i)
+        q[i] = static_cast<uint8_t>(codes[i / LANES].v[i % LANES] & 0xFF);
+}
+
 // Butterflies between lanes: (a, b) -> (a + b, a - b) for lanes that differ in one bit of their
 // number.
 inline F butterflies(F x) {
@@ -202,4 +215,6 @@ constexpr int ROWS = 4;
 constexpr int FMA_ROWS = 4;
 
 // Starting values of the sums that make up for weights stored as code + 8.
-inline I offset(I sums) { return sub_int(splat_int(0), shift_left<3>(sums)); }
+inline I offset(I first, I second) {
+    return sub_int(splat_int(0), shift_left<3>(add_int(first, second)));
+}
