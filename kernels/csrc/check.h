@@ -76,9 +76,9 @@ inline Dtype dtype(const char* op, const char* name, int code) {
 }
 
 inline Codes codes(const char* op, const char* name, int code) {
-    if (code < 0 || code > 1)
+    if (code < 0 || code > 2)
         refuse(op, std::string(name) + "=" + std::to_string(code) +
-                       " is neither 0 (packed) nor 1 (e4m3)");
+                       " is none of 0 (packed), 1 (e4m3), 2 (int8)");
     return Codes(code);
 }
 

@@ -21,7 +21,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 6;  // of calls and structs; kernels/backends/native.py names the one it needs
+constexpr int ABI = 7;  // of calls and structs; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -60,9 +60,11 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 //   packed  (M, K/2) bytes, low nibble = even column; signed -7..7 in two's complement, unsigned
 //   0..15: the public format e4m3    (M, K) bytes, each the code as an 8-bit float (exact for
 //   -8..15): what Hopper's matrix unit reads; native to native only
+//   int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs; what is
+//   unsigned in 4 bits has its shift alone
 //           In every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column 8t + 4
 //           + i (t, i = 0..3): the order in which decoded weights lie in registers.
-enum class Codes : int { packed = 0, e4m3 = 1 };
+enum class Codes : int { packed = 0, e4m3 = 1, int8 = 2 };
 
 // The CPU's instruction sets. One binary holds all three; the best that the CPU has is chosen when
 // a call comes in.
@@ -96,7 +98,7 @@ struct QuantizeDown {
         unsigned_from;  // with act_unsigned the column from which on codes are unsigned (0: all),
                         // a multiple of G: a linear that reads attention and a GELU side by side
     Codes codes;
-    void* q;         // out: (M, K/2) int8 or (M, K) e4m3
+    void* q;         // out: (M, K/2) int8, or (M, K) e4m3 or int8
     float* ascales;  // out: (K/G, M)
     float* h;        // out: (M, R)
 };
@@ -105,7 +107,7 @@ struct QuantizeDown {
 struct GemmW4A4Up {
     int64_t M, N, K, R;
     Codes codes;
-    const void* q;  // (M, K/2) int8 or (M, K) e4m3
+    const void* q;  // (M, K/2) int8, or (M, K) e4m3 or int8
     bool act_unsigned;
     int64_t unsigned_from;  // as in QuantizeDown
     const float* ascales;   // (K/G, M)
@@ -132,7 +134,7 @@ struct GemmW4A4UpGeluQuantizeDown {
     const void* proj_down2;  // (N, R2) param_dtype
     bool act_unsigned2, rotate2;
     Codes codes2;
-    void* q2;         // out: (M, N/2) int8 or (M, N) e4m3
+    void* q2;         // out: (M, N/2) int8, or (M, N) e4m3 or int8
     float* ascales2;  // out: (N/G, M)
     float* h2;        // out: (M, R2)
     void* workspace;  // workspace_bytes(...) of scratch: on a GPU nothing is allocated inside an op
