@@ -37,7 +37,7 @@ from . import cpu_library, cubins
 from .compiled import Compiled
 
 MODULE = "nibble_kernels"
-ABI = 6
+ABI = 7
 OPS = (
     "quantize_down",
     "gemm_w4a4_up",
@@ -54,7 +54,9 @@ PACKED = 0
 E4M3 = 1
 """Activation codes as 8-bit floats: between compiled ops on Hopper."""
 WIDE = torch.float8_e4m3fn
-ACT_BITS = (4,)
+INT8 = 2
+"""Activation codes of 8 bits, a byte each."""
+ACT_BITS = (4, 8)
 """Bits of the activations that the W4A4 ops take."""
 OLDEST_GPU = 75
 INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
@@ -184,6 +186,8 @@ def serves(
     missing = [op for op in ops if not hasattr(serves_device, op)]
     if missing:
         return None, f"this {MODULE} lacks {' and '.join(missing)}"
+    if device.type == "cpu" and act_bits == 8:
+        return None, "compiled kernels have activations of 8 bits on GPUs alone"
     if device.type == "cuda" and capability(device) < OLDEST_GPU:
         return (
             None,
@@ -235,6 +239,11 @@ def gpu(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         return 0, PACKED
     return _gpu(device)
+
+
+def codes_of(device: torch.device, act_bits: int) -> int:
+    """The form of activation codes of so many bits between compiled ops on a device."""
+    return INT8 if act_bits == 8 else gpu(device)[1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from ..reference import GROUP
 from . import native
-from .native import DTYPES, E4M3, PACKED, WIDE, dense, dense_as, dense_rows, optional_as, row_stride
+from .native import (
+    DTYPES,
+    E4M3,
+    INT8,
+    PACKED,
+    WIDE,
+    codes_of,
+    dense,
+    dense_as,
+    dense_rows,
+    optional_as,
+    row_stride,
+)
 
 if TYPE_CHECKING:
     from ..params import (
@@ -105,12 +117,18 @@ def _workspace(op: str, device: torch.device, m: int, product: Arguments, rank: 
     )
 
 
+def public_codes(act_bits: int) -> int:
+    """The form in which an op takes and gives codes of so many bits."""
+    return INT8 if act_bits == 8 else PACKED
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def _new_activations(device: torch.device, m: int, k: int, rank: int) -> tuple:
+def _new_activations(device: torch.device, m: int, p: QuantizeParams) -> tuple:
+    k, rank = p.proj_down.shape
     return (
-        torch.empty((m, k // 2), dtype=torch.int8, device=device),
+        torch.empty((m, k * p.act_bits // 8), dtype=torch.int8, device=device),
         torch.empty((k // GROUP, m), dtype=torch.float32, device=device),
         torch.empty((m, rank), dtype=torch.float32, device=device),
     )
@@ -119,8 +137,10 @@ def _new_activations(device: torch.device, m: int, k: int, rank: int) -> tuple:
 def quantize_down(
     dtype: torch.dtype, x: Tensor, p: QuantizeParams, isa: int = 0, codes: int = PACKED
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """codes: how those of 4 bits are stored."""
     p, x, (m, k) = quantizer_operands(p, dtype), dense_rows(x), x.shape
-    q, ascales, h = _new_activations(x.device, m, k, p.proj_down.shape[1])
+    codes = INT8 if p.act_bits == 8 else codes
+    q, ascales, h = _new_activations(x.device, m, p)
     if codes == E4M3:
         q = torch.empty((m, k), dtype=WIDE, device=x.device)
     native.on(x.device).quantize_down(
@@ -150,7 +170,9 @@ def gemm_w4a4_up(
 ) -> Tensor:
     device, m = act.q.device, act.q.shape[0]
     p, act = product_operands(p, dtype), _activation_operands(act)
-    codes, signs = E4M3 if act.q.dtype is WIDE else PACKED, (act.act_unsigned, act.unsigned_from)
+    codes, signs = public_codes(act.act_bits), (act.act_unsigned, act.unsigned_from)
+    if act.q.dtype is WIDE:
+        codes = E4M3
     product = product_arguments(p, codes, signs)
     needed = _workspace("gemm_w4a4_up", device, m, product, product["R"])
     workspace, (work,) = native.scratch(device, needed)
@@ -192,16 +214,16 @@ def gemm_w4a4_up_gelu_quantize_down(
     act, p = _activation_operands(a.activations), product_operands(a.product, dtype)
     second = quantizer_operands(a.second, dtype)
     assert a.mid_dtype is not None
-    product = product_arguments(p, PACKED, (act.act_unsigned, 0))
-    n, rank2 = second.proj_down.shape
+    product = product_arguments(p, public_codes(act.act_bits), (act.act_unsigned, 0))
+    rank2 = second.proj_down.shape[1]
     op = "gemm_w4a4_up_gelu_quantize_down"
     needed = _workspace(op, device, m, product, rank2)
     workspace, (work,) = native.scratch(device, needed)
-    q2, ascales2, h2 = _new_activations(device, m, n, rank2)
+    q2, ascales2, h2 = _new_activations(device, m, second)
     native.on(device).gemm_w4a4_up_gelu_quantize_down(
         **native.place(device, isa),
         **product,
-        **_second_arguments(second, a.mid_dtype, PACKED),
+        **_second_arguments(second, a.mid_dtype, public_codes(second.act_bits)),
         M=m,
         q=act.q.data_ptr(),
         ascales=act.ascales.data_ptr(),
@@ -229,7 +251,7 @@ class LinearCall:
         self.device, self.isa, self.on_gpu = device, isa, device.type != "cpu"
         self.module = native.on(device)
         self.outputs = len(p.weight)
-        gpu, codes = native.gpu(device)
+        gpu, codes = native.capability(device), codes_of(device, p.act_bits)
         quantizer = quantizer_arguments(p.quantizer, codes)
         product = product_arguments(p.product, codes, (p.act_unsigned, p.unsigned_from))
         del product["h_stride"]
@@ -274,7 +296,7 @@ def linear_w4a4_grouped(
 ) -> list[Tensor]:
     """One quantization for all, and one h in which each layer has its columns."""
     device, (m, k), x = x.device, x.shape, dense_rows(x)
-    codes = native.gpu(device)[1]
+    codes = codes_of(device, p.act_bits)
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     layers = [layer_operands(layer, dtype) for layer in p.layers]
     down = _side_by_side([layer.proj_down for layer in layers])
@@ -337,9 +359,9 @@ def _side_by_side(projections: list[Tensor]) -> Tensor:
 def mlp_w4a4(
     dtype: torch.dtype, x: Tensor, first: W4A4Params, second: W4A4Params, isa: int = 0
 ) -> Tensor:
-    """For devices of which `native.fuses` is true."""
+    """For devices of which `native.fuses` is true, and layers of one act_bits."""
     device, (m, k), x = x.device, x.shape, dense_rows(x)
-    codes = native.gpu(device)[1]
+    codes = codes_of(device, first.act_bits)
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     first, second = layer_operands(first, dtype), layer_operands(second, dtype)
     (n, rank), (n2, rank2) = first.proj_up.shape, second.proj_up.shape

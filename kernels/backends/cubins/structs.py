@@ -9,7 +9,7 @@ POINTER = ctypes.c_void_p
 INT = ctypes.c_int
 BOOL = ctypes.c_bool
 F32, F16, BF16 = 0, 1, 2
-PACKED, E4M3 = 0, 1
+PACKED, E4M3, INT8 = 0, 1, 2
 GROUP = 64
 
 
