@@ -49,8 +49,13 @@ def test_codes_are_the_references(emulated, case, capability, dtype, param):
         *layer, **options(case), capability=capability, form=INT8
     )
     expected = quantized(case, x.float(), parameters)
-    assert_same(q, expected[0])
-    torch.testing.assert_close(ascales, expected[1], rtol=2e-7, atol=0)
+    if case.rotation:  # sums in another order: a value between two codes may go either way
+        steps = (q.int() - expected[0].int()).abs()
+        assert steps.max() <= 1 and steps.count_nonzero() <= 1 + steps.numel() / 1000
+    else:
+        assert_same(q, expected[0])
+    rounding = 1e-6 if case.rotation else 2e-7
+    torch.testing.assert_close(ascales, expected[1], rtol=rounding, atol=0)
     torch.testing.assert_close(h, expected[2], rtol=1e-5, atol=1e-5)
 
 
@@ -155,4 +160,4 @@ def test_gelu_and_quantization_of_the_product(  # noqa: PLR0913 - a grid
     # A value halfway between two codes, to the last bits, may go either way.
     assert steps.max() <= 1 and steps.count_nonzero() <= steps.numel() / 500
     torch.testing.assert_close(ascales2.double(), expected[1], rtol=2e-6, atol=0)
-    torch.testing.assert_close(h2.double(), expected[2], rtol=2e-2, atol=2e-2)
+    assert_twice_plain(h2, expected[2], hidden.to(BF16) @ second[1])
