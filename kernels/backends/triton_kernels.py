@@ -4,10 +4,11 @@
     gemm_up         out = sum_g (codes . W4^T)_g * ascales_g * weight_scale_g + h . proj_up^T + bias
                                                      SVDQuant, arXiv 2411.05007, eq. 3 and 9
 
-Codes lie two to a byte, the even column low; those of 8 bits (WIDE) a byte each. Triton has no int4 product, but 8-bit ones: the even
-and the odd columns of a group of 64 are two products of 32, in which nothing has to be interleaved,
-since a sum over k may be taken in any order. A signed code of 4 bits travels as 16 * code (its nibble in a
-byte's upper half, one or two instructions for four codes), and the scale takes the 16 back.
+Codes lie two to a byte, the even column low; those of 8 bits (WIDE) a byte each. Triton has no int4
+product, but 8-bit ones: the even and the odd columns of a group of 64 are two products of 32, in
+which nothing has to be interleaved, since a sum over k may be taken in any order. A signed code of
+4 bits travels as 16 * code (its nibble in a byte's upper half, one or two instructions for four
+codes), and the scale takes the 16 back.
 
 PTX says how bytes come apart: by inline assembly, four codes in a register, or by Triton's own
 shifts, for Triton's interpreter and GPUs of other makes. FLOATS multiplies the codes,
@@ -206,19 +207,7 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
             if UNSIGNED:
                 if g >= turn:
                     _quantize_group(
-                        xv,
-                        smooth,
-                        q,
-                        ascales,
-                        g,
-                        rows,
-                        M,
-                        groups,
-                        True,
-                        ROTATE,
-                        FLOATS,
-                        ROWS,
-                        WIDE,
+                        xv, smooth, q, ascales, g, rows, M, groups, True, ROTATE, FLOATS, ROWS, WIDE
                     )
     if RANK:
         tl.store(h + wide * R + r[None, :], total, mask=mask & (r < R)[None, :])
@@ -295,9 +284,7 @@ def _low_rank(h, up, m, n, M, N, R, stride, RANK: tl.constexpr):
 
 
 @triton.jit
-def _group(
-    a_low, a_high, b, PTX: tl.constexpr, MAGIC: tl.constexpr, FLOATS: tl.constexpr
-):
+def _group(a_low, a_high, b, PTX: tl.constexpr, MAGIC: tl.constexpr, FLOATS: tl.constexpr):
     """The product of a group's codes as float32, times 16 for b and whatever a_low and a_high are
     multiplied by. MAGIC: the integer sum starts at ROUND's bits, so that a subtraction makes it a
     float.
@@ -378,8 +365,9 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     STRIPE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """q int8 (M, 32 * groups), WIDE (M, 64 * groups) · ascales float32 (groups, M) · h float32 (M, R), rows `stride`
-    apart · weight int8 (N, 32 * groups) · weight_scale (groups, N) · up (N, R) · bias (N,)
+    """q int8 (M, 32 * groups), WIDE (M, 64 * groups) · ascales float32 (groups, M) · h float32
+    (M, R), rows `stride` apart · weight int8 (N, 32 * groups) · weight_scale (groups, N) ·
+    up (N, R) · bias (N,)
     -> out (M, N)
 
     Codes before group `turn` are signed, the others unsigned, as in `quantize_down`. A program does

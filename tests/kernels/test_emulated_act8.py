@@ -1,7 +1,8 @@
 """Activations of 8 bits in the GPU's kernels, run on the CPU by the emulator: codes and scales have
 the reference's bits, sums are exact, and the product's error is that of one rounding a group.
 
-Capability 75 is Turing's int8 product, 80 that of 8.0 and later, 90 what Hopper runs, 120 Blackwell.
+Capability 75 is Turing's int8 product, 80 that of all later GPUs, 90 and 120 what Hopper and
+Blackwell run.
 """
 
 import itertools
@@ -66,9 +67,7 @@ def test_numbers_that_need_care(emulated, bad):
     x[2, 3] = x[3, 200] = bad
     x[4, 64:192] = 1e-30
     layer = (x, parameters["smooth_factor"], parameters["proj_down"])
-    q, ascales, _ = emulated.quantize_down(
-        *layer, unsigned_from=column, capability=80, form=INT8
-    )
+    q, ascales, _ = emulated.quantize_down(*layer, unsigned_from=column, capability=80, form=INT8)
     expected = quantized(case, x.float(), parameters, unsigned_from=column)
     assert_same(q, expected[0])
     torch.testing.assert_close(ascales, expected[1], rtol=2e-7, atol=0, equal_nan=True)

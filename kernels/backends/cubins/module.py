@@ -190,7 +190,7 @@ class CubinModule:
         return self.on(device).gpu.capability
 
     def codes(self, capability: int, route: int = 0) -> int:
-        """The form of 4-bit activation codes that a GPU's product, or a route of it, reads fastest."""
+        """The form of 4-bit codes that a GPU's product, or a route of it, reads fastest."""
         return routes.codes_of(route or self.default_route, capability)
 
     @staticmethod
