@@ -3,10 +3,11 @@ products of 8-bit codes cost no more than those of 4-bit ones.
 
 The layer does not change: its smoothed values get codes -127..127 instead of -7..7. What that costs
 is a matter of the matrix units. Where int4 products run at twice the rate of int8 (Turing, Ampere,
-Ada), the product takes up to twice as long; where codes are widened to 8 bits anyway (Hopper,
-Blackwell, AMD, Intel, CPU), it takes as long and reads twice the bytes of activations. Rates are
-the vendors'; whole layers are not yet measured on any GPU. On a CPU with AVX2 both take the same
-time (kernels/README.md).
+Ada), the product takes up to twice as long; where codes are widened to 8 bits anyway (Blackwell,
+AMD, Intel, CPU), it takes as long and reads twice the bytes of activations. Hopper multiplies 4-bit
+codes by wgmma and 8-bit ones by mma.sync: a tenth to a third longer, by count. Rates are the
+vendors'; whole layers are not yet measured on any GPU. On a CPU with AVX2 both take the same time
+(kernels/README.md).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class ActBits(NamedTuple):
 
 INT4_UNITS = ActBits(4, "int4 products are up to twice as fast as int8 ones here")
 WIDENED = ActBits(8, "codes of 4 bits are multiplied as 8-bit ones here anyway")
+ON_HOPPER = ActBits(8, "products of 8-bit codes take little longer here")
 IN_BFLOAT16 = ActBits(8, "codes of either width are multiplied in bfloat16 here")
 FIRST_WIDENED = 90
 """Compute capability from which on NVIDIA's GPUs have no int4 products: Hopper."""
@@ -40,7 +42,9 @@ def by_architecture(device: torch.device) -> ActBits:
     capability = triton.gpu(device).capability
     if capability in native.WITHOUT_INT8:
         return IN_BFLOAT16
-    return INT4_UNITS if capability < FIRST_WIDENED else WIDENED
+    if capability < FIRST_WIDENED:
+        return INT4_UNITS
+    return ON_HOPPER if capability < 100 else WIDENED
 
 
 def act_bits(

@@ -77,4 +77,5 @@ def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind |
         layer.rotated,
         layer.bits,
         layer.vector,
+        layer.act_bits,
     )

@@ -187,8 +187,6 @@ def serves(
     missing = [op for op in ops if not hasattr(serves_device, op)]
     if missing:
         return None, f"this {MODULE} lacks {' and '.join(missing)}"
-    if device.type == "cuda" and act_bits == 8:
-        return None, "compiled kernels have activations of 8 bits on the CPU alone"
     if device.type == "cuda" and "linear_w4a8" in ops:
         return None, "compiled kernels have linear_w4a8 on the CPU alone"
     if device.type == "cuda" and capability(device) < OLDEST_GPU:

@@ -36,7 +36,7 @@ OPS = (
     "linear_w4a4_grouped",
     "mlp_w4a4",
 )
-ACT_BITS = (4,)
+ACT_BITS = (4, 8)
 """Bits of the activations that the kernels take."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80

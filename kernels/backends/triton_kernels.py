@@ -4,10 +4,11 @@
     gemm_up         out = sum_g (codes . W4^T)_g * ascales_g * weight_scale_g + h . proj_up^T + bias
                                                      SVDQuant, arXiv 2411.05007, eq. 3 and 9
 
-Codes lie two to a byte, the even column low. Triton has no int4 product, but 8-bit ones: the even
-and the odd columns of a group of 64 are two products of 32, in which nothing has to be interleaved,
-since a sum over k may be taken in any order. A signed code travels as 16 * code (its nibble in a
-byte's upper half, one or two instructions for four codes), and the scale takes the 16 back.
+Codes lie two to a byte, the even column low; those of 8 bits (WIDE) a byte each. Triton has no int4
+product, but 8-bit ones: the even and the odd columns of a group of 64 are two products of 32, in
+which nothing has to be interleaved, since a sum over k may be taken in any order. A signed code of
+4 bits travels as 16 * code (its nibble in a byte's upper half, one or two instructions for four
+codes), and the scale takes the 16 back.
 
 PTX says how bytes come apart: by inline assembly, four codes in a register, or by Triton's own
 shifts, for Triton's interpreter and GPUs of other makes. FLOATS multiplies the codes,
@@ -73,8 +74,8 @@ def _hadamard(v, FLOATS: tl.constexpr):
 
 
 @triton.jit
-def _scale(v, UNSIGNED: tl.constexpr):
-    """Of each group v (rows, 64): the largest number / 15, or the largest magnitude / 7, by its
+def _scale(v, UNSIGNED: tl.constexpr, STEPS: tl.constexpr):
+    """Of each group v (rows, 64): the largest number, or the largest magnitude, / STEPS, by its
     bits, which order as the numbers do and put NaN above all.
     """
     bits = v.to(tl.int32, bitcast=True)
@@ -82,24 +83,18 @@ def _scale(v, UNSIGNED: tl.constexpr):
     if UNSIGNED:
         magnitude = tl.where((bits < 0) & (magnitude <= EXPONENT), 0, magnitude)
     top = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
-    if UNSIGNED:
-        steps = tl.full(top.shape, 15.0, tl.float32)
-    else:
-        steps = tl.full(top.shape, 7.0, tl.float32)
-    return tl.div_rn(top, steps)
+    return tl.div_rn(top, tl.full(top.shape, STEPS, tl.float32))
 
 
 @triton.jit
 def _codes(v, scale, UNSIGNED: tl.constexpr, ROWS: tl.constexpr):
-    """Bytes (ROWS, 32) of two codes each."""
+    """Integers (ROWS, 64), of which the lowest bits are the codes."""
     safe = tl.where(scale < TINY, TINY, scale)
     c = tl.div_rn(v, safe[:, None].broadcast_to(ROWS, 64))
     c = tl.where(c == c, c, 0.0)
     if UNSIGNED:
         c = tl.maximum(c, 0.0)
-    c = (c + ROUND).to(tl.int32, bitcast=True) & 15
-    even, odd = tl.split(tl.reshape(c, (ROWS, 32, 2)))
-    return (even | (odd << 4)).to(tl.int8)
+    return (c + ROUND).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -112,23 +107,33 @@ def _quantize_group(  # noqa: PLR0913 - what a kernel has at hand
     rows,
     M,
     groups,
-    UNSIGNED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     ROTATE: tl.constexpr,
     FLOATS: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """The codes and scales of group g, stored; xv: its columns of x."""
+    """The codes and scales of group g, stored; xv: its columns of x. SHIFTED: unsigned codes, or
+    of 8 bits, which hold both signs, the shift alone.
+    """
+    unsigned: tl.constexpr = SHIFTED and not WIDE
+    steps: tl.constexpr = 127.0 if WIDE else (15.0 if SHIFTED else 7.0)
     v = xv.to(tl.float32)
-    if UNSIGNED:
+    if SHIFTED:
         v += SHIFT
     k = g * 64 + tl.arange(0, 64)
     v = tl.div_rn(v, tl.load(smooth + k).to(tl.float32)[None, :].broadcast_to(ROWS, 64))
     if ROTATE:
         v = _hadamard(v, FLOATS)
-    scale = _scale(v, UNSIGNED)
-    byte = _codes(v, scale, UNSIGNED, ROWS)
-    at = q + rows.to(tl.int64)[:, None] * (groups * 32) + (g * 32 + tl.arange(0, 32))[None, :]
-    tl.store(at, byte, mask=(rows < M)[:, None])
+    scale = _scale(v, unsigned, steps)
+    c = _codes(v, scale, unsigned, ROWS)
+    if WIDE:
+        at = q + rows.to(tl.int64)[:, None] * (groups * 64) + k[None, :]
+        tl.store(at, c.to(tl.int8), mask=(rows < M)[:, None])
+    else:
+        even, odd = tl.split(tl.reshape(c & 15, (ROWS, 32, 2)))
+        at = q + rows.to(tl.int64)[:, None] * (groups * 32) + (g * 32 + tl.arange(0, 32))[None, :]
+        tl.store(at, (even | (odd << 4)).to(tl.int8), mask=(rows < M)[:, None])
     tl.store(ascales + g * M + rows, scale, mask=rows < M)
 
 
@@ -152,9 +157,11 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """x (M, 64 * groups), rows `stride` apart · smooth (64 * groups,) · down (64 * groups, R)
-    -> q int8 (M, 32 * groups) · ascales float32 (groups, M) · h float32 (M, R)
+    -> q int8 (M, 32 * groups), WIDE (M, 64 * groups) · ascales float32 (groups, M) · h float32
+    (M, R)
 
     Groups before `turn` have signed codes and those from it on unsigned ones; SIGNED, UNSIGNED:
     whether there are such groups.
@@ -183,12 +190,24 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
             if SIGNED:
                 if g < turn:
                     _quantize_group(
-                        xv, smooth, q, ascales, g, rows, M, groups, False, ROTATE, FLOATS, ROWS
+                        xv,
+                        smooth,
+                        q,
+                        ascales,
+                        g,
+                        rows,
+                        M,
+                        groups,
+                        False,
+                        ROTATE,
+                        FLOATS,
+                        ROWS,
+                        WIDE,
                     )
             if UNSIGNED:
                 if g >= turn:
                     _quantize_group(
-                        xv, smooth, q, ascales, g, rows, M, groups, True, ROTATE, FLOATS, ROWS
+                        xv, smooth, q, ascales, g, rows, M, groups, True, ROTATE, FLOATS, ROWS, WIDE
                     )
     if RANK:
         tl.store(h + wide * R + r[None, :], total, mask=mask & (r < R)[None, :])
@@ -265,19 +284,17 @@ def _low_rank(h, up, m, n, M, N, R, stride, RANK: tl.constexpr):
 
 
 @triton.jit
-def _group(
-    a, b, UNSIGNED: tl.constexpr, PTX: tl.constexpr, MAGIC: tl.constexpr, FLOATS: tl.constexpr
-):
-    """The product of a group's codes as float32, times 16 for each operand that is signed. MAGIC:
-    the integer sum starts at ROUND's bits, so that a subtraction makes it a float.
+def _group(a_low, a_high, b, PTX: tl.constexpr, MAGIC: tl.constexpr, FLOATS: tl.constexpr):
+    """The product of a group's codes as float32, times 16 for b and whatever a_low and a_high are
+    multiplied by. MAGIC: the integer sum starts at ROUND's bits, so that a subtraction makes it a
+    float.
     """
-    a_low, a_high = _low(a, not UNSIGNED, PTX), _high(a, not UNSIGNED, PTX)
     b_low, b_high = _low(b, True, PTX), _high(b, True, PTX)
     if FLOATS != tl.int8:
         product = tl.dot(a_low.to(FLOATS), b_low.to(FLOATS), input_precision="ieee")
         product = tl.dot(a_high.to(FLOATS), b_high.to(FLOATS), product, input_precision="ieee")
     elif MAGIC:
-        integer = tl.full((a.shape[0], b.shape[1]), ROUND_BITS, tl.int32)
+        integer = tl.full((a_low.shape[0], b.shape[1]), ROUND_BITS, tl.int32)
         integer = tl.dot(a_low, b_low, integer, out_dtype=tl.int32)
         integer = tl.dot(a_high, b_high, integer, out_dtype=tl.int32)
         product = integer.to(tl.float32, bitcast=True) - ROUND
@@ -303,12 +320,18 @@ def _add_group(  # noqa: PLR0913 - what a kernel has at hand
     PTX: tl.constexpr,
     MAGIC: tl.constexpr,
     FLOATS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """total + the product of group g, with its scales."""
-    sixteens: tl.constexpr = 1.0 / 16 if UNSIGNED else 1.0 / 256
-    a = tl.load(a_at + g * 32, mask=(m < M)[:, None], other=0)
+    sixteens: tl.constexpr = 1.0 / 16 if UNSIGNED or WIDE else 1.0 / 256
+    if WIDE:
+        a = tl.load(a_at + g * 64, mask=(m < M)[:, None], other=0)
+        a_low, a_high = tl.split(tl.reshape(a, (m.shape[0], 32, 2)))
+    else:
+        a = tl.load(a_at + g * 32, mask=(m < M)[:, None], other=0)
+        a_low, a_high = _low(a, not UNSIGNED, PTX), _high(a, not UNSIGNED, PTX)
     b = tl.load(b_at + g * 32, mask=(n < N)[None, :], other=0)
-    product = _group(a, b, UNSIGNED, PTX, MAGIC, FLOATS)
+    product = _group(a_low, a_high, b, PTX, MAGIC, FLOATS)
     sa = tl.load(ascales + g * M + m, mask=m < M, other=0.0)
     sb = tl.load(weight_scale + g * N + n, mask=n < N, other=0.0).to(tl.float32) * sixteens
     return total + product * sa[:, None] * sb[None, :]
@@ -340,9 +363,11 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STRIPE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """q int8 (M, 32 * groups) · ascales float32 (groups, M) · h float32 (M, R), rows `stride`
-    apart · weight int8 (N, 32 * groups) · weight_scale (groups, N) · up (N, R) · bias (N,)
+    """q int8 (M, 32 * groups), WIDE (M, 64 * groups) · ascales float32 (groups, M) · h float32
+    (M, R), rows `stride` apart · weight int8 (N, 32 * groups) · weight_scale (groups, N) ·
+    up (N, R) · bias (N,)
     -> out (M, N)
 
     Codes before group `turn` are signed, the others unsigned, as in `quantize_down`. A program does
@@ -362,17 +387,48 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     byte = tl.arange(0, 32)
-    a_at = q + m.to(tl.int64)[:, None] * (groups * 32) + byte[None, :]
+    if WIDE:
+        a_at = q + m.to(tl.int64)[:, None] * (groups * 64) + tl.arange(0, 64)[None, :]
+    else:
+        a_at = q + m.to(tl.int64)[:, None] * (groups * 32) + byte[None, :]
     b_at = weight + n.to(tl.int64)[None, :] * (groups * 32) + byte[:, None]
     if SIGNED:
         for g in range(0, turn):
             total = _add_group(
-                total, a_at, b_at, ascales, weight_scale, g, m, n, M, N, False, PTX, MAGIC, FLOATS
+                total,
+                a_at,
+                b_at,
+                ascales,
+                weight_scale,
+                g,
+                m,
+                n,
+                M,
+                N,
+                False,
+                PTX,
+                MAGIC,
+                FLOATS,
+                WIDE,
             )
     if UNSIGNED:
         for g in range(turn, groups):
             total = _add_group(
-                total, a_at, b_at, ascales, weight_scale, g, m, n, M, N, True, PTX, MAGIC, FLOATS
+                total,
+                a_at,
+                b_at,
+                ascales,
+                weight_scale,
+                g,
+                m,
+                n,
+                M,
+                N,
+                True,
+                PTX,
+                MAGIC,
+                FLOATS,
+                WIDE,
             )
     at = out + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

@@ -133,6 +133,7 @@ class Signs(NamedTuple):
 
 
 def signs(p: QuantizeParams | Activations, groups: int) -> Signs:
+    """Of codes of 8 bits, which hold both signs: where they are shifted."""
     if p.unsigned_from:
         return Signs(p.unsigned_from // GROUP, True, True)
     return Signs(0, False, True) if p.act_unsigned else Signs(groups, True, False)
@@ -142,7 +143,7 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     rank = p.proj_down.shape[1]
-    q = torch.empty((m, k // 2), dtype=torch.int8, device=x.device)
+    q = torch.empty((m, k * p.act_bits // 8), dtype=torch.int8, device=x.device)
     ascales = torch.empty((k // GROUP, m), dtype=torch.float32, device=x.device)
     h = torch.empty((m, rank), dtype=torch.float32, device=x.device)
     if not m:
@@ -170,6 +171,7 @@ def quantize_down(x: Tensor, p: QuantizeParams) -> tuple[Tensor, Tensor, Tensor]
             PARTS=0 if x.dtype == p.proj_down.dtype else PARTS[p.proj_down.dtype],
             RANK=shape.columns,
             ROWS=shape.rows,
+            WIDE=p.act_bits == 8,
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
@@ -186,8 +188,9 @@ def _product(act: Activations, p: ProductParams, out_dtype: torch.dtype) -> Tens
     chosen = way(there)
     shape = tile(chosen.tiles, m, n, 0 if there is None else there.multiprocessors)
     bias = None if p.bias is None else p.bias.contiguous()
-    groups = act.q.shape[1] * 2 // GROUP
-    codes = signs(act, groups)
+    wide = act.act_bits == 8
+    groups = act.q.shape[1] // (GROUP if wide else GROUP // 2)
+    codes = Signs(groups, True, False) if wide else signs(act, groups)
     with _on(device):
         kernels.gemm_up[(triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns),)](
             act.q,
@@ -214,6 +217,7 @@ def _product(act: Activations, p: ProductParams, out_dtype: torch.dtype) -> Tens
             ROWS=shape.rows,
             COLUMNS=shape.columns,
             STRIPE=STRIPE,
+            WIDE=wide,
             num_warps=shape.warps,
             num_stages=shape.stages,
         )
@@ -245,7 +249,7 @@ def linear_w4a4(x: Tensor, p: W4A4Params) -> Tensor:
 def _activations(x: Tensor, p: QuantizeParams) -> Activations:
     from ..params import Activations
 
-    return Activations(*quantize_down(x, p), p.act_unsigned, p.unsigned_from)
+    return Activations(*quantize_down(x, p), p.act_unsigned, p.unsigned_from, p.act_bits)
 
 
 def linear_w4a4_grouped(x: Tensor, p: GroupParams) -> list[Tensor]:

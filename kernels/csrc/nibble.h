@@ -59,13 +59,12 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 // How activation codes are stored between quantize_down and the product.
 //   packed  (M, K/2) bytes, low nibble = even column; signed -7..7 in two's complement, unsigned
-//   0..15: the public format e4m3    (M, K) bytes, each the code as an 8-bit float (exact for
-//   -8..15): what Hopper's matrix unit reads; native to native only
-//   int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs; what is
-//   unsigned in 4 bits has its shift alone
-//           e4m3: in every 32 columns byte 4t + i holds column 8t + i and byte 16 + 4t + i column
-//           8t + 4
-//           + i (t, i = 0..3): the order in which decoded weights lie in registers.
+//   0..15: the public format
+//   e4m3    (M, K) bytes, each the code as an 8-bit float (exact for -8..15): what Hopper's matrix
+//   unit reads; native to native only. In every 32 columns byte 4t + i holds column 8t + i and byte
+//   16 + 4t + i column 8t + 4 + i (t, i = 0..3): the order in which decoded weights lie in
+//   registers. int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs;
+//   what is unsigned in 4 bits has its shift alone
 enum class Codes : int { packed = 0, e4m3 = 1, int8 = 2 };
 
 // The CPU's instruction sets. One binary holds all three; the best that the CPU has is chosen when

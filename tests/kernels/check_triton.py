@@ -56,19 +56,23 @@ def gpu_of(arch: str):
     return Gpu("hip" if arch.startswith("gfx") else "cuda", arch, 1)
 
 
-def product(arch: str, tile: Any, signs: str, rank: int = 32) -> tuple[Any, dict, dict]:
-    """(kernel, its constants, its options)."""
+def product(
+    arch: str, tile: Any, signs: str, rank: int = 32, wide: bool = False
+) -> tuple[Any, dict, dict]:
+    """(kernel, its constants, its options). wide: activations of 8 bits."""
     from nibble.kernels.backends import triton_kernels, triton_w4a4
 
     way = triton_w4a4.way(gpu_of(arch))
     constants = dict(zip(("SIGNED", "UNSIGNED"), SIGNS[signs], strict=True))
     constants |= {"BIAS": True, "RANK": rank, "FLOATS": way.floats}
     constants |= {"PTX": way.ptx, "MAGIC": way.magic, "ROWS": tile.rows}
-    constants |= {"COLUMNS": tile.columns, "STRIPE": triton_w4a4.STRIPE}
+    constants |= {"COLUMNS": tile.columns, "STRIPE": triton_w4a4.STRIPE, "WIDE": wide}
     return triton_kernels.gemm_up, constants, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def quantizer(arch: str, signs: str, rotate: bool, rank: int) -> tuple[Any, dict, dict]:
+def quantizer(
+    arch: str, signs: str, rotate: bool, rank: int, wide: bool = False
+) -> tuple[Any, dict, dict]:
     import triton.language as tl
 
     from nibble.kernels.backends import triton_kernels, triton_w4a4
@@ -76,7 +80,7 @@ def quantizer(arch: str, signs: str, rotate: bool, rank: int) -> tuple[Any, dict
     tile = triton_w4a4.quantizer_tile(rank, rotate, gpu_of(arch))
     constants = dict(zip(("SIGNED", "UNSIGNED"), SIGNS[signs], strict=True))
     constants |= {"ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
-    constants |= {"RANK": tile.columns, "ROWS": tile.rows}
+    constants |= {"RANK": tile.columns, "ROWS": tile.rows, "WIDE": wide}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return triton_kernels.quantize_down, constants, options
 
@@ -179,6 +183,10 @@ def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
         for signs in SIGNS if everything else ("signed",):
             words = f"{tile.rows} x {tile.columns}, {signs}"
             found.append((words, product(arch, tile, signs)))
+        found.append(
+            (f"{tile.rows} x {tile.columns}, 8 bits", product(arch, tile, "signed", 32, True))
+        )
+    found.append(("rank 32, 8 bits", quantizer(arch, "signed", False, 32, True)))
     for rank in (32, 128, 256) if everything else (32,):
         for rotate in (False, True):
             words = f"rank {rank}" + ", rotated" * rotate

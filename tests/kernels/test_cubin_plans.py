@@ -87,7 +87,7 @@ def as_compiled(kernel: kernels.Kernel) -> str:
     for number, form in enumerate(kernels.FORMS):
         name = name.replace(form, f"Form:{number}")
     name = name.replace("Codes::packed", "Codes:0").replace("Codes::e4m3", "Codes:1")
-    return name
+    return name.replace("Codes::int8", "Codes:2")
 
 
 def same_arguments(mine: tuple, noted: list[bytes]) -> None:
@@ -166,14 +166,16 @@ def test_product(gpu):
 
 
 def plans_codes(gpu: Gpu) -> tuple[int, ...]:
-    return (structs.PACKED, structs.E4M3) if gpu.hopper else (structs.PACKED,)
+    both = structs.PACKED, structs.INT8
+    return (*both, structs.E4M3) if gpu.hopper else both
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_fused_mlp(gpu):
-    for (m, n, k), rank, dtype, sign in itertools.product(SHAPES, (0, 40), (1, 2), (0, 1)):
+    grid = itertools.product(SHAPES, (0, 40), (1, 2), (0, 1), (structs.PACKED, structs.INT8))
+    for (m, n, k), rank, dtype, sign, codes in grid:
         first = fill(structs.GemmW4A4Up(), M=m, N=n // 64 * 64, K=k, R=16, act_unsigned=sign)
-        first.param_dtype, first.out_dtype, first.codes = dtype, 2, structs.PACKED
+        first.param_dtype, first.out_dtype, first.codes = dtype, 2, codes
         op = fill(structs.GemmW4A4UpGeluQuantizeDown(), first=first, R2=rank, act_unsigned2=1)
         plan = plans.gemm_w4a4_up_gelu_quantize_down
         compare("gemm_w4a4_up_gelu_quantize_down", plan, op, gpu)

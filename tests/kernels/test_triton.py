@@ -113,6 +113,22 @@ def test_signs_may_change_at_a_column_and_rows_may_lie_apart(dtype, results):
 
 
 @pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
+def test_codes_of_8_bits(dtype, results):
+    x, p = interpreted.eight_bits(dtype)
+    found, wanted = results["eight", dtype], reference.quantize_down(x, *p.quantizer)
+    for ours, theirs in zip(found["quantized"][:2], wanted[:2], strict=True):
+        assert_same(ours, theirs)
+    doubles = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in p]
+    exact = reference.linear_w4a4(x.double(), *doubles)
+    assert_twice_plain(found["linear"], exact, reference.linear_w4a4(x, *p))
+    wide = [None if t is None else t.double() for t in p.product[1:]]
+    scaled = wanted[0], wanted[1].double(), wanted[2].double()
+    sums = reference.gemm_w4a4_up(*scaled, p.weight, *wide, False, p.unsigned_from, 8)
+    for way in interpreted.WAYS:
+        assert relative_error(found["products"][way], sums) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize("dtype", interpreted.DTYPES, ids=str)
 def test_a_group_shares_one_quantization(dtype, results):
     x, p = make_input(interpreted.MIDDLE, dtype), interpreted.group(dtype)
     for found, wanted in zip(

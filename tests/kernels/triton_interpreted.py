@@ -76,6 +76,12 @@ def signs_of_both(dtype: torch.dtype) -> tuple[Tensor, W4A4Params]:
     return wide[:, :320], layer(BOTH, dtype)._replace(unsigned_from=192)
 
 
+def eight_bits(dtype: torch.dtype) -> tuple[Tensor, W4A4Params]:
+    """A layer whose activations turn from signed to shifted, all in codes of 8 bits."""
+    x, p = signs_of_both(dtype)
+    return x, p._replace(act_bits=8)
+
+
 def random_bits(dtype: torch.dtype) -> tuple[Tensor, QuantizeParams]:
     """x of every kind of number: subnormal, huge, infinite, NaN; and rows that are ties."""
     generator = torch.Generator().manual_seed(5)
@@ -130,6 +136,13 @@ def main(path: str) -> None:
         x, p = signs_of_both(dtype)
         results["both", dtype] = {
             "quantized": triton_w4a4.quantize_down(x, p.quantizer),
+            "linear": triton_w4a4.linear_w4a4(x, p),
+        }
+        x, p = eight_bits(dtype)
+        act = reference.quantize_down(x, *p.quantizer)
+        results["eight", dtype] = {
+            "quantized": triton_w4a4.quantize_down(x, p.quantizer),
+            "products": products(Activations(*act, unsigned_from=p.unsigned_from, act_bits=8), p),
             "linear": triton_w4a4.linear_w4a4(x, p),
         }
         for unsigned in (False, True):

@@ -16,6 +16,8 @@ TYPES = ("float", "f16", "bf16")
 HALVES = ("f16", "bf16")
 FORMS = ("Form::signed_codes", "Form::unsigned_codes", "Form::rotated")
 SIGNS = ("false", "true")
+CODES = ("packed", "e4m3", "int8")
+"""In the order of Codes in nibble.h."""
 W4A16_TILINGS = ("FewTokens", "SomeTokens", "ManyTokens")
 VQ_TILINGS = ("VqFewTokens", "VqSomeTokens", "VqManyTokens")
 VQ_LAYOUTS = ((8, 4), (6, 2), (8, 2))
@@ -97,6 +99,13 @@ def vq_gemm(x: str, layout: tuple[int, int], tiling: str) -> Kernel:
 
 MMAS = {"75": "Turing", "80": "Int4", "86": "Int4", "89": "Int4", "90a": "Int8"}
 """How an architecture multiplies 4-bit codes with mma.sync; Int8 in all that are not named."""
+
+
+def act8(mma: str) -> str:
+    """The same for activations of 8 bits, where 4-bit codes are multiplied by `mma`."""
+    return "TuringAct8" if mma == "Turing" else "Act8"
+
+
 PTX = "ptx80"
 """Text that a driver compiles for GPUs that none of the cubins fits."""
 ARCHITECTURES = ("75", "80", "86", "89", "90a", "100f", "120f", PTX)
@@ -125,7 +134,9 @@ def of(arch: str) -> Iterator[Kernel]:
     """Every kernel that an architecture can be asked for."""
     mma = MMAS.get(arch, "Int8")
     yield from _products(mma)
-    yield from _quantizers("packed", arch)
+    yield from _act8_products(act8(mma))
+    for codes in ("packed", "int8"):
+        yield from _quantizers(codes, arch)
     if arch == "75":
         yield from (project(x, p) for x in TYPES for p in HALVES if (x, p) != ("f16", "f16"))
     if arch == "90a":
@@ -145,11 +156,23 @@ def tile_heights(mma: str) -> tuple[int, ...]:
     return (32, 64, 128, 256) if mma == "Int4" else (32, 64, 128)
 
 
+def gelu_rows(mma: str) -> int:
+    """Tokens of the fused op's tall tile: widened fragments need more registers."""
+    return 128 if mma in ("Turing", "Int4") else 64
+
+
 def _products(mma: str) -> Iterator[Kernel]:
-    tall = 64 if mma == "Int8" else 128
     for param, sign in itertools.product(HALVES, SIGNS):
         yield from (gemm(mma, param, rows, sign) for rows in tile_heights(mma))
-        yield from (gelu(mma, param, rows, sign) for rows in (32, tall))
+        yield from (gelu(mma, param, rows, sign) for rows in (32, gelu_rows(mma)))
+    yield add_tiles(mma)
+
+
+def _act8_products(mma: str) -> Iterator[Kernel]:
+    """Codes of 8 bits have both signs."""
+    for param in HALVES:
+        yield from (gemm(mma, param, rows, "false") for rows in tile_heights(mma))
+        yield from (gelu(mma, param, rows, "false") for rows in (32, gelu_rows(mma)))
     yield add_tiles(mma)
 
 

@@ -17,7 +17,7 @@ from . import driver, kernels, library, nvrtc, plans, plans_w16, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
 from .repeated import RepeatedCall
-from .structs import PACKED
+from .structs import E4M3, INT8, PACKED
 
 OLDEST = 75
 
@@ -190,7 +190,7 @@ class CubinModule:
         return self.on(device).gpu.capability
 
     def codes(self, capability: int, route: int = 0) -> int:
-        """The form of activation codes that a GPU's product, or a route of it, reads fastest."""
+        """The form of 4-bit codes that a GPU's product, or a route of it, reads fastest."""
         return routes.codes_of(route or self.default_route, capability)
 
     @staticmethod
@@ -217,9 +217,9 @@ class CubinModule:
         op: str, capability: int, M: int, N: int, K: int, R: int, codes: int
     ) -> int:
         """Bytes of scratch that an op wants; R: the rank of the h that it writes, if it does."""
-        if op == "gemm_w4a4_up" and capability // 10 == 9:
+        if op == "gemm_w4a4_up" and capability // 10 == 9 and codes != INT8:
             return plans.hopper_workspace(codes, M, K)
-        if op == "gemm_w4a4_up_gelu_quantize_down" and codes == PACKED:
+        if op == "gemm_w4a4_up_gelu_quantize_down" and codes != E4M3:
             return plans.gelu_workspace(M, N, R)
         return 0
 

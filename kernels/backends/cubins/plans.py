@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from . import kernels
 from .kernels import TYPES, Kernel
-from .structs import E4M3, F32, GROUP, PACKED, HopperProduct, QuantizeDown
+from .structs import E4M3, F32, GROUP, INT8, PACKED, HopperProduct, QuantizeDown
 
 THREADS = 128
 COLUMNS = 128
@@ -102,15 +102,18 @@ def _ring_bytes(mma: str, rows: int) -> int:
     """A stage holds both operands of a group and their scales; a ring has two to four stages of
     one or two groups.
     """
-    group = rows * 32 + COLUMNS * 32 + rows * 4 + COLUMNS * 2
-    if mma == "Turing":
+    wide = mma in ("Act8", "TuringAct8")
+    group = rows * (64 if wide else 32) + COLUMNS * 32 + rows * 4 + COLUMNS * 2
+    if mma in ("Turing", "TuringAct8"):
         return 2 * group
+    if wide:
+        return {32: 3 * 2, 64: 2 * 2, 128: 3}[rows] * group
     return {32: 4, 256: 3}.get(rows, 2) * 2 * group
 
 
 def _check_product(op: ctypes.Structure) -> None:
-    if op.codes != PACKED:
-        raise ValueError("gemm_w4a4_up: here the codes must be packed")
+    if op.codes == E4M3:
+        raise ValueError("gemm_w4a4_up: here the codes must be packed or int8")
     if op.param_dtype == F32:
         raise ValueError("gemm_w4a4_up: on a GPU parameters are float16 or bfloat16, not float32")
 
@@ -129,17 +132,30 @@ def _sign(is_unsigned: bool) -> str:
     return kernels.SIGNS[bool(is_unsigned)]
 
 
+def _mma_and_sign(op: ctypes.Structure, mma: str) -> tuple[str, str]:
+    """How a product's codes are multiplied where those of 4 bits are by `mma`, and their sign:
+    codes of 8 bits have both.
+    """
+    if op.codes == INT8:
+        return kernels.act8(mma), _sign(False)
+    return mma, _sign(op.act_unsigned)
+
+
 def gemm_w4a4_up(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     """GemmW4A4Up -> its launches. Raises ValueError for what no kernel takes."""
-    if gpu.hopper:
+    if gpu.hopper and op.codes != INT8:
         return hopper(op, gpu)
-    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors, gpu.mma))
+    mma = _mma_and_sign(op, gpu.mma)[0]
+    return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors, mma))
 
 
 def mma_product(op: ctypes.Structure, mma: str, rows: int) -> list[Launch]:
-    """The product by mma.sync, whatever the GPU would choose; rows: 32, 64, 128; with Int4 256."""
+    """The product by mma.sync, whatever the GPU would choose. mma: of 4-bit codes; rows: 32, 64,
+    128; with Int4 256.
+    """
     _check_product(op)
-    kernel = kernels.gemm(mma, TYPES[op.param_dtype], rows, _sign(op.act_unsigned))
+    mma, sign = _mma_and_sign(op, mma)
+    kernel = kernels.gemm(mma, TYPES[op.param_dtype], rows, sign)
     return _product_launch(kernel, op, rows, _ring_bytes(mma, rows), _EMPTY)
 
 
@@ -147,11 +163,11 @@ def gemm_w4a4_up_gelu_quantize_down(op: ctypes.Structure, gpu: Gpu, mma: str = "
     """GemmW4A4UpGeluQuantizeDown -> its launches: the product, and its tiles' parts of h added.
     mma: another product than the GPU's own.
     """
-    first, mma = op.first, mma or gpu.mma
+    first = op.first
     _check_product(first)
-    tall = 64 if mma == "Int8" else 128
-    rows = tall if first.M > 32 else 32
-    kernel = kernels.gelu(mma, TYPES[first.param_dtype], rows, _sign(first.act_unsigned))
+    mma, sign = _mma_and_sign(first, mma or gpu.mma)
+    rows = kernels.gelu_rows(mma) if first.M > 32 else 32
+    kernel = kernels.gelu(mma, TYPES[first.param_dtype], rows, sign)
     staged = 2 * 16 * (64 + 4) * 4  # h of a round, of two warps
     launches = _product_launch(kernel, first, rows, max(_ring_bytes(mma, rows), staged), op)
     count = first.M * op.R2
@@ -304,6 +320,6 @@ def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     sums = warps * 8 * eights * (_DOWN_COLUMNS + 4) * 4
     buffers = 2 if tiles > 1 else 1
     shared = max(warps * (buffers * GROUP * _DOWN_COLUMNS * 2 + 8 * 80), sums)
-    kernel = kernels.quantize(x, param, form, "e4m3" if op.codes == E4M3 else "packed", tile)
+    kernel = kernels.quantize(x, param, form, kernels.CODES[op.codes], tile)
     grid = (up(op.M, 8 * eights), up(rank, tiles * _DOWN_COLUMNS) or 1)
     return [*launches, Launch(kernel, grid, 32 * warps, shared, (op,))]

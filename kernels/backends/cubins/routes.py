@@ -16,7 +16,7 @@ import ctypes
 
 from . import kernels, plans
 from .plans import Gpu, Launch
-from .structs import E4M3, PACKED
+from .structs import E4M3, INT8, PACKED
 
 PATHS = {1: "sm75", 2: "sm80", 3: "sm90", 4: "sm100"}
 HOPPER = 3
@@ -30,7 +30,7 @@ def path_of(route: int) -> int:
 
 
 def codes_of(route: int, capability: int) -> int:
-    """The form of activation codes that a route reads."""
+    """The form of 4-bit activation codes that a route reads."""
     wide = capability // 10 == 9 and path_of(route) in (0, HOPPER)
     return E4M3 if wide else PACKED
 
@@ -79,7 +79,8 @@ def product(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
     if path_of(route) == HOPPER:
         return _hopper(op, gpu, route)
     mma = MMAS[path_of(route)]
-    chosen = plans.tile_rows(op.M, op.N, gpu.multiprocessors, mma)
+    multiplied = kernels.act8(mma) if op.codes == INT8 else mma
+    chosen = plans.tile_rows(op.M, op.N, gpu.multiprocessors, multiplied)
     return plans.mma_product(op, mma, route % 1000 if route >= 1000 else chosen)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from . import plans, plans_w16, structs
 from .kernels import VQ_LAYOUTS, Kernel
 from .plans import Gpu, Launch
-from .structs import E4M3, F16, GROUP, PACKED
+from .structs import E4M3, F16, GROUP, INT8, PACKED
 
 _IMAGE = (256, 512, 1024, 2048, 4096, 4608, 9216, 16384, 32768)
 TOKENS = {
@@ -44,6 +44,7 @@ class LayerKind(NamedTuple):
     rotated: bool = False
     bits: int = 0
     vector: int = 0
+    act_bits: int = 4
 
 
 def of_model(layers: Iterable[LayerKind], x_dtype: int, gpu: Gpu) -> list[Kernel]:
@@ -76,7 +77,8 @@ def _w4a4(
     layer: LayerKind, m: int, x_dtype: int, gpu: Gpu
 ) -> tuple[ctypes.Structure, ctypes.Structure]:
     shared = {"M": m, "K": layer.k, "R": layer.rank, "param_dtype": layer.param_dtype}
-    shared |= {"codes": E4M3 if gpu.hopper else PACKED, "act_unsigned": layer.act_unsigned}
+    codes = INT8 if layer.act_bits == 8 else E4M3 if gpu.hopper else PACKED
+    shared |= {"codes": codes, "act_unsigned": layer.act_unsigned}
     quantizer = structs.QuantizeDown(**shared, x_dtype=x_dtype, rotate=layer.rotated)
     product = structs.GemmW4A4Up(**shared, N=layer.n, h_stride=layer.rank, out_dtype=x_dtype)
     return quantizer, product

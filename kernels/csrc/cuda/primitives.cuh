@@ -11,6 +11,7 @@
 //   16-bit m16n8k16   A: a0 (row g, k 2t..2t+1) a1 (row g+8) a2 (row g, k+8) a3 (row g+8, k+8) · B:
 //   b0 (k 2t..2t+1, column g) b1 (k+8)
 //    8-bit m16n8k32   the same with four bytes a register: k 4t..4t+3, second half k+16
+//    8-bit m8n8k16    A: row g, k 4t..4t+3 · B: k 4t..4t+3, column g
 //    4-bit m16n8k64   the same with eight nibbles a register: k 8t..8t+7, second half k+32
 //    4-bit m8n8k32    A: row g, k 8t..8t+7 · B: k 8t..8t+7, column g: the upper left quarter of the
 //    one above
@@ -294,6 +295,13 @@ NIBBLE_DEVICE void mma_s8_k32(int (&d)[4], const uint32_t (&a)[4], const uint32_
         NIBBLE_INTEGER_MMA("m16n8k32", "s8.s8");
 }
 #undef NIBBLE_INTEGER_MMA
+
+// int8, 8 x 8, k = 16: Turing's.
+NIBBLE_DEVICE void mma_s8_k16(int& d0, int& d1, uint32_t a, uint32_t b, int c0, int c1) {
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+        : "=r"(d0), "=r"(d1)
+        : "r"(a), "r"(b), "r"(c0), "r"(c1));
+}
 
 // int4, 8 x 8, k = 32: Turing's only int4 product.
 template <bool UnsignedA>

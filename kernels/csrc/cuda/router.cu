@@ -75,8 +75,10 @@ const char* vq_kernel_in_words(const Family& gpu, int64_t M) {
 void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
     const Family gpu = family(target.capability);
     // Only wgmma reaches the full rate of that matrix unit; the kernel takes both forms of codes.
-    if (gpu.hopper) return gemm_w4a4_up_sm90(op, target);
-    const int rows = tile_rows(op.M, op.N, multiprocessors(target.device), gpu.ampere);
+    // It has none for activations of 8 bits.
+    const bool wide = op.codes == Codes::int8;
+    if (gpu.hopper && !wide) return gemm_w4a4_up_sm90(op, target);
+    const int rows = tile_rows(op.M, op.N, multiprocessors(target.device), gpu.ampere && !wide);
     if (gpu.turing) return gemm_w4a4_up_sm75(op, target, rows);
     if (gpu.ampere) return gemm_w4a4_up_sm80(op, target, rows);
     gemm_w4a4_up_sm100(op, target, rows);
@@ -98,10 +100,10 @@ Codes codes(int capability) { return family(capability).hopper ? Codes::e4m3 : C
 size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R) {
     // A product that is given 8-bit floats may need less: it does not widen them first.
-    if (family(capability).hopper && op == Op::gemm_w4a4_up)
+    if (family(capability).hopper && op == Op::gemm_w4a4_up && codes != Codes::int8)
         return gemm_w4a4_up_sm90_workspace(codes, M, N, K);
-    // One h of (M, R2) for each tile of 128 columns. This op reads packed codes alone.
-    if (op == Op::gemm_w4a4_up_gelu_quantize_down && codes == Codes::packed)
+    // One h of (M, R2) for each tile of 128 columns. This op reads no 8-bit floats.
+    if (op == Op::gemm_w4a4_up_gelu_quantize_down && codes != Codes::e4m3)
         return size_t(M) * size_t(R) * size_t((N + 127) / 128) * sizeof(float);
     return 0;
 }

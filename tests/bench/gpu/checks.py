@@ -86,6 +86,12 @@ class Exact:
         return reference.linear_w4a4(x, **p, **options(self.layer.case))
 
     @functools.cached_property
+    def linear8(self) -> Tensor:
+        """The same with activations of 8 bits."""
+        x, p = self.layer.x[self.rows].double(), double(self.layer.parameters)
+        return reference.linear_w4a4(x, **p, **options(self.layer.case), act_bits=8)
+
+    @functools.cached_property
     def product(self) -> tuple[Tensor, float]:
         """(the sampled rows of the product of `operands` in float64, plain torch's error)."""
         case, p, dtype = self.layer.case, self.layer.parameters, self.layer.x.dtype
@@ -181,13 +187,18 @@ def steps_agree(exact: Exact, route: int = 0) -> dict:
 # ---- whole linears, by the default route ---------------------------------------------------------
 
 
-def _linear_facts(found: Tensor, exact: Exact) -> dict:
-    sqnr = decibels(found, exact.linear)
+def _linear_facts(found: Tensor, exact: Exact, act_bits: int = 4) -> dict:
+    sqnr = decibels(found, exact.linear if act_bits == 4 else exact.linear8)
     return {"sqnr_db": sqnr, "ok": sqnr >= LINEAR_SQNR}
 
 
 def linear(exact: Exact) -> dict:
     return _linear_facts(exact.layer.linear()[exact.rows], exact)
+
+
+def linear8(exact: Exact) -> dict:
+    """The whole linear with activations of 8 bits."""
+    return _linear_facts(exact.layer.linear8()[exact.rows], exact, 8)
 
 
 def grouped(exact: Exact) -> dict:

@@ -27,7 +27,11 @@ EXTRA = [
 ]
 VQ_LARGE = [FLUX[0], FLUX[3], *EXTRA[:3], replace(FLUX[1], name="turned", rotation=64)]
 TEXT = [replace(FLUX_MODULATION[0], name="text", M=m) for m in (77, 512)]
-LINEARS = {"linear_w4a4": checks.linear, "mlp_w4a4": checks.mlp}
+LINEARS = {
+    "linear_w4a4": checks.linear,
+    "linear_w4a4, 8 bits": checks.linear8,
+    "mlp_w4a4": checks.mlp,
+}
 Check = tuple[str, int, Callable[[], dict]]
 
 

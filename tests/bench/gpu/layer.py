@@ -92,8 +92,13 @@ class Layer:
             if t is not None
         )
 
-    def linear(self) -> Tensor:
-        return ops.linear_w4a4(self.x, **self.parameters, **options(self.case))
+    def linear(self, act_bits: int = 4) -> Tensor:
+        flags = options(self.case) | {"act_bits": act_bits}
+        return ops.linear_w4a4(self.x, **self.parameters, **flags)
+
+    def linear8(self) -> Tensor:
+        """The same with activations of 8 bits."""
+        return self.linear(8)
 
     def rank_free(self) -> Layer:
         """The same layer without its low-rank branch."""

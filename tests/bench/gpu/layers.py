@@ -23,6 +23,8 @@ TOKENS = [4608, 1024, 256]
 been measured.
 """
 OURS = "nibble"
+WIDE = "nibble, 8-bit activations"
+"""The same layer and file, its activations in codes of 8 bits; beside int8 and W4A8 peers."""
 STEPS = ("quantize_down", "gemm_w4a4_up", "steps, rank 0")
 
 
@@ -35,6 +37,7 @@ def candidates(
     calls, absent = (
         {
             OURS: [layer.linear for layer in layers],
+            WIDE: [layer.linear8 for layer in layers],
             "nibble, rank 0": [layer.rank_free().linear for layer in layers],
         },
         {},

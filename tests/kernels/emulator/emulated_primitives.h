@@ -265,6 +265,11 @@ template <bool UnsignedA>
 void mma_s8_k32(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const int (&c)[4]) {
     mma_integers<8, 4, 2, UnsignedA>(d, a, b, c, "mma.m16n8k32");
 }
+inline void mma_s8_k16(int& d0, int& d1, uint32_t a, uint32_t b, int c0, int c1) {
+    int d[2], c[2] = {c0, c1};
+    mma_integers<8, 1, 1, false>(d, &a, &b, c, "mma.m8n8k16");
+    d0 = d[0], d1 = d[1];
+}
 template <bool UnsignedA>
 void mma_s4_k32(int& d0, int& d1, uint32_t a, uint32_t b, int c0, int c1) {
     int d[2], c[2] = {c0, c1};

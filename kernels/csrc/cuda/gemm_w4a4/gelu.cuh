@@ -19,10 +19,12 @@ NIBBLE_DEVICE float gelu_tanh(float x) {
 }
 
 // One row's 16 values in each of four lanes -> the group's scale and this lane's codes, as floats.
-NIBBLE_DEVICE float quantize_row(float (&v)[16], const float (&smooth)[16], bool is_unsigned,
-                                 bool rotate, int t) {
+// wide: of 8 bits, which hold both signs; of unsigned ones the shift remains.
+NIBBLE_DEVICE float quantize_row(float (&v)[16], const float (&smooth)[16], bool shift, bool rotate,
+                                 bool wide, int t) {
+    const bool is_unsigned = shift && !wide;
 #pragma unroll
-    for (int c = 0; c < 16; c++) v[c] = (is_unsigned ? v[c] + SHIFT : v[c]) / smooth[c];
+    for (int c = 0; c < 16; c++) v[c] = (shift ? v[c] + SHIFT : v[c]) / smooth[c];
     if (rotate) {  // butterflies: four of the column's six bits are the place in the lane, two the
                    // lane
 #pragma unroll
@@ -46,7 +48,9 @@ NIBBLE_DEVICE float quantize_row(float (&v)[16], const float (&smooth)[16], bool
     for (int c = 0; c < 16; c++) largest = max_or_nan(largest, is_unsigned ? v[c] : fabsf(v[c]));
     largest = max_or_nan(largest, shuffle_xor(largest, 1));
     largest = max_or_nan(largest, shuffle_xor(largest, 2));
-    const float scale = largest / (is_unsigned ? 15.f : 7.f),
+    const float scale = largest / (wide          ? 127.f
+                                   : is_unsigned ? 15.f
+                                                 : 7.f),
                 divisor = max_or_nan(scale, 0x1p-126f);
 #pragma unroll
     for (int c = 0; c < 16; c++) {
@@ -100,8 +104,8 @@ struct GeluQuantizeDown {
                     smooth[c] = to_float(static_cast<const Tp*>(op.smooth2)[column + c]);
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const float scale =
-                        quantize_row(v[half], smooth, op.act_unsigned2, op.rotate2, t);
+                    const float scale = quantize_row(v[half], smooth, op.act_unsigned2, op.rotate2,
+                                                     op.codes2 == Codes::int8, t);
                     if (row + half < first.M) {
                         if (t == 0)
                             op.ascales2[group_column / GROUP * first.M + row + half] = scale;
@@ -134,6 +138,12 @@ private:
             for (int c = 0; c < 16; c++)
                 words[c / 8] |= (uint32_t(int(codes[c])) & 15) << (4 * (c % 8));
             *reinterpret_cast<uint2*>(static_cast<uint8_t*>(op.q2) + at / 2) = {words[0], words[1]};
+        } else if (op.codes2 == Codes::int8) {
+#pragma unroll
+            for (int c = 0; c < 16; c++)
+                words[c / 4] |= (uint32_t(int(codes[c])) & 255) << (8 * (c % 4));
+            *reinterpret_cast<uint4*>(static_cast<uint8_t*>(op.q2) + at) = {words[0], words[1],
+                                                                            words[2], words[3]};
         } else {
 #pragma unroll
             for (int c = 0; c < 16; c += 2)

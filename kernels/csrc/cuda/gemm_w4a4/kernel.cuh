@@ -12,13 +12,13 @@
 //     fma(as_float(register), ws, -MAGIC * ws) = sum * ws      and      fma(that, as, out)
 // are all that is left: no conversion, no separate product. It is exact:
 //   - |sum| <= 64 * 15 * 8 = 7680 (13 bits), times UNIT = 256 where bytes are 16 * code: 1966080 <
-//   2^22;
+//   2^22; with activations of 8 bits 64 * 127 * 8 = 65024, times 16: 1040384;
 //   - ws has at most 11 significant bits (float16; bfloat16 8), so MAGIC * ws, of 2 bits more, is a
 //   float and -MAGIC * ws is exact;
 //     dividing ws by UNIT moves the exponent only: the smallest ws, 2^-133 (subnormal bfloat16),
 //     becomes 2^-141, still above 2^-149;
 //   - fma rounds once, and sum * ws has at most 13 + 11 = 24 significant bits: nothing is rounded
-//   at all.
+//   at all. (Sums of 8-bit codes have 16 bits: there a product is rounded, once.)
 // A weight_scale that is not finite, or of more than 2.7e31 (MAGIC * ws overflows), makes its
 // output NaN.
 #pragma once
@@ -41,16 +41,18 @@ constexpr int MAGIC_BITS = 0x4B400000;
 // registers and `land` stores them, with the round's computing in between.
 template <class Mma, class Tp, int Rows>
 class Loader {
-    using G = Group<Tp, Rows>;
+    using G = Group<Mma, Tp, Rows>;
     static constexpr int PASS =
         THREADS<Rows> / 2;  // rows that all threads copy at once, two of them a row
+    // Bytes of a row of A, and 16-byte chunks of it a thread, 32 bytes apart.
+    static constexpr int A_ROW = Mma::ROW_BYTES, CHUNKS = A_ROW / 32;
     static constexpr int PASSES_A = Rows > PASS ? Rows / PASS : 1, PASSES_B = COLUMNS / PASS;
 
 public:
     NIBBLE_DEVICE Loader(Corner corner, int thread)
         : corner_(corner),
-          to_a_(G::offset(Tile<Rows>::place_of_row(thread / 2), thread % 2)),
-          to_b_(G::B + G::offset(Tile<Rows>::place_of_column(thread / 2), thread % 2)) {}
+          to_a_(Mma::offset(Tile<Rows>::place_of_row(thread / 2), thread % 2)),
+          to_b_(G::B + PackedRows::offset(Tile<Rows>::place_of_column(thread / 2), thread % 2)) {}
 
     // `groups` of the STEP from `group` on exist.
     NIBBLE_DEVICE void issue(G* stage, int group, int groups, const GemmW4A4Up& op) {
@@ -59,20 +61,25 @@ public:
         const int thread = int(threadIdx.x), row = thread / 2,
                   column = 2 * (thread - FIRST_OF_PAIRS);
         const int64_t bytes = op.K / 2, pass = bytes * PASS, at = 32 * group + 16 * (thread % 2);
-        const uint8_t* a = static_cast<const uint8_t*>(op.q) + (row0 + row) * bytes + at;
+        const int64_t a_bytes = bytes * CHUNKS, a_pass = a_bytes * PASS;
+        const uint8_t* a = static_cast<const uint8_t*>(op.q) + (row0 + row) * a_bytes +
+                           A_ROW * group + 16 * (thread % 2);
         const uint8_t* b = static_cast<const uint8_t*>(op.weight) + (column0 + row) * bytes + at;
         const float* ascales = op.ascales + group * op.M + (row0 + thread);
         const Tp* pair =
             static_cast<const Tp*>(op.weight_scale) + group * op.N + (column0 + column);
         char* to = reinterpret_cast<char*>(stage);
 #pragma unroll
-        for (int s = 0; s < STEP<Mma>; s++, to += sizeof(G)) {
+        for (int s = 0; s < STEP<Mma, Rows>; s++, to += sizeof(G)) {
             if (s && groups <= s) break;
 #pragma unroll
             for (int p = 0; p < PASSES_A; p++)
                 if (copies_a(thread))
-                    copy(to + to_a_ + p * PASS * 32, a + p * pass + 32 * s, row + p * PASS < rows,
-                         codes_a_[p]);
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++)
+                        copy(to + (to_a_ ^ 32 * c) + p * PASS * A_ROW,
+                             a + p * a_pass + A_ROW * s + 32 * c, row + p * PASS < rows,
+                             codes_a_[p][c]);
 #pragma unroll
             for (int p = 0; p < PASSES_B; p++)
                 copy(to + to_b_ + p * PASS * 32, b + p * pass + 32 * s, row + p * PASS < columns,
@@ -101,7 +108,10 @@ public:
 #pragma unroll
             for (int p = 0; p < PASSES_A; p++)
                 if (copies_a(thread))
-                    *reinterpret_cast<uint4*>(to + to_a_ + p * PASS * 32) = codes_a_[p];
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; c++)
+                        *reinterpret_cast<uint4*>(to + (to_a_ ^ 32 * c) + p * PASS * A_ROW) =
+                            codes_a_[p][c];
 #pragma unroll
             for (int p = 0; p < PASSES_B; p++)
                 *reinterpret_cast<uint4*>(to + to_b_ + p * PASS * 32) = codes_b_[p];
@@ -130,7 +140,7 @@ private:
 
     Corner corner_;
     int to_a_, to_b_;
-    uint4 codes_a_[PASSES_A], codes_b_[PASSES_B];
+    uint4 codes_a_[PASSES_A][CHUNKS], codes_b_[PASSES_B];
     uint32_t token_scale_, pair_scales_;
 };
 
@@ -144,9 +154,9 @@ private:
 // long before they are needed, and there are not registers enough for that.
 template <class Mma, class Tp, int Rows, bool Unsigned>
 NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][4],
-                                  const Group<Tp, Rows>& group, int row, int column, int lane) {
+                                  const Group<Mma, Tp, Rows>& group, int row, int column,
+                                  int lane) {
     using T = Tile<Rows>;
-    using G = Group<Tp, Rows>;
     constexpr int AT_ONCE = Mma::AT_ONCE;
     const int g = lane / 4, t = lane % 4;
     const int magic[4] = {MAGIC_BITS, MAGIC_BITS, MAGIC_BITS, MAGIC_BITS};
@@ -159,7 +169,7 @@ NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][
                                                 // chunks, 16-31 those of the next
             uint32_t both[4];
             load_matrix_x4(both, group.b + (column + 8 * (first + j)) * 32 +
-                                     G::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2));
+                                     PackedRows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2));
             b[j][0] = both[0], b[j][1] = both[1], b[j + 1][0] = both[2], b[j + 1][1] = both[3];
         }
         using Words = pick<AT_ONCE == 4, uint4, uint2>;
@@ -176,8 +186,8 @@ NIBBLE_DEVICE void multiply_group(float (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][
 #pragma unroll
         for (int i = 0; i < T::MT; i++) {
             sync_warp();
-            uint32_t a[4];
-            load_matrix_x4(a, group.a + (row + 16 * i) * 32 + G::offset(lane % 16, lane / 16));
+            uint32_t a[Mma::FRAGMENT];
+            Mma::load(a, group.a + (row + 16 * i) * Mma::ROW_BYTES, lane);
             const float2 as =
                 *reinterpret_cast<const float2*>(&group.ascales[row + T::row_of(g, i, 0)]);
 #pragma unroll
@@ -202,7 +212,7 @@ template <class Mma, class Tp, int Rows, bool Unsigned, class Epilogue>
 __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Mma, Rows>)
     gemm_w4a4(GemmW4A4Up op, Epilogue epilogue) {
     using T = Tile<Rows>;
-    using Stage = Group<Tp, Rows>[STEP<Mma>];
+    using Stage = Group<Mma, Tp, Rows>[STEP<Mma, Rows>];
     constexpr int DEPTH = STAGES<Mma, Rows>;
     Stage* ring = reinterpret_cast<Stage*>(dynamic_shared());
     const int groups = int(op.K / GROUP);
@@ -212,9 +222,9 @@ __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Mma, Rows>)
     Loader<Mma, Tp, Rows> loader(corner, int(threadIdx.x));
 #pragma unroll
     for (int s = 0; s < DEPTH - 1; s++) {
-        const int left = groups - s * STEP<Mma>;
+        const int left = groups - s * STEP<Mma, Rows>;
         if (left > 0) {
-            loader.issue(ring[s], s * STEP<Mma>, left, op);
+            loader.issue(ring[s], s * STEP<Mma, Rows>, left, op);
             loader.land(ring[s]);
         }
         copy_async_commit();
@@ -227,14 +237,14 @@ __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Mma, Rows>)
               column = T::first_column(threadIdx.x);
     int full = 0, empty = DEPTH - 1;  // the stage to compute with and the one to fill: the one that
                                       // was computed with before
-    for (int left = groups; left > 0; left -= STEP<Mma>) {
+    for (int left = groups; left > 0; left -= STEP<Mma, Rows>) {
         copy_async_wait<DEPTH - 2>();
         sync_block();  // everybody's copies of this stage have landed, and everybody is done with
                        // the empty one
-        const int ahead = left - (DEPTH - 1) * STEP<Mma>;
+        const int ahead = left - (DEPTH - 1) * STEP<Mma, Rows>;
         if (ahead > 0) loader.issue(ring[empty], groups - ahead, ahead, op);
         copy_async_commit();
-        const int present = left < STEP<Mma> ? left : STEP<Mma>;
+        const int present = left < STEP<Mma, Rows> ? left : STEP<Mma, Rows>;
 #pragma unroll 1
         for (int s = 0; s < present; s++) {
             // Counted from the end: a counter from the beginning is a register more.

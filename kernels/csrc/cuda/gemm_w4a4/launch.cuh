@@ -15,15 +15,15 @@ void launch_kernel(const GemmW4A4Up& op, const Target& target, const Epilogue& e
     const int64_t blocks = (op.M + Rows - 1) / Rows * ((op.N + COLUMNS - 1) / COLUMNS);
     if (!blocks) return;
     if (blocks > 0x7FFFFFFF) throw std::invalid_argument("gemm_w4a4_up: more than 2^31 tiles");
-    const size_t ring = STAGES<Mma, Rows> * STEP<Mma> * sizeof(Group<Tp, Rows>);
+    const size_t ring = STAGES<Mma, Rows> * STEP<Mma, Rows> * sizeof(Group<Mma, Tp, Rows>);
     const size_t shared = std::max<size_t>(ring, Epilogue::template shared_bytes<Tile<Rows>>());
     launch(gemm_w4a4<Mma, Tp, Rows, Unsigned, Epilogue>, {unsigned(blocks)}, THREADS<Rows>, shared,
            target, op, epilogue);
 }
 
 inline void check_types(const GemmW4A4Up& op) {
-    if (op.codes != Codes::packed)
-        throw std::invalid_argument("gemm_w4a4_up: here the codes must be packed");
+    if (op.codes == Codes::e4m3)
+        throw std::invalid_argument("gemm_w4a4_up: here the codes must be packed or int8");
     if (op.param_dtype == Dtype::f32)
         throw std::invalid_argument(
             "gemm_w4a4_up: on a GPU parameters are float16 or bfloat16, not float32");
@@ -31,8 +31,9 @@ inline void check_types(const GemmW4A4Up& op) {
 
 template <class Mma, class Tp, int Rows, class Epilogue>
 void dispatch_sign(const GemmW4A4Up& op, const Target& target, const Epilogue& epilogue) {
-    op.act_unsigned ? launch_kernel<Mma, Tp, Rows, true>(op, target, epilogue)
-                    : launch_kernel<Mma, Tp, Rows, false>(op, target, epilogue);
+    if constexpr (!WIDE<Mma>)  // codes of 8 bits have both signs
+        if (op.act_unsigned) return launch_kernel<Mma, Tp, Rows, true>(op, target, epilogue);
+    launch_kernel<Mma, Tp, Rows, false>(op, target, epilogue);
 }
 
 template <class Mma, int Rows>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../primitives.cuh"
+#include "mma.cuh"
 
 namespace nibble::cuda {
 
@@ -62,20 +63,15 @@ NIBBLE_DEVICE Corner corner_of_block(int64_t M, int64_t N, int rows, unsigned bl
     return {int((first + rest % height) * rows), int(rest / height * COLUMNS)};
 }
 
-// One group (k = 64) of a tile: rows of 32 bytes, two chunks of 16. ldmatrix reads one chunk of
-// eight neighbouring rows at once; with every second four rows' chunks exchanged these lie in the
-// eight different 16-byte columns of the banks.
-template <class Tp, int Rows>
+// One group (k = 64) of a tile, its chunks of 16 bytes where the operands' readers want them.
+template <class Mma, class Tp, int Rows>
 struct Group {
-    alignas(16) uint8_t a[Rows * 32];
+    alignas(16) uint8_t a[Rows * Mma::ROW_BYTES];
     uint8_t b[COLUMNS * 32];
     float ascales[Rows];
     Tp weight_scales[COLUMNS];
-    static constexpr int B = Rows * 32, ASCALES = B + COLUMNS * 32,
+    static constexpr int B = Rows * Mma::ROW_BYTES, ASCALES = B + COLUMNS * 32,
                          WEIGHT_SCALES = ASCALES + Rows * 4;  // where they begin, in bytes
-    NIBBLE_DEVICE static int offset(int place, int chunk) {
-        return place * 32 + ((chunk ^ (place >> 2 & 1)) << 4);
-    }
 };
 
 // BLOCKS that are to live on a multiprocessor, which bounds the registers (widened fragments need
@@ -90,11 +86,19 @@ constexpr int BLOCKS = Rows == 256                    ? 1
                        : Rows == 32                   ? 4
                        : Rows == 64 && Mma::UNIT == 1 ? 3
                                                       : 2;
+//
+// Activations of 8 bits make a group of 128 tokens 13 KB instead of 9: one a stage and three stages
+// (39 KB) let two blocks live where two of two would not (52 KB); so do three stages of the
+// smallest.
 template <class Mma>
-constexpr int STEP = Mma::ASYNC ? 2 : 1;
+constexpr bool WIDE = Mma::ROW_BYTES == 64;
 template <class Mma, int Rows>
-constexpr int STAGES = !Mma::ASYNC || Rows == 64 || Rows == 128 ? 2
-                       : Rows == 32                             ? 4
-                                                                : 3;
+constexpr int STEP = Mma::ASYNC && !(WIDE<Mma> && Rows == 128) ? 2 : 1;
+template <class Mma, int Rows>
+constexpr int STAGES = !Mma::ASYNC || Rows == 64 ? 2
+                       : WIDE<Mma>               ? 3
+                       : Rows == 128             ? 2
+                       : Rows == 32              ? 4
+                                                 : 3;
 
 }  // namespace nibble::cuda

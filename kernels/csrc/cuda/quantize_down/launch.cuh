@@ -73,11 +73,12 @@ void quantize_down_of(const QuantizeDown& a, const Target& target) {
     throw std::invalid_argument("quantize_down on a GPU takes parameters in bfloat16 or float16");
 }
 
-// One source for each type of x, so that they compile side by side, and one for the codes that
-// Hopper alone reads.
+// One source for each type of x, so that they compile side by side, one for the codes that Hopper
+// alone reads, and one for activations of 8 bits.
 void quantize_down_bf16(const QuantizeDown& a, const Target& target);
 void quantize_down_f16(const QuantizeDown& a, const Target& target);
 void quantize_down_f32(const QuantizeDown& a, const Target& target);
 void quantize_down_sm90(const QuantizeDown& a, const Target& target);
+void quantize_down_int8(const QuantizeDown& a, const Target& target);
 
 }  // namespace nibble::cuda

@@ -26,6 +26,14 @@ namespace nibble::cuda {
 
 enum class Form { signed_codes, unsigned_codes, rotated };
 
+// Codes of 8 bits hold both signs: of an unsigned form they keep the shift alone.
+template <Form FORM, Codes FORMAT>
+constexpr bool UNSIGNED = FORM == Form::unsigned_codes && FORMAT != Codes::int8;
+template <Form FORM, Codes FORMAT>
+constexpr float STEPS = FORMAT == Codes::int8    ? 127.0f
+                        : UNSIGNED<FORM, FORMAT> ? 15.0f
+                                                 : 7.0f;
+
 constexpr float SMALLEST_NORMAL = 0x1p-126f;
 
 // Eight neighbours of a row.
@@ -102,15 +110,14 @@ NIBBLE_DEVICE void butterflies(float (&v)[16], int t) {
     }
 }
 
-// The largest magnitude of the group (unsigned: the largest value, at least 0); NaN where the group
-// holds one.
-template <Form FORM>
+// The largest magnitude of the group (OF_VALUES: the largest value, at least 0); NaN where the
+// group holds one.
+template <bool OF_VALUES>
 NIBBLE_DEVICE float largest(const float (&v)[16]) {
-    constexpr bool UNSIGNED = FORM == Form::unsigned_codes;
-    float top = UNSIGNED ? 0.0f : fabsf(v[0]);
+    float top = OF_VALUES ? 0.0f : fabsf(v[0]);
 #pragma unroll
-    for (int j = UNSIGNED ? 0 : 1; j < 16; j++)
-        top = max_or_nan(top, UNSIGNED ? v[j] : fabsf(v[j]));
+    for (int j = OF_VALUES ? 0 : 1; j < 16; j++)
+        top = max_or_nan(top, OF_VALUES ? v[j] : fabsf(v[j]));
     top = max_or_nan(top, shuffle_xor(top, 1));
     return max_or_nan(top, shuffle_xor(top, 2));
 }
@@ -121,11 +128,11 @@ NIBBLE_DEVICE float shifted(float x) {
 }
 
 // v / scale rounded as a division rounds it, for a group within the fast path's range.
-template <Form FORM>
+template <Form FORM, Codes FORMAT>
 NIBBLE_DEVICE float quick(float (&v)[16], float top) {
-    constexpr float STEPS = FORM == Form::unsigned_codes ? 15.0f : 7.0f;
-    float scale = top * (1.0f / STEPS);
-    scale = fmaf(fmaf(-scale, STEPS, top), 1.0f / STEPS, scale);
+    constexpr float PER_STEP = 1.0f / STEPS<FORM, FORMAT>;
+    float scale = top * PER_STEP;
+    scale = fmaf(fmaf(-scale, STEPS<FORM, FORMAT>, top), PER_STEP, scale);
     const float hi = 1.0f / scale, lo = fmaf(-hi, scale, 1.0f) * hi;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
@@ -142,14 +149,14 @@ constexpr float ROUNDER = 12582912.0f;
 // that none borrows from its neighbour.
 template <Form FORM>
 NIBBLE_DEVICE uint32_t packed(const float* quotients) {
-    constexpr bool UNSIGNED = FORM == Form::unsigned_codes;
+    constexpr bool POSITIVE = FORM == Form::unsigned_codes;
     constexpr uint32_t EXPONENTS = 0x4B400000u * 0x11111111u;  // of the rounder, once a nibble
     uint32_t word = 0;
 #pragma unroll
     for (int j = 7; j >= 0; j--)
-        word = (word << 4) + uint32_t(as_int((UNSIGNED ? fmaxf(quotients[j], 0.0f) : quotients[j]) +
-                                             (ROUNDER + (UNSIGNED ? 0.0f : 8.0f))));
-    return UNSIGNED ? word - EXPONENTS : (word - EXPONENTS) ^ 0x88888888u;
+        word = (word << 4) + uint32_t(as_int((POSITIVE ? fmaxf(quotients[j], 0.0f) : quotients[j]) +
+                                             (ROUNDER + (POSITIVE ? 0.0f : 8.0f))));
+    return POSITIVE ? word - EXPONENTS : (word - EXPONENTS) ^ 0x88888888u;
 }
 
 template <Form FORM>
@@ -163,7 +170,15 @@ NIBBLE_DEVICE uint32_t four_e4m3(const float* quotients) {
     return pack2_e4m3(code[0], code[1]) | pack2_e4m3(code[2], code[3]) << 16;
 }
 
-// A lane's codes of one row: packed, the words of its two chunks; e4m3, two words each.
+NIBBLE_DEVICE uint32_t four_int8(const float* quotients) {
+    uint32_t code[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) code[j] = uint32_t(as_int(quotients[j] + ROUNDER));
+    return pick_bytes(pick_bytes(code[0], code[1], 0x0040), pick_bytes(code[2], code[3], 0x0040),
+                      0x5410);
+}
+
+// A lane's codes of one row: packed, the words of its two chunks; of bytes, two words each.
 struct CodeWords {
     uint32_t words[2][2];
 };
@@ -176,8 +191,13 @@ NIBBLE_DEVICE void encode(CodeWords& codes, const float (&quotients)[16]) {
             codes.words[i][0] = packed<FORM>(quotients + 8 * i);
         else
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                codes.words[i][half] = four_e4m3<FORM>(quotients + 8 * i + 4 * half);
+            for (int half = 0; half < 2; half++) {
+                const float* four = quotients + 8 * i + 4 * half;
+                if constexpr (FORMAT == Codes::int8)
+                    codes.words[i][half] = four_int8(four);
+                else
+                    codes.words[i][half] = four_e4m3<FORM>(four);
+            }
     }
 }
 
@@ -203,19 +223,19 @@ NIBBLE_DEVICE float value_before_scale(const X* x, const P* smooth, int column) 
 template <class X, class P, Form FORM, Codes FORMAT>
 NIBBLE_DEVICE void careful(CodeWords& codes, float& scale, bool bad, const X* x, const P* smooth,
                            int t) {
-    constexpr bool UNSIGNED = FORM == Form::unsigned_codes;
+    constexpr bool POSITIVE = UNSIGNED<FORM, FORMAT>;
     float top = 0;
     if (bad) {
 #pragma unroll 1
         for (int j = 0; j < 16; j++) {
             const float v = value_before_scale<X, P, FORM>(x, smooth, 8 * t + j % 8 + j / 8 * 32);
-            top = max_or_nan(top, UNSIGNED ? v : fabsf(v));
+            top = max_or_nan(top, POSITIVE ? v : fabsf(v));
         }
     }
     top = max_or_nan(top, shuffle_xor(top, 1));
     top = max_or_nan(top, shuffle_xor(top, 2));
     if (!bad) return;
-    scale = top / (UNSIGNED ? 15.0f : 7.0f);
+    scale = top / STEPS<FORM, FORMAT>;
     const float divisor = max_or_nan(scale, SMALLEST_NORMAL);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -224,10 +244,12 @@ NIBBLE_DEVICE void careful(CodeWords& codes, float& scale, bool bad, const X* x,
         for (int j = 0; j < 8; j++) {
             float v = value_before_scale<X, P, FORM>(x, smooth, 8 * t + j + i * 32) / divisor;
             if (v != v) v = 0.0f;
-            if (UNSIGNED) v = fmaxf(v, 0.0f);
+            if (POSITIVE) v = fmaxf(v, 0.0f);
             const float rounded = v + ROUNDER;
             if constexpr (FORMAT == Codes::packed)
                 chunk = chunk >> 4 | uint64_t(as_int(rounded) & 15) << 28;
+            else if constexpr (FORMAT == Codes::int8)
+                chunk = chunk >> 8 | uint64_t(as_int(rounded) & 255) << 56;
             else
                 chunk = chunk >> 8 | uint64_t(pack2_e4m3(rounded - ROUNDER, 0.0f)) << 56;
         }
@@ -253,11 +275,17 @@ NIBBLE_DEVICE void store_sector(char* to, uint32_t low, uint32_t high, bool in_r
 
 // A row's codes of one group. Bytes for Hopper's product have an order of their own within 32
 // columns, the one in which it reads a weight's nibbles without moving them: of every 8 columns the
-// first four lie in the lower 16 bytes, the last four in the upper.
+// first four lie in the lower 16 bytes, the last four in the upper. Whole numbers of 8 bits lie in
+// the order of the columns, and four lanes' eight bytes are a sector.
 template <Codes FORMAT>
 NIBBLE_DEVICE void store(char* to, const CodeWords& codes, bool in_range, int t) {
     if constexpr (FORMAT == Codes::packed) {
         store_sector(to, codes.words[0][0], codes.words[1][0], in_range, t);
+    } else if constexpr (FORMAT == Codes::int8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (in_range)
+                *reinterpret_cast<uint2*>(to + 32 * i) = {codes.words[i][0], codes.words[i][1]};
     } else {
 #pragma unroll
         for (int i = 0; i < 2; i++)
@@ -282,9 +310,9 @@ NIBBLE_DEVICE float quantize_row(const Chunk<X> (&x)[2], const char* reciprocals
         v[j + 1] = fmaf(odd, two.z, odd * two.w);
     }
     if constexpr (FORM == Form::rotated) butterflies(v, t);
-    const float top = largest<FORM>(v);
+    const float top = largest<UNSIGNED<FORM, FORMAT>>(v);
     const bool zero = top == 0.0f, bad = in_range && !zero && !(top >= 0x1p-64f && top <= 0x1p64f);
-    float scale = quick<FORM>(v, zero ? 1.0f : top);
+    float scale = quick<FORM, FORMAT>(v, zero ? 1.0f : top);
     if (zero) scale = 0.0f;
     CodeWords codes;
     encode<FORM, FORMAT>(codes, v);
