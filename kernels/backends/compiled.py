@@ -45,6 +45,8 @@ _CALLS: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     "gemv_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_vq": (structs.GemmVQ, _names(structs.GemmVQ), {}),
+    "quantize_nvfp4_down": (structs.QuantizeNvfp4Down, _names(structs.QuantizeNvfp4Down), {}),
+    "gemm_nvfp4_up": (structs.GemmNvfp4Up, _names(structs.GemmNvfp4Up), {}),
 }
 """Of each op: its struct, the names by which Python gives the fields, and what may be left out."""
 

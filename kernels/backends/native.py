@@ -37,7 +37,7 @@ from . import cpu_library, cubins
 from .compiled import Compiled
 
 MODULE = "nibble_kernels"
-ABI = 6
+ABI = 7
 OPS = (
     "quantize_down",
     "gemm_w4a4_up",

@@ -21,7 +21,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 6;  // of calls and structs; kernels/backends/native.py names the one it needs
+constexpr int ABI = 7;  // of calls and structs; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -31,15 +31,18 @@ enum class Op : int {
     gemm_w4a4_up_gelu_quantize_down,
     gemv_w4a16,
     gemm_w4a16,
-    gemm_vq
+    gemm_vq,
+    quantize_nvfp4_down,
+    gemm_nvfp4_up
 };
 
 #ifndef __CUDACC_RTC__  // the host's part
 
 // The names that Python knows, in the order of Op.
 constexpr const char* OP_NAMES[] = {
-    "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
-    "gemv_w4a16",    "gemm_w4a16",   "gemm_vq"};
+    "quantize_down",       "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",          "gemm_w4a16",   "gemm_vq",
+    "quantize_nvfp4_down", "gemm_nvfp4_up"};
 
 inline const char* name_of(Op op) { return OP_NAMES[static_cast<int>(op)]; }
 
@@ -172,6 +175,38 @@ struct GemmVQ {
     Dtype out_dtype;
 };
 
+// x -> codes, ascales, h:   v = x / smooth,  s = e4m3(min(max |v| of 16 columns / 6, 448)),
+// codes = e2m1(v / s),  h = x . proj_down. GPUs of compute capability 12.0 and 12.1.
+struct QuantizeNvfp4Down {
+    int64_t M, K, R;
+    const void* x;  // as in QuantizeDown
+    int64_t x_stride;
+    Dtype x_dtype;
+    const void* smooth;     // (K,)   param_dtype
+    const void* proj_down;  // (K, R) param_dtype
+    Dtype param_dtype;
+    bool rounded;   // codes by the scale that is stored; else by that before its rounding
+    void* q;        // out: (M, K/2) bytes of two e2m1 codes, low nibble = even column
+    void* ascales;  // out: (M, K/16) e4m3
+    float* h;       // out: (M, R)
+};
+
+// out = (codes . W^T, scaled per 16 columns) * weight_scale_2 + h . proj_up^T + bias
+struct GemmNvfp4Up {
+    int64_t M, N, K, R;
+    const void* q;                // (M, K/2)
+    const void* ascales;          // (M, K/16) e4m3
+    const float* h;               // (M, R)
+    const void* weight;           // (N, K/2) as q
+    const void* weight_scale;     // (N, K/16) e4m3
+    const float* weight_scale_2;  // (N,)
+    const void* proj_up;          // (N, R) param_dtype
+    const void* bias;             // (N,)   param_dtype, or null
+    Dtype param_dtype;
+    void* out;  // (M, N) out_dtype
+    Dtype out_dtype;
+};
+
 #ifndef __CUDACC_RTC__  // the host's part
 
 // What runs an op, in words for people: {"sm80: int4 m16n8k64, tile 128x128", "native int4 ... "}.
@@ -199,6 +234,8 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Ta
 void gemv_w4a16(const W4A16&, const Target&);
 void gemm_w4a16(const W4A16&, const Target&);
 void gemm_vq(const GemmVQ&, const Target&);
+void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&);
+void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&);
 Route route(Op op, int capability, int64_t M, int64_t N, int64_t K);
 size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R);
