@@ -12,7 +12,6 @@ from torch import Tensor
 
 from compare import assert_same, assert_twice_plain
 from emulator import build
-from nibble.kernels.backends.nvfp4 import pack
 from nibble.kernels.params import NVFP4Params
 from nibble.kernels.reference import nvfp4 as reference
 
@@ -91,8 +90,6 @@ def test_numbers_at_the_edges_of_a_code():
     codes, wanted = reference.quantize_nvfp4(x)
     assert torch.equal(scale.view(torch.uint8), wanted.view(torch.uint8))
     assert_same(numbers(q, scale), reference.dequantize_nvfp4(codes, wanted, torch.float64))
-    kept = scale.view(torch.uint8).bool().repeat_interleave(8, 1)
-    assert torch.equal(q[kept], pack(codes)[kept])
 
 
 @pytest.mark.parametrize("extreme", [torch.inf, -torch.inf, 3e38, -1e30, 1e-42, torch.nan])
@@ -135,7 +132,7 @@ def test_results_may_have_another_dtype_than_parameters(dtype, out):
     x, p = inputs(33, 192), operands(136, 192, 16, dtype)
     ours = emulated_nvfp4.gemm_nvfp4_up(*emulated_nvfp4.quantize_nvfp4_down(x, p), p, out)
     exact = reference.linear_nvfp4(x.double(), *p)
-    assert_twice_plain(ours, exact, reference.linear_nvfp4(x, *p).to(out), floor=1e-6)
+    assert_twice_plain(ours, exact, reference.linear_nvfp4(x, *p).to(out))
 
 
 @pytest.mark.parametrize("rows", [40, 140, 300])
@@ -160,7 +157,7 @@ def test_float16_holds_branches_of_any_size():
     p = operands(72, 64, 16, F16)._replace(bias=None)
     q, scale = torch.zeros(4, 32, dtype=torch.int8), torch.zeros(4, 4).to(torch.float8_e4m3fn)
     h = torch.randn(4, 16) * torch.tensor([[1e6], [1.0], [1e-9], [1e-30]])
-    ours = emulated_nvfp4.gemm_nvfp4_up(q, scale, h, p._replace(proj_up=p.proj_up), F16).double()
+    ours = emulated_nvfp4.gemm_nvfp4_up(q, scale, h, p, F16).double()
     exact = h.double() @ p.proj_up.double().t()
     assert torch.allclose(ours[1], exact[1], rtol=2e-3, atol=1e-3)
     assert torch.isfinite(ours[1:]).all()
