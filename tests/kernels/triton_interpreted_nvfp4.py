@@ -1,6 +1,6 @@
 """Linears of 4-bit floats through Triton's interpreter, on the CPU: see `triton_interpreted`.
 
-    TRITON_INTERPRET=1 python tests/kernels/triton_interpreted_nvfp4.py RESULTS.pt
+TRITON_INTERPRET=1 python tests/kernels/triton_interpreted_nvfp4.py RESULTS.pt
 """
 
 from __future__ import annotations
