@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import kitchen, native, nvfp4, triton
+from . import kitchen, native, native_nvfp4, nvfp4, triton
 
 log = logging.getLogger("nibble")
 
@@ -28,7 +28,7 @@ PARTS = {
     "mlp_w4a4": ("quantize_down", "gemm_w4a4_up_gelu_quantize_down", "gemm_w4a4_up"),
     "linear_w4a16": ("gemv_w4a16", "gemm_w4a16"),
     "linear_vq": ("gemm_vq",),
-    "linear_nvfp4": (),
+    "linear_nvfp4": ("quantize_nvfp4_down", "gemm_nvfp4_up"),
 }
 """Ops made of others."""
 
@@ -67,7 +67,7 @@ def choose(
     parameters of the given dtypes on `device`.
     """
     if op == "linear_nvfp4":
-        return _nvfp4(device, dtype)
+        return _nvfp4(device, dtype, parameters)
     brought_to, why = native.serves(PARTS.get(op, (op,)), device, dtype, parameters, act_bits)
     if brought_to is not None:
         choice = Choice("native", why, brought_to)
@@ -101,17 +101,32 @@ def _other(  # noqa: PLR0913 - `choose`'s arguments, and what came of its first 
     return choice
 
 
-def _nvfp4(device: torch.device, dtype: torch.dtype) -> Choice:
+def _nvfp4(device: torch.device, dtype: torch.dtype, parameters: tuple) -> Choice:
     """4-bit floats: where they are multiplied, else decoded to 16 bits; a CPU, for which neither is
-    faster, computes what Blackwell does.
+    faster, computes what Blackwell does. Each way is tried on the GPU before it is taken.
     """
-    use, why = nvfp4.serves(device, dtype)
-    backend = "scaled_mm" if use else "decoded"
     if device.type == "cpu":
-        return Choice("reference", f"{why}; the formula", None)
-    choice = Choice(backend, why if use else f"{why}; 4-bit memory at 16-bit speed", None)
+        return Choice("reference", "no 4-bit floats on cpu; the formula", None)
+    choice = _nvfp4_multiplied(device, dtype, parameters)
     _say(device, choice.backend, choice.reason)
     return choice
+
+
+def _nvfp4_multiplied(device: torch.device, dtype: torch.dtype, parameters: tuple) -> Choice:
+    brought_to, why = native.serves(PARTS["linear_nvfp4"], device, dtype, parameters)
+    if brought_to is not None:
+        use, why = native_nvfp4.tried(device)
+        if use:
+            return Choice("native", why, brought_to)
+    reasons = f"not native: {why}"
+    use, why = triton.serves("linear_nvfp4", device, dtype, parameters)
+    if use:
+        return Choice("triton", f"{why}; {reasons}", None)
+    reasons = f"{reasons}; {why}"
+    use, why = nvfp4.serves(device, dtype)
+    if use:
+        return Choice("scaled_mm", f"{why}; {reasons}", None)
+    return Choice("decoded", f"{why}; 4-bit memory at 16-bit speed; {reasons}", None)
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,6 +46,8 @@ _CALLS: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     "gemm_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_vq": (structs.GemmVQ, _names(structs.GemmVQ), {}),
     "linear_w4a8": (structs.LinearW4A8, _names(structs.LinearW4A8), _WORKSPACE),
+    "quantize_nvfp4_down": (structs.QuantizeNvfp4Down, _names(structs.QuantizeNvfp4Down), {}),
+    "gemm_nvfp4_up": (structs.GemmNvfp4Up, _names(structs.GemmNvfp4Up), {}),
 }
 """Of each op: its struct, the names by which Python gives the fields, and what may be left out."""
 

@@ -61,6 +61,10 @@ ACT_BITS = (4, 8)
 """Bits of the activations that the W4A4 ops take."""
 OLDEST_GPU = 75
 INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
+NVFP4_OPS = ("quantize_nvfp4_down", "gemm_nvfp4_up")
+"""For GPUs that multiply 4-bit floats by mma.sync: compute capability 12.0 and 12.1. A CPU computes
+the formula.
+"""
 WITHOUT_INT8 = (103,)
 """Compute capabilities whose 8-bit integer products, which W4A4 runs through from Blackwell on, are
 slower than 16-bit ones: B300.
@@ -198,6 +202,8 @@ def serves(
     if capability(device) in WITHOUT_INT8 and set(ops) & set(INT8_PRODUCTS):
         has = capability(device) / 10
         return None, f"{device} has compute capability {has}, with few 8-bit integer products"
+    if set(ops) & set(NVFP4_OPS) and capability(device) // 10 != 12:
+        return None, "compiled kernels of 4-bit floats are for compute capability 12.0 and 12.1"
     kinds = set(parameters) - {None}
     if device.type == "cpu":
         return (kinds.pop() if len(kinds) == 1 and kinds <= set(DTYPES) else torch.float32), why

@@ -8,6 +8,7 @@ The order of the two codes in a byte is of no account, as both operands have the
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,23 +36,35 @@ def serves(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 @functools.lru_cache(maxsize=16)
 def _tried(device: torch.device) -> tuple[bool, str]:
-    """One small linear compared with the reference."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(32, 256, generator=draw).to(device, torch.bfloat16)
-    codes, scale = reference.quantize_nvfp4(torch.randn(128, 256, generator=draw))
-    ones, branch = torch.ones(256).to(device), torch.zeros(256, 16).to(device)
-    p = NVFP4Params(
-        pack(codes).to(device), scale.to(device), ones[:128], ones, branch, branch[:128], None, True
-    )
+    return tried(linear_nvfp4, device, "torch's scaled product")
+
+
+def tried(
+    linear: Callable[[Tensor, NVFP4Params], Tensor], device: torch.device, name: str
+) -> tuple[bool, str]:
+    """One small linear by a way of `name`, compared with the reference; why (not)."""
+    draw = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cpu")
+
+    x = normal(72, 320).bfloat16()
+    codes, scale = reference.quantize_nvfp4(normal(136, 320))
+    smooth = torch.linspace(0.5, 2, 320, dtype=torch.bfloat16, device="cpu")
+    down, up = (normal(320, 24) * 0.1).bfloat16(), (normal(136, 24) * 0.3).bfloat16()
+    column = torch.linspace(0.5, 1, 136, device="cpu")
+    p = NVFP4Params(pack(codes), scale, column, smooth, down, up, normal(136).bfloat16(), True)
+    wanted = reference.linear_nvfp4(x.float(), *p)
+    there = NVFP4Params(*(each.to(device) for each in p[:7] if each is not None), True)  # type: ignore[arg-type]
     try:
-        found = linear_nvfp4(x, p).float()
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
-        return False, f"torch's scaled product fails here: {str(error).splitlines()[0]}"
-    wanted = reference.linear_nvfp4(x, *p).float()
+        found = linear(x.to(device), there).float().cpu()
+    except Exception as error:  # of compilers, drivers and libraries of any make
+        words = str(error).strip().split("\n")[0]
+        return False, f"{name} fails on {device}: {type(error).__name__}: {words}"
     far = ((found - wanted).norm() / wanted.norm()).item()
     if not far < TOLERANCE:
-        return False, f"torch's scaled product is wrong here (relative error {far:.2g})"
-    return True, "torch's scaled product of 4-bit floats"
+        return False, f"{name} is wrong on {device} (relative error {far:.2g})"
+    return True, f"{name} of 4-bit floats"
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -35,11 +35,14 @@ OPS = (
     "linear_w4a4",
     "linear_w4a4_grouped",
     "mlp_w4a4",
+    "linear_nvfp4",
 )
 ACT_BITS = (4, 8)
 """Bits of the activations that the kernels take."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = 80
+FIRST_WITH_FLOATS_OF_4_BITS = 100
+"""Compute capability from which on NVIDIA's GPUs multiply them: Blackwell."""
 AMD = ("gfx11", "gfx12", "gfx908", "gfx90a", "gfx94", "gfx95")
 """RDNA3, RDNA4; CDNA 1 to 4. RDNA2 has no matrix instructions, and the kernels spill there."""
 BACKENDS = {"cuda": "nvidia", "hip": "amd", "xpu": "intel"}
@@ -108,7 +111,7 @@ def serves(
     if others:
         names = ", ".join(sorted(map(str, others)))
         return False, f"Triton's kernels take parameters in float16 or bfloat16, not {names}"
-    return serving(device)
+    return _serving_nvfp4(device) if op == "linear_nvfp4" else serving(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -132,6 +135,23 @@ def serving(device: torch.device) -> tuple[bool, str]:
     if not difference <= DIFFERENCE:
         return False, f"Triton's result on {device} is {difference:.2g} off the reference's"
     return True, f"{why}; {device} is {_words(there)}"
+
+
+@functools.lru_cache(maxsize=64)
+def _serving_nvfp4(device: torch.device) -> tuple[bool, str]:
+    """Whether Triton multiplies 4-bit floats on a GPU, and why or why not."""
+    from .nvfp4 import tried
+
+    found, why = module()
+    if found is None:
+        return False, why
+    if device.type != "cuda" or gpu(device).capability < FIRST_WITH_FLOATS_OF_4_BITS:
+        return False, f"Triton multiplies no 4-bit floats on {device}"
+    why_not = _why_not(gpu(device))
+    if why_not:
+        return False, why_not
+    right, words = tried(lambda x, p: nvfp4().linear_nvfp4(x, p), device, "Triton's product")
+    return right, f"{why}; {words}" if right else words
 
 
 def _why_not(there: Gpu) -> str:
@@ -159,6 +179,11 @@ def _words(there: Gpu) -> str:
 def w4a4() -> ModuleType:
     """The kernels' launcher, for whoever has asked `serves` before."""
     return importlib.import_module(".triton_w4a4", __package__)
+
+
+def nvfp4() -> ModuleType:
+    """The same of 4-bit floats."""
+    return importlib.import_module(".triton_nvfp4", __package__)
 
 
 def trial(device: torch.device) -> float:

@@ -4,6 +4,7 @@
 #   sm80.cu              80 86 89
 #   sm90.cu, sm90/*.cu   90a
 #   sm100.cu             90a 100f 120f and PTX
+#   sm120.cu             120f
 #   any other .cu        all, and PTX
 # The PTX is compute_80: the driver compiles it for whatever comes after the newest architecture
 # here (see README.md).
@@ -79,11 +80,12 @@ set(pattern_sm80 "^8[0-9]$")
 set(pattern_sm90 "^90a?$")
 # Hopper runs what has no wgmma version, such as the fused GELU, through these
 set(pattern_sm100 "^(90a?|1[0-9][0-9][af]?)$")
+set(pattern_sm120 "^12[01][af]$")
 foreach(source ${cuda_sources})
     file(RELATIVE_PATH name "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda" "${source}")
     set(pattern ".*")
     set(ptx TRUE)
-    if(name MATCHES "/(sm75|sm80|sm90|sm100)(/[a-z_0-9]+)?\\.cu$")
+    if(name MATCHES "/(sm75|sm80|sm90|sm100|sm120)(/[a-z_0-9]+)?\\.cu$")
         set(pattern "${pattern_${CMAKE_MATCH_1}}")
         if(NOT CMAKE_MATCH_1 STREQUAL "sm100")
             set(ptx FALSE)

@@ -32,15 +32,18 @@ enum class Op : int {
     gemv_w4a16,
     gemm_w4a16,
     gemm_vq,
-    linear_w4a8
+    linear_w4a8,
+    quantize_nvfp4_down,
+    gemm_nvfp4_up
 };
 
 #ifndef __CUDACC_RTC__  // the host's part
 
 // The names that Python knows, in the order of Op.
 constexpr const char* OP_NAMES[] = {
-    "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16",
-    "gemm_vq",       "linear_w4a8"};
+    "quantize_down", "gemm_w4a4_up",        "gemm_w4a4_up_gelu_quantize_down",
+    "gemv_w4a16",    "gemm_w4a16",          "gemm_vq",
+    "linear_w4a8",   "quantize_nvfp4_down", "gemm_nvfp4_up"};
 
 inline const char* name_of(Op op) { return OP_NAMES[static_cast<int>(op)]; }
 
@@ -60,11 +63,14 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 // How activation codes are stored between quantize_down and the product.
 //   packed  (M, K/2) bytes, low nibble = even column; signed -7..7 in two's complement, unsigned
 //   0..15: the public format
+//
+//   int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs; what is
+//   unsigned in 4 bits has its shift alone
+//
 //   e4m3    (M, K) bytes, each the code as an 8-bit float (exact for -8..15): what Hopper's matrix
 //   unit reads; native to native only. In every 32 columns byte 4t + i holds column 8t + i and byte
 //   16 + 4t + i column 8t + 4 + i (t, i = 0..3): the order in which decoded weights lie in
-//   registers. int8    (M, K) bytes, codes -127..127: activations of 8 bits, whatever their signs;
-//   what is unsigned in 4 bits has its shift alone
+//   registers.
 enum class Codes : int { packed = 0, e4m3 = 1, int8 = 2 };
 
 // The CPU's instruction sets. One binary holds all three; the best that the CPU has is chosen when
@@ -194,9 +200,40 @@ struct LinearW4A8 {
     const void* bias;           // (N,)   param_dtype, or null
     Dtype param_dtype;
     bool rotate;
-    void* out;  // (M, N) x_dtype
-    void*
-        workspace;  // workspace_bytes(...) of scratch given by the caller, or null where that is 0
+    void* out;        // (M, N) x_dtype
+    void* workspace;  // workspace_bytes(...) of scratch given by the caller, or null where it is 0
+};
+
+// x -> codes, ascales, h:   v = x / smooth,  s = e4m3(min(max |v| of 16 columns / 6, 448)),
+// codes = e2m1(v / s),  h = x . proj_down. GPUs of compute capability 12.0 and 12.1.
+struct QuantizeNvfp4Down {
+    int64_t M, K, R;
+    const void* x;  // as in QuantizeDown
+    int64_t x_stride;
+    Dtype x_dtype;
+    const void* smooth;     // (K,)   param_dtype
+    const void* proj_down;  // (K, R) param_dtype
+    Dtype param_dtype;
+    bool rounded;   // codes by the scale that is stored; else by that before its rounding
+    void* q;        // out: (M, K/2) bytes of two e2m1 codes, low nibble = even column
+    void* ascales;  // out: (M, K/16) e4m3
+    float* h;       // out: (M, R)
+};
+
+// out = (codes . W^T, scaled per 16 columns) * weight_scale_2 + h . proj_up^T + bias
+struct GemmNvfp4Up {
+    int64_t M, N, K, R;
+    const void* q;                // (M, K/2)
+    const void* ascales;          // (M, K/16) e4m3
+    const float* h;               // (M, R)
+    const void* weight;           // (N, K/2) as q
+    const void* weight_scale;     // (N, K/16) e4m3
+    const float* weight_scale_2;  // (N,)
+    const void* proj_up;          // (N, R) param_dtype
+    const void* bias;             // (N,)   param_dtype, or null
+    Dtype param_dtype;
+    void* out;  // (M, N) out_dtype
+    Dtype out_dtype;
 };
 
 #ifndef __CUDACC_RTC__  // the host's part
@@ -227,6 +264,8 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Ta
 void gemv_w4a16(const W4A16&, const Target&);
 void gemm_w4a16(const W4A16&, const Target&);
 void gemm_vq(const GemmVQ&, const Target&);
+void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&);
+void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&);
 Route route(Op op, int capability, int64_t M, int64_t N, int64_t K);
 size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R);

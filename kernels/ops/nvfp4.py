@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import native_nvfp4, triton
 from ..backends import nvfp4 as scaled
 from ..backends.choose import choose
 from ..params import NVFP4Params, float_dtypes
@@ -52,7 +53,11 @@ def _run(x: Tensor, *parameters) -> Tensor:
     n = _check(x, p)
     rows = x.reshape(-1, x.shape[-1])
     choice = choose("linear_nvfp4", x.device, x.dtype, float_dtypes(*p[4:7]))
-    if choice.backend == "scaled_mm" and len(rows):
+    if choice.parameters is not None and len(rows):
+        y = native_nvfp4.linear_nvfp4(choice.parameters, rows, p)
+    elif choice.backend == "triton" and len(rows):
+        y = triton.nvfp4().linear_nvfp4(rows, p)
+    elif choice.backend == "scaled_mm" and len(rows):
         y = scaled.linear_nvfp4(rows, p)
     elif choice.backend == "decoded":
         y = reference.linear_nvfp4_decoded(rows, *p)

@@ -46,7 +46,7 @@ ARCHS = {
     "89": ("sm80",),
     "90a": ("sm90", "sm100"),
     "100f": ("sm100",),
-    "120f": ("sm100",),
+    "120f": ("sm100", "sm120"),
 }
 """Architecture -> the names of files or folders that are its own; files under no such name are
 compiled for all.

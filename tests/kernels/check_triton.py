@@ -1,5 +1,5 @@
-"""What Triton makes of the W4A4 kernels for GPUs that are not here: matrix instructions, registers,
-spills.
+"""What Triton makes of the W4A4 and NVFP4 kernels for GPUs that are not here: matrix instructions,
+registers, spills.
 
     python tests/kernels/check_triton.py                 every architecture; needs Triton, no GPU
     python tests/kernels/check_triton.py --arch 89 --arch gfx1100
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: E402, F401
 
 ARCHS = ("80", "86", "89", "90", "100", "103", "120", "gfx1100", "gfx1201", "gfx90a", "gfx942")
-MATRIX = re.compile(r"^(?:(?:I|H|Q|O|IG|HG|QG|UTCI|UTCH|UTCQ)MMA|v_wmma|v_mfma|v_dot)")
+MATRIX = re.compile(r"^(?:(?:I|H|Q|O|IG|HG|QG|UTCI|UTCH|UTCQ|UTCO)MMA|v_wmma|v_mfma|v_dot)")
 SPILLS = ("STL", "LDL", "scratch_store", "scratch_load", "buffer_store", "buffer_load")
 POINTERS = {"q": "i8", "weight": "i8", "ascales": "fp32", "h": "fp32"}
 INTEGERS = ("M", "N", "groups", "turn", "R", "stride")
@@ -85,10 +85,37 @@ def quantizer(
     return triton_kernels.quantize_down, constants, options
 
 
+def nvfp4_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
+    """Those of 4-bit floats; none for what does not multiply them."""
+    import triton.language as tl
+
+    from nibble.kernels.backends import triton_nvfp4, triton_nvfp4_kernels, triton_w4a4
+
+    if arch.startswith("gfx") or int(arch) < 100:
+        return []
+    tiles, found = triton_nvfp4.tiles(int(arch)), []
+    for tile in tiles if everything else tiles[:1]:
+        constants = {"BIAS": True, "RANK": 16, "SCALED": True, "ROWS": tile.rows}
+        constants |= {"COLUMNS": tile.columns, "DEPTH": triton_nvfp4.DEPTH}
+        constants |= {"STRIPE": triton_w4a4.STRIPE}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        job = (triton_nvfp4_kernels.gemm_nvfp4, constants, options)
+        found.append((f"{tile.rows} x {tile.columns}, floats", job))
+    tile = triton_w4a4.quantizer_tile(32, False, gpu_of(arch))
+    constants = {"ROUNDED": True, "FLOATS": tl.bfloat16, "PARTS": 0}
+    constants |= {"RANK": tile.columns, "ROWS": tile.rows}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    job = (triton_nvfp4_kernels.quantize_nvfp4, constants, options)
+    return [*found, ("rank 32, floats", job)]
+
+
 def source_of(kernel: Any, constants: dict) -> Any:
     from triton.compiler import ASTSource
 
     pointers = POINTERS | ({"x": "fp32"} if constants.get("PARTS") else {})
+    if "nvfp4" in kernel.__name__:
+        pointers |= dict.fromkeys(("q", "weight", "ascales", "weight_scale"), "u8")
+        pointers["weight_scale_2"] = "fp32"
 
     names = list(kernel.arg_names)
     signature = {}
@@ -193,7 +220,7 @@ def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
             found.append((words, quantizer(arch, "signed", rotate, rank)))
     if everything:
         found.append(("rank 32, both signs", quantizer(arch, "both signs", False, 32)))
-    return found
+    return found + nvfp4_jobs(arch, everything)
 
 
 SHOWN = (

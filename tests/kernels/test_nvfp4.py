@@ -2,11 +2,13 @@
 that run them, with stand-ins for a GPU.
 """
 
+import types
+
 import pytest
 import torch
 
-from nibble.kernels import ops, which
-from nibble.kernels.backends import choose, nvfp4
+from nibble.kernels import ops
+from nibble.kernels.backends import choose, native, native_nvfp4, nvfp4, triton
 from nibble.kernels.params import NVFP4Params
 from nibble.kernels.reference import nvfp4 as reference
 
@@ -173,28 +175,77 @@ def test_the_trial_accepts_a_right_product_and_refuses_others(blackwell, monkeyp
     nvfp4._tried.cache_clear()
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **k: 1.2 * scaled_mm(*a, **k))
     served, why = nvfp4._tried(cpu)
-    assert not served and "wrong here" in why
+    assert not served and "is wrong on cpu" in why
     nvfp4._tried.cache_clear()
 
     def fails(*_, **__):
         raise RuntimeError("not on this GPU\nand more")
 
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    assert nvfp4._tried(cpu) == (False, "torch's scaled product fails here: not on this GPU")
+    words = "torch's scaled product fails on cpu: RuntimeError: not on this GPU"
+    assert nvfp4._tried(cpu) == (False, words)
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """A GPU whose ways work as told: name -> (whether, why)."""
+
+    def make(**ways) -> tuple[str, str]:
+        brought = torch.bfloat16 if ways["native"][0] else None
+        serves = (brought, ways["native"][1])
+        monkeypatch.setattr(native, "serves", lambda *asked: serves)
+        monkeypatch.setattr(native_nvfp4, "tried", lambda device: ways["trial"])
+        monkeypatch.setattr(triton, "serves", lambda *asked: ways["triton"])
+        monkeypatch.setattr(nvfp4, "serves", lambda *asked: ways["scaled_mm"])
+        choose.choose.cache_clear()
+        found = choose.choose("linear_nvfp4", torch.device("cuda", 0), torch.bfloat16, ())
+        choose.choose.cache_clear()
+        return found
+
+    return make
+
+
+YES, NO = (True, "serves"), (False, "cannot")
 
 
 @pytest.mark.parametrize(
-    ("capability", "backend", "words"),
-    [((12, 0), "scaled_mm", "4-bit floats"), ((9, 0), "decoded", "9.0 have none; 4-bit memory")],
+    ("native_serves", "trial", "triton_serves", "scaled", "backend", "words"),
+    [
+        (YES, (True, "right"), YES, YES, "native", "right"),
+        (YES, (False, "wrong numbers"), YES, YES, "triton", "serves; not native: wrong numbers"),
+        (NO, NO, (False, "no Triton"), YES, "scaled_mm", "not native: cannot; no Triton"),
+        (NO, NO, NO, (False, "none"), "decoded", "none; 4-bit memory at 16-bit speed; not native"),
+    ],
 )
-def test_a_gpu_s_way_and_its_reason(monkeypatch, capability, backend, words):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(nvfp4, "_tried", lambda device: (True, "torch's product of 4-bit floats"))
-    choose.choose.cache_clear()
-    found, reason = which("linear_nvfp4", "cuda")
-    choose.choose.cache_clear()
-    assert found == backend
-    assert words in reason
+def test_a_gpu_s_way_and_its_reason(
+    native_serves, trial, triton_serves, scaled, backend, words, ways
+):
+    given = {"native": native_serves, "trial": trial, "triton": triton_serves, "scaled_mm": scaled}
+    choice = ways(**given)
+    assert choice.backend == backend and words in choice.reason
+    assert (choice.parameters is torch.bfloat16) == (backend == "native")
+
+
+@pytest.mark.parametrize(("capability", "serves"), [(120, True), (121, True), (100, False)])
+def test_compiled_kernels_are_for_two_gpus(monkeypatch, capability, serves):
+    module = types.SimpleNamespace(quantize_nvfp4_down=None, gemm_nvfp4_up=None)
+    monkeypatch.setattr(native, "serving", lambda device: (module, "stand-in"))
+    monkeypatch.setattr(native, "capability", lambda device: capability)
+    kinds = (torch.bfloat16,)
+    given = native.NVFP4_OPS, torch.device("cuda", 0), torch.bfloat16, kinds
+    brought_to, why = native.serves(*given)
+    assert (brought_to is not None) == serves
+    assert serves or "12.0 and 12.1" in why
+
+
+def test_triton_is_asked_from_blackwell_on(monkeypatch):
+    gpu = triton.Gpu("cuda", "90", 132)
+    monkeypatch.setattr(triton, "module", lambda: (object(), "Triton"))
+    monkeypatch.setattr(triton, "gpu", lambda device: gpu)
+    triton._serving_nvfp4.cache_clear()
+    given = "linear_nvfp4", torch.device("cuda", 0), torch.bfloat16, (torch.bfloat16,)
+    assert triton.serves(*given) == (False, "Triton multiplies no 4-bit floats on cuda:0")
+    triton._serving_nvfp4.cache_clear()
 
 
 def test_decoded_weights_leave_inputs_alone():

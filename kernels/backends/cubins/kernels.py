@@ -30,6 +30,11 @@ WIDE_QUANTIZE_TILES = ((4, 8, 1, 3), (5, 8, 1, 3))
 first takes every type, the others what fits the matrix unit as it is. Wide ones: for ranks over 32.
 """
 
+NVFP4_QUANTIZE_TILES = ((2, 12, 1), (4, 6, 2))
+"""(eights of tokens, warps, blocks on a multiprocessor); the first takes every type."""
+NVFP4_ROWS = (64, 128, 256)
+"""Tokens of a tile."""
+
 
 class Kernel(NamedTuple):
     """header: below csrc; name: the C++ expression."""
@@ -95,6 +100,15 @@ def vq_gemm(x: str, layout: tuple[int, int], tiling: str) -> Kernel:
     )
 
 
+def nvfp4_quantize(x: str, param: str, tile: tuple[int, ...]) -> Kernel:
+    sizes = ", ".join(map(str, tile))
+    return Kernel("cuda/nvfp4/quantize.cuh", f"quantize_nvfp4_kernel<{x}, {param}, {sizes}>")
+
+
+def nvfp4_gemm(param: str, rows: int) -> Kernel:
+    return Kernel("cuda/nvfp4/gemm.cuh", f"nvfp4::gemm_kernel<{param}, {rows}>")
+
+
 # ---- architectures -------------------------------------------------------------------------------
 
 MMAS = {"75": "Turing", "80": "Int4", "86": "Int4", "89": "Int4", "90a": "Int8"}
@@ -125,6 +139,11 @@ def architecture(capability: int) -> str:
     return {10: "100f", 12: "120f"}.get(capability // 10, PTX)
 
 
+def multiplies_nvfp4(arch: str) -> bool:
+    """Whether an architecture has block-scaled products of 4-bit floats by mma.sync."""
+    return arch[-1] in "af" and arch[:2] == "12"
+
+
 def fits_as_it_is(x: str, param: str) -> bool:
     """Whether the matrix unit multiplies x and proj_down without splitting either into terms."""
     return x == param != "float"
@@ -143,6 +162,11 @@ def of(arch: str) -> Iterator[Kernel]:
         yield from _quantizers("e4m3", arch)
         yield from (hopper(p, *tile) for p in HALVES for tile in HOPPER_TILES)
         yield from map(widen, SIGNS)
+    if multiplies_nvfp4(arch):
+        yield from (nvfp4_gemm(p, rows) for p in HALVES for rows in NVFP4_ROWS)
+        for x, param in itertools.product(TYPES, HALVES):
+            tiles = NVFP4_QUANTIZE_TILES[: 1 + fits_as_it_is(x, param)]
+            yield from (nvfp4_quantize(x, param, tile) for tile in tiles)
     halves = ("f16",) if arch == "75" else HALVES  # Turing multiplies float16 alone
     yield from (w4a16_gemv(x, p, t) for x in TYPES for p in HALVES for t in (1, 2, 4))
     yield from (w4a16_gemm(x, p, t) for x in halves for p in HALVES for t in W4A16_TILINGS)

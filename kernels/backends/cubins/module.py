@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from . import driver, kernels, library, nvrtc, plans, plans_w16, routes, structs
+from . import driver, kernels, library, nvrtc, plans, plans_nvfp4, plans_w16, routes, structs
 from .kernels import Kernel
 from .plans import Gpu, Launch
 from .repeated import RepeatedCall
@@ -210,6 +210,8 @@ class CubinModule:
             floor = 75 if capability < 80 else 80 if capability < 90 else 100
             path = words.get(floor, "sm100: int8 m16n8k32 on widened codes")
             return path, f"compute capability {capability / 10}"
+        if op == "gemm_nvfp4_up":
+            return "sm120: e2m1 m16n8k64 with block scales", f"compute capability {capability / 10}"
         return f"cuda: {op}", "one kernel for every GPU from 7.5 on"
 
     @staticmethod
@@ -285,6 +287,18 @@ class CubinModule:
     def gemm_vq(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
         there.start(_vq(there, isa, fields), stream)
+
+    def quantize_nvfp4_down(
+        self, device: int, stream: int, threads: int, isa: int, **fields
+    ) -> None:
+        there, op = self.on(device), structs.QuantizeNvfp4Down(**fields)
+        there.start(plans_nvfp4.quantize_nvfp4_down(op, there.gpu), stream)
+
+    def gemm_nvfp4_up(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
+        """isa: tokens of a tile, 0 for those that the GPU would choose."""
+        there, op = self.on(device), structs.GemmNvfp4Up(**fields)
+        planned = plans_nvfp4.gemm_nvfp4_up(op, there.gpu)
+        there.start(plans_nvfp4.product(op, isa) if isa else planned, stream)
 
     def repeated(self, op: str, arguments: dict[str, Any]) -> RepeatedCall:
         """An op of a layer, whose arguments but for the tokens' these are: called as the op is

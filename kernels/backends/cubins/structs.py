@@ -45,6 +45,16 @@ LinearW4A8 = struct(
     "M:i N:i K:i R:i group:i x:p x_stride:i x_dtype:e smooth:p proj_down:p weight:p weight_scale:p"
     " channel_scale:p table:p proj_up:p bias:p param_dtype:e rotate:b out:p workspace:p",
 )
+QuantizeNvfp4Down = struct(
+    "QuantizeNvfp4Down",
+    "M:i K:i R:i x:p x_stride:i x_dtype:e smooth:p proj_down:p param_dtype:e rounded:b q:p"
+    " ascales:p h:p",
+)
+GemmNvfp4Up = struct(
+    "GemmNvfp4Up",
+    "M:i N:i K:i R:i q:p ascales:p h:p weight:p weight_scale:p weight_scale_2:p proj_up:p bias:p"
+    " param_dtype:e out:p out_dtype:e",
+)
 HopperProduct = struct(
     "HopperProduct",
     "M:e N:e K:e R:e across:e tiles:e ascales:p h:p h_stride:i weight_scale:p proj_up:p bias:p"

@@ -4,6 +4,7 @@
 
 #include "gemm_w4a4/gemm_w4a4.h"
 #include "launch.cuh"
+#include "nvfp4/nvfp4.h"
 
 namespace nibble::cuda {
 namespace {
@@ -70,7 +71,26 @@ const char* vq_kernel_in_words(const Family& gpu, int64_t M) {
     return gpu.turing ? "tile 64x128" : "tile 64x128 or 128x128";
 }
 
+// 4-bit floats are multiplied by mma.sync on 12.0 and 12.1; 10.0 and 11.0 have other instructions.
+void check_nvfp4(const char* op, int capability) {
+    if (capability / 10 != 12) {
+        throw std::invalid_argument(std::string(op) +
+                                    " runs on GPUs of compute capability 12.0 and 12.1 only");
+    }
+}
+
 }  // namespace
+
+void quantize_nvfp4_down(const QuantizeNvfp4Down& op, const Target& target) {
+    check_nvfp4("quantize_nvfp4_down", target.capability);
+    quantize_nvfp4_down_sm120(op, target);
+}
+
+// No tile is lower than 64 tokens: with so few the weight's bytes are what counts.
+void gemm_nvfp4_up(const GemmNvfp4Up& op, const Target& target) {
+    check_nvfp4("gemm_nvfp4_up", target.capability);
+    gemm_nvfp4_up_sm120(op, target, tile_rows(op.M, op.N, multiprocessors(target.device), true));
+}
 
 void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
     const Family gpu = family(target.capability);
@@ -126,6 +146,9 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
         const std::string tile = tile_in_words(op, gpu, M, N);
         return {std::string(path) + ", tile " + tile, why + on + "; tiles not yet measured"};
     }
+    if (op == Op::gemm_nvfp4_up)
+        return {"sm120: e2m1 m16n8k64 with block scales",
+                "4-bit floats" + on + "; not yet measured"};
     if (op == Op::gemm_vq) {
         return {
             "cuda: 16-bit mma on looked-up codewords, " + std::string(vq_kernel_in_words(gpu, M)),

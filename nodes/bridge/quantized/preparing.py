@@ -30,6 +30,9 @@ _OPS = {
     VQWeight.FORMAT: "linear_vq",
 }
 
+_OWN_DTYPES = ("codebook", "scale_2")
+"""Parameters that kernels take in a dtype of their own."""
+
 
 def prepare(patcher: ModelPatcher) -> int:
     """Has what a model's layers will ask for ready on its GPU; returns how many kernels had to be
@@ -64,7 +67,8 @@ def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> list[Layer]:
 def _layer(linear: torch.nn.Module, dtype: torch.dtype) -> Layer:
     weight: QuantizedTensor = linear.weight
     p = weight.params
-    floats = {t.dtype for name, t in p.tensors().items() if name != "codebook"}
+    floats = {t.dtype for name, t in p.tensors().items() if name not in _OWN_DTYPES}
+    floats -= {torch.float8_e4m3fn}
     floats |= set() if linear.bias is None else {dtype}
     down, codebook = p.proj_down, getattr(p, "codebook", None)
     bits = vector = 0

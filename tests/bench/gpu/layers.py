@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from bench import peers
-from bench.gpu import timing
+from bench.gpu import floats, timing
 from bench.gpu.isolate import Remote
 from bench.gpu.layer import Layer, Steps, in_order
 from bench.gpu.products import SHAPES, flux_case
@@ -320,6 +320,15 @@ def run(report: Remote, device: str, dry: bool, ceilings: dict) -> None:
                 lambda case=case: modulation_row(case.scaled(0.02) if dry else case, dtype, device),
                 {"op": "linear_w4a16", "case": case.name},
             )
+    for m in [5] if dry else [4608, 256]:
+        for k, n in SHAPES[2:3] if dry else ((3072, 12288), (12288, 3072)):
+            if not report.late():
+                case = flux_case(m, k, n)
+                add(
+                    report,
+                    lambda case=case: floats.row(case.scaled(0.02) if dry else case, dtype, device),
+                    {"op": "linear_nvfp4", "case": case.name, "M": m},
+                )
     for m in [5] if dry else [1, 256, 4608]:
         for layout in VQ_LAYOUTS.values():
             if not report.late():

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from nibble.kernels.backends.cubins.structs import (
     W4A16,
+    GemmNvfp4Up,
     GemmVQ,
     GemmW4A4Up,
     GemmW4A4UpGeluQuantizeDown,
     QuantizeDown,
+    QuantizeNvfp4Down,
 )
 
 from . import build
@@ -67,6 +69,8 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gemv_w4a16": W4A16,
         "gemm_w4a16": W4A16,
         "gemm_vq": GemmVQ,
+        "quantize_nvfp4_down": QuantizeNvfp4Down,
+        "gemm_nvfp4_up": GemmNvfp4Up,
     }
     for op, struct in ops.items():
         entry = getattr(lib, f"emulated_{op}")

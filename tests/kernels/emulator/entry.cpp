@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/gemm_w4a4/gemm_w4a4.h"
+#include "cuda/nvfp4/nvfp4.h"
 #include "emulator.h"
 #include "nibble.h"
 
@@ -56,6 +57,10 @@ NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQua
 NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Target&))
 NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Target&))
 NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Target&))
+NIBBLE_ABSENT(void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&))
+NIBBLE_ABSENT(void quantize_nvfp4_down_sm120(const QuantizeNvfp4Down&, const Target&))
+NIBBLE_ABSENT(void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&))
+NIBBLE_ABSENT(void gemm_nvfp4_up_sm120(const GemmNvfp4Up&, const Target&, int))
 NIBBLE_ABSENT(Route route(Op, int, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(size_t workspace_bytes(Op, Codes, int, int64_t, int64_t, int64_t, int64_t))
 NIBBLE_ABSENT(Codes codes(int))
@@ -67,6 +72,8 @@ NIBBLE_ENTRY(GemmW4A4UpGeluQuantizeDown, gemm_w4a4_up_gelu_quantize_down)
 NIBBLE_ENTRY(W4A16, gemv_w4a16)
 NIBBLE_ENTRY(W4A16, gemm_w4a16)
 NIBBLE_ENTRY(GemmVQ, gemm_vq)
+NIBBLE_ENTRY(QuantizeNvfp4Down, quantize_nvfp4_down)
+NIBBLE_ENTRY(GemmNvfp4Up, gemm_nvfp4_up)
 
 extern "C" {
 
@@ -140,6 +147,8 @@ size_t emulated_size(const char* name) {
     if (n == "GemmW4A4UpGeluQuantizeDown") return sizeof(nibble::GemmW4A4UpGeluQuantizeDown);
     if (n == "W4A16") return sizeof(nibble::W4A16);
     if (n == "GemmVQ") return sizeof(nibble::GemmVQ);
+    if (n == "QuantizeNvfp4Down") return sizeof(nibble::QuantizeNvfp4Down);
+    if (n == "GemmNvfp4Up") return sizeof(nibble::GemmNvfp4Up);
     return n == "Target" ? sizeof(nibble::Target) : 0;
 }
 }
