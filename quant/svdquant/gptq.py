@@ -20,8 +20,8 @@ TILE_ROWS = 2048  # of a weight that is rounded to nearest: a column of them is 
 
 
 def _chunk(columns: int, device: torch.device, cpu: int) -> int:
-    """Rows (or groups) of a weight worked on at once: what a CPU's cache holds (cpu weights), or what a GPU's
-    memory spares.
+    """Rows, or groups, of a weight worked on at once: what a CPU's cache holds (cpu weights), or
+    what a GPU's memory spares.
     """
     return max(1, (cpu if device.type == "cpu" else 2**26) // columns)
 
