@@ -38,8 +38,9 @@ def at_once(largest: int) -> int:
 
 
 def side_by_side(work: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-    """The results of `work`, as they come, with `count` items at once; each is asked for when a
-    place is free, so no more than that are held. Whatever ends the loop waits for those under way.
+    """The results of `work`, as they come, with `count` items at once and the next one at hand, so
+    that none waits for its bytes; no more are held. Whatever ends the loop waits for those under
+    way.
     """
     threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
@@ -56,7 +57,7 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], count: int) -> Iter
     try:
         running: set[Future[R]] = set()
         while True:
-            for item in itertools.islice(waiting, count - len(running)):
+            for item in itertools.islice(waiting, count + 1 - len(running)):
                 running.add(pool.submit(run, item))
             if not running:
                 return

@@ -178,10 +178,10 @@ def _quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> fl
     if recipe.rank:
         generator = torch.Generator().manual_seed(recipe.seed)
         up, down = svd_lowrank(residual, recipe.rank, generator, power=1)
-        residual = residual - up @ down.T
+        residual = residual.addmm_(up, down.T, alpha=-1)
     groups = residual.unflatten(1, (-1, recipe.group if recipe.table else 64))
     scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-30)
-    rounded = ((groups / scale).round() * scale).flatten(1)
+    rounded = (groups / scale).round_().mul_(scale).flatten(1)
     inputs = space.inputs(problem.x)
     return (inputs @ residual.T - space.quantized(inputs) @ rounded.T).square().sum().item()
 
@@ -241,7 +241,7 @@ class _Fit:
     def residual(self, branch: Branch) -> Tensor:
         """W' less the rounded branch, so that the 4-bit part makes up for that rounding too."""
         up, down = branch
-        return self.weight - up.float() @ self.space.weight(down.float().T)
+        return torch.addmm(self.weight, up.float(), self.space.weight(down.float().T), alpha=-1)
 
     def rounded(self, residual: Tensor) -> Rounded:
         """Step 2."""
@@ -275,10 +275,10 @@ class _Fit:
         )
         return self.problem.bias + error
 
-    def loss(self, branch: Branch, dense: Tensor, bias: Tensor | None) -> float:
-        """Squared output error on the rows to choose by."""
+    def loss(self, branch: Branch, outputs: Tensor, bias: Tensor | None) -> float:
+        """Squared output error on the rows to choose by; outputs: of the 4-bit part on them."""
         up, down = branch
-        y = self.judges @ dense.T + (self.problem.judges @ down.float()) @ up.float().T
+        y = outputs + (self.problem.judges @ down.float()) @ up.float().T
         before = self.problem.bias
         shift = 0 if bias is None or before is None else bias - before
         return (y + shift - self.wanted).square().sum().item()
@@ -320,10 +320,12 @@ class _Best:
     loss: float = math.inf
     parts: tuple = ()
 
-    def offer(self, branch: Branch, rounded: Rounded, dense: Tensor) -> bool:
-        """Takes a decomposition in if it is better; says whether it was. dense: of `rounded`."""
+    def offer(self, branch: Branch, rounded: Rounded, dense: Tensor, outputs: Tensor) -> bool:
+        """Takes a decomposition in if it is better; says whether it was. dense: of `rounded`;
+        outputs: of `dense` on the rows to choose by.
+        """
         bias = self.fit.bias(branch, dense)
-        loss = self.fit.loss(branch, dense, bias)
+        loss = self.fit.loss(branch, outputs, bias)
         better = not self.parts or loss < self.loss
         if better:
             self.loss, self.parts = loss, (branch, rounded, bias)
@@ -338,15 +340,17 @@ def _solve(
     branch, best, stale = fit.first_branch(), _Best(fit), 0
     if recipe.solver == "svd" or not recipe.rank:
         rounded = fit.rounded(fit.residual(branch))
-        best.offer(branch, rounded, rounded.dense())
+        dense = rounded.dense()
+        best.offer(branch, rounded, dense, fit.judges @ dense.T)
         return best.loss, fit.pack(*best.parts)
     metric = Metric(fit.moments)
     for _ in range(recipe.iterations):
         rounded = fit.rounded(fit.residual(branch))
         dense = rounded.dense()
-        improved = best.offer(branch, rounded, dense)
+        outputs = fit.judges @ dense.T
+        improved = best.offer(branch, rounded, dense, outputs)
         branch = fit.branch(fit.weight - dense, metric)
-        improved |= best.offer(branch, rounded, dense)
+        improved |= best.offer(branch, rounded, dense, outputs)
         stale = 0 if improved else stale + 1
         if stale == 2:
             break

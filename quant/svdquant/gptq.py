@@ -8,18 +8,22 @@ are the columns inside a group, while groups stay neighbouring columns on disk.
 Working layout: (groups or blocks, columns, N), so that a column of the weight is contiguous.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from ..calibration.hessian import inverse_factor
 from .grid import EvenGrid, Grid, Rounded
 
+TILE_ROWS = 2048  # of a weight that is rounded to nearest: a column of them is one long loop
+
 
 def _chunk(columns: int, device: torch.device, cpu: int) -> int:
-    """Rows of a weight worked on at once: what a CPU's cache holds (cpu weights), or what a GPU's
-    memory spares.
+    """Rows, or groups, of a weight worked on at once: what a CPU's cache holds (cpu weights), or
+    what a GPU's memory spares.
     """
-    return max(16, (cpu if device.type == "cpu" else 2**26) // columns)
+    return max(1, (cpu if device.type == "cpu" else 2**26) // columns)
 
 
 def round_to_nearest(weight: Tensor, importance: Tensor, search: bool) -> tuple[Tensor, Tensor]:
@@ -34,12 +38,15 @@ def nearest_on(grid: Grid, weight: Tensor, importance: Tensor) -> Rounded:
     weigh = importance.reshape(k // g, g, 1)
     codes = torch.empty(k // g, g, n, dtype=torch.int8, device=weight.device)
     scale = torch.empty(k // g, 1, n, device=weight.device)
-    step = _chunk(k, weight.device, 2**18)
-    for start in range(0, n, step):
-        part = slice(start, start + step)
-        groups, rows = weight[part].T.reshape(k // g, g, -1), grid.rows(part)
-        scale[..., part] = rows.scales(groups, weigh)
-        codes[..., part] = rows.codes(groups, scale[..., part])
+    rows = min(n, TILE_ROWS)
+    several = _chunk(g * rows, weight.device, 2**17)
+    for start, first in itertools.product(range(0, n, rows), range(0, k // g, several)):
+        part, some = slice(start, start + rows), slice(first, first + several)
+        columns = weight[part, first * g : (first + several) * g]
+        groups, on = columns.T.reshape(-1, g, len(columns)), grid.rows(part)
+        found = on.scales(groups, weigh[some])
+        scale[some, :, part] = found
+        codes[some, :, part] = on.codes(groups, found)
     return Rounded(codes.reshape(k, n).T.contiguous(), scale[:, 0], grid)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.w4a8 import LEVELS, SHIFT_BITS
+from ..weights.packing import dequantize_groups
 
 SHRINK = (1.0, 0.93, 0.86, 0.79)  # searched range of a group, as a share of its absmax
 TABLE_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -49,6 +50,11 @@ class Grid(ABC):
     @abstractmethod
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         """What codes stand for, float32."""
+
+    def dense(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """The matrix of codes int8 (N, K) and scale (K/g, N), float32 (N, K)."""
+        groups = codes.T.reshape(len(scale), self.group, -1).float()
+        return self.values(groups, scale[:, None]).flatten(0, 1).T
 
 
 def best_of(
@@ -114,6 +120,9 @@ class EvenGrid(Grid):
 
     def values(self, codes: Tensor, scale: Tensor) -> Tensor:
         return codes * scale
+
+    def dense(self, codes: Tensor, scale: Tensor) -> Tensor:
+        return dequantize_groups(codes, scale)
 
 
 # ---- 16 levels of a table ------------------------------------------------------------------------
@@ -220,5 +229,4 @@ class Rounded:
 
     def dense(self) -> Tensor:
         """The matrix that it stands for, float32 (N, K)."""
-        groups = self.codes.T.reshape(len(self.scale), self.grid.group, -1).float()
-        return self.grid.values(groups, self.scale[:, None]).flatten(0, 1).T
+        return self.grid.dense(self.codes, self.scale)

@@ -33,8 +33,31 @@ class Metric:
 
     def fit(self, matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The best rank-R up (N, R), down (K, R) for matrix (N, K) in this metric."""
-        up, down = svd_lowrank(times_blocks(matrix, self.root), rank, generator)
+        up, down = svd_lowrank(_Weighted(matrix, self.root), rank, generator)
         return up, times_blocks(down.T, self.inverse_root).T
+
+
+class _Weighted:
+    """matrix (N, K) . blocks (K/B, B, B), symmetric, or its transpose, as what it does to thin
+    matrices: to them the blocks cost little, to the matrix more than all else in its SVD.
+    """
+
+    def __init__(self, matrix: Tensor, blocks: Tensor, transposed: bool = False):
+        self.matrix, self.blocks, self.transposed = matrix, blocks, transposed
+        self.shape = matrix.T.shape if transposed else matrix.shape
+        self.device, self.dtype = matrix.device, matrix.dtype
+
+    @property
+    def T(self) -> "_Weighted":  # noqa: N802  (a tensor's)
+        return _Weighted(self.matrix, self.blocks, not self.transposed)
+
+    def __matmul__(self, thin: Tensor) -> Tensor:
+        if self.transposed:
+            return self._weighted(self.matrix.T @ thin)
+        return self.matrix @ self._weighted(thin)
+
+    def _weighted(self, thin: Tensor) -> Tensor:
+        return torch.bmm(self.blocks, thin.unflatten(0, self.blocks.shape[:2])).flatten(0, 1)
 
 
 def solve_blocks(a: Tensor, b: Tensor) -> Tensor:

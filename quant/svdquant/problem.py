@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration.hessian import covariance, diagonal_blocks
 from ..calibration.statistics import InputStats
+from ..files.integrity import is_finite
 from ..files.report import SYNTHETIC
 from ..job.measurement import measured_on
 
@@ -88,7 +89,7 @@ def layer_problem(
         raise ValueError(f"K={k} is not a multiple of the group size 64")
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} does not fit a {n} x {k} linear")
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise ValueError(
             f"the {n} x {k} weight holds NaN or infinity; the file is damaged or overflowed when it"
             " was saved"

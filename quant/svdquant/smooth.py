@@ -138,14 +138,15 @@ def smoothings(x: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[str, Tens
     """(label, factors) of every candidate; x (T, K), weight (N, K). Spans are taken as absmax and
     as root mean square.
     """
-    yield "none", torch.ones_like(x[0])
+    none = torch.ones_like(x[0])
+    yield "none", none
     for span in ("rms", "absmax"):
         span_x, span_w = [
             t.square().mean(0).sqrt() if span == "rms" else t.abs().amax(0) for t in (x, weight)
         ]
         for alpha, beta in exponents(grid):
             if alpha:
-                yield (
-                    f"{span} a={alpha:g} b={beta:g}",
-                    smoothing_factors(span_x, span_w, alpha, beta),
-                )
+                factors = smoothing_factors(span_x, span_w, alpha, beta)
+                # as where nothing was recorded, and inputs span alike: the same once more
+                if not torch.equal(factors, none):
+                    yield f"{span} a={alpha:g} b={beta:g}", factors

@@ -9,6 +9,7 @@ from a fixed seed, so that the same matrix has the same factors.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,20 @@ FIRST_RANK = 32  # ranks that are tried double from the first
 MOST = 4  # factors of more than min(N, K) / MOST columns cost more than the dense matrix saves
 
 
-def _range_finder(matrix: Tensor, probe: Tensor, power: int) -> Tensor:
+class Product(Protocol):
+    """A matrix (N, K) as far as randomized SVD needs it: what it does to thin matrices."""
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def T(self) -> "Product": ...  # noqa: N802  (a tensor's)
+
+    def __matmul__(self, thin: Tensor) -> Tensor: ...
+
+
+def _range_finder(matrix: Tensor | Product, probe: Tensor, power: int) -> Tensor:
     """Q (N, width), orthonormal, that spans the range of matrix (N, K) best, of a random probe (K,
     width).
     """
@@ -32,7 +46,11 @@ def _range_finder(matrix: Tensor, probe: Tensor, power: int) -> Tensor:
 
 
 def svd_lowrank(
-    matrix: Tensor, rank: int, generator: torch.Generator, oversample: int = 8, power: int = 2
+    matrix: Tensor | Product,
+    rank: int,
+    generator: torch.Generator,
+    oversample: int = 8,
+    power: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation,
     singular values shared evenly.
@@ -42,7 +60,8 @@ def svd_lowrank(
     """
     n, k = matrix.shape
     width = min(rank + oversample, n, k)
-    basis = _range_finder(matrix, torch.randn(k, width, generator=generator).to(matrix), power)
+    probe = torch.randn(k, width, generator=generator).to(matrix.device, matrix.dtype)
+    basis = _range_finder(matrix, probe, power)
     # basis^T matrix = small^T right^T: the SVD is of width x width only
     right, small = torch.linalg.qr(matrix.T @ basis)
     u, s, vh = torch.linalg.svd(small.T)

@@ -69,7 +69,7 @@ def dequantize_groups(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.f
     its own results.
     """
     groups = codes.unflatten(-1, (_groups(codes.shape[-1]), GROUP)).to(dtype)
-    return (groups * scale.t().to(dtype).unsqueeze(-1)).flatten(-2)
+    return groups.mul_(scale.t().to(dtype).unsqueeze(-1)).flatten(-2)
 
 
 def _index_bits(bits: int, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Several layers at once: every result, no more held than are worked on, threads put back."""
+"""Several layers at once: every result, one more held than are worked on, threads put back."""
 
 import threading
 import time
@@ -29,13 +29,13 @@ def test_every_item_comes_back_once():
     assert run(lambda item: item, [], 2) == []
 
 
-def test_an_item_is_asked_for_when_there_is_a_place():
+def test_one_item_is_at_hand_beside_those_worked_on():
     asked, done = [], []
 
     def items():
         for item in range(6):
             asked.append(item)
-            assert len(asked) - len(done) <= 2
+            assert len(asked) - len(done) <= 3
             yield item
 
     def work(item):
