@@ -21,6 +21,7 @@ from . import fit as fitting
 from . import sensitivity
 from .recipe import LAYOUTS, MIXED_LAYOUTS, Recipe
 
+MOST_LESS = 1  # bits that a layer gives up for others where bits are mixed
 ROWS, ITERATIONS = 128, 6  # of a layer that the quick k-means looks at, and its iterations
 
 
@@ -109,7 +110,8 @@ def choose_measured(
     reached = [layer for layer in layers if layer.name in measured]
     others = [layer for layer in layers if layer.name not in measured]
     if room is None:
-        room, choices = sum(size(layer, recipe.bits) for layer in layers), list(MIXED_LAYOUTS)
+        room = sum(size(layer, recipe.bits) for layer in layers)
+        choices = [bits for bits in MIXED_LAYOUTS if bits >= recipe.bits - MOST_LESS]
     else:
         choices = list(LAYOUTS)
     sizes = _sizes(reached, size, choices) | _sizes(others, size, [recipe.bits])

@@ -60,7 +60,7 @@ class Recipe(FromPreset):
     budget_gb   size of the whole file: layers get 2, 3 or 4 bits by what each needs most (None: all
       `bits`)
     mixed       the bytes of `bits` for all layers together, spread by how much each layer's error
-      matters to the model (with calibration alone; layers get 1.5 to 4 bits)
+      matters to the model (with calibration alone; layers get 2, 3 or 4 bits, at `bits` 2 also 1.5)
     keep        fnmatch patterns on module names, added to the architecture's own: kept in 16 bit
     modulation  modulation layers: "vq" or "keep"
     seed        of every random choice
