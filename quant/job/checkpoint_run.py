@@ -156,9 +156,10 @@ class QuantizeJob(ABC):
         self.check_measurement(measurement)
         identity = identity_of(self.source, self.recipe, measurement.provenance)
         report = self._empty_report()
+        began = time.monotonic()
+        self.before_layout(measurement, monitor, torch.device(device))
         specs = self.layout()
         metadata = self.metadata(identity)
-        began = time.monotonic()
         reserved = reserved_bytes(metadata, report, self.layers)
         with Writer(self.held or self.target, specs, json.dumps(identity), reserved) as writer:
             self.quantizer(writer, measurement, monitor, torch.device(device)).run()
@@ -174,6 +175,11 @@ class QuantizeJob(ABC):
 
     def check_measurement(self, measurement: Measurement) -> None:  # noqa: B027  (few need more)
         """Raises ValueError where the recipe needs more than was measured."""
+
+    def before_layout(  # noqa: B027  (few need it)
+        self, measurement: Measurement, monitor: Monitor, device: torch.device
+    ) -> None:
+        """Finds out what the layout depends on besides the recipe and the shapes."""
 
     @classmethod
     def predict(

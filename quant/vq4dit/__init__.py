@@ -5,6 +5,7 @@ recipe.py          every choice of a run
 quantize.py        a checkpoint: layer by layer in closed form, or block by block beside the teacher
 layout.py          what becomes of each layer, and every tensor of the file
 bit_allocation.py  which layer gets how many bits under a budget
+sensitivity.py     how much each layer's error matters to the whole model
 fit.py             one layer in closed form
 codebook.py        k-means, nearest codewords, mixtures
 gptq.py            codes that make up for one another's errors (GPTVQ)

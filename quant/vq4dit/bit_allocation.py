@@ -1,10 +1,13 @@
-"""Which layer gets how many bits, when the whole file must not exceed a size: greedy by error
-removed for each byte spent.
+"""Which layer gets how many bits, when all of them must not exceed a size: greedy by error removed
+for each byte spent.
 
 Every layer starts at the fewest bits; then the step to the next layout that removes the most error
-a byte is taken, again and again, as long as it fits. A layer's error is sum |W - W_q|^2 / sum |W|^2
-at each layout, measured by a quick k-means on a part of its rows: the share of noise in its outputs
-for inputs without a preferred direction. Errors of different layers count alike.
+a byte is taken, again and again, as long as it fits. What a layer's error is:
+
+    the model at work  its share in the error of what the model puts out (`sensitivity`)
+    weights alone      sum |W - W_q|^2 / sum |W|^2 at each layout, by a quick k-means on a part of
+      its rows: the share of noise in its outputs for inputs without a preferred direction. Errors
+      of different layers count alike
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,19 +18,22 @@ from torch import Tensor
 
 from ..files.architectures import LayerPlan
 from . import fit as fitting
-from .recipe import LAYOUTS, Recipe
+from . import sensitivity
+from .recipe import LAYOUTS, MIXED_LAYOUTS, Recipe
 
+MOST_LESS = 1  # bits that a layer gives up for others where bits are mixed
 ROWS, ITERATIONS = 128, 6  # of a layer that the quick k-means looks at, and its iterations
 
 
 def quick_errors(
     weight: Tensor, recipe: Recipe, shape: tuple[int, int], seed: int
-) -> dict[int, float]:
+) -> dict[float, float]:
     """Bits → share of the weights' power that would be lost, from evenly spread rows of a weight
     (N, K).
     """
     rows = weight[:: max(1, len(weight) // ROWS)][:ROWS]
-    power, errors = rows.square().sum().item(), {}
+    power = rows.square().sum().item()
+    errors: dict[float, float] = {}
     for bits in LAYOUTS:
         codewords, vector = recipe.layout(shape, bits)
         quick_layout = (min(codewords, rows.numel() // vector), vector)
@@ -41,8 +47,8 @@ def quick_errors(
 
 
 def allocate(
-    errors: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], room: int
-) -> dict[str, int]:
+    errors: Mapping[str, Mapping[float, float]], sizes: Mapping[str, Mapping[float, int]], room: int
+) -> dict[str, float]:
     """Bits for each layer. errors, sizes: layer → bits → error, bytes; room: bytes for all of them
     together.
 
@@ -76,9 +82,9 @@ def choose(
     layers: Iterable[LayerPlan],
     recipe: Recipe,
     weight: Callable[[str], Tensor],
-    size: Callable[[LayerPlan, int], int],
+    size: Callable[[LayerPlan, float], int],
     room: int,
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Bits for each planned layer. weight: reads a layer's matrix; size: its bytes at so
     many bits.
     """
@@ -87,8 +93,39 @@ def choose(
         layer.name: quick_errors(weight(layer.name), recipe, (layer.N, layer.K), recipe.seed)
         for layer in layers
     }
-    return allocate(
-        errors,
-        {layer.name: {bits: size(layer, bits) for bits in LAYOUTS} for layer in layers},
-        room,
-    )
+    return allocate(errors, _sizes(layers, size, LAYOUTS), room)
+
+
+def choose_measured(
+    layers: Iterable[LayerPlan],
+    recipe: Recipe,
+    measured: Mapping[str, float],
+    size: Callable[[LayerPlan, float], int],
+    room: int | None,
+) -> dict[str, float]:
+    """The same by what `sensitivity.measure` found; room None: what the layers take at the
+    recipe's bits. Layers that were not measured have the recipe's bits.
+    """
+    layers = list(layers)
+    reached = [layer for layer in layers if layer.name in measured]
+    others = [layer for layer in layers if layer.name not in measured]
+    if room is None:
+        room = sum(size(layer, recipe.bits) for layer in layers)
+        choices = [bits for bits in MIXED_LAYOUTS if bits >= recipe.bits - MOST_LESS]
+    else:
+        choices = list(LAYOUTS)
+    sizes = _sizes(reached, size, choices) | _sizes(others, size, [recipe.bits])
+    return allocate(sensitivity.at_bits(measured, choices), sizes, room)
+
+
+def _sizes(
+    layers: Iterable[LayerPlan], size: Callable[[LayerPlan, float], int], choices: Iterable[float]
+) -> dict[str, dict[float, int]]:
+    """Layer → bits → bytes, of the layouts whose sub-vectors divide its rows."""
+    choices = list(choices)
+    return {
+        layer.name: {
+            bits: size(layer, bits) for bits in choices if layer.K % MIXED_LAYOUTS[bits][1] == 0
+        }
+        for layer in layers
+    }

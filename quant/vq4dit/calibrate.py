@@ -157,6 +157,18 @@ class BlockCalibrator:
         stride = math.ceil(needed / max(self.teacher.cap, 1))
         return BlockTargets(inputs[::stride], outputs[::stride], self.teacher.device)
 
+    @torch.no_grad()
+    def output(self, call: trajectory.Call) -> list[Tensor]:
+        """What the student puts out, on the CPU."""
+        given = call.to(self.teacher.device)
+        results = trajectory.tensors_of(self.student(*given.args, **given.kwargs))
+        return [result.detach().to("cpu", copy=True) for result in results]
+
+    def restore(self, name: str) -> None:
+        """Puts the teacher's 16-bit layer back in the student's place for it."""
+        for part in self.teacher.parts(name):
+            linears.replace(self.student, part, self.teacher.model.get_submodule(part))
+
     def install(self, name: str, layer: HardVQLinear) -> None:
         """Puts a layer of codewords, to train or finished, in the student's place for it: each
         part of the layer gets its slice of the rows.

@@ -100,24 +100,38 @@ def bias_dtype(layer: LayerPlan, kept_dtype: Callable[[str], torch.dtype]) -> to
 
 
 def layer_layouts(
-    source: Source | StateDictSource | ShapesOnly, layers: Iterable[LayerPlan], recipe: Recipe
+    source: Source | StateDictSource | ShapesOnly,
+    layers: Iterable[LayerPlan],
+    recipe: Recipe,
+    measured: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Codewords and sub-vector length of each layer: the recipe's, or what a budget allows (which
-    reads the weights).
+    """Codewords and sub-vector length of each layer: the recipe's, what a budget allows (which
+    reads the weights), or mixed by what `sensitivity.measure` found.
     """
     quantized = [layer for layer in layers if layer.action != "keep"]
-    if recipe.budget_gb is None:
-        return {layer.name: recipe.layout((layer.N, layer.K)) for layer in quantized}
+
+    def size(layer: LayerPlan, bits: float) -> int:
+        layout = recipe.layout((layer.N, layer.K), bits)
+        return sum(spec.nbytes for spec in layer_specs(layer, layout, recipe))
+
+    room = None if recipe.budget_gb is None else _room(source, quantized, recipe)
+    bits: Mapping[str, float] = {layer.name: recipe.bits for layer in quantized}
+    if measured is not None:
+        bits = bit_allocation.choose_measured(quantized, recipe, measured, size, room)
+    elif room is not None and not isinstance(source, ShapesOnly):
+        bits = bit_allocation.choose(quantized, recipe, source.weight, size, room)
+    return {layer.name: recipe.layout((layer.N, layer.K), bits[layer.name]) for layer in quantized}
+
+
+def _room(
+    source: Source | StateDictSource | ShapesOnly, quantized: list[LayerPlan], recipe: Recipe
+) -> int:
+    """Bytes that a budget leaves for the layers of codewords."""
     if isinstance(source, ShapesOnly):
         raise ValueError(
             "which layer gets how many bits under a budget depends on the weights; leave budget_gb"
             " out of a plan"
         )
-
-    def size(layer: LayerPlan, bits: int) -> int:
-        layout = recipe.layout((layer.N, layer.K), bits)
-        return sum(spec.nbytes for spec in layer_specs(layer, layout, recipe))
-
     owned = {f"{layer.name}.{part}" for layer in quantized for part in ("weight", "bias")}
     rest = sum(
         math.prod(shape) * source.kept_dtype(key).itemsize
@@ -126,6 +140,4 @@ def layer_layouts(
     )
     # a generous guess at the header, its checksums and the report
     header = 400 * (len(source.shapes) + 4 * len(quantized))
-    budget = int(recipe.budget_gb * 1e9) - rest - header
-    bits = bit_allocation.choose(quantized, recipe, source.weight, size, budget)
-    return {layer.name: recipe.layout((layer.N, layer.K), bits[layer.name]) for layer in quantized}
+    return int((recipe.budget_gb or 0) * 1e9) - rest - header

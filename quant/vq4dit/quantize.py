@@ -8,7 +8,7 @@ trajectory that repeats itself).
 """
 
 import time
-import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..job.monitor import BlockError, Monitor
 from ..job.run_metadata import padded
 from ..training.recompute import allowing_writes
 from ..weights.vq import VQWeight
-from . import calibrate
+from . import calibrate, sensitivity
 from . import fit as fitting
 from .calibrate import BlockCalibrator
 from .layout import Layouts, bias_dtype, file_specs, layer_layouts, plan
@@ -47,9 +47,11 @@ class VQJob(QuantizeJob):
     method = "vq"
     plan = staticmethod(plan)
     layouts: Layouts | None = None  # known once the file is laid out
+    calibrator: BlockCalibrator | None = None  # made before it, where bits depend on the model
+    sensitivities: Mapping[str, float] | None = None
 
     def layout(self) -> list[TensorSpec]:
-        self.layouts = layer_layouts(self.source, self.layers, self.recipe)
+        self.layouts = layer_layouts(self.source, self.layers, self.recipe, self.sensitivities)
         return file_specs(
             self.source.shapes, self.layers, self.layouts, self.recipe, self.source.kept_dtype
         )
@@ -61,6 +63,27 @@ class VQJob(QuantizeJob):
                 " given; use the preset 'fast'"
             )
 
+    def before_layout(
+        self, measurement: Measurement, monitor: Monitor, device: torch.device
+    ) -> None:
+        if measurement.teacher is None or not self.recipe.measures_sensitivity:
+            return
+        layers = [layer for layer in self.layers if layer.action != "keep"]
+        weights, seen = sum(layer.K * layer.N for layer in self.layers), 0
+
+        def watch(layer: LayerPlan) -> None:
+            nonlocal seen
+            monitor.progress(seen, weights, f"how much {layer.name} matters")
+            monitor.cancelled()
+            seen += layer.K * layer.N
+
+        with torch.inference_mode(False):
+            self.calibrator = BlockCalibrator(measurement.teacher, self.quantized_names)
+            read = partial(read_layer, self.source, device)
+            self.sensitivities = sensitivity.measure(
+                self.calibrator, layers, read, self.recipe, watch
+            )
+
     def quantizer(
         self, writer: Writer, measurement: Measurement, monitor: Monitor, device: torch.device
     ) -> "_VQQuantizer":
@@ -70,6 +93,14 @@ class VQJob(QuantizeJob):
 
 
 predict = VQJob.predict
+
+
+def read_layer(
+    source: Source | StateDictSource, device: torch.device, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight and bias, float32, on the device."""
+    bias = source.bias(name)
+    return source.weight(name).to(device), None if bias is None else bias.to(device)
 
 
 def quantize_checkpoint(
@@ -101,17 +132,11 @@ class _VQQuantizer(LayerQuantizer):
 
     def read(self, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:
         """The layer's weight and bias, float32, on the device."""
-        weight = self.source.weight(layer.name).to(self.device)
-        bias = self.source.bias(layer.name)
-        return weight, None if bias is None else bias.to(self.device)
+        return read_layer(self.source, self.device, layer.name)
 
     def generator(self, name: str) -> torch.Generator:
         """A layer's or block's own random numbers."""
-        return torch.Generator().manual_seed(self.seed(name))
-
-    def seed(self, name: str) -> int:
-        """Where they start."""
-        return zlib.crc32(f"{self.recipe.seed} {name}".encode())
+        return torch.Generator().manual_seed(self.recipe.seed_of(name))
 
     def pack(self, layer: LayerPlan, fitted: fitting.Fitted) -> VQWeight:
         """A fitted layer as it is stored."""
@@ -179,13 +204,14 @@ class _CalibratedQuantizer(_VQQuantizer):
     ):
         super().__init__(job, writer, monitor, device)
         self.teacher = teacher
+        self.calibrator = job.calibrator
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         planned = {layer.name: layer for layer in layers}
         if all(name in self.writer.finished for name in planned):
             return
         with torch.inference_mode(False):
-            calibrator = BlockCalibrator(self.teacher, planned)
+            calibrator = self.calibrator or BlockCalibrator(self.teacher, planned)
             for block, names in calibrator.blocks.items():
                 self.start(block)
                 members = [planned[name] for name in names]
@@ -253,7 +279,9 @@ class _CalibratedQuantizer(_VQQuantizer):
 
         module = calibrator.student.get_submodule(block)
         with allowing_writes([module]):  # ComfyUI's blocks add to their inputs in place
-            return calibrate.learn(module, students, targets, self.recipe, self.seed(block), watch)
+            return calibrate.learn(
+                module, students, targets, self.recipe, self.recipe.seed_of(block), watch
+            )
 
     def _student(self, layer: LayerPlan, stats: InputStats | None) -> HardVQLinear:
         """A layer at the start of calibration."""

@@ -3,6 +3,7 @@ makes.
 """
 
 import math
+import zlib
 from dataclasses import dataclass
 
 from ..files.layer_formats import CODEWORDS
@@ -11,10 +12,11 @@ from . import codebook as codebooks
 from .fit import LayerOptions
 
 LAYOUTS = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits a weight → codewords, weights each
+MIXED_LAYOUTS: dict[float, tuple[int, int]] = {1.5: (64, 4), **LAYOUTS}  # what mixed bits mix
 PRESETS = {
     "fast": dict(candidates=1, steps=0, scaled=True, turns=2),
     "vq4dit": dict(candidates=2, steps=160, scaled=False, turns=0),
-    "best": dict(candidates=1, steps=120, scaled=True, turns=3),
+    "best": dict(candidates=1, steps=120, scaled=True, turns=3, mixed=True),
 }
 PRESET_HELP = {
     "fast": (
@@ -26,8 +28,9 @@ PRESET_HELP = {
         " the output of its block, without any pictures to learn from."
     ),
     "best": (
-        "Indices that make up for one another's errors, then codebooks, scales and biases fitted"
-        " to the output of each block. Closest to the 16-bit model."
+        "Most bits where the picture needs them most, indices that make up for one another's"
+        " errors, then codebooks, scales and biases fitted to the output of each block. Closest to"
+        " the 16-bit model."
     ),
 }
 _CHOICES = {
@@ -56,6 +59,8 @@ class Recipe(FromPreset):
       inputs)
     budget_gb   size of the whole file: layers get 2, 3 or 4 bits by what each needs most (None: all
       `bits`)
+    mixed       the bytes of `bits` for all layers together, spread by how much each layer's error
+      matters to the model (with calibration alone; layers get 2, 3 or 4 bits, at `bits` 2 also 1.5)
     keep        fnmatch patterns on module names, added to the architecture's own: kept in 16 bit
     modulation  modulation layers: "vq" or "keep"
     seed        of every random choice
@@ -76,6 +81,7 @@ class Recipe(FromPreset):
     keep: tuple[str, ...] = ()
     modulation: str = "vq"
     seed: int = 0
+    mixed: bool = False
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -119,14 +125,26 @@ class Recipe(FromPreset):
         """Whether the 16-bit model has to run, block by block."""
         return self.steps > 0
 
-    def layout(self, shape: tuple[int, int], bits: int | None = None) -> tuple[int, int]:
+    @property
+    def measures_sensitivity(self) -> bool:
+        """Whether layers get bits by what the 16-bit model says of them: with calibration, for a
+        budget or for mixed bits (at 4 bits all have the most already).
+        """
+        mixed = self.mixed and self.codewords is None and self.bits < max(LAYOUTS)
+        return self.calibrated and (mixed or self.budget_gb is not None)
+
+    def seed_of(self, name: str) -> int:
+        """Where a layer's or block's own random numbers start."""
+        return zlib.crc32(f"{self.seed} {name}".encode())
+
+    def layout(self, shape: tuple[int, int], bits: float | None = None) -> tuple[int, int]:
         """(codewords, weights each) for an N x K layer, smaller ones with fewer codewords; bits:
         other than the recipe's.
         """
         if self.codewords is not None and self.vector is not None:
             codewords, vector = self.codewords, self.vector
         else:
-            codewords, vector = LAYOUTS[bits or self.bits]
+            codewords, vector = MIXED_LAYOUTS[bits or self.bits]
         return codebooks.fitting_codewords(codewords, vector, shape), vector
 
     def layer_options(self, layout: tuple[int, int]) -> LayerOptions:

@@ -6,6 +6,9 @@ Each takes weight (N, K) and bias (N,) | None and returns a function of x (..., 
     convrot   comfy-kitchen's convrot_w4a4: inputs and weights turned by a regular Hadamard of 256
       (or 64, 16: the largest that divides K),
               then absmax / 7 per row of weights and per token
+    orbitquant  OrbitQuant's weights (arXiv:2607.02461): each row turned by random signs and a
+      Hadamard matrix, over its norm, to the levels of Lloyd and Max for a normal distribution;
+      no data, inputs as they are
     svdquant  the paper's SVDQuant (and with GPTQ, as deepcompressor runs it); needs the layer's
       recorded inputs
 """
@@ -74,6 +77,41 @@ def convrot(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 BASELINES: dict[str, Callable[[Tensor, Tensor | None], Linear]] = {"rtn": rtn, "convrot": convrot}
+
+
+# ---- OrbitQuant ----------------------------------------------------------------------------------
+
+
+def lloyd_max(bits: int) -> Tensor:
+    """The 2^bits levels with the least squared error for N(0, 1), float32 in order (Max, 1960;
+    Lloyd, 1982): each the mean of what lies nearest to it.
+    """
+    normal = torch.distributions.Normal(*torch.tensor([0.0, 1.0], dtype=torch.float64))
+    levels = normal.icdf((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
+    ends = torch.tensor([-math.inf, math.inf], dtype=torch.float64)
+    for _ in range(1000):
+        edges = torch.cat([ends[:1], (levels[1:] + levels[:-1]) / 2, ends[1:]])
+        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
+        levels = -density.diff() / normal.cdf(edges).diff()
+    return levels.float()
+
+
+def orbitquant(weight: Tensor, bits: int) -> Tensor:
+    """The matrix that OrbitQuant's weights of so many bits stand for, turned back: (N, K) float32.
+
+    A row's norm is in 16 bits. The Hadamard matrix is of the largest power of two that divides K.
+    """
+    n, k = weight.shape
+    size = k & -k
+    turn = torch.ones(1, 1)
+    while len(turn) < size:
+        turn = torch.kron(turn, torch.tensor([[1.0, 1.0], [1.0, -1.0]])) / math.sqrt(2)
+    signs = torch.randint(0, 2, (k,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    turned = ((weight.float() * signs).unflatten(1, (-1, size)) @ turn).flatten(1)
+    scale = (turned.norm(dim=1, keepdim=True) / math.sqrt(k)).half().float()
+    levels = lloyd_max(bits)
+    nearest = torch.bucketize(turned / scale.clamp_min(1e-30), (levels[1:] + levels[:-1]) / 2)
+    return ((levels[nearest] * scale).unflatten(1, (-1, size)) @ turn).flatten(1) * signs
 
 
 # ---- the paper's SVDQuant ------------------------------------------------------------------------

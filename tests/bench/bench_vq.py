@@ -4,10 +4,11 @@ what FLUX.1 would cost.
     python tests/bench/bench_vq.py [--arms "best 3" "round to nearest 2" …]
 
 Each arm runs in a process of its own (its peak memory is its own) and is written down as soon as it
-is there. Weights alone are quantized; round to nearest has groups of 64 with a 16-bit scale each
-(0.25 bits a weight more than its name says). Prompts for calibration are drawn at random and are
-not those that are scored; "on noise" means random conditioning instead. FLUX.1 is extrapolated from
-single layers of its shapes, by weights; closed form only.
+is there. Weights alone are quantized, of the same layers in all arms; round to nearest has groups
+of 64 with a 16-bit scale each (0.25 bits a weight more than its name says), OrbitQuant a norm a
+row. "best, equal bits" is the preset without mixed bits. Prompts for calibration are drawn at
+random and are not those that are scored; "on noise" means random conditioning instead. FLUX.1 is
+extrapolated from single layers of its shapes, by weights; closed form only.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
+from bench import baselines
 from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
 from nibble.quant.calibration import recorder
@@ -36,12 +40,14 @@ from nibble.quant.vq4dit import quantize as pipeline
 from nibble.quant.vq4dit.recipe import Recipe
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
+GROUP = 64
 RESULTS = Path(__file__).resolve().parent / "results"
 ARMS = [
     "16-bit",
     "best 3",
     "best 2",
     *(f"round to nearest {bits}" for bits in (4, 3, 2)),
+    *(f"OrbitQuant {bits}" for bits in (4, 3, 2)),
     "round to nearest, a scale a row 4",
     "k-means 2",
     "k-means 3",
@@ -54,22 +60,42 @@ ARMS = [
     "best on noise 3",
     "best on noise 2",
     "best 4",
+    "best, equal bits 3",
+    "best, equal bits 2",
 ]
-ROUNDED = {"round to nearest": True, "round to nearest, a scale a row": False}
 FLUX_LAYERS = ["fast", "best"]
 
 
 def changes(kind: str) -> tuple[str, dict]:
     """(preset, changes) of an arm."""
-    return {"k-means": ("fast", {"scaled": False, "turns": 0}), "best on noise": ("best", {})}.get(
-        kind, (kind, {})
-    )
+    return {
+        "k-means": ("fast", {"scaled": False, "turns": 0}),
+        "best on noise": ("best", {}),
+        "best, equal bits": ("best", {"mixed": False}),
+    }.get(kind, (kind, {}))
 
 
-def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, int]:
-    """The demo FLUX with the layers that codewords would replace rounded in groups of 64, or with a
-    scale a row, and the bytes they would take.
+def round_to_nearest(weight: torch.Tensor, bits: int, group: int = GROUP) -> torch.Tensor:
+    """Rounded with a scale for each group of weights, or for each row (group 0)."""
+    top = 2 ** (bits - 1) - 1
+    scale = group_absmax(weight) / top
+    scale = scale if group else scale.amax(0, keepdim=True).expand_as(scale)
+    return dequantize_groups(quantize_groups(weight, scale).clamp(-top, top), scale)
+
+
+# weights (N, K) and bits → what they become, and the weights that share a scale (0: a row)
+ROUNDED: dict[str, tuple[Callable[[torch.Tensor, int], torch.Tensor], int]] = {
+    "round to nearest": (round_to_nearest, GROUP),
+    "round to nearest, a scale a row": (partial(round_to_nearest, group=0), 0),
+    "OrbitQuant": (baselines.orbitquant, 0),
+}
+
+
+def rounded(kind: str, bits: int) -> tuple[torch.nn.Module, int]:
+    """The demo FLUX with the layers that codewords would replace rounded in one of these ways, and
+    the bytes that it would take.
     """
+    change, group = ROUNDED[kind]
     source, flux = Source(pictures.FLUX_FILE), pictures.load_flux()
     modules, size = recorder.find_linears(flux), source.bytes
     target = pictures.FLUX_FILE.with_name("rounded.safetensors")  # never written
@@ -78,16 +104,10 @@ def round_to_nearest(bits: int, grouped: bool = True) -> tuple[torch.nn.Module, 
         for layer in job.layers:
             if layer.action == "keep":
                 continue
-            size += (
-                layer.N * (layer.K * bits // 8 + (layer.K // 64 if grouped else 1) * 2)
-                - 2 * layer.N * layer.K
-            )
+            scales = layer.K // group if group else 1
+            size += layer.N * (layer.K * bits // 8 + scales * 2) - 2 * layer.N * layer.K
             for part in models.diffusers_parts(layer.name):
-                weight, top = modules[part].weight, 2 ** (bits - 1) - 1
-                scale = group_absmax(weight) / top
-                scale = scale if grouped else scale.amax(0, keepdim=True).expand_as(scale)
-                codes = quantize_groups(weight, scale).clamp(-top, top)
-                weight.copy_(dequantize_groups(codes, scale))
+                modules[part].weight.copy_(change(modules[part].weight, bits))
     return flux, size
 
 
@@ -95,11 +115,11 @@ def one(name: str, options: argparse.Namespace) -> dict:
     """An arm's row."""
     kind, _, bits = name.rpartition(" ")
     began = time.process_time()
-    row = {"arm": name}
+    row = {"arm": name, "prompts": options.prompts, "seeds": options.seeds}
     if name == "16-bit":
         model, size = pictures.load_flux(), pictures.FLUX_FILE.stat().st_size
     elif kind in ROUNDED:
-        model, size = round_to_nearest(int(bits), ROUNDED[kind])
+        model, size = rounded(kind, int(bits))
     else:
         preset, other = changes(kind)
         recipe, target = (
@@ -221,12 +241,7 @@ def one_row(options: argparse.Namespace) -> dict:
 def run_arms(options: argparse.Namespace) -> None:
     """Each arm in a process of its own; its row replaces the older one of the same name."""
     facts = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    facts |= {
-        "prompts": options.prompts,
-        "seeds": options.seeds,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for name in [*options.arms, *(f"FLUX.1 {arm}" for arm in options.flux)]:
         command = [
             sys.executable,
