@@ -6,6 +6,7 @@ quantize.py        a checkpoint: layout, layer by layer
 decompose.py       one layer: 4-bit part + low rank, in turns
 problem.py         a layer's weight and what is known of its inputs
 smooth.py          smoothing, rotation and signs: the space in which it is rounded
+learned_smoothing.py  smoothing factors of each channel, learned
 lowrank_metric.py  the best low rank under a metric
 gptq.py            rounding column by column
 grid.py            the numbers that 4-bit weights can be

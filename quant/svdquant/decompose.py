@@ -35,6 +35,7 @@ from ..weights.svdquant_w4a4 import SVDQuantWeight
 from ..weights.svdquant_w4a8 import W4A8Weight
 from .gptq import gptq_on, nearest_on
 from .grid import EvenGrid, Grid, Rounded, TableGrid
+from .learned_smoothing import learned
 from .lowrank_metric import Metric, parallel_sum, solve_blocks, times_blocks
 from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
@@ -94,9 +95,14 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
     for space in _spaces(problem, recipe, post_gelu, smooth):
         if smooth is None and problem.sampled:
             space = with_signs(space, problem.x, generator)
-        trials.append((*_solve(problem, space, recipe, generator), space))
-    loss, result, space = min(trials, key=lambda trial: trial[0])
-    log.debug("%s: %s", tuple(weight.shape), [(t[2].label, t[0]) for t in trials])
+        fit = _Fit(problem, space, recipe, generator)
+        trials.append(_solve(fit, recipe.iterations))
+        if smooth is None and problem.sampled and recipe.smoothing_steps:
+            space = learned(space, fit.unserved(), problem.x, recipe.smoothing_steps)
+            trials.append(_solve(_Fit(problem, space, recipe, generator), recipe.iterations))
+    best = min(trials, key=lambda trial: trial.loss)
+    log.debug("%s: %s", tuple(weight.shape), [(t.fit.space.label, t.loss) for t in trials])
+    result, space = best.fit.pack(*best.parts), best.fit.space
     return result, LayerError(
         db=sqnr(problem, result),
         inputs="held-out samples" if problem.sampled else "synthetic inputs",
@@ -230,6 +236,11 @@ class _Fit:
         noise = self.noise + ROUNDING_NOISE * per_group
         return self.branch(self.weight, Metric(parallel_sum(self.moments, noise)))
 
+    def unserved(self) -> Tensor:
+        """What the first branch leaves of the weight, on raw x."""
+        up, down = self.first_branch()
+        return self.problem.weight - up.float() @ down.float().T
+
     def branch(self, matrix: Tensor, metric: Metric) -> Branch:
         """The best low rank for a matrix (N, K) of this space, rounded to bf16."""
         if not self.recipe.rank:
@@ -330,18 +341,15 @@ class _Best:
         return better
 
 
-def _solve(
-    problem: LayerProblem, space: InputSpace, recipe: Recipe, generator: torch.Generator
-) -> tuple[float, Layer]:
-    """Steps 1 to 3: the loss on the rows to choose by, and the layer."""
-    fit = _Fit(problem, space, recipe, generator)
+def _solve(fit: _Fit, iterations: int) -> _Best:
+    """Steps 1 to 3, in so many turns."""
     branch, best, stale = fit.first_branch(), _Best(fit), 0
-    if recipe.solver == "svd" or not recipe.rank:
+    if fit.recipe.solver == "svd" or not fit.recipe.rank:
         rounded = fit.rounded(fit.residual(branch))
         best.offer(branch, rounded, rounded.dense())
-        return best.loss, fit.pack(*best.parts)
+        return best
     metric = Metric(fit.moments)
-    for _ in range(recipe.iterations):
+    for _ in range(iterations):
         rounded = fit.rounded(fit.residual(branch))
         dense = rounded.dense()
         improved = best.offer(branch, rounded, dense)
@@ -350,4 +358,4 @@ def _solve(
         stale = 0 if improved else stale + 1
         if stale == 2:
             break
-    return best.loss, fit.pack(*best.parts)
+    return best

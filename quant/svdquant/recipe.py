@@ -11,7 +11,9 @@ from ..job.recipe import FromPreset
 
 PRESETS = {
     "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),
-    "best": dict(solver="alternating", iterations=6, gptq=True, smoothing_grid=10),
+    "best": dict(
+        solver="alternating", iterations=6, gptq=True, smoothing_grid=10, smoothing_steps=60
+    ),
 }
 PRESET_HELP = {
     "fast": (
@@ -52,6 +54,7 @@ class Recipe(FromPreset):
     gptq            round each column so that the next ones make up for it (needs recorded inputs;
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
+    smoothing_steps of learning the factors from there (needs recorded inputs); 0: none
     clip_search     search each group's scale instead of absmax / 7
     act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
       CPU)
@@ -80,6 +83,7 @@ class Recipe(FromPreset):
     act_bits: int = 4
     format: str = "svdquant_w4a4"
     group: int = 32
+    smoothing_steps: int = 0
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -94,6 +98,7 @@ class Recipe(FromPreset):
         for name, (low, high) in {
             "iterations": (1, 100),
             "smoothing_grid": (1, 100),
+            "smoothing_steps": (0, 1000),
             "seed": (0, 2**63 - 1),
         }.items():
             if not low <= getattr(self, name) <= high:
@@ -121,6 +126,8 @@ class Recipe(FromPreset):
             del values["format"], values["group"]
         if self.act_bits == 4:
             del values["act_bits"]
+        if not self.smoothing_steps:
+            del values["smoothing_steps"]
         return json.dumps(values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:
