@@ -19,6 +19,7 @@ from ..files.errors import FileRefused
 from ..files.prompts import Prompts
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
+from ..svdquant.recipe import WIDE_SHARE
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from . import methods
@@ -31,7 +32,6 @@ _SVDQUANT_OPTIONS = {
     "rotation": "rotation",
     "gptq": "gptq",
     "w4a16": "w4a16",
-    "activations": "act_bits",
     "format": "format",
     "group": "group",
 }
@@ -58,13 +58,14 @@ def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
     """The method's recipe. Raises ValueError for options of the other method."""
     recipe_class: type[VQRecipe] | type[SVDQuantRecipe]
     if options.method == "vq":
-        _refuse_options(options, _SVDQUANT_OPTIONS, "svdquant")
+        _refuse_options(options, [*_SVDQUANT_OPTIONS, "activations", "share_8bit"], "svdquant")
         changes = {field: getattr(options, name) for name, field in _VQ_OPTIONS.items()}
         modulation = "vq" if options.modulation == "w4a16" else options.modulation
         recipe_class = VQRecipe
     else:
         _refuse_options(options, _VQ_OPTIONS.keys() - {"steps"}, "vq")
         changes = {field: getattr(options, name) for name, field in _SVDQUANT_OPTIONS.items()}
+        changes |= _widths(options)
         modulation = options.modulation
         recipe_class = SVDQuantRecipe
     return recipe_class.from_preset(
@@ -72,11 +73,22 @@ def _recipe(options: argparse.Namespace) -> SVDQuantRecipe | VQRecipe:
     )
 
 
+def _widths(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the recipe for the bits of activations."""
+    if options.activations != "auto":
+        if options.share_8bit is not None:
+            raise ValueError(
+                "--share-8bit belongs to --activations auto; leave it out, or add that"
+            )
+        return {"act_bits": options.activations and int(options.activations)}
+    return {"wide_share": WIDE_SHARE if options.share_8bit is None else options.share_8bit}
+
+
 def _refuse_options(options: argparse.Namespace, names, method: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(
-                f"--{name} belongs to --method {method}; leave it out, or choose that method"
+                f"--{name.replace('_', '-')} belongs to --method {method}; leave it out, or choose that method"
             )
 
 

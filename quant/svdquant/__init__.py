@@ -10,5 +10,6 @@ learned_smoothing.py  smoothing factors of each channel, learned
 lowrank_metric.py  the best low rank under a metric
 gptq.py            rounding column by column
 grid.py            the numbers that 4-bit weights can be
+widths.py          which layers get activations of 8 bits, where some may
 w4a16.py           layers that see few tokens: 4-bit weights only
 """

@@ -164,7 +164,7 @@ def _spaces(
                 )
                 for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]
-        scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
+        scored = [(quick_score(problem, space, recipe), space) for space in candidates]
         best_of_modes.append(min(scored, key=lambda pair: pair[0]))
     if recipe.gptq:
         yield from (space for _, space in best_of_modes)
@@ -175,7 +175,7 @@ def _spaces(
 QUICK_ROWS = {"fast": 512, "best": 1024}  # output rows that a candidate is scored on
 
 
-def _quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
+def quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
     """Output error on a part of the output rows, with a low-rank branch and weights rounded to
     nearest (SVDQuant's objective).
     """

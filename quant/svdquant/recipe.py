@@ -25,6 +25,7 @@ PRESET_HELP = {
         " and low-rank branch to it. Closest to the 16-bit model."
     ),
 }
+WIDE_SHARE = 0.25  # of the multiplications, where it is left to us
 _CHOICES = {
     "preset": tuple(PRESETS),
     "solver": ("alternating", "svd"),
@@ -58,6 +59,8 @@ class Recipe(FromPreset):
     clip_search     search each group's scale instead of absmax / 7
     act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
       CPU)
+    wide_share      of the multiplications of W4A4 layers that may have activations of 8 bits with
+      act_bits=4: in the layers that gain most by them
     act_unsigned    allow unsigned activations of 4 bits behind a GELU
     keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
       bit, or 4-bit weights only
@@ -84,6 +87,7 @@ class Recipe(FromPreset):
     format: str = "svdquant_w4a4"
     group: int = 32
     smoothing_steps: int = 0
+    wide_share: float = 0.0
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -91,6 +95,11 @@ class Recipe(FromPreset):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
                 )
+        if self.table and self.wide_share:
+            raise ValueError(
+                "svdquant_w4a8 has activations of 8 bits alone; choose the format svdquant_w4a4 for"
+                " activations 'auto'"
+            )
         if self.table:
             object.__setattr__(self, "act_bits", 8)
         if not (self.table and self.rank == 0) and (self.rank % 16 or not 16 <= self.rank <= 256):
@@ -103,6 +112,11 @@ class Recipe(FromPreset):
         }.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        if self.wide_share and (self.act_bits == 8 or not 0 <= self.wide_share <= 1):
+            raise ValueError(
+                f"wide_share={self.wide_share} is not a share, 0 to 1, of the multiplications that"
+                " get activations of 8 bits while the others have 4"
+            )
         for name in ("keep", "w4a16"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
@@ -117,6 +131,11 @@ class Recipe(FromPreset):
         """Whether weights get the levels of a table."""
         return self.format == "svdquant_w4a8"
 
+    @property
+    def widths(self) -> str:
+        """Of weights and activations, as people write them."""
+        return "W4A4 and W4A8" if self.wide_share else f"W4A{self.act_bits}"
+
     def to_json(self) -> str:
         """Every value, as JSON text; what earlier versions did not have only where it is not what
         they did, so that their files are those of the same recipe.
@@ -126,8 +145,9 @@ class Recipe(FromPreset):
             del values["format"], values["group"]
         if self.act_bits == 4:
             del values["act_bits"]
-        if not self.smoothing_steps:
-            del values["smoothing_steps"]
+        for later in ("smoothing_steps", "wide_share"):
+            if not values[later]:
+                del values[later]
         return json.dumps(values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:

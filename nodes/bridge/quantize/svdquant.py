@@ -23,6 +23,8 @@ class SVDQuantRequest(QuantizeRequest):
     @property
     def ending(self) -> str:
         kind = "int4" if self.recipe.act_bits == 4 else "int4a8"
+        if self.recipe.wide_share:
+            kind = "int4auto"
         return f"svdq-{'w4a8' if self.recipe.table else kind}-r{self.recipe.rank}"
 
     @property
