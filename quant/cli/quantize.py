@@ -88,7 +88,8 @@ def _refuse_options(options: argparse.Namespace, names, method: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(
-                f"--{name.replace('_', '-')} belongs to --method {method}; leave it out, or choose that method"
+                f"--{name.replace('_', '-')} belongs to --method {method}; leave it out, or choose"
+                " that method"
             )
 
 

@@ -118,10 +118,9 @@ class Report:
             layers = "1 layer" if free == 1 else f"{free} layers"
             lines.append(("data-free", f"{layers}, closer so to 16 bit on held-out pictures"))
         if wide := sum(WIDE in row.why for row in self.rows):
-            four = counts["w4a4"] - wide
-            lines.append(
-                ("activations", f"8 bit in {wide} layers, which gain most by it; 4 bit in {four}")
-            )
+            layers = "1 layer" if wide == 1 else f"{wide} layers"
+            others = f"4 bit in {counts['w4a4'] - wide}"
+            lines.append(("activations", f"8 bit in {layers}, where it saves most; {others}"))
         if self.seconds:
             lines.append(
                 (
