@@ -4,7 +4,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..quant.svdquant.recipe import PRESET_HELP, Recipe
+from ..quant.svdquant.recipe import PRESET_HELP, WIDE_SHARE, Recipe
 from . import file_nodes, widgets
 from .bridge.host import charts, folders, node_files
 from .bridge.quantize import prompts
@@ -14,7 +14,11 @@ from .bridge.quantized import loading
 
 NO_FILES = "(no quantized models yet)"
 _CHOICE = {"auto": None, "on": True, "off": False}
-_FITTED_FOR = {"4 bit": 4, "8 bit": 8}
+_FITTED_FOR: dict[str, dict] = {
+    "4 bit": {},
+    "8 bit": {"act_bits": 8},
+    "auto": {"wide_share": WIDE_SHARE},
+}
 _FORMATS = ("svdquant_w4a4", "svdquant_w4a8", "svdquant_nvfp4")
 
 
@@ -68,13 +72,13 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
             keep=widgets.patterns(keep_layers),
             w4a16=widgets.patterns(w4a16_layers),
             seed=seed,
-            act_bits=_FITTED_FOR[activations],
+            **_FITTED_FOR[activations],
             format=format,
         )
         name, report = SVDQuantRequest(recipe=recipe, node_id=cls.hidden.unique_id, **request).run()
         cls.made(name)
         chart = charts.layers_chart(
-            report, name, f"SVDQuant W4A{recipe.act_bits}, rank {rank}, {preset}"
+            report, name, f"SVDQuant {recipe.widths}, rank {rank}, {preset}"
         )
         return io.NodeOutput(name, ui=charts.ui(chart))
 
@@ -179,6 +183,7 @@ def _expert_options() -> list[io.Input]:
             tooltip=(
                 "What the layers' inputs will be rounded to. 8 bit: closer to the 16-bit model,"
                 " same file size; as fast on Hopper, Blackwell and CPUs, slower on RTX 20 to 40."
+                " auto: 8 bit in the layers that gain most, for a quarter of the multiplications."
             ),
         ),
         io.Combo.Input(

@@ -138,12 +138,17 @@ def _svdquant_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solver", help="alternating or svd")
     parser.add_argument(
         "--activations",
-        type=int,
-        choices=(4, 8),
+        choices=("4", "8", "auto"),
         help=(
             "bits of the activations that layers are fitted for (default: 4); 8 for Hopper,"
-            " Blackwell and CPUs, more accurate"
+            " Blackwell and CPUs, more accurate; auto: 8 in the layers that gain most"
         ),
+    )
+    parser.add_argument(
+        "--share-8bit",
+        type=float,
+        metavar="S",
+        help="of the multiplications, for --activations auto: 0 to 1 (default: 0.25)",
     )
     parser.add_argument(
         "--group", type=int, help="columns that share a scale of svdquant_w4a8: 16, 32 or 64"

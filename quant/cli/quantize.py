@@ -20,6 +20,7 @@ from ..files.errors import FileRefused
 from ..files.prompts import Prompts
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
+from ..svdquant.recipe import WIDE_SHARE
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
@@ -27,6 +28,7 @@ from . import methods
 from .console import Bar, print_summary
 
 WEIGHTS_ALONE = Measurement({"kind": "weights only"})
+_WIDTHS = ("activations", "share_8bit")
 # method → its options, each with the field of its recipe
 _OPTIONS = {
     "svdquant": {
@@ -35,7 +37,6 @@ _OPTIONS = {
         "rotation": "rotation",
         "gptq": "gptq",
         "w4a16": "w4a16",
-        "activations": "act_bits",
         "format": "format",
         "group": "group",
         "compare": "compare",
@@ -72,7 +73,11 @@ def _recipe(options: argparse.Namespace) -> AnyRecipe:
     own = _OPTIONS[options.method]
     for method, names in _OPTIONS.items():
         _refuse_options(options, names.keys() - own.keys() - {"steps"}, method)
-    changes = {field: getattr(options, name) for name, field in own.items()}
+    changes: dict[str, Any] = {field: getattr(options, name) for name, field in own.items()}
+    if options.method == "svdquant":
+        changes |= _widths(options)
+    else:
+        _refuse_options(options, _WIDTHS, "svdquant")
     modulation = options.modulation
     if modulation == "w4a16":  # 4-bit weights: as any other layer's, where there are no such
         modulation = {"vq": "vq", "stock": "quantize"}.get(options.method, modulation)
@@ -81,11 +86,23 @@ def _recipe(options: argparse.Namespace) -> AnyRecipe:
     )
 
 
+def _widths(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the recipe for the bits of activations."""
+    if options.activations != "auto":
+        if options.share_8bit is not None:
+            raise ValueError(
+                "--share-8bit belongs to --activations auto; leave it out, or add that"
+            )
+        return {"act_bits": options.activations and int(options.activations)}
+    return {"wide_share": WIDE_SHARE if options.share_8bit is None else options.share_8bit}
+
+
 def _refuse_options(options: argparse.Namespace, names: Iterable[str], method: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
             raise ValueError(
-                f"--{name} belongs to --method {method}; leave it out, or choose that method"
+                f"--{name.replace('_', '-')} belongs to --method {method}; leave it out, or choose"
+                " that method"
             )
 
 

@@ -20,6 +20,8 @@ ACTIONS = {
 }
 # part of a row's reason: fitted to what was recorded, the layer was not as close
 DATA_FREE = "data-free, closer on held-out pictures"
+# the same: one of the layers that got wider activations than the others
+WIDE = "8-bit activations"
 # what an error was measured on; "": files made before this was told
 PICTURES, NOISE, SYNTHETIC = "pictures", "noise", "synthetic"
 MEASURED_ON = {
@@ -120,6 +122,10 @@ class Report:
         if free := sum(DATA_FREE in row.why for row in self.rows):
             layers = "1 layer" if free == 1 else f"{free} layers"
             lines.append(("data-free", f"{layers}, closer so to 16 bit on held-out pictures"))
+        if wide := sum(WIDE in row.why for row in self.rows):
+            layers = "1 layer" if wide == 1 else f"{wide} layers"
+            others = f"4 bit in {counts['w4a4'] - wide}"
+            lines.append(("activations", f"8 bit in {layers}, where it saves most; {others}"))
         if self.seconds:
             lines.append(
                 (

@@ -35,6 +35,7 @@ from ..weights.svdquant_w4a4 import SVDQuantWeight
 from ..weights.svdquant_w4a8 import W4A8Weight
 from .gptq import gptq_on, nearest_on
 from .grid import EvenGrid, Grid, Rounded, TableGrid
+from .learned_smoothing import learned
 from .lowrank_metric import Metric, parallel_sum, solve_blocks, times_blocks
 from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
@@ -94,9 +95,14 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
     for space in _spaces(problem, recipe, post_gelu, smooth):
         if smooth is None and problem.sampled:
             space = with_signs(space, problem.x, generator)
-        trials.append((*_solve(problem, space, recipe, generator), space))
-    loss, result, space = min(trials, key=lambda trial: trial[0])
-    log.debug("%s: %s", tuple(weight.shape), [(t[2].label, t[0]) for t in trials])
+        fit = _Fit(problem, space, recipe, generator)
+        trials.append(_solve(fit, recipe.iterations))
+        if smooth is None and problem.sampled and recipe.smoothing_steps:
+            space = learned(space, fit.unserved(), problem.x, recipe.smoothing_steps)
+            trials.append(_solve(_Fit(problem, space, recipe, generator), recipe.iterations))
+    best = min(trials, key=lambda trial: trial.loss)
+    log.debug("%s: %s", tuple(weight.shape), [(t.fit.space.label, t.loss) for t in trials])
+    result, space = best.fit.pack(*best.parts), best.fit.space
     return result, LayerError(
         db=sqnr(problem, result),
         inputs="held-out samples" if problem.sampled else "synthetic inputs",
@@ -158,7 +164,7 @@ def _spaces(
                 )
                 for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
             ]
-        scored = [(_quick_score(problem, space, recipe), space) for space in candidates]
+        scored = [(quick_score(problem, space, recipe), space) for space in candidates]
         best_of_modes.append(min(scored, key=lambda pair: pair[0]))
     if recipe.gptq:
         yield from (space for _, space in best_of_modes)
@@ -169,7 +175,7 @@ def _spaces(
 QUICK_ROWS = {"fast": 512, "best": 1024}  # output rows that a candidate is scored on
 
 
-def _quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
+def quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
     """Output error on a part of the output rows, with a low-rank branch and weights rounded to
     nearest (SVDQuant's objective).
     """
@@ -229,6 +235,11 @@ class _Fit:
         )
         noise = self.noise + ROUNDING_NOISE * per_group
         return self.branch(self.weight, Metric(parallel_sum(self.moments, noise)))
+
+    def unserved(self) -> Tensor:
+        """What the first branch leaves of the weight, on raw x."""
+        up, down = self.first_branch()
+        return self.problem.weight - up.float() @ down.float().T
 
     def branch(self, matrix: Tensor, metric: Metric) -> Branch:
         """The best low rank for a matrix (N, K) of this space, rounded to bf16."""
@@ -332,19 +343,16 @@ class _Best:
         return better
 
 
-def _solve(
-    problem: LayerProblem, space: InputSpace, recipe: Recipe, generator: torch.Generator
-) -> tuple[float, Layer]:
-    """Steps 1 to 3: the loss on the rows to choose by, and the layer."""
-    fit = _Fit(problem, space, recipe, generator)
+def _solve(fit: _Fit, iterations: int) -> _Best:
+    """Steps 1 to 3, in so many turns."""
     branch, best, stale = fit.first_branch(), _Best(fit), 0
-    if recipe.solver == "svd" or not recipe.rank:
+    if fit.recipe.solver == "svd" or not fit.recipe.rank:
         rounded = fit.rounded(fit.residual(branch))
         dense = rounded.dense()
         best.offer(branch, rounded, dense, fit.judges @ dense.T)
-        return best.loss, fit.pack(*best.parts)
+        return best
     metric = Metric(fit.moments)
-    for _ in range(recipe.iterations):
+    for _ in range(iterations):
         rounded = fit.rounded(fit.residual(branch))
         dense = rounded.dense()
         outputs = fit.judges @ dense.T
@@ -354,4 +362,4 @@ def _solve(
         stale = 0 if improved else stale + 1
         if stale == 2:
             break
-    return best.loss, fit.pack(*best.parts)
+    return best

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..calibration.statistics import InputStats
 from ..files.architectures import LayerPlan
 from ..files.layer_formats import FORMATS, OPTIONAL, dtypes_of, layer_sizes
-from ..files.report import DATA_FREE, LayerRow, Report
+from ..files.report import DATA_FREE, WIDE, LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..files.source import Source, StateDictSource
 from ..files.writer import Writer
@@ -30,6 +30,7 @@ from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
 from ..job.side_by_side import at_once, side_by_side
 from ..weights.base import StoredWeight
+from . import widths
 from .choice import closer, without_data
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .nvfp4 import quantize_linear_nvfp4
@@ -117,12 +118,16 @@ class SVDQuantizer(LayerQuantizer):
     ):
         super().__init__(job, writer, monitor, device)
         self.statistics = partial(self.recorded, measurement)
+        self.wide: frozenset[str] = frozenset()
 
     def quantize(self, layers: list[LayerPlan]) -> None:
         groups = [
             list(members)
             for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name)
         ]
+        if self.recipe.wide_share:
+            measured = [self._measured(group) for group in groups if group[0].action == "w4a4"]
+            self.wide = widths.chosen(measured, self.recipe.wide_share)
         if self.device.type == "cpu":
             largest = max(sum(layer.K * layer.N for layer in group) for group in groups)
             made = side_by_side(self._made, self._read(groups), at_once(largest))
@@ -150,12 +155,31 @@ class SVDQuantizer(LayerQuantizer):
                 {layer.name: self.statistics(layer.name) for layer in read},
             )
 
+    def _measured(self, group: list[LayerPlan]) -> widths.Layers:
+        """What 8 bits would save in layers that read one input, and cost."""
+        self.start(group[0].name)
+        return widths.together(
+            widths.measured(
+                layer.name,
+                self.source.weight(layer.name).to(self.device),
+                self.statistics(layer.name),
+                self.recipe,
+                layer.post_gelu,
+            )
+            for layer in group
+        )
+
+    def _recipe_of(self, name: str) -> Recipe:
+        """The recipe with the width of a layer's activations."""
+        return widths.widened(self.recipe) if name in self.wide else self.recipe
+
     def _made(self, group: _Group) -> list[_Unit]:
         smooth = None
         if len(group.weights) > 1:
             weights = [weight.to(self.device) for weight in group.weights.values()]
             statistics = next(iter(group.statistics.values()))
-            smooth = shared_smoothing(weights, statistics, self.recipe)
+            recipe = self._recipe_of(group.unfinished[0].name)
+            smooth = shared_smoothing(weights, statistics, recipe)
         return [self._quantized(layer, group, smooth) for layer in group.unfinished]
 
     def _quantized(self, layer: LayerPlan, group: _Group, smooth: Tensor | None) -> _Unit:
@@ -194,7 +218,8 @@ class SVDQuantizer(LayerQuantizer):
         smooth: Tensor | None,
     ) -> tuple[StoredWeight, float, str]:
         """The layer, its error in dB, and how it was made."""
-        seed = zlib.crc32(f"{self.recipe.seed} {layer.name}".encode())
+        recipe = self._recipe_of(layer.name)
+        seed = zlib.crc32(f"{recipe.seed} {layer.name}".encode())
 
         def made(stats: InputStats | None, recipe: Recipe) -> tuple[StoredWeight, float, str]:
             known: _Known = {
@@ -209,11 +234,13 @@ class SVDQuantizer(LayerQuantizer):
             return result, error.db, _in_words(error)
 
         def data_free() -> StoredWeight:
-            return made(None, without_data(self.recipe))[0]
+            return made(None, without_data(recipe))[0]
 
-        result, db, how = made(stats, self.recipe)
+        result, db, how = made(stats, recipe)
         other = closer(weight, bias, stats, result, data_free)
-        return (result, db, how) if other is None else (*other, DATA_FREE)
+        if other is not None:
+            result, db, how = *other, DATA_FREE
+        return result, db, f"{WIDE}, {how}" if layer.name in self.wide else how
 
     def _w4a16(
         self, weight: Tensor, bias: Tensor | None, stats: InputStats | None

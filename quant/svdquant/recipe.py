@@ -11,7 +11,9 @@ from ..job.recipe import FromPreset
 
 PRESETS = {
     "fast": dict(solver="alternating", iterations=2, gptq=False, smoothing_grid=4),
-    "best": dict(solver="alternating", iterations=6, gptq=True, smoothing_grid=10),
+    "best": dict(
+        solver="alternating", iterations=6, gptq=True, smoothing_grid=10, smoothing_steps=60
+    ),
 }
 PRESET_HELP = {
     "fast": (
@@ -23,6 +25,7 @@ PRESET_HELP = {
         " and low-rank branch to it. Closest to the 16-bit model."
     ),
 }
+WIDE_SHARE = 0.25  # of the multiplications, where it is left to us
 _CHOICES = {
     "preset": tuple(PRESETS),
     "solver": ("alternating", "svd"),
@@ -52,9 +55,12 @@ class Recipe(FromPreset):
     gptq            round each column so that the next ones make up for it (needs recorded inputs;
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
+    smoothing_steps of learning the factors from there (needs recorded inputs); 0: none
     clip_search     search each group's scale instead of absmax / 7
     act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
       CPU)
+    wide_share      of the multiplications of W4A4 layers that may have activations of 8 bits with
+      act_bits=4: in the layers that gain most by them
     act_unsigned    allow unsigned activations of 4 bits behind a GELU
     keep, w4a16     fnmatch patterns on module names, added to the architecture's own: kept in 16
       bit, or 4-bit weights only
@@ -83,6 +89,8 @@ class Recipe(FromPreset):
     format: str = "svdquant_w4a4"
     group: int = 32
     compare: bool = False
+    smoothing_steps: int = 0
+    wide_share: float = 0.0
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
@@ -90,6 +98,11 @@ class Recipe(FromPreset):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, choices))}"
                 )
+        if self.table and self.wide_share:
+            raise ValueError(
+                "svdquant_w4a8 has activations of 8 bits alone; choose the format svdquant_w4a4 for"
+                " activations 'auto'"
+            )
         if self.table:
             object.__setattr__(self, "act_bits", 8)
         self._only_floats()
@@ -98,10 +111,16 @@ class Recipe(FromPreset):
         for name, (low, high) in {
             "iterations": (1, 100),
             "smoothing_grid": (1, 100),
+            "smoothing_steps": (0, 1000),
             "seed": (0, 2**63 - 1),
         }.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)} is not between {low} and {high}")
+        if self.wide_share and (self.act_bits == 8 or not 0 <= self.wide_share <= 1):
+            raise ValueError(
+                f"wide_share={self.wide_share} is not a share, 0 to 1, of the multiplications that"
+                " get activations of 8 bits while the others have 4"
+            )
         for name in ("keep", "w4a16"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
@@ -116,7 +135,7 @@ class Recipe(FromPreset):
             if self.compare:
                 raise ValueError("compare is for the format svdquant_nvfp4; leave it out")
             return
-        if self.rotation == "on" or self.act_bits == 8:
+        if self.rotation == "on" or self.act_bits == 8 or self.wide_share:
             raise ValueError(
                 "4-bit floats (svdquant_nvfp4) have no rotation and no activations of 8 bits; leave"
                 " it out"
@@ -134,6 +153,11 @@ class Recipe(FromPreset):
         """Whether weights get the levels of a table."""
         return self.format == "svdquant_w4a8"
 
+    @property
+    def widths(self) -> str:
+        """Of weights and activations, as people write them."""
+        return "W4A4 and W4A8" if self.wide_share else f"W4A{self.act_bits}"
+
     def to_json(self) -> str:
         """Every value, as JSON text; what earlier versions did not have only where it is not what
         they did, so that their files are those of the same recipe.
@@ -147,6 +171,9 @@ class Recipe(FromPreset):
             del values["compare"]
         if self.act_bits == 4:
             del values["act_bits"]
+        for later in ("smoothing_steps", "wide_share"):
+            if not values[later]:
+                del values[later]
         return json.dumps(values)
 
     def matches(self, patterns: tuple[str, ...], name: str) -> bool:

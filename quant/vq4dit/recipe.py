@@ -11,8 +11,12 @@ from ..job.recipe import FromPreset
 from . import codebook as codebooks
 from .fit import LayerOptions
 
-LAYOUTS = {2: (256, 4), 3: (64, 2), 4: (256, 2)}  # bits a weight → codewords, weights each
-MIXED_LAYOUTS: dict[float, tuple[int, int]] = {1.5: (64, 4), **LAYOUTS}  # what mixed bits mix
+LAYOUTS: dict[float, tuple[int, int]] = {
+    2: (256, 4),
+    3: (64, 2),
+    4: (256, 2),
+}  # bits a weight → codewords, weights each
+MIXED_LAYOUTS = {1.5: (64, 4), **LAYOUTS}  # what mixed bits mix
 PRESETS = {
     "fast": dict(candidates=1, steps=0, scaled=True, turns=2),
     "vq4dit": dict(candidates=2, steps=160, scaled=False, turns=0),

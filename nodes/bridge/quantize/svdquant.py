@@ -23,6 +23,8 @@ class SVDQuantRequest(QuantizeRequest):
     @property
     def ending(self) -> str:
         kind = "int4" if self.recipe.act_bits == 4 else "int4a8"
+        if self.recipe.wide_share:
+            kind = "int4auto"
         kind = {"svdquant_w4a8": "w4a8", "svdquant_nvfp4": "fp4"}.get(self.recipe.format, kind)
         return f"svdq-{kind}-r{self.recipe.rank}"
 

@@ -23,10 +23,18 @@ _GIVES = "8 bit is closer to the 16-bit model, 4 bit faster on RTX 20 to 40"
 
 
 def choose(patcher: ModelPatcher, choice: str) -> None:
-    """Has the layers of a model run with the chosen width, one of CHOICES."""
-    for module in _layers(patcher):
+    """Has the layers of a model run with the chosen width, one of CHOICES. auto: where 8 bits are
+    free, all have them; else those of a file of both widths that were fitted for them, if they do
+    not run in plain torch.
+    """
+    layers = list(_layers(patcher))
+    both = len({module.weight.params.fitted_bits for module in layers}) > 1
+    as_fitted = both and _computed_by(patcher, 8) != "reference"
+    for module in layers:
         params = module.weight.params
         bits = free(patcher, params.fitted_bits).bits if choice == "auto" else _BITS[choice]
+        if choice == "auto" and as_fitted:
+            bits = max(bits, params.fitted_bits)
         if bits != params.act_bits:
             module.weight = layouts.live(layouts.with_fields(module.weight, act_bits=bits))
 
@@ -35,6 +43,11 @@ def free(patcher: ModelPatcher, fitted: int) -> kernels.ActBits:
     """What costs nothing for a layer that was fitted for a width."""
     dtype = patcher.model.get_dtype_inference()
     return kernels.act_bits(patcher.load_device, dtype, fitted)
+
+
+def _computed_by(patcher: ModelPatcher, bits: int) -> str:
+    dtype = patcher.model.get_dtype_inference()
+    return kernels.which("linear_w4a4", patcher.load_device, dtype, act_bits=bits)[0]
 
 
 def _layers(patcher: ModelPatcher) -> Iterator[torch.nn.Module]:
@@ -54,8 +67,6 @@ def shown(patcher: ModelPatcher, choice: str) -> list[str]:
     reasons = ["fitted for " + " and ".join(f"{bits} bit" for bits in fitted)]
     if choice == "auto":
         reasons += sorted({free(patcher, bits).why for bits in fitted})
-    device, dtype = patcher.load_device, patcher.model.get_dtype_inference()
     if 8 in widths:
-        backend, _ = kernels.which("linear_w4a4", device, dtype, act_bits=8)
-        reasons.append(f"8 bit computed by {backend}")
+        reasons.append(f"8 bit computed by {_computed_by(patcher, 8)}")
     return ["activations", f"{words}; {'; '.join([*reasons, _GIVES])}"]

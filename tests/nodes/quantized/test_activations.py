@@ -44,6 +44,16 @@ def test_the_choice(choice, free, narrow, wide, quantized_file, wide_file, monke
         assert widths(loading.load(path, activations=choice)) == {bits}
 
 
+@pytest.mark.parametrize(("backend", "expected"), [("cuda", {4, 8}), ("reference", {4})])
+def test_a_file_of_both_widths_runs_as_it_was_fitted(backend, expected, flux_file, monkeypatch):
+    path = quantize(flux_file, "both.safetensors", wide_share=0.5)
+    monkeypatch.setattr(kernels, "act_bits", lambda *asked: ActBits(4, "stand-in"))
+    monkeypatch.setattr(kernels, "which", lambda *asked, **more: (backend, "stand-in"))
+    model = loading.load(path)
+    assert widths(model) == expected
+    assert widths(loading.load(path, activations="4 bit")) == {4}
+
+
 def test_in_plain_torch_alone_the_file_decides(quantized_file, wide_file, monkeypatch):
     def plain(*asked):
         return choose.Choice("reference", "stand-in", None)

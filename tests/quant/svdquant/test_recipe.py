@@ -28,6 +28,9 @@ def test_none_leaves_a_preset_as_it_is():
         ({"colour": 1}, "a recipe has no colour"),
         ({"seed": -1}, "seed=-1"),
         ({"act_bits": 6}, "act_bits=6 is not one of 4, 8"),
+        ({"wide_share": 1.5}, "wide_share=1.5 is not a share"),
+        ({"wide_share": 0.5, "act_bits": 8}, "wide_share=0.5 is not a share"),
+        ({"wide_share": 0.5, "format": "svdquant_w4a8"}, "activations of 8 bits alone"),
     ],
     ids=str,
 )
