@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,9 @@ def tried(
     column = torch.linspace(0.5, 1, 136, device="cpu")
     p = NVFP4Params(pack(codes), scale, column, smooth, down, up, normal(136).bfloat16(), True)
     wanted = reference.linear_nvfp4(x.float(), *p)
-    moved = {name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)}
+    moved: dict[str, Any] = {
+        name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)
+    }
     there = p._replace(**moved)
     try:
         found = linear(x.to(device), there).float().cpu()
