@@ -167,7 +167,7 @@ def _expert_options() -> list[io.Input]:
             advanced=True,
             tooltip=(
                 "Size of the whole file, in GB: each layer gets 2, 3 or 4 bits, more"
-                " where they are needed most. 0: the same bits for all layers."
+                " where they are needed most. 0: the size that 'bits' gives."
             ),
         ),
         io.Boolean.Input(

@@ -31,5 +31,6 @@ def test_rotation_spreads_an_outlier_and_rows_have_their_own_scale():
     scales = 10.0 ** torch.arange(64)[:, None].div(16)
     plain, scaled = (baselines.orbitquant(w, 3) for w in (weight, weight * scales))
     assert (weight - plain).square().sum() / weight.square().sum() < 0.05
-    assert torch.allclose(scaled / scales, plain, rtol=0, atol=0.05)
+    # norms are rounded to 16 bits, so that a weight at the edge between two levels may move
+    assert (scaled / scales - plain).square().mean() < 1e-3
     assert not baselines.orbitquant(torch.zeros(2, 64), 2).any()
