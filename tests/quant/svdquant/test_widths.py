@@ -1,5 +1,5 @@
-"""Which layers get activations of 8 bits: by hand-made savings and costs, by inputs that 4 bits cannot
-carry, and in a file.
+"""Which layers get activations of 8 bits: by hand-made savings and costs, by inputs that 4 bits
+cannot carry, and in a file.
 """
 
 import pytest
