@@ -217,11 +217,10 @@ def kitchen_w4a8(backend: str) -> Peer:
     def make(case: Case, x: Tensor, parameters: dict) -> Call:
         module = kitchen(backend)
         weight, bias = dense_weight(case, x.dtype, x.device)
-        codes, *rest = module.quantize_w4a8_int8_weight(weight)
+        *codes, correction, codebook = module.quantize_w4a8_int8_weight(weight)
+        operands = (*codes, codebook, correction, bias)
         return _under(
-            module,
-            backend,
-            lambda: module.w4a8_int8_linear(x, codes, *rest, bias, out_dtype=x.dtype),
+            module, backend, lambda: module.w4a8_int8_linear(x, *operands, out_dtype=x.dtype)
         )
 
     return make

@@ -38,16 +38,13 @@ def rows_at(address: int, dtype: torch.dtype, m: int, k: int, stride: int) -> to
     return at(address, dtype, (m - 1) * stride + k).as_strided((m, k), (stride, 1))
 
 
-def bits_of(codes: int) -> int:
-    return 8 if codes == native.INT8 else 4
-
-
 class StandIn:
     """Counts its calls in `calls`; `wide` makes activation codes 8-bit floats, as on Hopper."""
 
     ABI, __version__, DEVICES = native.ABI, "0-stand-in", ("cpu",)
     kind, name = "extension", native.MODULE
     WORKSPACE = 640
+    BITS = {native.PACKED: 4, native.E4M3: 4, native.INT8: 8}
 
     def __init__(self, wide: bool = False):
         self.wide, self.calls = wide, []
@@ -109,7 +106,7 @@ class StandIn:
             act_unsigned and not unsigned_from,
             64 * rotate,
             unsigned_from,
-            bits_of(codes),
+            self.BITS[codes],
         )
         self._write_codes(q, codes, found[0], M, K, act_unsigned)
         at(ascales, torch.float32, K // 64, M).copy_(found[1])
@@ -193,7 +190,7 @@ class StandIn:
             bias,
             NAMES[param_dtype],
         )
-        signs = (act_unsigned and not unsigned_from, unsigned_from, bits_of(codes))
+        signs = (act_unsigned and not unsigned_from, unsigned_from, self.BITS[codes])
         at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, *signs))
 
     def linear_w4a4(
@@ -303,7 +300,7 @@ class StandIn:
             act_unsigned2,
             64 * rotate2,
             NAMES[mid_dtype],
-            *(bits_of(codes), bits_of(codes2)),
+            *(self.BITS[codes], self.BITS[codes2]),
         )
         found = reference.gemm_w4a4_up_gelu_quantize_down(*arguments, *second)
         self._write_codes(q2, codes2, found[0], M, N, act_unsigned2)

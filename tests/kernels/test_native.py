@@ -40,24 +40,7 @@ def _call(module, op, **changes):
     """An op on the CPU with good arguments over one zeroed buffer, but for `changes`."""
     a = BASE
     good = {
-        "quantize_down": dict(
-            M=2,
-            K=64,
-            R=4,
-            x=a,
-            x_stride=64,
-            x_dtype=0,
-            smooth=a,
-            proj_down=a,
-            param_dtype=0,
-            act_unsigned=False,
-            rotate=False,
-            unsigned_from=0,
-            codes=0,
-            q=a,
-            ascales=a,
-            h=a,
-        ),
+        "quantize_down": QUANTIZE,
         "gemm_w4a4_up": PRODUCT | dict(out=a, out_dtype=0, workspace=a, workspace_size=SIZE),
         "gemm_w4a4_up_gelu_quantize_down": (
             PRODUCT
@@ -85,6 +68,24 @@ def _call(module, op, **changes):
     return getattr(module, op)(**(place | good | changes))
 
 
+QUANTIZE = dict(
+    M=2,
+    K=64,
+    R=4,
+    x=BASE,
+    x_stride=64,
+    x_dtype=0,
+    smooth=BASE,
+    proj_down=BASE,
+    param_dtype=0,
+    act_unsigned=False,
+    rotate=False,
+    unsigned_from=0,
+    codes=0,
+    q=BASE,
+    ascales=BASE,
+    h=BASE,
+)
 PRODUCT = dict(
     M=2,
     N=64,
@@ -352,23 +353,7 @@ def test_no_argument_brings_the_process_down(call, data):
     """
     op = data.draw(st.sampled_from(native.OPS))
     names = {
-        "quantize_down": [
-            "M",
-            "K",
-            "R",
-            "x",
-            "x_stride",
-            "x_dtype",
-            "smooth",
-            "proj_down",
-            "param_dtype",
-            "act_unsigned",
-            "rotate",
-            "unsigned_from",
-            "codes",
-            "q",
-            "h",
-        ],
+        "quantize_down": [*QUANTIZE],
         "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
         "gemm_vq": [*VQ],
         "linear_w4a8": [*W4A8, "workspace", "workspace_size"],

@@ -9,7 +9,7 @@ import flat_native
 from cases import SMALL, Case, make_input, make_w4a4, make_w4a8, options
 from compare import assert_same, assert_twice_plain, relative_error
 from flat_native import double
-from nibble.kernels import hadamard64, reference
+from nibble.kernels import hadamard64, ops, reference
 from nibble.kernels.backends import native, native_w4a4
 from nibble.kernels.params import Activations, GeluArguments, ProductParams, QuantizeParams
 from nibble.kernels.reference import w4a8
@@ -251,3 +251,14 @@ def test_a_rotated_layer_is_its_16_bit_self(isa):
     wanted = hadamard64(x.double() / wide["smooth_factor"]) @ dense.T
     wanted += x.double() @ wide["proj_down"] @ wide["proj_up"].T + wide["bias"]
     assert relative_error(flat_native.linear_w4a8(torch.float32, x, p, isa), wanted) < 0.02
+
+
+def test_w4a8_is_traced_and_checked_as_every_op():
+    case = Case("traced", 5, 128, 40)
+    x, p = make_input(case), make_w4a8(case, torch.float32)
+
+    def layer(x):
+        return ops.linear_w4a8(x, **p)
+
+    assert_same(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+    torch.library.opcheck(torch.ops.nibble.linear_w4a8.default, (x, *p.values()))
