@@ -15,19 +15,7 @@ from torch import Tensor
 
 from ..reference import GROUP
 from . import native
-from .native import (
-    DTYPES,
-    E4M3,
-    INT8,
-    PACKED,
-    WIDE,
-    codes_of,
-    dense,
-    dense_as,
-    dense_rows,
-    optional_as,
-    row_stride,
-)
+from .native import DTYPES, E4M3, PACKED, WIDE, dense, dense_as, dense_rows, optional_as, row_stride
 
 if TYPE_CHECKING:
     from ..params import (
@@ -119,7 +107,7 @@ def _workspace(op: str, device: torch.device, m: int, product: Arguments, rank: 
 
 def public_codes(act_bits: int) -> int:
     """The form in which an op takes and gives codes of so many bits."""
-    return INT8 if act_bits == 8 else PACKED
+    return native.INT8 if act_bits == 8 else PACKED
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -139,7 +127,7 @@ def quantize_down(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codes: how those of 4 bits are stored."""
     p, x, (m, k) = quantizer_operands(p, dtype), dense_rows(x), x.shape
-    codes = INT8 if p.act_bits == 8 else codes
+    codes = native.INT8 if p.act_bits == 8 else codes
     q, ascales, h = _new_activations(x.device, m, p)
     if codes == E4M3:
         q = torch.empty((m, k), dtype=WIDE, device=x.device)
@@ -251,7 +239,7 @@ class LinearCall:
         self.device, self.isa, self.on_gpu = device, isa, device.type != "cpu"
         self.module = native.on(device)
         self.outputs = len(p.weight)
-        gpu, codes = native.capability(device), codes_of(device, p.act_bits)
+        gpu, codes = native.capability(device), native.codes_of(device, p.act_bits)
         quantizer = quantizer_arguments(p.quantizer, codes)
         product = product_arguments(p.product, codes, (p.act_unsigned, p.unsigned_from))
         del product["h_stride"]
@@ -296,7 +284,7 @@ def linear_w4a4_grouped(
 ) -> list[Tensor]:
     """One quantization for all, and one h in which each layer has its columns."""
     device, (m, k), x = x.device, x.shape, dense_rows(x)
-    codes = codes_of(device, p.act_bits)
+    codes = native.codes_of(device, p.act_bits)
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     layers = [layer_operands(layer, dtype) for layer in p.layers]
     down = _side_by_side([layer.proj_down for layer in layers])
@@ -361,7 +349,7 @@ def mlp_w4a4(
 ) -> Tensor:
     """For devices of which `native.fuses` is true, and layers of one act_bits."""
     device, (m, k), x = x.device, x.shape, dense_rows(x)
-    codes = codes_of(device, first.act_bits)
+    codes = native.codes_of(device, first.act_bits)
     place, extension, kind = native.place(device, isa), native.on(device), DTYPES[x.dtype]
     first, second = layer_operands(first, dtype), layer_operands(second, dtype)
     (n, rank), (n2, rank2) = first.proj_up.shape, second.proj_up.shape

@@ -38,10 +38,6 @@ def rows_at(address: int, dtype: torch.dtype, m: int, k: int, stride: int) -> to
     return at(address, dtype, (m - 1) * stride + k).as_strided((m, k), (stride, 1))
 
 
-def bits_of(codes: int) -> int:
-    return 8 if codes == native.INT8 else 4
-
-
 class StandIn:
     """Counts its calls in `calls`; `wide` makes activation codes 8-bit floats, as on Hopper."""
 
@@ -62,17 +58,17 @@ class StandIn:
         return self.WORKSPACE
 
     def _write_codes(self, address, codes, q, m, k, unsigned):
-        if codes == native.INT8:
-            at(address, torch.int8, m, k).copy_(q)
-        elif codes:
+        if codes:
             at(address, E4M3, m, k).copy_(unpack_int4(q, not unsigned))
         else:
             at(address, torch.int8, m, k // 2).copy_(q)
 
     def _read_codes(self, address, codes, m, k):
-        if codes == native.E4M3:
-            return pack_int4(at(address, E4M3, m, k).to(torch.int8))
-        return at(address, torch.int8, m, k if codes else k // 2)
+        return (
+            pack_int4(at(address, E4M3, m, k).to(torch.int8))
+            if codes
+            else at(address, torch.int8, m, k // 2)
+        )
 
     def quantize_down(
         self,
@@ -109,7 +105,6 @@ class StandIn:
             act_unsigned and not unsigned_from,
             64 * rotate,
             unsigned_from,
-            bits_of(codes),
         )
         self._write_codes(q, codes, found[0], M, K, act_unsigned)
         at(ascales, torch.float32, K // 64, M).copy_(found[1])
@@ -193,7 +188,7 @@ class StandIn:
             bias,
             NAMES[param_dtype],
         )
-        signs = (act_unsigned and not unsigned_from, unsigned_from, bits_of(codes))
+        signs = (act_unsigned and not unsigned_from, unsigned_from)
         at(out, NAMES[out_dtype], M, N).copy_(reference.gemm_w4a4_up(*arguments, *signs))
 
     def linear_w4a4(
@@ -303,7 +298,6 @@ class StandIn:
             act_unsigned2,
             64 * rotate2,
             NAMES[mid_dtype],
-            *(bits_of(codes), bits_of(codes2)),
         )
         found = reference.gemm_w4a4_up_gelu_quantize_down(*arguments, *second)
         self._write_codes(q2, codes2, found[0], M, N, act_unsigned2)
