@@ -2,7 +2,6 @@
 backend computes 4 bits where 8 were asked for.
 """
 
-import sys
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from nibble import kernels
 from nibble.kernels import SHIFT, hadamard64, ops, reference
 from nibble.kernels.backends import choose, kitchen, native, triton
 from nibble.quant.weights.packing import pack_int4
-from stand_in import StandIn
+from stand_in import StandIn, install
 
 CASE = Case("whole", 9, 192, 64, R=16)
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
@@ -170,7 +169,7 @@ def test_codes_of_the_other_width_are_refused():
 
 def test_a_backend_without_8_bits_is_passed_over(monkeypatch):
     """Never 4 instead: the calls of a stand-in for compiled kernels are counted."""
-    monkeypatch.setitem(sys.modules, native.MODULE, StandIn())
+    install(monkeypatch, StandIn())
     monkeypatch.setattr(native, "ACT_BITS", (4,))
     x, p = make_input(CASE), make_w4a4(CASE)
     assert choose.choose("linear_w4a4", CPU, torch.float32, (torch.float32,)).backend == "native"
