@@ -190,20 +190,9 @@ def quantize_down(  # noqa: PLR0913 - a kernel's arguments
             if SIGNED:
                 if g < turn:
                     _quantize_group(
-                        xv,
-                        smooth,
-                        q,
-                        ascales,
-                        g,
-                        rows,
-                        M,
-                        groups,
-                        False,
-                        ROTATE,
-                        FLOATS,
-                        ROWS,
-                        WIDE,
-                    )
+                        xv, smooth, q, ascales, g, rows, M, groups,
+                        False, ROTATE, FLOATS, ROWS, WIDE
+                    )  # fmt: skip
             if UNSIGNED:
                 if g >= turn:
                     _quantize_group(
@@ -395,40 +384,14 @@ def gemm_up(  # noqa: PLR0913 - a kernel's arguments
     if SIGNED:
         for g in range(0, turn):
             total = _add_group(
-                total,
-                a_at,
-                b_at,
-                ascales,
-                weight_scale,
-                g,
-                m,
-                n,
-                M,
-                N,
-                False,
-                PTX,
-                MAGIC,
-                FLOATS,
-                WIDE,
-            )
+                total, a_at, b_at, ascales, weight_scale, g, m, n, M,
+                N, False, PTX, MAGIC, FLOATS, WIDE
+            )  # fmt: skip
     if UNSIGNED:
         for g in range(turn, groups):
             total = _add_group(
-                total,
-                a_at,
-                b_at,
-                ascales,
-                weight_scale,
-                g,
-                m,
-                n,
-                M,
-                N,
-                True,
-                PTX,
-                MAGIC,
-                FLOATS,
-                WIDE,
-            )
+                total, a_at, b_at, ascales, weight_scale, g, m, n, M,
+                N, True, PTX, MAGIC, FLOATS, WIDE
+            )  # fmt: skip
     at = out + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
