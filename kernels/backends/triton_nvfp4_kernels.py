@@ -1,8 +1,9 @@
 """The product of 4-bit floats and its quantizer in Triton: two kernels.
 
     quantize_nvfp4  x -> e2m1 codes, an e4m3 scale per 16 columns, h = x . proj_down
-    gemm_nvfp4      out = (codes . W^T, scaled per 16 columns) * weight_scale_2 + h . proj_up^T + bias
-                                         formula: `reference.nvfp4`; SVDQuant, arXiv 2411.05007, eq. 9
+    gemm_nvfp4      out = (codes . W^T, scaled per 16 columns) * weight_scale_2
+                          + h . proj_up^T + bias
+                                    formula: `reference.nvfp4`; SVDQuant, arXiv 2411.05007, eq. 9
 
 Codes lie two to a byte, the even column low; scales travel as bytes. SCALED multiplies by
 `tl.dot_scaled`, which Triton makes a block-scaled product of on Blackwell (tcgen05 on 10.x, mma on

@@ -1,5 +1,5 @@
-"""What Triton makes of the W4A4 and NVFP4 kernels for GPUs that are not here: matrix instructions, registers,
-spills.
+"""What Triton makes of the W4A4 and NVFP4 kernels for GPUs that are not here: matrix instructions,
+registers, spills.
 
     python tests/kernels/check_triton.py                 every architecture; needs Triton, no GPU
     python tests/kernels/check_triton.py --arch 89 --arch gfx1100
