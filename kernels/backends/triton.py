@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import reference
 from ..optional import optional
 from .native import WITHOUT_INT8
+from .nvfp4 import tried
 
 OPS = (
     "quantize_down",
@@ -140,8 +141,6 @@ def serving(device: torch.device) -> tuple[bool, str]:
 @functools.lru_cache(maxsize=64)
 def _serving_nvfp4(device: torch.device) -> tuple[bool, str]:
     """Whether Triton multiplies 4-bit floats on a GPU, and why or why not."""
-    from .nvfp4 import tried
-
     found, why = module()
     if found is None:
         return False, why

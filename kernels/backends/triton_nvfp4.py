@@ -17,8 +17,8 @@ from .triton_w4a4 import PARTS, STRIPE, Tile, _gpu, _on, _power, quantizer_tile,
 
 BLACKWELL = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
 """For mma.sync (12.x): fewer warps, or more of the branch at once, spill."""
-TENSOR_MEMORY = (Tile(128, 128, 4, 3), Tile(128, 64, 4, 3))
-"""For tcgen05 (10.x, 11.x), whose tiles are 128 tokens high."""
+TENSOR_MEMORY = (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3))
+"""For tcgen05 (10.x, 11.x), whose tiles are 128 tokens high. Four warps have too few registers."""
 INTERPRETED = (Tile(64, 64, 4, 1),)
 DEPTH = 128
 """Columns of K that are copied and multiplied together."""

@@ -154,6 +154,7 @@ def test_file_names_decide_architectures():
         "sm80": {"80", "86", "89"},
         "sm90": {"90a"},
         "sm100": {"90a", "100f", "120f"},
+        "sm120": {"120f"},
     }.items():
         assert {arch for path, arch in found if ending in path.with_suffix("").parts} <= archs
     assert {path for path, _ in found} == set((CSRC / "cuda").rglob("*.cu"))
