@@ -55,8 +55,8 @@ def tried(
     column = torch.linspace(0.5, 1, 136, device="cpu")
     p = NVFP4Params(pack(codes), scale, column, smooth, down, up, normal(136).bfloat16(), True)
     wanted = reference.linear_nvfp4(x.float(), *p)
-    moved = [each.to(device) for each in p[:7] if each is not None]
-    there = NVFP4Params(*moved, rounded=True)  # type: ignore[arg-type]
+    tensors = {name: t for name, t in p._asdict().items() if isinstance(t, Tensor)}
+    there = p._replace(**{name: tensor.to(device) for name, tensor in tensors.items()})
     try:
         found = linear(x.to(device), there).float().cpu()
     except Exception as error:  # of compilers, drivers and libraries of any make
