@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def tried(
     p = NVFP4Params(pack(codes), scale, column, smooth, down, up, normal(136).bfloat16(), True)
     wanted = reference.linear_nvfp4(x.float(), *p)
     tensors = {name: t for name, t in p._asdict().items() if isinstance(t, Tensor)}
-    there = p._replace(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+    there = p._replace(**moved)
     try:
         found = linear(x.to(device), there).float().cpu()
     except Exception as error:  # of compilers, drivers and libraries of any make
