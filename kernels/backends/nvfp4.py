@@ -56,9 +56,8 @@ def tried(
     column = torch.linspace(0.5, 1, 136, device="cpu")
     p = NVFP4Params(pack(codes), scale, column, smooth, down, up, normal(136).bfloat16(), True)
     wanted = reference.linear_nvfp4(x.float(), *p)
-    moved: dict[str, Any] = {
-        name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)
-    }
+    tensors = {name: t for name, t in p._asdict().items() if isinstance(t, Tensor)}
+    moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
     there = p._replace(**moved)
     try:
         found = linear(x.to(device), there).float().cpu()

@@ -148,3 +148,14 @@ def test_what_is_prepared_is_what_a_layer_then_starts(capability, multiprocessor
         assert isinstance(quantizer, structs.QuantizeDown)
         started = plans.quantize_down(quantizer, gpu) + plans.gemm_w4a4_up(product, gpu)
         assert {launch.kernel for launch in started} <= ready, m
+
+
+def test_linears_of_4_bit_floats_ask_for_their_quantizer_and_products(machine):
+    layer = Layer("linear_nvfp4", (9216, 3072), HALVES, 32)
+    compiled = machine(120)
+    assert prepare(CUDA, BF16, [layer]) == len(compiled)
+    names = {kernel.name.split("<")[0] for kernel in compiled}
+    assert names == {"nvfp4::gemm_kernel", "quantize_nvfp4_kernel"}
+    native._gpu.cache_clear()
+    machine(90)
+    assert prepare(CUDA, BF16, [layer]) == 0
