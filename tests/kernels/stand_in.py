@@ -59,17 +59,17 @@ class StandIn:
         return self.WORKSPACE
 
     def _write_codes(self, address, codes, q, m, k, unsigned):
-        if codes:
+        if codes == native.INT8:
+            at(address, torch.int8, m, k).copy_(q)
+        elif codes:
             at(address, E4M3, m, k).copy_(unpack_int4(q, not unsigned))
         else:
             at(address, torch.int8, m, k // 2).copy_(q)
 
     def _read_codes(self, address, codes, m, k):
-        return (
-            pack_int4(at(address, E4M3, m, k).to(torch.int8))
-            if codes
-            else at(address, torch.int8, m, k // 2)
-        )
+        if codes == native.E4M3:
+            return pack_int4(at(address, E4M3, m, k).to(torch.int8))
+        return at(address, torch.int8, m, k if codes else k // 2)
 
     def quantize_down(
         self,
