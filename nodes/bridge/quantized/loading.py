@@ -76,7 +76,7 @@ def load(
     file = _files.open(path)
     with reading(file.path, file.remedy):
         state = _mapped(file, verify) if file.stock else _read(file)
-        _check_finite(file, state)
+        check_finite(file, state)
     if not file.is_current():
         raise file.refusal("changed while it was read; close the program that writes it")
     options = {"custom_operations": NibbleOperations} | (
@@ -93,6 +93,21 @@ def load(
         raise FileRefused(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
+    finish(patcher, file, modulation_in, activations)
+    again = (os.fspath(path), False, dtype, modulation_in, activations)
+    patcher.cached_patcher_init = (load, again)
+    return patcher
+
+
+def finish(
+    patcher: ModelPatcher,
+    file: QuantizedFile,
+    modulation_in: str = "vram",
+    activations: str = "auto",
+) -> None:
+    """What a model needs besides its weights once it has them; arguments as of `load`. Raises
+    FileRefused for a layer that is missing, or that the model does not have.
+    """
     _check_complete(patcher, file)
     widths.choose(patcher, activations)
     mlp.fuse(patcher.model.diffusion_model)
@@ -100,9 +115,6 @@ def load(
         modulation.keep_in_ram(patcher)
     preparing.prepare(patcher)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
-    again = (os.fspath(path), False, dtype, modulation_in, activations)
-    patcher.cached_patcher_init = (load, again)
-    return patcher
 
 
 def _mapped(file: QuantizedFile, verify: bool) -> dict[str, torch.Tensor]:
@@ -123,7 +135,8 @@ def _read(file: QuantizedFile) -> dict[str, torch.Tensor]:
     return dict(file.tensors(progress.Progress("reading")))
 
 
-def _check_finite(file: QuantizedFile, state: dict[str, torch.Tensor]) -> None:
+def check_finite(file: QuantizedFile, state: dict[str, torch.Tensor]) -> None:
+    """Refuses a state dict whose quantized layers hold NaN or infinity beside their codes."""
     for name, settings in file.layers.items():
         keys = [f"{name}.{part}" for part in (*_parts(settings), "bias")]
         file.check_finite({key: state[key] for key in keys if key in state})
