@@ -2,7 +2,6 @@
 backend computes 4 bits where 8 were asked for.
 """
 
-
 import pytest
 import torch
 

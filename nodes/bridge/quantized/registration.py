@@ -43,7 +43,9 @@ from .linear import NibbleOperations
 
 log = logging.getLogger("nibble")
 
-_FOUND = "nibble_found"  # where `matches` leaves what it found, in the config that ComfyUI passes on
+_FOUND = (
+    "nibble_found"  # where `matches` leaves what it found, in the config that ComfyUI passes on
+)
 _PACKED_IN = torch.bfloat16  # what layers call their dtype where no other was asked for
 
 
@@ -158,9 +160,7 @@ def _config_of(
         return None
     plain = comfy.model_detection.detect_unet_config(stored, "") or {}
     missing = object()
-    return config | {
-        key: value for key, value in given.items() if plain.get(key, missing) != value
-    }
+    return config | {key: value for key, value in given.items() if plain.get(key, missing) != value}
 
 
 def _dtype(
