@@ -27,7 +27,7 @@ from .linear import NibbleOperations
 MODULATION = ("vram", "ram")
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# kind of file → the node that loads it
+# kind of file → the node that is named after it; Load SVDQuant Model loads either
 LOADERS = {"svdquant": "Load SVDQuant Model", "vq": "Load VQ Model"}
 
 _files = OpenedFiles()
@@ -45,13 +45,13 @@ def quantized_files(kind: str | None = None) -> list[str]:
     return [name for name, method in zip(paths, methods, strict=True) if method in wanted]
 
 
-def opened(name: str, kind: str) -> QuantizedFile:
-    """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the
-    reason, and the right node for another kind.
+def opened(name: str, kind: str | None = None) -> QuantizedFile:
+    """A quantized file of a kind (None: of any), from its name in ComfyUI's lists. Raises
+    FileRefused with the reason, and the right node for another kind.
     """
     file = _files.open(folders.path_of(name))
     found = method_of(file.files[0].header)
-    if found != kind:
+    if kind not in (None, found):
         raise FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
         )

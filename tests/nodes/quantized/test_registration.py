@@ -18,6 +18,7 @@ import nodes
 import tiny_models
 from flux_loras import lora_file, with_lora
 from flux_runs import loaded, run, sampled
+from nibble.nodes.bridge.intlora import merge
 from nibble.nodes.bridge.quantized import loading, registration
 from nibble.quant.files.errors import FileRefused
 from published_files import RandomFlux
@@ -119,6 +120,12 @@ def test_a_deep_copy_is_made_by_the_same_loader(quantized_file):
     copy = model.clone(force_deepcopy=True)
     assert copy.model is not model.model
     assert_same(stored(model), stored(copy))
+
+
+def test_it_can_be_merged_and_saved_as_one_of_nibble_s_loader(quantized_file, dense_model):
+    assert merge.origin(stock(quantized_file)) == ((str(quantized_file), False), ())
+    with pytest.raises(FileRefused, match="does not come from Load SVDQuant Model"):
+        merge.origin(dense_model)
 
 
 def test_an_all_in_one_file_opens_in_load_checkpoint(quantized_file, tmp_path):
