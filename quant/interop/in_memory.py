@@ -60,7 +60,7 @@ class StateDictModel(KitchenFile):
         super().__init__(TensorsInMemory(tensors))
 
     @property
-    def family(self) -> str:  # type: ignore[override]
+    def family(self) -> str:
         return ""
 
     def _guesses_unsigned(self, name: str) -> bool:

@@ -1,4 +1,6 @@
-"""Low-bit files in a real ComfyUI's own loading nodes, over HTTP: the pictures of Nibble's loader."""
+"""Low-bit files in a real ComfyUI's own loading nodes, over HTTP: the pictures that Nibble's loader
+gives.
+"""
 
 import numpy as np
 import pytest

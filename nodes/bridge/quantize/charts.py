@@ -1,4 +1,5 @@
-"""Charts of the VQ nodes, and of a loaded file of either method, by the schema in `host/charts.py`, and one kind of their own:
+"""Charts of the VQ nodes, and of a loaded file of either method, by the schema in
+`host/charts.py`, and one kind of their own:
 
 {"kind": "blocks", "title": str, "subtitle": str, "summary": [[label, value], …], "blocks": int,
  "rows": [{"name": str, "number": int, "points": [[share of its steps done 0…1, dB], …]}, …]}
