@@ -20,6 +20,7 @@ from comfy_api.latest import ComfyExtension
 
 from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
 from . import vq4dit as vq
+from .bridge.quantized import registration
 
 NODES = [
     *svdquant.NODES,
@@ -44,5 +45,6 @@ class NibbleExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> NibbleExtension:
-    """What ComfyUI calls to get the nodes."""
+    """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
+    registration.register()
     return NibbleExtension()

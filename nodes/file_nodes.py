@@ -75,9 +75,9 @@ def _stamp(stamp: Callable[[str], str], value: object) -> str:
 
 
 class ModelFilePicker(FileNode):
-    """A node that takes a quantized file by `model_name`. KIND: as in `loading.LOADERS`."""
+    """A node that takes a quantized file by `model_name`. KIND: of `loading.LOADERS`; None: any."""
 
-    KIND: str
+    KIND: str | None = None
     STAMPS = {"model_name": folders.stamp}
 
     @classmethod

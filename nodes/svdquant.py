@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..quant.svdquant.recipe import PRESET_HELP, WIDE_SHARE, Recipe
 from . import file_nodes, widgets
 from .bridge.host import charts, folders, node_files
+from .bridge.quantize import charts as file_charts
 from .bridge.quantize import prompts
 from .bridge.quantize.svdquant import SVDQuantRequest
 from .bridge.quantized import activations as activation_widths
@@ -263,9 +264,7 @@ class NibbleSavePrompts(file_nodes.FileNode):
 
 
 class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
-    """Loads a quantized model."""
-
-    KIND = "svdquant"
+    """Loads a quantized model, of either method."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -275,18 +274,27 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 4-bit model made by SVDQuant Quantize Checkpoint, or a"
-                " file from Nunchaku or comfy-kitchen. It works like any other model:"
+                "Loads a model made by SVDQuant Quantize Checkpoint or VQ Quantize Checkpoint, or"
+                " a file from Nunchaku or comfy-kitchen. It works like any other model:"
                 " samplers, LoRA, ControlNet, low VRAM."
             ),
-            search_aliases=["nibble", "nunchaku", "int4", "4-bit", "load quantized"],
+            search_aliases=[
+                "nibble",
+                "nunchaku",
+                "int4",
+                "4-bit",
+                "3-bit",
+                "vq",
+                "load quantized",
+                "load nibble model",
+            ],
             inputs=[
                 widgets.model_file_input(
                     cls.KIND,
                     NO_FILES,
-                    "A 4-bit file in models/diffusion_models: Nibble's own, or a published"
-                    " svdq-int4 or svdq-fp4 file (4-bit floats: fast on RTX 50, 16-bit speed"
-                    " elsewhere).",
+                    "A quantized file in models/diffusion_models: Nibble's own (SVDQuant or VQ), or"
+                    " a published svdq-int4 or svdq-fp4 file (4-bit floats: fast on RTX 50, 16-bit"
+                    " speed elsewhere).",
                 ),
                 widgets.verify_input(),
                 widgets.compute_dtype_input(),
@@ -324,10 +332,7 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
         file = loading.opened(model_name, cls.KIND)
         path = folders.path_of(model_name)
         model = loading.load(path, verify, compute_dtype, modulation_in, activations)
-        chart = charts.model_chart(
-            file, loading.vram_needed(model), model.load_device, loading.ram_kept(model)
-        )
-        chart["summary"].insert(-1, activation_widths.shown(model, activations))
+        chart = file_charts.loaded_chart(file, model, activations)
         return io.NodeOutput(model, ui=charts.ui(chart))
 
 

@@ -224,8 +224,8 @@ class NibbleLoadVQ(_VQFilePicker):
             category="Nibble",
             has_intermediate_output=True,
             description=(
-                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint. It works like"
-                " any other model: samplers, LoRA, ControlNet, low VRAM."
+                "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint, as Load SVDQuant Model"
+                " does too. It works like any other model: samplers, LoRA, ControlNet, low VRAM."
             ),
             search_aliases=["nibble", "vq4dit", "2-bit", "3-bit", "codebook", "load quantized"],
             inputs=[_file_input(), widgets.verify_input(), widgets.compute_dtype_input()],
@@ -236,12 +236,7 @@ class NibbleLoadVQ(_VQFilePicker):
     def execute(cls, model_name, verify, compute_dtype) -> io.NodeOutput:
         file = loading.opened(model_name, cls.KIND)
         model = loading.load(folders.path_of(model_name), verify, compute_dtype)
-        return io.NodeOutput(
-            model,
-            ui=charts.ui(
-                vq_charts.model_chart(file, loading.vram_needed(model), model.load_device)
-            ),
-        )
+        return io.NodeOutput(model, ui=charts.ui(vq_charts.loaded_chart(file, model)))
 
 
 class NibbleInspectVQ(_VQFilePicker):

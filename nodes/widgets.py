@@ -15,7 +15,7 @@ def patterns(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def model_file_input(kind: str, empty: str, tooltip: str) -> io.Combo.Input:
+def model_file_input(kind: str | None, empty: str, tooltip: str) -> io.Combo.Input:
     """The quantized file of a `file_nodes.ModelFilePicker`. empty: what the list shows where there
     are no files.
     """

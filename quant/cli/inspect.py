@@ -7,6 +7,7 @@ from pathlib import Path
 from ..files.architectures import KNOWN_MODELS, known_shapes
 from ..files.checkpoint import is_quantized, open_quantized
 from ..files.errors import FileRefused, reading
+from ..files.modelspec import PREFIX, REQUIRES
 from ..files.report import LayerRow, Report
 from ..files.source import Source
 from ..interop.convert import facts_of as published_summary
@@ -15,6 +16,9 @@ from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from .console import Bar, print_summary
 from .methods import JOBS
+
+# what a file's metadata tell people
+_TOLD = (REQUIRES, *(f"{PREFIX}{key}" for key in ("title", "author", "license")))
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -52,6 +56,7 @@ def _own_file(options: argparse.Namespace) -> dict:
         "format": quantized.metadata["nibble_version"],
         "method": quantized.metadata["method"],
         "layers": quantized.layers,
+        **{key: quantized.metadata[key] for key in _TOLD if key in quantized.metadata},
         **{key: quantized.fact(key) for key in ("source", "recipe", "calibration", "report")},
     }
 
@@ -109,7 +114,7 @@ def _print_content(content: dict, verified: bool) -> None:
         report = Report.from_json(json.dumps(content["report"]))
     lines = [
         (key, json.dumps(content[key]))
-        for key in ("format", "method", "source", "recipe", "calibration")
+        for key in ("format", "method", *_TOLD, "source", "recipe", "calibration")
         if key in content
     ]
     lines += report.summary()

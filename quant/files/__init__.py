@@ -6,6 +6,7 @@ safetensors.py    header, tensors and checksums of any safetensors file, read an
 checkpoint.py     a file of low-bit layers: one protocol, and Nibble's own format
 layer_formats.py  what a low-bit linear is on disk: shapes, dtypes, options
 metadata.py       what a header's metadata say: JSON, versions
+modelspec.py      what a quantized file says to people and to other programs
 writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
 integrity.py      what tells that a file is damaged

@@ -32,6 +32,7 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _LARGEST_JSON = 65536  # bytes of a layer's
 # bytes of a source's own metadata that are passed on
 _PASSED_ON = 65536
+_THUMBNAIL = 1 << 20  # bytes of a picture among them
 _SAMPLE = 4096  # bytes read at the start, middle and end of a tensor for the fingerprint
 
 
@@ -42,7 +43,8 @@ def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
     return {
         key: value
         for key, value in metadata.items()
-        if key != "_quantization_metadata" and len(value) <= _PASSED_ON
+        if key != "_quantization_metadata"
+        and len(value) <= (_THUMBNAIL if key == "modelspec.thumbnail" else _PASSED_ON)
     }
 
 

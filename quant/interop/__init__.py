@@ -8,6 +8,7 @@ nunchaku_folder.py those of them that are a folder
 nunchaku_check.py  what can be wrong with one of their linears
 nunchaku_affine.py their zero points, and the 1 of "1 + scale"
 kitchen.py         SVDQuant files under comfy-kitchen's names
+in_memory.py       such a model whose tensors another program read
 names.py           what each program calls the layers of each model (names.json)
 swizzle.py         orders of a linear's numbers, to and from natural order
 unfuse_norms.py    smoothing that was fused upstream, taken out again

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files.checkpoint import FORMAT_VERSION, QuantizedFile
 from ..files.errors import FileRefused
 from ..files.layer_formats import layer_sizes
+from ..files.modelspec import described, modelspec_of
 from ..files.report import LayerRow, Report
 from ..files.safetensors import TensorSpec
 from ..weights.base import json_tensor
@@ -111,16 +112,20 @@ class ToNibble(Export):
             "bytes": self.source.size,
             "format": self.source.kind,
         }
-        return {
-            "format": "nibble",
-            "nibble_version": str(FORMAT_VERSION),
-            "method": "vq" if "vq" in formats else "svdquant",
-            "source": json.dumps(origin),
-            "recipe": "{}",
-            "calibration": "{}",
-            "report": self._report(bytes_after),
-            **self.source.built_by,
-        } | ({"nunchaku": json.dumps(kept)} if kept else {})
+        return (
+            described(modelspec_of(self.source.metadata))
+            | {
+                "format": "nibble",
+                "nibble_version": str(FORMAT_VERSION),
+                "method": "vq" if "vq" in formats else "svdquant",
+                "source": json.dumps(origin),
+                "recipe": "{}",
+                "calibration": "{}",
+                "report": self._report(bytes_after),
+                **self.source.built_by,
+            }
+            | ({"nunchaku": json.dumps(kept)} if kept else {})
+        )
 
     def _report(self, bytes_after: int) -> str:
         rows = []
@@ -216,7 +221,7 @@ class ToKitchen(Export):
         return list(specs.values())
 
     def metadata(self, bytes_after: int) -> dict[str, str]:
-        return {
+        return modelspec_of(self.source.metadata) | {
             "converted_from": json.dumps(
                 {"name": self.source.path.name, "format": self.source.kind}
             ),

@@ -181,14 +181,17 @@ class KitchenFile(QuantizedFile):
             )
         if kind != "svdquant_w4a4":
             return {"format": kind} | given | {"rank": rank}
-        # comfy-kitchen knows no rotation
-        guess = fnmatchcase(name, _UNSIGNED) and not given.get("rotation")
-        unsigned = given.pop("act_unsigned", guess)
+        unsigned = given.pop("act_unsigned", self._guesses_unsigned(name))
         return (
             {"format": kind, "rank": rank}
             | ({"act_unsigned": True} if unsigned else {})
             | {key: value for key, value in given.items() if value}
         )
+
+    def _guesses_unsigned(self, name: str) -> bool:
+        """Whether a layer whose JSON does not say so has unsigned inputs."""
+        # comfy-kitchen knows no rotation
+        return fnmatchcase(name, _UNSIGNED) and not self._json[name].get("rotation")
 
     def _rank(self, name: str) -> int:
         """Of the low-rank branch; 0 without one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...kernels.reference import SHIFT
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused
+from ..files.modelspec import modelspec_of
 from ..files.safetensors import TensorSpec
 from ..weights.awq_w4a16 import W4A16Weight
 from ..weights.formats import weight_of
@@ -342,7 +343,7 @@ class ToNunchaku(Export):
                 "no config was written: add the original model's config.json to the metadata for"
                 " programs that ask for it"
             )
-        return facts
+        return modelspec_of(self.source.metadata) | facts
 
     def _configs(self) -> dict[str, dict]:
         """FLUX.1's two descriptions, from shapes and names."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..files.architectures import LayerPlan
 from ..files.checkpoint import FORMAT_VERSION
+from ..files.modelspec import described
 from ..files.report import MEASURED_ON, LayerRow, Report
 from ..files.source import Source, StateDictSource, passed_on
 from ..files.writer import metadata_room
@@ -52,7 +53,7 @@ def file_metadata(
     method: str, identity: Mapping[str, str], of_source: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """A quantized file's metadata but the report: what the source passes on, then ours."""
-    return passed_on(of_source or {}) | {
+    return described(passed_on(of_source or {}), method) | {
         "format": "nibble",
         "nibble_version": str(FORMAT_VERSION),
         "method": method,

@@ -92,7 +92,7 @@ def test_the_nodes_are_there_with_tooltips_and_at_most_six_visible_widgets(serve
         ), name
 
 
-def test_the_report_tells_every_layer_and_each_loader_lists_its_own_files(server, report):
+def test_the_report_tells_every_layer_and_loaders_list_what_they_load(server, report):
     assert report["kind"] == "layers"
     assert {"vq", "keep"} == {row["action"] for row in report["rows"]}
     assert all(row["why"] for row in report["rows"])
@@ -104,7 +104,7 @@ def test_the_report_tells_every_layer_and_each_loader_lists_its_own_files(server
     assert FILE in listed["NibbleLoadVQ"]
     assert FILE in listed["NibbleInspectVQ"]
     assert FLUX not in listed["NibbleLoadVQ"]
-    assert FILE not in listed["NibbleLoadSVDQuant"]
+    assert FILE in listed["NibbleLoadSVDQuant"]
     assert FILE not in listed["NibbleQuantizeVQ"]
     assert FLUX in listed["NibbleQuantizeVQ"]
 
@@ -160,9 +160,11 @@ def test_what_cannot_be_is_refused_in_a_sentence(server, report, graph, changes,
     assert not list(server.folder("diffusion_models").glob("never*"))
 
 
-def test_the_other_kind_s_loader_names_the_right_node(server, report, graph):
-    graph.save(graph.sample(graph.load(FILE), graph.prompt()))
-    with pytest.raises(Refused, match="Load VQ Model"):
+def test_a_file_of_the_other_kind_is_refused_with_the_right_node(server, quantized, graph):
+    options = {"verify": True, "compute_dtype": "default"}
+    model = graph.add("NibbleLoadVQ", model_name=quantized, **options)
+    graph.save(graph.sample(model, graph.prompt()))
+    with pytest.raises(Refused, match="Load SVDQuant Model"):
         server.run(graph.nodes)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management
+import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
@@ -100,11 +101,17 @@ def origin(model: ModelPatcher) -> tuple[tuple, Uses]:
         return tuple(init[1]), ()
     if init is not None and init[0] is load_merged:
         return init[1]
+    if init is not None and init[0] is comfy.sd.load_diffusion_model and _is_low_bit(model):
+        return (init[1][0], False), ()
     raise FileRefused(
         "The connected model does not come from Load SVDQuant Model or Load VQ Model, so it cannot"
         " be merged; connect one of them, or write a 16-bit model with what is on it by Save"
         " Diffusion Model (ModelSave)."
     )
+
+
+def _is_low_bit(model: ModelPatcher) -> bool:
+    return any(layouts.is_ours(tensor) for tensor in model.model.diffusion_model.parameters())
 
 
 def load_merged(base: tuple, uses: Uses, disable_dynamic: bool = False) -> ModelPatcher:

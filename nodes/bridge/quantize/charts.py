@@ -1,4 +1,5 @@
-"""Charts of the VQ nodes, by the schema in `host/charts.py`, and one kind of their own:
+"""Charts of the VQ nodes, and of a loaded file of either method, by the schema in
+`host/charts.py`, and one kind of their own:
 
 {"kind": "blocks", "title": str, "subtitle": str, "summary": [[label, value], …], "blocks": int,
  "rows": [{"name": str, "number": int, "points": [[share of its steps done 0…1, dB], …]}, …]}
@@ -14,15 +15,19 @@ import time
 from collections import Counter
 
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import reading
 from ....quant.files.report import LayerRow, Report
+from ....quant.interop.opening import method_of
 from ....quant.job.monitor import BlockError
 from ....quant.vq4dit.codebook_usage import LayerUse
 from ..host import charts
 from ..host.progress import Progress
+from ..quantized import activations as activation_widths
+from ..quantized import loading
 
 PAUSE = 0.5  # seconds between two pictures of a running calibration
 
@@ -97,6 +102,16 @@ def bits_per_weight(file: QuantizedFile) -> float:
         weights += n * (width * 8 // (config["codewords"].bit_length() - 1)) * config["vector"]
         total += sum(info.nbytes for info in sizes.values())
     return 8 * total / weights
+
+
+def loaded_chart(file: QuantizedFile, model: ModelPatcher, activations: str = "auto") -> dict:
+    """Facts about a file that was loaded with the choice of activations."""
+    needed, device = loading.vram_needed(model), model.load_device
+    if method_of(file.files[0].header) == "vq":
+        return model_chart(file, needed, device)
+    chart = charts.model_chart(file, needed, device, loading.ram_kept(model))
+    chart["summary"].insert(-1, activation_widths.shown(model, activations))
+    return chart
 
 
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:

@@ -27,7 +27,7 @@ from .linear import NibbleOperations
 MODULATION = ("vram", "ram")
 DTYPES = {"default": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# kind of file → the node that loads it
+# kind of file → the node that is named after it; Load SVDQuant Model loads either
 LOADERS = {"svdquant": "Load SVDQuant Model", "vq": "Load VQ Model"}
 
 _files = OpenedFiles()
@@ -45,13 +45,13 @@ def quantized_files(kind: str | None = None) -> list[str]:
     return [name for name, method in zip(paths, methods, strict=True) if method in wanted]
 
 
-def opened(name: str, kind: str) -> QuantizedFile:
-    """A quantized file of a kind, from its name in ComfyUI's lists. Raises FileRefused with the
-    reason, and the right node for another kind.
+def opened(name: str, kind: str | None = None) -> QuantizedFile:
+    """A quantized file of a kind (None: of any), from its name in ComfyUI's lists. Raises
+    FileRefused with the reason, and the right node for another kind.
     """
     file = _files.open(folders.path_of(name))
     found = method_of(file.files[0].header)
-    if found != kind:
+    if kind not in (None, found):
         raise FileRefused(
             f"{name} was made by another method; load it with the node {LOADERS[found]}."
         )
@@ -76,7 +76,7 @@ def load(
     file = _files.open(path)
     with reading(file.path, file.remedy):
         state = _mapped(file, verify) if file.stock else _read(file)
-        _check_finite(file, state)
+        check_finite(file, state)
     if not file.is_current():
         raise file.refusal("changed while it was read; close the program that writes it")
     options = {"custom_operations": NibbleOperations} | (
@@ -93,6 +93,21 @@ def load(
         raise FileRefused(
             f"{file.path.name} holds a model that this ComfyUI does not know; update ComfyUI."
         )
+    finish(patcher, file, modulation_in, activations)
+    again = (os.fspath(path), False, dtype, modulation_in, activations)
+    patcher.cached_patcher_init = (load, again)
+    return patcher
+
+
+def finish(
+    patcher: ModelPatcher,
+    file: QuantizedFile,
+    modulation_in: str = "vram",
+    activations: str = "auto",
+) -> None:
+    """What a model needs besides its weights once it has them; arguments as of `load`. Raises
+    FileRefused for a layer that is missing, or that the model does not have.
+    """
     _check_complete(patcher, file)
     widths.choose(patcher, activations)
     mlp.fuse(patcher.model.diffusion_model)
@@ -100,9 +115,6 @@ def load(
         modulation.keep_in_ram(patcher)
     preparing.prepare(patcher)
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, lora.WRAPPER, lora.plan_patches)
-    again = (os.fspath(path), False, dtype, modulation_in, activations)
-    patcher.cached_patcher_init = (load, again)
-    return patcher
 
 
 def _mapped(file: QuantizedFile, verify: bool) -> dict[str, torch.Tensor]:
@@ -123,7 +135,8 @@ def _read(file: QuantizedFile) -> dict[str, torch.Tensor]:
     return dict(file.tensors(progress.Progress("reading")))
 
 
-def _check_finite(file: QuantizedFile, state: dict[str, torch.Tensor]) -> None:
+def check_finite(file: QuantizedFile, state: dict[str, torch.Tensor]) -> None:
+    """Refuses a state dict whose quantized layers hold NaN or infinity beside their codes."""
     for name, settings in file.layers.items():
         keys = [f"{name}.{part}" for part in (*_parts(settings), "bias")]
         file.check_finite({key: state[key] for key in keys if key in state})

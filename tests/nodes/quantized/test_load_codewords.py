@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from codewords import LAYER, relative
+from flux_runs import loaded, run
 from nibble.nodes.bridge.quantize import job as quantizing
 from nibble.nodes.bridge.quantized import linear as ops
 from nibble.nodes.bridge.quantized import loading
@@ -95,7 +96,7 @@ def test_a_stock_lora_acts_as_on_the_dequantized_model_and_leaves_no_trace(codew
         )
 
 
-def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_s(
+def test_one_loader_takes_either_kind_and_the_other_names_it_for_what_it_does_not_take(
     folder, codeword_file, quantized_file
 ):
     from nibble.nodes import svdquant
@@ -107,9 +108,15 @@ def test_each_loader_lists_its_own_files_and_names_the_right_node_for_the_other_
     assert loading.quantized_files("vq") == ["codes.safetensors"]
     assert loading.quantized_files("svdquant") == ["four.safetensors"]
     assert quantizing.sources() == ["flux.safetensors"]
-    assert "load it with the node Load VQ Model" in svdquant.NibbleLoadSVDQuant.validate_inputs(
-        "codes.safetensors"
-    )
+    assert loading.quantized_files() == ["codes.safetensors", "four.safetensors"]
+    assert svdquant.NibbleLoadSVDQuant.validate_inputs("codes.safetensors") is True
+    assert svdquant.NibbleLoadSVDQuant.validate_inputs("four.safetensors") is True
+    same = [
+        node.execute("codes.safetensors", True, "default")
+        for node in (svdquant.NibbleLoadSVDQuant, nodes.NibbleLoadVQ)
+    ]
+    assert same[0].ui == same[1].ui
+    assert torch.equal(*(run(loaded(output.result[0])) for output in same))
     assert "load it with the node Load SVDQuant Model" in nodes.NibbleLoadVQ.validate_inputs(
         "four.safetensors"
     )
