@@ -167,7 +167,7 @@ def keep_in_ram(patcher: ModelPatcher) -> int:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if "input_blocks.0.0.weight" in shapes:  # a U-Net has none
         return 0
-    patterns = recognise(_detectable(shapes), "The model").modulation
+    patterns = recognise(_detectable(shapes), "The model", native=True).modulation
     # a strong one would keep the model alive through its own layers
     base = weakref.ref(patcher.model)
     cache = ModulationCache(lambda sigmas: base().model_sampling.timestep(sigmas))
