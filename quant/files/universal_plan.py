@@ -95,9 +95,13 @@ def linears(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]
 
 
 def is_transformer(names: Iterable[str]) -> bool:
-    """Whether a model of these linears has a stack, and reads a time step."""
+    """Whether a model of these tensors has a stack, and reads a time step."""
     names = list(names)
-    return bool(_places(names)) and any(_TIME.search(name) for name in names)
+    return bool(_places(names)) and _reads_time(names)
+
+
+def _reads_time(names: Iterable[str]) -> bool:
+    return any(_TIME.search(name) for name in names)
 
 
 def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess | None:
@@ -105,9 +109,9 @@ def guess(shapes: Mapping[str, tuple[int, ...]]) -> Guess | None:
     transformer.
     """
     sizes = linears(shapes)
-    if not is_transformer([*sizes, *shapes]):
-        return None
     places = _places(sizes)
+    if not places or not _reads_time(shapes):
+        return None
     kept = _kept_stacks(places, sizes)
     inside = {name: place for name, place in places.items() if place.stack not in kept}
     large = {name for name in inside if math.prod(sizes[name]) >= LEAST}

@@ -56,7 +56,7 @@ LITTLE = {
     "ACEStep15": (0.65, "its encoders of lyrics and timbre are kept"),
 }
 # layers of these widths do not fit a tiny model's groups
-UNFIT = ("no layer that could be quantized",)
+UNFIT = ("no layer that could be quantized", "has no blocks that repeat")
 
 
 def test_every_class_of_comfyui_is_listed():
