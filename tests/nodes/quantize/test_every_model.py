@@ -13,6 +13,7 @@ import torch
 
 import full_size_models
 import tiny_models
+from tiny_more_families import MORE
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import universal_plan
 from nibble.quant.files.architectures import GROUP, plan, recognise
@@ -109,7 +110,13 @@ def test_comfyui_recognises_the_4_bit_file_of_published_size(found, name):
 # ---- tiny models, run
 
 
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.fixture(autouse=True)
+def more_families(monkeypatch):
+    for name, family in MORE.items():
+        monkeypatch.setitem(tiny_models.FAMILIES, name, family)
+
+
+@pytest.mark.parametrize("name", [*tiny_models.FAMILIES, *MORE])
 def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch):
     monkeypatch.setattr(universal_plan, "LEAST", 1)
     dense = tiny_models.build(name)
