@@ -80,7 +80,8 @@ class CpuLinear(torch.nn.Module):
         """input (…, K) on any device → (…, N) there."""
         if torch.is_grad_enabled() and input.requires_grad:
             return self.compute(input.cpu()).to(input.device)
-        return self._cache.output(self, input)
+        # a part of several layers' results, which lie side by side; MiniMax H3 takes views of it
+        return self._cache.output(self, input).contiguous()
 
     def state(self) -> LayerState:
         """What hooks change of it between two steps: they switch the bias in place, and the

@@ -15,7 +15,7 @@ import full_size_models
 import tiny_models
 from tiny_more_families import MORE
 from nibble.nodes.bridge.quantized import loading
-from nibble.quant.files import universal_plan
+from nibble.quant.files import architectures, universal_plan
 from nibble.quant.files.architectures import GROUP, plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
@@ -89,8 +89,11 @@ def test_a_model_of_published_size_has_a_sensible_plan(found, name):
     share = sum(layer.N * layer.K for layer in changed) / sum(map(math.prod, shapes.values()))
     assert share >= LITTLE.get(name, (0.8,))[0]
     ends = ("final_layer", "proj_out", "x_embedder", "img_in", "patch_embed")
-    assert not [layer.name for layer in changed if layer.name.split(".")[0] in ends
-                and layer.action == "w4a4"]
+    assert not [
+        layer.name
+        for layer in changed
+        if layer.name.split(".")[0] in ends and layer.action == "w4a4"
+    ]
 
 
 @pytest.mark.parametrize("name", full_size_models.SIZES)
@@ -120,32 +123,52 @@ def more_families(monkeypatch):
 def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch):
     monkeypatch.setattr(universal_plan, "LEAST", 1)
     dense = tiny_models.build(name)
-    state = {key: value.contiguous() for key, value in dense.model.diffusion_model.state_dict().items()}
     try:
-        job = SVDQuantJob.prepare(StateDictSource(state), tmp_path / "made.safetensors", TINY)
+        job = SVDQuantJob.prepare(
+            StateDictSource(_state(dense)), tmp_path / "made.safetensors", TINY
+        )
     except FileRefused as refusal:
         assert any(words in str(refusal) for words in UNFIT)
         pytest.skip(str(refusal))
     report = job.write()
     assert open_quantized(tmp_path / "made.safetensors").layers
-    quantized = _load(name, tmp_path / "made.safetensors", dense, monkeypatch)
+    quantized = _load(name, tmp_path / "made.safetensors", monkeypatch)
     error = _relative(_draw(quantized, name), _draw(dense, name))
-    print(name, report.architecture, f"{error:.3f}")
     assert error < 0.6
+    guessed = any(architectures.GUESSED == note for note in report.notes)
+    assert guessed == (report.architecture == universal_plan.NAME)
 
 
-def _load(name, path, dense, monkeypatch):
+@pytest.mark.parametrize("name", ["minimax h3", "lens", "joyimage", "ace-step 1.5", "triposplat"])
+def test_modulation_in_ram_gives_the_same_picture(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(universal_plan, "LEAST", 1)
+    dense, path = tiny_models.build(name), tmp_path / "made.safetensors"
+    SVDQuantJob.prepare(StateDictSource(_state(dense)), path, TINY).write()
+    in_vram = _load(name, path, monkeypatch)
+    in_ram = _load(name, path, monkeypatch, modulation_in="ram")
+    assert loading.ram_kept(in_ram)
+    assert _relative(_draw(in_ram, name), _draw(in_vram, name)) < 1e-5
+
+
+def _state(model) -> dict:
+    state = model.model.diffusion_model.state_dict()
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def _load(name, path, monkeypatch, **options):
     """The file by Nibble's loader; ComfyUI's detection, which knows published widths alone, is told
     the tiny ones.
     """
     family = tiny_models.FAMILIES[name]
-    config = getattr(comfy.supported_models, family.config)(dict(family.options))
-    config.unet_config.update(family.options)
-    monkeypatch.setattr(
-        comfy.model_detection, "model_config_from_unet", lambda *args, **kwargs: config
-    )
-    monkeypatch.setattr(type(config), "process_unet_state_dict", lambda self, state: state)
-    return loading.load(path, dtype="fp32")
+
+    def told(*_args, **_kwargs):
+        config = getattr(comfy.supported_models, family.config)(dict(family.options))
+        config.unet_config.update(family.options)
+        return config
+
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", told)
+    monkeypatch.setattr(type(told()), "process_unet_state_dict", lambda self, state: state)
+    return loading.load(path, dtype="fp32", **options)
 
 
 def _draw(model, name):
