@@ -13,7 +13,6 @@ import torch
 
 import full_size_models
 import tiny_models
-from tiny_more_families import MORE
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import architectures, universal_plan
 from nibble.quant.files.architectures import GROUP, plan, recognise
@@ -22,6 +21,7 @@ from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.source import StateDictSource
 from nibble.quant.svdquant.quantize import SVDQuantJob, layout
 from nibble.quant.svdquant.recipe import Recipe
+from tiny_more_families import MORE
 
 FAST = Recipe.from_preset("fast")
 TINY = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
