@@ -1,10 +1,16 @@
-"""Tiny models that only the walk through every class needs: see tiny_models."""
+"""Tiny models that only the walk through every class needs: see tiny_models. WIDER: those of
+tiny_models whose layers no group of 64 weights divides.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
 from tiny_family import TOKENS, Family
+from tiny_other_families import OTHERS
+from tiny_picture_families import PICTURES
 
 SDXL = dict(
     image_size=32,
@@ -106,4 +112,24 @@ MORE = {
         (TOKENS, 64),
         {"condition": (1, 17, 2, 8, 8)},
     ),
+}
+
+
+def _wider(family: Family, **options) -> Family:
+    return dataclasses.replace(family, options=family.options | options)
+
+
+WIDER = {
+    "lumina 2": _wider(PICTURES["lumina 2"], dim=128, axes_dims=[16, 8, 8]),
+    "boogu": _wider(
+        PICTURES["boogu"],
+        hidden_size=128,
+        num_layers=3,
+        num_double_stream_layers=3,
+        axes_dim_rope=(16, 8, 8),
+    ),
+    "omnigen 2": _wider(PICTURES["omnigen 2"], hidden_size=128, axes_dim_rope=[16, 8, 8]),
+    "wan 2.1": _wider(OTHERS["wan 2.1"], dim=64, ffn_dim=128),
+    "wan 2.2 5b": _wider(OTHERS["wan 2.2 5b"], dim=64, ffn_dim=128),
+    "wan 2.1 vace": _wider(OTHERS["wan 2.1 vace"], dim=64, ffn_dim=128),
 }
