@@ -81,7 +81,7 @@ def families() -> tuple[Architecture, ...]:
     """Every family that can be quantized, in the order in which they are tried."""
 
     def build(entry: dict) -> Architecture:
-        lists = {
+        lists: dict[str, Any] = {
             key: tuple(entry.get(key, ()))
             for key in ("all", "any", "blocks", "modulation", "sensitive", "detects", "post_gelu")
         }

@@ -42,8 +42,8 @@ fused block of FLUX.
 _NUMBER = re.compile(r"([A-Za-z_]*)(\d+)$")
 _TIME = re.compile(r"(?i)(^|[._])(time|timestep|t_emb|t_block|temb|sigma|noise|ada_?ln|ada\.)")
 _FEW_TOKENS = re.compile(
-    r"(?i)(^|[._])(ada\w*|\w*modulation\w*|\w*_?mod|(?-i:mod[A-Z_])\w*|time\w*|t_block|t_emb\w*|emb_layers)"
-    r"(\.|$)|(^|\.)\w*norm\w*\.(linear|proj|fc|lin|1)(\.|$)"
+    r"(?i)(^|[._])(ada\w*|\w*modulation\w*|\w*_?mod|(?-i:mod[A-Z_])\w*|time\w*|t_block|t_emb\w*"
+    r"|emb_layers)(\.|$)|(^|\.)\w*norm\w*\.(linear|proj|fc|lin|1)(\.|$)"
 )
 _HELPER = re.compile(
     r"(?i)(^|[._])(\w*refiner|\w*connector|\w*adapter|\w*embed\w*|\w*encoder\w*|\w*tokenizer"
