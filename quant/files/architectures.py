@@ -4,7 +4,8 @@ architectures.json; here are the rules.
 A linear in a transformer block gets 4-bit weights and activations (w4a4); one that sees few tokens,
 such as modulation, 4-bit weights only (w4a16); embedders, final layers and small text refiners stay
 as they are (keep). Weights whose shapes ComfyUI reads to tell which model it has are never touched,
-whatever the recipe says: the 4-bit file must be recognised as its source was.
+whatever the recipe says: the 4-bit file must be recognised as its source was. A transformer of no
+known family gets a plan by its names and shapes (universal_plan.py).
 """
 
 import json
@@ -16,15 +17,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from . import universal_plan
 from .errors import FileRefused
 
 GROUP = 64
+GUESSED = (
+    "Nibble does not know this model, so its plan was guessed from the names and shapes of its"
+    " layers; look through the pictures, and name layers in keep_layers (--keep) to leave them in"
+    " 16 bit"
+)
+"""What a report says of a guessed plan."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A model family: keys that it has (all of `all`, one of `any`), and patterns on module
-    names.
+    names. sensitive: layers of the blocks that get 4-bit weights alone; guessed: by universal_plan.
     """
 
     name: str
@@ -36,6 +44,14 @@ class Architecture:
     keep: tuple[tuple[str, str], ...]
     post_gelu: tuple[str, ...]
     shared_input: tuple[tuple[str, ...], ...]
+    sensitive: tuple[str, ...] = ()
+    guessed: bool = False
+
+    def is_of(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a model of these tensors is of this family."""
+        return all(key in shapes for key in self.all) and (
+            not self.any or any(key in shapes for key in self.any)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,9 +81,9 @@ def families() -> tuple[Architecture, ...]:
     """Every family that can be quantized, in the order in which they are tried."""
 
     def build(entry: dict) -> Architecture:
-        lists = {
+        lists: dict[str, Any] = {
             key: tuple(entry.get(key, ()))
-            for key in ("all", "any", "blocks", "modulation", "detects", "post_gelu")
+            for key in ("all", "any", "blocks", "modulation", "sensitive", "detects", "post_gelu")
         }
         return Architecture(
             name=entry["name"],
@@ -79,21 +95,47 @@ def families() -> tuple[Architecture, ...]:
     return tuple(build(entry) for entry in _data()["families"])
 
 
-def recognise(shapes: Mapping[str, tuple[int, ...]], file: str) -> Architecture:
-    """The family of a model, from its tensors' names. Raises FileRefused for anything else, saying
-    what it is; `file` is its name in that.
+def recognise(
+    shapes: Mapping[str, tuple[int, ...]], file: str, native: bool = False
+) -> Architecture:
+    """The family of a model, from its tensors' names; a guess for transformers of no known family.
+    native: the names are surely ComfyUI's own, as a live model's are, and not only diffusers'.
+    Raises FileRefused for what is no diffusion transformer, saying what it is; `file` is its name
+    in that.
     """
     _refuse(_data()["refused_first"], shapes, file)
     for family in families():
-        if all(key in shapes for key in family.all) and (
-            not family.any or any(key in shapes for key in family.any)
-        ):
+        if family.is_of(shapes):
             return family
-    _refuse(_data()["refused_last"], shapes, file)
-    known = ", ".join(family.name for family in families())
+    _refuse(_refused_last(native), shapes, file)
+    guess = universal_plan.guess(shapes)
+    if guess is not None:
+        return _guessed(guess)
     raise FileRefused(
-        f"{file} holds no diffusion transformer that Nibble knows (its first tensors are"
-        f" {', '.join(sorted(shapes)[:3])}); choose one of: {known}."
+        f"{file} holds no diffusion transformer: it has no blocks that repeat and read a time step"
+        f" (its first tensors are {', '.join(sorted(shapes)[:3])}); choose a file from the"
+        " diffusion_models folder."
+    )
+
+
+def _refused_last(native: bool) -> list[dict]:
+    entries = _data()["refused_last"]
+    return [entry for entry in entries if not (native and entry.get("files_only"))]
+
+
+def _guessed(guess: universal_plan.Guess) -> Architecture:
+    return Architecture(
+        name=universal_plan.NAME,
+        all=(),
+        any=(),
+        blocks=guess.blocks,
+        modulation=guess.modulation,
+        detects=(),
+        keep=tuple(guess.keep.items()),
+        post_gelu=(),
+        shared_input=guess.shared_input,
+        sensitive=guess.sensitive,
+        guessed=True,
     )
 
 
@@ -101,9 +143,12 @@ def family_name(shapes: Mapping[str, tuple[int, ...]], file: str) -> str:
     """The family's name of a model under ComfyUI's names, also of those that come in 4 bits only.
     Raises FileRefused as `recognise` does.
     """
-    if "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" in shapes:
-        return "SDXL"
-    return recognise(shapes, file).name
+    for family in families():
+        if family.is_of(shapes):
+            return family.name
+    if universal_plan.is_transformer(shapes):
+        return universal_plan.NAME
+    return recognise(shapes, file, native=True).name
 
 
 def _refuse(entries: Iterable[dict], shapes: Mapping[str, tuple], file: str) -> None:
@@ -131,15 +176,17 @@ def plan(
         for key, shape in shapes.items()
         if key.endswith(".weight") and len(shape) == 2
     ]
-    missing = _gap(names, architecture.blocks)
+    # what a model of unknown make leaves out in between is its own affair
+    missing = None if architecture.guessed else _gap(names, architecture.blocks)
     if missing is not None:
         raise lacking(file, missing)
     layers = [
         _plan_layer(name, shapes, architecture, recipe) for name in sorted(names, key=natural)
     ]
     if all(layer.action == "keep" for layer in layers):
+        of_blocks = architecture.blocks or tuple(pattern for pattern, _ in architecture.keep)
         why = next(
-            (layer.why for layer in layers if _matches(architecture.blocks, layer.name)),
+            (layer.why for layer in layers if _matches(of_blocks, layer.name)),
             "it has no transformer blocks",
         )
         raise FileRefused(
@@ -161,7 +208,7 @@ def missing_layer(
     """The refusal of a source that lacks a layer of its blocks. built: the linears of the model as
     ComfyUI builds it.
     """
-    blocks = recognise(shapes, file).blocks
+    blocks = recognise(shapes, file, native=True).blocks
     absent = (name for name in built if f"{name}.weight" not in shapes and _matches(blocks, name))
     name = next(absent, None)
     return None if name is None else lacking(file, name)
@@ -221,6 +268,8 @@ def _action(name: str, architecture: Architecture, recipe) -> tuple[str, str]:
         return "keep", "16 bit, as asked for"
     if _matches(recipe.w4a16, name):
         return "w4a16", "4-bit weights only, as asked for"
+    if _matches(architecture.sensitive, name):
+        return "w4a16", "4-bit weights only: the most fragile layers of the first and last blocks"
     if _matches(architecture.modulation, name):
         return (
             ("w4a16", "sees few tokens")

@@ -101,8 +101,11 @@ class QuantizeJob(ABC):
 
     @classmethod
     def _planned(cls: type[Job], source: Any, target: Path, recipe: Any) -> Job:
-        architecture = recognise(source.shapes, source.name)
+        live = isinstance(source, StateDictSource)
+        architecture = recognise(source.shapes, source.name, native=live)
         layers = cls.plan(source.shapes, architecture, recipe, source.name)
+        if architecture.guessed and architectures.GUESSED not in source.notes:
+            source.notes.append(architectures.GUESSED)
         return cls(source, target, recipe, architecture.name, layers)
 
     @staticmethod

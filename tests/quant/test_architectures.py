@@ -173,7 +173,7 @@ REFUSED = {
     ),
     "unknown": (
         ["some.weight", "other.weight"],
-        "holds no diffusion transformer that Nibble knows",
+        "holds no diffusion transformer: it has no blocks",
     ),
 }
 

@@ -83,7 +83,7 @@ class Weights(Mapping):
         shapes = {
             name: tuple(tensor.shape) for name, tensor in self._diffusion_model.state_dict().items()
         }
-        family = recognise(shapes, MODEL.capitalize())
+        family = recognise(shapes, MODEL.capitalize(), native=True)
         layers = plan(shapes, family, Recipe.from_preset("fast", rank=16), MODEL.capitalize())
         return [layer.name for layer in layers if layer.action == "w4a4" and layer.name in self]
 

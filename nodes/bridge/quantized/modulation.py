@@ -80,7 +80,8 @@ class CpuLinear(torch.nn.Module):
         """input (…, K) on any device → (…, N) there."""
         if torch.is_grad_enabled() and input.requires_grad:
             return self.compute(input.cpu()).to(input.device)
-        return self._cache.output(self, input)
+        # a part of several layers' results, which lie side by side; MiniMax H3 takes views of it
+        return self._cache.output(self, input).contiguous()
 
     def state(self) -> LayerState:
         """What hooks change of it between two steps: they switch the bias in place, and the
@@ -167,7 +168,7 @@ def keep_in_ram(patcher: ModelPatcher) -> int:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if "input_blocks.0.0.weight" in shapes:  # a U-Net has none
         return 0
-    patterns = recognise(_detectable(shapes), "The model").modulation
+    patterns = recognise(_detectable(shapes), "The model", native=True).modulation
     # a strong one would keep the model alive through its own layers
     base = weakref.ref(patcher.model)
     cache = ModulationCache(lambda sigmas: base().model_sampling.timestep(sigmas))

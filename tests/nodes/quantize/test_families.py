@@ -24,7 +24,7 @@ FAST = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
 # families that are not quantized, or not at this size: in words, before anything is run
 REFUSALS = (
     "no layer that could be quantized",
-    "holds no diffusion transformer that Nibble knows",
+    "holds no diffusion transformer",
     "has diffusers' names",
 )
 

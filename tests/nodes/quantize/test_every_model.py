@@ -1,0 +1,194 @@
+"""Every model class of ComfyUI: is it recognised, is the plan sensible, does the 4-bit file open,
+and does the model draw as in 16 bit?
+
+In their published sizes by shapes alone; tiny ones are quantized, loaded and run.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.supported_models
+import pytest
+import torch
+
+import full_size_models
+import tiny_models
+from nibble.nodes.bridge.quantized import loading
+from nibble.quant.files import architectures, universal_plan
+from nibble.quant.files.architectures import GROUP, plan, recognise
+from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.source import StateDictSource
+from nibble.quant.svdquant.quantize import SVDQuantJob, layout, predict
+from nibble.quant.svdquant.recipe import Recipe
+from tiny_more_families import MORE, WIDER
+
+FAST = Recipe.from_preset("fast")
+TINY = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
+NO_TRANSFORMER = {  # why not
+    **dict.fromkeys(
+        ["LotusD", "Stable_Zero123", "SD15_instructpix2pix", "SD15", "SD20", "SD21UnclipL"],
+        "a small U-Net",
+    ),
+    **dict.fromkeys(["SD21UnclipH", "SD_X4Upscaler"], "a small U-Net"),
+    **dict.fromkeys(["Stable_Cascade_C", "Stable_Cascade_B"], "convolutions in the main"),
+    **dict.fromkeys(["RT_DETR_v4", "SAM3", "SAM31", "DepthAnything3"], "no diffusion model"),
+}
+STAND_FOR = {  # of the same layers as another one
+    "SDXL": ["SDXLRefiner", "SDXL_instructpix2pix", "SSD1B", "KOALA_700M", "KOALA_1B"],
+    "SDXL ": ["Segmind_Vega", "SV3D_u", "SV3D_p", "SVD_img2vid"],
+    "StableAudio": ["StableAudio3"],
+    "HunyuanDiT": ["HunyuanDiT1"],
+    "HunyuanVideo15": ["HunyuanVideo15_SR_Distilled"],
+    "HunyuanImage21": ["HunyuanImage21Refiner"],
+    "HunyuanVideo": ["HunyuanVideoSkyreelsI2V", "HunyuanVideoI2V"],
+    "CosmosT2V": ["CosmosI2V"],
+    "CosmosT2IPredict2": ["CosmosI2VPredict2"],
+    "WAN21_T2V": ["WAN22_T2V", "WAN21_FunControl2V", "WAN21_FlowRVS"],
+    "Hunyuan3Dv2": ["Hunyuan3Dv2mini"],
+    "Kandinsky5": ["Kandinsky5Image"],
+    "CogVideoX_T2V": ["CogVideoX_Inpaint", "CogVideoX_I2V"],
+}
+# share of the weights that become 4-bit, where it is less than 0.8, and why
+LITTLE = {
+    "Omnigen2": (0.30, "2520 inputs are not a multiple of the group size"),
+    "Boogu": (0.31, "3360 inputs are not a multiple of the group size"),
+    "ACEStep": (0.58, "its feed-forward layers are convolutions"),
+    "ACEStep15": (0.65, "its encoders of lyrics and timbre are kept"),
+}
+
+
+def test_every_class_of_comfyui_is_listed():
+    listed = {*full_size_models.SIZES, *NO_TRANSFORMER, *sum(STAND_FOR.values(), [])}
+    # a newer ComfyUI has more, and they have the universal plan
+    assert {cls.__name__ for cls in comfy.supported_models.models} - listed <= set()
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Class → (shapes, linears), each built once."""
+    known: dict = {}
+
+    def of(name: str):
+        if name not in known:
+            known[name] = full_size_models.build(name)
+        return known[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", full_size_models.SIZES)
+def test_a_model_of_published_size_has_a_sensible_plan(found, name):
+    shapes, linears = found(name)
+    layers = plan(shapes, recognise(shapes, name), FAST, name)
+    changed = [layer for layer in layers if layer.action != "keep"]
+    assert {layer.name for layer in changed} <= linears
+    assert all(layer.K % GROUP == 0 for layer in changed)
+    share = sum(layer.N * layer.K for layer in changed) / sum(map(math.prod, shapes.values()))
+    assert share >= LITTLE.get(name, (0.8,))[0]
+    ends = ("final_layer", "proj_out", "x_embedder", "img_in", "patch_embed")
+    assert not [
+        layer.name
+        for layer in changed
+        if layer.name.split(".")[0] in ends and layer.action == "w4a4"
+    ]
+
+
+@pytest.mark.parametrize("name", full_size_models.SIZES)
+def test_comfyui_recognises_the_4_bit_file_of_published_size(found, name):
+    shapes, _ = found(name)
+    layers = plan(shapes, recognise(shapes, name), FAST, name)
+    meta = torch.device("meta")
+    before = {key: torch.empty(shape, device=meta) for key, shape in shapes.items()}
+    after = {
+        spec.name: torch.empty(spec.shape, device=meta, dtype=spec.dtype)
+        for spec in layout(shapes, layers, FAST.rank)
+    }
+    detect = comfy.model_detection.detect_unet_config
+    assert detect(after, "") == detect(before, "")
+
+
+def test_the_page_says_what_the_walk_found(found):
+    page = Path(architectures.__file__).parents[2] / "docs" / "models.md"
+    rows = {}
+    for line in page.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and (cls := re.fullmatch(r"`(\w+)`", cells[1])):
+            rows[cls[1]] = cells[2:]
+    drawn = {family.config for family in (tiny_models.FAMILIES | MORE).values()}
+    for name in full_size_models.SIZES:
+        shapes, _ = found(name)
+        guessed = recognise(shapes, name).guessed
+        report = predict(shapes, FAST, name)
+        sizes = [f"{size / 1e9:.1f} GB" for size in (report.bytes_before, report.bytes_after)]
+        run = "yes" if name in drawn else ""
+        assert rows[name] == ["guessed" if guessed else "own", *sizes, run], name
+
+
+# ---- tiny models, run
+
+
+@pytest.fixture(autouse=True)
+def more_families(monkeypatch):
+    for name, family in (MORE | WIDER).items():
+        monkeypatch.setitem(tiny_models.FAMILIES, name, family)
+
+
+@pytest.mark.parametrize("name", [*tiny_models.FAMILIES, *MORE])
+def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(universal_plan, "LEAST", 1)
+    dense = tiny_models.build(name)
+    job = SVDQuantJob.prepare(StateDictSource(_state(dense)), tmp_path / "made.safetensors", TINY)
+    report = job.write()
+    assert open_quantized(tmp_path / "made.safetensors").layers
+    quantized = _load(name, tmp_path / "made.safetensors", monkeypatch)
+    error = _relative(_draw(quantized, name), _draw(dense, name))
+    assert error < 0.6
+    guessed = any(architectures.GUESSED == note for note in report.notes)
+    assert guessed == (report.architecture == universal_plan.NAME)
+
+
+@pytest.mark.parametrize("name", ["minimax h3", "lens", "joyimage", "ace-step 1.5", "triposplat"])
+def test_modulation_in_ram_gives_the_same_picture(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(universal_plan, "LEAST", 1)
+    dense, path = tiny_models.build(name), tmp_path / "made.safetensors"
+    SVDQuantJob.prepare(StateDictSource(_state(dense)), path, TINY).write()
+    in_vram = _load(name, path, monkeypatch)
+    in_ram = _load(name, path, monkeypatch, modulation_in="ram")
+    assert loading.ram_kept(in_ram)
+    assert _relative(_draw(in_ram, name), _draw(in_vram, name)) < 1e-5
+
+
+def _state(model) -> dict:
+    state = model.model.diffusion_model.state_dict()
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def _load(name, path, monkeypatch, **options):
+    """The file by Nibble's loader; ComfyUI's detection, which knows published widths alone, is told
+    the tiny ones.
+    """
+    family = tiny_models.FAMILIES[name]
+
+    def told(*_args, **_kwargs):
+        config = getattr(comfy.supported_models, family.config)(dict(family.options))
+        config.unet_config.update(family.options)
+        return config
+
+    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", told)
+    monkeypatch.setattr(type(told()), "process_unet_state_dict", lambda self, state: state)
+    return loading.load(path, dtype="fp32", **options)
+
+
+def _draw(model, name):
+    with torch.inference_mode():
+        return tiny_models.sample(model, name, steps=1)
+
+
+def _relative(found, wanted) -> float:
+    found, wanted = (
+        torch.cat([part.flatten() for part in (value.unbind() if value.is_nested else [value])])
+        for value in (found, wanted)
+    )
+    return ((found - wanted).norm() / wanted.norm()).item()
