@@ -352,5 +352,5 @@ def test_a_fused_mlp_is_chosen_by_its_floats(monkeypatch):
     monkeypatch.setattr(w4a4, "choose", lambda *given: asked.append(given) or own(*given))
     first, second = (layer(Case("layer", 3, 64, 64), torch.bfloat16) for _ in range(2))
     ops.mlp_w4a4(torch.randn(3, 64), first, second)
-    kinds = next(kinds for op, _, _, kinds in asked if op == "mlp_w4a4")
+    kinds = next(given[3] for given in asked if given[0] == "mlp_w4a4")
     assert set(kinds) == {torch.bfloat16}
