@@ -184,7 +184,7 @@ def _expert_options() -> list[io.Input]:
             tooltip=(
                 "What the layers' inputs will be rounded to. 8 bit: closer to the 16-bit model,"
                 " same file size; as fast on Hopper, Blackwell and CPUs, slower on RTX 20 to 40."
-                " auto: 8 bit in the layers that gain most, for a quarter of the multiplications."
+                " auto: 8 bit in the layers that gain most, for half of the multiplications."
             ),
         ),
         io.Combo.Input(

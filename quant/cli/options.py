@@ -148,7 +148,7 @@ def _svdquant_options(parser: argparse.ArgumentParser) -> None:
         "--share-8bit",
         type=float,
         metavar="S",
-        help="of the multiplications, for --activations auto: 0 to 1 (default: 0.25)",
+        help="of the multiplications, for --activations auto: 0 to 1 (default: 0.5)",
     )
     parser.add_argument(
         "--group", type=int, help="columns that share a scale of svdquant_w4a8: 16, 32 or 64"
