@@ -170,9 +170,8 @@ def as_toy(monkeypatch):
         return [toy.planned(layer, *shapes[f"{layer}.weight"]) for layer in toy.LAYERS[:10]]
 
     monkeypatch.setattr(VQJob, "plan", staticmethod(toy_plan))
-    monkeypatch.setattr(
-        checkpoint_run, "recognise", lambda shapes, name: type("Family", (), {"name": "toy"})
-    )
+    family = type("Family", (), {"name": "toy", "guessed": False})
+    monkeypatch.setattr(checkpoint_run, "recognise", lambda *asked, **known: family)
     return StateDictSource(toy.trained().state_dict(), "toy")
 
 
