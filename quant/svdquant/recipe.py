@@ -57,7 +57,8 @@ class Recipe(FromPreset):
     gptq            round each column so that the next ones make up for it (needs recorded inputs;
       w4a16 layers do so in any case)
     smoothing_grid  n: smoothing exponents i/n for i = 0..n (SVDQuant's search has n = 20)
-    smoothing_steps of learning the factors from there (needs recorded inputs); 0: none
+    smoothing_steps of learning the factors from there (needs recorded inputs); 0, and in
+      svdquant_nvfp4: none
     clip_search     search each group's scale instead of absmax / 7
     act_bits        of the activations that layers are fitted for: 4, or 8 (Hopper, Blackwell,
       CPU)
@@ -144,6 +145,7 @@ class Recipe(FromPreset):
             )
         object.__setattr__(self, "rotation", "off")
         object.__setattr__(self, "act_unsigned", False)
+        object.__setattr__(self, "smoothing_steps", 0)  # not built for 4-bit floats
 
     @property
     def floats(self) -> bool:

@@ -67,17 +67,18 @@ def with_lora(model, tensors, strength: float = 0.8):
 
 
 def inputs(model, name: str, exact: bool) -> torch.Tensor:
-    """Random inputs of a layer; exact: such as 4-bit activations hold without rounding."""
+    """Random inputs of a layer; exact: such as its activations hold without rounding."""
     linear, draw = layer_of(model, name), torch.Generator().manual_seed(3)
     shape, params = (1, 7, linear.in_features), linear.weight.params
     if not exact or name == MODULATION:
         return torch.randn(shape, generator=draw)
-    codes = (
-        torch.randint(0, 16, shape, generator=draw)
-        if params.act_unsigned
-        else torch.randint(-7, 8, shape, generator=draw)
-    )
-    codes[..., ::64] = 15 if params.act_unsigned else 7
+    lowest, highest = -7, 7
+    if params.act_bits == 8:
+        lowest, highest = -127, 127  # whatever their signs
+    elif params.act_unsigned:
+        lowest, highest = 0, 15
+    codes = torch.randint(lowest, highest + 1, shape, generator=draw)
+    codes[..., ::64] = highest
     return codes * params.smooth_factor.float() * 0.25 - (SHIFT if params.act_unsigned else 0)
 
 

@@ -8,7 +8,7 @@ import torch
 from comfy.quant_ops import QuantizedLayout, QuantizedTensor
 
 from .....quant.weights.base import StoredWeight
-from .....quant.weights.delta import SIDE, WeightDelta
+from .....quant.weights.delta import SIDE, WeightDelta, append_factors
 from .tensor import HookCell, LayoutParams, Tensors
 
 _REFUSAL = (
@@ -101,3 +101,20 @@ def shared_fields(tensors: Tensors, dtype: torch.dtype) -> dict:
 def nibble_shape(codes: torch.Tensor) -> tuple[int, int]:
     """(N, K) of packed 4-bit codes (N, K/2)."""
     return codes.shape[0], codes.shape[1] * 2
+
+
+def in_the_branch(
+    params: LayoutParams, changes: Sequence[WeightDelta], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, list[WeightDelta]]:
+    """(down, up, what is left): changes' factors join the layer's own low-rank branch, up to the
+    first change with more than factors: one that scales rows would scale theirs, too.
+    """
+    down, up, rest = params.proj_down, params.proj_up, []
+    for change in changes:
+        scaled = change.row_scale is not None or params.row_scale is not None
+        if change.up is not None and not scaled and not rest:
+            down, up = append_factors(down, up, change, dtype)
+            change = WeightDelta(dense=change.dense)
+        if not change.is_empty:
+            rest.append(change)
+    return down, up, rest

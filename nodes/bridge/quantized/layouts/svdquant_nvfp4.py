@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .....quant.weights.delta import WeightDelta, append_factors
 from .....quant.weights.svdquant_nvfp4 import NVFP4Weight, linear_nvfp4
-from .base import Layout, nibble_shape, shared_fields
+from .base import Layout, in_the_branch, nibble_shape, shared_fields
 from .tensor import LayoutParams, Tensors
 
 
@@ -67,14 +66,6 @@ class NibbleNVFP4Layout(Layout):
 
     @classmethod
     def product(cls, x, weight, bias, changes):
-        """The changes' factors join the low-rank branch, as in `NibbleSVDQuantLayout`."""
-        params, rest = weight.params, []
-        down, up = params.proj_down, params.proj_up
-        for change in changes:
-            scaled = change.row_scale is not None or params.row_scale is not None
-            if change.up is not None and not scaled and not rest:
-                down, up = append_factors(down, up, change, x.dtype)
-                change = WeightDelta(dense=change.dense)
-            if not change.is_empty:
-                rest.append(change)
+        params = weight.params
+        down, up, rest = in_the_branch(params, changes, x.dtype)
         return linear_nvfp4(x, cls.stored(weight._qdata, params, bias), down, up), rest

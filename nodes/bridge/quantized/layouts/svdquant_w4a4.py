@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .....quant.weights.delta import WeightDelta, append_factors
 from .....quant.weights.svdquant_w4a4 import SVDQuantWeight, linear_w4a4
-from .base import Layout, nibble_shape, shared_fields
+from .base import Layout, in_the_branch, nibble_shape, shared_fields
 from .tensor import LayoutParams, Tensors
 
 
@@ -83,16 +82,6 @@ class NibbleSVDQuantLayout(Layout):
 
     @classmethod
     def product(cls, x, weight, bias, changes):
-        """The changes' factors join the low-rank branch, up to the first change with more than
-        factors: one that scales rows would scale theirs, too.
-        """
-        params, rest = weight.params, []
-        down, up = params.proj_down, params.proj_up
-        for change in changes:
-            scaled = change.row_scale is not None or params.row_scale is not None
-            if change.up is not None and not scaled and not rest:
-                down, up = append_factors(down, up, change, x.dtype)
-                change = WeightDelta(dense=change.dense)
-            if not change.is_empty:
-                rest.append(change)
+        params = weight.params
+        down, up, rest = in_the_branch(params, changes, x.dtype)
         return linear_w4a4(x, weight._qdata, params, down, up, bias), rest
