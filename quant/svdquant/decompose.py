@@ -241,12 +241,15 @@ class _Fit:
         up, down = self.first_branch()
         return self.problem.weight - up.float() @ down.float().T
 
-    def branch(self, matrix: Tensor, metric: Metric) -> Branch:
-        """The best low rank for a matrix (N, K) of this space, rounded to bf16."""
+    def branch(self, matrix: Tensor, metric: Metric, last: Branch | None = None) -> Branch:
+        """The best low rank for a matrix (N, K) of this space, rounded to bf16; last: that of one
+        close to it.
+        """
         if not self.recipe.rank:
             n, k = matrix.shape
             return matrix.new_zeros(n, 0).bfloat16(), matrix.new_zeros(k, 0).bfloat16()
-        up, down = metric.fit(matrix, self.recipe.rank, self.generator)
+        start = None if last is None else last[0].float()
+        up, down = metric.fit(matrix, self.recipe.rank, self.generator, start)
         return up.bfloat16(), self.space.raw_weight(down.T).T.bfloat16()
 
     def residual(self, branch: Branch) -> Tensor:
@@ -254,8 +257,8 @@ class _Fit:
         up, down = branch
         return torch.addmm(self.weight, up.float(), self.space.weight(down.float().T), alpha=-1)
 
-    def rounded(self, residual: Tensor) -> Rounded:
-        """Step 2."""
+    def rounded(self, residual: Tensor, last: Rounded | None = None) -> Rounded:
+        """Step 2; last: what it gave a turn before."""
         best = residual
         if self.problem.measured:
             # (W' - L) C (C + S)^-1
@@ -263,7 +266,8 @@ class _Fit:
         grid = self.grid.for_rows_of(best) if isinstance(self.grid, TableGrid) else self.grid
         if self.problem.measured and self.recipe.gptq:
             return gptq_on(grid, best, self.hessian)
-        return nearest_on(grid, best, self.hessian.diagonal(dim1=1, dim2=2).flatten())
+        importance = self.hessian.diagonal(dim1=1, dim2=2).flatten()
+        return nearest_on(grid, best, importance, None if last is None else last.scale)
 
     def bias(self, branch: Branch, dense: Tensor) -> Tensor | None:
         """The layer's bias, plus the mean error, less the shift of unsigned activations times the
@@ -351,13 +355,13 @@ def _solve(fit: _Fit, iterations: int) -> _Best:
         dense = rounded.dense()
         best.offer(branch, rounded, dense, fit.judges @ dense.T)
         return best
-    metric = Metric(fit.moments)
+    metric, rounded = Metric(fit.moments), None
     for _ in range(iterations):
-        rounded = fit.rounded(fit.residual(branch))
+        rounded = fit.rounded(fit.residual(branch), rounded)
         dense = rounded.dense()
         outputs = fit.judges @ dense.T
         improved = best.offer(branch, rounded, dense, outputs)
-        branch = fit.branch(fit.weight - dense, metric)
+        branch = fit.branch(fit.weight - dense, metric, branch)
         improved |= best.offer(branch, rounded, dense, outputs)
         stale = 0 if improved else stale + 1
         if stale == 2:

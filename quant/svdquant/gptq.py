@@ -32,8 +32,12 @@ def round_to_nearest(weight: Tensor, importance: Tensor, search: bool) -> tuple[
     return found.codes, found.scale
 
 
-def nearest_on(grid: Grid, weight: Tensor, importance: Tensor) -> Rounded:
-    """weight (N, K) with each group at its own best scale; importance (K,) of the columns."""
+def nearest_on(
+    grid: Grid, weight: Tensor, importance: Tensor, near: Tensor | None = None
+) -> Rounded:
+    """weight (N, K) with each group at its own best scale; importance (K,) of the columns; near
+    (K/g, N): scales of a weight close to this one.
+    """
     (n, k), g = weight.shape, grid.group
     weigh = importance.reshape(k // g, g, 1)
     codes = torch.empty(k // g, g, n, dtype=torch.int8, device=weight.device)
@@ -44,7 +48,10 @@ def nearest_on(grid: Grid, weight: Tensor, importance: Tensor) -> Rounded:
         part, some = slice(start, start + rows), slice(first, first + several)
         columns = weight[part, first * g : (first + several) * g]
         groups, on = columns.T.reshape(-1, g, len(columns)), grid.rows(part)
-        found = on.scales(groups, weigh[some])
+        if near is None:
+            found = on.scales(groups, weigh[some])
+        else:
+            found = on.scales_near(groups, weigh[some], near[some, None, part])
         scale[some, :, part] = found
         codes[some, :, part] = on.codes(groups, found)
     return Rounded(codes.reshape(k, n).T.contiguous(), scale[:, 0], grid)

@@ -43,6 +43,12 @@ class Grid(ABC):
         importance (..., g, 1) weighs the columns' squared errors.
         """
 
+    def scales_near(self, w: Tensor, importance: Tensor, near: Tensor) -> Tensor:
+        """The same, where `near` (..., 1, n) was found for almost these groups: a start that may
+        save the search.
+        """
+        return self.scales(w, importance)
+
     @abstractmethod
     def codes(self, w: Tensor, scale: Tensor) -> Tensor:
         """The codes closest to w."""
@@ -98,15 +104,19 @@ class EvenGrid(Grid):
         return self
 
     def scales(self, w: Tensor, importance: Tensor) -> Tensor:
-        largest = w.abs().amax(-2, keepdim=True)
+        largest, bottom = w.abs().amax(-2, keepdim=True), w.amin(-2, keepdim=True)
         if not self.search:
             return stored(largest / 7)
-        top, bottom = w.amax(-2, keepdim=True), w.amin(-2, keepdim=True)
         # the sign that lets -8 reach the extreme
-        full = torch.where(top > -bottom, -top, -bottom) / 8
-        candidates = [largest / 7 * r for r in SHRINK] + [full * r for r in SHRINK]
-        candidates = [stored(candidate) for candidate in candidates]
-        best, error = best_of(self, w, importance, candidates)
+        full = torch.where(bottom == -largest, largest, -largest) / 8
+        tried = [largest / 7 * r for r in SHRINK] + [full * r for r in SHRINK]
+        return self._refined(w, importance, [stored(scale) for scale in tried])
+
+    def scales_near(self, w: Tensor, importance: Tensor, near: Tensor) -> Tensor:
+        return self._refined(w, importance, [near]) if self.search else self.scales(w, importance)
+
+    def _refined(self, w: Tensor, importance: Tensor, tried: list[Tensor]) -> Tensor:
+        best, error = best_of(self, w, importance, tried)
         codes = self.codes(w, best)
         weighted = codes * importance
         refined = stored(

@@ -31,9 +31,13 @@ class Metric:
         self.root = (vectors * roots) @ vectors.mT
         self.inverse_root = (vectors / roots) @ vectors.mT
 
-    def fit(self, matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The best rank-R up (N, R), down (K, R) for matrix (N, K) in this metric."""
-        up, down = svd_lowrank(_Weighted(matrix, self.root), rank, generator)
+    def fit(
+        self, matrix: Tensor, rank: int, generator: torch.Generator, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The best rank-R up (N, R), down (K, R) for matrix (N, K) in this metric; start: the `up`
+        of a matrix close to it.
+        """
+        up, down = svd_lowrank(_Weighted(matrix, self.root), rank, generator, start=start)
         return up, times_blocks(down.T, self.inverse_root).T
 
 

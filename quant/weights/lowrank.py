@@ -16,6 +16,7 @@ from torch import Tensor
 
 # share of a change's energy that its factors may lack: below the rounding of 16-bit factors
 RESIDUAL = 1e-6
+OVERSAMPLE = 8  # columns of a range beyond the rank that is wanted
 # error of float32 arithmetic on a whole weight, relative to its norm: a smaller change is none
 ROUNDING = 4e-7
 FIRST_RANK = 32  # ranks that are tried double from the first
@@ -49,19 +50,25 @@ def svd_lowrank(
     matrix: Tensor | Product,
     rank: int,
     generator: torch.Generator,
-    oversample: int = 8,
     power: int = 2,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """matrix (N, K) → up (N, R), down (K, R) with up . down^T its best rank-R approximation,
     singular values shared evenly.
 
     The generator is a CPU one, so that every device draws the same numbers. Ranks above min(N, K)
-    are filled with zeros.
+    are filled with zeros. start (N, r): the `up` of a matrix close to this one; from there one
+    power does what two do from random numbers, in half the passes over the matrix.
     """
     n, k = matrix.shape
-    width = min(rank + oversample, n, k)
-    probe = torch.randn(k, width, generator=generator).to(matrix.device, matrix.dtype)
-    basis = _range_finder(matrix, probe, power)
+    width = min(rank + OVERSAMPLE, n, k)
+    if start is None:
+        probe = torch.randn(k, width, generator=generator).to(matrix.device, matrix.dtype)
+        basis = _range_finder(matrix, probe, power)
+    else:
+        more = torch.randn(n, width, generator=generator).to(start)
+        known = torch.linalg.qr(torch.cat([start, more], 1)[:, :width]).Q
+        basis = _range_finder(matrix, torch.linalg.qr(matrix.T @ known).Q, power=0)
     # basis^T matrix = small^T right^T: the SVD is of width x width only
     right, small = torch.linalg.qr(matrix.T @ basis)
     u, s, vh = torch.linalg.svd(small.T)

@@ -1,23 +1,25 @@
 """What quantizing costs: peak memory, time by stage, and the time that the whole FLUX.1-dev would
-take, from its layers' shapes.
+take, from its layers' shapes; on a quiet machine and beside a process that keeps one core busy.
 
     python -m nibble bench cost [--preset fast] [--double 2] [--single 4] [--threads N] [--out FILE]
-    [--folder DIR]
+    [--folder DIR] [--busy 1]
 
 A checkpoint with FLUX.1's own shapes (hidden 3072) is written with random weights and a few outlier
 channels, streamed tensor by tensor, and quantized in a fresh process. Memory is that process's peak
 (VmHWM) above what it had after `import torch`. Every shape in FLUX.1-dev occurs in the small model,
-so the whole is the sum over its layers of the mean time of a layer of that shape.
+so the whole takes as many times longer as the sum over its layers of the mean time of a layer of
+that shape does. (A layer's own seconds overlap those of others: several are worked on at once.)
 """
 
 import argparse
+import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
@@ -115,9 +117,7 @@ def measure(source: str, target: str, preset: str, rank: int, threads: int) -> d
 
 
 def extrapolate(result: dict, small: dict, large: dict) -> dict:
-    """Seconds for the large model: layer by layer at the mean time of the same shape; what has no
-    row (opening, loose tensors, closing) by bytes.
-    """
+    """Seconds for the large model: as the layers' times, each the mean of its shape, add up."""
     times: dict[tuple, list[float]] = {}
     for row in result["rows"]:
         times.setdefault((small[f"{row['name']}.weight"], row["action"] != "keep"), []).append(
@@ -125,10 +125,10 @@ def extrapolate(result: dict, small: dict, large: dict) -> dict:
         )
     means = {shape: sum(values) / len(values) for (shape, _), values in times.items()}
     layers = [name for name, shape in large.items() if name.endswith(".weight") and len(shape) == 2]
-    in_layers = sum(means[large[name]] for name in layers)
-    rest = result["seconds"] - sum(row["seconds"] for row in result["rows"])
-    ratio = sum(map(_count, large.values())) / sum(map(_count, small.values()))
-    seconds = in_layers + rest * ratio
+    longer = sum(means[large[name]] for name in layers) / sum(
+        row["seconds"] for row in result["rows"]
+    )
+    seconds = result["seconds"] * longer
     return {
         "weights": sum(map(_count, large.values())),
         "seconds": seconds,
@@ -144,6 +144,33 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
+@contextlib.contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """So many processes beside, each with a core's whole time to spend."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def measured_apart(source: Path, target: Path, options: argparse.Namespace) -> dict:
+    """`measure` in a fresh process."""
+    threads = str(options.threads)
+    recipe = ["--preset", options.preset, "--rank", str(options.rank), "--threads", threads]
+    output = subprocess.run(
+        [sys.executable, __file__, *recipe, "--measure", str(source), str(target)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+    )
+    target.unlink()
+    return json.loads(output.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Makes the checkpoint, measures in a child process, prints and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,6 +179,7 @@ def main() -> None:
     parser.add_argument("--double", type=int, default=2)
     parser.add_argument("--single", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--busy", type=int, default=1, help="busy cores beside the second run")
     parser.add_argument("--out", type=Path, default=RESULTS / "cost.json")
     parser.add_argument("--folder", help="for the temporary files (needs about 4 GB)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -159,43 +187,30 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(*options.measure, options.preset, options.rank, options.threads)))
         return
+    from bench import machine
     from nibble.quant.files.architectures import flux1_shapes
 
     small, large = flux1_shapes(options.double, options.single), flux1_shapes()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, target = Path(folder) / "flux.safetensors", Path(folder) / "flux-int4.safetensors"
         weights = write_checkpoint(source, small)
-        threads = str(options.threads)
-        command = [
-            sys.executable,
-            __file__,
-            "--preset",
-            options.preset,
-            "--rank",
-            str(options.rank),
-            "--threads",
-            threads,
-            "--measure",
-            str(source),
-            str(target),
-        ]
-        output = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
-    result = json.loads(output.stdout.splitlines()[-1])
+        result = measured_apart(source, target, options)
+        result["flux1_dev"] = extrapolate(result, small, large)
+        with busy_cores(options.busy):
+            beside = measured_apart(source, target, options)
+        beside["flux1_dev"] = extrapolate(beside, small, large)
     result |= {
         "weights": weights,
         "preset": options.preset,
         "rank": options.rank,
         "threads": options.threads,
-        "cpu": platform.processor() or platform.machine(),
+        "beside": {
+            "busy_cores": options.busy,
+            **{name: beside[name] for name in ("seconds", "cpu_seconds", "flux1_dev")},
+        },
+        "cpu": machine.cpu_name(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "flux1_dev": extrapolate(result, small, large),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -219,6 +234,11 @@ def print_result(result: dict, out: Path) -> None:
     print(
         f"  FLUX.1-dev, {whole['weights'] / 1e9:.1f} B weights: {whole['minutes']:.1f} minutes"
         f" ({whole['core_minutes']:.1f} core minutes)"
+    )
+    beside = result["beside"]
+    print(
+        f"  beside {beside['busy_cores']} busy cores: {beside['flux1_dev']['minutes']:.1f} minutes,"
+        f" {beside['seconds'] / result['seconds']:.2f} times as long"
     )
     print(f"  written to {out}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_fusions
+from bench import bench_cost, bench_fusions
 
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
@@ -114,6 +114,21 @@ def test_the_bench_of_loras_counts_what_a_rank_costs(tmp_path):
     assert row["bytes"]["16"] == 2 * 16 * 6144
     assert row["ratio"]["+0"] == 1
     assert {"+128", "beside 128"} <= row["ms"].keys()
+
+
+def test_the_whole_takes_as_much_longer_as_its_layers_do():
+    """Two layers of 6 seconds of their own, worked on at once, took 8; ten of them take five times
+    as long, and so do the core's 12 seconds.
+    """
+    small = {f"{n}.weight": (64, 128) for n in "ab"}
+    large = {f"{n}.weight": (64, 128) for n in "abcdefghij"} | {"norm.weight": (64,)}
+    rows = [{"name": name, "action": "w4a4", "seconds": 6.0} for name in "ab"]
+    whole = bench_cost.extrapolate(
+        {"rows": rows, "seconds": 8.0, "cpu_seconds": 12.0}, small, large
+    )
+    assert whole["seconds"] == pytest.approx(40)
+    assert whole["core_minutes"] == pytest.approx(1)
+    assert whole["weights"] == 10 * 64 * 128 + 64
 
 
 def test_the_bench_of_modulation_counts_bytes_and_hits(tmp_path):
