@@ -11,7 +11,7 @@ import torch
 
 from nibble.kernels import reference
 from nibble.quant.svdquant.gptq import gptq, round_to_nearest, rounding_order
-from nibble.quant.svdquant.grid import EvenGrid
+from nibble.quant.svdquant.grid import EvenGrid, loss
 from nibble.quant.svdquant.lowrank_metric import Metric, parallel_sum, times_blocks
 from nibble.quant.svdquant.smooth import InputSpace, smoothing_factors, smoothings, with_signs
 from nibble.quant.weights.lowrank import svd_lowrank
@@ -102,12 +102,39 @@ def test_randomized_svd_comes_close_to_the_exact_one():
     assert (matrix - up @ down.T).norm() < 1.02 * exact
 
 
+def test_a_start_from_a_close_matrix_is_worth_a_power():
+    """One power from there does what two do from random numbers."""
+    matrix = normal(256, 512)
+    close = matrix + 0.3 * normal(256, 512, seed=1)
+    start = svd_lowrank(close, 16, torch.Generator().manual_seed(1))[0]
+
+    def error(**options):
+        up, down = svd_lowrank(matrix, 16, torch.Generator().manual_seed(2), **options)
+        return (matrix - up @ down.T).norm().item()
+
+    assert error(start=start) < 1.001 * error(power=2) < error(power=1)
+
+
 def test_ranks_above_the_matrix_are_filled_with_zeros():
     matrix = normal(8, 64)
     up, down = svd_lowrank(matrix, 16, torch.Generator().manual_seed(0))
     assert up.shape == (8, 16)
     assert down.shape == (64, 16)
     torch.testing.assert_close(up @ down.T, matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_scales_near_others_are_no_worse_than_those():
+    w, importance = normal(4, 64, 50), normal(4, 64, 1, seed=1).square()
+    grid = EvenGrid()
+    near = grid.scales(w + 0.02 * normal(4, 64, 50, seed=2), importance)
+    found = grid.scales_near(w, importance, near)
+    before, after = (loss(grid, w, scale, importance) for scale in (near, found))
+    assert (after <= before).all()
+    assert after.sum() < before.sum()
+    searched = loss(grid, w, grid.scales(w, importance), importance)
+    assert after.sum() < 1.01 * searched.sum()
+    plain = EvenGrid(search=False)
+    assert torch.equal(plain.scales_near(w, importance, near), plain.scales(w, importance))
 
 
 def test_the_fit_minimises_the_output_error_of_its_metric():
