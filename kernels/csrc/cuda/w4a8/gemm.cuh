@@ -182,7 +182,7 @@ NIBBLE_DEVICE void multiply_group(int (&sums)[Tile<Rows>::MT][Tile<Rows>::NT][4]
 
 template <bool TURING, class Tp, int Rows>
 __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Rows>)
-    gemm_kernel(const GemmW4A4Up op, const Levels levels) {
+    w4a8_gemm_kernel(const GemmW4A4Up op, const Levels levels) {
     using T = Tile<Rows>;
     constexpr int DEPTH = STAGES<TURING, Rows>;
     Stage<Rows>* ring = reinterpret_cast<Stage<Rows>*>(dynamic_shared());

@@ -13,7 +13,7 @@ void start(const LinearW4A8& op, const GemmW4A4Up& product, const Target& target
     if (!blocks) return;
     if (blocks > 0x7FFFFFFF) throw std::invalid_argument("linear_w4a8: more than 2^31 tiles");
     const Levels levels{op.channel_scale, op.table, op.group};
-    launch(gemm_kernel<TURING, Tp, Rows>, {unsigned(blocks)}, THREADS<Rows>,
+    launch(w4a8_gemm_kernel<TURING, Tp, Rows>, {unsigned(blocks)}, THREADS<Rows>,
            STAGES<TURING, Rows> * sizeof(Stage<Rows>), target, product, levels);
 }
 
