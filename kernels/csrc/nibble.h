@@ -264,6 +264,7 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Ta
 void gemv_w4a16(const W4A16&, const Target&);
 void gemm_w4a16(const W4A16&, const Target&);
 void gemm_vq(const GemmVQ&, const Target&);
+void linear_w4a8(const LinearW4A8&, const Target&);
 void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&);
 void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&);
 Route route(Op op, int capability, int64_t M, int64_t N, int64_t K);

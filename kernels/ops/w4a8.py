@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import native_w4a8
+from ..backends import native_w4a8, triton
 from ..backends.choose import choose
 from ..params import W4A8Params, float_dtypes
 from ..reference import w4a8 as reference_w4a8
@@ -82,6 +82,8 @@ def _run_linear(x: Tensor, *parameters) -> Tensor:
     choice = choose("linear_w4a8", x.device, x.dtype, _dtypes(p))
     if choice.parameters is not None:
         y = native_w4a8.linear_w4a8(choice.parameters, rows, p)
+    elif choice.backend == "triton":
+        y = triton.w4a8().linear_w4a8(rows, p)
     else:
         y = reference_w4a8.linear_w4a8(rows, *p)
     return y.reshape(*x.shape[:-1], len(p.weight))
