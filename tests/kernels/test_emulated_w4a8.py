@@ -62,9 +62,7 @@ def test_weights_are_the_references(emulated, group, capability):
     """x picks columns: each output is a weight times 127 / 127."""
     case = Case("columns", 128, 128, 144, R=0, bias=False)
     p = layer(case, BF16, group)
-    p = p._replace(
-        smooth_factor=torch.ones(128, dtype=BF16), weight_channel_scale=torch.ones(144, dtype=BF16)
-    )
+    p = p._replace(smooth_factor=torch.ones(128, dtype=BF16), weight_channel_scale=torch.ones(144))
     y = linear_w4a8(torch.eye(128) * 127, p, capability)[0]
     whole = reference.decode_w4a8(p.weight, p.weight_scale, p.weight_table)
     assert_same(y, whole.t().float() * 127)

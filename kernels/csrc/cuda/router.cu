@@ -139,7 +139,7 @@ void linear_w4a8(const LinearW4A8& op, const Target& target) {
     }
     if (op.M == 0 || op.N == 0) return;
     const TokensScratch layout(op.M, op.K, op.R);
-    char* scratch = static_cast<char*>(op.workspace);
+    char* scratch = static_cast<char*>(op.scratch);
     QuantizeDown first{};
     first.M = op.M, first.K = op.K, first.R = op.R;
     first.x = op.x, first.x_stride = op.x_stride, first.x_dtype = op.x_dtype;
@@ -199,6 +199,10 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     if (op == Op::gemm_nvfp4_up)
         return {"sm120: e2m1 m16n8k64 with block scales",
                 "4-bit floats" + on + "; not yet measured"};
+    if (op == Op::linear_w4a8) {
+        const std::string path = gpu.turing ? "int8 m8n8k16" : "int8 m16n8k32";
+        return {"cuda: " + path + " on weights that are read as int8", "not yet measured"};
+    }
     if (op == Op::gemm_vq) {
         return {
             "cuda: 16-bit mma on looked-up codewords, " + std::string(vq_kernel_in_words(gpu, M)),

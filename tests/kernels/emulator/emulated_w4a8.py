@@ -25,7 +25,7 @@ def linear_w4a8(x: Tensor, p: W4A8Params, capability: int) -> tuple[Tensor, Tens
         m, n, k, rank, k // len(p.weight_scale), _at(x), x.stride(0), DTYPES[x.dtype],
         _at(p.smooth_factor), _at(p.proj_down), _at(p.weight), _at(p.weight_scale),
         _at(p.weight_channel_scale), _at(p.weight_table), _at(p.proj_up), _at(p.bias),
-        DTYPES[p.weight_channel_scale.dtype], p.rotation != 0, _at(out), _at(scratch),
+        DTYPES[p.smooth_factor.dtype], p.rotation != 0, _at(out), _at(scratch),
     )  # fmt: skip
     _call("linear_w4a8", op, capability)
     scales = -(-m * k // 256) * 256

@@ -22,9 +22,9 @@ namespace nibble::cuda::w4a8 {
 // What a product has beside GemmW4A4Up's arguments, of which `weight_scale` is int8 (K/group, N)
 // and `ascales` float32 (M,).
 struct Levels {
-    const void* channel_scale;  // (N,) param_dtype
-    const void* table;          // (16,) int8
-    int64_t group;              // 16, 32 or 64
+    const float* channel_scale;  // (N,)
+    const void* table;           // (16,) int8
+    int64_t group;               // 16, 32 or 64
 };
 
 // 16-byte alignment and two blocks within the 100 KB of 8.6, 8.9 and 12.0.
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS<Rows>, BLOCKS<Rows>)
                 for (int n = 0; n < 2; n++)
                     exact[i][j][2 * half + n] = float(sums[i][j][2 * half + n]) * scale;
         }
-    const Tp* scale = static_cast<const Tp*>(levels.channel_scale) + (op.N - share.columns);
+    const float* scale = levels.channel_scale + (op.N - share.columns);
     finish_sums<Tp, T>(exact, scale, share, !TURING && op.out_dtype == dtype_of<Tp>());
     Store().finish<T>(exact, op, at_last, thread, nullptr);
 }
