@@ -79,17 +79,7 @@ NIBBLE_DEVICE void finish_sums(float (&sums)[Tile::MT][Tile::NT][4], const Scale
         add_low_rank_by_mma<Tp, Tile>(sums, at);
     else
         low_rank_by_fma<Tp, Tile>(sums, at);
-    if (!at.bias) return;
-#pragma unroll
-    for (int j = 0; j < Tile::NT; j++)
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float bias = 2 * j + n < at.columns ? to_float(at.bias[2 * j + n]) : 0.f;
-#pragma unroll
-            for (int i = 0; i < Tile::MT; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) sums[i][j][2 * half + n] += bias;
-        }
+    add_bias<Tp, Tile>(sums, at);
 }
 
 }  // namespace nibble::cuda
