@@ -154,7 +154,7 @@ def make_w4a8(
     }
 
 
-VQ_LAYOUTS = {"2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
+VQ_LAYOUTS = {"1.5 bit": (6, 4), "2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
 """Bits of an index and sub-vector length: the layouts that every backend has."""
 
 

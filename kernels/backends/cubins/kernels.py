@@ -20,7 +20,7 @@ CODES = ("packed", "e4m3", "int8")
 """In the order of Codes in nibble.h."""
 W4A16_TILINGS = ("FewTokens", "SomeTokens", "ManyTokens")
 VQ_TILINGS = ("VqFewTokens", "VqSomeTokens", "VqManyTokens")
-VQ_LAYOUTS = ((8, 4), (6, 2), (8, 2))
+VQ_LAYOUTS = ((6, 4), (8, 4), (6, 2), (8, 2))
 """(bits of an index, columns of a codeword)."""
 HOPPER_TILES = ((2, 128), (1, 128), (1, 64))
 """(blocks of 128 weight rows, tokens)."""
