@@ -22,8 +22,9 @@ Said = Callable[[int, int, str], None]
 
 
 class Layer(NamedTuple):
-    """A layer of a model, as far as it decides which kernels run. op: linear_w4a4, linear_w4a16,
-    linear_vq, or mlp_w4a4 for the first layer of an MLP. parameters: its floating-point dtypes.
+    """A layer of a model, as far as it decides which kernels run. op: linear_w4a4, linear_w4a8,
+    linear_w4a16, linear_vq, linear_nvfp4, or mlp_w4a4 for the first layer of an MLP. parameters:
+    those of its floating-point dtypes by which a backend is chosen.
     """
 
     op: str
@@ -57,8 +58,6 @@ def prepare(
 
 def _kind(layer: Layer, device: torch.device, dtype: torch.dtype) -> LayerKind | None:
     """None for a layer that no kernel takes, or that runs as others do."""
-    if not PARTS[layer.op]:
-        return None
     if layer.op == "mlp_w4a4" and not native.fuses(device):
         return None
     kinds = tuple(layer.parameters)

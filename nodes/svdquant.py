@@ -195,9 +195,8 @@ def _expert_options() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "svdquant_w4a4: runs with activations of 4 or 8 bits. svdquant_w4a8: the closest"
-                " 4-bit weights, for activations of 8 bits alone; on GPUs in plain torch for now."
-                " svdquant_nvfp4: 4-bit floats, which RTX 50 multiplies; other GPUs run them at"
-                " 16-bit speed."
+                " 4-bit weights, for activations of 8 bits alone. svdquant_nvfp4: 4-bit floats,"
+                " which RTX 50 multiplies; other GPUs run them at 16-bit speed."
             ),
         ),
     ]

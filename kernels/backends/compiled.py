@@ -37,15 +37,16 @@ _FUSED = [
     *_names(structs.GemmW4A4UpGeluQuantizeDown)[1:],
 ]
 _WORKSPACE = {"workspace": 0, "workspace_size": 0}
+_SCRATCH = {"scratch": 0, "scratch_size": 0}
 _CALLS: dict[str, tuple[Any, list[str], dict[str, int]]] = {
     "quantize_down": (structs.QuantizeDown, _names(structs.QuantizeDown), {}),
     "gemm_w4a4_up": (structs.GemmW4A4Up, _names(structs.GemmW4A4Up), _WORKSPACE),
     "gemm_w4a4_up_gelu_quantize_down": (structs.GemmW4A4UpGeluQuantizeDown, _FUSED, _WORKSPACE),
-    "linear_w4a4": (_LINEAR, _names(_LINEAR), {"scratch": 0, "scratch_size": 0}),
+    "linear_w4a4": (_LINEAR, _names(_LINEAR), _SCRATCH),
     "gemv_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_w4a16": (structs.W4A16, _names(structs.W4A16), {}),
     "gemm_vq": (structs.GemmVQ, _names(structs.GemmVQ), {}),
-    "linear_w4a8": (structs.LinearW4A8, _names(structs.LinearW4A8), _WORKSPACE),
+    "linear_w4a8": (structs.LinearW4A8, _names(structs.LinearW4A8), _SCRATCH),
     "quantize_nvfp4_down": (structs.QuantizeNvfp4Down, _names(structs.QuantizeNvfp4Down), {}),
     "gemm_nvfp4_up": (structs.GemmNvfp4Up, _names(structs.GemmNvfp4Up), {}),
 }

@@ -37,7 +37,7 @@ from . import cpu_library, cubins
 from .compiled import Compiled
 
 MODULE = "nibble_kernels"
-ABI = 7
+ABI = 8
 OPS = (
     "quantize_down",
     "gemm_w4a4_up",
@@ -60,14 +60,14 @@ INT8 = 2
 ACT_BITS = (4, 8)
 """Bits of the activations that the W4A4 ops take."""
 OLDEST_GPU = 75
-INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down")
+INT8_PRODUCTS = ("gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "linear_w4a8")
 NVFP4_OPS = ("quantize_nvfp4_down", "gemm_nvfp4_up")
 """For GPUs that multiply 4-bit floats by mma.sync: compute capability 12.0 and 12.1. A CPU computes
 the formula.
 """
 WITHOUT_INT8 = (103,)
-"""Compute capabilities whose 8-bit integer products, which W4A4 runs through from Blackwell on, are
-slower than 16-bit ones: B300.
+"""Compute capabilities whose 8-bit integer products, which W4A8 runs through everywhere and W4A4
+from Blackwell on, are slower than 16-bit ones: B300.
 """
 ALIGNMENT = 16
 """Bytes that kernels load and store at once."""
@@ -191,8 +191,6 @@ def serves(
     missing = [op for op in ops if not hasattr(serves_device, op)]
     if missing:
         return None, f"this {MODULE} lacks {' and '.join(missing)}"
-    if device.type == "cuda" and "linear_w4a8" in ops:
-        return None, "compiled kernels have linear_w4a8 on the CPU alone"
     if device.type == "cuda" and capability(device) < OLDEST_GPU:
         return (
             None,

@@ -1,7 +1,7 @@
 """The seam for Triton: what it can run on a device, found out once, with the reason in words.
 
 Triton comes with torch on Linux (NVIDIA, ROCm, XPU); on Windows it is the package triton-windows.
-It is imported when a GPU's W4A4 layer is first asked about, and never for a CPU.
+It is imported when a GPU's 4-bit layer is first asked about, and never for a CPU.
 
     NVIDIA   compute capability 8.0 and newer; 10.3, whose 8-bit integer products are slow, in
              bfloat16
@@ -18,8 +18,9 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ OPS = (
     "linear_w4a4",
     "linear_w4a4_grouped",
     "mlp_w4a4",
+    "linear_w4a8",
     "linear_nvfp4",
 )
 ACT_BITS = (4, 8)
@@ -112,12 +114,25 @@ def serves(
     if others:
         names = ", ".join(sorted(map(str, others)))
         return False, f"Triton's kernels take parameters in float16 or bfloat16, not {names}"
-    return _serving_nvfp4(device) if op == "linear_nvfp4" else serving(device)
+    if op == "linear_nvfp4":
+        return _serving_nvfp4(device)
+    return _serving_w4a8(device) if op == "linear_w4a8" else serving(device)
 
 
 @functools.lru_cache(maxsize=64)
 def serving(device: torch.device) -> tuple[bool, str]:
     """Whether Triton serves a GPU, and why or why not."""
+    return _tried(device, trial)
+
+
+@functools.lru_cache(maxsize=64)
+def _serving_w4a8(device: torch.device) -> tuple[bool, str]:
+    """The same of 4-bit weights that are read as int8, whose kernels are others."""
+    return _tried(device, trial_w4a8)
+
+
+def _tried(device: torch.device, one: Callable[[torch.device], float]) -> tuple[bool, str]:
+    """Whether Triton runs here and `one` linear is the reference's, and why or why not."""
     found, why = module()
     if found is None:
         return False, why
@@ -129,7 +144,7 @@ def serving(device: torch.device) -> tuple[bool, str]:
     if why_not:
         return False, why_not
     try:
-        difference = trial(device)
+        difference = one(device)
     except Exception as error:  # a compiler and a driver of any make
         first = str(error).strip().split("\n")[0]
         return False, f"Triton fails on {device}: {type(error).__name__}: {first}"
@@ -180,6 +195,11 @@ def w4a4() -> ModuleType:
     return importlib.import_module(".triton_w4a4", __package__)
 
 
+def w4a8() -> ModuleType:
+    """The same of 4-bit weights that are read as int8."""
+    return importlib.import_module(".triton_w4a8", __package__)
+
+
 def nvfp4() -> ModuleType:
     """The same of 4-bit floats."""
     return importlib.import_module(".triton_nvfp4", __package__)
@@ -189,16 +209,48 @@ def trial(device: torch.device) -> float:
     """Relative difference of a small linear on a device from the reference in float32."""
     from ..params import W4A4Params
 
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu").bfloat16()
-
-    x = normal(40, 192)
-    weight = torch.randint(-128, 128, (80, 96), generator=generator, dtype=torch.int8, device="cpu")
-    scale, smooth = normal(3, 80).abs() * 0.05, normal(192).abs() + 0.5
-    p = W4A4Params(weight, scale, smooth, normal(192, 24) * 0.1, normal(80, 24) * 0.3, normal(80))
+    draw = _Draw()
+    x = draw.normal(40, 192)
+    scale, smooth = draw.normal(3, 80).abs() * 0.05, draw.normal(192).abs() + 0.5
+    down, up = draw.normal(192, 24) * 0.1, draw.normal(80, 24) * 0.3
+    p = W4A4Params(draw.bytes(80, 96), scale, smooth, down, up, draw.normal(80))
     wanted = reference.linear_w4a4(x.float(), *p)
-    there = W4A4Params(*(each.to(device) for each in p[:6] if each is not None))  # type: ignore[arg-type]
-    found = w4a4().linear_w4a4(x.to(device), there).float().cpu()
+    return _difference(w4a4().linear_w4a4, x, p, wanted, device)
+
+
+def trial_w4a8(device: torch.device) -> float:
+    """The same of 4-bit weights that are read as int8."""
+    from ..params import W4A8Params
+    from ..reference.w4a8 import linear_w4a8
+
+    draw = _Draw()
+    x, channel, smooth = draw.normal(40, 192), draw.normal(80) * 0.001, draw.normal(192).abs() + 0.5
+    down, up = draw.normal(192, 24) * 0.1, draw.normal(80, 24) * 0.3
+    weight, scale, table = draw.bytes(80, 96), draw.bytes(6, 80), draw.bytes(16)
+    p = W4A8Params(weight, scale, channel, table, smooth, down, up, draw.normal(80))
+    return _difference(w4a8().linear_w4a8, x, p, linear_w4a8(x.float(), *p), device)
+
+
+class _Draw:
+    """The numbers of a trial."""
+
+    def __init__(self):
+        self.generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device="cpu").bfloat16()
+
+    def bytes(self, *shape: int) -> Tensor:
+        found = torch.randint(-127, 128, shape, generator=self.generator, device="cpu")
+        return found.to(torch.int8)
+
+
+def _difference(
+    linear: Callable[..., Tensor], x: Tensor, p: Any, wanted: Tensor, device: torch.device
+) -> float:
+    """Of what a linear gives on a device for parameters that are moved there."""
+    there = p._replace(
+        **{name: each.to(device) for name, each in p._asdict().items() if torch.is_tensor(each)}
+    )
+    found = linear(x.to(device), there).float().cpu()
     return ((found - wanted).norm() / wanted.norm()).item()

@@ -296,10 +296,9 @@ inline void linear_w4a8(const Call<LinearW4A8>& call) {
     pointer(op, "out", a.out, check::product(op, "out", {"M", a.M}, {"N", a.N}));
     dtype(op, "x_dtype", a.x_dtype);
     dtype(op, "param_dtype", a.param_dtype);
-    if (!on_cpu(place)) check::refuse(op, "it is compiled for the CPU alone");
-    workspace(op, a.workspace, call.workspace_size,
+    workspace(op, a.scratch, call.workspace_size,
               workspace_of(Op::linear_w4a8, Codes::int8, place.capability, a.M, a.N, a.K, a.R));
-    cpu::linear_w4a8(a, place);
+    NIBBLE_RUN(linear_w4a8, a, place);
 }
 
 }  // namespace calls

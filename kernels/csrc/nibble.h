@@ -21,7 +21,7 @@
 
 namespace nibble {
 
-constexpr int ABI = 7;  // of calls and structs; kernels/backends/native.py names the one it needs
+constexpr int ABI = 8;  // of calls and structs; kernels/backends/native.py names the one it needs
 constexpr int GROUP = 64;
 constexpr float SHIFT = 0.171875f;  // added before unsigned codes: a GELU's minimum is -0.17
 
@@ -190,18 +190,18 @@ struct LinearW4A8 {
     const void* x;  // (M, K) x_dtype, rows x_stride elements apart; out has the same dtype
     int64_t x_stride;
     Dtype x_dtype;
-    const void* smooth;         // (K,)   param_dtype
-    const void* proj_down;      // (K, R) param_dtype
-    const void* weight;         // (N, K/2) int8: codes 0..15, low nibble = even column
-    const void* weight_scale;   // (K/group, N) int8, -127..127
-    const void* channel_scale;  // (N,)   param_dtype
-    const void* table;          // (16,)  int8, -127..127
-    const void* proj_up;        // (N, R) param_dtype
-    const void* bias;           // (N,)   param_dtype, or null
+    const void* smooth;          // (K,)   param_dtype
+    const void* proj_down;       // (K, R) param_dtype
+    const void* weight;          // (N, K/2) int8: codes 0..15, low nibble = even column
+    const void* weight_scale;    // (K/group, N) int8, -127..127
+    const float* channel_scale;  // (N,)
+    const void* table;           // (16,)  int8, -127..127
+    const void* proj_up;         // (N, R) param_dtype
+    const void* bias;            // (N,)   param_dtype, or null
     Dtype param_dtype;
     bool rotate;
-    void* out;        // (M, N) x_dtype
-    void* workspace;  // workspace_bytes(...) of scratch given by the caller, or null where it is 0
+    void* out;      // (M, N) x_dtype
+    void* scratch;  // workspace_bytes(...) given by the caller, or null where that is 0
 };
 
 // x -> codes, ascales, h:   v = x / smooth,  s = e4m3(min(max |v| of 16 columns / 6, 448)),
@@ -264,6 +264,7 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown&, const Ta
 void gemv_w4a16(const W4A16&, const Target&);
 void gemm_w4a16(const W4A16&, const Target&);
 void gemm_vq(const GemmVQ&, const Target&);
+void linear_w4a8(const LinearW4A8&, const Target&);
 void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&);
 void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&);
 Route route(Op op, int capability, int64_t M, int64_t N, int64_t K);

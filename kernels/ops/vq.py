@@ -1,4 +1,4 @@
-"""Codebook linears, at 2, 3 or 4 bits a weight.
+"""Codebook linears, at 1.5, 2, 3 or 4 bits a weight.
 
     y = x . (codebook[index] * scale)^T + bias      VQ4DiT, arXiv 2408.17131, eq. 2
 

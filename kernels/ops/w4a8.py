@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import native_w4a8
+from ..backends import native_w4a8, triton
 from ..backends.choose import choose
 from ..params import W4A8Params, float_dtypes
 from ..reference import w4a8 as reference_w4a8
@@ -82,14 +82,18 @@ def _run_linear(x: Tensor, *parameters) -> Tensor:
     choice = choose("linear_w4a8", x.device, x.dtype, _dtypes(p))
     if choice.parameters is not None:
         y = native_w4a8.linear_w4a8(choice.parameters, rows, p)
+    elif choice.backend == "triton":
+        y = triton.w4a8().linear_w4a8(rows, p)
     else:
         y = reference_w4a8.linear_w4a8(rows, *p)
     return y.reshape(*x.shape[:-1], len(p.weight))
 
 
 def _dtypes(p: W4A8Params) -> tuple[torch.dtype | None, ...]:
-    """Of its floating-point parameters: a backend is chosen by them."""
-    return float_dtypes(p.weight_channel_scale, *p[4:8])
+    """Of the parameters by which a backend is chosen: every one takes the channels' scales in
+    float32, as files have them.
+    """
+    return float_dtypes(*p[4:8])
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -154,9 +158,9 @@ def linear_w4a8(  # noqa: PLR0913 - the schema's arguments
 
     Shapes:
         x (..., K), any float dtype · weight int8 (N, K/2), codes 0..15, low nibble = even column ·
-        weight_scale int8 (K/g, N), g = 16, 32 or 64 · weight_channel_scale (N,) · weight_table int8
-        (16,) · smooth_factor (K,) · proj_down (K, R) and proj_up (N, R), both or neither · bias
-        (N,) or None, each in any float dtype -> (..., N) in x.dtype
+        weight_scale int8 (K/g, N), g = 16, 32 or 64 · weight_channel_scale (N,), float32 in files ·
+        weight_table int8 (16,) · smooth_factor (K,) · proj_down (K, R) and proj_up (N, R), both or
+        neither · bias (N,) or None, each in any float dtype -> (..., N) in x.dtype
     rotation: 0, or 64 for a layer whose weights were rotated per 64 columns.
     Raises ValueError naming the shapes and the rule that they break.
     """

@@ -76,7 +76,7 @@ AT_ONCE = 4
 OPS = (
     "quantize_down", "gemm_w4a4_up", "gemm_w4a4_up_gelu_quantize_down", "gemv_w4a16", "gemm_w4a16",
     "linear_w4a4", "linear_w4a4_grouped", "mlp_w4a4", "linear_w4a16", "gemm_vq", "linear_vq",
-    "linear_nvfp4",
+    "linear_w4a8", "linear_nvfp4",
 )  # fmt: skip
 CACHE = checkout.ROOT / "build" / "gpu-cache"
 

@@ -1,5 +1,5 @@
-"""What Triton makes of the W4A4 and NVFP4 kernels for GPUs that are not here: matrix instructions,
-registers, spills.
+"""What Triton makes of the W4A4, W4A8 and NVFP4 kernels for GPUs that are not here: matrix
+instructions, registers, spills.
 
     python tests/kernels/check_triton.py                 every architecture; needs Triton, no GPU
     python tests/kernels/check_triton.py --arch 89 --arch gfx1100
@@ -109,6 +109,31 @@ def nvfp4_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
     return [*found, ("rank 32, floats", job)]
 
 
+def w4a8_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
+    """Those of weights that are read as int8."""
+    import triton.language as tl
+
+    from nibble.kernels.backends import triton_w4a4, triton_w4a8, triton_w4a8_kernels
+
+    way, tiles, found = triton_w4a4.way(gpu_of(arch)), triton_w4a8.tiles(gpu_of(arch)), []
+    for tile in tiles if everything else tiles[:1]:
+        for group in (16, 32, 64) if everything else (32,):
+            constants = {"PER": 64 // group, "BIAS": True, "RANK": 16, "FLOATS": way.floats}
+            constants |= {"PTX": way.ptx, "ROWS": tile.rows, "COLUMNS": tile.columns}
+            constants |= {"STRIPE": triton_w4a4.STRIPE}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            job = (triton_w4a8_kernels.gemm_w4a8, constants, options)
+            found.append((f"{tile.rows} x {tile.columns}, groups of {group}", job))
+    for rotate in (False, True):
+        tile = triton_w4a4.quantizer_tile(32, rotate, gpu_of(arch))
+        constants = {"ROTATE": rotate, "FLOATS": tl.bfloat16, "PARTS": 0}
+        constants |= {"RANK": tile.columns, "ROWS": tile.rows}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        job = (triton_w4a8_kernels.quantize_tokens, constants, options)
+        found.append(("rank 32" + ", rotated" * rotate, job))
+    return found
+
+
 def source_of(kernel: Any, constants: dict) -> Any:
     from triton.compiler import ASTSource
 
@@ -116,7 +141,8 @@ def source_of(kernel: Any, constants: dict) -> Any:
     if "nvfp4" in kernel.__name__:
         pointers |= dict.fromkeys(("q", "weight", "ascales", "weight_scale"), "u8")
         pointers["weight_scale_2"] = "fp32"
-
+    if "w4a8" in kernel.__name__:
+        pointers |= {"weight_scale": "i8", "table": "i8"}
     names = list(kernel.arg_names)
     signature = {}
     for name in names:
@@ -220,7 +246,7 @@ def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
             found.append((words, quantizer(arch, "signed", rotate, rank)))
     if everything:
         found.append(("rank 32, both signs", quantizer(arch, "both signs", False, 32)))
-    return found + nvfp4_jobs(arch, everything)
+    return found + w4a8_jobs(arch, everything) + nvfp4_jobs(arch, everything)
 
 
 SHOWN = (

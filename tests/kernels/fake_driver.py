@@ -7,6 +7,7 @@ first bytes.
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import NamedTuple
 
 NO_BINARY, INVALID_IMAGE, NOT_INITIALIZED = 209, 200, 3
@@ -32,11 +33,18 @@ class FakeDriver:
         self.status: dict[str, int] = {}
         self.started: list[Started] = []
         self.loads: list[tuple[int, bytes]] = []
-        self.stack: list[int] = []
+        self._stacks = threading.local()
         self.modes: list[int] = []
         self.mode = 0
         self.symbols: dict[int, str] = {}
         self.attributes: list[tuple[str, int, int]] = []
+
+    @property
+    def stack(self) -> list[int]:
+        """Contexts that are current for this thread."""
+        if not hasattr(self._stacks, "contexts"):
+            self._stacks.contexts = []
+        return self._stacks.contexts
 
     def __getattr__(self, name: str):
         if not name.startswith("cu"):

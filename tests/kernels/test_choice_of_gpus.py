@@ -24,7 +24,7 @@ CASE, SECOND = Case("", 5, 64, 128, R=4), Case("", 5, 128, 24, R=3)
 def forget():
     """Clears what is remembered about modules and devices, before and after."""
     caches = (choose.choose, choose._say, native.module, native.serving, native._gpu)
-    caches += (triton.module, triton.serving, triton.gpu, kitchen.module)
+    caches += (triton.module, triton.serving, triton._serving_w4a8, triton.gpu, kitchen.module)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -46,6 +46,7 @@ def there(monkeypatch):
         monkeypatch.setitem(sys.modules, "triton.backends", back_ends)
         monkeypatch.setattr(triton, "gpu", lambda device: gpu)
         monkeypatch.setattr(triton, "trial", lambda device: off)
+        monkeypatch.setattr(triton, "trial_w4a8", lambda device: off)
 
     return make
 
@@ -84,6 +85,31 @@ def test_an_intel_gpu_runs_triton_where_torchs_triton_knows_it(there):
         False,
         "this Triton was built for amd and nvidia, not for intel",
     )
+
+
+def test_weights_that_are_read_as_int8_have_a_trial_of_their_own(there, monkeypatch):
+    there(Gpu("cuda", "120", 170))
+    choice = choose.choose("linear_w4a8", GPU, BF16, (BF16, None))
+    assert choice.backend == "triton" and "products of codes in int8" in choice.reason
+    choose.choose.cache_clear()
+    triton._serving_w4a8.cache_clear()
+    monkeypatch.setattr(triton, "trial_w4a8", lambda device: 0.5)
+    choice = choose.choose("linear_w4a8", GPU, BF16, (BF16, None))
+    assert choice.backend == "reference" and "0.5 off the reference's" in choice.reason
+    assert triton.serves("linear_w4a4", GPU, BF16, (BF16,))[0]
+
+
+@pytest.mark.parametrize("trial", [triton.trial, triton.trial_w4a8], ids=lambda each: each.__name__)
+def test_a_trial_compares_with_the_reference(trial, monkeypatch):
+    """The reference stands for Triton's kernels."""
+    from nibble.kernels.reference import w4a8
+
+    by_reference = {"linear_w4a4": lambda x, p: reference.linear_w4a4(x, *p)}
+    by_reference["linear_w4a8"] = lambda x, p: w4a8.linear_w4a8(x, *p)
+    module = types.SimpleNamespace(**by_reference)
+    monkeypatch.setattr(triton, "w4a4", lambda: module)
+    monkeypatch.setattr(triton, "w4a8", lambda: module)
+    assert trial(CPU) < triton.DIFFERENCE
 
 
 @pytest.mark.parametrize("off", [0.5, float("nan")])

@@ -320,7 +320,7 @@ POINTERS = st.sampled_from([0, BASE, BASE + 16, BASE + 4, BASE + 1])
 FIELDS = {
     name: SIZES
     for name in ("M", "N", "K", "R", "R2", "x_stride", "h_stride", "unsigned_from", "threads")
-} | {"workspace_size": SIZES}
+} | {"workspace_size": SIZES, "scratch_size": SIZES}
 FIELDS |= {
     name: CODES
     for name in (
@@ -356,7 +356,7 @@ def test_no_argument_brings_the_process_down(call, data):
         "quantize_down": [*QUANTIZE],
         "gemm_w4a4_up": [*PRODUCT, "out", "out_dtype", "workspace", "workspace_size"],
         "gemm_vq": [*VQ],
-        "linear_w4a8": [*W4A8, "workspace", "workspace_size"],
+        "linear_w4a8": [*W4A8, "scratch", "scratch_size"],
         "gemm_w4a4_up_gelu_quantize_down": [
             *PRODUCT,
             "R2",

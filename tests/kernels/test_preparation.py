@@ -92,6 +92,33 @@ def test_layers_that_run_in_plain_torch_need_none(machine, parameters):
     assert prepare(CUDA, BF16, [FLUX[0]._replace(parameters=frozenset(parameters))]) == 0
 
 
+W4A8 = Layer("linear_w4a8", (9216, 3072), HALVES, 32)
+
+
+def test_weights_that_are_read_as_int8(machine):
+    compiled = machine(86)
+    assert prepare(CUDA, BF16, [W4A8]) == len(compiled)
+    names = {kernel.name.split("<")[0] for kernel in compiled}
+    assert names == {"w4a8::w4a8_gemm_kernel", "w4a8::quantize_tokens_kernel"}
+    assert prepare(CUDA, BF16, [W4A8._replace(parameters=frozenset({torch.float32}))]) == 0
+    native._gpu.cache_clear()
+    compiled = machine(75)
+    assert prepare(CUDA, torch.float16, [W4A8._replace(rank=0)]) == len(compiled)
+    # the projection of a LoRA beside it
+    assert any(kernel.name.startswith("down_kernel<f16, bf16>") for kernel in compiled)
+
+
+@pytest.mark.parametrize("capability", [75, 86, 90, 120])
+def test_what_is_prepared_of_w4a8_is_what_a_layer_then_starts(capability):
+    gpu = Gpu(capability, 82)
+    kind = wanted.LayerKind("linear_w4a8", 3072, 3072, 32, 2, rotated=True)
+    ready = set(wanted.of_model([kind], 2, gpu))
+    assert ready <= set(kernels.of(kernels.architecture(capability)))
+    for m in range(256, 9217, 64):
+        started = wanted._w4a8(kind, m, 2, gpu)
+        assert {launch.kernel for launch in started} <= ready, m
+
+
 def test_where_no_cubins_serve_there_is_nothing_to_do(monkeypatch):
     assert prepare(torch.device("cpu"), BF16, FLUX) == 0
     monkeypatch.setattr(native, "serving", lambda device: (None, "no driver"))

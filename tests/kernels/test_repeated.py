@@ -25,11 +25,22 @@ W4A4 = {
 W4A16 = {"N": 256, "K": 128, "param_dtype": 2} | {
     name: next(PARAMETERS) for name in ("weight", "weight_scale", "weight_zeros", "bias")
 }
+W4A8 = {"N": 256, "K": 128, "R": 32, "group": 32, "param_dtype": 2, "rotate": False} | {
+    name: next(PARAMETERS)
+    for name in ("smooth", "proj_down", "weight", "weight_scale", "channel_scale", "table")
+    + ("proj_up", "bias")
+}
 VQ = {
     "N": 256, "K": 128, "bits": 8, "vector": 4, "codebook_dtype": 1, "param_dtype": 2,
     "addend_dtype": 2, "out_dtype": 2,
 } | {name: next(PARAMETERS) for name in ("indices", "codebook", "scale", "bias")}  # fmt: skip
-OPS = {"linear_w4a4": W4A4, "gemv_w4a16": W4A16, "gemm_w4a16": W4A16, "gemm_vq": VQ}
+OPS = {
+    "linear_w4a4": W4A4,
+    "linear_w4a8": W4A8,
+    "gemv_w4a16": W4A16,
+    "gemm_w4a16": W4A16,
+    "gemm_vq": VQ,
+}
 
 
 class Recorded(driver.Driver):
@@ -56,9 +67,13 @@ def tokens_of(op: str, m: int, at: int, module: CubinModule, capability: int) ->
     tokens = place | {"M": m, "x": 0x1000 * at, "x_dtype": 2, "out": 0x100_0000 * at}
     if op == "gemm_vq":
         return tokens | {"addend": 0x1_0000_0000 * at}
-    if op != "linear_w4a4":
+    if op not in ("linear_w4a4", "linear_w4a8"):
         return tokens
     codes = module.codes(capability)
+    if op == "linear_w4a8":
+        sizes = (m, *(W4A8[name] for name in "NKR"))
+        size = module.workspace_bytes(op, capability, *sizes, 2)
+        return tokens | {"x_stride": 128, "scratch": 0x1_0000_0000 * at, "scratch_size": size}
     size = module.linear_w4a4_bytes(capability, m, W4A4["N"], W4A4["K"], W4A4["R"], codes)
     return tokens | {"x_stride": 128, "scratch": 0x1_0000_0000 * at, "scratch_size": size}
 

@@ -124,10 +124,14 @@ def make_w4a16(
 
 
 def make_w4a8(
-    case: Case, dtype: torch.dtype = torch.bfloat16, group: int = 32, seed: int = 1
+    case: Case,
+    dtype: torch.dtype = torch.bfloat16,
+    group: int = 32,
+    seed: int = 1,
+    device: str = "cpu",
 ) -> dict[str, Tensor | None]:
-    """Random parameters of `linear_w4a8`, under its argument names, floats in `dtype`. group:
-    columns that share a scale.
+    """Random parameters of `linear_w4a8`, under its argument names, floats in `dtype` but the
+    channels' scales, which are float32 as in files. group: columns that share a scale.
     """
     layer = make_w4a4(case, dtype, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -135,19 +139,22 @@ def make_w4a8(
     def numbers(*shape: int) -> Tensor:
         return torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
 
-    return {
+    parameters = {
         "weight": layer["weight"],
         "weight_scale": numbers(case.K // group, case.N),
-        "weight_channel_scale": torch.randn(case.N, generator=generator).to(dtype) * 0.001,
+        "weight_channel_scale": torch.randn(case.N, generator=generator) * 0.001,
         "weight_table": numbers(16),
         "smooth_factor": layer["smooth_factor"],
         "proj_down": layer["proj_down"] if case.R else None,
         "proj_up": layer["proj_up"] if case.R else None,
         "bias": layer["bias"],
     }
+    return {
+        name: None if tensor is None else tensor.to(device) for name, tensor in parameters.items()
+    }
 
 
-VQ_LAYOUTS = {"2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
+VQ_LAYOUTS = {"1.5 bit": (6, 4), "2 bit": (8, 4), "3 bit": (6, 2), "4 bit": (8, 2)}
 """Bits of an index and sub-vector length: the layouts that every backend has."""
 
 

@@ -7,6 +7,7 @@ torch's CUDA wheels bring, once, into a cache on disk.
 module     the interface of `nibble_kernels`, for GPUs
 plans      an op's struct -> the kernels to start: which instance, grid, threads, shared memory
 plans_w16  the same for activations of 16 bits
+plans_w4a8  the same for weights that are read as int8
 plans_nvfp4  the same for 4-bit floats
 routes     the paths of the W4A4 product by number, each with its tiles
 repeated   a layer's launches, planned once and started at other addresses

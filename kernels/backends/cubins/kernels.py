@@ -20,7 +20,7 @@ CODES = ("packed", "e4m3", "int8")
 """In the order of Codes in nibble.h."""
 W4A16_TILINGS = ("FewTokens", "SomeTokens", "ManyTokens")
 VQ_TILINGS = ("VqFewTokens", "VqSomeTokens", "VqManyTokens")
-VQ_LAYOUTS = ((8, 4), (6, 2), (8, 2))
+VQ_LAYOUTS = ((6, 4), (8, 4), (6, 2), (8, 2))
 """(bits of an index, columns of a codeword)."""
 HOPPER_TILES = ((2, 128), (1, 128), (1, 64))
 """(blocks of 128 weight rows, tokens)."""
@@ -34,6 +34,8 @@ NVFP4_QUANTIZE_TILES = ((2, 12, 1), (4, 6, 2))
 """(eights of tokens, warps, blocks on a multiprocessor); the first takes every type."""
 NVFP4_ROWS = (64, 128, 256)
 """Tokens of a tile."""
+W4A8_QUANTIZE_TILES = NVFP4_QUANTIZE_TILES
+W4A8_ROWS = (32, 64, 128)
 
 
 class Kernel(NamedTuple):
@@ -109,6 +111,16 @@ def nvfp4_gemm(param: str, rows: int) -> Kernel:
     return Kernel("cuda/nvfp4/gemm.cuh", f"nvfp4::gemm_kernel<{param}, {rows}>")
 
 
+def w4a8_quantize(x: str, param: str, form: str, tile: tuple[int, ...]) -> Kernel:
+    sizes = ", ".join(map(str, tile))
+    name = f"w4a8::quantize_tokens_kernel<{x}, {param}, {form}, {sizes}>"
+    return Kernel("cuda/w4a8/quantize.cuh", name)
+
+
+def w4a8_gemm(turing: bool, param: str, rows: int) -> Kernel:
+    return Kernel("cuda/w4a8/gemm.cuh", f"w4a8::w4a8_gemm_kernel<{SIGNS[turing]}, {param}, {rows}>")
+
+
 # ---- architectures -------------------------------------------------------------------------------
 
 MMAS = {"75": "Turing", "80": "Int4", "86": "Int4", "89": "Int4", "90a": "Int8"}
@@ -156,6 +168,7 @@ def of(arch: str) -> Iterator[Kernel]:
     yield from _act8_products(act8(mma))
     for codes in ("packed", "int8"):
         yield from _quantizers(codes, arch)
+    yield from _w4a8(arch)
     if arch == "75":
         yield from (project(x, p) for x in TYPES for p in HALVES if (x, p) != ("f16", "f16"))
     if arch == "90a":
@@ -198,6 +211,13 @@ def _act8_products(mma: str) -> Iterator[Kernel]:
         yield from (gemm(mma, param, rows, "false") for rows in tile_heights(mma))
         yield from (gelu(mma, param, rows, "false") for rows in (32, gelu_rows(mma)))
     yield add_tiles(mma)
+
+
+def _w4a8(arch: str) -> Iterator[Kernel]:
+    yield from (w4a8_gemm(arch == "75", p, rows) for p in HALVES for rows in W4A8_ROWS)
+    for x, param, form in itertools.product(TYPES, HALVES, (FORMS[0], FORMS[2])):
+        tiles = W4A8_QUANTIZE_TILES[: 1 + fits_as_it_is(x, param)]
+        yield from (w4a8_quantize(x, param, form, tile) for tile in tiles)
 
 
 def _quantizers(codes: str, arch: str) -> Iterator[Kernel]:

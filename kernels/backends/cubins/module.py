@@ -13,10 +13,21 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from . import driver, kernels, library, nvrtc, plans, plans_nvfp4, plans_w16, routes, structs
+from . import (
+    driver,
+    kernels,
+    library,
+    nvrtc,
+    plans,
+    plans_nvfp4,
+    plans_w4a8,
+    plans_w16,
+    routes,
+    structs,
+)
 from .kernels import Kernel
 from .plans import Gpu, Launch
-from .repeated import RepeatedCall
+from .repeated import Plan, RepeatedCall
 from .structs import E4M3, INT8, PACKED
 
 OLDEST = 75
@@ -212,6 +223,9 @@ class CubinModule:
             return path, f"compute capability {capability / 10}"
         if op == "gemm_nvfp4_up":
             return "sm120: e2m1 m16n8k64 with block scales", f"compute capability {capability / 10}"
+        if op == "linear_w4a8":
+            path = "int8 m8n8k16" if capability < 80 else "int8 m16n8k32"
+            return f"cuda: {path} on weights that are read as int8", "not yet measured"
         return f"cuda: {op}", "one kernel for every GPU from 7.5 on"
 
     @staticmethod
@@ -223,7 +237,7 @@ class CubinModule:
             return plans.hopper_workspace(codes, M, K)
         if op == "gemm_w4a4_up_gelu_quantize_down" and codes != E4M3:
             return plans.gelu_workspace(M, N, R)
-        return 0
+        return plans_w4a8.scratch_bytes(M, K, R) if op == "linear_w4a8" else 0
 
     def linear_w4a4_bytes(self, capability: int, M: int, N: int, K: int, R: int, codes: int) -> int:
         """Bytes of scratch of a whole linear."""
@@ -278,6 +292,13 @@ class CubinModule:
         there, whole = self.on(device), fields | {"scratch": scratch}
         there.start(_linear(there, isa or self.default_route, whole), stream)
 
+    def linear_w4a8(
+        self, device: int, stream: int, threads: int, isa: int, scratch_size: int, **fields
+    ) -> None:
+        """isa: tokens of a tile, 0 for those that the GPU would choose."""
+        there = self.on(device)
+        there.start(_linear_w4a8(there, isa, fields), stream)
+
     def gemv_w4a16(self, device: int, stream: int, threads: int, isa: int, **fields) -> None:
         there = self.on(device)
         there.start(_w4a16(there, isa, fields), stream)
@@ -330,6 +351,13 @@ def _linear(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
     return plans.quantize_down(first, there.gpu) + waiting
 
 
+def _linear_w4a8(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
+    op = structs.LinearW4A8(**{name: fields[name] for name in fields if name != "scratch_size"})
+    launches = plans_w4a8.linear_w4a8(op, there.gpu, routes.w4a8_rows(route))
+    product = [launch._replace(waits=there.knows_waiting) for launch in launches[-1:]]
+    return launches[:-1] + product
+
+
 def _w4a16(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
     return plans_w16.w4a16(structs.W4A16(**fields), there.gpu)
 
@@ -338,7 +366,13 @@ def _vq(there: Device, route: int, fields: dict[str, Any]) -> list[Launch]:
     return plans_w16.gemm_vq(structs.GemmVQ(**fields), there.gpu)
 
 
-_PLANS = {"linear_w4a4": _linear, "gemv_w4a16": _w4a16, "gemm_w4a16": _w4a16, "gemm_vq": _vq}
+_PLANS: dict[str, Plan] = {
+    "linear_w4a4": _linear,
+    "linear_w4a8": _linear_w4a8,
+    "gemv_w4a16": _w4a16,
+    "gemm_w4a16": _w4a16,
+    "gemm_vq": _vq,
+}
 
 
 _OF_SECOND = {field[0] for field in structs.GemmW4A4UpGeluQuantizeDown._fields_} - {"first"}

@@ -84,6 +84,18 @@ def product(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
     return plans.mma_product(op, mma, route % 1000 if route >= 1000 else chosen)
 
 
+def w4a8_rows(route: int) -> int:
+    """Tokens of a tile of linear_w4a8 by a route: one of kernels.W4A8_ROWS, or 0, the GPU's own
+    choice, which a path of W4A4 that is set for a whole process leaves alone. Raises ValueError.
+    """
+    if route in kernels.W4A8_ROWS:
+        return route
+    if route and path_of(route) not in PATHS:
+        heights = ", ".join(map(str, kernels.W4A8_ROWS))
+        raise ValueError(f"linear_w4a8: route {route} is none of {heights}")
+    return 0
+
+
 def _hopper(op: ctypes.Structure, gpu: Gpu, route: int) -> list[Launch]:
     """The wgmma product, with the tile that a route names in place of the one that is chosen."""
     launches = plans.hopper(op, gpu)

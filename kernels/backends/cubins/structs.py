@@ -43,7 +43,7 @@ GemmVQ = struct(
 LinearW4A8 = struct(
     "LinearW4A8",
     "M:i N:i K:i R:i group:i x:p x_stride:i x_dtype:e smooth:p proj_down:p weight:p weight_scale:p"
-    " channel_scale:p table:p proj_up:p bias:p param_dtype:e rotate:b out:p workspace:p",
+    " channel_scale:p table:p proj_up:p bias:p param_dtype:e rotate:b out:p scratch:p",
 )
 QuantizeNvfp4Down = struct(
     "QuantizeNvfp4Down",
@@ -55,6 +55,8 @@ GemmNvfp4Up = struct(
     "M:i N:i K:i R:i q:p ascales:p h:p weight:p weight_scale:p weight_scale_2:p proj_up:p bias:p"
     " param_dtype:e out:p out_dtype:e",
 )
+W4A8Levels = struct("W4A8Levels", "channel_scale:p table:p group:i")
+"""`w4a8::Levels` of csrc/cuda/w4a8/gemm.cuh."""
 HopperProduct = struct(
     "HopperProduct",
     "M:e N:e K:e R:e across:e tiles:e ascales:p h:p h_stride:i weight_scale:p proj_up:p bias:p"

@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from . import plans, plans_nvfp4, plans_w16, structs
+from . import plans, plans_nvfp4, plans_w4a8, plans_w16, structs
 from .kernels import VQ_LAYOUTS, Kernel
 from .plans import Gpu, Launch
 from .structs import E4M3, F16, GROUP, INT8, PACKED
@@ -19,6 +19,7 @@ _IMAGE = (256, 512, 1024, 2048, 4096, 4608, 9216, 16384, 32768)
 TOKENS = {
     "linear_w4a4": _IMAGE,
     "mlp_w4a4": _IMAGE,
+    "linear_w4a8": _IMAGE,
     "linear_nvfp4": (64, *_IMAGE),
     "linear_w4a16": (1, 2, 4),
     "linear_vq": (1, 2, 4, *_IMAGE),
@@ -66,6 +67,8 @@ def _launches(layer: LayerKind, m: int, x_dtype: int, gpu: Gpu) -> list[Launch]:
         return plans_w16.gemm_vq(_vq(layer, m, x_dtype), gpu) if known else []
     if layer.op == "linear_nvfp4":
         return _nvfp4(layer, m, x_dtype, gpu)
+    if layer.op == "linear_w4a8":
+        return _w4a8(layer, m, x_dtype, gpu)
     quantizer, product = _w4a4(layer, m, x_dtype, gpu)
     launches = plans.quantize_down(quantizer, gpu)
     quantizer.R += _OF_A_LORA
@@ -85,6 +88,14 @@ def _w4a4(
     quantizer = structs.QuantizeDown(**shared, x_dtype=x_dtype, rotate=layer.rotated)
     product = structs.GemmW4A4Up(**shared, N=layer.n, h_stride=layer.rank, out_dtype=x_dtype)
     return quantizer, product
+
+
+def _w4a8(layer: LayerKind, m: int, x_dtype: int, gpu: Gpu) -> list[Launch]:
+    shared = {"M": m, "N": layer.n, "K": layer.k, "param_dtype": layer.param_dtype}
+    shared |= {"x_dtype": x_dtype, "rotate": layer.rotated, "group": GROUP}
+    op = structs.LinearW4A8(**shared, R=layer.rank)
+    with_a_lora = structs.LinearW4A8(**shared, R=layer.rank + _OF_A_LORA)
+    return plans_w4a8.linear_w4a8(op, gpu) + plans_w4a8.linear_w4a8(with_a_lora, gpu)
 
 
 def _nvfp4(layer: LayerKind, m: int, x_dtype: int, gpu: Gpu) -> list[Launch]:

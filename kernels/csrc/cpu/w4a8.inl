@@ -35,7 +35,7 @@ struct Whole {
     const LinearW4A8& op;
     QuantizeDown quantizer;  // of this chunk: x, the projection and h
     GemmW4A4Up branch;       // of this chunk: low rank, bias, out
-    const float *smooth, *channel_scale;
+    const float* smooth;
     Code8* codes;     // (stretches, tokens, columns of a stretch)
     float* ascales;   // (tokens,)
     int32_t* starts;  // (tokens,) of the sums
@@ -149,7 +149,7 @@ inline void finish_whole(const Whole& whole, int64_t m0, int64_t rows, int64_t n
                          const GemmScratch& scratch, const int32_t* sums) {
     start_tile(whole.branch, m0, rows, n0, valid, scratch, scratch.tiles);
     float scales[TILE_N] = {};
-    std::memcpy(scales, whole.channel_scale + n0, static_cast<size_t>(valid) * 4);
+    std::memcpy(scales, whole.op.channel_scale + n0, static_cast<size_t>(valid) * 4);
     for (int64_t r = 0; r < rows; ++r) {
         const F ascale = splat(whole.ascales[m0 + r]);
         float* row = scratch.tiles + r * TILE_N;
@@ -222,11 +222,10 @@ inline GemmW4A4Up branch_of(const LinearW4A8& op, int64_t m, int64_t tokens, con
 inline void linear_w4a8(const LinearW4A8& op, int threads) {
     if (op.M == 0 || op.N == 0) return;
     const int64_t most = smaller(op.M, CHUNK);
-    Scratch<float> smooth(op.K), channel_scale(op.N), ascales(most), h(most * op.R);
+    Scratch<float> smooth(op.K), ascales(most), h(most * op.R);
     Scratch<int32_t> starts(most);
     Scratch<Code8> codes(most * op.K);
     to_floats(op.param_dtype, op.smooth, op.K, smooth.data);
-    to_floats(op.param_dtype, op.channel_scale, op.N, channel_scale.data);
     for (int64_t m = 0; m < op.M; m += CHUNK) {
         const int64_t tokens = smaller(CHUNK, op.M - m);
         // As in gemm_chunk.
@@ -238,7 +237,6 @@ inline void linear_w4a8(const LinearW4A8& op, int threads) {
                           quantizer_of(op, m, tokens, h.data),
                           branch_of(op, m, tokens, h.data),
                           smooth.data,
-                          channel_scale.data,
                           codes.data,
                           ascales.data,
                           starts.data,

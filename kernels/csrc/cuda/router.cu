@@ -5,6 +5,7 @@
 #include "gemm_w4a4/gemm_w4a4.h"
 #include "launch.cuh"
 #include "nvfp4/nvfp4.h"
+#include "w4a8/w4a8.h"
 
 namespace nibble::cuda {
 namespace {
@@ -114,6 +115,54 @@ void gemm_w4a4_up_gelu_quantize_down(const GemmW4A4UpGeluQuantizeDown& op, const
         op, target, rows);  // Hopper too: the wgmma product has no such epilogue
 }
 
+namespace {
+
+// What lies in the scratch memory of linear_w4a8: offsets in bytes, each a multiple of 256. The
+// codes lie at the beginning.
+struct TokensScratch {
+    size_t ascales, h, bytes;
+    TokensScratch(int64_t M, int64_t K, int64_t R) {
+        const auto aligned = [](size_t size) { return (size + 255) & ~size_t(255); };
+        ascales = aligned(size_t(M) * size_t(K));
+        h = ascales + aligned(size_t(M) * sizeof(float));
+        bytes = h + aligned(size_t(M) * size_t(R) * sizeof(float));
+    }
+};
+
+}  // namespace
+
+void linear_w4a8(const LinearW4A8& op, const Target& target) {
+    const Family gpu = family(target.capability);
+    if (op.param_dtype == Dtype::f32) {
+        throw std::invalid_argument(
+            "linear_w4a8: on a GPU parameters are float16 or bfloat16, not float32");
+    }
+    if (op.M == 0 || op.N == 0) return;
+    const TokensScratch layout(op.M, op.K, op.R);
+    char* scratch = static_cast<char*>(op.scratch);
+    QuantizeDown first{};
+    first.M = op.M, first.K = op.K, first.R = op.R;
+    first.x = op.x, first.x_stride = op.x_stride, first.x_dtype = op.x_dtype;
+    first.smooth = op.smooth, first.proj_down = op.proj_down, first.param_dtype = op.param_dtype;
+    first.rotate = op.rotate, first.codes = Codes::int8, first.q = scratch;
+    first.ascales = reinterpret_cast<float*>(scratch + layout.ascales);
+    first.h = reinterpret_cast<float*>(scratch + layout.h);
+    quantize_tokens(first, target);
+    GemmW4A4Up second{};
+    second.M = op.M, second.N = op.N, second.K = op.K, second.R = op.R;
+    second.codes = Codes::int8, second.q = first.q, second.ascales = first.ascales;
+    second.h = first.h, second.h_stride = op.R;
+    second.weight = op.weight, second.weight_scale = op.weight_scale;
+    second.proj_up = op.proj_up, second.bias = op.bias, second.param_dtype = op.param_dtype;
+    second.out = op.out, second.out_dtype = op.x_dtype;
+    Target next = target;
+    next.waits = true;
+    const int rows = tile_rows(op.M, op.N, multiprocessors(target.device), false);
+    if (gpu.turing) return linear_w4a8_sm75(op, second, next, rows);
+    if (gpu.ampere) return linear_w4a8_sm80(op, second, next, rows);
+    linear_w4a8_sm100(op, second, next, rows);  // Hopper too: its wgmma has no reader of codes
+}
+
 // e4m3 holds -8..15 exactly and is what the wgmma product multiplies. Elsewhere the public format.
 Codes codes(int capability) { return family(capability).hopper ? Codes::e4m3 : Codes::packed; }
 
@@ -122,6 +171,7 @@ size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N,
     // A product that is given 8-bit floats may need less: it does not widen them first.
     if (family(capability).hopper && op == Op::gemm_w4a4_up && codes != Codes::int8)
         return gemm_w4a4_up_sm90_workspace(codes, M, N, K);
+    if (op == Op::linear_w4a8) return TokensScratch(M, K, R).bytes;
     // One h of (M, R2) for each tile of 128 columns. This op reads no 8-bit floats.
     if (op == Op::gemm_w4a4_up_gelu_quantize_down && codes != Codes::e4m3)
         return size_t(M) * size_t(R) * size_t((N + 127) / 128) * sizeof(float);
@@ -149,6 +199,10 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     if (op == Op::gemm_nvfp4_up)
         return {"sm120: e2m1 m16n8k64 with block scales",
                 "4-bit floats" + on + "; not yet measured"};
+    if (op == Op::linear_w4a8) {
+        const std::string path = gpu.turing ? "int8 m8n8k16" : "int8 m16n8k32";
+        return {"cuda: " + path + " on weights that are read as int8", "not yet measured"};
+    }
     if (op == Op::gemm_vq) {
         return {
             "cuda: 16-bit mma on looked-up codewords, " + std::string(vq_kernel_in_words(gpu, M)),

@@ -30,7 +30,7 @@ _OPS = {
     VQWeight.FORMAT: "linear_vq",
 }
 
-_OWN_DTYPES = ("codebook", "scale_2")
+_OWN_DTYPES = ("codebook", "scale_2", "channel_scale")
 """Parameters that kernels take in a dtype of their own."""
 
 
@@ -67,7 +67,8 @@ def layers_of(model: torch.nn.Module, dtype: torch.dtype) -> list[Layer]:
 def _layer(linear: torch.nn.Module, dtype: torch.dtype) -> Layer:
     weight: QuantizedTensor = linear.weight
     p = weight.params
-    floats = {t.dtype for name, t in p.tensors().items() if name not in _OWN_DTYPES}
+    tensors = {name: t for name, t in p.tensors().items() if name not in _OWN_DTYPES}
+    floats = {t.dtype for t in tensors.values() if t.dtype.is_floating_point}
     floats -= {torch.float8_e4m3fn}
     floats |= set() if linear.bias is None else {dtype}
     down, codebook = p.proj_down, getattr(p, "codebook", None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu import checks
+from bench.gpu import checks, levels
 from bench.gpu.isolate import Remote
 from bench.gpu.layer import Layer
 from bench.gpu.smoke import row
@@ -69,6 +69,7 @@ def layer_checks(layer: Layer, plan: Plan, routes: list[int]) -> Iterator[Check]
 def other_checks(case: Case, dtype: torch.dtype, device: str) -> Iterator[Check]:
     for layout in VQ_LAYOUTS.values():
         yield "linear_vq", 0, functools.partial(checks.codebook, case, layout, dtype, device)
+    yield levels.OP, 0, functools.partial(levels.worst, case, dtype, device)
 
 
 def work(plan: Plan) -> Iterator[tuple[Case, torch.dtype, Iterator[Check]]]:

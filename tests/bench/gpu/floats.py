@@ -89,17 +89,31 @@ def row(case: Case, dtype: torch.dtype, device: str) -> dict:
         for seed in range(count)
     ]
     dense = [(reference.decoded_weight(p.weight, p.weight_scale, dtype), p.bias) for _, p in sets]
+    return beside_torch("linear_nvfp4", case, ways(device, dtype), sets, dense)
+
+
+def beside_torch(
+    op: str,
+    case: Case,
+    ways: dict[str, Callable],
+    sets: list[tuple],
+    dense: list[tuple[Tensor, Tensor | None]],
+) -> dict:
+    """A row: each way's time for an op, and that of torch's product with 16-bit weights. sets: x
+    and parameters, of which there are several; dense: their weight and bias.
+    """
+    x = sets[0][0]
+    device = x.device.type
     calls = {
-        name: [functools.partial(linear, x, p) for x, p in sets]
-        for name, linear in ways(device, dtype).items()
+        name: [functools.partial(linear, x, p) for x, p in sets] for name, linear in ways.items()
     }
     calls["torch"] = [
         functools.partial(torch.nn.functional.linear, x, *weights)
         for (x, _), weights in zip(sets, dense, strict=True)
     ]
     timings, failed = timing.take_turns(calls, device)
-    found = {"op": "linear_nvfp4", "case": case.name, "M": case.M, "K": case.K, "N": case.N}
-    found |= {"way": " ".join(which("linear_nvfp4", device, dtype)), "timings": timings}
+    found = {"op": op, "case": case.name, "M": case.M, "K": case.K, "N": case.N}
+    found |= {"way": " ".join(which(op, device, x.dtype)), "timings": timings}
     found["absent"] = failed
     if OURS in timings:
         found["tflops"] = 2e-9 * case.M * case.N * case.K / timings[OURS]["ms"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from bench import peers
-from bench.gpu import floats, timing
+from bench.gpu import floats, levels, timing
 from bench.gpu.isolate import Remote
 from bench.gpu.layer import Layer, Steps, in_order
 from bench.gpu.products import SHAPES, flux_case
@@ -322,13 +322,16 @@ def run(report: Remote, device: str, dry: bool, ceilings: dict) -> None:
             )
     for m in [5] if dry else [4608, 256]:
         for k, n in SHAPES[2:3] if dry else ((3072, 12288), (12288, 3072)):
-            if not report.late():
-                case = flux_case(m, k, n)
-                add(
-                    report,
-                    lambda case=case: floats.row(case.scaled(0.02) if dry else case, dtype, device),
-                    {"op": "linear_nvfp4", "case": case.name, "M": m},
-                )
+            case = flux_case(m, k, n)
+            for op, make in ((levels.OP, levels.row), ("linear_nvfp4", floats.row)):
+                if not report.late():
+                    add(
+                        report,
+                        lambda case=case, make=make: make(
+                            case.scaled(0.02) if dry else case, dtype, device
+                        ),
+                        {"op": op, "case": case.name, "M": m},
+                    )
     for m in [5] if dry else [1, 256, 4608]:
         for layout in VQ_LAYOUTS.values():
             if not report.late():

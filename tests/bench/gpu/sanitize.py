@@ -16,7 +16,7 @@ def exercise(device: str, numbers: list[int]) -> None:
     import torch
 
     from bench.gpu.layer import Layer, Steps, in_order
-    from cases import SMALL, VQ_LAYOUTS, Case, make_vq, make_w4a16, options
+    from cases import SMALL, VQ_LAYOUTS, Case, make_vq, make_w4a8, make_w4a16, options
     from nibble.kernels import ops
 
     extra = [
@@ -39,6 +39,8 @@ def exercise(device: str, numbers: list[int]) -> None:
             for tokens in (1, case.M, 40):
                 x = torch.randn(tokens, case.K, device=device).bfloat16()
                 ops.linear_w4a16(x, **make_w4a16(case, bf16, device=device))
+            w4a8 = make_w4a8(case, bf16, device=device)
+            ops.linear_w4a8(layer.x, **w4a8, rotation=case.rotation)
             for layout in VQ_LAYOUTS.values():
                 ops.linear_vq(layer.x, **make_vq(case, *layout, bf16, device=device))
     if device == "cuda":

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from bench.gpu import checks, floats
+from bench.gpu import checks, floats, levels
 from bench.gpu.isolate import Job, Remote
 from bench.gpu.layer import Layer, routes
 from cases import SMALL, VQ_LAYOUTS, Case
@@ -139,12 +139,13 @@ def _others(remote: Remote, name: str, device: str, dry: bool) -> None:
             remote.add(row(sizes, check))
 
 
-def _floats(remote: Remote, name: str, device: str, dry: bool) -> None:
-    """Each way of 4-bit floats, at each shape."""
+def _ways(remote: Remote, name: str, device: str, dry: bool) -> None:
+    """Each way of an op that has several, at each shape."""
+    check = floats.check if name == "linear_nvfp4" else levels.check
     for case in shapes(dry):
         facts = {"op": name, "route": 0, "case": case.name}
         try:
-            found = floats.check(case, BF16, device)
+            found = check(case, BF16, device)
         except Exception as error:
             words = f"{type(error).__name__}: {error}".splitlines()[0]
             found = [{"ok": False, "error_message": words}]
@@ -159,5 +160,7 @@ def linear_jobs(device: str, dry: bool) -> list[Job]:
         how = _others if name in ("linear_w4a16", "linear_vq") else _linears
         work = functools.partial(how, name=name, device=device, dry=dry)
         found.append(Job(name, work, SECONDS))
-    work = functools.partial(_floats, name="linear_nvfp4", device=device, dry=dry)
-    return [*found, Job("linear_nvfp4", work, 2 * SECONDS)]
+    for name in (levels.OP, "linear_nvfp4"):
+        work = functools.partial(_ways, name=name, device=device, dry=dry)
+        found.append(Job(name, work, 2 * SECONDS))
+    return found

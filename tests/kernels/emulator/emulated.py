@@ -19,6 +19,7 @@ from nibble.kernels.backends.cubins.structs import (
     GemmVQ,
     GemmW4A4Up,
     GemmW4A4UpGeluQuantizeDown,
+    LinearW4A8,
     QuantizeDown,
     QuantizeNvfp4Down,
 )
@@ -69,6 +70,7 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
         "gemv_w4a16": W4A16,
         "gemm_w4a16": W4A16,
         "gemm_vq": GemmVQ,
+        "linear_w4a8": LinearW4A8,
         "quantize_nvfp4_down": QuantizeNvfp4Down,
         "gemm_nvfp4_up": GemmNvfp4Up,
     }

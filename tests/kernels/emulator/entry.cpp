@@ -8,6 +8,7 @@
 
 #include "cuda/gemm_w4a4/gemm_w4a4.h"
 #include "cuda/nvfp4/nvfp4.h"
+#include "cuda/w4a8/w4a8.h"
 #include "emulator.h"
 #include "nibble.h"
 
@@ -57,6 +58,11 @@ NIBBLE_ABSENT(void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQua
 NIBBLE_ABSENT(void gemv_w4a16(const W4A16&, const Target&))
 NIBBLE_ABSENT(void gemm_w4a16(const W4A16&, const Target&))
 NIBBLE_ABSENT(void gemm_vq(const GemmVQ&, const Target&))
+NIBBLE_ABSENT(void linear_w4a8(const LinearW4A8&, const Target&))
+NIBBLE_ABSENT(void quantize_tokens(const QuantizeDown&, const Target&))
+NIBBLE_ABSENT(void linear_w4a8_sm75(const LinearW4A8&, const GemmW4A4Up&, const Target&, int))
+NIBBLE_ABSENT(void linear_w4a8_sm80(const LinearW4A8&, const GemmW4A4Up&, const Target&, int))
+NIBBLE_ABSENT(void linear_w4a8_sm100(const LinearW4A8&, const GemmW4A4Up&, const Target&, int))
 NIBBLE_ABSENT(void quantize_nvfp4_down(const QuantizeNvfp4Down&, const Target&))
 NIBBLE_ABSENT(void quantize_nvfp4_down_sm120(const QuantizeNvfp4Down&, const Target&))
 NIBBLE_ABSENT(void gemm_nvfp4_up(const GemmNvfp4Up&, const Target&))
@@ -72,6 +78,7 @@ NIBBLE_ENTRY(GemmW4A4UpGeluQuantizeDown, gemm_w4a4_up_gelu_quantize_down)
 NIBBLE_ENTRY(W4A16, gemv_w4a16)
 NIBBLE_ENTRY(W4A16, gemm_w4a16)
 NIBBLE_ENTRY(GemmVQ, gemm_vq)
+NIBBLE_ENTRY(LinearW4A8, linear_w4a8)
 NIBBLE_ENTRY(QuantizeNvfp4Down, quantize_nvfp4_down)
 NIBBLE_ENTRY(GemmNvfp4Up, gemm_nvfp4_up)
 
@@ -147,6 +154,7 @@ size_t emulated_size(const char* name) {
     if (n == "GemmW4A4UpGeluQuantizeDown") return sizeof(nibble::GemmW4A4UpGeluQuantizeDown);
     if (n == "W4A16") return sizeof(nibble::W4A16);
     if (n == "GemmVQ") return sizeof(nibble::GemmVQ);
+    if (n == "LinearW4A8") return sizeof(nibble::LinearW4A8);
     if (n == "QuantizeNvfp4Down") return sizeof(nibble::QuantizeNvfp4Down);
     if (n == "GemmNvfp4Up") return sizeof(nibble::GemmNvfp4Up);
     return n == "Target" ? sizeof(nibble::Target) : 0;

@@ -28,6 +28,14 @@ def test_codewords_are_told_by_their_layout(codeword_file):
     assert {(layer.bits, layer.vector) for layer in layers if layer.op == "linear_vq"} == {(6, 2)}
 
 
+def test_weights_that_are_read_as_int8_are_told_by_their_16_bit_parameters(table_file):
+    """Their scales are whole numbers, and float32 for a row."""
+    model = loading.load(table_file).model.diffusion_model
+    layers = preparing.layers_of(model, torch.bfloat16)
+    assert Layer("linear_w4a8", (384, 128), FLOATS, 16) in layers  # qkv
+    assert {layer.op for layer in layers} == {"linear_w4a8", "linear_w4a16"}
+
+
 def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch):
     lines, asked = [], []
 

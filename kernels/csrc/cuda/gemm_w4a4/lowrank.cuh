@@ -195,6 +195,21 @@ NIBBLE_DEVICE void low_rank_by_fma(float (&sums)[Tile::MT][Tile::NT][4],
     }
 }
 
+template <class Tp, class Tile>
+NIBBLE_DEVICE void add_bias(float (&sums)[Tile::MT][Tile::NT][4], const Share<Tp, Tile>& at) {
+    if (!at.bias) return;
+#pragma unroll
+    for (int j = 0; j < Tile::NT; j++)
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const float bias = 2 * j + n < at.columns ? to_float(at.bias[2 * j + n]) : 0.f;
+#pragma unroll
+            for (int i = 0; i < Tile::MT; i++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) sums[i][j][2 * half + n] += bias;
+        }
+}
+
 // sums = h . proj_up^T + bias for the warp's share.
 template <class Mma, class Tp, class Tile>
 NIBBLE_DEVICE void low_rank_and_bias(float (&sums)[Tile::MT][Tile::NT][4], const GemmW4A4Up& op,
@@ -209,17 +224,7 @@ NIBBLE_DEVICE void low_rank_and_bias(float (&sums)[Tile::MT][Tile::NT][4], const
         low_rank_by_mma<Mma, Tp, Tile>(sums, at);
     else
         low_rank_by_fma<Tp, Tile>(sums, at);
-    if (!at.bias) return;
-#pragma unroll
-    for (int j = 0; j < Tile::NT; j++)
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float bias = 2 * j + n < at.columns ? to_float(at.bias[2 * j + n]) : 0.f;
-#pragma unroll
-            for (int i = 0; i < Tile::MT; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) sums[i][j][2 * half + n] += bias;
-        }
+    add_bias<Tp, Tile>(sums, at);
 }
 
 }  // namespace nibble::cuda

@@ -62,14 +62,14 @@ NIBBLE_DEVICE void add_low_rank_by_mma(float (&sums)[Tile::MT][Tile::NT][4],
 
 // sums = sums * scale + h . proj_up^T + bias for the warp's share; scale: of the lane's first
 // column.
-template <class Tp, class Tile>
-NIBBLE_DEVICE void finish_sums(float (&sums)[Tile::MT][Tile::NT][4], const float* scale,
+template <class Tp, class Tile, class Scale>
+NIBBLE_DEVICE void finish_sums(float (&sums)[Tile::MT][Tile::NT][4], const Scale* scale,
                                const Share<Tp, Tile>& at, bool by_mma) {
 #pragma unroll
     for (int j = 0; j < Tile::NT; j++)
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            const float by = 2 * j + n < at.columns ? scale[2 * j + n] : 0.f;
+            const float by = 2 * j + n < at.columns ? to_float(scale[2 * j + n]) : 0.f;
 #pragma unroll
             for (int i = 0; i < Tile::MT; i++)
 #pragma unroll
@@ -79,17 +79,7 @@ NIBBLE_DEVICE void finish_sums(float (&sums)[Tile::MT][Tile::NT][4], const float
         add_low_rank_by_mma<Tp, Tile>(sums, at);
     else
         low_rank_by_fma<Tp, Tile>(sums, at);
-    if (!at.bias) return;
-#pragma unroll
-    for (int j = 0; j < Tile::NT; j++)
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const float bias = 2 * j + n < at.columns ? to_float(at.bias[2 * j + n]) : 0.f;
-#pragma unroll
-            for (int i = 0; i < Tile::MT; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) sums[i][j][2 * half + n] += bias;
-        }
+    add_bias<Tp, Tile>(sums, at);
 }
 
 }  // namespace nibble::cuda

@@ -293,13 +293,10 @@ NIBBLE_DEVICE void store(char* to, const CodeWords& codes, bool in_range, int t)
     }
 }
 
-// x: the lane's part of the row. `reciprocals`: its first chunk's. `x_lane`: x in memory. `smooth`:
-// the group's factors. Returns the scale.
-template <class X, class P, Form FORM, Codes FORMAT>
-NIBBLE_DEVICE float quantize_row(const Chunk<X> (&x)[2], const char* reciprocals,
-                                 const char* x_lane, const P* smooth, char* to, bool in_range,
-                                 int t) {
-    float v[16];
+// A row before its scale. x: the lane's part of it. `reciprocals`: its first chunk's.
+template <class X, Form FORM>
+NIBBLE_DEVICE void smoothed_row(float (&v)[16], const Chunk<X> (&x)[2], const char* reciprocals,
+                                int t) {
 #pragma unroll
     for (int j = 0; j < 16; j += 2) {
         const float4 two = *reinterpret_cast<const float4*>(
@@ -310,6 +307,16 @@ NIBBLE_DEVICE float quantize_row(const Chunk<X> (&x)[2], const char* reciprocals
         v[j + 1] = fmaf(odd, two.z, odd * two.w);
     }
     if constexpr (FORM == Form::rotated) butterflies(v, t);
+}
+
+// x: the lane's part of the row. `reciprocals`: its first chunk's. `x_lane`: x in memory. `smooth`:
+// the group's factors. Returns the scale.
+template <class X, class P, Form FORM, Codes FORMAT>
+NIBBLE_DEVICE float quantize_row(const Chunk<X> (&x)[2], const char* reciprocals,
+                                 const char* x_lane, const P* smooth, char* to, bool in_range,
+                                 int t) {
+    float v[16];
+    smoothed_row<X, FORM>(v, x, reciprocals, t);
     const float top = largest<UNSIGNED<FORM, FORMAT>>(v);
     const bool zero = top == 0.0f, bad = in_range && !zero && !(top >= 0x1p-64f && top <= 0x1p64f);
     float scale = quick<FORM, FORMAT>(v, zero ? 1.0f : top);

@@ -2,11 +2,11 @@
 // through.
 //
 // A lane decodes 16 neighbouring columns of a group of 64, so its indices are 16 / D * BITS bits:
-// 4, 6 or 8 bytes that begin at a whole byte. Lanes look up codewords at random, and those that
+// 3, 4, 6 or 8 bytes that begin at a whole byte. Lanes look up codewords at random, and those that
 // meet in a bank wait for one another: 8 bytes a lane take about 6 turns instead of 2 (16 lanes at
 // random over 16 pairs of banks, twice). So the codebook lies there in COPIES interleaved copies,
 // and lane l reads copy l % COPIES, whose words lie in banks of their own. 16 KB of copies leave 3
-// turns for 8 bits and 4 columns, 1 a word for 6 bits and 2.
+// turns for 8 bits and 4 columns, 1 a word for 6 bits (8 KB for 4 columns).
 #pragma once
 
 #include "../../nibble.h"
@@ -22,7 +22,8 @@ struct Layout {
     static constexpr int FIT = 16384 / (CODEWORDS * WORD), MOST = 128 / WORD,
                          COPIES = FIT < MOST ? FIT : MOST;
     static constexpr int BOOK_BYTES = CODEWORDS * WORD * COPIES;
-    static_assert(FIT > 0 && (LANE_BYTES == 4 || LANE_BYTES == 6 || LANE_BYTES == 8));
+    static_assert(FIT > 0 &&
+                  (LANE_BYTES == 3 || LANE_BYTES == 4 || LANE_BYTES == 6 || LANE_BYTES == 8));
 };
 
 // All copies, in the type T of the product's operands, from float16. Ends without a barrier.
@@ -46,6 +47,10 @@ NIBBLE_DEVICE void stage_book(char* book, const GemmVQ& a, int threads) {
 template <class L>
 NIBBLE_DEVICE uint64_t lane_indices(const char* from, int t) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(from) + L::LANE_BYTES * t / 4;
+    if constexpr (L::LANE_BYTES == 3) {  // lane 3's lie in the last of three words
+        const uint32_t second = reinterpret_cast<const uint32_t*>(from)[t < 2 ? 1 : 2];
+        return (words[0] | uint64_t(second) << 32) >> 8 * (3 * t % 4);
+    }
     if constexpr (L::LANE_BYTES == 4) return words[0];
     const uint64_t two = words[0] | uint64_t(words[1]) << 32;
     return L::LANE_BYTES == 6 && t % 2 ? two >> 16 : two;

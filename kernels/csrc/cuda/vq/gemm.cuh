@@ -51,7 +51,7 @@ NIBBLE_DEVICE void vq_stage(char* shared, const GemmVQ& a, int group, int64_t fi
         copy_async16(x_tile + x_offset(i / 8, i % 8), x + (valid ? row * a.K * 2 + i % 8 * 16 : 0),
                      valid);
     }
-    // A row of 24 bytes a group begins at a multiple of 8 only.
+    // A row of 12 or 24 bytes a group begins at a multiple of 4 only.
     constexpr int PIECE = L::GROUP_BYTES % 16 ? 4 : 16, PIECES = L::GROUP_BYTES / PIECE;
     const int64_t row_bytes = a.K / GROUP * L::GROUP_BYTES;
     const char* from = static_cast<const char*>(a.indices) + int64_t(group) * L::GROUP_BYTES;

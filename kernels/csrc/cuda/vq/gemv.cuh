@@ -28,7 +28,11 @@ NIBBLE_DEVICE void load_indices(Indices8& loads, const GemmVQ& a, int64_t first,
         const int64_t row = first + r < a.N ? first + r : a.N - 1;
         const uint32_t* from = reinterpret_cast<const uint32_t*>(
             static_cast<const char*>(a.indices) + row * row_bytes + at);
-        if constexpr (L::LANE_BYTES == 4) {
+        if constexpr (L::LANE_BYTES == 3) {  // begin at a multiple of 2 only
+            const uint16_t* parts = reinterpret_cast<const uint16_t*>(from);
+            loads.halves[r][0] = parts[0] | uint32_t(parts[1]) << 16;
+            loads.halves[r][1] = parts[1] >> 8 | uint32_t(parts[2]) << 8;
+        } else if constexpr (L::LANE_BYTES == 4) {
             const uint2 two = *reinterpret_cast<const uint2*>(from);
             loads.halves[r][0] = two.x, loads.halves[r][1] = two.y;
         } else if constexpr (L::LANE_BYTES == 6) {

@@ -58,6 +58,7 @@ void vq_of(const GemmVQ& a, const Target& target) {
 template <class X>
 void vq_of(const GemmVQ& a, const Target& target) {
     if (a.bits == 8 && a.vector == 4) return vq_of<X, Layout<8, 4>>(a, target);
+    if (a.bits == 6 && a.vector == 4) return vq_of<X, Layout<6, 4>>(a, target);
     if (a.bits == 6 && a.vector == 2) return vq_of<X, Layout<6, 2>>(a, target);
     if (a.bits == 8 && a.vector == 2) return vq_of<X, Layout<8, 2>>(a, target);
     throw std::invalid_argument("gemm_vq on a GPU has no kernel for indices of " +
