@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import universal_plan
-from .errors import FileRefused
+from .errors import FORMS, FileRefused
 
 GROUP = 64
 GUESSED = (
@@ -158,7 +158,7 @@ def _refuse(entries: Iterable[dict], shapes: Mapping[str, tuple], file: str) -> 
         if any(key in shapes for key in exact) or any(
             fnmatchcase(key, pattern) for key in shapes for pattern in loose
         ):
-            raise FileRefused(f"{file} {entry['why']}.")
+            raise FileRefused(f"{file} {entry['why'].format(forms=FORMS)}.")
 
 
 def plan(
