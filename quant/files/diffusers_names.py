@@ -130,9 +130,7 @@ def _last_blocks(names: Iterable[str]) -> set[str]:
     for name in names:
         number = _NUMBER.search(name)
         if number is not None:
-            last[_numbered(name)] = max(
-                last.get(_numbered(name), (-1, "")), (int(number[0]), name)
-            )
+            last[_numbered(name)] = max(last.get(_numbered(name), (-1, "")), (int(number[0]), name))
     return {name for _, name in last.values()}
 
 

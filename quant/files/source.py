@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,8 @@ class _Model:
         if len(self._stored) < len(stored.tensors):
             self.notes.append(
                 f"took the diffusion model alone; {len(stored.tensors) - len(self._stored)} other"
-                " tensors (VAE, text encoders) were left out"
+                " tensors (VAE, text encoders) were left out, and Load Checkpoint still reads"
+                " them from the source"
             )
         self._decoded = {
             key.removeprefix(self.prefix): kind for key, kind in stored.decoded.items()
@@ -79,19 +81,20 @@ class _Model:
             key: self._logical(key) for key in self._stored if not self._is_accessory(key)
         }
         self.bytes = sum(info.nbytes for info in self._stored.values())
-        if self.starts_from:
-            self.notes.append(f"{self.starts_from}, and what they lost stays lost")
-
-    @property
-    def starts_from(self) -> str:
-        """What the matrices are that are no longer in 16 bit, with their bits; "" where all are."""
         few = {key: kind for key in self.shapes if (kind := self._few_bits(key))}
-        if not few:
-            return ""
-        stored = sum(self.nbytes(key.removesuffix(".weight"), bias=False) for key in few)
-        bits = 8 * stored / sum(math.prod(self.shapes[key]) for key in few)
-        kinds = ", ".join(sorted(set(few.values())))
-        return f"started from weights of {bits:.3g} bits ({kinds})"
+        self._note_few_bits(
+            set(few.values()),
+            sum(self.nbytes(key.removesuffix(".weight"), bias=False) for key in few),
+            sum(math.prod(self.shapes[key]) for key in few),
+        )
+
+    def _note_few_bits(self, kinds: set[str], nbytes: int, weights: int) -> None:
+        """Notes that matrices are in 16 bit no more: their formats, bytes and number of weights."""
+        if kinds:
+            self.notes.append(
+                f"started from weights of {8 * nbytes / weights:.3g} bits"
+                f" ({', '.join(sorted(kinds))}), and what they lost stays lost"
+            )
 
     def _few_bits(self, key: str) -> str | None:
         """The format of a matrix of less than 16 bits; None for any other tensor."""
@@ -163,6 +166,11 @@ class _Model:
                 self._formats.layout(module)
 
     @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the model as ComfyUI holds it to be measured."""
+        return self.bytes
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of all names, dtypes and shapes and of 3 x 4 KiB of each tensor: tells models
         apart in a second, where all bytes take minutes.
@@ -231,8 +239,7 @@ class Source(_Model):
         stored = open_stored(self.path)
         if stored.metadata.get("format") == "nibble":
             raise FileRefused(
-                f"{stored.name} is quantized by Nibble already; choose the same model in"
-                f" {FORMS}."
+                f"{stored.name} is quantized by Nibble already; choose the same model in {FORMS}."
             )
         with reading(self.path, self.remedy):
             super().__init__(stored)
@@ -241,6 +248,14 @@ class Source(_Model):
     def is_one_file(self) -> bool:
         """Whether ComfyUI loads `path` itself."""
         return isinstance(self._tensors, SafetensorsFiles) and self._tensors.is_plain
+
+    @property
+    def loaded_bytes(self) -> int:
+        if self.is_one_file:
+            return self.bytes
+        return sum(
+            math.prod(shape) * self.kept_dtype(name).itemsize for name, shape in self.shapes.items()
+        )
 
     @reader
     def read(self, name: str) -> Tensor:
@@ -267,9 +282,7 @@ class _LiveTensors(StoredTensors):
 
     def read(self, name: str) -> Tensor:
         tensor = self._live[name].detach()
-        # an instance of comfy-kitchen's QuantizedTensor; plain tensors have a method of that name,
-        # for torch's own quantization
-        return tensor.dequantize() if hasattr(tensor, "_qdata") else tensor
+        return tensor.dequantize() if _is_quantized(tensor) else tensor
 
     def sample(self, name: str, start: int, count: int) -> bytes:
         flat, size = self.read(name).reshape(-1), self.tensors[name].dtype.itemsize
@@ -288,6 +301,19 @@ class StateDictSource(_Model):
         metadata: Mapping[str, str] | None = None,
     ):
         super().__init__(_LiveTensors(tensors, name, passed_on(metadata or {})))
+        few = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
+        self._note_few_bits(
+            {str(tensor._layout_cls).removesuffix("Layout") for tensor in few},
+            sum(tensor._qdata.nbytes for tensor in few),
+            sum(tensor.numel() for tensor in few),
+        )
+
+
+def _is_quantized(tensor: Any) -> bool:
+    """Whether this is an instance of comfy-kitchen's QuantizedTensor; plain tensors have a method
+    `dequantize`, too, for torch's own quantization.
+    """
+    return hasattr(tensor, "_qdata")
 
 
 def _prefix(stored: Mapping[str, StoredTensor]) -> str:

@@ -39,6 +39,18 @@ def open_stored(path: Path) -> StoredTensors:
         return _with_config(SafetensorsFiles(path, [path]), path.parent, path.name)
 
 
+def is_later_shard(name: str) -> bool:
+    """Whether a file's name says that it is not the first of a model's."""
+    found = SHARD.fullmatch(name)
+    return found is not None and int(found[2]) > 1
+
+
+def model_stem(name: str) -> str:
+    """A file's name without what tells the shards of a model apart."""
+    found = SHARD.fullmatch(name)
+    return found[1] if found else name
+
+
 def shards_of(path: Path) -> list[Path]:
     """All shards of the model that one shard's path belongs to. Raises FileRefused where one is
     missing.

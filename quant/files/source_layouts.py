@@ -178,7 +178,9 @@ class LayerFormats:
         """K: of packed rows their bytes do not tell it, where weights may have 4 or 6 bits."""
         facts = self.of[module]
         if facts["format"] == "asym_w4a8_int8":
-            return self._stored[f"{module}.weight_s_rel"].shape[-1] * int(facts.get("group_size", 16))
+            return self._stored[f"{module}.weight_s_rel"].shape[-1] * int(
+                facts.get("group_size", 16)
+            )
         width = self._stored[f"{module}.weight"].shape[-1]
         return width * 2 if facts["format"] in _PACKED else width
 

@@ -1,5 +1,4 @@
-"""A model's tensors as they are stored, read one by one; knows no model and no format of few bits.
-"""
+"""A model's tensors as they are stored, read one by one; knows no model and no format of few bits."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .errors import FileRefused, reading
 from .safetensors import Header, SafetensorsFile, read_header
+
 
 class StoredTensor(NamedTuple):
     """What is known of a tensor before it is read: dtype and shape of what `read` gives, and its

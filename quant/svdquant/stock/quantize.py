@@ -41,6 +41,7 @@ class StockJob(QuantizeJob):
     ) -> "StockJob":
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
+        source.check()
         check_target(source.path, target, KIND)
         job = cls._planned(source, Path(target), recipe)
         job.held = target if isinstance(target, Held) else None
