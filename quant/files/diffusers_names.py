@@ -153,6 +153,10 @@ class _Renamed(StoredTensors):
             for ours, rows in places.items()
         }
 
+    @property
+    def files(self) -> int:
+        return self._stored.files
+
     def _joined(self, places: list[Rows], flat: bool) -> StoredTensor:
         parts = [self._stored.tensors[place.name] for place in places]
         first = parts[0]

@@ -47,8 +47,11 @@ def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
 
 class _Model:
     """What files and a live model share: `name`, `path`, `metadata`, `notes`, `shapes` (logical, by
-    ComfyUI's names) and `bytes`, as stored.
+    ComfyUI's names), `bytes`, as stored, and `stored_as`, what the matrices are.
     """
+
+    stored_as = "16 bits or more"
+    left_out = ""
 
     def __init__(self, stored: StoredTensors):
         self.name, self.path, self.metadata = stored.name, stored.path, dict(stored.metadata)
@@ -61,10 +64,12 @@ class _Model:
             if key.startswith(self.prefix)
         }
         if len(self._stored) < len(stored.tensors):
+            self.left_out = (
+                f"{len(stored.tensors) - len(self._stored)} other tensors (VAE, text encoders)"
+            )
             self.notes.append(
-                f"took the diffusion model alone; {len(stored.tensors) - len(self._stored)} other"
-                " tensors (VAE, text encoders) were left out, and Load Checkpoint still reads"
-                " them from the source"
+                f"took the diffusion model alone; {self.left_out} were left out, and Load"
+                " Checkpoint still reads them from the source"
             )
         self._decoded = {
             key.removeprefix(self.prefix): kind for key, kind in stored.decoded.items()
@@ -91,9 +96,9 @@ class _Model:
     def _note_few_bits(self, kinds: set[str], nbytes: int, weights: int) -> None:
         """Notes that matrices are in 16 bit no more: their formats, bytes and number of weights."""
         if kinds:
+            self.stored_as = f"{8 * nbytes / weights:.3g} bits ({', '.join(sorted(kinds))})"
             self.notes.append(
-                f"started from weights of {8 * nbytes / weights:.3g} bits"
-                f" ({', '.join(sorted(kinds))}), and what they lost stays lost"
+                f"started from weights of {self.stored_as}, and what they lost stays lost"
             )
 
     def _few_bits(self, key: str) -> str | None:
@@ -243,6 +248,11 @@ class Source(_Model):
             )
         with reading(self.path, self.remedy):
             super().__init__(stored)
+
+    @property
+    def files(self) -> int:
+        """How many files the model is in."""
+        return self._tensors.files
 
     @property
     def is_one_file(self) -> bool:

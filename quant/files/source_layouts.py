@@ -1,5 +1,5 @@
-"""ComfyUI's own per-layer formats, as a source may be stored in: what a file says of its layers, and
-how comfy-kitchen's layouts read them.
+"""ComfyUI's own per-layer formats, as a source may be stored in: what a file says of its layers,
+and how comfy-kitchen's layouts read them.
 
 The rules are ComfyUI's (comfy/ops.py, _load_quantized_module): a layer's JSON lies in
 `X.comfy_quant`, or for all layers in the header's `_quantization_metadata`.

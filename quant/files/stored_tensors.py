@@ -1,4 +1,4 @@
-"""A model's tensors as they are stored, read one by one; knows no model and no format of few bits."""
+"""A model's tensors as they are stored, read one by one; knows no model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -33,6 +33,11 @@ class StoredTensors(ABC):
     tensors: Mapping[str, StoredTensor]
     decoded: Mapping[str, str] = {}
 
+    @property
+    def files(self) -> int:
+        """How many files they are in."""
+        return 1
+
     @abstractmethod
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
@@ -66,6 +71,10 @@ class SafetensorsFiles(StoredTensors):
             for header in self.headers
             for name, info in header.tensors.items()
         }
+
+    @property
+    def files(self) -> int:
+        return len(self.headers)
 
     @property
     def is_plain(self) -> bool:
