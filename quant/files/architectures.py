@@ -31,8 +31,8 @@ GUESSED = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: keys that it has (all of `all`, one of `any`), and patterns on module
-    names. sensitive: layers of the blocks that get 4-bit weights alone; guessed: by universal_plan.
+    """A model family: keys that it has (all of `all`, one of `any`), `sizes` that some of them
+    begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit weights alone; guessed: by universal_plan.
     """
 
     name: str
@@ -46,11 +46,14 @@ class Architecture:
     shared_input: tuple[tuple[str, ...], ...]
     sensitive: tuple[str, ...] = ()
     guessed: bool = False
+    sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def is_of(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a model of these tensors is of this family."""
-        return all(key in shapes for key in self.all) and (
-            not self.any or any(key in shapes for key in self.any)
+        return (
+            all(key in shapes for key in self.all)
+            and (not self.any or any(key in shapes for key in self.any))
+            and all(tuple(shapes.get(key, ())[: len(size)]) == size for key, size in self.sizes)
         )
 
 
@@ -89,10 +92,12 @@ def families() -> tuple[Architecture, ...]:
             name=entry["name"],
             keep=tuple(entry.get("keep", {}).items()),
             shared_input=tuple(map(tuple, entry.get("shared_input", ()))),
+            sizes=tuple((key, tuple(size)) for key, size in entry.get("sizes", {}).items()),
             **lists,
         )
 
-    return tuple(build(entry) for entry in _data()["families"])
+    entries = {entry["name"]: entry for entry in _data()["families"]}
+    return tuple(build(entries.get(entry.get("like"), {}) | entry) for entry in entries.values())
 
 
 def recognise(

@@ -51,8 +51,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 _WRONG_STARTS = {
     b"GGUF": (
-        "is a GGUF file; let its name end in .gguf to quantize it, or choose the .safetensors file of"
-        " the same model"
+        "is a GGUF file; let its name end in .gguf to quantize it, or choose the .safetensors file"
+        " of the same model"
     ),
     b"PK\x03\x04": (
         "is a PyTorch pickle (.pt, .ckpt), which can run code when it is opened; convert it to"

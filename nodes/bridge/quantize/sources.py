@@ -1,8 +1,8 @@
 """The models that a quantize node can read: under which names they are listed, and where they lie.
 
-A name is that of a diffusion model in ComfyUI's lists; `checkpoints/…` is a file of models/checkpoints,
-of which the diffusion model alone is taken, `diffusers/…` a folder of models/diffusers. Of a model in
-several files the first stands for all.
+A name is that of a diffusion model in ComfyUI's lists; `checkpoints/…` is a file of
+models/checkpoints, of which the diffusion model alone is taken, `diffusers/…` a folder of
+models/diffusers. Of a model in several files the first stands for all.
 """
 
 from __future__ import annotations
