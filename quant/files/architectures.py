@@ -21,6 +21,8 @@ from . import universal_plan
 from .errors import FORMS, FileRefused
 
 GROUP = 64
+# share of a layer's inputs that zeros may be in number, to fill up its last group
+_MOST_ZEROS = 1 / 8
 GUESSED = (
     "Nibble does not know this model, so its plan was guessed from the names and shapes of its"
     " layers; look through the pictures, and name layers in keep_layers (--keep) to leave them in"
@@ -32,7 +34,8 @@ GUESSED = (
 @dataclass(frozen=True)
 class Architecture:
     """A model family: keys that it has (all of `all`, one of `any`), `sizes` that some of them
-    begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit weights alone; guessed: by universal_plan.
+    begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit
+    weights alone; guessed: by universal_plan.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Architecture:
 @dataclass(frozen=True)
 class LayerPlan:
     """What becomes of a linear: action 'w4a4', 'w4a16' or 'keep', and why. K inputs, N outputs;
+    `columns` of its matrix in the file: K, and zeros up to whole groups;
     `group` names the linears that read the same input (None: nobody else does); post_gelu: its
     input comes straight from a GELU, so it may be quantized without a sign.
     """
@@ -72,6 +76,15 @@ class LayerPlan:
     bias: bool
     post_gelu: bool = False
     group: str | None = None
+
+    @property
+    def columns(self) -> int:
+        return whole_groups(self.K)
+
+
+def whole_groups(k: int) -> int:
+    """K rounded up to whole groups."""
+    return -(-k // GROUP) * GROUP
 
 
 @lru_cache(maxsize=1)
@@ -254,8 +267,8 @@ def _plan_layer(
     n, k = shapes[f"{name}.weight"]
     bias = f"{name}.bias" in shapes
     action, why = _action(name, architecture, recipe)
-    if action != "keep" and k % GROUP:
-        action, why = "keep", f"K={k} is not a multiple of the group size {GROUP}"
+    if action != "keep" and whole_groups(k) - k > k * _MOST_ZEROS:
+        action, why = "keep", f"K={k} would need too many zeros for whole groups of {GROUP}"
     elif action == "w4a4" and min(n, k) < 2 * recipe.rank:
         action = "keep"
         why = f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}"

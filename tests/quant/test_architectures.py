@@ -218,7 +218,8 @@ def test_a_layer_that_only_the_first_or_last_blocks_have_is_not_missed():
 
 
 @pytest.mark.parametrize(
-    "text, patch, name", [(2560, 128, "Mage-Flow"), (3584, 64, "Qwen-Image"), (2560, 64, "Qwen-Image")]
+    "text, patch, name",
+    [(2560, 128, "Mage-Flow"), (3584, 64, "Qwen-Image"), (2560, 64, "Qwen-Image")],
 )
 def test_mage_flow_is_told_from_qwen_image_by_its_sizes_as_comfyui_does(text, patch, name):
     shapes = {
