@@ -112,10 +112,12 @@ def small_file(path: Path, verify: bool) -> dict | None:
     """
     from .accel.caching import calibration_file as caching
     from .accel.caf import inspect as caf
-    from .quant.files import small
+    from .quant.files import small, source_files
     from .quant.intlora import file as intlora
     from .quant.training import state
 
+    if path.name.endswith(source_files.INDEX):
+        return None
     if path.is_dir() or path.suffix == ".json":
         return caf.couplings_facts(path, verify) or caching.facts(path)
     kind = small.format_of(path)

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..quant.files.errors import FileRefused
 from .bridge.host import folders, node_files
+from .bridge.quantize import sources
 from .bridge.quantized import loading
 
 # what a linked input does to a fingerprint: what it will be depends on the node that it comes
@@ -97,8 +98,8 @@ class QuantizeNode(FileNode):
     when the node runs, before anything is read.
     """
 
-    STAMPS = {"model_name": folders.stamp}
+    STAMPS = {"model_name": sources.stamp}
 
     @classmethod
     def validate_inputs(cls, model_name=None, model=_NOTHING):
-        return valid_file(folders.path_of, model_name) if model is _NOTHING else True
+        return valid_file(sources.path_of, model_name) if model is _NOTHING else True

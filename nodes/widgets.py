@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from .bridge.quantize import job as quantizing
+from .bridge.quantize import sources
 from .bridge.quantized import loading
 
 NO_SOURCES = "(no models in models/diffusion_models)"
@@ -55,10 +55,10 @@ def source_input() -> io.Combo.Input:
     """The model to quantize."""
     return io.Combo.Input(
         "model_name",
-        options=quantizing.sources() or [NO_SOURCES],
+        options=sources.listed() or [NO_SOURCES],
         tooltip=(
-            "A 16-bit, fp8 or ComfyUI-quantized model in models/diffusion_models. Ignored when a"
-            " model is connected."
+            "A model in models/diffusion_models, models/checkpoints or models/diffusers, in 16 bit,"
+            " fp8, int8, mxfp8, nvfp4, W4A8, W4A4 or GGUF. Ignored when a model is connected."
         ),
     )
 

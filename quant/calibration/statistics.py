@@ -21,6 +21,11 @@ BLOCK = 512
 _MOMENTS = ("absmax", "low", "mean", "mean_square", "hessian")
 
 
+def whole_groups(k: int) -> int:
+    """K rounded up to a multiple of 64: of other inputs, zeros fill up the last group."""
+    return k + -k % 64
+
+
 def block_size(k: int, limit: int = BLOCK) -> int:
     """The largest multiple of 64 up to limit that divides K. Raises ValueError unless 64
     divides K.
@@ -76,6 +81,7 @@ class InputStats:
         def zeros(*shape):
             return torch.zeros(shape)
 
+        k = whole_groups(k)
         b = block_size(k, hessian_block) if hessian_block else 0
         return cls(
             0,
@@ -94,6 +100,7 @@ class InputStats:
     @staticmethod
     def bytes_needed(k: int, samples: int = 256, hessian_block: int = BLOCK) -> int:
         """Bytes of full statistics of a layer with K inputs."""
+        k = whole_groups(k)
         return (
             4 * 4 * k
             + (4 * k * block_size(k, hessian_block) if hessian_block else 0)
@@ -116,11 +123,11 @@ class InputStats:
         the numbers of the pictures whose tokens x is, one picture's after the other's. Raises
         ValueError for another K.
         """
-        if x.shape[-1] != self.k:
+        if whole_groups(x.shape[-1]) != self.k:
             raise ValueError(
                 f"statistics of {self.k} inputs were given an input of shape {tuple(x.shape)}"
             )
-        rows = x.detach().reshape(-1, self.k)
+        rows = torch.nn.functional.pad(x.detach().flatten(0, -2), (0, self.k - x.shape[-1]))
         if not len(rows):
             return
         if self.absmax.device != rows.device:

@@ -62,23 +62,28 @@ def _own_file(options: argparse.Namespace) -> dict:
 
 
 def _other_file(options: argparse.Namespace) -> dict:
-    """A published 4-bit file, or a 16-bit model."""
+    """A published 4-bit file, or a model that can be quantized."""
     if options.verify:
         raise FileRefused(
             f"{Path(options.file).name} was not made by Nibble's quantizers, so --verify finds no"
             " checksums of theirs in it; leave it out."
         )
-    if Path(options.file).is_dir() or is_4bit(options.file):
+    if is_4bit(options.file):
         summary = published_summary(options.file)
         assert summary is not None  # it is so for Nibble's own alone, which `_own_file` reads
         return summary
-    name, report = _predicted(argparse.Namespace(file=options.file, method="svdquant", rank=32))
+    source = Source(options.file)
+    report = _of_source(source, SVDQuantRecipe.from_preset("fast"))
+    left_out = {"left out": source.left_out} if source.left_out else {}
     return {
-        "file": name,
+        "file": source.name,
         "quantized": False,
         "architecture": report.architecture,
+        "weights": source.stored_as,
+        "files": source.files,
         "bytes": report.bytes_before,
         "layers": len(report.rows),
+        **left_out,
         "hint": "add --plan to see what quantizing it would give",
     }
 
@@ -90,19 +95,25 @@ def _predicted(options: argparse.Namespace) -> tuple[str, Report]:
         recipe = VQRecipe.from_preset("best", bits=options.bits)
     else:
         recipe = SVDQuantRecipe.from_preset("fast", rank=options.rank)
-    predict = JOBS[type(recipe)].predict
     path = Path(options.file)
     if path.exists() or path.suffix:
         source = Source(path)
-        report = predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)
-        return source.name, report
+        return source.name, _of_source(source, recipe)
     shapes = known_shapes(options.file)
     if shapes is None:
         raise FileRefused(
             f"{options.file} is no file and no known model; choose a file or one of"
             f" {', '.join(KNOWN_MODELS)}."
         )
-    return options.file, predict(shapes, recipe, options.file)
+    return options.file, JOBS[type(recipe)].predict(shapes, recipe, options.file)
+
+
+def _of_source(source: Source, recipe: VQRecipe | SVDQuantRecipe) -> Report:
+    """The predicted report of a source, with what it says of itself."""
+    predict = JOBS[type(recipe)].predict
+    report = predict(source.shapes, recipe, source.name, source.bytes, source.kept_dtype)
+    report.notes = [*source.notes, *report.notes]
+    return report
 
 
 def _print_content(content: dict, verified: bool) -> None:

@@ -48,7 +48,12 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model"
+        "source",
+        help=(
+            "a diffusion model: a .safetensors or .gguf file (16 bit, fp8, int8, mxfp8, nvfp4,"
+            " W4A8, W4A4, GGUF; an all-in-one checkpoint, too), one of several files or their"
+            " .safetensors.index.json, or a folder that diffusers saved"
+        ),
     )
     parser.add_argument(
         "target", help="quantized .safetensors file to write; an older one of Nibble's is replaced"
@@ -205,7 +210,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         help=(
-            "a .safetensors file, or any other file that Nibble writes, or a folder of couplings;"
+            "anything that can be quantized, any file that Nibble writes, or a folder of couplings;"
             " with --plan also the name of a known model, such as flux1-dev"
         ),
     )

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from . import universal_plan
-from .errors import FileRefused
+from .errors import FORMS, FileRefused
 
 GROUP = 64
+# share of a layer's inputs that zeros may be in number, to fill up its last group
+_MOST_ZEROS = 1 / 8
 GUESSED = (
     "Nibble does not know this model, so its plan was guessed from the names and shapes of its"
     " layers; look through the pictures, and name layers in keep_layers (--keep) to leave them in"
@@ -31,8 +33,9 @@ GUESSED = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family: keys that it has (all of `all`, one of `any`), and patterns on module
-    names. sensitive: layers of the blocks that get 4-bit weights alone; guessed: by universal_plan.
+    """A model family: keys that it has (all of `all`, one of `any`), `sizes` that some of them
+    begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit
+    weights alone; guessed: by universal_plan.
     """
 
     name: str
@@ -46,17 +49,21 @@ class Architecture:
     shared_input: tuple[tuple[str, ...], ...]
     sensitive: tuple[str, ...] = ()
     guessed: bool = False
+    sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def is_of(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a model of these tensors is of this family."""
-        return all(key in shapes for key in self.all) and (
-            not self.any or any(key in shapes for key in self.any)
+        return (
+            all(key in shapes for key in self.all)
+            and (not self.any or any(key in shapes for key in self.any))
+            and all(tuple(shapes.get(key, ())[: len(size)]) == size for key, size in self.sizes)
         )
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """What becomes of a linear: action 'w4a4', 'w4a16' or 'keep', and why. K inputs, N outputs;
+    `columns` of its matrix in the file: K, and zeros up to whole groups;
     `group` names the linears that read the same input (None: nobody else does); post_gelu: its
     input comes straight from a GELU, so it may be quantized without a sign.
     """
@@ -69,6 +76,15 @@ class LayerPlan:
     bias: bool
     post_gelu: bool = False
     group: str | None = None
+
+    @property
+    def columns(self) -> int:
+        return whole_groups(self.K)
+
+
+def whole_groups(k: int) -> int:
+    """K rounded up to whole groups."""
+    return -(-k // GROUP) * GROUP
 
 
 @lru_cache(maxsize=1)
@@ -89,10 +105,12 @@ def families() -> tuple[Architecture, ...]:
             name=entry["name"],
             keep=tuple(entry.get("keep", {}).items()),
             shared_input=tuple(map(tuple, entry.get("shared_input", ()))),
+            sizes=tuple((key, tuple(size)) for key, size in entry.get("sizes", {}).items()),
             **lists,
         )
 
-    return tuple(build(entry) for entry in _data()["families"])
+    entries = {entry["name"]: entry for entry in _data()["families"]}
+    return tuple(build(entries.get(entry.get("like"), {}) | entry) for entry in entries.values())
 
 
 def recognise(
@@ -158,7 +176,7 @@ def _refuse(entries: Iterable[dict], shapes: Mapping[str, tuple], file: str) -> 
         if any(key in shapes for key in exact) or any(
             fnmatchcase(key, pattern) for key in shapes for pattern in loose
         ):
-            raise FileRefused(f"{file} {entry['why']}.")
+            raise FileRefused(f"{file} {entry['why'].format(forms=FORMS)}.")
 
 
 def plan(
@@ -249,8 +267,8 @@ def _plan_layer(
     n, k = shapes[f"{name}.weight"]
     bias = f"{name}.bias" in shapes
     action, why = _action(name, architecture, recipe)
-    if action != "keep" and k % GROUP:
-        action, why = "keep", f"K={k} is not a multiple of the group size {GROUP}"
+    if action != "keep" and whole_groups(k) - k > k * _MOST_ZEROS:
+        action, why = "keep", f"K={k} would need too many zeros for whole groups of {GROUP}"
     elif action == "w4a4" and min(n, k) < 2 * recipe.rank:
         action = "keep"
         why = f"{n} x {k} is too small to gain from 4 bits beside a rank of {recipe.rank}"

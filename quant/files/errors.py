@@ -24,6 +24,8 @@ _DAMAGE = (
     MemoryError,
     AssertionError,
 )
+FORMS = "16 bit, fp8, int8, mxfp8, nvfp4, W4A8, W4A4 or GGUF"
+"""What a model may be stored in that is to be quantized, for people."""
 # of a GPU: no fault of the file, and ComfyUI knows what to do
 _OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import FileRefused, reading
+from .errors import FORMS, FileRefused, reading
 from .header_limits import (
     LARGEST_HEADER,
     MOST_DIMENSIONS,
@@ -51,8 +51,8 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items())}
 _WRONG_STARTS = {
     b"GGUF": (
-        "is a GGUF file, which is quantized already; choose the 16-bit or fp8 .safetensors file of"
-        " the same model"
+        "is a GGUF file; let its name end in .gguf to quantize it, or choose the .safetensors file"
+        " of the same model"
     ),
     b"PK\x03\x04": (
         "is a PyTorch pickle (.pt, .ckpt), which can run code when it is opened; convert it to"
@@ -345,7 +345,7 @@ def _tensor_info(path: Path, name: str, entry: dict, data: int) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
         raise FileRefused(
             f"{path.name} stores {name} as {entry['dtype']}, which is not supported; choose the"
-            " 16-bit or fp8 file."
+            f" same model in {FORMS}."
         )
     dtype = DTYPES[entry["dtype"]]
     shape = tuple(entry["shape"])

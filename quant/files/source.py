@@ -1,35 +1,32 @@
 """The model to be quantized: its matrices as float32, whatever they are stored as.
 
 Understood are 16- and 32-bit weights, plain fp8, fp8 with a scale (`X.scale_weight` of older files,
-`X.weight_scale`), and every per-layer format that ComfyUI writes (`X.comfy_quant`, or
-`_quantization_metadata` in the header), the last through comfy-kitchen's layouts. A prefix such as
-"model.diffusion_model." is removed, so that names are those of ComfyUI's own modules; what else a
-checkpoint holds is left out.
+`X.weight_scale`), every per-layer format that ComfyUI writes (source_layouts.py) and those of GGUF,
+in one file or several (source_files.py). A prefix such as "model.diffusion_model." is removed, so
+that names are those of ComfyUI's own modules; what else a checkpoint holds is left out.
 """
 
 import hashlib
-import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.optional import optional
-from .errors import FileRefused, reader, reading
+from .errors import FORMS, FileRefused, reader, reading
 from .integrity import is_finite
-from .safetensors import Header, read_header, read_tensor, tensor_bytes
-from .source_layouts import ACCESSORIES, LAYOUTS, PACKED, VIEWS
+from .safetensors import tensor_bytes
+from .source_files import open_stored
+from .source_layouts import ACCESSORIES, LayerFormats
+from .stored_tensors import SafetensorsFiles, StoredTensor, StoredTensors
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_LARGEST_JSON = 65536  # bytes of a layer's
 # bytes of a source's own metadata that are passed on
 _PASSED_ON = 65536
 _THUMBNAIL = 1 << 20  # bytes of a picture among them
@@ -48,39 +45,71 @@ def passed_on(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-class _Stored(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-class _Model(ABC):
-    """What a file and a live model share. Subclasses set `name`, `notes`, `bytes`, and read stored
-    tensors by their name in the file.
+class _Model:
+    """What files and a live model share: `name`, `path`, `metadata`, `notes`, `shapes` (logical, by
+    ComfyUI's names), `bytes`, as stored, and `stored_as`, what the matrices are.
     """
 
-    name = "model"
-    metadata: dict[str, str] = {}
+    stored_as = "16 bits or more"
+    left_out = ""
 
-    def __init__(self, stored: Mapping[str, _Stored]):
+    def __init__(self, stored: StoredTensors):
+        self.name, self.path, self.metadata = stored.name, stored.path, dict(stored.metadata)
         self.notes: list[str] = []
-        self.prefix = _prefix(stored)
-        if self.prefix:
-            left_out = [key for key in stored if not key.startswith(self.prefix)]
-            if left_out:
-                self.notes.append(
-                    f"took the diffusion model alone; {len(left_out)} other tensors (VAE, text"
-                    " encoders) were left out"
-                )
-            stored = {
-                key.removeprefix(self.prefix): info
-                for key, info in stored.items()
-                if key.startswith(self.prefix)
-            }
-        self._stored = stored
-        self._formats = self._layer_formats()
-        self.shapes = {key: self._logical(key) for key in stored if not self._is_accessory(key)}
-        self.bytes = sum(info.nbytes for info in stored.values())
+        self._tensors = stored
+        self.prefix = _prefix(stored.tensors)
+        self._stored = {
+            key.removeprefix(self.prefix): info
+            for key, info in stored.tensors.items()
+            if key.startswith(self.prefix)
+        }
+        if len(self._stored) < len(stored.tensors):
+            self.left_out = (
+                f"{len(stored.tensors) - len(self._stored)} other tensors (VAE, text encoders)"
+            )
+            self.notes.append(
+                f"took the diffusion model alone; {self.left_out} were left out, and Load"
+                " Checkpoint still reads them from the source"
+            )
+        self._decoded = {
+            key.removeprefix(self.prefix): kind for key, kind in stored.decoded.items()
+        }
+        self._formats = LayerFormats(
+            self.name,
+            self.metadata.get("_quantization_metadata", "{}"),
+            self.prefix,
+            self._stored,
+            self._raw,
+        )
+        self._check_matrices()
+        self.shapes = {
+            key: self._logical(key) for key in self._stored if not self._is_accessory(key)
+        }
+        self.bytes = sum(info.nbytes for info in self._stored.values())
+        few = {key: kind for key in self.shapes if (kind := self._few_bits(key))}
+        self._note_few_bits(
+            set(few.values()),
+            sum(self.nbytes(key.removesuffix(".weight"), bias=False) for key in few),
+            sum(math.prod(self.shapes[key]) for key in few),
+        )
+
+    def _note_few_bits(self, kinds: set[str], nbytes: int, weights: int) -> None:
+        """Notes that matrices are in 16 bit no more: their formats, bytes and number of weights."""
+        if kinds:
+            self.stored_as = f"{8 * nbytes / weights:.3g} bits ({', '.join(sorted(kinds))})"
+            self.notes.append(
+                f"started from weights of {self.stored_as}, and what they lost stays lost"
+            )
+
+    def _few_bits(self, key: str) -> str | None:
+        """The format of a matrix of less than 16 bits; None for any other tensor."""
+        if not key.endswith(".weight") or len(self.shapes[key]) < 2:
+            return None
+        if key in self._decoded:
+            return self._decoded[key]
+        dtype = self._stored[key].dtype
+        plain = str(dtype).removeprefix("torch.") if dtype in _FP8 else None
+        return self._formats.kind(key.removesuffix(".weight")) or plain
 
     def read(self, name: str) -> Tensor:
         """A tensor that will not be quantized: as stored; fp8 and quantized ones in bf16. Raises
@@ -88,7 +117,7 @@ class _Model(ABC):
         """
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and (
-            module in self._formats or self._stored[name].dtype in _FP8
+            module in self._formats.of or self._stored[name].dtype in _FP8
         ):
             return self.weight(module).bfloat16()
         # patches of a live model may have made it float32
@@ -98,18 +127,17 @@ class _Model(ABC):
     def kept_dtype(self, name: str) -> torch.dtype:
         """The dtype that `read` gives, without reading."""
         dtype = self._stored[name].dtype
-        quantized = name.endswith(".weight") and name.removesuffix(".weight") in self._formats
-        return torch.bfloat16 if quantized or dtype in _FP8 else dtype
+        quantized = name.endswith(".weight") and name.removesuffix(".weight") in self._formats.of
+        few = quantized or dtype in _FP8 or name in self._decoded
+        return torch.bfloat16 if few else dtype
 
     def weight(self, module: str) -> Tensor:
         """A linear's matrix, float32 (N, K), dequantized. Raises FileRefused for NaN and infinity,
         naming the tensor.
         """
         name = f"{module}.weight"
-        facts = self._formats.get(module, {})
-        kind = facts.get("format")
-        if kind in LAYOUTS:
-            matrix = self._dequantized(module, facts)
+        if self._formats.is_packed(module):
+            matrix = self._formats.matrix(module)
         else:
             matrix = self._raw(name).float()
             for scale in (f"{module}.weight_scale", f"{module}.scale_weight"):
@@ -120,6 +148,9 @@ class _Model(ABC):
                         if factors.numel() > 1
                         else factors.reshape(())
                     )
+        smoothing = f"{module}.pre_quant_scale"  # ModelOpt's: inputs are multiplied by it
+        if smoothing in self._stored:
+            matrix = matrix * self._raw(smoothing).float()
         return self._finite(name, matrix)
 
     def bias(self, module: str) -> Tensor | None:
@@ -127,10 +158,22 @@ class _Model(ABC):
         name = f"{module}.bias"
         return self._finite(name, self._raw(name).float()) if name in self._stored else None
 
-    def nbytes(self, module: str) -> int:
-        """Bytes that a linear occupies as stored: matrix, bias and scales."""
-        keys = [f"{module}.{suffix}" for suffix in ("weight", "bias", *ACCESSORIES)]
+    def nbytes(self, module: str, bias: bool = True) -> int:
+        """Bytes that a linear occupies as stored: matrix, scales and bias."""
+        suffixes = ("weight", *ACCESSORIES, *(("bias",) if bias else ()))
+        keys = [f"{module}.{suffix}" for suffix in suffixes]
         return sum(self._stored[key].nbytes for key in keys if key in self._stored)
+
+    def check(self) -> None:
+        """Raises FileRefused for a format that nothing installed here can decode."""
+        for module in self._formats.of:
+            if self._formats.is_packed(module):
+                self._formats.layout(module)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the model as ComfyUI holds it to be measured."""
+        return self.bytes
 
     @property
     def fingerprint(self) -> str:
@@ -141,30 +184,24 @@ class _Model(ABC):
         for name in sorted(self._stored):
             info = self._stored[name]
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
-            length, count = math.prod(info.shape), max(1, _SAMPLE // info.dtype.itemsize)
+            # of what is stored in blocks, the bytes are the elements
+            size = 1 if name in self._decoded else info.dtype.itemsize
+            length = info.nbytes if name in self._decoded else math.prod(info.shape)
+            count = max(1, _SAMPLE // size)
             for start in sorted({0, max(0, (length - count) // 2), max(0, length - count)}):
-                digest.update(self._sample(name, start, min(count, length)))
+                bytes_ = min(count, length) * size
+                digest.update(self._tensors.sample(self.prefix + name, start * size, bytes_))
         return digest.hexdigest()
 
-    @abstractmethod
     def _raw(self, name: str) -> Tensor:
         """A tensor as stored."""
-
-    @abstractmethod
-    def _sample(self, name: str, start: int, count: int) -> bytes:
-        """Bytes of `count` elements from the one numbered `start`."""
+        return self._tensors.read(self.prefix + name)
 
     def _logical(self, key: str) -> tuple[int, ...]:
-        shape = self._stored[key].shape
-        facts = (
-            self._formats.get(key.removesuffix(".weight"), {}) if key.endswith(".weight") else {}
-        )
-        if facts.get("format") not in LAYOUTS:
-            return shape
-        rows = self._stored.get(key.removesuffix("weight") + "bias")
-        # nvfp4 and mxfp8 pad their rows; the bias has as many entries as the linear has outputs.
-        n = min(shape[0], rows.shape[0]) if rows else shape[0]
-        return (n, shape[1] * 2 if facts["format"] in PACKED else shape[1])
+        module = key.removesuffix(".weight")
+        if key.endswith(".weight") and self._formats.is_packed(module):
+            return self._formats.shape(module)
+        return self._stored[key].shape
 
     def _is_accessory(self, key: str) -> bool:
         module, _, suffix = key.rpartition(".")
@@ -172,99 +209,18 @@ class _Model(ABC):
             suffix in ACCESSORIES and f"{module}.weight" in self._stored
         )
 
-    def _layer_formats(self) -> dict[str, dict]:
-        said = "_quantization_metadata"
-        listed = self._json(said, self.metadata.get(said, "{}")).get("layers", {})
-        if not isinstance(listed, dict):
-            raise self._no_json(said)
-        formats = {key.removeprefix(self.prefix): facts for key, facts in listed.items()}
-        for key, info in self._stored.items():
-            if key.endswith(".comfy_quant"):
-                if info.nbytes > _LARGEST_JSON:
-                    raise self._no_json(key)
-                text = bytes(tensor_bytes(self._raw(key)))
-                formats[key.removesuffix(".comfy_quant")] = self._json(key, text)
-        for module, facts in formats.items():
-            if not isinstance(facts, dict) or not isinstance(facts.get("params") or {}, dict):
-                raise self._no_json(module)
-        formats = {
-            module: {**facts, **(facts.get("params") or {})}
-            for module, facts in formats.items()
-            if f"{module}.weight" in self._stored
-        }
-        for module, facts in formats.items():
-            if facts.get("format") == "svdquant_w4a4":
-                raise FileRefused(
-                    f"{self.name} is quantized by SVDQuant already; choose the 16-bit or fp8 file"
-                    " that it was made from."
-                )
-            if str(facts.get("format")) not in (*LAYOUTS, "float8_e4m3fn", "float8_e5m2"):
-                raise FileRefused(
-                    f"{self.name} stores {module} in the format {facts.get('format')!r}, which"
-                    " Nibble cannot read; choose the 16-bit file."
-                )
-        self._check_matrices(formats)
-        return formats
-
-    def _json(self, where: str, text: str | bytes) -> dict:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise self._no_json(where) from error
-        if not isinstance(value, dict):
-            raise self._no_json(where)
-        return value
-
-    def _no_json(self, where: str) -> FileRefused:
-        return FileRefused(
-            f"{self.name} says in {where} how it is quantized, and that is no JSON that can be"
-            " read; download it again, or choose the 16-bit file."
-        )
-
-    def _check_matrices(self, formats: Mapping[str, dict]) -> None:
+    def _check_matrices(self) -> None:
         for key, info in self._stored.items():
             if (
                 key.endswith(".weight")
                 and len(info.shape) == 2
-                and key.removesuffix(".weight") not in formats
+                and key.removesuffix(".weight") not in self._formats.of
             ):
                 if info.dtype not in (*_FLOATS, *_FP8):
                     raise FileRefused(
                         f"{self.name} stores {key} as {info.dtype} and does not say how to read it;"
-                        " choose the 16-bit or fp8 file."
+                        f" choose the same model in {FORMS}."
                     )
-
-    def _dequantized(self, module: str, facts: dict) -> Tensor:
-        """Through comfy-kitchen's layout of this format, as ComfyUI's comfy/ops.py
-        (_load_quantized_module) sets it up.
-        """
-        layout_name, fields, options = LAYOUTS[facts["format"]]
-        layout = getattr(optional("comfy_kitchen.tensor")[0], layout_name, None)
-        if layout is None:
-            raise FileRefused(
-                f"{self.name} is in ComfyUI's format {facts['format']}, which needs the package"
-                " comfy-kitchen (a newer one, if it is installed); install it, or choose the"
-                " 16-bit file."
-            )
-        tensors = {
-            field: self._part(module, facts["format"], suffix) for field, suffix in fields.items()
-        }
-        packed, shape = self._raw(f"{module}.weight"), self._logical(f"{module}.weight")
-        tensors |= {key: facts.get(key, value) for key, value in options.items()}
-        params = layout.Params(
-            orig_dtype=torch.float32, orig_shape=(packed.shape[0], shape[1]), **tensors
-        )
-        return layout.dequantize(packed, params)[: shape[0], : shape[1]].float()
-
-    def _part(self, module: str, kind: str, suffix: str) -> Tensor | None:
-        name, view = f"{module}.{suffix}", VIEWS.get((kind, suffix))
-        if name not in self._stored:
-            if suffix == "weight_codebook":
-                return None
-            raise FileRefused(f"{self.name} lacks {name}; the file is damaged: download it again.")
-        tensor = self._raw(name)
-        # ComfyUI stores fp8 scales as fp8 or as the same bytes in uint8
-        return tensor.view(getattr(torch, view)) if view and tensor.dtype == torch.uint8 else tensor
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not is_finite(tensor):
@@ -276,27 +232,40 @@ class _Model(ABC):
 
 
 class Source(_Model):
-    """A safetensors file with a diffusion model: `shapes` (logical, by ComfyUI's names), `read`,
-    `weight`, `bias`, `fingerprint`. Raises FileRefused for files that cannot be read.
+    """A diffusion model on disk, whatever its files are (see `source_files.open_stored`): `shapes`
+    (logical, by ComfyUI's names), `read`, `weight`, `bias`, `fingerprint`. Raises FileRefused for
+    files that cannot be read.
     """
 
-    remedy = "download it again, or choose the 16-bit file"
+    remedy = f"download it again, or choose the same model in {FORMS}"
 
     def __init__(self, path):
         self.path = Path(path)
-        self.header: Header = read_header(self.path)
-        self.name, self.metadata = self.path.name, self.header.metadata
-        if self.metadata.get("format") == "nibble":
+        stored = open_stored(self.path)
+        if stored.metadata.get("format") == "nibble":
             raise FileRefused(
-                f"{self.name} is quantized by Nibble already; choose the 16-bit or fp8 file that it"
-                " was made from."
+                f"{stored.name} is quantized by Nibble already; choose the same model in {FORMS}."
             )
-        stored = {
-            name: _Stored(info.dtype, info.shape, info.nbytes)
-            for name, info in self.header.tensors.items()
-        }
         with reading(self.path, self.remedy):
             super().__init__(stored)
+
+    @property
+    def files(self) -> int:
+        """How many files the model is in."""
+        return self._tensors.files
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether ComfyUI loads `path` itself."""
+        return isinstance(self._tensors, SafetensorsFiles) and self._tensors.is_plain
+
+    @property
+    def loaded_bytes(self) -> int:
+        if self.is_one_file:
+            return self.bytes
+        return sum(
+            math.prod(shape) * self.kept_dtype(name).itemsize for name, shape in self.shapes.items()
+        )
 
     @reader
     def read(self, name: str) -> Tensor:
@@ -310,14 +279,24 @@ class Source(_Model):
     def bias(self, module: str) -> Tensor | None:
         return super().bias(module)
 
-    def _sample(self, name: str, start: int, count: int) -> bytes:
-        info = self.header.tensors[self.prefix + name]
-        with reading(self.path), open(self.path, "rb", buffering=0) as file:
-            file.seek(info.start + start * info.dtype.itemsize)
-            return file.read(count * info.dtype.itemsize)
 
-    def _raw(self, name: str) -> Tensor:
-        return read_tensor(self.header, self.prefix + name)
+class _LiveTensors(StoredTensors):
+    """A live model's state dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, metadata: Mapping[str, str]):
+        self.path, self.name, self.metadata, self._live = None, name, metadata, tensors
+        self.tensors = {
+            key: StoredTensor(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
+            for key, tensor in tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._live[name].detach()
+        return tensor.dequantize() if _is_quantized(tensor) else tensor
+
+    def sample(self, name: str, start: int, count: int) -> bytes:
+        flat, size = self.read(name).reshape(-1), self.tensors[name].dtype.itemsize
+        return tensor_bytes(flat[start // size : (start + count) // size]).tobytes()
 
 
 class StateDictSource(_Model):
@@ -331,26 +310,23 @@ class StateDictSource(_Model):
         name: str = "The connected model",
         metadata: Mapping[str, str] | None = None,
     ):
-        self.name, self.path, self._tensors = name, None, tensors
-        self.metadata = passed_on(metadata or {})
-        super().__init__(
-            {
-                key: _Stored(tensor.dtype, tuple(tensor.shape), tensor.nbytes)
-                for key, tensor in tensors.items()
-            }
+        super().__init__(_LiveTensors(tensors, name, passed_on(metadata or {})))
+        few = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
+        self._note_few_bits(
+            {str(tensor._layout_cls).removesuffix("Layout") for tensor in few},
+            sum(tensor._qdata.nbytes for tensor in few),
+            sum(tensor.numel() for tensor in few),
         )
 
-    def _sample(self, name: str, start: int, count: int) -> bytes:
-        return tensor_bytes(self._raw(name).reshape(-1)[start : start + count]).tobytes()
 
-    def _raw(self, name: str) -> Tensor:
-        tensor = self._tensors[self.prefix + name].detach()
-        # an instance of comfy-kitchen's QuantizedTensor; plain tensors have a method of that name,
-        # for torch's own quantization
-        return tensor.dequantize() if hasattr(tensor, "_qdata") else tensor
+def _is_quantized(tensor: Any) -> bool:
+    """Whether this is an instance of comfy-kitchen's QuantizedTensor; plain tensors have a method
+    `dequantize`, too, for torch's own quantization.
+    """
+    return hasattr(tensor, "_qdata")
 
 
-def _prefix(stored: Mapping[str, _Stored]) -> str:
+def _prefix(stored: Mapping[str, StoredTensor]) -> str:
     for prefix in PREFIXES:
         if sum(key.startswith(prefix) for key in stored) > 5:
             return prefix

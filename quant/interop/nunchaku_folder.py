@@ -9,7 +9,8 @@ from ..files.errors import FileRefused, reading
 
 BLOCKS, OTHERS = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 _LONGEST = 2**20  # bytes of such a JSON file
-_SHARDS = re.compile(r"diffusion_pytorch_model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
+SAVED = "diffusion_pytorch_model"  # what diffusers calls a model's files
+_SHARDS = re.compile(rf"{SAVED}(?:-(\d{{5}})-of-(\d{{5}}))?\.safetensors")
 
 
 def parts_of(path: Path) -> list[Path] | None:

@@ -11,17 +11,23 @@ from ..files.errors import FileRefused, reading
 from ..files.header_limits import LISTED_HEADER
 from ..files.safetensors import Header, SafetensorsFile
 from .kitchen import KitchenFile, has_codebooks, is_kitchen
-from .nunchaku_folder import BLOCKS, OTHERS, parts_of
+from .nunchaku_folder import BLOCKS, OTHERS, SAVED, parts_of
 from .nunchaku_fp4 import NunchakuFp4File, is_fp4
 from .nunchaku_read import NunchakuFile, is_nunchaku
 
 
 def is_4bit(path: str | os.PathLike) -> bool:
-    """Whether a file holds a low-bit model in any format that can be read, from its header alone;
-    False for what cannot be read.
+    """Whether a file or folder holds a low-bit model in any format that can be read, from headers
+    alone; False for what cannot be read.
 
     For a folder of the first version, the file with the transformer blocks stands for the whole.
     """
+    path = Path(path)
+    if path.is_dir():
+        # one that is not complete is refused by whoever opens it
+        if any((path / name).is_file() for name in (BLOCKS, OTHERS)):
+            return True
+        return any(is_4bit(part) for part in sorted(path.glob(f"{SAVED}*.safetensors")))
     try:
         with SafetensorsFile(path, largest_header=LISTED_HEADER) as stored:
             return _is_low_bit(stored.header)

@@ -86,12 +86,13 @@ class QuantizeJob(ABC):
         target: str | Path | Held,
         recipe: Any,
     ) -> Job:
-        """Opens, plans and checks. source: path of a .safetensors file, or an opened source (a live
+        """Opens, plans and checks. source: path of a model (`Source`), or an opened source (a live
         model: StateDictSource); target: a path, or one whose lock is held. Raises FileRefused for
         input that cannot be used.
         """
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
+        source.check()
         previous = _previous_result(source, target)
         job = cls._planned(source, Path(target), recipe)
         job.held = target if isinstance(target, Held) else None

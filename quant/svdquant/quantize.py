@@ -29,6 +29,7 @@ from ..job.measurement import Measurement, measured_on
 from ..job.monitor import Monitor
 from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
 from ..job.side_by_side import at_once, side_by_side
+from ..job.whole_groups import with_zeros
 from ..weights.base import StoredWeight
 from . import widths
 from .choice import closer, without_data
@@ -150,7 +151,7 @@ class SVDQuantizer(LayerQuantizer):
             read = group if len(group) > 1 else unfinished
             yield _Group(
                 unfinished,
-                {layer.name: self.source.weight(layer.name) for layer in read},
+                {layer.name: with_zeros(self.source.weight(layer.name)) for layer in read},
                 {layer.name: self.source.bias(layer.name) for layer in unfinished},
                 {layer.name: self.statistics(layer.name) for layer in read},
             )
@@ -161,7 +162,7 @@ class SVDQuantizer(LayerQuantizer):
         return widths.together(
             widths.measured(
                 layer.name,
-                self.source.weight(layer.name).to(self.device),
+                with_zeros(self.source.weight(layer.name)).to(self.device),
                 self.statistics(layer.name),
                 self.recipe,
                 layer.post_gelu,
@@ -267,7 +268,8 @@ def layout(
     specs, quantized = [], {layer.name: layer for layer in layers if layer.action != "keep"}
     for layer in quantized.values():
         kind = w4a4 if layer.action == "w4a4" else "awq_w4a16"
-        sizes = layer_sizes({"format": kind, "rank": rank, "group": group}, layer.N, layer.K // 2)
+        config = {"format": kind, "rank": rank, "group": group}
+        sizes = layer_sizes(config, layer.N, layer.columns // 2)
         assert sizes is not None  # the plan's layers have whole groups
         rules = dict(FORMATS[kind][0])
         if kind == "svdquant_w4a8" and rank:

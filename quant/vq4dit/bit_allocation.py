@@ -90,7 +90,7 @@ def choose(
     """
     layers = list(layers)
     errors = {
-        layer.name: quick_errors(weight(layer.name), recipe, (layer.N, layer.K), recipe.seed)
+        layer.name: quick_errors(weight(layer.name), recipe, (layer.N, layer.columns), recipe.seed)
         for layer in layers
     }
     return allocate(errors, _sizes(layers, size, LAYOUTS), room)
@@ -125,7 +125,9 @@ def _sizes(
     choices = list(choices)
     return {
         layer.name: {
-            bits: size(layer, bits) for bits in choices if layer.K % MIXED_LAYOUTS[bits][1] == 0
+            bits: size(layer, bits)
+            for bits in choices
+            if layer.columns % MIXED_LAYOUTS[bits][1] == 0
         }
         for layer in layers
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 from ..files import architectures
 from ..files.architectures import Architecture, LayerPlan
@@ -15,6 +16,7 @@ from ..files.source import Source, StateDictSource
 from ..files.writer import TensorSpec
 from ..job.checkpoint_run import ShapesOnly
 from ..job.run_metadata import JSON_BYTES
+from ..job.whole_groups import with_zeros
 from . import bit_allocation, calibrate
 from .recipe import Recipe
 
@@ -43,8 +45,8 @@ def _action(layer: LayerPlan, recipe: Recipe) -> tuple[str, str]:
     in_no_block = calibrate.block_of(layer.name) == layer.name
     if in_no_block and any(fnmatchcase(layer.name, pattern) for pattern in _OUTSIDE):
         return "keep", "16 bit: small, and every block or pixel depends on it"
-    vector = recipe.layout((layer.N, layer.K))[1]
-    if layer.K % vector:
+    vector = recipe.layout((layer.N, layer.columns))[1]
+    if layer.columns % vector:
         return "keep", f"K={layer.K} is not a multiple of the sub-vector length {vector}"
     return "vq", layer.why
 
@@ -57,7 +59,7 @@ def layer_specs(
 ) -> list[TensorSpec]:
     """The tensors of one layer of codewords."""
     (codewords, vector), name = layout, layer.name
-    width = layer.K // vector * (codewords.bit_length() - 1) // 8
+    width = layer.columns // vector * (codewords.bit_length() - 1) // 8
     specs = [
         TensorSpec(f"{name}.weight", torch.uint8, (layer.N, width)),
         TensorSpec(f"{name}.weight_codebook", torch.float16, (codewords, vector)),
@@ -111,7 +113,7 @@ def layer_layouts(
     quantized = [layer for layer in layers if layer.action != "keep"]
 
     def size(layer: LayerPlan, bits: float) -> int:
-        layout = recipe.layout((layer.N, layer.K), bits)
+        layout = recipe.layout((layer.N, layer.columns), bits)
         return sum(spec.nbytes for spec in layer_specs(layer, layout, recipe))
 
     room = None if recipe.budget_gb is None else _room(source, quantized, recipe)
@@ -119,8 +121,15 @@ def layer_layouts(
     if measured is not None:
         bits = bit_allocation.choose_measured(quantized, recipe, measured, size, room)
     elif room is not None and not isinstance(source, ShapesOnly):
-        bits = bit_allocation.choose(quantized, recipe, source.weight, size, room)
-    return {layer.name: recipe.layout((layer.N, layer.K), bits[layer.name]) for layer in quantized}
+        weight = source.weight
+
+        def read(name: str) -> Tensor:
+            return with_zeros(weight(name))
+
+        bits = bit_allocation.choose(quantized, recipe, read, size, room)
+    return {
+        layer.name: recipe.layout((layer.N, layer.columns), bits[layer.name]) for layer in quantized
+    }
 
 
 def _room(

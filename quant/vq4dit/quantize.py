@@ -28,6 +28,7 @@ from ..job.checkpoint_run import NOT_MEASURED, UNWATCHED, LayerQuantizer, Quanti
 from ..job.measurement import Measurement, measured_on
 from ..job.monitor import BlockError, Monitor
 from ..job.run_metadata import padded
+from ..job.whole_groups import with_zeros
 from ..training.recompute import allowing_writes
 from ..weights.vq import VQWeight
 from . import calibrate, sensitivity
@@ -100,7 +101,7 @@ def read_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """A layer's weight and bias, float32, on the device."""
     bias = source.bias(name)
-    return source.weight(name).to(device), None if bias is None else bias.to(device)
+    return with_zeros(source.weight(name)).to(device), None if bias is None else bias.to(device)
 
 
 def quantize_checkpoint(
@@ -148,7 +149,7 @@ class _VQQuantizer(LayerQuantizer):
         """A fitted layer's tensors and its row of the report."""
         packed = self.pack(layer, fitted)
         weight, bias = self.read(layer)
-        rows = fitting.sample_rows(stats, layer.K, self.generator(layer.name)).to(self.device)
+        rows = fitting.sample_rows(stats, layer.columns, self.generator(layer.name)).to(self.device)
         db = fitting.sqnr(weight, bias, packed, rows)
         tensors = {key: tensor.cpu() for key, tensor in packed.tensors(layer.name).items()}
         tensors[f"{layer.name}.comfy_quant"] = padded(tensors[f"{layer.name}.comfy_quant"])

@@ -94,7 +94,7 @@ def _statistics(calibrator: BlockCalibrator, names: list[str]) -> dict[str, Inpu
 def _fitted(
     layer: LayerPlan, weight: Tensor, bias: Tensor | None, stats: InputStats, recipe: Recipe
 ) -> fitting.Fitted:
-    layout = recipe.layout((layer.N, layer.K), MEASURED_BITS)
+    layout = recipe.layout((layer.N, layer.columns), MEASURED_BITS)
     options = fitting.LayerOptions(
         *layout, scaled=recipe.scaled, rotation=recipe.rotation, turns=TURNS
     )

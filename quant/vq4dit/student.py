@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.reference import hadamard64
+from ..job.whole_groups import with_zeros
 from . import codebook as codebooks
 from .fit import Fitted
 
@@ -137,8 +138,8 @@ class RowSlice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) → (..., rows) in x's dtype."""
-        layer, inputs = self.layer, x
+        layer, inputs = self.layer, with_zeros(x)
         if layer.rotation:
-            inputs = hadamard64(x.float()).to(x.dtype)
+            inputs = hadamard64(inputs.float()).to(x.dtype)
         bias = None if layer.bias is None else layer.bias[self.start : self.stop].to(x.dtype)
         return nn.functional.linear(inputs, layer.matrix(self.start, self.stop).to(x.dtype), bias)

@@ -71,6 +71,17 @@ class WeightDelta:
         """Whether it leaves a weight as it is."""
         return self.up is None and self.dense is None and self.row_scale is None
 
+    def for_inputs(self, k: int) -> WeightDelta:
+        """The same change of a weight with columns of zeros behind its own, K in all."""
+
+        def pad(tensor: Tensor | None, dim: int) -> Tensor | None:
+            if tensor is None:
+                return None
+            missing = k - tensor.shape[dim]
+            return torch.nn.functional.pad(tensor, (0, missing) if dim else (0, 0, 0, missing))
+
+        return replace(self, down=pad(self.down, 0), dense=pad(self.dense, 1))
+
     def to(self, *args, **kwargs) -> WeightDelta:
         """The same with every tensor moved as by Tensor.to."""
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in self._tensors().items()}

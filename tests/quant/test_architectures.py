@@ -215,3 +215,17 @@ def test_a_layer_that_only_the_first_or_last_blocks_have_is_not_missed():
     refusal = missing_layer(shapes, built, "m.safetensors")
     assert "m.safetensors lacks the layer single_blocks.3.linear2" in str(refusal)
     assert missing_layer(shapes, built[:2], "m.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    "text, patch, name",
+    [(2560, 128, "Mage-Flow"), (3584, 64, "Qwen-Image"), (2560, 64, "Qwen-Image")],
+)
+def test_mage_flow_is_told_from_qwen_image_by_its_sizes_as_comfyui_does(text, patch, name):
+    shapes = {
+        "txt_norm.weight": (text,),
+        "img_in.weight": (3072, patch),
+        "proj_out.weight": (patch, 3072),
+        "transformer_blocks.0.attn.add_q_proj.weight": (3072, 3072),
+    }
+    assert recognise(shapes, "m").name == name

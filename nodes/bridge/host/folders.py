@@ -33,6 +33,37 @@ def names(folder: str, endings: str | tuple[str, ...] = file_names.ENDINGS) -> l
     return [name for name in listed if file_names.has_ending(name, endings)]
 
 
+def every_name(folder: str, endings: str | tuple[str, ...]) -> list[str]:
+    """The same for endings that ComfyUI does not list. A folder is walked again when it, or one in
+    it, has changed.
+    """
+    found = (name for home in _homes(folder) for name in _walked(str(home)))
+    return sorted({name for name in found if file_names.has_ending(name, endings)})
+
+
+# home → (its files, every folder in it with its modification time)
+_walks: dict[str, tuple[list[str], dict[str, float]]] = {}
+
+
+def _walked(home: str) -> list[str]:
+    known = _walks.get(home)
+    if (
+        known is None
+        or not known[1]
+        or any(_changed_s(at) != when for at, when in known[1].items())
+    ):
+        _walks[home] = known = folder_paths.recursive_search(home, [".git"])
+    return known[0]
+
+
+def _changed_s(path: str) -> float:
+    """Modification time in s; 0 for what has gone."""
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0
+
+
 def newest(folder: str, pattern: str) -> list[Path]:
     """Files whose plain names match a glob, the newest first; read from disk, past ComfyUI's
     cached lists.
@@ -57,6 +88,12 @@ def find(name: str, folder: str) -> Path | None:
     """
     path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
     return None if path is None else Path(path)
+
+
+def find_folder(name: str, folder: str) -> Path | None:
+    """The path of a folder in one of a kind's places; None for what is not there."""
+    paths = (file_names.within(home, name) for home in _homes(folder))
+    return next((Path(path) for path in paths if path and os.path.isdir(path)), None)
 
 
 def path_of(name: str, folder: str = DIFFUSION_MODELS) -> Path:

@@ -43,7 +43,7 @@ class Bases(Mapping):
         backups = {
             name: model.backup.get(f"{PREFIX}{name}.weight")
             for name, weight in named
-            if layouts.is_ours(weight)
+            if layouts.is_ours(weight) and not layouts.is_padded(weight)
         }
         self.weights = {
             name: backups[name].weight if backups[name] else weight

@@ -1,6 +1,7 @@
 """16 bit becomes a low-bit file.
 
 job.py              a node's request: find, prepare, measure or not, write; the same for all methods
+sources.py          the models that can be quantized: listed, found, loaded to be measured
 svdquant.py         what only SVDQuant needs: prompts for 'best', its file's name
 stock.py            the same for files of stock ComfyUI
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained

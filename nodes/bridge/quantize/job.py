@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import comfy.model_management
-import comfy.sd
 from comfy.model_patcher import ModelPatcher
 
 from ....quant.calibration.pictures import ENOUGH_PROMPTS, ON_NOISE, few_prompts
@@ -31,21 +30,12 @@ from ....quant.job.measurement import Measurement
 from ....quant.job.monitor import Monitor
 from ..host import file_names, folders
 from ..host.progress import Progress
-from ..quantized.loading import FOLDER, quantized_files
-from . import prompts, record_inputs
+from ..quantized.loading import FOLDER
+from . import prompts, record_inputs, sources
 from .patched_weights import PatchedWeights, metadata_of
 from .record_inputs import DrawingFailed, NotMeasured, Recording
 
 log = logging.getLogger("nibble")
-
-
-def sources() -> list[str]:
-    """Files that can be quantized: ComfyUI's diffusion models that are not quantized by
-    Nibble yet.
-    """
-    quantized = set(quantized_files())
-    names = folders.names(FOLDER)
-    return [name for name in names if name not in quantized]
 
 
 @dataclass(kw_only=True)
@@ -176,14 +166,14 @@ class QuantizeRequest(ABC):
     def origin(self) -> str:
         """What the new file is named after."""
         if self.model is None:
-            return self.model_name
+            return sources.origin(self.model_name)
         return f"{type(self.model.model).__name__.lower()}-patched"
 
     def open_source(self) -> Source | StateDictSource:
         """The weights to quantize: the connected model's, else the file's."""
         if self.model is not None:
             return StateDictSource(PatchedWeights(self.model), metadata=metadata_of(self.model))
-        return Source(folders.path_of(self.model_name))
+        return Source(sources.path_of(self.model_name))
 
     def _measure_and_write(self, job: QuantizeJob, name: str) -> Report:
         recording = self._recording(job.source)
@@ -205,14 +195,15 @@ class QuantizeRequest(ABC):
     def _recording(self, source: Source | StateDictSource) -> Recording | NotMeasured:
         """The 16-bit model and what to draw with it, or why the weights alone are used."""
         asked = self.model is not None or self.positive
-        if not asked and not record_inputs.fits_in_memory(source.bytes):
+        if not asked and not record_inputs.fits_in_memory(source.loaded_bytes):
             return NotMeasured(
                 "the 16-bit model does not fit in memory",
                 advice="connect 'positive' to measure anyway",
             )
         patcher = self.model
         if patcher is None:
-            patcher = comfy.sd.load_diffusion_model(str(source.path))
+            assert isinstance(source, Source)  # as `open_source` has it
+            patcher = sources.load(source)
             built = find_linears(patcher.model.diffusion_model)
             refusal = architectures.missing_layer(source.shapes, built, source.name)
             if refusal is not None:

@@ -67,7 +67,7 @@ class Linear(comfy.ops.manual_cast.Linear):
             )
             parts = {}
         if layouts.is_ours(weight):
-            self.weight = layouts.live(weight)
+            self.weight = layouts.live(layouts.of_inputs(weight, self.in_features))
         else:
             self.weight = self._own(weight, assign)
         unexpected_keys.extend(prefix + name for name in parts)

@@ -183,6 +183,7 @@ def absorb_dense(weight: QuantizedTensor, patched: torch.Tensor) -> QuantizedTen
 def concat_branch(base: QuantizedTensor, change: WeightDelta) -> QuantizedTensor:
     """A weight with a change in its own tensors: a new one, that shares the codes."""
     params, fields = base.params, {}
+    change = layouts.as_stored(base, change)
     if change.row_scale is not None:
         fields["row_scale"], fields["row_fold"] = change.row_scale, change.row_fold
         fields["side_down"], fields["side_up"] = change.down, change.up

@@ -46,10 +46,10 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _is_single(weight: object) -> bool:
-    """Whether a weight is one that the op takes: its input is smoothed in one way, and quantized
-    with one sign.
+    """Whether a weight is one that the op takes: its input is whole groups, smoothed in one
+    way, and quantized with one sign.
     """
-    if layouts.format_of(weight) != SVDQuantWeight.FORMAT:
+    if layouts.format_of(weight) != SVDQuantWeight.FORMAT or layouts.is_padded(weight):
         return False
     return not (weight.params.unsigned_from or weight.params.smooth_rows)
 

@@ -135,7 +135,8 @@ class CpuLinear(torch.nn.Module):
                 return packed
         self._packed = None
         if (
-            not CpuInt4Matrix.supports(base)
+            layouts.is_padded(weight)
+            or not CpuInt4Matrix.supports(base)
             or kernels.which("gemv_w4a16", torch.device("cpu"))[0] == "native"
         ):
             return None

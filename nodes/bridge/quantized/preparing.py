@@ -77,7 +77,7 @@ def _layer(linear: torch.nn.Module, dtype: torch.dtype) -> Layer:
         bits, vector = len(codebook).bit_length() - 1, codebook.shape[1]
     return Layer(
         _OPS[layouts.format_of(weight)],
-        tuple(weight.shape),
+        (weight.shape[0], weight.layout_cls.stored_inputs(weight)),
         frozenset(floats),
         0 if down is None else down.shape[1],
         bool(getattr(p, "act_unsigned", False) or getattr(p, "unsigned_from", 0)),

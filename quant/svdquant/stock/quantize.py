@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...files import architectures
-from ...files.architectures import Architecture, LayerPlan
+from ...files.architectures import GROUP, Architecture, LayerPlan
 from ...files.atomic import Held
 from ...files.errors import FileRefused
 from ...files.report import LayerRow, Report
@@ -41,6 +41,7 @@ class StockJob(QuantizeJob):
     ) -> "StockJob":
         if not isinstance(source, (Source, StateDictSource)):
             source = Source(source)
+        source.check()
         check_target(source.path, target, KIND)
         job = cls._planned(source, Path(target), recipe)
         job.held = target if isinstance(target, Held) else None
@@ -52,7 +53,7 @@ class StockJob(QuantizeJob):
     ) -> list[LayerPlan]:
         action = FORMATS[recipe.format].action
         return [
-            layer if layer.action == "keep" else replace(layer, action=action)
+            _planned(layer, action)
             for layer in architectures.plan(shapes, architecture, recipe, name)
         ]
 
@@ -136,3 +137,12 @@ class _StockQuantizer(LayerQuantizer):
             bytes_after=0,
         )
         return {f"{name}.{suffix}": tensor.cpu() for suffix, tensor in made.items()}, row
+
+
+def _planned(layer: LayerPlan, action: str) -> LayerPlan:
+    """A layer's plan; stock ComfyUI puts no zeros behind what a layer reads."""
+    if layer.action == "keep":
+        return layer
+    if layer.columns != layer.K:
+        return replace(layer, action="keep", why=f"K={layer.K} is not a multiple of {GROUP}")
+    return replace(layer, action=action)

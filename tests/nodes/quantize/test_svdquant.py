@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from calls import planned_and_opened_once
 from nibble.nodes.bridge.host import charts
 from nibble.nodes.bridge.host.progress import Progress
-from nibble.nodes.bridge.quantize import job as quantizing
-from nibble.nodes.bridge.quantize import patched_weights, record_inputs, vq4dit
+from nibble.nodes.bridge.quantize import patched_weights, record_inputs, sources, vq4dit
 from nibble.nodes.bridge.quantize.svdquant import SVDQuantRequest
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.calibration.statistics import InputStats
@@ -173,7 +172,7 @@ def test_the_file_is_written_beside_its_source_and_listed_by_the_loader(folder):
     assert name == "flux-svdq-int4-r16.safetensors"
     assert (folder / name).exists()
     assert loading.quantized_files() == [name]
-    assert quantizing.sources() == ["flux.safetensors"]
+    assert sources.listed() == ["flux.safetensors"]
 
 
 def test_fast_measures_a_model_that_fits_on_random_conditioning(folder, monkeypatch):

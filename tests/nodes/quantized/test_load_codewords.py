@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from codewords import LAYER, relative
 from flux_runs import loaded, run
-from nibble.nodes.bridge.quantize import job as quantizing
+from nibble.nodes.bridge.quantize import sources
 from nibble.nodes.bridge.quantized import linear as ops
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import checkpoint
@@ -107,7 +107,7 @@ def test_one_loader_takes_either_kind_and_the_other_names_it_for_what_it_does_no
     folder_paths.filename_list_cache.pop(loading.FOLDER, None)
     assert loading.quantized_files("vq") == ["codes.safetensors"]
     assert loading.quantized_files("svdquant") == ["four.safetensors"]
-    assert quantizing.sources() == ["flux.safetensors"]
+    assert sources.listed() == ["flux.safetensors"]
     assert loading.quantized_files() == ["codes.safetensors", "four.safetensors"]
     assert svdquant.NibbleLoadSVDQuant.validate_inputs("codes.safetensors") is True
     assert svdquant.NibbleLoadSVDQuant.validate_inputs("four.safetensors") is True

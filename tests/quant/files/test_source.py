@@ -56,7 +56,8 @@ def test_of_a_full_checkpoint_the_diffusion_model_alone_is_taken(tmp_path):
     source = saved(tmp_path / "m.safetensors", tensors)
     assert set(source.shapes) == set(SHAPES)
     assert source.notes == [
-        "took the diffusion model alone; 2 other tensors (VAE, text encoders) were left out"
+        "took the diffusion model alone; 2 other tensors (VAE, text encoders) were left out,"
+        " and Load Checkpoint still reads them from the source"
     ]
     assert source.bytes == sum(tensor.nbytes for tensor in weights().values())
 
@@ -201,9 +202,11 @@ def test_without_comfy_kitchen_its_formats_are_refused_with_the_fix(tmp_path, mo
 
 
 def test_files_that_are_quantized_already_are_refused(tmp_path):
-    with pytest.raises(FileRefused, match="quantized by Nibble already; choose the 16-bit"):
+    with pytest.raises(
+        FileRefused, match="quantized by Nibble already; choose the same model in 16 bit, fp8, int8"
+    ):
         saved(tmp_path / "a.safetensors", weights(), {"format": "nibble"})
-    with pytest.raises(FileRefused, match="quantized by SVDQuant already"):
+    with pytest.raises(FileRefused, match="quantized already, by SVDQuant or VQ"):
         saved(
             tmp_path / "b.safetensors",
             weights() | {f"{LAYER}.comfy_quant": as_json({"format": "svdquant_w4a4", "rank": 32})},

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 import torch
 from comfy.quant_ops import QuantizedTensor, register_layout_class
 
+from .....quant.files.architectures import whole_groups
 from .....quant.weights.base import StoredWeight, json_tensor
 from .....quant.weights.delta import WeightDelta
 from .awq_w4a16 import NibbleW4A16Layout
@@ -44,12 +45,15 @@ __all__ = [
     "LAYOUTS",
     "Layout",
     "NibbleTensor",
+    "as_stored",
     "effective_weight",
     "format_of",
     "hooked_by",
     "is_ours",
+    "is_padded",
     "linear",
     "live",
+    "of_inputs",
     "pack",
     "settings_tensor",
     "stored_tensors",
@@ -109,7 +113,29 @@ def unpack(weight: QuantizedTensor, bias: torch.Tensor | None = None) -> StoredW
 
 def effective_weight(weight: QuantizedTensor) -> torch.Tensor:
     """float32 (N, K): what raw x is multiplied by, with everything a patch added."""
-    return weight.params.side.on_weight(unpack(weight).dequantize().float())
+    whole = weight.params.side.on_weight(unpack(weight).dequantize().float())
+    return whole[:, : weight.shape[1]]
+
+
+def of_inputs(weight: QuantizedTensor, k: int) -> QuantizedTensor:
+    """The weight of a linear of K inputs, whose file may have zeros behind them up to whole groups:
+    as logical shape (N, K). Any other is returned as it is.
+    """
+    if weight.shape[1] == k or whole_groups(k) != weight.layout_cls.stored_inputs(weight):
+        return weight
+    return with_fields(weight, orig_shape=(weight.shape[0], k))
+
+
+def is_padded(weight: QuantizedTensor) -> bool:
+    """Whether the matrix in the file has more columns than its linear has inputs."""
+    return weight.layout_cls.stored_inputs(weight) != weight.shape[1]
+
+
+def as_stored(weight: QuantizedTensor, change: WeightDelta) -> WeightDelta:
+    """A change of the weight (N, K) as its own tensors take it."""
+    if not is_padded(weight):
+        return change
+    return change.for_inputs(weight.layout_cls.stored_inputs(weight))
 
 
 def linear(
@@ -143,7 +169,9 @@ def live(weight: torch.Tensor) -> torch.nn.Parameter:
     return parameter
 
 
-def with_fields(weight: QuantizedTensor, **fields: torch.Tensor | int | None) -> NibbleTensor:
+def with_fields(
+    weight: QuantizedTensor, **fields: torch.Tensor | int | tuple | None
+) -> NibbleTensor:
     """The weight with other tensors or options beside the same codes, and a hook cell of its
     own.
     """
@@ -155,6 +183,7 @@ def with_hook(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTens
     """A copy with codes and hook cell of its own, the cell holding `change`: ComfyUI may write its
     backup over it in place.
     """
+    change = None if change is None else as_stored(weight, change)
     params = dataclasses.replace(weight.params, hook=HookCell(change))
     return NibbleTensor(weight._qdata.clone(), weight._layout_cls, params)
 
@@ -163,5 +192,6 @@ def hooked_by(weight: QuantizedTensor, change: WeightDelta | None) -> NibbleTens
     """The weight as a hook that makes this change shows it, whatever hook is on now; the same
     tensors.
     """
+    change = None if change is None else as_stored(weight, change)
     params = dataclasses.replace(weight.params, hook=HookCell(change))
     return NibbleTensor(weight._qdata, weight._layout_cls, params)

@@ -43,6 +43,11 @@ class Layout(QuantizedLayout):
         raise NotImplementedError
 
     @classmethod
+    def stored_inputs(cls, weight: QuantizedTensor) -> int:
+        """Columns of the matrix in the file: K, or K and zeros up to whole groups."""
+        return nibble_shape(weight._qdata)[1]
+
+    @classmethod
     def product(
         cls,
         x: torch.Tensor,
@@ -64,7 +69,10 @@ class Layout(QuantizedLayout):
         """x (…, K) → (…, N) in x's dtype, with all that patches added to the weight, then the
         changes, in order.
         """
-        params = weight.params
+        params, stored = weight.params, cls.stored_inputs(weight)
+        if stored != params.orig_shape[1]:
+            x = torch.nn.functional.pad(x, (0, stored - params.orig_shape[1]))
+            changes = [change.for_inputs(stored) for change in changes]
         y, rest = cls.product(x, weight, bias, changes)
         for change in (params.side, *rest):
             y = change.on_output(y, x, bias)
@@ -78,7 +86,8 @@ class Layout(QuantizedLayout):
     def dequantize(cls, qdata: torch.Tensor, params: LayoutParams) -> torch.Tensor:
         """(N, K) in `orig_dtype`: the weight that raw x sees, low rank and patches included."""
         plain = cls.stored(qdata, params).dequantize()
-        return params.side.on_weight(plain.float()).to(params.orig_dtype)
+        whole = params.side.on_weight(plain.float()).to(params.orig_dtype)
+        return whole[:, : params.orig_shape[1]]
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:

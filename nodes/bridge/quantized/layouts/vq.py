@@ -71,6 +71,11 @@ class NibbleVQLayout(Layout):
         )
 
     @classmethod
+    def stored_inputs(cls, weight):
+        bits, vector = len(weight.params.codebook).bit_length() - 1, weight.params.codebook.shape[1]
+        return weight._qdata.shape[1] * 8 // bits * vector
+
+    @classmethod
     def product(cls, x, weight, bias, changes):
         p = weight.params
         y = kernels.linear_vq(
