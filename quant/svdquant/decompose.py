@@ -350,12 +350,13 @@ class _Best:
 def _solve(fit: _Fit, iterations: int) -> _Best:
     """Steps 1 to 3, in so many turns."""
     branch, best, stale = fit.first_branch(), _Best(fit), 0
+    rounded: Rounded | None = None
     if fit.recipe.solver == "svd" or not fit.recipe.rank:
         rounded = fit.rounded(fit.residual(branch))
         dense = rounded.dense()
         best.offer(branch, rounded, dense, fit.judges @ dense.T)
         return best
-    metric, rounded = Metric(fit.moments), None
+    metric = Metric(fit.moments)
     for _ in range(iterations):
         rounded = fit.rounded(fit.residual(branch), rounded)
         dense = rounded.dense()
