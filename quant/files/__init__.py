@@ -12,8 +12,12 @@ atomic.py         whole or not there; one run at a time
 integrity.py      what tells that a file is damaged
 small.py          small files: adapters, states, couplings
 prompts.py        prompts to calibrate on, as text encoders gave them
-source.py         the 16-bit model that is quantized
+source.py         the model that is quantized, decoded
+source_files.py   the files that it may be in: one, several, a folder, GGUF
 source_layouts.py how ComfyUI's own quantized formats are read
+gguf_file.py      how GGUF is read
+diffusers_names.py  diffusers' names of a model's tensors (diffusers_names.json)
+stored_tensors.py tensors as they are stored, read one by one
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer

@@ -75,9 +75,9 @@ class WeightDelta:
         """The same change of a weight with columns of zeros behind its own, K in all."""
 
         def pad(tensor: Tensor | None, dim: int) -> Tensor | None:
-            if tensor is None:
-                return None
-            missing = k - tensor.shape[dim]
+            missing = 0 if tensor is None else k - tensor.shape[dim]
+            if tensor is None or not missing:
+                return tensor
             return torch.nn.functional.pad(tensor, (0, missing) if dim else (0, 0, 0, missing))
 
         return replace(self, down=pad(self.down, 0), dense=pad(self.dense, 1))

@@ -135,15 +135,26 @@ def _with_scaled_rows(weight: Weight, ratio: torch.Tensor) -> Weight:
     return refit.same_bias(weight, new) if isinstance(weight, SVDQuantWeight) else new
 
 
-def change_of_patches(weight: Weight, name: str, entries: list[tuple]) -> WeightDelta:
+def change_of_patches(
+    weight: Weight, name: str, entries: list[tuple], inputs: int | None = None
+) -> WeightDelta:
     """What ComfyUI's patches do to a layer: as factors where they are, or can be split
-    into, some.
+    into, some. inputs: of the layer, where the weight has zeros behind them.
     """
+    n, stored = weight.shape
+    k = inputs or stored
+
+    def dense() -> torch.Tensor:
+        return weight.dequantize()[:, :k]
+
+    effect = patches.effect_of(entries, (n, k), dense, name, weight.device)
+    change = _split(dense(), name, entries) if effect is None else effect.delta
+    return change.for_inputs(stored)
+
+
+def _split(original: torch.Tensor, name: str, entries: list[tuple]) -> WeightDelta:
+    """What patches do to a float weight, by ComfyUI's own arithmetic on it."""
     key = f"{PREFIX}{name}.weight"
-    effect = patches.effect_of(entries, weight.shape, weight.dequantize, name, weight.device)
-    if effect is not None:
-        return effect.delta
-    original = weight.dequantize()
     difference = comfy.lora.calculate_weight(entries, original.clone(), key) - original
     factors = factors_of_lowest_rank(difference, original.square().sum().item() * ROUNDING**2)
     if factors is None:

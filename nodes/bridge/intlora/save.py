@@ -80,7 +80,7 @@ def save_merged(job: SaveJob) -> MergeReport:
         rows = existing_rows(new.path, identity)
         if rows is None:
             new.check()
-            edits = _edits(source, uses, entries, job.branch)
+            edits = _edits(source, uses, job)
             progress = Progress("merging", job.node_id)
             rows = write_edits(source, new.held, edits, identity, provenance, progress)
             # so that the load node of this very graph finds the file
@@ -159,9 +159,10 @@ def _flat(value) -> Iterator:
         yield getattr(value, "__qualname__", value)
 
 
-def _edits(source: QuantizedFile, uses: Uses, entries: dict, branch: str) -> dict[str, Edit]:
+def _edits(source: QuantizedFile, uses: Uses, job: SaveJob) -> dict[str, Edit]:
     """Unit → what becomes of it, for all that change."""
     by_module, edits = layers_by_module(uses, read_adapters(uses)), {}
+    entries, modules = job.model.patches, dict(job.model.model.diffusion_model.named_modules())
     for unit in source.units:
         if unit in source.layers:
             layer = _EditedLayer(
@@ -170,7 +171,8 @@ def _edits(source: QuantizedFile, uses: Uses, entries: dict, branch: str) -> dic
                 by_module.get(unit, []),
                 entries.get(f"{PREFIX}{unit}.weight", []),
                 entries.get(f"{PREFIX}{unit}.bias", []),
-                wider=branch == BRANCHES[0],
+                wider=job.branch == BRANCHES[0],
+                inputs=getattr(modules.get(unit), "in_features", None),
             )
             if layer.is_changed:
                 edits[unit] = Edit(layer.specs(), layer.make)
@@ -195,6 +197,7 @@ class _EditedLayer:
     on_weight: list[tuple]
     on_bias: list[tuple]
     wider: bool
+    inputs: int | None = None
 
     @property
     def is_changed(self) -> bool:
@@ -207,7 +210,7 @@ class _EditedLayer:
     def _combined(self) -> tuple[Weight, WeightDelta]:
         weight, change = self._weight(), None
         if self.on_weight:
-            change = change_of_patches(weight, self.name, self.on_weight)
+            change = change_of_patches(weight, self.name, self.on_weight, self.inputs)
         return combined(weight, self.uses, change)
 
     def specs(self) -> list[TensorSpec]:
