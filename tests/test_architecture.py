@@ -41,6 +41,8 @@ RULES = {
     "kernels.backends.triton_kernels": (set(),                           {"triton"}),
     "kernels.backends.triton_w4a8": ({"kernels"},                        {"triton"}),
     "kernels.backends.triton_w4a8_kernels": ({"kernels.backends.triton_kernels"}, {"triton"}),
+    "kernels.backends.triton_vq": ({"kernels"},                          {"triton"}),
+    "kernels.backends.triton_vq_kernels": (set(),                        {"triton"}),
     "kernels.backends.triton_nvfp4": ({"kernels"},                       {"triton"}),
     "kernels.backends.triton_nvfp4_kernels": ({"kernels.backends.triton_kernels"}, {"triton"}),
     "quant":             ({"kernels", "quant"},                          set()),

@@ -15,6 +15,8 @@ triton_w4a4     tensors into launches for the W4A4 ops
 triton_kernels  their two kernels
 triton_w4a8     the same for 4-bit weights that are read as int8
 triton_w4a8_kernels  their two kernels
+triton_vq       the same for codebooks
+triton_vq_kernels  their kernel
 triton_nvfp4    the same for 4-bit floats
 triton_nvfp4_kernels  their two kernels
 nvfp4           4-bit floats on Blackwell, through torch's scaled product; the trial of every way

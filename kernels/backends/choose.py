@@ -96,7 +96,8 @@ def _other(  # noqa: PLR0913 - `choose`'s arguments, and what came of its first 
             choice = Choice("comfy_kitchen", f"{why}; {reasons}", None)
         else:
             choice = Choice("reference", f"{reasons}; {why}", None)
-    asked_by_layers = op == "linear_w4a8" or (op == "linear_w4a4" and act_bits == 4)
+    asked_by_layers = op in ("linear_w4a8", "linear_vq")
+    asked_by_layers |= op == "linear_w4a4" and act_bits == 4
     if device.type != "cpu" and asked_by_layers:
         _say(device, choice.backend, choice.reason)
     return choice

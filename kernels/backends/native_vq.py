@@ -103,9 +103,11 @@ def gemm_vq(
     return call(dense(x), None if addend is None else dense(addend), out_dtype)
 
 
-def linear_vq(x: Tensor, p: VQParams, isa: int = 0) -> Tensor:
-    """The low-rank branch and the rotation cost 2 R / K and 64 / N of the layer's product. On the
-    CPU both stay in float32.
+def around(x: Tensor, p: VQParams) -> tuple[Tensor, Tensor | None]:
+    """(what the product reads, the low-rank branch's part of the result or None) of x (M, K).
+
+    The low-rank branch and the rotation cost 2 R / K and 64 / N of the layer's product. On the CPU
+    both stay in float32.
     """
     compute = torch.float32 if x.device.type == "cpu" else x.dtype
     addend, act = None, x
@@ -114,4 +116,9 @@ def linear_vq(x: Tensor, p: VQParams, isa: int = 0) -> Tensor:
         addend = h @ p.proj_up.to(compute).t()
     if p.rotation:
         act = hadamard64(x.to(compute))
+    return act, addend
+
+
+def linear_vq(x: Tensor, p: VQParams, isa: int = 0) -> Tensor:
+    act, addend = around(x, p)
     return gemm_vq(act, p, addend, x.dtype, isa)

@@ -38,6 +38,8 @@ OPS = (
     "linear_w4a4_grouped",
     "mlp_w4a4",
     "linear_w4a8",
+    "gemm_vq",
+    "linear_vq",
     "linear_nvfp4",
 )
 ACT_BITS = (4, 8)
@@ -116,7 +118,9 @@ def serves(
         return False, f"Triton's kernels take parameters in float16 or bfloat16, not {names}"
     if op == "linear_nvfp4":
         return _serving_nvfp4(device)
-    return _serving_w4a8(device) if op == "linear_w4a8" else serving(device)
+    if op == "linear_w4a8":
+        return _serving_w4a8(device)
+    return _serving_vq(device) if op in ("gemm_vq", "linear_vq") else serving(device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,6 +133,12 @@ def serving(device: torch.device) -> tuple[bool, str]:
 def _serving_w4a8(device: torch.device) -> tuple[bool, str]:
     """The same of 4-bit weights that are read as int8, whose kernels are others."""
     return _tried(device, trial_w4a8)
+
+
+@functools.lru_cache(maxsize=64)
+def _serving_vq(device: torch.device) -> tuple[bool, str]:
+    """The same of codebooks."""
+    return _tried(device, trial_vq)
 
 
 def _tried(device: torch.device, one: Callable[[torch.device], float]) -> tuple[bool, str]:
@@ -200,6 +210,11 @@ def w4a8() -> ModuleType:
     return importlib.import_module(".triton_w4a8", __package__)
 
 
+def vq() -> ModuleType:
+    """The same of codebooks."""
+    return importlib.import_module(".triton_vq", __package__)
+
+
 def nvfp4() -> ModuleType:
     """The same of 4-bit floats."""
     return importlib.import_module(".triton_nvfp4", __package__)
@@ -229,6 +244,18 @@ def trial_w4a8(device: torch.device) -> float:
     weight, scale, table = draw.bytes(80, 96), draw.bytes(6, 80), draw.bytes(16)
     p = W4A8Params(weight, scale, channel, table, smooth, down, up, draw.normal(80))
     return _difference(w4a8().linear_w4a8, x, p, linear_w4a8(x.float(), *p), device)
+
+
+def trial_vq(device: torch.device) -> float:
+    """The same of codebooks, of indices of 6 bits."""
+    from ..params import VQParams
+    from ..reference.vq import linear_vq
+
+    draw = _Draw()
+    x, down, up = draw.normal(40, 192), draw.normal(192, 24) * 0.1, draw.normal(80, 24) * 0.3
+    indices = draw.bytes(80, 36).view(torch.uint8)
+    p = VQParams(indices, draw.normal(64, 4).half(), draw.normal(80), down, up, draw.normal(80))
+    return _difference(vq().linear_vq, x, p, linear_vq(x.float(), *p), device)
 
 
 class _Draw:

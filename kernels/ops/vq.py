@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import native_vq
+from ..backends import native_vq, triton
 from ..backends.choose import choose
 from ..params import VQParams
 from ..reference import vq as reference_vq
@@ -113,20 +113,24 @@ def _fake_linear(x: Tensor, *parameters) -> Tensor:
     return x.new_empty((*x.shape[:-1], p.indices.shape[0]))
 
 
-def runs_native(op: str, x: Tensor, codebook: Tensor) -> bool:
-    """Whether compiled code takes this layer; a codebook of a layout that it lacks goes through the
-    reference.
+def way(op: str, x: Tensor, codebook: Tensor) -> str:
+    """The backend that takes this layer; a codebook of a layout that the chosen one lacks goes
+    through the reference.
     """
-    return choose(op, x.device, x.dtype, ()).backend == "native" and native_vq.has_layout(
-        x.device, x.shape[-1], codebook
-    )
+    chosen = choose(op, x.device, x.dtype, ()).backend
+    if chosen == "native" and native_vq.has_layout(x.device, x.shape[-1], codebook):
+        return chosen
+    return chosen if chosen == "triton" and triton.vq().has_layout(codebook) else "reference"
 
 
 def _run_gemm(x: Tensor, *parameters) -> Tensor:
     p = _gemm_params(parameters)
     _check_gemm(x, p)
-    if runs_native("gemm_vq", x, p.codebook):
+    found = way("gemm_vq", x, p.codebook)
+    if found == "native":
         return native_vq.gemm_vq(x, p)
+    if found == "triton":
+        return triton.vq().gemm_vq(x, p)
     return reference_vq.linear_vq(x, *p)
 
 
@@ -134,8 +138,11 @@ def _run_linear(x: Tensor, *parameters) -> Tensor:
     p = VQParams(*parameters)
     _check_linear(x, p)
     rows = x.reshape(-1, x.shape[-1])
-    if runs_native("linear_vq", x, p.codebook):
+    found = way("linear_vq", x, p.codebook)
+    if found == "native":
         y = native_vq.linear_vq(rows, p)
+    elif found == "triton":
+        y = triton.vq().linear_vq(rows, p)
     else:
         y = reference_vq.linear_vq(rows, *p)
     return y.reshape(*x.shape[:-1], len(p.indices))
@@ -194,7 +201,7 @@ linear_vq_op = register(
 def _prepare_linear(x: Tensor, tensors: tuple, options: tuple) -> Call | None:
     """Layers without a low-rank branch and a rotation, which are products of torch's."""
     p = VQParams(*tensors, *options)
-    if p.rotation or p.proj_down is not None or not runs_native("linear_vq", x, p.codebook):
+    if p.rotation or p.proj_down is not None or way("linear_vq", x, p.codebook) != "native":
         return None
     operands = native_vq.layer_operands(p)
     if any(ours is not theirs for ours, theirs in zip(operands, p, strict=True)):

@@ -29,7 +29,7 @@ ARCHS = ("80", "86", "89", "90", "100", "103", "120", "gfx1100", "gfx1201", "gfx
 MATRIX = re.compile(r"^(?:(?:I|H|Q|O|IG|HG|QG|UTCI|UTCH|UTCQ|UTCO)MMA|v_wmma|v_mfma|v_dot)")
 SPILLS = ("STL", "LDL", "scratch_store", "scratch_load", "buffer_store", "buffer_load")
 POINTERS = {"q": "i8", "weight": "i8", "ascales": "fp32", "h": "fp32"}
-INTEGERS = ("M", "N", "groups", "turn", "R", "stride")
+INTEGERS = ("M", "N", "groups", "words", "turn", "R", "stride")
 SIGNS = {"signed": (True, False), "unsigned": (False, True), "both signs": (True, True)}
 
 
@@ -134,6 +134,26 @@ def w4a8_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
     return found
 
 
+def vq_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
+    """Those of codebooks."""
+    import triton.language as tl
+
+    from nibble.kernels.backends import native_vq, triton_vq, triton_vq_kernels, triton_w4a4
+
+    found = []
+    tiles = (*triton_vq.TILES, triton_vq.FEW) if everything else triton_vq.TILES[:1]
+    for tile in tiles:
+        for bits, vector in native_vq.GPU_LAYOUTS if everything else ((6, 4),):
+            constants = {"BITS": bits, "D": vector, "WHOLE": True, "KIND": tl.bfloat16}
+            constants |= {"SCALE": True, "BIAS": True, "ADDEND": True, "STEP": triton_vq.STEP}
+            constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
+            constants |= {"STRIPE": triton_w4a4.STRIPE}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            job = (triton_vq_kernels.gemm_vq, constants, options)
+            found.append((f"{tile.rows} x {tile.columns}, {bits} bits, {vector} columns", job))
+    return found
+
+
 def source_of(kernel: Any, constants: dict) -> Any:
     from triton.compiler import ASTSource
 
@@ -142,7 +162,10 @@ def source_of(kernel: Any, constants: dict) -> Any:
         pointers |= dict.fromkeys(("q", "weight", "ascales", "weight_scale"), "u8")
         pointers["weight_scale_2"] = "fp32"
     if "w4a8" in kernel.__name__:
-        pointers |= {"weight_scale": "i8", "table": "i8"}
+        pointers |= {"weight_scale": "i8", "table": "i8", "channel_scale": "fp32"}
+    if "vq" in kernel.__name__:
+        words = {2: "i32", 4: "i64"}[constants["D"]]
+        pointers |= {"x": words, "codebook": words, "indices": "u8"}
     names = list(kernel.arg_names)
     signature = {}
     for name in names:
@@ -246,6 +269,7 @@ def jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
             found.append((words, quantizer(arch, "signed", rotate, rank)))
     if everything:
         found.append(("rank 32, both signs", quantizer(arch, "both signs", False, 32)))
+    found += vq_jobs(arch, everything)
     return found + w4a8_jobs(arch, everything) + nvfp4_jobs(arch, everything)
 
 

@@ -24,7 +24,8 @@ CASE, SECOND = Case("", 5, 64, 128, R=4), Case("", 5, 128, 24, R=3)
 def forget():
     """Clears what is remembered about modules and devices, before and after."""
     caches = (choose.choose, choose._say, native.module, native.serving, native._gpu)
-    caches += (triton.module, triton.serving, triton._serving_w4a8, triton.gpu, kitchen.module)
+    caches += (triton.module, triton.serving, triton._serving_w4a8, triton._serving_vq)
+    caches += (triton.gpu, kitchen.module)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -47,6 +48,7 @@ def there(monkeypatch):
         monkeypatch.setattr(triton, "gpu", lambda device: gpu)
         monkeypatch.setattr(triton, "trial", lambda device: off)
         monkeypatch.setattr(triton, "trial_w4a8", lambda device: off)
+        monkeypatch.setattr(triton, "trial_vq", lambda device: off)
 
     return make
 
@@ -99,16 +101,32 @@ def test_weights_that_are_read_as_int8_have_a_trial_of_their_own(there, monkeypa
     assert triton.serves("linear_w4a4", GPU, BF16, (BF16,))[0]
 
 
-@pytest.mark.parametrize("trial", [triton.trial, triton.trial_w4a8], ids=lambda each: each.__name__)
+def test_codebooks_run_through_triton_where_nothing_is_compiled(there, monkeypatch):
+    there(Gpu("hip", "gfx1201", 32))
+    for op in ("gemm_vq", "linear_vq"):
+        assert choose.choose(op, GPU, BF16, ()).backend == "triton"
+    choose.choose.cache_clear()
+    triton._serving_vq.cache_clear()
+    monkeypatch.setattr(triton, "trial_vq", lambda device: 0.5)
+    choice = choose.choose("linear_vq", GPU, BF16, ())
+    assert choice.backend == "reference" and "0.5 off the reference's" in choice.reason
+
+
+TRIALS = [triton.trial, triton.trial_w4a8, triton.trial_vq]
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda each: each.__name__)
 def test_a_trial_compares_with_the_reference(trial, monkeypatch):
     """The reference stands for Triton's kernels."""
-    from nibble.kernels.reference import w4a8
+    from nibble.kernels.reference import vq, w4a8
 
     by_reference = {"linear_w4a4": lambda x, p: reference.linear_w4a4(x, *p)}
     by_reference["linear_w4a8"] = lambda x, p: w4a8.linear_w4a8(x, *p)
+    by_reference["linear_vq"] = lambda x, p: vq.linear_vq(x, *p)
     module = types.SimpleNamespace(**by_reference)
     monkeypatch.setattr(triton, "w4a4", lambda: module)
     monkeypatch.setattr(triton, "w4a8", lambda: module)
+    monkeypatch.setattr(triton, "vq", lambda: module)
     assert trial(CPU) < triton.DIFFERENCE
 
 
