@@ -164,7 +164,7 @@ def test_refusals_are_one_sentence_and_exit_code_1(source, tmp_path, capsys):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 60)
     target = tmp_path / "q.safetensors"
     assert "is a LoRA" in refused(capsys, "quantize", tmp_path / "lora.safetensors", target)
-    assert "GGUF" in refused(capsys, "quantize", tmp_path / "model.gguf", target)
+    assert "model.gguf" in refused(capsys, "quantize", tmp_path / "model.gguf", target)
     assert "does not exist" in refused(capsys, "quantize", tmp_path / "no.safetensors", target)
     assert "would be read" in refused(capsys, "quantize", source, source)
     assert "rank=20 is not a multiple of 16" in refused(

@@ -202,7 +202,7 @@ def test_each_format_of_comfyui_gives_what_its_decoded_weights_give(tmp_path, ki
     assert_same(found, wanted)
     (note,) = [note for note in report.notes if note.startswith("started from")]
     told = float(note.removeprefix("started from weights of ").partition(" ")[0])
-    assert bits <= told < bits + 1.5  # with its scales
+    assert bits <= told < bits + 3  # with its scales
     assert not any(note.startswith("started from") for note in plain.notes)
 
 

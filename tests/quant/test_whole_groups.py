@@ -78,7 +78,7 @@ def test_a_layer_computes_what_its_matrix_does(tmp_path, source, name):
         wanted = x @ dense[f"{layer}.weight"].float().T + dense[f"{layer}.bias"].float()
         found = stored.forward(torch.nn.functional.pad(x, (0, whole_groups(k) - k)))
         error = (found - wanted).square().sum() / wanted.square().sum()
-        assert -10 * torch.log10(error) > 12
+        assert -10 * torch.log10(error) > (9 if name == "vq" else 12)  # 3 bits, 4 bits
 
 
 def test_sizes_are_predicted_to_the_byte(tmp_path, source):

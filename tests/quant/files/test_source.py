@@ -189,7 +189,8 @@ def test_comfy_kitchens_awq_with_zero_points(tmp_path):
 def test_without_comfy_kitchen_its_formats_are_refused_with_the_fix(tmp_path, monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    for name in ("comfy_kitchen", "comfy_kitchen.tensor"):
+        monkeypatch.setitem(sys.modules, name, None)
     tensors = weights() | {
         f"{LAYER}.weight": torch.zeros(512, 64, dtype=torch.int8),
         f"{LAYER}.weight_scale": torch.ones(512),
