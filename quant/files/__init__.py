@@ -15,6 +15,8 @@ prompts.py        prompts to calibrate on, as text encoders gave them
 source.py         the 16-bit model that is quantized
 source_layouts.py how ComfyUI's own quantized formats are read
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
+text_encoders.py   which text encoder a file holds, and which of its layers get how many bits
+                   (text_encoders.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
 """

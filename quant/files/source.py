@@ -23,6 +23,7 @@ from .errors import FileRefused, reader, reading
 from .integrity import is_finite
 from .safetensors import Header, read_header, read_tensor, tensor_bytes
 from .source_layouts import ACCESSORIES, LAYOUTS, PACKED, VIEWS
+from .text_encoders import family_of
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.
@@ -351,6 +352,8 @@ class StateDictSource(_Model):
 
 
 def _prefix(stored: Mapping[str, _Stored]) -> str:
+    if family_of({name: info.shape for name, info in stored.items()}) is not None:
+        return ""  # ComfyUI knows text encoders by their whole names
     for prefix in PREFIXES:
         if sum(key.startswith(prefix) for key in stored) > 5:
             return prefix
