@@ -20,7 +20,7 @@ from comfy_api.latest import ComfyExtension
 
 from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
 from . import vq4dit as vq
-from .bridge.quantized import registration
+from .bridge.quantized import encoders, registration
 
 NODES = [
     *svdquant.NODES,
@@ -47,4 +47,5 @@ class NibbleExtension(ComfyExtension):
 async def comfy_entrypoint() -> NibbleExtension:
     """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
     registration.register()
+    encoders.register()
     return NibbleExtension()
