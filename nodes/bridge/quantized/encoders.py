@@ -5,7 +5,7 @@ ComfyUI builds its own encoder and gives it the file's tensors; in between, the 
 format of Nibble's are swapped for Nibble's Linear:
 
     ComfyUI                              encoders.py
-    SDClipModel.transformer = T5(…) ───► watch: torch's hook for a module that becomes another's part
+    SDClipModel.transformer = T5(…) ───► watch: torch's hook, as one module joins another
     transformer.load_state_dict(file) ─► swap: each such layer's tensors become one weight
 
 No function of ComfyUI's is replaced, and there is no table of encoders that one could be added to.
@@ -33,7 +33,7 @@ from ....quant.files.text_encoders import family_of
 from ....quant.interop.in_memory import StateDictModel
 from ....quant.interop.opening import OpenedFiles
 from ....quant.weights.base import tensor_json
-from ..host import folders, progress
+from ..host import charts, folders, progress
 from . import layouts, loading
 from .linear import NibbleOperations
 
@@ -201,9 +201,11 @@ def type_of(paths: list[Path]) -> str:
     return "stable_diffusion" if family is None else family.loaded_as
 
 
-def load(names: list[str], kind: str = "auto", device: str = "default", verify: bool = True):
-    """ComfyUI's CLIP of one to four files by their names in its lists, of which any may be
-    Nibble's. kind: one of TYPES; device: "default" or "cpu". Raises FileRefused.
+def load(
+    names: list[str], kind: str = "auto", device: str = "default", verify: bool = True
+) -> tuple[comfy.sd.CLIP, str]:
+    """(ComfyUI's CLIP, its type) of one to four files by their names in its lists, of which any may
+    be Nibble's. kind: one of TYPES; device: "default" or "cpu". Raises FileRefused.
     """
     paths = [folders.path_of(name, FOLDER) for name in names]
     kind = type_of(paths) if kind == "auto" else kind
@@ -220,7 +222,22 @@ def load(names: list[str], kind: str = "auto", device: str = "default", verify: 
     )
     again = ([str(path) for path in paths], embeddings, clip_type, options)
     clip.patcher.cached_patcher_init = (comfy.sd.load_clip_model_patcher, again)
-    return clip
+    return clip, kind
+
+
+def chart(names: list[str], kind: str, clip: comfy.sd.CLIP) -> dict:
+    """Facts about loaded encoders: VRAM, what each file is, the errors that its report tells."""
+    summary = [["VRAM", f"{charts.size(clip.patcher.model_size())} of weights"], ["type", kind]]
+    for name in names:
+        path = folders.path_of(name, FOLDER)
+        words = charts.size(path.stat().st_size)
+        if read_header(path).metadata.get("format") == "nibble":
+            file = _files.open(path)
+            four = sum(layer["format"] != _ROWS8 for layer in file.layers.values())
+            words += f", {four} layers of 4-bit weights, {len(file.layers) - four} of 8-bit rows"
+            summary += charts.error_lines(file)
+        summary.append([encoder_of(path) or "encoder", f"{name}: {words}"])
+    return {"kind": "facts", "title": names[0], "summary": summary}
 
 
 def _state(path: Path, verify: bool) -> dict[str, torch.Tensor]:
