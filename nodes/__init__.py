@@ -2,6 +2,7 @@
 
 svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
+text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
 lora.py          what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
@@ -18,13 +19,26 @@ bridge/          what they call
 
 from comfy_api.latest import ComfyExtension
 
-from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
+from . import (
+    caching,
+    caf,
+    caf_training,
+    demo,
+    feather,
+    intlora,
+    lora,
+    stock,
+    svdquant,
+    text_encoders,
+    training,
+)
 from . import vq4dit as vq
-from .bridge.quantized import registration
+from .bridge.quantized import encoders, registration
 
 NODES = [
     *svdquant.NODES,
     *stock.NODES,
+    *text_encoders.NODES,
     *vq.NODES,
     *lora.NODES,
     *intlora.NODES,
@@ -47,4 +61,5 @@ class NibbleExtension(ComfyExtension):
 async def comfy_entrypoint() -> NibbleExtension:
     """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
     registration.register()
+    encoders.register()
     return NibbleExtension()

@@ -19,6 +19,8 @@ gguf_file.py      how GGUF is read
 diffusers_names.py  diffusers' names of a model's tensors (diffusers_names.json)
 stored_tensors.py tensors as they are stored, read one by one
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
+text_encoders.py   which text encoder a file holds, and which of its layers get how many bits
+                   (text_encoders.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
 """

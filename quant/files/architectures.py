@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import universal_plan
+from . import text_encoders, universal_plan
 from .errors import FORMS, FileRefused
 
 GROUP = 64
@@ -35,21 +35,24 @@ GUESSED = (
 class Architecture:
     """A model family: keys that it has (all of `all`, one of `any`), `sizes` that some of them
     begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit
-    weights alone; guessed: by universal_plan.
+    weights alone; guessed: by universal_plan. Of a text encoder (`encoder`), rows8: what gets
+    8-bit rows.
     """
 
     name: str
     all: tuple[str, ...]
-    any: tuple[str, ...]
-    blocks: tuple[str, ...]
-    modulation: tuple[str, ...]
-    detects: tuple[str, ...]
-    keep: tuple[tuple[str, str], ...]
-    post_gelu: tuple[str, ...]
-    shared_input: tuple[tuple[str, ...], ...]
+    any: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+    modulation: tuple[str, ...] = ()
+    detects: tuple[str, ...] = ()
+    keep: tuple[tuple[str, str], ...] = ()
+    post_gelu: tuple[str, ...] = ()
+    shared_input: tuple[tuple[str, ...], ...] = ()
     sensitive: tuple[str, ...] = ()
     guessed: bool = False
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    encoder: bool = False
+    rows8: tuple[str, ...] = ()
 
     def is_of(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a model of these tensors is of this family."""
@@ -62,7 +65,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of a linear: action 'w4a4', 'w4a16' or 'keep', and why. K inputs, N outputs;
+    """What becomes of a linear: action 'w4a4', 'w4a16', 'rows8' or 'keep', and why. K inputs, N
+    outputs (of a table of embeddings: its width, its rows);
     `columns` of its matrix in the file: K, and zeros up to whole groups;
     `group` names the linears that read the same input (None: nobody else does); post_gelu: its
     input comes straight from a GELU, so it may be quantized without a sign.
@@ -118,13 +122,17 @@ def recognise(
 ) -> Architecture:
     """The family of a model, from its tensors' names; a guess for transformers of no known family.
     native: the names are surely ComfyUI's own, as a live model's are, and not only diffusers'.
-    Raises FileRefused for what is no diffusion transformer, saying what it is; `file` is its name
-    in that.
+    Raises FileRefused for what is no diffusion transformer or text encoder, saying what it is;
+    `file` is its name in that.
     """
     _refuse(_data()["refused_first"], shapes, file)
     for family in families():
         if family.is_of(shapes):
             return family
+    encoder = text_encoders.family_of(shapes)
+    if encoder is not None:
+        return _encoder(encoder)
+    text_encoders.refuse(shapes, file)
     _refuse(_refused_last(native), shapes, file)
     guess = universal_plan.guess(shapes)
     if guess is not None:
@@ -145,15 +153,23 @@ def _guessed(guess: universal_plan.Guess) -> Architecture:
     return Architecture(
         name=universal_plan.NAME,
         all=(),
-        any=(),
         blocks=guess.blocks,
         modulation=guess.modulation,
-        detects=(),
         keep=tuple(guess.keep.items()),
-        post_gelu=(),
         shared_input=guess.shared_input,
         sensitive=guess.sensitive,
         guessed=True,
+    )
+
+
+def _encoder(encoder: text_encoders.TextEncoder) -> Architecture:
+    return Architecture(
+        name=encoder.name,
+        all=encoder.all,
+        blocks=encoder.blocks,
+        keep=encoder.keep,
+        encoder=True,
+        rows8=encoder.rows8,
     )
 
 
@@ -164,7 +180,8 @@ def family_name(shapes: Mapping[str, tuple[int, ...]], file: str) -> str:
     for family in families():
         if family.is_of(shapes):
             return family.name
-    if universal_plan.is_transformer(shapes):
+    encoder = text_encoders.family_of(shapes)
+    if encoder is None and universal_plan.is_transformer(shapes):
         return universal_plan.NAME
     return recognise(shapes, file, native=True).name
 
@@ -267,7 +284,9 @@ def _plan_layer(
     n, k = shapes[f"{name}.weight"]
     bias = f"{name}.bias" in shapes
     action, why = _action(name, architecture, recipe)
-    if action != "keep" and whole_groups(k) - k > k * _MOST_ZEROS:
+    if action == "rows8" and not getattr(recipe, "rows8", False):
+        action, why = "keep", "16 bit: embeddings, heads and vision towers"
+    elif action in ("w4a4", "w4a16") and whole_groups(k) - k > k * _MOST_ZEROS:
         action, why = "keep", f"K={k} would need too many zeros for whole groups of {GROUP}"
     elif action == "w4a4" and min(n, k) < 2 * recipe.rank:
         action = "keep"
@@ -294,7 +313,11 @@ def _action(name: str, architecture: Architecture, recipe) -> tuple[str, str]:
             if recipe.modulation != "keep"
             else ("keep", "modulation in 16 bit, as asked for")
         )
+    if _matches(architecture.rows8, name):
+        return "rows8", "8-bit rows: embeddings, heads and vision towers"
     if _matches(architecture.blocks, name):
+        if architecture.encoder and getattr(recipe, "format", "") == "svdquant_w4a4":
+            return "w4a16", "4-bit weights: the inputs of a text encoder's blocks stay in 16 bit"
         return "w4a4", "transformer block"
     return "keep", next(
         (why for pattern, why in architecture.keep if fnmatchcase(name, pattern)),

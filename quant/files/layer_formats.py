@@ -51,6 +51,8 @@ FORMATS = {
         {"weight": "N,P", "weight_codebook": "C,D"},
         {"format", "codewords", "vector", "rotation", "rank"},
     ),
+    # ComfyUI's own: tables of embeddings, heads and vision towers of text encoders
+    "int8_tensorwise": ({"weight": "N,K", "weight_scale": "N,U"}, {"format"}),
 }
 # Tensors that a layer may have besides: without zero points it is symmetric, without a scale its
 # rows share the codebook's, without factors it has no low-rank branch.
@@ -65,6 +67,7 @@ _OWN_DTYPES = {
     ("svdquant_w4a8", "weight_scale"): torch.int8,
     ("svdquant_w4a8", "weight_table"): torch.int8,
     ("svdquant_nvfp4", "weight_scale"): torch.float8_e4m3fn,
+    ("int8_tensorwise", "weight_scale"): torch.float32,
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of all others
 GROUPS = (16, 32, 64)  # columns that share a scale of svdquant_w4a8
@@ -170,6 +173,8 @@ def layer_sizes(config: dict, n: int, width: int) -> dict[str, int] | None:
     """What the letters of `FORMATS` stand for in a layer whose weight has the shape (n, width);
     None where no layer can be so.
     """
+    if config["format"] == "int8_tensorwise":
+        return {"N": n, "K": width, "U": 1}
     if config["format"] != "vq":
         if width % 32:
             return None

@@ -16,6 +16,7 @@ ACTIONS = {
     "w4a8": "W4A8",
     "w8a8": "W8A8",
     "nvfp4": "NVFP4",
+    "rows8": "of 8-bit rows",
     "keep": "kept in 16 bit",
 }
 # part of a row's reason: fitted to what was recorded, the layer was not as close

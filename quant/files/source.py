@@ -21,6 +21,7 @@ from .safetensors import tensor_bytes
 from .source_files import open_stored
 from .source_layouts import ACCESSORIES, LayerFormats
 from .stored_tensors import SafetensorsFiles, StoredTensor, StoredTensors
+from .text_encoders import family_of
 
 # In the order in which they are tried: ComfyUI's model_detection.unet_prefix_from_state_dict, and
 # LoRA trainers' own.
@@ -327,6 +328,8 @@ def _is_quantized(tensor: Any) -> bool:
 
 
 def _prefix(stored: Mapping[str, StoredTensor]) -> str:
+    if family_of({name: info.shape for name, info in stored.items()}) is not None:
+        return ""  # ComfyUI knows text encoders by their whole names
     for prefix in PREFIXES:
         if sum(key.startswith(prefix) for key in stored) > 5:
             return prefix

@@ -128,8 +128,8 @@ class QuantizeJob(ABC):
 
     @property
     def quantized_names(self) -> list[str]:
-        """The layers that will have fewer bits, in the order of the file."""
-        return [layer.name for layer in self.layers if layer.action != "keep"]
+        """The layers that are fitted to what they read, in the order of the file."""
+        return [layer.name for layer in self.layers if layer.action not in ("keep", "rows8")]
 
     def existing_report(self, provenance: Mapping | None = None) -> Report | None:
         """The report of the target if it is the result of the same run. provenance: of the

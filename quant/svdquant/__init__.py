@@ -14,5 +14,6 @@ published_grids.py the grids of formats that others publish: 4-bit floats, int8,
 nvfp4.py           4-bit floats in the place of int4
 stock/             files that ComfyUI opens without this pack
 widths.py          which layers get activations of 8 bits, where some may
-w4a16.py           layers that see few tokens: 4-bit weights only
+w4a16.py           layers of 4-bit weights only: of few tokens, and of text encoders
+rows8.py           8-bit rows: text encoders' tables of embeddings
 """

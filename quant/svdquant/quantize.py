@@ -31,7 +31,7 @@ from ..job.run_metadata import JSON_BYTES, WHY_ROOM, padded
 from ..job.side_by_side import at_once, side_by_side
 from ..job.whole_groups import with_zeros
 from ..weights.base import StoredWeight
-from . import widths
+from . import rows8, widths
 from .choice import closer, without_data
 from .decompose import LayerError, quantize_linear, shared_smoothing
 from .nvfp4 import quantize_linear_nvfp4
@@ -122,6 +122,12 @@ class SVDQuantizer(LayerQuantizer):
         self.wide: frozenset[str] = frozenset()
 
     def quantize(self, layers: list[LayerPlan]) -> None:
+        for layer in layers:
+            if layer.action == "rows8":
+                self.start(layer.name)
+                self.write_unit(layer.name, partial(self._rows8, layer))
+                self.finish([layer])
+        layers = [layer for layer in layers if layer.action != "rows8"]
         groups = [
             list(members)
             for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name)
@@ -139,6 +145,20 @@ class SVDQuantizer(LayerQuantizer):
                 self.put(unit.layer.name, unit.tensors, unit.row)
                 self.finish([unit.layer])
                 self.monitor.cancelled()
+
+    def _rows8(self, layer: LayerPlan) -> tuple[dict[str, Tensor], LayerRow]:
+        name, bias = layer.name, f"{layer.name}.bias"
+        codes, scale, db = rows8.quantize_rows(self.source.read(f"{name}.weight"), self.device)
+        row = LayerRow(
+            name=name,
+            action=layer.action,
+            why=layer.why,
+            db=round(db, 2) if math.isfinite(db) else None,
+            bytes_before=self.source.nbytes(name),
+            bytes_after=0,
+        )
+        own = {bias: self.source.read(bias)} if layer.bias else {}
+        return rows8.tensors(name, codes, scale) | own, row
 
     def _read(self, groups: list[list[LayerPlan]]) -> Iterator[_Group]:
         """What is left to do, with what it takes."""
@@ -267,6 +287,12 @@ def layout(
     """Every tensor of the 4-bit file, from shapes alone. w4a4: the format of its W4A4 layers."""
     specs, quantized = [], {layer.name: layer for layer in layers if layer.action != "keep"}
     for layer in quantized.values():
+        if layer.action == "rows8":
+            specs += rows8.specs(layer.name, layer.N, layer.K)
+            if layer.bias:
+                bias = f"{layer.name}.bias"
+                specs.append(TensorSpec(bias, kept_dtype(bias), (layer.N,)))
+            continue
         kind = w4a4 if layer.action == "w4a4" else "awq_w4a16"
         config = {"format": kind, "rank": rank, "group": group}
         sizes = layer_sizes(config, layer.N, layer.columns // 2)

@@ -5,6 +5,7 @@ makes.
 import json
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from ...kernels.reference.w4a8 import GROUPS
 from ..job.recipe import FromPreset
@@ -74,6 +75,7 @@ class Recipe(FromPreset):
     """
 
     PRESETS = PRESETS
+    rows8: ClassVar[bool] = True  # text encoders' tables get 8-bit rows
 
     preset: str = "fast"
     rank: int = 32

@@ -1,4 +1,4 @@
-"""Few-token layers (modulation): 4-bit weights, inputs in 16 bit."""
+"""Few-token layers (modulation) and text encoders: 4-bit weights, inputs in 16 bit."""
 
 import torch
 from torch import Tensor

@@ -144,9 +144,8 @@ REFUSED = {
     "VAE": (["decoder.conv_in.weight", "encoder.conv_in.weight"], "is a VAE"),
     "Wan VAE": (["decoder.conv1.weight", "encoder.conv1.weight"], "is a VAE"),
     "TAESD": (["taesd_decoder.1.weight"], "is a VAE"),
-    "T5": (["encoder.block.0.layer.0.SelfAttention.q.weight"], "is a text encoder"),
     "Qwen": (["layers.0.self_attn.q_proj.weight", "embed_tokens.weight"], "is a text encoder"),
-    "CLIP": (["text_model.encoder.layers.0.mlp.fc1.weight"], "is a text encoder"),
+    "CLIP": (["text_model.encoder.layers.0.mlp.fc1.weight"], "is a CLIP text encoder"),
     "CLIP vision": (["vision_model.encoder.layers.0.mlp.fc1.weight"], "is a vision encoder"),
     "ControlNet": (
         [*flux1_shapes(1, 1, 128, 64, 64), "controlnet_blocks.0.weight"],

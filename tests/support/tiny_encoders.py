@@ -35,15 +35,21 @@ class Target:
         self.clip, self.tokenizer, self.params = clip, tokenizer, {}
 
 
-def build(target: Target, name: str):
-    """A CLIP with random weights, the same every time, that neither die nor grow."""
+def build(target: Target, name: str, state: dict | None = None):
+    """A CLIP of these tensors, or with random weights, the same every time, that neither die nor
+    grow.
+    """
     with (
         mock.patch.object(comfy.text_encoders.qwen_vl, "Qwen2VLVisionTransformer", small_tower),
         mock.patch.dict(comfy.text_encoders.qwen3vl.QWEN3VL_VISION, {"qwen3vl_8b": QWEN3}),
     ):
         clip = comfy.sd.CLIP(
-            target, model_options={f"{name}_model_config": SIZES, "dtype": torch.float32}
+            target,
+            model_options={f"{name}_model_config": SIZES, "dtype": torch.float32},
+            state_dict=[] if state is None else [dict(state)],
         )
+    if state is not None:
+        return clip
     generator = torch.Generator().manual_seed(0)
     for key, weight in clip.cond_stage_model.named_parameters():
         if "norm" in key and key.endswith("weight"):
@@ -54,13 +60,16 @@ def build(target: Target, name: str):
     return clip
 
 
-def qwen_image():
+def qwen_image(state: dict | None = None):
     """Qwen-Image-Edit's encoder: Qwen2.5-VL with 8 layers."""
+    found = comfy.sd.llama_detect([state or {}])
     return build(
         Target(
-            comfy.text_encoders.qwen_image.te(), comfy.text_encoders.qwen_image.QwenImageTokenizer
+            comfy.text_encoders.qwen_image.te(**found),
+            comfy.text_encoders.qwen_image.QwenImageTokenizer,
         ),
         "qwen25_7b",
+        state,
     )
 
 

@@ -5,6 +5,7 @@ sources.py          the models that can be quantized: listed, found, loaded to b
 svdquant.py         what only SVDQuant needs: prompts for 'best', its file's name
 stock.py            the same for files of stock ComfyUI
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
+text_encoder.py     a text encoder: prompts encoded in place of pictures drawn
 prompts.py          prompts of Nibble's own, and files of prompts for the command line
 record_inputs.py    what layers read while ComfyUI samples
 patched_weights.py  a MODEL's weights with its LoRAs

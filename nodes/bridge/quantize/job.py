@@ -21,7 +21,7 @@ from comfy.model_patcher import ModelPatcher
 from ....quant.calibration.pictures import ENOUGH_PROMPTS, ON_NOISE, few_prompts
 from ....quant.calibration.recorder import find_linears
 from ....quant.calibration.statistics import InputStats
-from ....quant.files import architectures
+from ....quant.files import architectures, text_encoders
 from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source, StateDictSource
@@ -68,6 +68,7 @@ class QuantizeRequest(ABC):
         wanted = new_name(self.origin, self.filename, self.ending)
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
             job = self.method.prepare(source, new.held, self.recipe)
+            _refuse_encoder(job)
             try:
                 report = self.existing_report(job)
                 if report is None:
@@ -219,9 +220,17 @@ class QuantizeRequest(ABC):
         return Recording(patcher, pictures)
 
 
-def new_name(origin: str, filename: str, ending: str) -> str:
+def _refuse_encoder(job: QuantizeJob) -> None:
+    if text_encoders.family_of(job.source.shapes) is not None:
+        raise FileRefused(
+            f"{job.source.name} is a text encoder ({job.architecture}): put it into"
+            " models/text_encoders and choose it in Quantize Text Encoder."
+        )
+
+
+def new_name(origin: str, filename: str, ending: str, folder: str = FOLDER) -> str:
     """The new file's name in ComfyUI's lists: as asked for, else beside its origin, with a method's
     ending. Raises FileRefused for what no file can be called.
     """
     default = file_names.beside(origin, f"-{ending}")
-    return folders.plain_name(filename, default, FOLDER, ".safetensors", subfolders=True)
+    return folders.plain_name(filename, default, folder, ".safetensors", subfolders=True)

@@ -10,5 +10,6 @@ mlp.py          an MLP's two linears as one op
 modulation.py   modulation layers in RAM
 activations.py  how many bits those of 4-bit layers get
 preparing.py    GPU kernels compiled before the first step
-registration.py the formats in ComfyUI's own loaders
+registration.py the formats in ComfyUI's own loaders of diffusion models
+encoders.py     text encoders, in ComfyUI's own loaders and in ours
 """
