@@ -111,6 +111,10 @@ FAMILIES: dict[str, ModelFamily] = {
         "modulated",
     ),
     "WanModel": _WAN,
+    # its pose runs through the same parts of a block
+    "WanAnimate2Model": ModelFamily(
+        (Blocks("blocks", "block", "double_block", text=None),), "vector"
+    ),
     "LTXVModel": ModelFamily(
         (
             Blocks(
