@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 
 from tiny_flux_families import FLUX_LIKE
+from tiny_more_families import MORE
 from tiny_other_families import OTHERS
 from tiny_picture_families import PICTURES
+from tiny_wan_families import BESIDE, WAN_KIN
 
-FAMILIES = FLUX_LIKE | PICTURES | OTHERS
+FAMILIES = FLUX_LIKE | PICTURES | OTHERS | MORE | WAN_KIN | BESIDE
 
 
 def build(name: str, seed: int = 0):

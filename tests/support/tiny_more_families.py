@@ -1,5 +1,5 @@
-"""Tiny models that only the walk through every class needs: see tiny_models. WIDER: those of
-tiny_models whose layers no group of 64 weights divides.
+"""Families that were added after the others: see tiny_models. WIDER: those of it whose layers no
+group of 64 weights divides, wider.
 """
 
 from __future__ import annotations

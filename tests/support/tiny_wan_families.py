@@ -26,13 +26,7 @@ WAN_KIN = {
     "wandancer": Family(
         "WAN22_WanDancer",
         SMALL
-        | dict(
-            model_type="wandancer",
-            in_dim=36,
-            num_layers=5,
-            music_dim=64,
-            music_latent_dim=64,
-        ),
+        | dict(model_type="wandancer", in_dim=36, num_layers=5, music_dim=64, music_latent_dim=64),
         VIDEO,
         TEXT,
         {"audio_embed": (1, 8, 35)},
@@ -57,9 +51,7 @@ WAN_KIN = {
         TEXT,
         {"pose_video_latent": (1, 16, 2, 4, 4)},
     ),
-    "scail 2": Family(
-        "WAN21_SCAIL2", SMALL | dict(model_type="scail2", in_dim=20), VIDEO, TEXT
-    ),
+    "scail 2": Family("WAN21_SCAIL2", SMALL | dict(model_type="scail2", in_dim=20), VIDEO, TEXT),
 }
 
 
@@ -83,7 +75,11 @@ BESIDE = {
                 rope_dims=[6, 5, 5],
             ),
             vision_config_overrides=dict(
-                hidden_size=64, num_heads=2, intermediate_size=64, depth=1, deepstack_visual_indexes=()
+                hidden_size=64,
+                num_heads=2,
+                intermediate_size=64,
+                depth=1,
+                deepstack_visual_indexes=(),
             ),
         ),
         (3, 64, 96),
@@ -94,7 +90,7 @@ BESIDE = {
         "HunyuanVideo15",
         dict(
             image_model="hunyuan_video",
-            in_channels=32,
+            in_channels=65,
             out_channels=32,
             patch_size=[1, 1, 1],
             vec_in_dim=None,
