@@ -112,5 +112,6 @@ BESIDE = {
         ),
         (32, 2, 4, 4),
         (TOKENS, 24),
+        {"pooled_output": (1, 20)},
     ),
 }

@@ -273,7 +273,7 @@ def notes(
         )
     if hasattr(model.model.diffusion_model, "init_kv_caches"):
         sentences.append(
-            "With the AR sampler every step is computed: each call moves on what the model"
+            "With Sampler AR Video every step is computed: each call moves on what the model"
             " remembers of the frames before."
         )
     if calibration is not None and sigmas is not None:

@@ -22,16 +22,19 @@ from nibble.nodes.bridge.quantized import layouts
 # ---- Flux KV Cache: the reference pictures' tokens are there at the first step alone
 
 
-def with_reference(name: str = "flux") -> list:
-    [[tokens, extras]] = tiny_models.prompt(name)
-    picture = tiny_models.latent(name, seed=5)
+EDITS = "flux2"
+
+
+def with_reference() -> list:
+    [[tokens, extras]] = tiny_models.prompt(EDITS)
+    picture = tiny_models.latent(EDITS, seed=5)
     return [[tokens, extras | {"reference_latents": [picture]}]]
 
 
 def edited(model, steps: int = STEPS) -> torch.Tensor:
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": with_reference()})
-    noise = tiny_models.latent("flux")
+    noise = tiny_models.latent(EDITS)
     return guider.sample(
         noise,
         noise * 0,
@@ -44,10 +47,10 @@ def edited(model, steps: int = STEPS) -> torch.Tensor:
 
 @pytest.fixture
 def kept():
-    """A tiny FLUX with ComfyUI's node."""
+    """A tiny FLUX.2 with ComfyUI's node."""
     from comfy_extras.nodes_flux import FluxKVCache
 
-    return FluxKVCache.execute(tiny_models.build("flux")).result[0]
+    return FluxKVCache.execute(tiny_models.build(EDITS)).result[0]
 
 
 REUSING = {
@@ -76,7 +79,7 @@ def test_a_kv_cache_of_reference_pictures_goes_with_teacache(kept, how):
 def test_a_kv_cache_of_reference_pictures_goes_with_smoothcache(kept, depth):
     plain, records = edited(kept), []
     settings = SmoothCacheSettings(alpha=0.1, depth=depth, order=0)
-    free = measured(kept, "flux", error=0.0)
+    free = measured(kept, EDITS, error=0.0)
     found = edited(apply_smoothcache(kept, settings, free, records.append))
     assert records[-1].work < STEPS
     assert (found - plain).norm() < 0.5 * plain.norm()
@@ -91,7 +94,7 @@ def test_a_kv_cache_of_reference_pictures_can_be_calibrated(kept):
             cfg=1.0,
             sampler=comfy.samplers.sampler_object("euler"),
             sigmas=tiny_models.schedule(kept, 8),
-            latent={"samples": tiny_models.latent("flux") * 0},
+            latent={"samples": tiny_models.latent(EDITS) * 0},
             seed=1,
         ),
         Progress("measuring"),

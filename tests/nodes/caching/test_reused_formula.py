@@ -13,7 +13,7 @@ ComfyUI's blocks write into their inputs, models into what blocks return: both m
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -64,6 +64,9 @@ class Watched:
     def __enter__(self) -> Watched:
         self._stack = ExitStack()
         for number, module in enumerate(self.modules):
+            if hasattr(module, "forward_gen"):  # Wan Animate 2 calls this in forward's place
+                self._stack.enter_context(self._around_method(number, module))
+                continue
             for handle in (
                 module.register_forward_pre_hook(self._before(number), with_kwargs=True),
                 module.register_forward_hook(self._after(number)),
@@ -73,6 +76,20 @@ class Watched:
 
     def __exit__(self, *_) -> None:
         self._stack.close()
+
+    @contextmanager
+    def _around_method(self, number: int, module: torch.nn.Module):
+        own = module.forward_gen
+
+        def watched(*args, **kwargs):
+            self._before(number)(module, args, kwargs)
+            out = own(*args, **kwargs)
+            new = self._after(number)(module, args, out)
+            return out if new is None else new
+
+        module.forward_gen = watched
+        yield
+        del module.forward_gen
 
     def _before(self, number: int):
         def note(_module, args, kwargs):
