@@ -107,6 +107,10 @@ class History:
             total.add_(value.to(device).float(), alpha=weight)
         return total.to(dtype)
 
+    def fits(self, value: torch.Tensor) -> bool:
+        """Whether there is something to guess from, of this value's shape."""
+        return bool(self.values) and self.values[-1].shape == value.shape
+
     def clear(self) -> None:
         self.nodes.clear()
         self.values.clear()

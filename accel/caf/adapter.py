@@ -33,6 +33,7 @@ _INPUTS = (
     "x_embedder",
     "x_embedder.proj",
     "x_embedder.proj.1",
+    "x_embedder.proj1",
     "patch_embedding",
     "patchify_proj",
     "init_x_linear",
@@ -46,6 +47,9 @@ _INPUTS = (
     "input_proj",
     "latent_in",
     "s_embedder.proj",
+    "vid_in.proj",
+    "video_patch_proj",
+    "proj_in.early_conv_layers.0",
 )
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 
 from tiny_flux_families import FLUX_LIKE
+from tiny_more_families import MORE
 from tiny_other_families import OTHERS
 from tiny_picture_families import PICTURES
+from tiny_wan_families import BESIDE, WAN_KIN
 
-FAMILIES = FLUX_LIKE | PICTURES | OTHERS
+FAMILIES = FLUX_LIKE | PICTURES | OTHERS | MORE | WAN_KIN | BESIDE
 
 
 def build(name: str, seed: int = 0):
@@ -41,7 +43,11 @@ def fill(module: torch.nn.Module, seed: int) -> None:
     """Random weights; ComfyUI's layers come without any."""
     draw = torch.Generator().manual_seed(seed)
     for name, value in module.state_dict(keep_vars=True).items():
-        if not value.is_floating_point() or "inv_freq" in name:
+        if not value.is_floating_point():
+            continue
+        if "inv_freq" in name:  # some models bring it along in their files
+            places = torch.arange(value.shape[-1]) / value.shape[-1]
+            value.data.copy_((10000**-places).expand_as(value))
             continue
         random = torch.randn(value.shape, generator=draw)
         fan_in = value[0].numel() if value.ndim > 1 else 1

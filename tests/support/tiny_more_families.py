@@ -1,5 +1,5 @@
-"""Tiny models that only the walk through every class needs: see tiny_models. WIDER: those of
-tiny_models whose layers no group of 64 weights divides.
+"""Families that were added after the others: see tiny_models. WIDER: those of it whose layers no
+group of 64 weights divides, wider.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import torch
 
 from tiny_family import TOKENS, Family
+from tiny_flux_families import FLUX, FLUX_LIKE
 from tiny_other_families import OTHERS
 from tiny_picture_families import PICTURES
 
@@ -93,6 +94,26 @@ MORE = {
         (8, 16, 8),
         (TOKENS, 64),
         {"conditioning_lyrics": lambda: torch.zeros(1, 4, dtype=torch.long)},
+    ),
+    "flux schnell": Family(
+        "FluxSchnell",
+        FLUX | dict(image_model="flux", guidance_embed=False, vec_in_dim=20),
+        (16, 8, 12),
+        (TOKENS, 24),
+        {"pooled_output": (1, 20)},
+    ),
+    "flux fill": Family(
+        "FluxInpaint",
+        FLUX_LIKE["flux"].options | dict(in_channels=96),
+        (16, 8, 12),
+        (TOKENS, 24),
+        {"pooled_output": (1, 20)},
+    ),
+    "pixart alpha": Family(
+        "PixArtAlpha",
+        PICTURES["pixart"].options | dict(image_model="pixart_alpha"),
+        (4, 40, 40),
+        (TOKENS, 24),
     ),
     "seedvr 2": Family(
         "SeedVR2",

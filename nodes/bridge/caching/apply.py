@@ -271,6 +271,11 @@ def notes(
         sentences.append(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
         )
+    if hasattr(model.model.diffusion_model, "init_kv_caches"):
+        sentences.append(
+            "With Sampler AR Video every step is computed: each call moves on what the model"
+            " remembers of the frames before."
+        )
     if calibration is not None and sigmas is not None:
         times = flow_time(model).times(sigmas)
         sentences += calibration.fits(times, sampler)

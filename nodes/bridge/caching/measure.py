@@ -36,6 +36,9 @@ from .models import DEPTHS, ModelFamily, family_of, published
 from .run import KEY, ModelCall, Run, flow_time, model_call, sampling, substitute, uncached
 
 NOTHING = 1e-12  # the mean size below which a value counts as 0
+# the error of a value of another number of tokens, which no schedule allows: with ComfyUI's Flux KV
+# Cache the reference pictures' tokens are there at the first step alone
+OTHER_SIZE = 1e3
 TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same
 
 
@@ -185,7 +188,10 @@ class CalibrationRecorder:
         # a part may give nothing at all, at which every other value is too far
         norm = value.abs().float().mean().clamp(min=NOTHING)
         for before, old in seen:
-            errors.add(before, step.index, float((value - old).abs().float().mean() / norm))
+            error = OTHER_SIZE
+            if old.shape == value.shape:
+                error = float((value - old).abs().float().mean() / norm)
+            errors.add(before, step.index, error)
         seen.append((step.index, value))
         del seen[: -self.farthest]
 
@@ -344,7 +350,8 @@ class RecordingPass:
             index, *last = stream.parts.get("points", (None,))
             if index == self.step.index:
                 continue
-            if index is not None:
+            kept = [value.shape for value in last] == [feature.shape, residual.shape]
+            if index is not None and kept:
                 change = float(distance(feature, last[0]))
                 self.recorder.points.append((change, float(distance(residual, last[1]))))
             stream.parts["points"] = (self.step.index, feature, residual)

@@ -8,6 +8,7 @@ show this table.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +112,10 @@ FAMILIES: dict[str, ModelFamily] = {
         "modulated",
     ),
     "WanModel": _WAN,
+    # its pose runs through the same parts of a block
+    "WanAnimate2Model": ModelFamily(
+        (Blocks("blocks", "block", "double_block", text=None),), "vector"
+    ),
     "LTXVModel": ModelFamily(
         (
             Blocks(
@@ -267,16 +272,20 @@ _BY_STEP = {"LTXAVModel", "CausalWanModel"}
 
 
 def family_of(diffusion_model: torch.nn.Module) -> ModelFamily | None:
-    """The entry of a model's class or nearest base whose lists of blocks are all there; None: whole
-    steps only.
+    """The entry of a model's class or nearest base, with the lists of blocks that this model has;
+    None: whole steps only.
     """
     for cls in type(diffusion_model).__mro__:
         if cls.__name__ in _BY_STEP:
             return None
         family = FAMILIES.get(cls.__name__)
         if family is not None:
-            lists = (getattr(diffusion_model, blocks.attribute, ()) for blocks in family.blocks)
-            return family if all(len(blocks) for blocks in lists) else None
+            there = [
+                blocks
+                for blocks in family.blocks
+                if len(getattr(diffusion_model, blocks.attribute, ()))
+            ]
+            return dataclasses.replace(family, blocks=tuple(there)) if there else None
     return None
 
 

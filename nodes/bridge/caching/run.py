@@ -60,8 +60,9 @@ NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
 @dataclass
 class Stream:
     """One stream of conditioning. decider: the rule at work on it. history: what whole steps
-    computed. parts: the same for each part of the model. feature: TeaCache's F of the last step.
-    shape: of the latent, without the batch of other streams.
+    computed. parts: the same for each part of the model; sizes: of what each was computed from.
+    feature: TeaCache's F of the last step. shape: of the latent, without the batch of other
+    streams.
     """
 
     decider: Any
@@ -70,11 +71,13 @@ class Stream:
     feature: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
     parts: dict[tuple, History] = field(default_factory=dict)
+    sizes: dict[tuple, tuple[int, ...]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Nothing that was kept can be used any more: the resolution has changed in mid-run."""
         self.history.clear()
         self.parts.clear()
+        self.sizes.clear()
         self.feature = None
         self.decider.computed()
 
@@ -244,7 +247,8 @@ def model_call(args: Sequence, kwargs: dict, sigma: torch.Tensor | None = None) 
         if isinstance(value, dict) and not isinstance(value, Deferred)
     )
     options = next((value for value in dicts if isinstance(value.get(KEY), Run)), None)
-    if options is None:
+    # the AR sampler counts on every call: each moves on the keys and values that the model keeps
+    if options is None or "ar_state" in options:
         return None
     run: Run = options[KEY]
     step = run.step(options["sigmas"] if sigma is None else sigma)

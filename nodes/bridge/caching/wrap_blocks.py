@@ -1,10 +1,13 @@
 """Caching of a model's blocks as one: TeaCache as published. Embedders, modulation and the final
 layer run at every step.
 
-What is kept is the residual of the image's tokens over all blocks, taken after the model returned,
-since ControlNets are added to it in place after the last block. The first block's input is cloned
-at the boundary: ComfyUI's blocks write into their inputs. On a reused step every block returns what
-it was given, and the last one the first's input plus the guessed residual.
+What is kept is the residual of the image's tokens over all blocks. The first block's input is
+cloned at the boundary: ComfyUI's blocks write into their inputs. On a reused step every block
+returns what it was given, and the last one the first's input plus the guessed residual.
+
+What is added to the last block's output in place belongs to the residual where it is left out of a
+reused step: ControlNets, other nodes' patches. What the model itself adds there (Wan 2.2 S2V its
+sound) it adds on reused steps, too, and so must not be in it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ....accel.caching.steps import Decision
 from ....accel.caching.teacache import TeaCacheDecider, distance
 from .controlnet import Deferred
 from .features import FEATURES
@@ -61,8 +65,13 @@ class BlockPass:
         self.compute: bool | None = None
         # a clone of the image's tokens before the first block
         self.entered: torch.Tensor | None = None
-        # the last block's output, with the ControlNet once the model has returned
+        # what all blocks add to them
+        self.residual: torch.Tensor | None = None
+        # the last block's output, where a ControlNet or a patch has still to be added to it
         self.left: torch.Tensor | None = None
+        self.added_to = control is not None or bool(
+            call.options.get("patches", {}).get("double_block")
+        )
 
     def decide_early(self) -> None:
         """Before the model is called: by a rule that needs no feature, or because a step must be
@@ -77,7 +86,12 @@ class BlockPass:
             decisions = [
                 stream.decider.decide(self.step, stream.history.nodes) for stream in self.streams
             ]
+        self._commit(decisions)
+
+    def _commit(self, decisions: list[Decision]) -> None:
         self.compute = self.run.commit(self.step, self.streams, decisions)
+        if self.control is not None:
+            self.control.skip = not self.compute
 
     def block(
         self,
@@ -90,15 +104,31 @@ class BlockPass:
         """At every block: decide at the first, then compute all or none."""
         if site.first:
             self.entered = image.clone()
+            self._forget_other_sizes(image)
             first = self._first_block(site, image, text, arguments, compute)
             if first is not None:
                 return first
         if self.compute:
             out = compute()
             if site.last:
-                self.left = out[0]
+                self._leave(out[0])
             return out
         return (self._reused(image) if site.last else image), text
+
+    def _forget_other_sizes(self, image: torch.Tensor) -> None:
+        """What was kept of another number of tokens is of no use: with ComfyUI's Flux KV Cache the
+        reference pictures' tokens are there at the first step alone.
+        """
+        pieces = image.chunk(len(self.streams), self.family.batch)
+        stale = [
+            stream
+            for stream, piece in zip(self.streams, pieces, strict=True)
+            if len(stream.history) and not stream.history.fits(piece)
+        ]
+        for stream in stale:
+            stream.forget()
+        if stale and self.compute is False:
+            self._commit([Decision(True, "new")] * len(self.streams))
 
     def _first_block(self, site: BlockSite, image, text, arguments: dict, compute: Callable):
         """Observes F and decides. Where F is the first block's own residual, that block runs at
@@ -110,8 +140,8 @@ class BlockPass:
         out = compute() if probing else None
         feature = out[0] - self.entered if probing else self._feature(site, arguments, image)
         self._decide(feature)
-        if probing and site.last:
-            self.left = out[0]
+        if probing and site.last and self.compute:
+            self._leave(out[0])
         return out
 
     def _feature(self, site: BlockSite, arguments: dict, image: torch.Tensor) -> torch.Tensor:
@@ -127,11 +157,9 @@ class BlockPass:
                 stream.decider.decide(self.step, d)
                 for stream, d in zip(self.streams, distances, strict=True)
             ]
-            self.compute = self.run.commit(self.step, self.streams, decisions)
+            self._commit(decisions)
         for stream, piece in zip(self.streams, pieces, strict=True):
             stream.feature = piece
-        if self.control is not None:
-            self.control.skip = not self.compute
 
     def _distances(self, pieces: Sequence[torch.Tensor]) -> list[float] | list[None]:
         """How far F moved in each stream since its last step, read from the GPU at once; None
@@ -168,18 +196,27 @@ class BlockPass:
         where = self._image_part(image)
         return torch.cat([image[:, : where.start], out, image[:, where.stop :]], 1)
 
+    def _leave(self, left: torch.Tensor) -> None:
+        """The last block's output on a computed step."""
+        if self.added_to:
+            self.left = left
+        else:
+            self.residual = self._residual(left)
+
+    def _residual(self, left: torch.Tensor) -> torch.Tensor:
+        if left.shape != self.entered.shape:
+            left = left[:, self._image_part(left)]
+        return left - self.entered
+
     def keep_residual(self) -> None:
-        """After a computed call: the residual of each stream. Drops what it held."""
-        if self.compute and self.left is not None and self.entered is not None:
-            left = self.left
-            if left.shape != self.entered.shape:
-                left = left[:, self._image_part(left)]
-            pieces = (left - self.entered).chunk(len(self.streams), self.family.batch)
+        """After the model has returned: the residual of each stream. Drops what it held."""
+        if self.left is not None:
+            self.residual = self._residual(self.left)
+        if self.residual is not None:
+            pieces = self.residual.chunk(len(self.streams), self.family.batch)
             for stream, residual in zip(self.streams, pieces, strict=True):
                 remember(stream, self.step, residual)
-        self.entered = None
-        self.left = None
-        self.control = None
+        self.entered = self.residual = self.left = self.control = None
 
     def gated(self, patch: Callable) -> Callable:
         """Another node's patch after a block, which has nothing to do on a reused step."""

@@ -48,6 +48,7 @@ def remember(stream: Stream, step: Step, value: torch.Tensor) -> None:
         isinstance(decider, ErrorDecider)
         and decider.can_guess(history.nodes)
         and step.time not in history.nodes
+        and history.fits(value)
     ):
         guess = history.guess(step.time, value)
         error = (guess - value).abs().float().mean() / value.abs().float().mean()

@@ -135,9 +135,9 @@ class ScheduledPass:
         image_before = image.clone()
         text_before = None if text is None else text.clone()
         out = compute()
-        self._keep(image_key, out[0] - image_before, batch)
+        self._keep(image_key, out[0] - image_before, image_before, batch)
         if text is not None and out[1] is not None and out[1].shape == text_before.shape:
-            self._keep(text_key, out[1] - text_before, batch)
+            self._keep(text_key, out[1] - text_before, text_before, batch)
         return out
 
     def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
@@ -150,21 +150,27 @@ class ScheduledPass:
                 return pieces[0] if len(pieces) == 1 else tuple(pieces)
         out = compute()
         for i, value in enumerate(out if isinstance(out, tuple) else (out,)):
-            self._keep((kind, index, i), value.clone(), 0)
+            self._keep((kind, index, i), value.clone(), like, 0)
         return out
 
     def _guess(self, key: tuple, like: torch.Tensor, batch: int) -> torch.Tensor | None:
-        """The part's value at this step, on the device of `like`; None where a stream has not
-        computed it yet.
+        """The value of a part that is computed from `like`, at this step and on its device; None
+        where a stream has not computed it yet, or from another number of tokens.
         """
-        histories = [stream.parts.get(key) for stream in self.streams]
-        if not all(histories):
+        size = _size(like, batch)
+        if any(stream.sizes.get(key) != size for stream in self.streams):
             return None
-        guesses = [history.guess(self.step.time, like) for history in histories]
+        guesses = [stream.parts[key].guess(self.step.time, like) for stream in self.streams]
         # a model may write into what a part returned
         return guesses[0].clone() if len(guesses) == 1 else torch.cat(guesses, batch)
 
-    def _keep(self, key: tuple, value: torch.Tensor, batch: int) -> None:
+    def _keep(self, key: tuple, value: torch.Tensor, like: torch.Tensor, batch: int) -> None:
         for stream, piece in zip(self.streams, value.chunk(len(self.streams), batch), strict=True):
             history = stream.parts.setdefault(key, History(self.run.reuse, self.run.store))
             history.store(self.step.time, piece)
+            stream.sizes[key] = _size(like, batch)
+
+
+def _size(tokens: torch.Tensor, batch: int) -> tuple[int, ...]:
+    """A shape without its batch."""
+    return (*tokens.shape[:batch], *tokens.shape[batch + 1 :])

@@ -26,6 +26,7 @@ from ....accel.caf.adapter import CAFAdapter, attached, check, presented_by
 from ....accel.caf.heads import Model
 from ....accel.caf.heads_file import ENDING, read_file
 from ..host import charts, folders, keys
+from ..host.prefix import forget_prefix
 from ..host.progress import Progress
 from .training_free import check_model
 
@@ -154,8 +155,12 @@ class AttachHead:
                 lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds),
             )
         strength = self.adapter.strength(t[:1])  # samplers ask for one noise level at a time
-        with attached(network, self.adapter.head(request.head), place, presented, strength):
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        forget_prefix(network)  # what the other head, or none, made of the prompt
+        try:
+            with attached(network, self.adapter.head(request.head), place, presented, strength):
+                return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        finally:
+            forget_prefix(network)
 
 
 def _told_apart(options: dict) -> dict:

@@ -6,6 +6,7 @@ folders.py      find, list, name and place files; cache stamps
 node_files.py   what nodes have made, and whether it is still there
 fingerprint.py  tells models and their patches apart
 samplers.py     the name of a SAMPLER, previews, the switch for training
+prefix.py       what a model keeps of its prompt from call to call
 keys.py         names of wrappers that several systems must know
 charts.py       the JSON schema of what nodes draw, and what all charts share
 """

@@ -23,6 +23,7 @@ from ....quant.calibration import pictures as drawn
 from ....quant.calibration.pictures import PROMPTS, RANDOM
 from ....quant.calibration.recorder import UNTOLD, Shown, collect
 from ....quant.calibration.statistics import InputStats
+from ..host.prefix import forget_prefix
 from ..host.progress import Progress
 
 log = logging.getLogger("nibble")
@@ -270,6 +271,7 @@ def draw(recording: Recording, stepped: Callable) -> None:
 def _draw(recording: Recording, stepped: Callable) -> None:
     patcher, pictures = recording.patcher, recording.pictures
     for index, prompt in enumerate(pictures.prompts):
+        forget_prefix(patcher.model.diffusion_model)  # every pass sees it computed
         noise = comfy.sample.prepare_noise(pictures.latent, pictures.seed + index)
         sigmas = comfy.samplers.calculate_sigmas(
             patcher.get_model_object("model_sampling"), "simple", pictures.steps

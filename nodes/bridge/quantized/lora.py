@@ -37,6 +37,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ....quant.weights.delta import WeightDelta, append_factors, pad_rank
 from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
+from ..host.prefix import forget_prefix
 from . import layouts, patches
 
 WRAPPER = "nibble_lora"  # our key among a model's wrappers
@@ -90,6 +91,8 @@ def plan_patches(executor, model, *args, **kwargs):
     """ComfyUI's PREPARE_SAMPLING wrapper of our models. Refuses patches that cannot be right before
     anything is loaded.
     """
+    # of a run with other patches
+    forget_prefix(model.model.diffusion_model)
     plans = {}
     for key, entries in model.patches.items():
         layer = layer_of(model, key)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from ....quant.files.errors import FileRefused
 from ....quant.training.recompute import allowing_writes
+from ..host.prefix import forget_prefix
 from ..host.samplers import in_training, previewer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "none": None}
@@ -125,6 +126,7 @@ class Session:
                 self.prompt(captions, torch.zeros_like(noisy[:1]) if latent is None else latent)
             ]
         }
+        forget_prefix(self.model)  # its gradient is spent, and the weights have moved
         return self.guider(noisy, sigmas, **self._options)
 
     def groups(self, captions: Sequence[int], latent: Tensor) -> list[list[int]]:
@@ -184,6 +186,7 @@ class Session:
         )
         empty = torch.zeros_like(noise)
         self.guider.conds = {"positive": [self.prompt([caption], empty)]}
+        forget_prefix(self.model)
         euler = comfy.samplers.sampler_object("euler")
         return euler.sample(
             self.guider, sigmas, dict(self._options), None, noise, empty, disable_pbar=True

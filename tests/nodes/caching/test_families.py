@@ -6,39 +6,22 @@ import re
 
 import comfy.model_management
 import comfy.model_patcher
-import numpy as np
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
 
 import tiny_models
 from caching_runs import traces
 from checkout import ROOT
-from nibble.accel.caching.calibration_file import Calibration
-from nibble.accel.caching.smoothcache import Curve
+from family_caching import STEPS, Spy, latents, measured, same
 from nibble.accel.caching.teacache import Polynomial
 from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache
-from nibble.nodes.bridge.caching.models import family_of, level_of
+from nibble.nodes.bridge.caching.models import level_of
 from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
-from nibble.nodes.bridge.caching.wrap_sublayers import kinds
-from nibble.nodes.bridge.host.fingerprint import fingerprint
 
 HELP = ROOT / "web" / "docs" / "NibbleApplyTeaCache.md"
-STEPS = 6
 # reuses wherever it may
 ALWAYS = TeaCacheSettings(threshold=3.0, rule="teacache", order=0, coefficients=Polynomial((0.0,)))
 NEVER = TeaCacheSettings(threshold=0.0, rule="teacache", coefficients=Polynomial((1.0, 0.0)))
-
-
-def latents(samples) -> list[torch.Tensor]:
-    """A run's result as tensors, whether of one stream or several."""
-    return list(samples.unbind()) if samples.is_nested else [samples]
-
-
-def same(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(latents(a), latents(b), strict=True))
-
-
 # the same for a model of whole steps: its rule would look at errors first
 HALF = SmoothCacheSettings(budget=3, order=0)
 
@@ -49,35 +32,6 @@ def cached(model, settings):
     if settings is ALWAYS and level_of(model) == "step":
         return apply_smoothcache(model, HALF, watch=records.append), records
     return apply_teacache(model, settings, watch=records.append), records
-
-
-class Spy:
-    """Sees every call of the model from outside, and can make the same call of the model without
-    caching.
-    """
-
-    def __init__(self, model):
-        self.calls = []
-        self.model = model.clone()
-        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", self._see)
-
-    def _see(self, executor, *args, **kwargs):
-        inputs = [arg.clone() if torch.is_tensor(arg) else arg for arg in args]
-        self.calls.append((inputs, kwargs, executor(*args, **kwargs).clone()))
-        return self.calls[-1][-1].clone()
-
-    def plain(self, call: int) -> torch.Tensor:
-        """What the model gives for that call's inputs by itself."""
-        (x, t, c_concat, c_crossattn, control, options), kwargs, _ = self.calls[call]
-        options = {
-            key: value
-            for key, value in options.items()
-            if key in ("cond_or_uncond", "uuids", "sigmas", "sample_sigmas")
-        }
-        with torch.no_grad():
-            return self.model.model.apply_model(
-                x, t, c_concat, c_crossattn, control, options, **kwargs
-            )
 
 
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
@@ -139,26 +93,6 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
     assert records[-1].reused >= STEPS - 3
     for one, other in zip(latents(together), latents(apart), strict=True):
         assert torch.allclose(one, other, rtol=0, atol=2e-3 * one.abs().max().item())
-
-
-def measured(model, family, error: float) -> Calibration:
-    """A calibration in which reusing any part costs the same error at any step."""
-    sigmas = tiny_models.schedule(model, STEPS).tolist()
-    blocks = family_of(model.model.diffusion_model)
-    every = ["step", *kinds(blocks, "block"), *kinds(blocks, "sublayer")]
-    curves = {
-        kind: Curve(
-            [[error] * (STEPS - k) for k in (1, 2, 3)], [[0.0] * (STEPS - k) for k in (1, 2, 3)], 1
-        )
-        for kind in every
-    }
-    return Calibration(
-        {"class": "", "fingerprint": fingerprint(model), "name": family, "weights": ""},
-        {"sampler": "euler", "steps": STEPS, "sigmas": sigmas, "prompts": 1},
-        None,
-        curves,
-        np.zeros((1, STEPS, STEPS)),
-    )
 
 
 def test_blocks_and_their_parts_are_reused_by_a_schedule(model, family, plain):

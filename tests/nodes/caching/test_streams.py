@@ -229,6 +229,9 @@ CACHED = {
     "blocks": lambda m, w: apply_teacache(
         m, TeaCacheSettings(0.5, rule="teacache", coefficients=IDENTITY), watch=w
     ),
+    "blocks, by error": lambda m, w: apply_teacache(
+        m, TeaCacheSettings(0.5, level="blocks"), watch=w
+    ),
 }
 
 

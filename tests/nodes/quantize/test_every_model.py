@@ -13,8 +13,10 @@ import comfy.supported_models
 import pytest
 import torch
 
+import class_walk
 import full_size_models
 import tiny_models
+from class_walk import draw, relative
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import architectures, universal_plan
 from nibble.quant.files.architectures import GROUP, plan, recognise
@@ -22,10 +24,8 @@ from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.source import StateDictSource
 from nibble.quant.svdquant.quantize import SVDQuantJob, layout, predict
 from nibble.quant.svdquant.recipe import Recipe
-from tiny_more_families import MORE, WIDER
 
 FAST = Recipe.from_preset("fast")
-TINY = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
 NO_TRANSFORMER = {  # why not
     **dict.fromkeys(
         ["LotusD", "Stable_Zero123", "SD15_instructpix2pix", "SD15", "SD20", "SD21UnclipL"],
@@ -114,7 +114,7 @@ def test_the_page_says_what_the_walk_found(found):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 6 and (cls := re.fullmatch(r"`(\w+)`", cells[1])):
             rows[cls[1]] = cells[2:]
-    drawn = {family.config for family in (tiny_models.FAMILIES | MORE).values()}
+    drawn = {family.config for family in tiny_models.FAMILIES.values()}
     for name in full_size_models.SIZES:
         shapes, _ = found(name)
         guessed = recognise(shapes, name).guessed
@@ -128,65 +128,44 @@ def test_the_page_says_what_the_walk_found(found):
 
 
 @pytest.fixture(autouse=True)
-def more_families(monkeypatch):
-    for name, family in (MORE | WIDER).items():
-        monkeypatch.setitem(tiny_models.FAMILIES, name, family)
+def wide(monkeypatch):
+    class_walk.widen(monkeypatch)
 
 
-@pytest.mark.parametrize("name", [*tiny_models.FAMILIES, *MORE])
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
 def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(universal_plan, "LEAST", 1)
     dense = tiny_models.build(name)
-    job = SVDQuantJob.prepare(StateDictSource(_state(dense)), tmp_path / "made.safetensors", TINY)
-    report = job.write()
+    source = StateDictSource(class_walk.state(dense))
+    report = SVDQuantJob.prepare(source, tmp_path / "made.safetensors", class_walk.TINY).write()
     assert open_quantized(tmp_path / "made.safetensors").layers
-    quantized = _load(name, tmp_path / "made.safetensors", monkeypatch)
-    error = _relative(_draw(quantized, name), _draw(dense, name))
-    assert error < 0.6
+    quantized = class_walk.load(name, tmp_path / "made.safetensors", monkeypatch)
+    assert relative(draw(quantized, name), draw(dense, name)) < 0.6
     guessed = any(architectures.GUESSED == note for note in report.notes)
     assert guessed == (report.architecture == universal_plan.NAME)
 
 
-@pytest.mark.parametrize("name", ["minimax h3", "lens", "joyimage", "ace-step 1.5", "triposplat"])
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_a_tiny_model_of_codewords_is_loaded_and_draws(name, tmp_path, monkeypatch):
+    """VQ at 3 bits: the picture is nearer to that of 16 bit than a model of other weights draws."""
+    path = class_walk.quantized(name, tmp_path, "vq")
+    file = open_quantized(path)
+    assert file.layers
+    assert {layer["format"] for layer in file.layers.values()} == {"vq"}
+    dense = tiny_models.build(name)
+    plain, other = draw(dense, name), draw(tiny_models.build(name, seed=1), name)
+    error = relative(draw(class_walk.load(name, path, monkeypatch), name), plain)
+    assert error < 0.5 * relative(other, plain)
+
+
+IN_RAM = {  # families with 4-bit modulation layers, which can stay in RAM
+    "flux"
+}
+
+
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
 def test_modulation_in_ram_gives_the_same_picture(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(universal_plan, "LEAST", 1)
-    dense, path = tiny_models.build(name), tmp_path / "made.safetensors"
-    SVDQuantJob.prepare(StateDictSource(_state(dense)), path, TINY).write()
-    in_vram = _load(name, path, monkeypatch)
-    in_ram = _load(name, path, monkeypatch, modulation_in="ram")
-    assert loading.ram_kept(in_ram)
-    assert _relative(_draw(in_ram, name), _draw(in_vram, name)) < 1e-5
-
-
-def _state(model) -> dict:
-    state = model.model.diffusion_model.state_dict()
-    return {key: value.contiguous() for key, value in state.items()}
-
-
-def _load(name, path, monkeypatch, **options):
-    """The file by Nibble's loader; ComfyUI's detection, which knows published widths alone, is told
-    the tiny ones.
-    """
-    family = tiny_models.FAMILIES[name]
-
-    def told(*_args, **_kwargs):
-        config = getattr(comfy.supported_models, family.config)(dict(family.options))
-        config.unet_config.update(family.options)
-        return config
-
-    monkeypatch.setattr(comfy.model_detection, "model_config_from_unet", told)
-    monkeypatch.setattr(type(told()), "process_unet_state_dict", lambda self, state: state)
-    return loading.load(path, dtype="fp32", **options)
-
-
-def _draw(model, name):
-    with torch.inference_mode():
-        return tiny_models.sample(model, name, steps=1)
-
-
-def _relative(found, wanted) -> float:
-    found, wanted = (
-        torch.cat([part.flatten() for part in (value.unbind() if value.is_nested else [value])])
-        for value in (found, wanted)
-    )
-    return ((found - wanted).norm() / wanted.norm()).item()
+    path = class_walk.quantized(name, tmp_path)
+    in_vram = class_walk.load(name, path, monkeypatch)
+    in_ram = class_walk.load(name, path, monkeypatch, modulation_in="ram")
+    assert bool(loading.ram_kept(in_ram)) == (name in IN_RAM)
+    assert relative(draw(in_ram, name), draw(in_vram, name)) < 1e-5

@@ -1,0 +1,13 @@
+"""What Nibble's other methods do on the tiny models of every family (tiny_models): which families a
+method refuses, and words of the sentence that says so. docs/models.md is the same as a table.
+"""
+
+from __future__ import annotations
+
+SEVERAL_STREAMS = "several streams"
+NOT_TRAINED = dict.fromkeys(
+    ["minimax h3", "ltx-2 (video and sound)", "triposplat"], SEVERAL_STREAMS
+)
+# families whose noise and data do not lie on straight lines
+NO_FLOW = {"sdxl", "pixart", "hunyuan dit", "cosmos 1", "cosmos predict 2", "cogvideox"}
+NO_CAF = dict.fromkeys(NO_FLOW, "rectified-flow") | NOT_TRAINED
