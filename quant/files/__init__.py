@@ -17,4 +17,5 @@ source_layouts.py how ComfyUI's own quantized formats are read
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
+memory/           what models, text encoders and VAEs will take at work, before anything is made
 """
