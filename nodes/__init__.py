@@ -20,8 +20,8 @@ bridge/          what they call
 from comfy_api.latest import ComfyExtension
 
 from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
-from . import vram as vram_plan
 from . import vq4dit as vq
+from . import vram as vram_plan
 from .bridge.quantized import registration
 
 NODES = [

@@ -1,5 +1,7 @@
 """The numbers of quant/files/memory/published.json, from ComfyUI's own classes: its tests compare
-them.
+them. The file is written anew by
+
+    COMFYUI_PATH=~/ComfyUI python tests/support/published_sizes.py
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+import checkout  # noqa: F401  (loads this checkout as `nibble`)
 import full_size_models
-from nibble.quant.files.memory import weights
+from nibble.quant.files.memory import published, weights
 from nibble.quant.files.memory.decoders import decoder_of
 from nibble.quant.svdquant.quantize import predict
 from nibble.quant.svdquant.recipe import Recipe
 
+PAGE = Path(published.__file__).with_suffix(".json")
 FAST = Recipe.from_preset("fast")
 META = torch.device("meta")
 
@@ -136,3 +140,36 @@ def vaes() -> dict[str, dict]:
         assert decoder_of(shapes) is not None
         rows[name] = {"numbers": sum(tensor.numel() for tensor in state.values())}
     return rows
+
+
+def rows() -> dict:
+    """published.json as it should be."""
+    page = json.loads(PAGE.read_text(encoding="utf-8"))
+    for row in page["models"]:
+        if "id" in row:
+            row |= sizes(row["class"])
+            if isinstance(row["factor"], dict):
+                row["told"] = list(full_size_models.build(row["class"])[0][row["factor"]["of"]])
+    return page | {"encoders": encoders(), "vaes": vaes()}
+
+
+def text(page: dict) -> str:
+    """The file: a line for each row."""
+
+    def one(value) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    parts = [f'"about": {one(page["about"])}']
+    lines = ",\n".join(f"  {one(row)}" for row in page["models"])
+    parts.append(f'"models": [\n{lines}\n ]')
+    for key in ("encoders", "vaes"):
+        lines = ",\n".join(f"  {one(name)}: {one(row)}" for name, row in page[key].items())
+        parts.append(f'"{key}": {{\n{lines}\n }}')
+    return "{\n " + ",\n ".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    import comfyui_in_process
+
+    comfyui_in_process.start()
+    PAGE.write_text(text(rows()), encoding="utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -102,9 +103,7 @@ class LoraWeights:
 
 
 def model_of(
-    path: Path,
-    low_bit: Callable[[Path], QuantizedFile | None],
-    predict: Callable[[Source], Report],
+    path: Path, low_bit: Callable[[Path], QuantizedFile | None], predict: Callable[[Source], Report]
 ) -> ModelWeights:
     """A model's file. low_bit: opens one that is quantized (None: it is not); predict: what
     quantizing a source would give. Raises FileRefused.
@@ -244,7 +243,7 @@ def encoder(name: str, shapes: Shapes, size: int | None, low_bit: bool = False) 
     return EncoderWeights(
         name,
         size,
-        hidden=min(shape[0] for shape in matrices.values()),
+        hidden=Counter(shape[1] for shape in matrices.values()).most_common(1)[0][0] * half,
         widest=max(shape[0] for shape in matrices.values()),
         largest=max(math.prod(shape) for shape in matrices.values()) * half,
         bytes_4=None if low_bit or size < _WORTH else _four_bit(shapes),

@@ -7,21 +7,8 @@ import pytest
 from nibble.quant.files.memory import comfyui, decoders, switches
 from nibble.quant.files.memory.comfyui import GIB, MIB
 from nibble.quant.files.memory.published import Sampler
-from nibble.quant.files.memory.stages import (
-    DECODE,
-    ENCODE,
-    SAMPLE,
-    SYSTEM,
-    Loadout,
-    Work,
-    stages,
-)
-from nibble.quant.files.memory.weights import (
-    EncoderWeights,
-    LoraWeights,
-    ModelWeights,
-    VaeWeights,
-)
+from nibble.quant.files.memory.stages import DECODE, ENCODE, SAMPLE, SYSTEM, Loadout, Work, stages
+from nibble.quant.files.memory.weights import EncoderWeights, LoraWeights, ModelWeights, VaeWeights
 
 FLUX = Sampler(3.1, (8, 1), 2)
 MODEL = ModelWeights("model", 6_600_000_000, FLUX, modulation=1_700_000_000)
