@@ -8,7 +8,9 @@ from . import EXAMPLES
 
 
 def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> None:
-    """Adds quantize, inspect, plan and convert to a parser's subcommands. small_file: for `inspect`."""
+    """Adds quantize, inspect, plan and convert to a parser's subcommands. small_file: for
+    `inspect`.
+    """
     quantize = _command(commands, "quantize", "make the quantized file of a model")
     _quantize_options(quantize)
     quantize.set_defaults(run=_quantize)

@@ -1,5 +1,5 @@
-"""What decoding takes by ComfyUI's estimate (0.33, comfy/sd.py, `VAE.memory_used_decode`), told from
-the names and shapes of a VAE's tensors.
+"""What decoding takes by ComfyUI's estimate (0.33, comfy/sd.py, `VAE.memory_used_decode`), told
+from the names and shapes of a VAE's tensors.
 
 The estimate is of one picture or video; of a batch, ComfyUI decodes as many at once as fit.
 """

@@ -122,7 +122,7 @@ def of_quantized(file: QuantizedFile) -> ModelWeights:
         for name in file.layers
     }
     others = [spec for unit in file.units if unit not in layers for spec in file.specs(unit)]
-    shapes = {f"{name}.weight": (0, 0) for name in layers}
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (0, 0) for name in layers}
     shapes |= {spec.name: spec.shape for spec in others}
     size = {name: sum(spec.nbytes for spec in specs) for name, specs in layers.items()}
     patterns = _modulation_of(file.family, shapes, file.path.name)

@@ -92,7 +92,7 @@ class Large:
     """What `load_models_gpu` asks of a model patcher."""
 
     size = 20 * GIB
-    model = None
+    load_device = CUDA
 
     def model_patches_models(self):
         return []
