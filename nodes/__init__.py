@@ -4,6 +4,7 @@ svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
 text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
+vram.py          what a picture will take of a card and of RAM
 lora.py          what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
 training.py      train an IntLoRA
@@ -33,6 +34,7 @@ from . import (
     training,
 )
 from . import vq4dit as vq
+from . import vram as vram_plan
 from .bridge.quantized import encoders, registration
 
 NODES = [
@@ -40,6 +42,7 @@ NODES = [
     *stock.NODES,
     *text_encoders.NODES,
     *vq.NODES,
+    *vram_plan.NODES,
     *lora.NODES,
     *intlora.NODES,
     *training.NODES,

@@ -9,6 +9,7 @@ import { factsChart } from "./charts/facts.mjs";
 import { layersChart } from "./charts/layers.mjs";
 import { loraChart } from "./charts/lora.mjs";
 import { lossChart } from "./charts/loss.mjs";
+import { memoryChart } from "./charts/memory.mjs";
 import { patchesChart } from "./charts/patches.mjs";
 import { retentionChart } from "./charts/retention.mjs";
 import { stripChart } from "./charts/strip.mjs";
@@ -24,6 +25,7 @@ const KINDS = {
   kept: retentionChart,
   layers: layersChart,
   lora: loraChart,
+  memory: memoryChart,
   patches: patchesChart,
   strip: stripChart,
 };

@@ -6,8 +6,9 @@
  */
 import { CALIBRATION } from "./style/calibration.mjs";
 import { FRAME } from "./style/frame.mjs";
+import { MEMORY } from "./style/memory.mjs";
 import { PATCHES } from "./style/patches.mjs";
 import { PLOTS } from "./style/plots.mjs";
 import { STRIP } from "./style/strip.mjs";
 
-export const CSS = [FRAME, PLOTS, PATCHES, STRIP, CALIBRATION].join("\n");
+export const CSS = [FRAME, PLOTS, PATCHES, STRIP, CALIBRATION, MEMORY].join("\n");

@@ -1,8 +1,9 @@
-"""The terminal's commands of quant: python -m nibble {quantize,inspect,convert}.
+"""The terminal's commands of quant: python -m nibble {quantize,inspect,plan,convert}.
 
 methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
 inspect.py   what a file holds, or what quantizing it would give
+plan.py      what encoding, sampling and decoding will take of a card and of RAM
 convert.py   a 4-bit file in another program's format
 options.py   what can be typed
 console.py   a progress bar, and lines for people
@@ -17,6 +18,7 @@ EXAMPLES = """examples:
   python -m nibble inspect flux1-dev-svdq-int4.safetensors
   python -m nibble inspect --plan flux1-dev
   python -m nibble inspect --plan flux1-dev --method vq --bits 2
+  python -m nibble plan flux1-dev --card "8 GB"
   python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors \
 flux1-dev-nibble.safetensors --to nibble
   python -m nibble demo --out demo.png

@@ -8,7 +8,9 @@ from . import EXAMPLES
 
 
 def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> None:
-    """Adds quantize, inspect and convert to a parser's subcommands. small_file: for `inspect`."""
+    """Adds quantize, inspect, plan and convert to a parser's subcommands. small_file: for
+    `inspect`.
+    """
     quantize = _command(commands, "quantize", "make the quantized file of a model")
     _quantize_options(quantize)
     quantize.set_defaults(run=_quantize)
@@ -17,6 +19,9 @@ def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> N
     )
     _inspect_options(inspect)
     inspect.set_defaults(run=_inspect, small_file=small_file)
+    plan = _command(commands, "plan", "what a model will take of a graphics card and of RAM")
+    _plan_options(plan)
+    plan.set_defaults(run=_plan)
     convert = _command(commands, "convert", "write a 4-bit file in another program's format")
     _convert_options(convert)
     convert.set_defaults(run=_convert)
@@ -38,6 +43,12 @@ def _inspect(options: argparse.Namespace) -> None:
     from .inspect import inspect
 
     inspect(options)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .plan import plan
+
+    plan(options)
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -233,6 +244,41 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read all of the file and compare it with its checksums",
     )
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help=(
+            "file of a diffusion model, quantized or not, or the name of a published one, such as"
+            " flux1-dev, with whose text encoders and VAE the plan is then made"
+        ),
+    )
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        metavar="FILE",
+        help="text encoder: a file, or a name such as t5-xxl; may be repeated",
+    )
+    parser.add_argument("--vae", metavar="FILE", help="VAE: a file, or a name such as flux")
+    parser.add_argument("--lora", action="append", metavar="FILE", help="LoRA; may be repeated")
+    parser.add_argument(
+        "--card", default="8 GB", help="memory of the graphics card, or cpu (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ram", type=float, default=16.0, metavar="GB", help="of the computer (default: 16)"
+    )
+    parser.add_argument("--width", type=int, default=1024, help="in pixels (default: 1024)")
+    parser.add_argument("--height", type=int, help="the same (default: as --width)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once (default: 1)")
+    parser.add_argument("--frames", type=int, default=1, help="of a video (default: 1)")
+    parser.add_argument(
+        "--references",
+        type=int,
+        default=0,
+        help="pictures that the model looks at, as FLUX Kontext does (default: 0)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _convert_options(parser: argparse.ArgumentParser) -> None:

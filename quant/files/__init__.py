@@ -23,4 +23,5 @@ text_encoders.py   which text encoder a file holds, and which of its layers get 
                    (text_encoders.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
+memory/           what models, text encoders and VAEs will take at work, before anything is made
 """

@@ -19,6 +19,12 @@ float | null, "measure": str | null,
  "why": str, "change": float | null}, …],
  "rows": [{"name": str, "computed": [bool | null, …]}, …]}    (a cell a sampling step, null:
    still to come; rows: parts of a step, if any)
+{"kind": "memory", "title": str, "subtitle": str, "summary": [[label, value], …], "verdict": str,
+ "card": bytes that a card has for ComfyUI | null (a CPU), "ram": bytes,
+ "stages": [{"name", "card": [part, …], "ram": [part, …], "streamed": bytes, "before": bytes}, …],
+ "switches": [{"name", "stage", "saves": bytes, "costs", "how", "on": bool}, …]}
+   (a part: {"label", "bytes", "kind": of `quant/files/memory/stages.py`}; before: the stage's peak
+   without the switches)
 {"kind": "calibration", "title": str, "subtitle": str, "summary": [[label, value], …], "points":
 [[x, y], …], "fit": [[x, y], …],
  "series": [{"name": str, "y": [float | null, …]}, …]}        (what entered and left the model,
@@ -70,6 +76,18 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
     }
 
 
+def vram_line(needed: tuple[int, int], device: torch.device) -> list[str]:
+    """What a loaded model needs (`loading.vram_needed`), as a line of a summary."""
+    where = " on a graphics card" if device.type == "cpu" else ""
+    if device.type == "cuda":
+        where = f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
+    text = (
+        f"about {size(sum(needed))}{where}: {size(needed[0])} of weights, {size(needed[1])} that"
+        " ComfyUI sets aside for 1024 × 1024 (VRAM Plan tells more)"
+    )
+    return ["VRAM", text]
+
+
 def error_lines(file: QuantizedFile) -> list[list[str]]:
     """What a file's report tells of its layers' errors, as lines of a summary."""
     text = file.metadata.get("report")
@@ -97,19 +115,8 @@ def model_chart(
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
     w4a4, op = _main_layers(formats)
     backend, reason = kernels.which(op, device)
-    whole = (
-        f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
-        if device.type == "cuda"
-        else ""
-    )
     summary = [
-        [
-            "VRAM",
-            (
-                f"about {size(sum(needed))}{whole}: {size(needed[0])} of weights, {size(needed[1])}"
-                " that ComfyUI estimates for 1024 × 1024"
-            ),
-        ],
+        vram_line(needed, device),
         ["file", f"{size(file.size)}, {file.kind}"],
         [
             "layers",

@@ -117,19 +117,8 @@ def loaded_chart(file: QuantizedFile, model: ModelPatcher, activations: str = "a
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
     """Facts about a loaded model: VRAM, size, bits a weight, layers, error and what computes it."""
     backend, reason = kernels.which("linear_vq", device)
-    whole = (
-        f" of {charts.size(torch.cuda.get_device_properties(device).total_memory)}"
-        if device.type == "cuda"
-        else ""
-    )
     summary = [
-        [
-            "VRAM",
-            (
-                f"about {charts.size(sum(needed))}{whole}: {charts.size(needed[0])} of weights,"
-                f" {charts.size(needed[1])} that ComfyUI estimates for 1024 × 1024"
-            ),
-        ],
+        charts.vram_line(needed, device),
         ["file", f"{charts.size(file.size)}, {file.kind}"],
         ["bits per weight", f"{bits_per_weight(file):.2f}"],
         ["layers", _layouts(file.layers)],

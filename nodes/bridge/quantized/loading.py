@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import FileRefused, reading
 from ....quant.files.layer_formats import FORMATS, OPTIONAL
+from ....quant.files.memory import comfyui
 from ....quant.interop.opening import OpenedFiles, method_of
 from ....quant.weights.delta import SIDE
 from ..host import folders, progress
@@ -212,12 +213,12 @@ def ram_kept(patcher: ModelPatcher) -> int:
 
 
 def vram_needed(patcher: ModelPatcher, pixels: int = 1024) -> tuple[int, int]:
-    """(bytes of the weights, bytes that ComfyUI estimates for making one picture of pixels x pixels
-    without CFG).
+    """(bytes of the weights, bytes that ComfyUI sets aside on a GPU for making one picture of
+    pixels x pixels without CFG). For a model on a CPU: as on a GPU of 16-bit numbers.
     """
-    latent = patcher.model.latent_format
-    side = pixels // getattr(latent, "spacial_downscale_ratio", 8)
-    frames = [1] * (getattr(latent, "latent_dimensions", 2) - 2)
-    return patcher.model_size(), int(
-        patcher.model.memory_required([1, latent.latent_channels, *frames, side, side])
-    )
+    model = patcher.model
+    side = pixels // getattr(model.latent_format, "spacial_downscale_ratio", 8)
+    on_cpu = patcher.load_device.type == "cpu"
+    itemsize = 2 if on_cpu else model.get_dtype_inference().itemsize
+    step = comfyui.sampling(model.memory_usage_factor, side**2, itemsize)
+    return patcher.model_size(), step

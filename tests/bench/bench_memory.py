@@ -1,0 +1,188 @@
+"""The memory plan beside measured peaks, on a CPU: COMFYUI_PATH=~/ComfyUI python -m nibble bench
+memory --model flux1-dev-svdq.safetensors.
+
+Each stage runs in a process of its own, in ComfyUI's own classes and at full width, with random
+weights; the peak is the resident memory (VmHWM of /proc, reset before the work), so Linux only.
+
+    program  Python, torch, ComfyUI and Nibble, imported
+    encode   T5-XXL of a few blocks reads 512 tokens: what a block takes does not depend on how many
+      there are
+    sample   one step with --model at each of --sizes
+    decode   FLUX.1's VAE, --size pixels
+
+`held` is what the stage holds before the work, `work` how much more at its peak; `plan` has the
+same of quant/files/memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+import checkout  # noqa: F401
+import comfyui_in_process
+from bench import machine
+
+STAGES = ("program", "encode", "sample", "decode")
+BLOCKS = 2  # of T5
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM at most since `forget_peak`."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_peak() -> None:
+    """From now on VmHWM is of what comes."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def measured(work) -> dict:
+    """What was held before `work()`, and how much more during it."""
+    held = resident("VmRSS")
+    forget_peak()
+    began = time.monotonic()
+    work()
+    peak = resident("VmHWM")
+    return {
+        "held": held,
+        "work": peak - held,
+        "peak": peak,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+# ---- the stages, each in its process
+
+
+def encode(_options) -> dict:
+    import comfy
+    import torch
+    from comfy.text_encoders import t5
+
+    from nibble.quant.files.memory import weights
+
+    place = Path(comfy.sd.__file__).parent / "text_encoders" / "t5_config_xxl.json"
+    config = json.loads(place.read_text("utf-8")) | {"num_layers": BLOCKS}
+    model = t5.T5(config, torch.float16, "cpu", comfy.ops.manual_cast)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    tokens = torch.randint(0, 1000, (1, weights.TOKENS))
+    with torch.inference_mode():
+        mask = torch.ones(1, weights.TOKENS)
+        found = measured(lambda: model(tokens, mask, dtype=torch.float32))
+    return found | {"plan": {"work": weights.published_encoder("t5-xxl").work}}
+
+
+def sample(options) -> dict:
+    import comfy.samplers
+    import torch
+
+    from nibble.nodes.bridge.quantized import loading
+    from nibble.quant.cli.plan import model
+    from nibble.quant.files.memory.stages import Loadout, Work, stages
+
+    loadout = Loadout(model(str(options.model)))
+    rows = {}
+    for size in options.sizes:
+        patcher = loading.load(options.model)
+        guider = comfy.samplers.CFGGuider(patcher)
+        text = torch.randn(1, 512, 4096) * 0.25
+        facts = {"pooled_output": torch.randn(1, 768), "guidance": 3.5}
+        guider.inner_set_conds({"positive": [[text, facts]]})
+        noise = torch.randn(1, 16, size // 8, size // 8)
+        euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0])
+
+        def step(guider=guider, noise=noise, euler=euler, sigmas=sigmas):
+            guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True)
+
+        found = measured(step)
+        (stage,) = stages(loadout, Work(size=(size, size), card=None, ram=10**12))
+        work = sum(part.bytes for part in stage.ram if part.kind == "work")
+        plan = {"work": work, "held": stage.ram_peak - work, "peak": stage.ram_peak}
+        rows[str(size)] = found | {"plan": plan}
+        del patcher, guider
+    return rows
+
+
+def decode(options) -> dict:
+    import comfy.sd
+    import torch
+
+    import published_sizes
+    from nibble.quant.files.memory.stages import PROGRAM
+    from nibble.quant.files.memory.weights import published_vae
+
+    shapes = published_sizes.VAES["flux"]
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    vae = comfy.sd.VAE(sd=tensors, dtype=torch.float32)
+    for parameter in vae.first_stage_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    side = options.size // 8
+    latent = torch.randn(1, 16, side, side)
+    work = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
+    found = measured(work or (lambda: vae.decode(latent)))
+    kind = published_vae("flux")
+    size = (options.size, options.size)
+    bytes_of = kind.decoder.tiled if options.tiled else kind.decoder.bytes
+    return found | {"plan": {"work": bytes_of(1, size, 4), "held": PROGRAM + 4 * kind.numbers}}
+
+
+def program(_options) -> dict:
+    import nibble.nodes.bridge.quantized.loading  # noqa: F401
+    from nibble.quant.files.memory.stages import PROGRAM
+
+    return measured(lambda: None) | {"plan": {"held": PROGRAM}}
+
+
+# ---- all of them
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent / "results" / "memory.json"
+    )
+    parser.add_argument("--model", type=Path, help="a 4-bit FLUX.1 file, for `sample`")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels, for `sample`")
+    parser.add_argument("--size", type=int, default=1024, help="pixels, for `decode`")
+    parser.add_argument("--tiled", action="store_true", help="`decode` in tiles")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--name", help="of the rows in --out (default: the stage's)")
+    parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        comfyui_in_process.start()
+        print(json.dumps(globals()[options.alone](options)))
+        return
+    out = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
+    out["environment"] = machine.describe_cpu()
+    for stage in options.stages:
+        if stage == "sample" and options.model is None:
+            continue
+        row = _in_a_process(stage)
+        out[options.name or stage] = row
+        print(options.name or stage, json.dumps(row, indent=1), flush=True)
+        options.out.write_text(json.dumps(out, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _in_a_process(stage: str) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--alone", stage]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
