@@ -15,6 +15,7 @@ prompts.py        prompts to calibrate on, as text encoders gave them
 source.py         the 16-bit model that is quantized
 source_layouts.py how ComfyUI's own quantized formats are read
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
+kinds.py          what a file is that holds no diffusion model (kinds.json)
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
 """

@@ -77,7 +77,11 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=COMFYUI
             )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()  # else it lives on: what fails here is never left
+            raise
         return self
 
     def _wait(self) -> None:
