@@ -3,6 +3,7 @@
 svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
 vq4dit.py        quantize, load, inspect
+inspect.py       what any model file is
 lora.py          what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
 training.py      train an IntLoRA
@@ -19,6 +20,7 @@ bridge/          what they call
 from comfy_api.latest import ComfyExtension
 
 from . import caching, caf, caf_training, demo, feather, intlora, lora, stock, svdquant, training
+from . import inspect as inspecting
 from . import vq4dit as vq
 from .bridge.quantized import registration
 
@@ -26,6 +28,7 @@ NODES = [
     *svdquant.NODES,
     *stock.NODES,
     *vq.NODES,
+    *inspecting.NODES,
     *lora.NODES,
     *intlora.NODES,
     *training.NODES,

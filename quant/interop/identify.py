@@ -20,6 +20,7 @@ from ..files.errors import FileRefused, reading
 from ..files.kinds import Kind, kind_of, own_kind
 from ..files.safetensors import DTYPE_NAMES, Header, SafetensorsFile
 from ..files.source import PREFIXES
+from .nunchaku_folder import parts_of
 from .nunchaku_lora import is_nunchaku_lora
 from .opening import is_4bit, method_of, open_4bit
 
@@ -34,6 +35,7 @@ _STARTS = {
 }
 _STARTS[b"\x80"] = _STARTS[b"PK\x03\x04"]
 _BESIDE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders.")
+_LONGEST_JSON = 2**26  # bytes
 _MOST_FORMATS = 2000  # layers whose JSON is looked at: all of them say the same, or nearly
 
 
@@ -42,23 +44,40 @@ def identify(path: str | os.PathLike) -> Kind:
     that is damaged.
     """
     path = Path(path)
-    if path.is_dir():
-        return _folder(path)
     with reading(path):
+        if path.is_dir():
+            return _low_bit(open_4bit(path)) if is_published(path) else _folder(path)
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(_LONGEST_JSON if path.suffix == ".json" else 4)
+        if path.suffix == ".json":
+            return _json(path, start)
         kind = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
         return kind or _safetensors(path)
 
 
+def is_published(path: str | os.PathLike) -> bool:
+    """Whether a file, or a folder, is a low-bit model that `open_4bit` opens. Raises FileRefused
+    for a folder that lacks a part.
+    """
+    path = Path(path)
+    parts = parts_of(path) if path.is_dir() and any(path.glob("*.safetensors")) else [path]
+    return parts is not None and is_4bit(parts[0])
+
+
 def _folder(path: Path) -> Kind:
-    if is_4bit(path / "transformer_blocks.safetensors"):
-        return _low_bit(open_4bit(path))
     if (path / "model_index.json").is_file():
         return Kind("a folder of diffusers, a whole pipeline", "diffusers", "diffusers")
     if (path / "config.json").is_file():
         return Kind("a folder of diffusers, one model of a pipeline", "", "diffusers")
     raise FileRefused(f"{path.name} is a folder without a model; choose one of its files.")
+
+
+def _json(path: Path, text: bytes) -> Kind:
+    content = json.loads(text)
+    kind = own_kind(content.get("format")) if isinstance(content, dict) else None
+    if kind is None:
+        raise FileRefused(f"{path.name} is text (JSON) without a model; choose a model's file.")
+    return kind
 
 
 def _safetensors(path: Path) -> Kind:
