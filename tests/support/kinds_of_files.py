@@ -78,8 +78,7 @@ BUILT = {
         ),
         "minimax h3, sound": _of("comfy.ldm.minimax.audio_vae.MiniMaxH3AudioVAE"),
         "minimax music": _of(
-            "comfy.ldm.minimax_music.dav.MiniMaxMusic3DAV",
-            operations=comfy.ops.disable_weight_init,
+            "comfy.ldm.minimax_music.dav.MiniMaxMusic3DAV", operations=comfy.ops.disable_weight_init
         ),
         "triposplat": _of("comfy.ldm.triposplat.vae.OctreeGaussianDecoder"),
     },
@@ -91,56 +90,82 @@ BUILT = {
             "comfy.clip_model.CLIPTextModel", _json("clip_config_bigg.json"), **OPERATIONS
         ),
         "t5 xxl": _of(
-            "comfy.text_encoders.t5.T5",
-            _json("text_encoders/t5_config_xxl.json"),
-            **OPERATIONS,
+            "comfy.text_encoders.t5.T5", _json("text_encoders/t5_config_xxl.json"), **OPERATIONS
         ),
         "umt5 xxl": _of(
-            "comfy.text_encoders.t5.T5",
-            _json("text_encoders/umt5_config_xxl.json"),
-            **OPERATIONS,
+            "comfy.text_encoders.t5.T5", _json("text_encoders/umt5_config_xxl.json"), **OPERATIONS
         ),
         "t5 base": _of(
-            "comfy.text_encoders.t5.T5",
-            _json("text_encoders/t5_config_base.json"),
-            **OPERATIONS,
+            "comfy.text_encoders.t5.T5", _json("text_encoders/t5_config_base.json"), **OPERATIONS
         ),
         **{
             name: _llama(name)
             for name in (
-                "Llama2", "Mistral3Small24B", "Qwen25_3B", "Qwen3_06B", "Qwen3_4B", "Qwen3_8B",
-                "Qwen25_7BVLI", "Gemma2_2B", "Gemma3_4B", "Gemma3_12B", "Ovis25_2B",
+                "Llama2",
+                "Mistral3Small24B",
+                "Qwen25_3B",
+                "Qwen3_06B",
+                "Qwen3_4B",
+                "Qwen3_8B",
+                "Qwen25_7BVLI",
+                "Gemma2_2B",
+                "Gemma3_4B",
+                "Gemma3_12B",
+                "Ovis25_2B",
             )
         },
     },
     "clip_vision": {
         name: _of("comfy.clip_model.CLIPVisionModelProjection", _json(f"{name}.json"), **OPERATIONS)
-        for name in ("clip_vision_config_vitl", "clip_vision_config_h", "clip_vision_config_g",
-                     "clip_vision_siglip_384")
+        for name in (
+            "clip_vision_config_vitl",
+            "clip_vision_config_h",
+            "clip_vision_config_g",
+            "clip_vision_siglip_384",
+        )
     }
     | {
         "dino 2": _of(
             "comfy.image_encoders.dino2.Dinov2Model",
             _json("image_encoders/dino2_large.json"),
             **OPERATIONS,
-        ),
+        )
     },
     "controlnet": {
         "sd 1.5": _of("comfy.cldm.cldm.ControlNet", hint_channels=3, **UNET),
         "flux": _of(
-            "comfy.ldm.flux.controlnet.ControlNetFlux", image_model="flux", in_channels=16,
-            vec_in_dim=64, context_in_dim=64, hidden_size=128, mlp_ratio=4.0, num_heads=1, depth=2,
-            depth_single_blocks=0, axes_dim=[16, 56, 56], theta=10000, qkv_bias=True,
-            guidance_embed=True, patch_size=2, out_channels=16, **OPERATIONS,
+            "comfy.ldm.flux.controlnet.ControlNetFlux",
+            image_model="flux",
+            in_channels=16,
+            vec_in_dim=64,
+            context_in_dim=64,
+            hidden_size=128,
+            mlp_ratio=4.0,
+            num_heads=1,
+            depth=2,
+            depth_single_blocks=0,
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            qkv_bias=True,
+            guidance_embed=True,
+            patch_size=2,
+            out_channels=16,
+            **OPERATIONS,
         ),  # fmt: skip
         "t2i adapter": _of(
-            "comfy.t2i_adapter.adapter.Adapter", cin=64, channels=[32, 64, 128, 128], nums_rb=2,
-            ksize=1, sk=True, use_conv=False,
+            "comfy.t2i_adapter.adapter.Adapter",
+            cin=64,
+            channels=[32, 64, 128, 128],
+            nums_rb=2,
+            ksize=1,
+            sk=True,
+            use_conv=False,
         ),  # fmt: skip
     },
     "model_patches": {
         "qwen-image": _of(
-            "comfy_extras.nodes_model_patch.QwenImageBlockWiseControlNet", num_layers=2,
+            "comfy_extras.nodes_model_patch.QwenImageBlockWiseControlNet",
+            num_layers=2,
             **OPERATIONS,
         ),  # fmt: skip
         "multitalk": _of("comfy_extras.nodes_model_patch.MultiTalkModelPatch", **OPERATIONS),
@@ -148,24 +173,28 @@ BUILT = {
     "style_models": {
         "redux": _of("comfy.ldm.flux.redux.ReduxImageEncoder"),
         "t2i style": _of(
-            "comfy.t2i_adapter.adapter.StyleAdapter", width=64, context_dim=64, num_head=8,
-            n_layes=1, num_token=8,
+            "comfy.t2i_adapter.adapter.StyleAdapter",
+            width=64,
+            context_dim=64,
+            num_head=8,
+            n_layes=1,
+            num_token=8,
         ),  # fmt: skip
     },
     "audio_encoders": {
-        "wav2vec 2": _of("comfy.audio_encoders.wav2vec2.Wav2Vec2Model", num_layers=1, **OPERATIONS),
+        "wav2vec 2": _of("comfy.audio_encoders.wav2vec2.Wav2Vec2Model", num_layers=1, **OPERATIONS)
     },
     "latent_upscale_models": {
         "ltx": _of(
             "comfy.ldm.lightricks.latent_upsampler.LatentUpsampler", comfy.ops.disable_weight_init
-        ),
+        )
     },
     "frame_interpolation": {
         "film": _of("comfy_extras.frame_interpolation_models.film_net.FILMNet"),
         "rife": _of("comfy_extras.frame_interpolation_models.ifnet.IFNet"),
     },
     "background_removal": {
-        "birefnet": _of("comfy.background_removal.birefnet.BiRefNet", **OPERATIONS),
+        "birefnet": _of("comfy.background_removal.birefnet.BiRefNet", **OPERATIONS)
     },
     "photomaker": {"photomaker": _of("comfy_extras.nodes_photomaker.PhotoMakerIDEncoder")},
     "upscale_models": {
