@@ -1,5 +1,5 @@
-"""Files of every kind that ComfyUI loads, as the names of their tensors: from ComfyUI's own classes,
-built without weights, so that the answer is known by construction.
+"""Files of every kind that ComfyUI loads, as the names of their tensors: from ComfyUI's own
+classes, built without weights, so that the answer is known by construction.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ BUILT = {
     "photomaker": {"photomaker": _of("comfy_extras.nodes_photomaker.PhotoMakerIDEncoder")},
     "upscale_models": {
         "esrgan": _of("spandrel.architectures.ESRGAN.ESRGAN", num_filters=8, num_blocks=1),
-        "compact": _of("spandrel.architectures.Compact.SRVGGNetCompact", num_feat=8, num_conv=3),
+        "compact": _of("spandrel.architectures.Compact.Compact", num_feat=8, num_conv=3),
         "span": _of(
             "spandrel.architectures.SPAN.SPAN", num_in_ch=3, num_out_ch=3, feature_channels=8
         ),
@@ -215,6 +215,7 @@ BUILT = {
 
 def names(folder: str, label: str) -> set[str]:
     """The names of the tensors of one of `BUILT`."""
-    with torch.device("meta"):
+    # upscalers look at their own numbers while they are built
+    with torch.device("cpu" if folder == "upscale_models" else "meta"):
         module = BUILT[folder][label]()
     return set(module.state_dict())
