@@ -35,6 +35,7 @@ _STARTS = {
 }
 _STARTS[b"\x80"] = _STARTS[b"PK\x03\x04"]
 _BESIDE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders.")
+_PARTS = ("transformer_blocks", "unquantized_layers", "diffusion_pytorch_model")
 _LONGEST_JSON = 2**26  # bytes
 _MOST_FORMATS = 2000  # layers whose JSON is looked at: all of them say the same, or nearly
 
@@ -47,12 +48,9 @@ def identify(path: str | os.PathLike) -> Kind:
     with reading(path):
         if path.is_dir():
             return _low_bit(open_4bit(path)) if is_published(path) else _folder(path)
-        with open(path, "rb") as file:
-            start = file.read(_LONGEST_JSON if path.suffix == ".json" else 4)
         if path.suffix == ".json":
-            return _json(path, start)
-        kind = next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
-        return kind or _safetensors(path)
+            return _json(path)
+        return _by_start(path) or _safetensors(path)
 
 
 def is_published(path: str | os.PathLike) -> bool:
@@ -60,8 +58,23 @@ def is_published(path: str | os.PathLike) -> bool:
     for a folder that lacks a part.
     """
     path = Path(path)
-    parts = parts_of(path) if path.is_dir() and any(path.glob("*.safetensors")) else [path]
+    if not path.is_dir():
+        return is_4bit(path)
+    if not any(file.name.startswith(_PARTS) for file in path.glob("*.safetensors")):
+        return False
+    parts = parts_of(path)
     return parts is not None and is_4bit(parts[0])
+
+
+def _by_start(path: Path) -> Kind | None:
+    """What a file is that is no safetensors file, from its first bytes."""
+    if not path.exists():
+        return None  # the reader of safetensors says so
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # a header's length may begin as anything
+        return None
+    return next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
 
 
 def _folder(path: Path) -> Kind:
@@ -72,8 +85,9 @@ def _folder(path: Path) -> Kind:
     raise FileRefused(f"{path.name} is a folder without a model; choose one of its files.")
 
 
-def _json(path: Path, text: bytes) -> Kind:
-    content = json.loads(text)
+def _json(path: Path) -> Kind:
+    with open(path, "rb") as file:
+        content = json.loads(file.read(_LONGEST_JSON))
     kind = own_kind(content.get("format")) if isinstance(content, dict) else None
     if kind is None:
         raise FileRefused(f"{path.name} is text (JSON) without a model; choose a model's file.")

@@ -15,7 +15,8 @@ from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.kinds import kind_of, own_kind
 from nibble.quant.interop.identify import identify
 from nibble.quant.training import state
-from random_flux import RandomFlux, flux_state, quantize
+from published_files import RandomFlux
+from random_flux import flux_state, quantize
 
 SMALL = dict(double=1, single=1, hidden=64, context=64, vector=64, channels=16)
 
