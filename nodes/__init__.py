@@ -5,6 +5,7 @@ stock.py         quantize for ComfyUI without this pack
 text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
 vram.py          what a picture will take of a card and of RAM
+inspect.py       what any model file is
 lora.py          what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
 training.py      train an IntLoRA
@@ -33,6 +34,7 @@ from . import (
     text_encoders,
     training,
 )
+from . import inspect as inspecting
 from . import vq4dit as vq
 from . import vram as vram_plan
 from .bridge.quantized import encoders, registration
@@ -42,6 +44,7 @@ NODES = [
     *stock.NODES,
     *text_encoders.NODES,
     *vq.NODES,
+    *inspecting.NODES,
     *vram_plan.NODES,
     *lora.NODES,
     *intlora.NODES,

@@ -11,12 +11,13 @@ from ..files.modelspec import PREFIX, REQUIRES
 from ..files.report import LayerRow, Report
 from ..files.source import Source
 from ..interop.convert import facts_of as published_summary
-from ..interop.opening import is_4bit
+from ..interop.identify import identify, is_published
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
 from .console import Bar, print_summary
 from .methods import JOBS
 
+_MODELS = ("diffusion_models", "checkpoints")  # folders of models that could be quantized
 # what a file's metadata tell people
 _TOLD = (REQUIRES, *(f"{PREFIX}{key}" for key in ("title", "author", "license")))
 
@@ -53,6 +54,7 @@ def _own_file(options: argparse.Namespace) -> dict:
             quantized.verify(bar)
     return {
         "file": quantized.path.name,
+        "kind": identify(quantized.path).line,
         "format": quantized.metadata["nibble_version"],
         "method": quantized.metadata["method"],
         "layers": quantized.layers,
@@ -62,21 +64,26 @@ def _own_file(options: argparse.Namespace) -> dict:
 
 
 def _other_file(options: argparse.Namespace) -> dict:
-    """A published 4-bit file, or a model that can be quantized."""
+    """A published 4-bit file, a model that can be quantized, or whatever else it is."""
     if options.verify:
         raise FileRefused(
             f"{Path(options.file).name} was not made by Nibble's quantizers, so --verify finds no"
             " checksums of theirs in it; leave it out."
         )
-    if is_4bit(options.file):
-        summary = published_summary(options.file)
+    path, kind = Path(options.file), identify(options.file)
+    if is_published(path):
+        summary = published_summary(path)
         assert summary is not None  # it is so for Nibble's own alone, which `_own_file` reads
-        return summary
-    source = Source(options.file)
-    report = _of_source(source, SVDQuantRecipe.from_preset("fast"))
+        return summary | {"kind": kind.line}
+    named = {"file": path.name, "kind": kind.line}
+    try:
+        source = Source(path)
+        report = _of_source(source, SVDQuantRecipe.from_preset("fast"))
+    except FileRefused as refusal:
+        # a model that cannot be quantized is told why; what is none needs no telling
+        return named | ({"quantizing": str(refusal)} if kind.folder in _MODELS else {})
     left_out = {"left out": source.left_out} if source.left_out else {}
-    return {
-        "file": source.name,
+    return named | {
         "quantized": False,
         "architecture": report.architecture,
         "weights": source.stored_as,
@@ -125,7 +132,7 @@ def _print_content(content: dict, verified: bool) -> None:
         report = Report.from_json(json.dumps(content["report"]))
     lines = [
         (key, json.dumps(content[key]))
-        for key in ("format", "method", *_TOLD, "source", "recipe", "calibration")
+        for key in ("kind", "format", "method", *_TOLD, "source", "recipe", "calibration")
         if key in content
     ]
     lines += report.summary()

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import text_encoders, universal_plan
+from . import kinds, text_encoders, universal_plan
 from .errors import FORMS, FileRefused
 
 GROUP = 64
@@ -137,6 +137,12 @@ def recognise(
     guess = universal_plan.guess(shapes)
     if guess is not None:
         return _guessed(guess)
+    kind = kinds.kind_of(shapes)
+    if kind is not None and kind.folder != "diffusion_models":
+        raise FileRefused(
+            f"{file} is {kind.what} and not a diffusion model: it belongs in models/{kind.folder};"
+            " choose a file from the diffusion_models folder."
+        )
     raise FileRefused(
         f"{file} holds no diffusion transformer: it has no blocks that repeat and read a time step"
         f" (its first tensors are {', '.join(sorted(shapes)[:3])}); choose a file from the"

@@ -2,6 +2,7 @@
 and written for those programs.
 
 opening.py         which program wrote a file; the file opened
+identify.py        what any file of ComfyUI's folders is, in one line
 nunchaku_read.py   Nunchaku's INT4 files, and diffusers' dialect of them
 nunchaku_fp4.py    Nunchaku's NVFP4 files; nunchaku_fp4_write.py the way back
 nunchaku_folder.py those of them that are a folder

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from comfyui_server import Refused
-from demo_graphs import FLUX, WEIGHTS, Graph
+from demo_graphs import FLUX, WEIGHTS, Graph, all_in_one
 from nibble import __main__ as cli
 
 
@@ -63,10 +63,7 @@ def test_one_loader_of_nibble_s_opens_codewords_and_comfyui_s_own_too(server, co
 
 
 def test_load_checkpoint_opens_an_all_in_one_file(server, quantized):
-    state = load_file(server.folder("diffusion_models") / quantized)
-    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
-    save_file(whole, server.folder("checkpoints") / "whole.safetensors")
-    drawn = picture(server, "CheckpointLoaderSimple", ckpt_name="whole.safetensors")
+    drawn = picture(server, "CheckpointLoaderSimple", ckpt_name=all_in_one(server, quantized))
     assert np.array_equal(drawn, ours(server, quantized))
 
 

@@ -16,26 +16,8 @@ PSNR_FLOOR = 18.0  # dB, of a 64 x 64 picture in 8 steps: 3 bits in closed form
 
 
 def quantizer(graph: Graph, **changes) -> str:
-    """VQ Quantize Checkpoint at its defaults, with changes."""
-    defaults = dict(
-        model_name=FLUX,
-        bits="3",
-        preset="fast",
-        filename=FILE,
-        overwrite=False,
-        codewords=0,
-        vector=0,
-        candidates=0,
-        calibration_steps=0,
-        keep_layers="",
-        budget_gb=0.0,
-        rotation=False,
-        modulation="vq",
-        steps=2,
-        memory_gb=2.0,
-        seed=0,
-    )
-    return graph.add("NibbleQuantizeVQ", **(defaults | changes))
+    """VQ Quantize Checkpoint, which writes FILE unless told otherwise."""
+    return graph.vector_quantize(**({"filename": FILE} | changes))
 
 
 def picture(server, name: str | None, lora: str | None = None) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
-START_SECONDS, RUN_SECONDS = 240, 300
+START_SECONDS, RUN_SECONDS = 600, 300
 
 
 class Refused(Exception):
@@ -77,7 +77,11 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=COMFYUI
             )
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__()  # else it lives on: what fails here is never left
+            raise
         return self
 
     def _wait(self) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from comfyui_server import ROOT, Server
 
@@ -19,6 +20,14 @@ def furnish(server: Server) -> Server:
     shutil.copy(WEIGHTS / VAE, server.folder("vae"))
     server.folder("loras")
     return server
+
+
+def all_in_one(server: Server, quantized: str) -> str:
+    """A file for Load Checkpoint of one in models/diffusion_models; returns its name."""
+    state = load_file(server.folder("diffusion_models") / quantized)
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    save_file(whole, server.folder("checkpoints") / "whole.safetensors")
+    return "whole.safetensors"
 
 
 class Graph:
@@ -52,6 +61,28 @@ class Graph:
         )
         self.quantizer = self.add("NibbleQuantizeSVDQuant", **(defaults | changes))
         return self
+
+    def vector_quantize(self, **changes) -> str:
+        """VQ Quantize Checkpoint at its defaults, with changes; returns its id."""
+        defaults = dict(
+            model_name=FLUX,
+            bits="3",
+            preset="fast",
+            filename="",
+            overwrite=False,
+            codewords=0,
+            vector=0,
+            candidates=0,
+            calibration_steps=0,
+            keep_layers="",
+            budget_gb=0.0,
+            rotation=False,
+            modulation="vq",
+            steps=2,
+            memory_gb=2.0,
+            seed=0,
+        )
+        return self.add("NibbleQuantizeVQ", **(defaults | changes))
 
     def load(self, name: str) -> str:
         """The MODEL of a quantized or an ordinary file."""

@@ -20,6 +20,8 @@ from ....quant.files.errors import FileRefused
 from . import file_names
 
 DIFFUSION_MODELS = "diffusion_models"
+# kinds of folders of ComfyUI's that hold no model files
+_NO_MODELS = {"configs", "custom_nodes", "datasets", "diffusers"}
 
 
 def register(folder: str) -> None:
@@ -62,6 +64,22 @@ def _changed_s(path: str) -> float:
         return os.path.getmtime(path)
     except OSError:
         return 0.0
+
+
+def everywhere() -> list[str]:
+    """Every model file of every kind of folder, as "kind/name", in the order of the kinds."""
+    kinds = (kind for kind in sorted(folder_paths.folder_names_and_paths) if kind not in _NO_MODELS)
+    return [f"{kind}/{name}" for kind in kinds for name in folder_paths.get_filename_list(kind)]
+
+
+def of_everywhere(choice: str) -> tuple[Path, str]:
+    """(path, kind of folder) of a choice from `everywhere`. Raises FileRefused for one that is not
+    there.
+    """
+    kind, _, name = choice.partition("/")
+    if kind not in folder_paths.folder_names_and_paths:
+        raise missing(name, kind)
+    return path_of(name, kind), kind
 
 
 def newest(folder: str, pattern: str) -> list[Path]:
