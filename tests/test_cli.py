@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import small_files
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.known_shapes import flux1_shapes
 from published_files import RandomFlux
 
 cli = importlib.import_module("nibble.__main__")

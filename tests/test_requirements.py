@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import nibble
 from checkout import ROOT
 from nibble.kernels.optional import optional
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.known_shapes import flux1_shapes
 
 cli = importlib.import_module("nibble.__main__")
 ERRORS = {

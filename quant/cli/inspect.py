@@ -4,9 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from ..files.architectures import KNOWN_MODELS, known_shapes
 from ..files.checkpoint import is_quantized, open_quantized
 from ..files.errors import FileRefused, reading
+from ..files.known_shapes import KNOWN_MODELS, known_shapes
 from ..files.modelspec import PREFIX, REQUIRES
 from ..files.report import LayerRow, Report
 from ..files.source import Source

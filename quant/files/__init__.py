@@ -22,6 +22,7 @@ architectures.py  which model a file holds, and what becomes of each layer (arch
 text_encoders.py   which text encoder a file holds, and which of its layers get how many bits
                    (text_encoders.json)
 kinds.py          what a file is that holds no diffusion model (kinds.json)
+known_shapes.py   names and shapes of well-known models
 universal_plan.py a plan guessed for a transformer of no known family
 report.py         what a run did, layer by layer
 memory/           what models, text encoders and VAEs will take at work, before anything is made

@@ -45,16 +45,18 @@ class GgufFile(StoredTensors):
 
     def __init__(self, path: Path):
         self.path, self.name, self.metadata = path, path.name, {}
-        self._gguf, why = optional("gguf")
-        if self._gguf is None:
+        package, why = optional("gguf")
+        if package is None:
             raise FileRefused(
                 f"{path.name} is a GGUF file, which the package gguf reads, and {why}; install it"
                 " into ComfyUI's Python (pip install gguf)."
             )
+        self._gguf: Any = package
         reader = self._gguf.GGUFReader(path)
         self._refuse_others(reader)
         self._places: dict[str, _Place] = {}
-        self.tensors, self.decoded = {}, {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.decoded: dict[str, str] = {}
         for tensor in reader.tensors:
             self._add(reader, tensor)
 

@@ -8,6 +8,7 @@ that names are those of ComfyUI's own modules; what else a checkpoint holds is l
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .errors import FORMS, FileRefused, reader, reading
 from .integrity import is_finite
-from .safetensors import tensor_bytes
+from .safetensors import DTYPE_NAMES, tensor_bytes
 from .source_files import open_stored
 from .source_layouts import ACCESSORIES, LayerFormats
 from .stored_tensors import SafetensorsFiles, StoredTensor, StoredTensors
@@ -51,7 +52,6 @@ class _Model:
     ComfyUI's names), `bytes`, as stored, and `stored_as`, what the matrices are.
     """
 
-    stored_as = "16 bits or more"
     left_out = ""
 
     def __init__(self, stored: StoredTensors):
@@ -87,6 +87,11 @@ class _Model:
             key: self._logical(key) for key in self._stored if not self._is_accessory(key)
         }
         self.bytes = sum(info.nbytes for info in self._stored.values())
+        sizes: Counter[str] = Counter()
+        for key in self.shapes:
+            if key.endswith(".weight") and len(self.shapes[key]) >= 2:
+                sizes[DTYPE_NAMES[self._stored[key].dtype]] += self._stored[key].nbytes
+        self.stored_as = sizes.most_common(1)[0][0] if sizes else "no matrices"
         few = {key: kind for key in self.shapes if (kind := self._few_bits(key))}
         self._note_few_bits(
             set(few.values()),
@@ -312,7 +317,7 @@ class StateDictSource(_Model):
         metadata: Mapping[str, str] | None = None,
     ):
         super().__init__(_LiveTensors(tensors, name, passed_on(metadata or {})))
-        few = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
+        few: list[Any] = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
         self._note_few_bits(
             {str(tensor._layout_cls).removesuffix("Layout") for tensor in few},
             sum(tensor._qdata.nbytes for tensor in few),

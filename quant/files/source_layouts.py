@@ -17,6 +17,7 @@ from .errors import FORMS, FileRefused
 from .safetensors import tensor_bytes
 from .stored_tensors import StoredTensor
 
+_INT8 = "int8_tensorwise"
 # format → comfy-kitchen's layout, its fields → names on disk, its options → their defaults
 LAYOUTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "mxfp8": ("TensorCoreMXFP8Layout", {"scale": "weight_scale"}, {}),
@@ -25,7 +26,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
         {"scale": "weight_scale_2", "block_scale": "weight_scale"},
         {},
     ),
-    "int8_tensorwise": (
+    _INT8: (
         "TensorWiseINT8Layout",
         {"scale": "weight_scale"},
         {"convrot": False, "convrot_groupsize": 256},
@@ -163,8 +164,11 @@ class LayerFormats:
         return module in self.of and self.of[module]["format"] in LAYOUTS
 
     def kind(self, module: str) -> str | None:
-        """The name of a layer's format; None for one that has none."""
-        return self.of[module]["format"] if module in self.of else None
+        """What files in a layer's format are called; None for one that has none."""
+        if module not in self.of:
+            return None
+        name = self.of[module]["format"]
+        return "int8_convrot" if name == _INT8 and self.of[module].get("convrot") else name
 
     def shape(self, module: str) -> tuple[int, ...]:
         """(N, K) of the matrix that a packed layer stands for."""

@@ -2,42 +2,41 @@
 
 Nibble's own            by its metadata
 other programs' 4 bits  opening.py
-diffusion models        architectures.py, known or guessed, with what their matrices are stored as
+models to quantize      source.py: what their matrices are stored as; architectures.py: which they
+                        are, known or guessed
 the rest                kinds.py, by the names of the tensors
-no safetensors          by their first bytes, without being read
+pickles                 by their first bytes, without being read
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
+from ...kernels.optional import optional
 from ..files.architectures import recognise
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reading
 from ..files.kinds import Kind, kind_of, own_kind
-from ..files.safetensors import DTYPE_NAMES, Header, SafetensorsFile
-from ..files.source import PREFIXES
+from ..files.safetensors import SafetensorsFile
+from ..files.source import Source
+from ..files.source_files import INDEX, SHARD
 from .nunchaku_folder import parts_of
 from .nunchaku_lora import is_nunchaku_lora
 from .opening import is_4bit, method_of, open_4bit
 
 _OURS = "Load SVDQuant Model, Load Diffusion Model"
-_STARTS = {
-    b"GGUF": Kind("a GGUF file, quantized as llama.cpp does", "", "a node pack for GGUF"),
-    b"PK\x03\x04": Kind(
-        "a PyTorch pickle, which can run code when it is opened and is not read here",
-        "",
-        "the loader of its folder",
-    ),
-}
-_STARTS[b"\x80"] = _STARTS[b"PK\x03\x04"]
-_BESIDE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "vae.", "text_encoders.")
+_PICKLE = Kind(
+    "a PyTorch pickle, which can run code when it is opened and is not read here",
+    "",
+    "the loader of its folder",
+)
+_GGUF = Kind("a GGUF file, of which the package gguf would tell more", "", "a node pack for GGUF")
+_PICKLES = (b"PK\x03\x04", b"\x80")
 _PARTS = ("transformer_blocks", "unquantized_layers", "diffusion_pytorch_model")
 _LONGEST_JSON = 2**26  # bytes
-_MOST_FORMATS = 2000  # layers whose JSON is looked at: all of them say the same, or nearly
 
 
 def identify(path: str | os.PathLike) -> Kind:
@@ -48,9 +47,13 @@ def identify(path: str | os.PathLike) -> Kind:
     with reading(path):
         if path.is_dir():
             return _low_bit(open_4bit(path)) if is_published(path) else _folder(path)
+        if path.suffix == ".gguf" and optional("gguf")[0] is None:
+            return _GGUF
+        if path.name.endswith((INDEX, ".gguf")) or SHARD.fullmatch(path.name):
+            return _of_names(Source(path))
         if path.suffix == ".json":
             return _json(path)
-        return _by_start(path) or _safetensors(path)
+        return _PICKLE if _is_pickle(path) else _safetensors(path)
 
 
 def is_published(path: str | os.PathLike) -> bool:
@@ -66,23 +69,22 @@ def is_published(path: str | os.PathLike) -> bool:
     return parts is not None and is_4bit(parts[0])
 
 
-def _by_start(path: Path) -> Kind | None:
-    """What a file is that is no safetensors file, from its first bytes."""
+def _is_pickle(path: Path) -> bool:
     if not path.exists():
-        return None  # the reader of safetensors says so
+        return False  # the reader of safetensors says so
     with open(path, "rb") as file:
         start = file.read(9)
-    if start[8:] == b"{":  # a header's length may begin as anything
-        return None
-    return next((kind for begin, kind in _STARTS.items() if start.startswith(begin)), None)
+    # a header's length may begin as anything
+    return start[8:] != b"{" and start.startswith(_PICKLES)
 
 
 def _folder(path: Path) -> Kind:
-    if (path / "model_index.json").is_file():
-        return Kind("a folder of diffusers, a whole pipeline", "diffusers", "diffusers")
-    if (path / "config.json").is_file():
-        return Kind("a folder of diffusers, one model of a pipeline", "", "diffusers")
-    raise FileRefused(f"{path.name} is a folder without a model; choose one of its files.")
+    try:
+        return _of_names(Source(path))
+    except FileRefused:
+        if (path / "model_index.json").is_file():
+            return Kind("a folder of diffusers, a whole pipeline", "diffusers", "diffusers")
+        raise
 
 
 def _json(path: Path) -> Kind:
@@ -104,7 +106,8 @@ def _safetensors(path: Path) -> Kind:
             return _low_bit(open_4bit(path))
         if is_nunchaku_lora(header):
             return Kind("a LoRA in Nunchaku's form", "loras", "Load LoRA, once converted")
-        return kind_of(header.tensors, first=True) or _model(stored) or _unknown(header)
+        first = kind_of(header.tensors, first=True)
+    return first or _of_names(Source(path))
 
 
 def _low_bit(file: QuantizedFile) -> Kind:
@@ -121,71 +124,28 @@ def _low_bit(file: QuantizedFile) -> Kind:
     return Kind(f"a diffusion model, {file.family}, {how}", "diffusion_models", _OURS)
 
 
-def _model(stored: SafetensorsFile) -> Kind | None:
-    """A diffusion model that is not quantized, or in a format of ComfyUI's; or what else."""
-    header = stored.header
-    prefix = _prefix(header)
-    shapes = {
-        name.removeprefix(prefix): info.shape
-        for name, info in header.tensors.items()
-        if name.startswith(prefix)
-    }
+def _of_names(source: Source) -> Kind:
+    """A model that can be quantized, or what else has tensors of these names."""
     try:
-        family = recognise(shapes, header.path.name).name
+        family = recognise(source.shapes, source.name)
     except FileRefused:
-        return kind_of(header.tensors)
-    what = f"{family}, {_stored_as(stored, prefix)}"
-    if any(name.startswith(_BESIDE) for name in header.tensors):
+        return kind_of(source.shapes) or _unknown(source.shapes)
+    what = f"{family.name}, {source.stored_as}"
+    if family.encoder:
+        return Kind(f"a text encoder, {what}", "text_encoders", "Load CLIP")
+    if source.left_out:
         whole = f"a checkpoint: a diffusion model, {what}, with its VAE or text encoder"
         return Kind(whole, "checkpoints", "Load Checkpoint")
-    return Kind(f"a diffusion model, {what}", "diffusion_models", "Load Diffusion Model")
+    if source.is_one_file:
+        return Kind(f"a diffusion model, {what}", "diffusion_models", "Load Diffusion Model")
+    form = f"a diffusion model in a form that Nibble quantizes, {what}"
+    return Kind(form, "diffusion_models", "the quantize nodes")
 
 
-def _unknown(header: Header) -> Kind:
-    few = ", ".join(sorted(header.tensors)[:3]) or "none"
+def _unknown(names: Collection[str]) -> Kind:
+    few = ", ".join(sorted(names)[:3]) or "none"
     return Kind(
-        f"not known to Nibble ({len(header.tensors)} tensors, the first of them {few})",
+        f"not known to Nibble ({len(names)} tensors, the first of them {few})",
         "",
         "the program that it was made for",
     )
-
-
-def _prefix(header: Header) -> str:
-    """What stands before every name of the diffusion model in a file."""
-    for prefix in PREFIXES:
-        if sum(name.startswith(prefix) for name in header.tensors) > 5:
-            return prefix
-    return ""
-
-
-def _stored_as(stored: SafetensorsFile, prefix: str) -> str:
-    """What most of a model's matrices are stored as: a format of ComfyUI's, or a dtype."""
-    tensors = stored.header.tensors
-    formats = _formats(stored)
-    size: Counter[str] = Counter()
-    for name, info in tensors.items():
-        module = name.removesuffix(".weight")
-        if name.startswith(prefix) and name != module and len(info.shape) == 2:
-            scaled = {f"{module}.scale_weight", f"{module}.weight_scale"} & tensors.keys()
-            plain = DTYPE_NAMES[info.dtype] + " with scales" * bool(scaled)
-            size[formats.get(module, plain)] += info.nbytes
-    return size.most_common(1)[0][0] if size else "no matrices"
-
-
-def _formats(stored: SafetensorsFile) -> dict[str, str]:
-    """Module → its format, from its own JSON or the header's."""
-    header = stored.header
-    texts = [name for name in header.tensors if name.endswith(".comfy_quant")][:_MOST_FORMATS]
-    told = {
-        name.removesuffix(".comfy_quant"): json.loads(text)
-        for name, text in stored.read_bytes(texts).items()
-    }
-    if "_quantization_metadata" in header.metadata:
-        told |= json.loads(header.metadata["_quantization_metadata"])["layers"]
-    return {module: _named(facts) for module, facts in told.items()}
-
-
-def _named(facts: dict) -> str:
-    """A format as files are called that hold it."""
-    facts = facts | facts.get("params", {})
-    return str(facts["format"]) + "_convrot" * bool(facts.get("convrot"))

@@ -188,7 +188,7 @@ def main() -> None:
         print(json.dumps(measure(*options.measure, options.preset, options.rank, options.threads)))
         return
     from bench import machine
-    from nibble.quant.files.architectures import flux1_shapes
+    from nibble.quant.files.known_shapes import flux1_shapes
 
     small, large = flux1_shapes(options.double, options.single), flux1_shapes()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from bench import machine
 from nibble.kernels import ops, which
-from nibble.quant.files.architectures import known_shapes, plan, recognise
+from nibble.quant.files.architectures import plan, recognise
+from nibble.quant.files.known_shapes import known_shapes
 from nibble.quant.modulation.cpu_int4 import CpuInt4Matrix
 from nibble.quant.modulation.precompute import LayerState, ModulationCache
 from nibble.quant.svdquant.recipe import Recipe

@@ -33,7 +33,7 @@ from nibble.demo import pictures, run
 from nibble.quant import diffusers as models
 from nibble.quant.calibration import recorder
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.files.architectures import known_shapes
+from nibble.quant.files.known_shapes import known_shapes
 from nibble.quant.files.source import Source
 from nibble.quant.vq4dit import fit as fitting
 from nibble.quant.vq4dit import quantize as pipeline

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from nibble.demo import metrics, pictures, run
 from nibble.quant import diffusers as models
-from nibble.quant.files.architectures import known_shapes, plan, recognise
+from nibble.quant.files.architectures import plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.known_shapes import known_shapes
 from nibble.quant.files.safetensors import TensorSpec
 from nibble.quant.svdquant.quantize import layout
 from nibble.quant.svdquant.recipe import Recipe

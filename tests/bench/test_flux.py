@@ -41,7 +41,7 @@ def test_it_computes_what_diffusers_computes():
 
 
 def test_its_names_and_shapes_are_those_of_flux_1_dev():
-    from nibble.quant.files.architectures import flux1_shapes
+    from nibble.quant.files.known_shapes import flux1_shapes
 
     with torch.device("meta"):
         state = flux.Flux().flux_state()

@@ -12,7 +12,7 @@ import small_files
 from calibrations import calibration
 from intlora_bases import N, adapters, bases, paper, svdquant, w4a16
 from nibble.accel.caf import heads_file
-from nibble.quant.files.architectures import flux1_shapes
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.files.report import LayerRow, Report
 from nibble.quant.files.safetensors import TensorSpec, read_header
 from nibble.quant.files.writer import Writer, metadata_room

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import comfyui_in_process
-from nibble.quant.files.architectures import GROUP, families, flux1_shapes, plan, recognise
+from nibble.quant.files.architectures import GROUP, families, plan, recognise
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.svdquant.quantize import layout
 from nibble.quant.svdquant.recipe import Recipe
 

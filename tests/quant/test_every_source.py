@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.files.architectures import flux1_shapes
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.files.source import Source
 from nibble.quant.svdquant.quantize import quantize_checkpoint as svdquant
 from nibble.quant.svdquant.recipe import Recipe as SVDQuantRecipe

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from calls import planned_and_opened_once
 from nibble.quant.calibration.statistics import InputStats
 from nibble.quant.cli import methods
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.job.checkpoint_run import LayerQuantizer
 from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant import recipe as svdquant

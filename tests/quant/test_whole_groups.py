@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.files.architectures import flux1_shapes, plan, recognise, whole_groups
+from nibble.quant.files.architectures import plan, recognise, whole_groups
 from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant.quantize import predict
 from nibble.quant.svdquant.quantize import quantize_checkpoint as svdquant

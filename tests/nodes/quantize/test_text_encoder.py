@@ -13,9 +13,9 @@ import small_encoders as small
 from nibble.nodes.bridge.quantize import text_encoder
 from nibble.nodes.bridge.quantize.text_encoder import TextEncoderRequest
 from nibble.nodes.bridge.quantized import encoders
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.svdquant.recipe import Recipe
 
 PROMPTS = tuple(f"a picture of {thing}" for thing in ("a fox", "a ship", "a mill", "rain", "tea"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.files.source import Source
 
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)

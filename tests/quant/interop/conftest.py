@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nibble.quant.files.architectures import flux1_shapes
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from published_files import METADATA, RandomFlux

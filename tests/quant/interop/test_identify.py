@@ -10,9 +10,9 @@ from nibble import __main__ as cli
 from nibble.accel.caching import calibration_file
 from nibble.accel.caf import couplings_files, heads_file
 from nibble.quant.files import prompts
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.kinds import kind_of, own_kind
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.interop.identify import identify
 from nibble.quant.training import state
 from published_files import RandomFlux
@@ -72,7 +72,7 @@ def test_a_16_bit_model_and_what_it_is_stored_as(made):
         for key, tensor in scaled.items()
         if tensor.dim() == 2
     }
-    assert "F8_E4M3 with scales" in identify(made("b.safetensors", scaled)).what
+    assert "8 bits (float8_e4m3fn)" in identify(made("b.safetensors", scaled)).what
 
 
 def test_a_format_of_comfyui_s_is_named_from_its_layers_or_from_the_header(made):
@@ -80,14 +80,16 @@ def test_a_format_of_comfyui_s_is_named_from_its_layers_or_from_the_header(made)
     text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
     tensors = model()
     matrices = [key.removesuffix(".weight") for key, tensor in tensors.items() if tensor.dim() == 2]
-    quantized = tensors | {
-        f"{name}.weight": torch.zeros(2, 2, dtype=torch.int8) for name in matrices
-    }
+    quantized = dict(tensors)
+    for name in matrices:
+        weight = tensors[f"{name}.weight"]
+        quantized[f"{name}.weight"] = weight.to(torch.int8)
+        quantized[f"{name}.weight_scale"] = torch.ones(len(weight), 1)
     beside = {f"{name}.comfy_quant": text.clone() for name in matrices}
-    assert "int8_tensorwise_convrot" in identify(made("a.safetensors", quantized | beside)).what
-    layers = {name: {"format": "nvfp4"} for name in matrices}
+    assert "int8_convrot" in identify(made("a.safetensors", quantized | beside)).what
+    layers = {name: {"format": "int8_tensorwise"} for name in matrices}
     header = {"_quantization_metadata": json.dumps({"layers": layers})}
-    assert "nvfp4" in identify(made("b.safetensors", quantized, header)).what
+    assert "(int8_tensorwise)" in identify(made("b.safetensors", quantized, header)).what
 
 
 def test_an_all_in_one_file_is_a_checkpoint(made):
@@ -151,7 +153,7 @@ def test_what_is_damaged_or_nobody_s_is_told(made, tmp_path):
     (tmp_path / "page.safetensors").write_bytes(b"<html>" + b" " * 100)
     with pytest.raises(FileRefused, match=r"page\.safetensors is a web page"):
         identify(tmp_path / "page.safetensors")
-    with pytest.raises(FileRefused, match="is a folder without a model"):
+    with pytest.raises(FileRefused, match="is not that of one diffusion model"):
         identify(tmp_path)
 
 

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nibble.quant.calibration.statistics import InputStats
-from nibble.quant.files.architectures import flux1_shapes, plan, recognise
+from nibble.quant.files.architectures import plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.files.report import LayerRow, Report
 from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import StateDictSource

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from decomposed import db, inputs, layer, recorded
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.interop.convert import convert
 from nibble.quant.merge.integer_grid import IntBase
 from nibble.quant.merge.refit import fold_into_branch

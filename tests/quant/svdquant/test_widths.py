@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from decomposed import inputs, recorded
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.checkpoint import open_quantized
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant import widths
 from nibble.quant.svdquant.quantize import quantize_checkpoint

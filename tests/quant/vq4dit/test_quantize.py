@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 import toy_dit as toy
 from nibble.quant.calibration.teacher import Teacher
 from nibble.quant.files import writer
-from nibble.quant.files.architectures import flux1_shapes, known_shapes, recognise
+from nibble.quant.files.architectures import recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.integrity import HEADER_SUM
+from nibble.quant.files.known_shapes import flux1_shapes, known_shapes
 from nibble.quant.files.report import Report
 from nibble.quant.files.safetensors import read_header
 from nibble.quant.files.source import Source, StateDictSource

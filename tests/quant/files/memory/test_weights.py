@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from nibble.quant.cli.plan import card_bytes, encoder, model, vae_weights
-from nibble.quant.files.architectures import flux1_shapes
 from nibble.quant.files.errors import FileRefused
+from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.files.memory import published, weights
 from nibble.quant.files.memory.comfyui import GIB
 from nibble.quant.files.memory.decoders import KL, decoder_of
