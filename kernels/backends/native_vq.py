@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from ..params import VQParams
 
 GPU_LAYOUTS = ((6, 4), (8, 4), (6, 2), (8, 2))
-"""(bits of an index, sub-vector length) that GPU kernels are made for: 1.5, 2, 3 and 4 bits a weight.
+"""(bits of an index, sub-vector length) that GPU kernels are made for: 1.5, 2, 3 and 4 bits a
+weight.
 """
 
 
