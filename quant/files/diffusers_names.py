@@ -149,7 +149,7 @@ class _Renamed(StoredTensors):
         self._stored, self._places = stored, places
         self.path, self.name, self.metadata = stored.path, stored.name, stored.metadata
         self.tensors = {
-            ours: self._joined(rows, _is_in(ours, family.flat) or ours in family.flat)
+            ours: self._joined(rows, _numbered(ours) in family.flat)
             for ours, rows in places.items()
         }
 
