@@ -149,7 +149,7 @@ class _Renamed(StoredTensors):
         self._stored, self._places = stored, places
         self.path, self.name, self.metadata = stored.path, stored.name, stored.metadata
         self.tensors = {
-            ours: self._joined(rows, _is_in(ours, family.flat) or ours in family.flat)
+            ours: self._joined(rows, _numbered(ours) in family.flat)
             for ours, rows in places.items()
         }
 
@@ -161,7 +161,8 @@ class _Renamed(StoredTensors):
         parts = [self._stored.tensors[place.name] for place in places]
         first = parts[0]
         tails = {part.shape[1:] for part in parts}
-        if len({part.dtype for part in parts}) > 1 or len(tails) > 1:
+        no_rows = len(parts) > 1 and not first.shape  # one scale for each of q, k and v
+        if len({part.dtype for part in parts}) > 1 or len(tails) > 1 or no_rows:
             raise FileRefused(
                 f"{self.name} stores {places[0].name} and what belongs to it in different forms;"
                 " choose another file."
