@@ -48,7 +48,11 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", help="16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model"
+        "source",
+        help=(
+            "16-bit, fp8 or ComfyUI-quantized .safetensors file of a diffusion model or a text"
+            " encoder (T5, Qwen, Gemma, Llama, Mistral)"
+        ),
     )
     parser.add_argument(
         "target", help="quantized .safetensors file to write; an older one of Nibble's is replaced"
@@ -65,7 +69,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         help=(
-            "for --method svdquant: svdquant_w4a4 (default; runs with activations of 4 or 8 bits),"
+            "for --method svdquant: svdquant_w4a4 (default; runs with activations of 4 or 8 bits; a"
+            " text encoder's stay in 16 bit, and its default is svdquant_w4a8 with rank 0),"
             " svdquant_w4a8 (16 free levels and more scales, for activations of 8 bits alone) or"
             " svdquant_nvfp4 (4-bit floats); for --method stock: asym_w4a8_int8 (default),"
             " int8_convrot or nvfp4, under the names that ComfyUI knows"
