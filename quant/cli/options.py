@@ -61,9 +61,10 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         help=(
-            "a diffusion model: a .safetensors or .gguf file (16 bit, fp8, int8, mxfp8, nvfp4,"
-            " W4A8, W4A4, GGUF; an all-in-one checkpoint, too), one of several files or their"
-            " .safetensors.index.json, or a folder that diffusers saved"
+            "a diffusion model or a text encoder (T5, Qwen, Gemma, Llama, Mistral): a .safetensors or"
+            " .gguf file (16 bit, fp8, int8, mxfp8, nvfp4, W4A8, W4A4, GGUF; an all-in-one"
+            " checkpoint, too), one of several files or their .safetensors.index.json, or a folder"
+            " that diffusers saved"
         ),
     )
     parser.add_argument(
@@ -81,7 +82,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         help=(
-            "for --method svdquant: svdquant_w4a4 (default; runs with activations of 4 or 8 bits),"
+            "for --method svdquant: svdquant_w4a4 (default; runs with activations of 4 or 8 bits; a"
+            " text encoder's stay in 16 bit, and its default is svdquant_w4a8 with rank 0),"
             " svdquant_w4a8 (16 free levels and more scales, for activations of 8 bits alone) or"
             " svdquant_nvfp4 (4-bit floats); for --method stock: asym_w4a8_int8 (default),"
             " int8_convrot or nvfp4, under the names that ComfyUI knows"

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ import torch
 from ...kernels.optional import optional
 from ..calibration import pictures as drawn_pictures
 from ..files import prompts as prompts_file
+from ..files import text_encoders
 from ..files.errors import FileRefused
 from ..files.prompts import Prompts
+from ..files.safetensors import read_header
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
 from ..svdquant.recipe import WIDE_SHARE
@@ -61,11 +64,26 @@ RECIPES: dict[str, type[AnyRecipe]] = {
 
 def quantize(options: argparse.Namespace) -> None:
     """SOURCE → TARGET, with a progress bar and a summary."""
+    _encoders_own(options)
     job = methods.prepare(options.source, options.target, _recipe(options))
     measurement = _measure(options, job)
     with Bar() as bar:
         report = job.write(measurement, bar.monitor, options.device)
     print_summary(options.target, report.summary())
+
+
+def _encoders_own(options: argparse.Namespace) -> None:
+    """What a text encoder gets where nothing else is asked for: W4A8 without a branch, closer than
+    4-bit weights alone at the same size (docs/benchmarks.md).
+    """
+    source = Path(options.source)
+    chosen = (options.format, options.rank, options.activations, options.group)
+    if options.method != "svdquant" or any(value is not None for value in chosen):
+        return
+    if source.is_file() and source.suffix == ".safetensors":
+        shapes = {name: info.shape for name, info in read_header(source).tensors.items()}
+        if text_encoders.family_of(shapes) is not None:
+            options.format, options.rank = "svdquant_w4a8", 0
 
 
 def _recipe(options: argparse.Namespace) -> AnyRecipe:
@@ -114,10 +132,12 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     if job.architecture != "FLUX.1":
         if fast:
             return WEIGHTS_ALONE
+        node = {"vq": "VQ Quantize Checkpoint"}.get(options.method, "SVDQuant Quantize Checkpoint")
+        if text_encoders.family_of(job.source.shapes) is not None:
+            node = "Quantize Text Encoder"
         raise ValueError(
             f"{job.source.name} is a {job.architecture}, and outside ComfyUI only FLUX.1 can be"
-            " calibrated; use --preset fast, or the node"
-            f" {'VQ' if options.method == 'vq' else 'SVDQuant'} Quantize Checkpoint in ComfyUI"
+            f" calibrated; use --preset fast, or the node {node} in ComfyUI"
         )
     prompts = None if options.prompts is None else prompts_file.read(options.prompts)
     in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))

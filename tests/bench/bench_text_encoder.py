@@ -10,7 +10,6 @@ encoder's are:
     w4a16   4-bit weights, a scale per 64 (awq_w4a16)
     w4a8    4-bit weights of 16 free levels, an int8 scale per 32 (svdquant_w4a8, no branch), with
             inputs of 8 bits, and of 16
-    vq3     3 bits: codewords of the preset 'best' in closed form
 
 fast: from the weights alone; best: on what the layers read (GPTQ). Then its table of words, with
 the linears in 16 bit: 8-bit rows, and 4 bits with a scale per 64.

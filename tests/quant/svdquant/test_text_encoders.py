@@ -2,8 +2,10 @@
 and a tiny one, written and read back.
 """
 
+import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import encoder_shapes
 from nibble.quant.calibration.statistics import InputStats
+from nibble.quant.cli.options import add_commands
 from nibble.quant.files import text_encoders
 from nibble.quant.files.architectures import plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
@@ -172,3 +175,54 @@ def test_what_the_layers_read_makes_them_closer(tmp_path):
         x, w = inputs(512, 3), load_file(tmp_path / "t5.safetensors")[f"{name}.weight"].float()
         found[kind] = ((x @ dense.T - x @ w.T).square().sum() / (x @ w.T).square().sum()).item()
     assert found["best"] < found["fast"] / 4
+
+
+def test_the_command_line_takes_an_encoder(tmp_path, capsys):
+    """W4A8 without a branch unless another format is asked for; nothing but weights is read."""
+    save_file(weights(TINY), tmp_path / "t5.safetensors")
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(), lambda path, verify: None)
+    for more, kind in (([], "svdquant_w4a8"), (["--format", "svdquant_w4a4"], "awq_w4a16")):
+        target = tmp_path / f"{kind}.safetensors"
+        command = ["quantize", str(tmp_path / "t5.safetensors"), str(target), *more]
+        options = parser.parse_args(command)
+        options.run(options)
+        formats = {facts["format"] for facts in open_quantized(target).layers.values()}
+        assert formats == {kind, "int8_tensorwise"}
+    assert "T5" in capsys.readouterr().out
+    options = parser.parse_args([*command, "--preset", "best"])
+    with pytest.raises(ValueError, match="Quantize Text Encoder"):
+        options.run(options)
+
+
+# ---- the table of docs/models.md
+
+TABLE = Recipe.from_preset("fast", format="svdquant_w4a8", rank=0)
+TOKENS = 512
+
+
+def peak(shapes, size: int) -> float:
+    """Weights, the largest 4-bit layer unpacked to float32, and TOKENS tokens in float32: four
+    times as wide as the model, and two hidden rows of its MLP.
+    """
+    rows = [row for row in plan(shapes, recognise(shapes, "m"), TABLE) if row.action == "w4a4"]
+    width = min(row.K for row in rows)
+    hidden = max(max(row.K, row.N) for row in rows)
+    largest = max(row.K * row.N for row in rows)
+    return size + 4 * largest + 4 * TOKENS * (4 * width + 2 * hidden)
+
+
+def table_row(name: str) -> str:
+    shapes = encoder_shapes.REAL[name]
+    report = predict(shapes, TABLE, name)
+    used = recognise(shapes, "m"), text_encoders.family_of(shapes)
+    before, after = report.bytes_before / 1e9, report.bytes_after / 1e9
+    top = peak(shapes, report.bytes_after) / 1e9
+    sizes = f"{before:.1f} GB | {after:.2f} GB | {top:.2f} GB"
+    return f"| {used[0].name} | `{used[1].loaded_as}` | {sizes} |"
+
+
+@pytest.mark.parametrize("name", encoder_shapes.REAL)
+def test_the_documents_table_has_these_sizes(name):
+    page = Path(text_encoders.__file__).parents[2] / "docs" / "models.md"
+    assert table_row(name) in page.read_text(encoding="utf-8")
