@@ -33,7 +33,7 @@ export function memoryChart(chart) {
     h("div.nibble-verdict", chart.verdict),
     onCard && [
       plotTitle("Graphics card", `${bytes(chart.card)} for ComfyUI`),
-      stages.map((stage) => row(stage, stage.card, chart.card)),
+      ...stages.map((stage) => row(stage, stage.card, chart.card)),
     ],
     plotTitle("RAM", `${bytes(chart.ram)}`),
     onCard
