@@ -35,9 +35,9 @@ class TinyFile:
 
     def make(self, family, filename):
         state = tiny_models.build(family).model.diffusion_model.state_dict()
-        home = Path(folder_paths.get_folder_paths("diffusion_models")[-1])
+        homes = map(Path, folder_paths.get_folder_paths("diffusion_models"))
         tensors = {key: value.contiguous() for key, value in state.items()}
-        save_torch_file(tensors, str(home / filename))
+        save_torch_file(tensors, str(next(filter(Path.is_dir, homes)) / filename))
         return ()
 
 
