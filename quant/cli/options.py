@@ -61,8 +61,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         help=(
-            "a diffusion model or a text encoder (T5, Qwen, Gemma, Llama, Mistral): a .safetensors or"
-            " .gguf file (16 bit, fp8, int8, mxfp8, nvfp4, W4A8, W4A4, GGUF; an all-in-one"
+            "a diffusion model or a text encoder (T5, Qwen, Gemma, Llama, Mistral): a .safetensors"
+            " or .gguf file (16 bit, fp8, int8, mxfp8, nvfp4, W4A8, W4A4, GGUF; an all-in-one"
             " checkpoint, too), one of several files or their .safetensors.index.json, or a folder"
             " that diffusers saved"
         ),
