@@ -35,6 +35,7 @@ def test_each_layer_runs_the_op(model):
                 linear.bias,
                 p.act_unsigned,
                 p.rotation,
+                act_bits=p.act_bits,
             )
         else:
             expected = op(x, codes, p.scale, p.zeros, linear.bias)
