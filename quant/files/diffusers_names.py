@@ -177,8 +177,7 @@ class _Renamed(StoredTensors):
         places = self._places[name]
         if len(places) == 1:
             return self._stored.read(places[0].name).reshape(self.tensors[name].shape)
-        read = {place.name: None for place in places}
-        tensors = {part: self._stored.read(part) for part in read}
+        tensors = {part: self._stored.read(part) for part in {place.name for place in places}}
         rows = [tensors[place.name][place.start : place.stop] for place in places]
         return torch.cat(rows).reshape(self.tensors[name].shape)
 

@@ -130,3 +130,25 @@ def test_a_model_in_several_files_is_measured_as_a_whole_one(models, number):
     assert loaded.keys() == wanted.keys()
     assert all(torch.equal(loaded[key], wanted[key]) for key in wanted)
     assert source.loaded_bytes == Source(sources.path_of(LISTED[0])).loaded_bytes
+
+
+def test_a_gguf_file_is_measured_with_its_decoded_weights(models, flux_file):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    writer = gguf.GGUFWriter(models / loading.FOLDER / "m.gguf", "flux")
+    for name, tensor in load_file(flux_file).items():
+        whole = tensor.dim() == 2 and tensor.shape[1] % 32 == 0
+        kind = getattr(gguf.GGMLQuantizationType, "Q8_0" if whole else "F32")
+        data = gguf.quants.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = Source(sources.path_of("m.gguf"))
+    loaded = sources.load(source).model.diffusion_model
+    linear = loaded.double_blocks[0].img_mlp[0].weight
+    assert torch.equal(linear.float(), source.read("double_blocks.0.img_mlp.0.weight").float())
+    assert source.loaded_bytes > 1.5 * source.bytes
+    name, report = SVDQuantRequest(model_name="m.gguf", recipe=FAST).run()
+    assert name == "m-svdq-int4-r16.safetensors"
+    assert any(note.startswith("started from weights of 8.5 bits") for note in report.notes)
