@@ -16,7 +16,7 @@ import small_encoders as small
 import tiny_encoders
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
-from nibble.nodes.bridge.quantized import encoders, layouts
+from nibble.nodes.bridge.quantized import encoders, layouts, loading
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
@@ -213,6 +213,11 @@ def test_an_encoder_that_comfyui_builds_without_formats_gets_the_table_in_16_bit
     table = dequantized(w4a16)["shared.weight"]
     assert torch.equal(model.shared.weight.float(), table.bfloat16().float())
     assert small.conditioning(clip).isfinite().all()
+
+
+def test_the_loader_of_models_says_where_it_belongs(w4a16):
+    with pytest.raises(FileRefused, match=r"is a text encoder \(T5\): put it into models/text_enc"):
+        loading.load(w4a16)
 
 
 def test_codewords_of_3_bits_open_too(plain):
