@@ -39,6 +39,7 @@ _UNSAID = {
     "svdquant_nvfp4": "holds 4-bit floats (NVFP4)",
     "svdquant_w4a4": "holds 4-bit integers beside 4-bit floats",
     "awq_w4a16": "holds weights alone in 4 bits",
+    "int8_tensorwise": "holds a text encoder's 8-bit rows",
 }
 
 

@@ -39,7 +39,13 @@ def weight_of(file: QuantizedFile, name: str) -> Weight:
     not finite, and for one with a patch beside it, which a format has no place for.
     """
     refuse_patched(file)
+    kind = file.layers[name]["format"]
+    if kind not in FORMATS:
+        raise FileRefused(
+            f"{file.path.name} stores {name} as {kind}, as text encoders do, which are not"
+            " converted or merged; use it in CLIPLoader or Load Quantized CLIP."
+        )
     with reading(file.path, file.remedy):
         tensors = file.layer(name)
         file.check_finite(tensors)
-        return FORMATS[file.layers[name]["format"]].from_tensors(tensors, name)
+        return FORMATS[kind].from_tensors(tensors, name)

@@ -75,6 +75,11 @@ def load(
     Raises FileRefused with the reason.
     """
     file = _files.open(path)
+    if any(facts["format"] not in layouts.LAYOUTS for facts in file.layers.values()):
+        raise FileRefused(
+            f"{file.path.name} is a text encoder ({file.family}): put it into models/text_encoders"
+            " and choose it in Load Quantized CLIP or CLIPLoader."
+        )
     with reading(file.path, file.remedy):
         state = _mapped(file, verify) if file.stock else _read(file)
         check_finite(file, state)

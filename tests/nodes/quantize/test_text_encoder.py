@@ -3,6 +3,7 @@ close its conditioning is.
 """
 
 import math
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
@@ -13,6 +14,7 @@ import small_encoders as small
 from nibble.nodes.bridge.quantize import text_encoder
 from nibble.nodes.bridge.quantize.text_encoder import TextEncoderRequest
 from nibble.nodes.bridge.quantized import encoders
+from nibble.nodes.text_encoders import NibbleLoadCLIP, NibbleQuantizeTextEncoder
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.known_shapes import flux1_shapes
@@ -90,6 +92,40 @@ def test_best_needs_the_encoder_in_memory_and_fast_does_not(folder, monkeypatch)
     with pytest.raises(ValueError, match="does not fit in memory"):
         request("best").run()
     assert request().run()[2] is None
+
+
+def test_the_nodes_make_and_load_it(folder, monkeypatch):
+    hidden = SimpleNamespace(unique_id=None)
+    for node in (NibbleQuantizeTextEncoder, NibbleLoadCLIP):
+        monkeypatch.setattr(node, "hidden", hidden, raising=False)
+    made = NibbleQuantizeTextEncoder.execute(
+        preset="fast",
+        format="w4a8",
+        type="sd3",
+        prompts="\n".join(PROMPTS),
+        keep_layers="*.SelfAttention.o",
+        seed=0,
+        clip_name="t5.safetensors",
+        filename="",
+        overwrite=False,
+        memory_gb=1.0,
+    )
+    name = made.args[0]
+    assert name == "t5-w4a8.safetensors"
+    (chart,) = made.ui["nibble_chart"]
+    summary = dict(chart["summary"])
+    assert "dB to 16 bit" in summary["conditioning"]
+    assert summary["layers"] == "18 W4A4, 1 of 8-bit rows, 4 kept in 16 bit"
+    for node, names in (
+        (NibbleQuantizeTextEncoder, {"clip_name": "t5.safetensors"}),
+        (NibbleLoadCLIP, {"clip_name1": name}),
+    ):
+        assert node.validate_inputs(**names) is True
+        assert "missing" not in node.fingerprint_inputs(**names)
+    assert "press R" in NibbleLoadCLIP.validate_inputs(clip_name1="gone.safetensors")
+    loaded = NibbleLoadCLIP.execute(name, type="sd3")
+    assert small.conditioning(loaded.args[0]).isfinite().all()
+    assert dict(loaded.ui["nibble_chart"][0]["summary"])["type"] == "sd3"
 
 
 def test_closeness_by_hand():

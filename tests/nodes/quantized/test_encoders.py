@@ -16,11 +16,13 @@ import small_encoders as small
 import tiny_encoders
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
-from nibble.nodes.bridge.quantized import encoders, layouts
+from nibble.nodes.bridge.quantized import encoders, layouts, loading
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.vq4dit.quantize import quantize_checkpoint as quantize_to_codewords
+from nibble.quant.vq4dit.recipe import Recipe as VQRecipe
 from nibble.quant.weights.formats import weight_of
 from pruned_encoders import tokens
 
@@ -211,6 +213,21 @@ def test_an_encoder_that_comfyui_builds_without_formats_gets_the_table_in_16_bit
     table = dequantized(w4a16)["shared.weight"]
     assert torch.equal(model.shared.weight.float(), table.bfloat16().float())
     assert small.conditioning(clip).isfinite().all()
+
+
+def test_the_loader_of_models_says_where_it_belongs(w4a16):
+    with pytest.raises(FileRefused, match=r"is a text encoder \(T5\): put it into models/text_enc"):
+        loading.load(w4a16)
+
+
+def test_codewords_of_3_bits_open_too(plain):
+    target = plain.with_name("t5-vq3.safetensors")
+    quantize_to_codewords(plain, target, VQRecipe.from_preset("fast", bits=3))
+    clip = small.opened(target)
+    assert layouts.format_of(transformer(clip).get_submodule(QUERY).weight) == "vq"
+    found = small.conditioning(clip)
+    assert small.db(small.conditioning(small.t5(dequantized(target))), found) > 40
+    assert small.db(small.conditioning(small.opened(plain)), found) > 5
 
 
 # ---- which type

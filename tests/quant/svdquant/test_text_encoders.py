@@ -19,6 +19,7 @@ from nibble.quant.files.architectures import plan, recognise
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.source import Source
+from nibble.quant.interop.convert import convert
 from nibble.quant.job.measurement import Measurement
 from nibble.quant.svdquant.quantize import predict, quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
@@ -193,6 +194,12 @@ def test_the_command_line_takes_an_encoder(tmp_path, capsys):
     options = parser.parse_args([*command, "--preset", "best"])
     with pytest.raises(ValueError, match="Quantize Text Encoder"):
         options.run(options)
+
+
+def test_an_encoder_is_not_converted(written, tmp_path):
+    with pytest.raises(FileRefused, match="holds (a text encoder's 8-bit rows|levels of a table)"):
+        convert(written[2], tmp_path / "kitchen.safetensors", "kitchen")
+    assert not list(tmp_path.glob("kitchen*"))
 
 
 # ---- the table of docs/models.md
