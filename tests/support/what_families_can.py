@@ -9,5 +9,5 @@ NOT_TRAINED = dict.fromkeys(
     ["minimax h3", "ltx-2 (video and sound)", "triposplat"], SEVERAL_STREAMS
 )
 # families whose noise and data do not lie on straight lines
-NO_FLOW = {"sdxl", "pixart", "hunyuan dit", "cosmos 1", "cosmos predict 2", "cogvideox"}
+NO_FLOW = {"sdxl", "pixart", "pixart alpha", "hunyuan dit", "cosmos 1", "cosmos predict 2", "cogvideox"}
 NO_CAF = dict.fromkeys(NO_FLOW, "rectified-flow") | NOT_TRAINED
