@@ -1,5 +1,5 @@
-"""Models that keep the keys and values of their prompt from call to call, and know them again by the
-prompt alone: HiDream-O1. Whatever changes the weights in between must make it forget them.
+"""Models that keep the keys and values of their prompt from call to call, and know them again by
+the prompt alone: HiDream-O1. Whatever changes the weights in between must make it forget them.
 """
 
 from __future__ import annotations
