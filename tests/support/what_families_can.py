@@ -4,10 +4,22 @@ method refuses, and words of the sentence that says so. docs/models.md is the sa
 
 from __future__ import annotations
 
-SEVERAL_STREAMS = "several streams"
-NOT_TRAINED = dict.fromkeys(
-    ["minimax h3", "ltx-2 (video and sound)", "triposplat"], SEVERAL_STREAMS
+SEVERAL_STREAMS = dict.fromkeys(
+    ["minimax h3", "ltx-2 (video and sound)", "triposplat"], "several streams"
 )
+# ComfyUI's models with a fused norm and rotation that has no gradient, also while they are trained
+NO_GRADIENT = dict.fromkeys(
+    ["joyimage", "ernie-image", "cosmos predict 2"], "for which ComfyUI has no gradient"
+)
+NOT_TRAINED = SEVERAL_STREAMS | NO_GRADIENT
 # families whose noise and data do not lie on straight lines
-NO_FLOW = {"sdxl", "pixart", "hunyuan dit", "cosmos 1", "cosmos predict 2", "cogvideox"}
-NO_CAF = dict.fromkeys(NO_FLOW, "rectified-flow") | NOT_TRAINED
+NO_FLOW = {
+    "sdxl",
+    "pixart",
+    "pixart alpha",
+    "hunyuan dit",
+    "cosmos 1",
+    "cosmos predict 2",
+    "cogvideox",
+}
+NO_CAF = NOT_TRAINED | dict.fromkeys(NO_FLOW, "rectified-flow")

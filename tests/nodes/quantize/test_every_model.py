@@ -17,6 +17,7 @@ import class_walk
 import full_size_models
 import tiny_models
 from class_walk import draw, relative
+from nibble.nodes.bridge.caching.models import level_of
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files import architectures, universal_plan
 from nibble.quant.files.architectures import GROUP, plan, recognise
@@ -24,6 +25,7 @@ from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.source import StateDictSource
 from nibble.quant.svdquant.quantize import SVDQuantJob, layout, predict
 from nibble.quant.svdquant.recipe import Recipe
+from what_families_can import NO_CAF, NOT_TRAINED
 
 FAST = Recipe.from_preset("fast")
 NO_TRANSFORMER = {  # why not
@@ -107,13 +109,19 @@ def test_comfyui_recognises_the_4_bit_file_of_published_size(found, name):
     assert detect(after, "") == detect(before, "")
 
 
-def test_the_page_says_what_the_walk_found(found):
+def page_rows() -> dict[str, list[str]]:
+    """Class → its cells from the plan on."""
     page = Path(architectures.__file__).parents[2] / "docs" / "models.md"
     rows = {}
     for line in page.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and (cls := re.fullmatch(r"`(\w+)`", cells[1])):
+        if len(cells) == 10 and (cls := re.fullmatch(r"`(\w+)`", cells[1])):
             rows[cls[1]] = cells[2:]
+    return rows
+
+
+def test_the_page_says_what_the_walk_found(found):
+    rows = page_rows()
     drawn = {family.config for family in tiny_models.FAMILIES.values()}
     for name in full_size_models.SIZES:
         shapes, _ = found(name)
@@ -121,7 +129,20 @@ def test_the_page_says_what_the_walk_found(found):
         report = predict(shapes, FAST, name)
         sizes = [f"{size / 1e9:.1f} GB" for size in (report.bytes_before, report.bytes_after)]
         run = "yes" if name in drawn else ""
-        assert rows[name] == ["guessed" if guessed else "own", *sizes, run], name
+        assert rows[name][:4] == ["guessed" if guessed else "own", *sizes, run], name
+
+
+def test_the_page_says_what_else_each_family_can():
+    """As the walks of the other methods hold it."""
+    rows, words = page_rows(), {"step": "steps", "blocks": "blocks", "sublayer": "parts"}
+    told: dict[str, list[str]] = {}
+    for name, family in tiny_models.FAMILIES.items():
+        trained = "converted" if name in NOT_TRAINED else "yes"
+        caf = "no" if name in NO_CAF else "yes"
+        cache = words[level_of(tiny_models.build(name))]
+        told.setdefault(family.config, ["yes", cache, trained, caf])
+    for cls, cells in rows.items():
+        assert cells[4:] == told.get(cls, [""] * 4), cls
 
 
 # ---- tiny models, run

@@ -38,7 +38,7 @@ def test_a_lora_changes_every_layer_as_it_changes_16_bit(name, method, tmp_path,
     named, wanted_names = (
         comfy.lora.model_lora_keys_unet(patcher.model, {}) for patcher in (model, sixteen)
     )
-    assert named == wanted_names, "whatever a trainer calls a layer"
+    assert wanted_names.items() <= named.items(), "whatever a trainer calls a layer"
     tensors = class_walk.lora_tensors(sixteen)
     whole_load(model)
     base, plain = weights(model), draw(model, name)
