@@ -5,6 +5,8 @@ Each stage runs in a process of its own, in ComfyUI's own classes and at full wi
 weights; the peak is the resident memory (VmHWM of /proc, reset before the work), so Linux only.
 
     program  Python, torch, ComfyUI and Nibble, imported
+    count    one step of a 16-bit FLUX.1 dev of four blocks on tensors without memory: the most that
+      is alive at once, as torch's flash attention leaves it, in bfloat16 and float32
     encode   T5-XXL of a few blocks reads 512 tokens: what a block takes does not depend on how many
       there are
     sample   one step with --model at each of --sizes
@@ -23,14 +25,19 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 import comfyui_in_process
 from bench import machine
 
-STAGES = ("program", "encode", "sample", "decode")
+STAGES = ("program", "count", "encode", "sample", "decode")
 BLOCKS = 2  # of T5
 
 
@@ -62,12 +69,41 @@ def measured(work) -> dict:
     }
 
 
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive; `peak`: the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = self.bytes = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.known:
+            return
+        self.known.add(place)
+        self.bytes += size
+
+        def gone() -> None:
+            self.known.discard(place)
+            self.bytes -= size
+
+        weakref.finalize(storage, gone)
+
+
 # ---- the stages, each in its process
 
 
 def encode(_options) -> dict:
     import comfy
-    import torch
     from comfy.text_encoders import t5
 
     from nibble.quant.files.memory import weights
@@ -84,9 +120,32 @@ def encode(_options) -> dict:
     return found | {"plan": {"work": weights.published_encoder("t5-xxl").work}}
 
 
+def count(options) -> dict:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import full_size_models
+    from nibble.quant.files.memory import comfyui, published
+
+    blocks = {"depth": 2, "depth_single_blocks": 2}
+    factor = published.models()["flux1-dev"]["factor"]
+    side = options.size // 8
+    rows = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = full_size_models.model_of("Flux", dtype, **blocks)
+            sizes = {"x": (1, 16, side, side), "timestep": (1,), "context": (1, 512, 4096)}
+            sizes |= {"y": (1, 768), "guidance": (1,)}
+            inputs = {name: torch.empty(size, dtype=dtype) for name, size in sizes.items()}
+            alive = Alive()
+            with torch.inference_mode(), alive:
+                model(**inputs)
+        plan = {"work": comfyui.sampling(factor, side * side, dtype.itemsize)}
+        rows[str(dtype)] = {"work": alive.peak, "plan": plan}
+    return rows
+
+
 def sample(options) -> dict:
     import comfy.samplers
-    import torch
 
     from nibble.nodes.bridge.quantized import loading
     from nibble.quant.cli.plan import model
@@ -117,7 +176,6 @@ def sample(options) -> dict:
 
 def decode(options) -> dict:
     import comfy.sd
-    import torch
 
     import published_sizes
     from nibble.quant.files.memory.stages import PROGRAM
@@ -164,7 +222,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        comfyui_in_process.start()
+        _start()
         print(json.dumps(globals()[options.alone](options)))
         return
     out = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
@@ -176,6 +234,18 @@ def main() -> None:
         out[options.name or stage] = row
         print(options.name or stage, json.dumps(row, indent=1), flush=True)
         options.out.write_text(json.dumps(out, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _start() -> None:
+    """ComfyUI with torch's own attention, as it runs on a GPU; on a CPU it has another one unless
+    told, which holds gigabytes of scores.
+    """
+    sys.path.insert(0, comfyui_in_process.COMFYUI)
+    import comfy.cli_args
+
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    sys.path.pop(0)  # by which `start` knows that it was called
+    comfyui_in_process.start()
 
 
 def _in_a_process(stage: str) -> dict:

@@ -374,18 +374,24 @@ def build(name: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """(names and shapes of all tensors, names of the linears) of a class of
     comfy.supported_models in its published size.
     """
-    import comfy.supported_models
-
-    config = getattr(comfy.supported_models, name)(dict(SIZES[name]))
-    config.unet_config.update(SIZES[name])
-    config.set_inference_dtype(torch.bfloat16, None)
     device = "cpu" if name in COUNTS_WHILE_BUILT else "meta"  # empty weights take no memory there
-    model = config.get_model(_beside(name), "", device=device).diffusion_model
+    model = model_of(name, device=device)
     linears = {
         part for part, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     }
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     return shapes, linears
+
+
+def model_of(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **changes):
+    """The model of a class of comfy.supported_models in its published size, with changes."""
+    import comfy.supported_models
+
+    options = SIZES[name] | changes
+    config = getattr(comfy.supported_models, name)(dict(options))
+    config.unet_config.update(options)
+    config.set_inference_dtype(dtype, None)
+    return config.get_model(_beside(name), "", device=device).diffusion_model
 
 
 def _beside(name: str) -> dict[str, torch.Tensor]:
