@@ -223,7 +223,7 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         help=(
-            "anything that can be quantized, any file that Nibble writes, or a folder of couplings;"
+            "any model file or folder, any other file that Nibble writes, or a folder of couplings;"
             " with --plan also the name of a known model, such as flux1-dev"
         ),
     )

@@ -1,4 +1,4 @@
-"""Inspect Model File in a real ComfyUI: it names files in all folders, one of them a wrong one."""
+"""Inspect Model File in a real ComfyUI: it names files in all folders, also one in a wrong one."""
 
 import shutil
 
