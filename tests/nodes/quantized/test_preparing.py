@@ -13,8 +13,9 @@ from nibble.nodes.bridge.quantized import loading, preparing
 FLOATS = frozenset({torch.bfloat16})
 
 
-def test_the_layers_of_a_model_are_told_once(model):
-    layers = preparing.layers_of(model.model.diffusion_model, torch.bfloat16)
+def test_the_layers_of_a_model_are_told_once(quantized_file):
+    model = loading.load(quantized_file, activations="4 bit").model.diffusion_model
+    layers = preparing.layers_of(model, torch.bfloat16)
     assert len(layers) == len(set(layers))
     assert Layer("linear_w4a4", (384, 128), FLOATS, 16) in layers  # qkv
     assert Layer("mlp_w4a4", (512, 128), FLOATS, 16) in layers
@@ -32,7 +33,7 @@ def test_weights_that_are_read_as_int8_are_told_by_their_16_bit_parameters(table
     """Their scales are whole numbers, and float32 for a row."""
     model = loading.load(table_file).model.diffusion_model
     layers = preparing.layers_of(model, torch.bfloat16)
-    assert Layer("linear_w4a8", (384, 128), FLOATS, 16) in layers  # qkv
+    assert Layer("linear_w4a8", (384, 128), FLOATS, 16, rotated=True) in layers  # qkv
     assert {layer.op for layer in layers} == {"linear_w4a8", "linear_w4a16"}
 
 
