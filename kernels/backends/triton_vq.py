@@ -4,7 +4,7 @@ branch and the rotation are torch's products around the kernel. Not yet measured
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -18,16 +18,32 @@ from .triton_w4a4 import STRIPE, Tile, _gpu, _on, tile
 
 if TYPE_CHECKING:
     from ..params import VQParams
+    from .triton import Gpu
 
 INTEGERS = {2: torch.int32, 4: torch.int64}
 """That hold so many columns of 16 bits."""
 KINDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 MOST_BITS = 8
-STEP = 32
-"""Codewords of a row at a time."""
-FEW = Tile(16, 64, 4, 3)
-TILES = (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
+
+
+class Way(NamedTuple):
+    """What a program does on a GPU. step: codewords of a row at a time."""
+
+    tiles: tuple[Tile, ...]
+    few: Tile
+    """Where it holds all tokens."""
+    step: int
+
+
+NVIDIA = Way((Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)), Tile(16, 64, 4, 3), 32)
 """A weight is looked up once for a tile's tokens. Not yet measured."""
+OTHERS = Way((Tile(64, 64, 8, 1),), Tile(16, 64, 4, 1), 16)
+"""RDNA3 spills with larger tiles, more codewords at a time or loads that run ahead."""
+
+
+def way(there: Gpu | None) -> Way:
+    """None: a CPU, in Triton's interpreter."""
+    return NVIDIA if there is not None and there.kind == "cuda" else OTHERS
 
 
 def has_layout(codebook: Tensor) -> bool:
@@ -50,7 +66,8 @@ def gemm_vq(x: Tensor, p: VQParams, addend: Tensor | None = None) -> Tensor:
         x = x.contiguous()
     there = _gpu(x.device)
     count = 0 if there is None else there.multiprocessors
-    shape = FEW if m <= FEW.rows else tile(TILES, m, n, count)
+    chosen = way(there)
+    shape = chosen.few if m <= chosen.few.rows else tile(chosen.tiles, m, n, count)
     book = p.codebook.contiguous().view(INTEGERS[vector])
     empty = out  # unread where there is none
     with _on(x.device):
@@ -75,7 +92,7 @@ def gemm_vq(x: Tensor, p: VQParams, addend: Tensor | None = None) -> Tensor:
             ADDEND=addend is not None,
             ROWS=shape.rows,
             COLUMNS=shape.columns,
-            STEP=STEP,
+            STEP=chosen.step,
             STRIPE=STRIPE,
             num_warps=shape.warps,
             num_stages=shape.stages,

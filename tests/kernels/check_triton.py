@@ -140,12 +140,11 @@ def vq_jobs(arch: str, everything: bool) -> list[tuple[str, tuple]]:
 
     from nibble.kernels.backends import native_vq, triton_vq, triton_vq_kernels, triton_w4a4
 
-    found = []
-    tiles = (*triton_vq.TILES, triton_vq.FEW) if everything else triton_vq.TILES[:1]
-    for tile in tiles:
+    way, found = triton_vq.way(gpu_of(arch)), []
+    for tile in (*way.tiles, way.few) if everything else way.tiles[:1]:
         for bits, vector in native_vq.GPU_LAYOUTS if everything else ((6, 4),):
             constants = {"BITS": bits, "D": vector, "WHOLE": True, "KIND": tl.bfloat16}
-            constants |= {"SCALE": True, "BIAS": True, "ADDEND": True, "STEP": triton_vq.STEP}
+            constants |= {"SCALE": True, "BIAS": True, "ADDEND": True, "STEP": way.step}
             constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
             constants |= {"STRIPE": triton_w4a4.STRIPE}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
