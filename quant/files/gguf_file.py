@@ -44,7 +44,8 @@ class GgufFile(StoredTensors):
     """
 
     def __init__(self, path: Path):
-        self.path, self.name, self.metadata = path, path.name, {}
+        self.path: Path = path
+        self.name, self.metadata = path.name, {}
         self._gguf, why = optional("gguf")
         if self._gguf is None:
             raise FileRefused(
@@ -54,16 +55,18 @@ class GgufFile(StoredTensors):
         reader = self._gguf.GGUFReader(path)
         self._refuse_others(reader)
         self._places: dict[str, _Place] = {}
-        self.tensors, self.decoded = {}, {}
+        self._kinds: dict[str, str] = {}
+        self._infos: dict[str, StoredTensor] = {}
         for tensor in reader.tensors:
             self._add(reader, tensor)
+        self.tensors, self.decoded = self._infos, self._kinds
 
     def _add(self, reader: Any, tensor: Any) -> None:
         kind, name = tensor.tensor_type, str(tensor.name)
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
         rows = shape
         if kind.name not in _PLAIN:
-            self.decoded[name] = kind.name
+            self._kinds[name] = kind.name
             block, size = self._gguf.GGML_QUANT_SIZES[kind]
             rows = (*shape[:-1], shape[-1] // block * size)
         original = reader.get_field(_ORIGINAL + name)
@@ -72,7 +75,7 @@ class GgufFile(StoredTensors):
         dtype = _PLAIN.get(kind.name, torch.float32)
         place = _Place(kind, int(tensor.data_offset), int(tensor.n_bytes), rows)
         self._places[name] = place
-        self.tensors[name] = StoredTensor(dtype, shape, place.nbytes)
+        self._infos[name] = StoredTensor(dtype, shape, place.nbytes)
 
     def _refuse_others(self, reader: Any) -> None:
         family = str(_field(reader, "general.architecture") or "")
@@ -90,7 +93,6 @@ class GgufFile(StoredTensors):
     def read(self, name: str) -> Tensor:
         place, info = self._places[name], self.tensors[name]
         buffer = torch.empty(place.nbytes, dtype=torch.uint8)
-        assert self.path is not None
         with open(self.path, "rb", buffering=0) as file:
             file.seek(place.start)
             view, done = buffer.numpy().data, 0
@@ -112,7 +114,6 @@ class GgufFile(StoredTensors):
 
     def sample(self, name: str, start: int, count: int) -> bytes:
         place = self._places[name]
-        assert self.path is not None
         with open(self.path, "rb", buffering=0) as file:
             file.seek(place.start + start)
             return file.read(min(count, place.nbytes - start))
