@@ -46,13 +46,14 @@ class GgufFile(StoredTensors):
     def __init__(self, path: Path):
         self.path: Path = path
         self.name, self.metadata = path.name, {}
-        self._gguf, why = optional("gguf")
-        if self._gguf is None:
+        gguf, why = optional("gguf")
+        if gguf is None:
             raise FileRefused(
                 f"{path.name} is a GGUF file, which the package gguf reads, and {why}; install it"
                 " into ComfyUI's Python (pip install gguf)."
             )
-        reader = self._gguf.GGUFReader(path)
+        self._gguf: Any = gguf
+        reader = gguf.GGUFReader(path)
         self._refuse_others(reader)
         self._places: dict[str, _Place] = {}
         self._kinds: dict[str, str] = {}

@@ -311,7 +311,7 @@ class StateDictSource(_Model):
         metadata: Mapping[str, str] | None = None,
     ):
         super().__init__(_LiveTensors(tensors, name, passed_on(metadata or {})))
-        few = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
+        few: list[Any] = [tensor for _, tensor in tensors.items() if _is_quantized(tensor)]
         self._note_few_bits(
             {str(tensor._layout_cls).removesuffix("Layout") for tensor in few},
             sum(tensor._qdata.nbytes for tensor in few),
