@@ -44,28 +44,30 @@ class GgufFile(StoredTensors):
     """
 
     def __init__(self, path: Path):
-        self.path, self.name, self.metadata = path, path.name, {}
-        package, why = optional("gguf")
-        if package is None:
+        self.path: Path = path
+        self.name, self.metadata = path.name, {}
+        gguf, why = optional("gguf")
+        if gguf is None:
             raise FileRefused(
                 f"{path.name} is a GGUF file, which the package gguf reads, and {why}; install it"
                 " into ComfyUI's Python (pip install gguf)."
             )
-        self._gguf: Any = package
-        reader = self._gguf.GGUFReader(path)
+        self._gguf: Any = gguf
+        reader = gguf.GGUFReader(path)
         self._refuse_others(reader)
         self._places: dict[str, _Place] = {}
-        self.tensors: dict[str, StoredTensor] = {}
-        self.decoded: dict[str, str] = {}
+        self._kinds: dict[str, str] = {}
+        self._infos: dict[str, StoredTensor] = {}
         for tensor in reader.tensors:
             self._add(reader, tensor)
+        self.tensors, self.decoded = self._infos, self._kinds
 
     def _add(self, reader: Any, tensor: Any) -> None:
         kind, name = tensor.tensor_type, str(tensor.name)
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
         rows = shape
         if kind.name not in _PLAIN:
-            self.decoded[name] = kind.name
+            self._kinds[name] = kind.name
             block, size = self._gguf.GGML_QUANT_SIZES[kind]
             rows = (*shape[:-1], shape[-1] // block * size)
         original = reader.get_field(_ORIGINAL + name)
@@ -74,7 +76,7 @@ class GgufFile(StoredTensors):
         dtype = _PLAIN.get(kind.name, torch.float32)
         place = _Place(kind, int(tensor.data_offset), int(tensor.n_bytes), rows)
         self._places[name] = place
-        self.tensors[name] = StoredTensor(dtype, shape, place.nbytes)
+        self._infos[name] = StoredTensor(dtype, shape, place.nbytes)
 
     def _refuse_others(self, reader: Any) -> None:
         family = str(_field(reader, "general.architecture") or "")
@@ -92,7 +94,6 @@ class GgufFile(StoredTensors):
     def read(self, name: str) -> Tensor:
         place, info = self._places[name], self.tensors[name]
         buffer = torch.empty(place.nbytes, dtype=torch.uint8)
-        assert self.path is not None
         with open(self.path, "rb", buffering=0) as file:
             file.seek(place.start)
             view, done = buffer.numpy().data, 0
@@ -114,7 +115,6 @@ class GgufFile(StoredTensors):
 
     def sample(self, name: str, start: int, count: int) -> bytes:
         place = self._places[name]
-        assert self.path is not None
         with open(self.path, "rb", buffering=0) as file:
             file.seek(place.start + start)
             return file.read(min(count, place.nbytes - start))

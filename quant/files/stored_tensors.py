@@ -55,7 +55,7 @@ class SafetensorsFiles(StoredTensors):
     def __init__(self, path: Path, files: Sequence[Path], name: str = ""):
         self.path, self.name = path, name or path.name
         self.headers = [read_header(file) for file in files]
-        self.metadata = {}
+        metadata: dict[str, str] = {}
         self._homes: dict[str, Header] = {}
         for header in self.headers:
             twice = self._homes.keys() & header.tensors.keys()
@@ -65,7 +65,8 @@ class SafetensorsFiles(StoredTensors):
                     f" {min(twice)}, so they are not parts of one model; download them again."
                 )
             self._homes |= dict.fromkeys(header.tensors, header)
-            self.metadata |= header.metadata
+            metadata |= header.metadata
+        self.metadata = metadata
         self.tensors = {
             name: StoredTensor(info.dtype, info.shape, info.nbytes)
             for header in self.headers

@@ -307,7 +307,7 @@ def test_layers_that_no_codeword_divides_stay():
             lambda state: state.update(
                 {"double_blocks.0.img_mlp.0.comfy_quant": json_tensor({"format": "vq"})}
             ),
-            "by SVDQuant or VQ",
+            "quantized already, by SVDQuant or VQ",
         ),
         (
             lambda state: state.update({"double_blocks.0.img_mlp.0.wscales": torch.ones(1)}),
