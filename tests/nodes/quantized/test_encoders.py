@@ -230,6 +230,16 @@ def test_codewords_of_3_bits_open_too(plain):
     assert small.db(small.conditioning(small.opened(plain)), found) > 5
 
 
+def test_a_report_speaks_of_prompts():
+    lines = [
+        ["error", "median 20 dB; measured on pictures that were held out"],
+        ["pictures", "fair"],
+    ]
+    assert encoders.of_prompts(lines) == [
+        ["error", "median 20 dB; measured on prompts that were held out"]
+    ]
+
+
 # ---- which type
 
 
