@@ -130,6 +130,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
         cls.made(name, encoders.FOLDER)
         chart = charts.layers_chart(report, name, f"{format}, {preset}")
         words = close.in_words() if close else "not compared: 16 bit does not fit in memory"
+        chart["summary"] = encoders.of_prompts(chart["summary"])
         chart["summary"].insert(1, ["conditioning", words])
         return io.NodeOutput(name, ui=charts.ui(chart))
 

@@ -5,7 +5,13 @@
 import { h } from "../dom.mjs";
 
 /** What was done to a layer, as the chart JSON names it -> as a legend says it. */
-export const ACTIONS = { w4a4: "4-bit", w4a16: "4-bit weights", vq: "VQ", keep: "16-bit" };
+export const ACTIONS = {
+  w4a4: "4-bit",
+  w4a16: "4-bit weights",
+  vq: "VQ",
+  rows8: "8-bit rows",
+  keep: "16-bit",
+};
 
 const LONG = 40; // characters; a longer value is a sentence and not a figure
 const LISTED = 60; // layers; more of them would make the node too tall to open

@@ -89,7 +89,8 @@ export const FRAME = css`
   .nibble-bar > .nibble-w4a16 {
     background: var(--nibble-w4a16);
   }
-  .nibble-bar > .nibble-vq {
+  .nibble-bar > .nibble-vq,
+  .nibble-bar > .nibble-rows8 {
     background: var(--nibble-vq);
   }
   .nibble-bar > .nibble-keep {
@@ -123,7 +124,8 @@ export const FRAME = css`
   .nibble-swatch.nibble-w4a16 {
     background: var(--nibble-w4a16);
   }
-  .nibble-swatch.nibble-vq {
+  .nibble-swatch.nibble-vq,
+  .nibble-swatch.nibble-rows8 {
     background: var(--nibble-vq);
   }
   .nibble-swatch.nibble-keep {

@@ -58,7 +58,8 @@ export const PLOTS = css`
   .nibble-stem.nibble-w4a16 {
     stroke: var(--nibble-w4a16);
   }
-  .nibble-stem.nibble-vq {
+  .nibble-stem.nibble-vq,
+  .nibble-stem.nibble-rows8 {
     stroke: var(--nibble-vq);
   }
   .nibble-dot,
@@ -70,7 +71,9 @@ export const PLOTS = css`
     fill: var(--nibble-w4a16);
   }
   .nibble-dot.nibble-vq,
-  .nibble-cell.nibble-vq {
+  .nibble-dot.nibble-rows8,
+  .nibble-cell.nibble-vq,
+  .nibble-cell.nibble-rows8 {
     fill: var(--nibble-vq);
   }
   .nibble-learning {

@@ -225,6 +225,17 @@ def load(
     return clip, kind
 
 
+def of_prompts(lines: list[list[str]]) -> list[list[str]]:
+    """Lines of a report as an encoder's: its layers are measured on prompts, and what their errors
+    mean for pictures is not known.
+    """
+    return [
+        [label, words.replace("on pictures", "on prompts")]
+        for label, words in lines
+        if label != "pictures"
+    ]
+
+
 def chart(names: list[str], kind: str, clip: comfy.sd.CLIP) -> dict:
     """Facts about loaded encoders: VRAM, what each file is, the errors that its report tells."""
     summary = [["VRAM", f"{charts.size(clip.patcher.model_size())} of weights"], ["type", kind]]
@@ -235,7 +246,7 @@ def chart(names: list[str], kind: str, clip: comfy.sd.CLIP) -> dict:
             file = _files.open(path)
             four = sum(layer["format"] != _ROWS8 for layer in file.layers.values())
             words += f", {four} layers of 4-bit weights, {len(file.layers) - four} of 8-bit rows"
-            summary += charts.error_lines(file)
+            summary += of_prompts(charts.error_lines(file))
         summary.append([encoder_of(path) or "encoder", f"{name}: {words}"])
     return {"kind": "facts", "title": names[0], "summary": summary}
 

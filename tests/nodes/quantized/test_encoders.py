@@ -4,13 +4,16 @@ and FEATHER do with a CLIP they do with these.
 
 import shutil
 
+import comfy.ops
 import comfy.sd
+import comfy.text_encoders.llama
 import comfy.text_encoders.sa_t5
 import folder_paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import encoder_shapes
 import nodes
 import small_encoders as small
 import tiny_encoders
@@ -230,6 +233,16 @@ def test_codewords_of_3_bits_open_too(plain):
     assert small.db(small.conditioning(small.opened(plain)), found) > 5
 
 
+def test_a_report_speaks_of_prompts():
+    lines = [
+        ["error", "median 20 dB; measured on pictures that were held out"],
+        ["pictures", "fair"],
+    ]
+    assert encoders.of_prompts(lines) == [
+        ["error", "median 20 dB; measured on prompts that were held out"]
+    ]
+
+
 # ---- which type
 
 
@@ -310,3 +323,32 @@ def test_feather_prunes_it(qwen):
         found = pruned.encode_from_tokens(tokens(pruned))
         assert torch.equal(found, plain) is same
         assert found.isfinite().all()
+
+
+# ---- the real ones, without their weights
+
+CLASSES = {
+    "Gemma 2 2B": "Gemma2_2B",
+    "Gemma 3 4B": "Gemma3_4B",
+    "Qwen2.5-VL 3B": "Qwen25_3B",
+    "Qwen2.5-VL 7B": "Qwen25_7BVLI",
+    "Qwen3 0.6B": "Qwen3_06B",
+    "Qwen3 4B": "Qwen3_4B",
+    "Qwen3 8B": "Qwen3_8B",
+    "Llama 3.1 8B": "Llama2",
+    "Mistral Small 24B": "Mistral3Small24B",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_documents_sizes_are_of_comfyuis_layers(name):
+    """Every linear and table of ComfyUI's class is in tests/support/encoder_shapes.py, as large."""
+    build = getattr(comfy.text_encoders.llama, CLASSES[name])
+    model = build({}, torch.float16, "meta", comfy.ops.disable_weight_init)
+    built = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    ours = encoder_shapes.REAL[name]
+    for key, shape in ours.items():
+        if len(shape) == 2:
+            assert built[key] == shape, key
+    missing = {key for key, shape in built.items() if len(shape) == 2} - ours.keys()
+    assert missing <= {"model.lm_head.weight"}
