@@ -22,4 +22,8 @@ NO_FLOW = {
     "cosmos predict 2",
     "cogvideox",
 }
-NO_CAF = NOT_TRAINED | dict.fromkeys(NO_FLOW, "rectified-flow")
+NO_CAF = (
+    NOT_TRAINED
+    | dict.fromkeys(NO_FLOW, "rectified-flow")
+    | {"ace-step 1.5": "cannot be given an initial velocity"}
+)
