@@ -7,9 +7,11 @@ from __future__ import annotations
 SEVERAL_STREAMS = dict.fromkeys(
     ["minimax h3", "ltx-2 (video and sound)", "triposplat"], "several streams"
 )
-# ComfyUI's models with a fused norm and rotation that has no gradient, also while they are trained
+# ComfyUI's models that compute something without a gradient, also while they are trained: a fused
+# norm and rotation, sums in place
 NO_GRADIENT = dict.fromkeys(
-    ["joyimage", "ernie-image", "cosmos predict 2"], "for which ComfyUI has no gradient"
+    ["joyimage", "ernie-image", "cosmos predict 2", "hidream o1"],
+    "for which ComfyUI has no gradient",
 )
 NOT_TRAINED = SEVERAL_STREAMS | NO_GRADIENT
 # families whose noise and data do not lie on straight lines
