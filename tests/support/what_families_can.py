@@ -29,3 +29,23 @@ NO_CAF = (
     | dict.fromkeys(NO_FLOW, "rectified-flow")
     | {"ace-step 1.5": "cannot be given an initial velocity"}
 )
+# CAF's input layer is not all that sees the latent, or it sees a picture or a mask beside it
+LATENT_ELSEWHERE = {
+    "chroma radiance",
+    "z-image pixel",
+    "pixeldit",
+    "ltx-2 (video and sound)",
+    "triposplat",
+    "minimax h3",
+    "hidream o1",
+    "wan 2.1 i2v",
+    "wandancer",
+    "wan animate 2",
+    "wan 2.1 camera",
+    "wan 2.2 camera",
+    "scail",
+    "scail 2",
+    "flux fill",
+    "hunyuan video 1.5",
+    "seedvr 2",
+}
