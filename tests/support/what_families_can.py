@@ -10,7 +10,15 @@ SEVERAL_STREAMS = dict.fromkeys(
 # ComfyUI's models that compute something without a gradient, also while they are trained: a fused
 # norm and rotation, sums in place
 NO_GRADIENT = dict.fromkeys(
-    ["joyimage", "ernie-image", "cosmos predict 2", "hidream o1"],
+    [
+        "joyimage",
+        "ernie-image",
+        "cosmos predict 2",
+        "hidream o1",
+        "wan animate 2",
+        "wan 2.2 s2v",
+        "wandancer",
+    ],
     "for which ComfyUI has no gradient",
 )
 NOT_TRAINED = SEVERAL_STREAMS | NO_GRADIENT

@@ -42,8 +42,12 @@ _ALONE = {
     "timestep_end",
     "default",
 }
-# of torch's errors where a model computes something that has no gradient
-_NO_GRADIENT = ("no autograd formula", "support automatic differentiation")
+# of torch's errors where a model computes something without a gradient, or writes over it
+_NO_GRADIENT = (
+    "no autograd formula",
+    "support automatic differentiation",
+    "modified by an inplace operation",
+)
 _KEY = "nibble_training"  # key of the wrapper on the copy of the model
 T = TypeVar("T")
 
