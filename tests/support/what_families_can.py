@@ -7,9 +7,19 @@ from __future__ import annotations
 SEVERAL_STREAMS = dict.fromkeys(
     ["minimax h3", "ltx-2 (video and sound)", "triposplat"], "several streams"
 )
-# ComfyUI's models with a fused norm and rotation that has no gradient, also while they are trained
+# ComfyUI's models that compute something without a gradient, also while they are trained: a fused
+# norm and rotation, sums in place
 NO_GRADIENT = dict.fromkeys(
-    ["joyimage", "ernie-image", "cosmos predict 2"], "for which ComfyUI has no gradient"
+    [
+        "joyimage",
+        "ernie-image",
+        "cosmos predict 2",
+        "hidream o1",
+        "wan animate 2",
+        "wan 2.2 s2v",
+        "wandancer",
+    ],
+    "for which ComfyUI has no gradient",
 )
 NOT_TRAINED = SEVERAL_STREAMS | NO_GRADIENT
 # families whose noise and data do not lie on straight lines
@@ -22,4 +32,28 @@ NO_FLOW = {
     "cosmos predict 2",
     "cogvideox",
 }
-NO_CAF = NOT_TRAINED | dict.fromkeys(NO_FLOW, "rectified-flow")
+NO_CAF = (
+    NOT_TRAINED
+    | dict.fromkeys(NO_FLOW, "rectified-flow")
+    | {"ace-step 1.5": "cannot be given an initial velocity"}
+)
+# CAF's input layer is not all that sees the latent, or it sees a picture or a mask beside it
+LATENT_ELSEWHERE = {
+    "chroma radiance",
+    "z-image pixel",
+    "pixeldit",
+    "ltx-2 (video and sound)",
+    "triposplat",
+    "minimax h3",
+    "hidream o1",
+    "wan 2.1 i2v",
+    "wandancer",
+    "wan animate 2",
+    "wan 2.1 camera",
+    "wan 2.2 camera",
+    "scail",
+    "scail 2",
+    "flux fill",
+    "hunyuan video 1.5",
+    "seedvr 2",
+}

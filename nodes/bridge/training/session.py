@@ -42,6 +42,12 @@ _ALONE = {
     "timestep_end",
     "default",
 }
+# of torch's errors where a model computes something without a gradient, or writes over it
+_NO_GRADIENT = (
+    "no autograd formula",
+    "support automatic differentiation",
+    "modified by an inplace operation",
+)
 _KEY = "nibble_training"  # key of the wrapper on the copy of the model
 T = TypeVar("T")
 
@@ -278,7 +284,7 @@ def run(
             )
             return trainer.result
         except RuntimeError as error:
-            if "no autograd formula" not in str(error):
+            if not any(words in str(error) for words in _NO_GRADIENT):
                 raise
             raise ValueError(
                 f"{type(own.model.diffusion_model).__name__} uses an operation for which"

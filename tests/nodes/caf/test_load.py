@@ -25,11 +25,10 @@ from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.quantize import vq4dit as vq
 from nibble.nodes.bridge.quantized import loading
 from nibble.quant.files.errors import FileRefused
+from what_families_can import LATENT_ELSEWHERE
 
 SIGMA = 0.6
 MUSIC = "ace-step 1.5"
-# what these make of the latent reaches their output by another way too
-TWICE = {"chroma radiance", "z-image pixel", "pixeldit", "ltx-2 (video and sound)", "triposplat"}
 NAME = "test.caf.safetensors"
 
 
@@ -103,7 +102,9 @@ def test_each_head_answers_and_leaves_nothing_behind(family):
     assert torch.equal(answers(model, family, [(x, v)])[0], plain)
 
 
-@pytest.mark.parametrize("family", [family for family in FLOW if family not in TWICE | {MUSIC}])
+@pytest.mark.parametrize(
+    "family", [name for name in FLOW if name not in LATENT_ELSEWHERE | {MUSIC}]
+)
 def test_the_initial_velocity_enters_where_the_latent_does(family):
     """With the input layer's own weight for v0, what is linear up to there cannot tell (x, v0) from
     x + v0.
