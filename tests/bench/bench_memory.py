@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        _start()
+        _start(options.alone == "count")
         print(json.dumps(globals()[options.alone](options)))
         return
     out = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
@@ -236,15 +236,14 @@ def main() -> None:
         options.out.write_text(json.dumps(out, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _start() -> None:
-    """ComfyUI with torch's own attention, as it runs on a GPU; on a CPU it has another one unless
-    told, which holds gigabytes of scores.
-    """
-    sys.path.insert(0, comfyui_in_process.COMFYUI)
-    import comfy.cli_args
+def _start(torchs_attention: bool) -> None:
+    """ComfyUI as it is on a CPU, or with torch's own attention, as on a GPU."""
+    if torchs_attention:
+        sys.path.insert(0, comfyui_in_process.COMFYUI)
+        import comfy.cli_args
 
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    sys.path.pop(0)  # by which `start` knows that it was called
+        comfy.cli_args.args.use_pytorch_cross_attention = True
+        sys.path.pop(0)  # by which `start` knows that it was called
     comfyui_in_process.start()
 
 

@@ -142,8 +142,9 @@ def _sampling(loadout: Loadout, work: Work) -> tuple[Part, ...]:
     area = one * work.pictures * (1 + work.references)
     tokens = area // sampler.patch**2 + TOKENS * work.pictures
     rank = sum(lora.rank for lora in loadout.loras)
+    step = comfyui.sampling(sampler.factor, area, work.itemsize)
     return (
-        Part("a step", comfyui.sampling(sampler.factor, area, work.itemsize), "work"),
+        Part("a step", step * (comfyui.ON_A_CPU if work.card is None else 1), "work"),
         Part("4-bit kernels", loadout.model.scratch(tokens, rank), "work"),
     )
 
