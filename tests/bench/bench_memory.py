@@ -59,7 +59,8 @@ def measured(work) -> dict:
     held = resident("VmRSS")
     forget_peak()
     began = time.monotonic()
-    work()
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        work()
     peak = resident("VmHWM")
     return {
         "held": held,
@@ -178,6 +179,7 @@ def decode(options) -> dict:
     import comfy.sd
 
     import published_sizes
+    from nibble.quant.files.memory.comfyui import ON_A_CPU
     from nibble.quant.files.memory.stages import PROGRAM
     from nibble.quant.files.memory.weights import published_vae
 
@@ -188,12 +190,13 @@ def decode(options) -> dict:
         torch.nn.init.normal_(parameter, std=0.01)
     side = options.size // 8
     latent = torch.randn(1, 16, side, side)
-    work = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
-    found = measured(work or (lambda: vae.decode(latent)))
+    tiles = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
+    found = measured(tiles or (lambda: vae.decode(latent)))
     kind = published_vae("flux")
     size = (options.size, options.size)
     bytes_of = kind.decoder.tiled if options.tiled else kind.decoder.bytes
-    return found | {"plan": {"work": bytes_of(1, size, 4), "held": PROGRAM + 4 * kind.numbers}}
+    work = bytes_of(1, size, 4) * ON_A_CPU
+    return found | {"plan": {"work": work, "held": PROGRAM + 4 * kind.numbers}}
 
 
 def program(_options) -> dict:
