@@ -59,7 +59,8 @@ def measured(work) -> dict:
     held = resident("VmRSS")
     forget_peak()
     began = time.monotonic()
-    work()
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        work()
     peak = resident("VmHWM")
     return {
         "held": held,
@@ -178,6 +179,7 @@ def decode(options) -> dict:
     import comfy.sd
 
     import published_sizes
+    from nibble.quant.files.memory.comfyui import ON_A_CPU
     from nibble.quant.files.memory.stages import PROGRAM
     from nibble.quant.files.memory.weights import published_vae
 
@@ -188,12 +190,13 @@ def decode(options) -> dict:
         torch.nn.init.normal_(parameter, std=0.01)
     side = options.size // 8
     latent = torch.randn(1, 16, side, side)
-    work = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
-    found = measured(work or (lambda: vae.decode(latent)))
+    tiles = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
+    found = measured(tiles or (lambda: vae.decode(latent)))
     kind = published_vae("flux")
     size = (options.size, options.size)
     bytes_of = kind.decoder.tiled if options.tiled else kind.decoder.bytes
-    return found | {"plan": {"work": bytes_of(1, size, 4), "held": PROGRAM + 4 * kind.numbers}}
+    work = bytes_of(1, size, 4) * ON_A_CPU
+    return found | {"plan": {"work": work, "held": PROGRAM + 4 * kind.numbers}}
 
 
 def program(_options) -> dict:
@@ -222,7 +225,7 @@ def main() -> None:
     parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        _start()
+        _start(options.alone == "count")
         print(json.dumps(globals()[options.alone](options)))
         return
     out = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
@@ -236,15 +239,14 @@ def main() -> None:
         options.out.write_text(json.dumps(out, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _start() -> None:
-    """ComfyUI with torch's own attention, as it runs on a GPU; on a CPU it has another one unless
-    told, which holds gigabytes of scores.
-    """
-    sys.path.insert(0, comfyui_in_process.COMFYUI)
-    import comfy.cli_args
+def _start(torchs_attention: bool) -> None:
+    """ComfyUI as it is on a CPU, or with torch's own attention, as on a GPU."""
+    if torchs_attention:
+        sys.path.insert(0, comfyui_in_process.COMFYUI)
+        import comfy.cli_args
 
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    sys.path.pop(0)  # by which `start` knows that it was called
+        comfy.cli_args.args.use_pytorch_cross_attention = True
+        sys.path.pop(0)  # by which `start` knows that it was called
     comfyui_in_process.start()
 
 

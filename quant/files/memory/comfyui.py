@@ -9,8 +9,10 @@ ComfyUI nor a GPU.
     loaded    = max(0, free - set aside, min(0.4 free, free - 0.8 GiB - reserve))
 
 What of the weights is not loaded stays in RAM and is brought to the GPU in each step. factor is the
-model class's `memory_usage_factor` (published.json). On a CPU ComfyUI itself uses another formula,
-that of attention which writes its whole matrix; torch's attention does not do so there either.
+model class's `memory_usage_factor` (published.json). On a CPU ComfyUI's own formula is that of
+attention which writes its whole matrix, and its attention there goes through it in parts: measured
+at a megapixel of FLUX.1, a step holds twice what the formula above says (docs/benchmarks.md).
+Decoding is allowed twice its estimate there, which is not yet measured.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from __future__ import annotations
 MIB, GIB = 1 << 20, 1 << 30
 RESERVE = 400 * MIB
 """`EXTRA_RESERVED_VRAM` on Linux; on Windows it is 600 MiB, 700 on cards of 16 GB and more."""
+ON_A_CPU = 2
+"""By how much a step, and decoding, are taken to hold more there."""
 _LEAST = 0.8 * GIB
 _LEAST_SHARE = 0.4  # MIN_WEIGHT_MEMORY_RATIO
 

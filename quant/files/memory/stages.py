@@ -49,6 +49,11 @@ class Work:
         """Bytes of a number."""
         return _ON_CPU if self.card is None else _ON_CARD
 
+    @property
+    def more(self) -> int:
+        """By how much computing takes more than on a GPU."""
+        return comfyui.ON_A_CPU if self.card is None else 1
+
 
 @dataclass(frozen=True)
 class Loadout:
@@ -142,8 +147,9 @@ def _sampling(loadout: Loadout, work: Work) -> tuple[Part, ...]:
     area = one * work.pictures * (1 + work.references)
     tokens = area // sampler.patch**2 + TOKENS * work.pictures
     rank = sum(lora.rank for lora in loadout.loras)
+    step = comfyui.sampling(sampler.factor, area, work.itemsize)
     return (
-        Part("a step", comfyui.sampling(sampler.factor, area, work.itemsize), "work"),
+        Part("a step", step * work.more, "work"),
         Part("4-bit kernels", loadout.model.scratch(tokens, rank), "work"),
     )
 
@@ -154,8 +160,8 @@ def _decoding(loadout: Loadout, work: Work) -> tuple[Part, ...]:
     assert decoder is not None
     frames = comfyui.latent_frames(work.frames, decoder.ratios[1])
     count = decoder.tiled if loadout.tiled else decoder.bytes
-    label = "decoding a tile" if loadout.tiled else "decoding"
-    return (Part(label, count(frames, work.size, work.itemsize), "work"),)
+    takes = count(frames, work.size, work.itemsize) * work.more
+    return (Part("decoding a tile" if loadout.tiled else "decoding", takes, "work"),)
 
 
 def _stage(

@@ -129,8 +129,10 @@ def test_on_a_cpu_everything_is_in_ram_and_of_four_bytes():
     there = found(Loadout(MODEL, (), VAE), replace(EIGHT, card=None))
     assert there[SAMPLE].card == ()
     weights = MODEL.bytes + 4 * VAE.numbers
-    step = comfyui.sampling(3.1, 128 * 128, 4)
+    # twice what a GPU takes
+    step = 2 * comfyui.sampling(3.1, 128 * 128, 4)
     assert there[SAMPLE].ram_peak == 900_000_000 + weights + step
+    assert there[DECODE].ram_peak == 900_000_000 + weights + 2 * 2178 * 128 * 128 * 64 * 4
 
 
 def test_batch_and_references_multiply_the_step():
