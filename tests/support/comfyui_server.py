@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
-START_SECONDS, RUN_SECONDS = 600, 300
+START_SECONDS, RUN_SECONDS = 600, 900
 
 
 class Refused(Exception):

@@ -145,6 +145,7 @@ BUILT = {
             depth=2,
             depth_single_blocks=0,
             axes_dim=[16, 56, 56],
+            txt_ids_dims=[],
             theta=10000,
             qkv_bias=True,
             guidance_embed=True,
@@ -203,7 +204,9 @@ BUILT = {
         "span": _of(
             "spandrel.architectures.SPAN.SPAN", num_in_ch=3, num_out_ch=3, feature_channels=8
         ),
-        "swinir": _of("spandrel.architectures.SwinIR.SwinIR", embed_dim=12, num_heads=[2, 2, 2, 2]),
+        "swinir": _of(
+            "spandrel.architectures.SwinIR.SwinIR", embed_dim=12, window_size=8, num_heads=[2] * 4
+        ),
         "dat": _of("spandrel.architectures.DAT.DAT", embed_dim=12, depth=[1], num_heads=[2]),
         "hat": _of("spandrel.architectures.HAT.HAT", embed_dim=12, depths=(1,), num_heads=(2,)),
         "plksr": _of("spandrel.architectures.PLKSR.RealPLKSR", dim=8, n_blocks=2),
