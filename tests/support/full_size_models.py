@@ -11,23 +11,11 @@ from typing import Any
 import torch
 
 FLUX: dict[str, Any] = dict(
-    image_model="flux",
-    axes_dim=[16, 56, 56],
-    num_heads=24,
-    mlp_ratio=4.0,
-    theta=10000,
-    out_channels=16,
-    qkv_bias=True,
-    txt_ids_dims=[],
-    in_channels=16,
-    hidden_size=3072,
-    context_in_dim=4096,
-    vec_in_dim=768,
-    patch_size=2,
-    depth=19,
-    depth_single_blocks=38,
+    image_model="flux", axes_dim=[16, 56, 56], num_heads=24, mlp_ratio=4.0, theta=10000,
+    in_channels=16, out_channels=16, hidden_size=3072, context_in_dim=4096, vec_in_dim=768,
+    qkv_bias=True, txt_ids_dims=[], patch_size=2, depth=19, depth_single_blocks=38,
     guidance_embed=True,
-)
+)  # fmt: skip
 FLUX2 = FLUX | dict(
     image_model="flux2",
     axes_dim=[32, 32, 32, 32],
