@@ -32,7 +32,7 @@ def test_weights_that_are_read_as_int8_are_told_by_their_16_bit_parameters(table
     """Their scales are whole numbers, and float32 for a row."""
     model = loading.load(table_file).model.diffusion_model
     layers = preparing.layers_of(model, torch.bfloat16)
-    assert Layer("linear_w4a8", (384, 128), FLOATS, 16) in layers  # qkv
+    assert Layer("linear_w4a8", (384, 128), FLOATS, 16, rotated=True) in layers  # qkv
     assert {layer.op for layer in layers} == {"linear_w4a8", "linear_w4a16"}
 
 
