@@ -7,6 +7,9 @@ import { h } from "../dom.mjs";
 /** What was done to a layer, as the chart JSON names it -> as a legend says it. */
 export const ACTIONS = {
   w4a4: "4-bit",
+  w4a8: "4-bit, read as int8",
+  nvfp4: "4-bit floats",
+  w8a8: "8-bit",
   w4a16: "4-bit weights",
   vq: "VQ",
   rows8: "8-bit rows",

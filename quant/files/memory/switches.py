@@ -140,7 +140,7 @@ def _encoder(loadout: Loadout, work: Work) -> Switch | None:
         ENCODE,
         saved,
         "the prompt is read a little differently; the encoder's own report says by how much",
-        "a file with 4-bit weights in place of it",
+        "Quantize Text Encoder, and Load Quantized CLIP in place of the stock loader",
     )
 
 
