@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.files.architectures import flux1_shapes
+from nibble.quant.files.known_shapes import flux1_shapes
 
 cli = importlib.import_module("nibble.__main__")
 SHAPES = flux1_shapes(1, 1, 128, 64, 64)
