@@ -16,9 +16,9 @@ def chart(server, choice: str) -> dict:
 
 
 def test_files_of_every_folder_are_listed_and_named(server, quantized, lora_files):
-    (listed,) = server.get("/object_info/NibbleInspectFile")["NibbleInspectFile"]["input"][
-        "required"
-    ]["file"][:1]
+    inputs = server.get("/object_info/NibbleInspectFile")["NibbleInspectFile"]["input"]
+    spec = inputs["required"]["file"]
+    listed = spec[1]["options"] if spec[0] == "COMBO" else spec[0]
     wanted = {
         f"diffusion_models/{quantized}": "a diffusion model, FLUX.1, Nibble's SVDQuant, 4 bits",
         f"diffusion_models/{FLUX}": "a diffusion model, FLUX.1, BF16",
