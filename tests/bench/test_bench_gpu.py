@@ -94,7 +94,7 @@ def test_what_is_compiled_beforehand_is_what_the_routes_start(capability):
     for path, mma in routes.MMAS.items():
         wanted = path in routes.of("gemm_w4a4_up_gelu_quantize_down", capability)
         assert (f"gemm_w4a4<{mma}, bf16, 64" in names) == wanted
-    assert ("sm90::gemm_kernel<bf16, 2, 128>" in names) == (capability == 90)
+    assert ("sm90::gemm_kernel<Codes::e4m3, bf16, 2, 128>" in names) == (capability == 90)
     arch = kernels.architecture(capability)
     assert set(found) >= {kernel for kernel in kernels.of(arch) if "vq_gemm" in kernel.name}
 

@@ -223,13 +223,13 @@ def hopper(tmp_path):
 @pytest.mark.parametrize(
     "route, symbol",
     [
-        (0, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (0, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 64>"),
         (1, "_gemm_w4a4<Turing, bf16, 64, false, Store>"),
         (1128, "_gemm_w4a4<Turing, bf16, 128, false, Store>"),
         (2032, "_gemm_w4a4<Int4, bf16, 32, false, Store>"),
-        (3001, "_sm90::gemm_kernel<bf16, 2, 128>"),
-        (3002, "_sm90::gemm_kernel<bf16, 1, 128>"),
-        (3003, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (3001, "_sm90::gemm_kernel<Codes::e4m3, bf16, 2, 128>"),
+        (3002, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 128>"),
+        (3003, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 64>"),
         (4064, "_gemm_w4a4<Int8, bf16, 64, false, Store>"),
     ],
 )
