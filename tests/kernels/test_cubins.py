@@ -252,6 +252,18 @@ def test_without_wgmma_a_hopper_gets_packed_codes(hopper):
     assert module.route("gemm_w4a4_up", 90, 1, 1, 1) == ("sm100, asked for", "route 4")
 
 
+def test_activations_of_8_bits_go_through_wgmma_as_they_are(hopper):
+    fake, module = hopper
+    for route, symbol in (
+        (0, "_sm90::gemm_kernel<Codes::int8, bf16, 1, 64>"),
+        (3001, "_sm90::gemm_kernel<Codes::int8, bf16, 2, 128>"),
+        (4064, "_gemm_w4a4<Act8, bf16, 64, false, Store>"),
+    ):
+        fake.started.clear()
+        start(module, isa=route, codes=structs.INT8)
+        assert [started.symbol for started in fake.started] == [symbol]
+
+
 def whole_linear(module: CubinModule, codes: int = 0) -> None:
     module.linear_w4a4(
         device=0, stream=0, threads=1, isa=0, M=33, N=128, K=128, R=32, x=64, x_stride=128,
