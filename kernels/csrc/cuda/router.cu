@@ -181,7 +181,8 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     const Family gpu = family(capability);
     const std::string on = " on compute capability " + in_words(capability);
     if (op == Op::gemm_w4a4_up && gpu.hopper)
-        return {"sm90: wgmma on 8-bit floats (integers for activations of 8 bits)", "wgmma is the fast path" + on};
+        return {"sm90: wgmma on 8-bit floats (integers for activations of 8 bits)",
+                "wgmma is the fast path" + on};
     if (op == Op::gemm_w4a4_up || op == Op::gemm_w4a4_up_gelu_quantize_down) {
         const char* path = "sm100: int8 m16n8k32 on widened codes";
         const char* why = "no int4 in the matrix units";
