@@ -4,9 +4,9 @@ products of 8-bit codes cost no more than those of 4-bit ones.
 The layer does not change: its smoothed values get codes -127..127 instead of -7..7. What that costs
 is a matter of the matrix units. Where int4 products run at twice the rate of int8 (Turing, Ampere,
 Ada), the product takes up to twice as long; where codes are widened to 8 bits anyway (Blackwell,
-AMD, Intel, CPU), it takes as long and reads twice the bytes of activations. Hopper multiplies 4-bit
-codes by wgmma and 8-bit ones by mma.sync: a tenth to a third longer, by count. Rates are the
-vendors'; whole layers are not yet measured on any GPU. On a CPU with AVX2 both take the same time
+AMD, Intel, CPU), it takes as long and reads twice the bytes of activations. Hopper multiplies
+either by wgmma; 8-bit ones take up to a tenth longer, by count. Rates are the vendors'; whole
+layers are not yet measured on any GPU. On a CPU with AVX2 both take the same time
 (kernels/README.md).
 """
 

@@ -35,13 +35,14 @@ def test_every_section_runs_dry(tmp_path):
         " counters memcheck"
     )
     assert states == dict.fromkeys(names.split(), "finished"), printed
-    assert len(found["probe"]["rows"]) == 20
+    assert len(found["probe"]["rows"]) == 24
     assert set(found["smoke"]["alive"]) == set(HOPPER) and found["smoke"]["dead"] == {}, printed
     assert found["smoke"]["default"] == 0
     assert found["correctness"]["checks"] >= 60 and found["correctness"]["failed"] == 0, printed
     assert found["robustness"]["failed"] == [], printed
     (sizes,) = found["products"]["summary"].values()
     assert set(HOPPER.values()) < sizes.keys()
+    assert {"sm90, activations of 8 bits", "sm100, activations of 8 bits"} < sizes.keys()
     models = [row["model"] for row in found["transformer"]["rows"]]
     assert "nibble" in models and "nibble, fused MLP, by mma.sync s8" in models
     assert found["memcheck"]["rows"][0]["ok"], printed
@@ -94,7 +95,7 @@ def test_what_is_compiled_beforehand_is_what_the_routes_start(capability):
     for path, mma in routes.MMAS.items():
         wanted = path in routes.of("gemm_w4a4_up_gelu_quantize_down", capability)
         assert (f"gemm_w4a4<{mma}, bf16, 64" in names) == wanted
-    assert ("sm90::gemm_kernel<bf16, 2, 128>" in names) == (capability == 90)
+    assert ("sm90::gemm_kernel<Codes::e4m3, bf16, 2, 128>" in names) == (capability == 90)
     arch = kernels.architecture(capability)
     assert set(found) >= {kernel for kernel in kernels.of(arch) if "vq_gemm" in kernel.name}
 

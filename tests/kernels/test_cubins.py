@@ -223,13 +223,13 @@ def hopper(tmp_path):
 @pytest.mark.parametrize(
     "route, symbol",
     [
-        (0, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (0, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 64>"),
         (1, "_gemm_w4a4<Turing, bf16, 64, false, Store>"),
         (1128, "_gemm_w4a4<Turing, bf16, 128, false, Store>"),
         (2032, "_gemm_w4a4<Int4, bf16, 32, false, Store>"),
-        (3001, "_sm90::gemm_kernel<bf16, 2, 128>"),
-        (3002, "_sm90::gemm_kernel<bf16, 1, 128>"),
-        (3003, "_sm90::gemm_kernel<bf16, 1, 64>"),
+        (3001, "_sm90::gemm_kernel<Codes::e4m3, bf16, 2, 128>"),
+        (3002, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 128>"),
+        (3003, "_sm90::gemm_kernel<Codes::e4m3, bf16, 1, 64>"),
         (4064, "_gemm_w4a4<Int8, bf16, 64, false, Store>"),
     ],
 )
@@ -250,6 +250,18 @@ def test_without_wgmma_a_hopper_gets_packed_codes(hopper):
     start(module)
     assert "Int8" in fake.started[-1].symbol
     assert module.route("gemm_w4a4_up", 90, 1, 1, 1) == ("sm100, asked for", "route 4")
+
+
+def test_activations_of_8_bits_go_through_wgmma_as_they_are(hopper):
+    fake, module = hopper
+    for route, symbol in (
+        (0, "_sm90::gemm_kernel<Codes::int8, bf16, 1, 64>"),
+        (3001, "_sm90::gemm_kernel<Codes::int8, bf16, 2, 128>"),
+        (4064, "_gemm_w4a4<Act8, bf16, 64, false, Store>"),
+    ):
+        fake.started.clear()
+        start(module, isa=route, codes=structs.INT8)
+        assert [started.symbol for started in fake.started] == [symbol]
 
 
 def whole_linear(module: CubinModule, codes: int = 0) -> None:

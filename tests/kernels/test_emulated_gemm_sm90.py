@@ -19,6 +19,7 @@ from nibble.kernels import reference
 from nibble.quant.weights.packing import pack_int4, unpack_int4
 
 HOPPER = 90
+INT8 = 2
 
 TILES = [
     Case("tile_256x128", 200, 192, 300, R=40),
@@ -122,6 +123,32 @@ def test_group_sums_are_exact(emulated, unsigned):
     assert_same(
         product(emulated, operands, unsigned, torch.float32), truth(operands, unsigned).float()
     )
+
+
+@pytest.mark.parametrize("case", TILES, ids=str)
+def test_activations_of_8_bits_are_exact_in_every_tile_and_order_of_warps(emulated, case):
+    """Scales are powers of two of either sign, so the result is known to the last bit."""
+    generator = torch.Generator().manual_seed(7)
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    m, k, n = case.M, case.K, case.N
+    q, weight = whole(-127, 128, m, k), whole(-8, 8, n, k)
+    ascales = 2.0 ** whole(0, 3, k // 64, m)
+    weight_scale = 2.0 ** whole(-1, 1, k // 64, n) * (1 - 2 * whole(0, 2, k // 64, n))
+    given = (q.to(torch.int8), ascales, torch.zeros(m, 0), pack_int4(weight.to(torch.int8)))
+    scaled = q.double() * ascales.double().t().repeat_interleave(64, 1)
+    exact = scaled @ (weight * weight_scale.double().t().repeat_interleave(64, 1)).t()
+    for seed in range(2):
+        emulated.seed(seed)
+        ours = emulated.gemm_w4a4_up(
+            *(*given, weight_scale.bfloat16(), torch.zeros(n, 0).bfloat16()),
+            out_dtype=torch.float32,
+            capability=HOPPER,
+            form=INT8,
+        )
+        assert_same(ours, exact.float())
 
 
 @pytest.mark.parametrize("case", TILES, ids=str)

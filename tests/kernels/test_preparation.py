@@ -74,8 +74,14 @@ def test_hopper_gets_its_own_product_and_no_fused_mlp(machine):
     prepare(CUDA, BF16, FLUX)
     names = [kernel.name for kernel in compiled]
     assert not any(name.startswith("gemm_w4a4<") for name in names)
-    assert any(name.startswith("sm90::gemm_kernel<bf16") for name in names)
+    assert any(name.startswith("sm90::gemm_kernel<Codes::e4m3, bf16") for name in names)
     assert all("Codes::e4m3" in name for name in names if name.startswith("quantize"))
+    native._gpu.cache_clear()
+    compiled = machine(90)
+    prepare(CUDA, BF16, [FLUX[0]._replace(act_bits=8)])
+    names = [kernel.name for kernel in compiled]
+    assert any(name.startswith("sm90::gemm_kernel<Codes::int8, bf16") for name in names)
+    assert all("Codes::int8" in name for name in names)
 
 
 def test_codebooks(machine):

@@ -14,8 +14,10 @@ from emulator import build
 from nibble.kernels.backends.cubins import nvrtc
 from probe import on_gpu, probes
 
-KERNELS = ["products", "copy", "transpose<4>", "multiply<0, true>", "multiply<1, false>"]
-COUNTS = {"mma": 6, "transpose": 1, "copies": 5, "products": 8}
+KERNELS = [
+    *("products", "integers", "copy", "transpose<4>", "multiply<0, true>", "multiply<1, false>")
+]
+COUNTS = {"mma": 6, "transpose": 1, "copies": 5, "products": 8, "integers": 4}
 
 
 @pytest.fixture(scope="module")

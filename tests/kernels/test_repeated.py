@@ -133,7 +133,7 @@ def test_an_unknown_route_is_refused_before_anything_is_kept():
 def test_threads_never_share_a_launch():
     module = module_of(90)
     repeated = module.repeated("linear_w4a4", layer("linear_w4a4", module, 90))
-    started = kernels.hopper("bf16", 1, 64).name
+    started = kernels.hopper("e4m3", "bf16", 1, 64).name
 
     def call(at: int) -> None:
         repeated(**tokens_of("linear_w4a4", 64, at, module, 90))

@@ -22,6 +22,8 @@ W4A16_TILINGS = ("FewTokens", "SomeTokens", "ManyTokens")
 VQ_TILINGS = ("VqFewTokens", "VqSomeTokens", "VqManyTokens")
 VQ_LAYOUTS = ((6, 4), (8, 4), (6, 2), (8, 2))
 """(bits of an index, columns of a codeword)."""
+HOPPER_CODES = CODES[1:]
+"""What wgmma multiplies: a byte a code."""
 HOPPER_TILES = ((2, 128), (1, 128), (1, 64))
 """(blocks of 128 weight rows, tokens)."""
 QUANTIZE_TILES = ((2, 12, 1, 1), (4, 6, 2, 1), (5, 12, 1, 1))
@@ -60,10 +62,10 @@ def add_tiles(mma: str) -> Kernel:
     return Kernel("cuda/gemm_w4a4/gelu.cuh", f"add_tiles<{mma}>")
 
 
-def hopper(param: str, blocks: int, tokens: int) -> Kernel:
-    return Kernel(
-        "cuda/gemm_w4a4/sm90/kernel.cuh", f"sm90::gemm_kernel<{param}, {blocks}, {tokens}>"
-    )
+def hopper(codes: str, param: str, blocks: int, tokens: int) -> Kernel:
+    """codes: one of HOPPER_CODES."""
+    name = f"sm90::gemm_kernel<Codes::{codes}, {param}, {blocks}, {tokens}>"
+    return Kernel("cuda/gemm_w4a4/sm90/kernel.cuh", name)
 
 
 def widen(sign: str) -> Kernel:
@@ -173,7 +175,8 @@ def of(arch: str) -> Iterator[Kernel]:
         yield from (project(x, p) for x in TYPES for p in HALVES if (x, p) != ("f16", "f16"))
     if arch == "90a":
         yield from _quantizers("e4m3", arch)
-        yield from (hopper(p, *tile) for p in HALVES for tile in HOPPER_TILES)
+        forms = itertools.product(HOPPER_CODES, HALVES, HOPPER_TILES)
+        yield from (hopper(codes, p, *tile) for codes, p, tile in forms)
         yield from map(widen, SIGNS)
     if multiplies_nvfp4(arch):
         yield from (nvfp4_gemm(p, rows) for p in HALVES for rows in NVFP4_ROWS)

@@ -215,7 +215,8 @@ class CubinModule:
         if op.startswith("gemm_w4a4_up") and chosen:
             return f"{routes.PATHS[chosen]}, asked for", f"route {self.default_route}"
         if op == "gemm_w4a4_up" and capability // 10 == 9:
-            return "sm90: wgmma on 8-bit floats", f"compute capability {capability / 10}"
+            path = "sm90: wgmma on 8-bit floats (integers for activations of 8 bits)"
+            return path, f"compute capability {capability / 10}"
         words = {75: "sm75: int4 m8n8k32", 80: "sm80: int4 m16n8k64"}
         if op.startswith("gemm_w4a4_up"):
             floor = 75 if capability < 80 else 80 if capability < 90 else 100

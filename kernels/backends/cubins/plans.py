@@ -143,7 +143,7 @@ def _mma_and_sign(op: ctypes.Structure, mma: str) -> tuple[str, str]:
 
 def gemm_w4a4_up(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
     """GemmW4A4Up -> its launches. Raises ValueError for what no kernel takes."""
-    if gpu.hopper and op.codes != INT8:
+    if gpu.hopper:
         return hopper(op, gpu)
     mma = _mma_and_sign(op, gpu.mma)[0]
     return mma_product(op, gpu.mma, tile_rows(op.M, op.N, gpu.multiprocessors, mma))
@@ -238,7 +238,7 @@ def hopper(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
 def hopper_product(
     op: ctypes.Structure, codes: int | None, tile: tuple[int, int], gpu: Gpu
 ) -> Launch:
-    """The wgmma product with one tile, whatever would be chosen; codes: address of 8-bit floats."""
+    """The wgmma product with one tile, whatever would be chosen; codes: address of bytes."""
     (blocks, tokens), param = tile, TYPES[op.param_dtype]
     across = up(op.N, 128 * blocks)
     tiles = across * up(op.M, tokens)
@@ -265,9 +265,9 @@ def hopper_product(
         weights = Matrix(op.weight or 0, op.N, op.K // 2, 128 * blocks, 64)
     grid = (min(tiles, gpu.multiprocessors), 1)
     arguments = (activations, weights, parameters)
-    return Launch(
-        kernels.hopper(param, *tile), grid, 384, _hopper_shared(blocks, tokens), arguments
-    )
+    form = kernels.CODES[INT8 if op.codes == INT8 else E4M3]
+    kernel = kernels.hopper(form, param, *tile)
+    return Launch(kernel, grid, 384, _hopper_shared(blocks, tokens), arguments)
 
 
 # ---- W4A4: the quantizer -------------------------------------------------------------------------

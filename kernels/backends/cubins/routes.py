@@ -3,7 +3,7 @@ asked for on one GPU.
 
     1 sm75     int4 m8n8k32       1032, 1064, 1128   the same with tiles of so many tokens
     2 sm80     int4 m16n8k64      2032, 2064, 2128, 2256
-    3 sm90     wgmma, 8-bit floats            3001, 3002, 3003   its tiles, the largest first
+    3 sm90     wgmma, 8-bit floats or int8    3001, 3002, 3003   its tiles, the largest first
     4 sm100    int8 m16n8k32      4032, 4064, 4128
 
 0 is what the GPU itself would get. ptxas makes int4 products for later GPUs out of other

@@ -123,6 +123,10 @@ NIBBLE_DEVICE void product_landed(float (&d)[32]) {
 #pragma unroll
     for (int i = 0; i < 32; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+NIBBLE_DEVICE void product_landed(int (&d)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(d[i])::"memory");
+}
 
 #define NIBBLE_SUMS(constraint)                                                                   \
     constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]), constraint(d[4]),     \
@@ -133,29 +137,42 @@ NIBBLE_DEVICE void product_landed(float (&d)[32]) {
         constraint(d[22]), constraint(d[23]), constraint(d[24]), constraint(d[25]),               \
         constraint(d[26]), constraint(d[27]), constraint(d[28]), constraint(d[29]),               \
         constraint(d[30]), constraint(d[31])
-#define NIBBLE_PRODUCT(kind, accumulate)                                                           \
+#define NIBBLE_PRODUCT(kind, accumulate, more)                                                     \
     "{ .reg .pred p; setp.ne.b32 p, " accumulate ", 0; wgmma.mma_async.sync.aligned." kind         \
     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
     "%25,%26,%27,%28,%29,%30,%31},"                                                                \
-    " {%32,%33,%34,%35}, %36, p, 1, 1; }"
+    " {%32,%33,%34,%35}, %36, p" more "; }"
 
 // d (64 x 64) = or += A (64 x 32 bytes, e4m3) . B. Hopper aligns the products and the sum to the
 // largest exponent and keeps 13 bits below it: integers are exact as long as nothing reaches 2^14.
 NIBBLE_DEVICE void product_e4m3_first(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "0")
+    asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "0", ", 1, 1")
                  : NIBBLE_SUMS("+f")
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 NIBBLE_DEVICE void product_e4m3_next(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "1")
+    asm volatile(NIBBLE_PRODUCT("m64n64k32.f32.e4m3.e4m3", "1", ", 1, 1")
                  : NIBBLE_SUMS("+f")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
+}
+// The same of s8, in 32-bit integers.
+NIBBLE_DEVICE void product_s8_first(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(NIBBLE_PRODUCT("m64n64k32.s32.s8.s8", "0", "")
+                 : NIBBLE_SUMS("+r")
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+                 : "memory");
+}
+NIBBLE_DEVICE void product_s8_next(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(NIBBLE_PRODUCT("m64n64k32.s32.s8.s8", "1", "")
+                 : NIBBLE_SUMS("+r")
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 // d (64 x 64) = A (64 x 8 tf32: a0 row g, k t; a1 row g + 8; a2, a3 the same with k t + 4) . B.
 NIBBLE_DEVICE void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(NIBBLE_PRODUCT("m64n64k8.f32.tf32.tf32", "0")
+    asm volatile(NIBBLE_PRODUCT("m64n64k8.f32.tf32.tf32", "0", ", 1, 1")
                  : NIBBLE_SUMS("+f")
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");

@@ -18,7 +18,7 @@ std::string in_words(int capability) {
 struct Family {
     bool turing;     // int4 in 8x8 tiles, no asynchronous copies, no bfloat16
     bool ampere;     // 8.0 8.6 8.7 8.9: int4 in 16x8 tiles
-    bool hopper;     // wgmma on 8-bit floats; int8 by mma.sync is the second way
+    bool hopper;     // wgmma on 8-bit floats or integers; int8 by mma.sync is the second way
     bool blackwell;  // 10.0 and later: no int4 in the matrix units, int8 instead
 };
 
@@ -95,10 +95,9 @@ void gemm_nvfp4_up(const GemmNvfp4Up& op, const Target& target) {
 
 void gemm_w4a4_up(const GemmW4A4Up& op, const Target& target) {
     const Family gpu = family(target.capability);
-    // Only wgmma reaches the full rate of that matrix unit; the kernel takes both forms of codes.
-    // It has none for activations of 8 bits.
+    // Only wgmma reaches the full rate of that matrix unit; the kernel takes every form of codes.
+    if (gpu.hopper) return gemm_w4a4_up_sm90(op, target);
     const bool wide = op.codes == Codes::int8;
-    if (gpu.hopper && !wide) return gemm_w4a4_up_sm90(op, target);
     const int rows = tile_rows(op.M, op.N, multiprocessors(target.device), gpu.ampere && !wide);
     if (gpu.turing) return gemm_w4a4_up_sm75(op, target, rows);
     if (gpu.ampere) return gemm_w4a4_up_sm80(op, target, rows);
@@ -169,7 +168,7 @@ Codes codes(int capability) { return family(capability).hopper ? Codes::e4m3 : C
 size_t workspace_bytes(Op op, Codes codes, int capability, int64_t M, int64_t N, int64_t K,
                        int64_t R) {
     // A product that is given 8-bit floats may need less: it does not widen them first.
-    if (family(capability).hopper && op == Op::gemm_w4a4_up && codes != Codes::int8)
+    if (family(capability).hopper && op == Op::gemm_w4a4_up)
         return gemm_w4a4_up_sm90_workspace(codes, M, N, K);
     if (op == Op::linear_w4a8) return TokensScratch(M, K, R).bytes;
     // One h of (M, R2) for each tile of 128 columns. This op reads no 8-bit floats.
@@ -182,7 +181,8 @@ Route route(Op op, int capability, int64_t M, int64_t N, int64_t) {
     const Family gpu = family(capability);
     const std::string on = " on compute capability " + in_words(capability);
     if (op == Op::gemm_w4a4_up && gpu.hopper)
-        return {"sm90: wgmma on 8-bit floats", "wgmma is the fast path" + on};
+        return {"sm90: wgmma on 8-bit floats (integers for activations of 8 bits)",
+                "wgmma is the fast path" + on};
     if (op == Op::gemm_w4a4_up || op == Op::gemm_w4a4_up_gelu_quantize_down) {
         const char* path = "sm100: int8 m16n8k32 on widened codes";
         const char* why = "no int4 in the matrix units";

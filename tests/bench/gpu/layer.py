@@ -112,21 +112,23 @@ class Steps:
     """`quantize_down` and `gemm_w4a4_up` as compiled, with the activation codes in the form that
     this device's product, or the route that is forced, reads fastest.
 
-    route: number of a route (see `routes`), 0 for the router's own choice. Raises ValueError
+    route: number of a route (see `routes`), 0 for the router's own choice. act_bits: of the
+        activations, 4 or 8. Raises ValueError
         without a compiled module.
     q, ascales, h: what lies between the two; codes: the form of q.
     """
 
-    def __init__(self, layer: Layer, route: int = 0):
+    def __init__(self, layer: Layer, route: int = 0, act_bits: int = 4):
         case, x = layer.case, layer.x
         module = compiled(x.device)
         if module is None:
             raise ValueError(f"nothing is compiled for {x.device}")
         self.module, self.layer, self.route, self.device = module, layer, route, x.device
         capability = native.gpu(x.device)[0]
-        self.codes = codes_of(module, capability, route)
+        self.codes = native.INT8 if act_bits == 8 else codes_of(module, capability, route)
         m, k, n, r = case.M, case.K, case.N, case.R
-        width, kind = (k // 2, torch.int8) if self.codes == native.PACKED else (k, native.WIDE)
+        width = k // 2 if self.codes == native.PACKED else k
+        kind = native.WIDE if self.codes == native.E4M3 else torch.int8
         self.q = torch.empty((m, width), dtype=kind, device=x.device)
         self.ascales = torch.empty((k // 64, m), device=x.device)
         self.h = torch.empty((m, r), device=x.device)
@@ -134,7 +136,7 @@ class Steps:
         needed = module.workspace_bytes("gemm_w4a4_up", capability, m, n, k, r, self.codes)
         self.scratch, (work,) = native.scratch(x.device, needed)
         self._workspace = {"workspace": work, "workspace_size": needed}
-        self._arguments(W4A4Params(**layer.parameters, **options(case)))
+        self._arguments(W4A4Params(**layer.parameters, **options(case), act_bits=act_bits))
 
     def _arguments(self, params: W4A4Params) -> None:
         x, kind = self.layer.x, DTYPES[self.layer.x.dtype]

@@ -19,12 +19,15 @@ from bench.gpu.layer import Layer, Steps
 from bench.gpu.smoke import row
 from bench.timer import geometric_mean
 from cases import Case
+from nibble.kernels.backends.cubins.kernels import CODES
 
 SHAPES = [(3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (3072, 21504), (15360, 3072)]
 SIZES = [(4608, 32), (512, 32), (256, 32), (4608, 160)]
 """(tokens, rank)."""
 EMULATED_TOKENS = 256
 LAPS, MOST_SETS = 5, 4
+IN_8_BITS = (3, 4)
+"""Routes that are timed with activations of 8 bits as well: `wgmma` and `mma.sync` on bytes."""
 DENSE = "torch bfloat16"
 
 
@@ -52,15 +55,23 @@ def sets_of(case: Case, device: str) -> list[Layer]:
     return [Layer.random(case, torch.bfloat16, device, seed) for seed in range(count)]
 
 
+def _wanted(routes: dict[int, str]) -> Iterator[tuple[int, int, str]]:
+    """(route, bits of the activations, name) of what is timed."""
+    for number, name in routes.items():
+        yield number, 4, name
+        if number in IN_8_BITS:
+            yield number, 8, f"{name}, activations of 8 bits"
+
+
 def calls_of(sets: list[Layer], routes: dict[int, str]) -> tuple[dict, dict, dict]:
     """({name: calls}, {route's name: why not}, {quantizer's name: bytes that it moves})."""
     dense = [torch.randn_like(sets[0].x[:1].expand(one.case.N, -1)) for one in sets]
     pairs = zip(sets, dense, strict=True)
     calls = {DENSE: [functools.partial(torch.mm, one.x, w.t()) for one, w in pairs]}
     refused, moved = {}, {}
-    for number, name in routes.items():
+    for number, bits, name in _wanted(routes):
         try:
-            steps = [Steps(one, number) for one in sets]
+            steps = [Steps(one, number, bits) for one in sets]
             for one in steps:
                 one.both()
         # a route that is not made for this shape says so
@@ -68,7 +79,7 @@ def calls_of(sets: list[Layer], routes: dict[int, str]) -> tuple[dict, dict, dic
             refused[name] = str(error).splitlines()[0]
             continue
         calls[name] = [one.product for one in steps]
-        quantizer = ("quantize_down, packed", "quantize_down, e4m3")[steps[0].codes]
+        quantizer = f"quantize_down, {CODES[steps[0].codes]}"
         if quantizer not in calls:
             calls[quantizer] = [one.quantize for one in steps]
             moved[quantizer] = steps[0].quantize_bytes
@@ -88,7 +99,7 @@ def measure(case: Case, plan: Plan) -> dict:
     calls, refused, moved = calls_of(sets_of(case, plan.device), routes)
     timings, failed = timing.take_turns(calls, plan.device, LAPS)
     work = 2e-9 * case.M * case.N * case.K
-    names = [name for name in routes.values() if name in timings]
+    names = [name for _, _, name in _wanted(routes) if name in timings]
     tops = {name: work / timings[name]["ms"] for name in names}
     found = {
         "tops": tops,
@@ -101,8 +112,8 @@ def measure(case: Case, plan: Plan) -> dict:
             if _ceiling(name, plan.ceilings)
         },
     }
-    if names:
-        fastest = max(tops, key=lambda name: tops[name])
+    if of_4_bits := [name for name in routes.values() if name in tops]:
+        fastest = max(of_4_bits, key=lambda name: tops[name])
         dense = timings[DENSE]["ms"] / timings[fastest]["ms"]
         found |= {"fastest": fastest, "product_times_torch": dense}
     return found

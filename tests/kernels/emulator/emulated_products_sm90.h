@@ -10,13 +10,13 @@ struct Store {
     float4 value;
 };
 
-enum class Kind { e4m3, tf32 };
+enum class Kind { e4m3, tf32, s8 };
 
 // What one warp has asked for: its 16 of the 64 rows.
 struct Product {
     Kind kind;
     bool accumulate, done = false;
-    float* d[32];
+    float* d[32];  // of s8: integers, kept as the bits that they are
     const uint32_t* a[32];
     uint64_t b;
     std::vector<float> before;  // [lane][32], where the sums are added to
@@ -86,16 +86,22 @@ inline float cut_to_float(double x) {
 
 inline float tf32(uint32_t bits) { return bit_cast<float>(bits & 0xFFFFE000); }
 
-inline void carry_out(WarpProducts& warp, Product& p) {
-    static float table[256];
+// What a byte stands for.
+inline const float* numbers(Kind kind) {
+    static float floats[256], integers[256];
     static const bool filled = [] {
-        for (int i = 0; i < 256; i++) table[i] = e4m3(uint8_t(i));
+        for (int i = 0; i < 256; i++) floats[i] = e4m3(uint8_t(i)), integers[i] = int8_t(i);
         return true;
     }();
     (void)filled;
+    return kind == Kind::s8 ? integers : floats;
+}
+
+inline void carry_out(WarpProducts& warp, Product& p) {
     if (p.done) return;
     p.done = true;
-    const int depth = p.kind == Kind::e4m3 ? 32 : 8;
+    const float* table = numbers(p.kind);
+    const int depth = p.kind == Kind::tf32 ? 8 : 32;
     float a[16][32], b[64][32], terms[33];
     for (int lane = 0; lane < 32; lane++)
         for (int r = 0; r < 4; r++) {
@@ -108,7 +114,7 @@ inline void carry_out(WarpProducts& warp, Product& p) {
         }
     for (int n = 0; n < 64; n++)
         for (int k = 0; k < depth; k++) {
-            if (p.kind == Kind::e4m3)
+            if (p.kind != Kind::tf32)
                 b[n][k] = table[uint8_t(*operand(p.b, n, k))];
             else {
                 uint32_t bits;
@@ -127,6 +133,10 @@ inline void carry_out(WarpProducts& warp, Product& p) {
                 double exact = p.accumulate ? sum : 0;
                 for (int k = 0; k < depth; k++) exact += double(a[row][k]) * b[n][k];
                 sum = cut_to_float(exact);
+            } else if (p.kind == Kind::s8) {
+                int total = p.accumulate ? bit_cast<int>(sum) : 0;
+                for (int k = 0; k < depth; k++) total += int(a[row][k]) * int(b[n][k]);
+                sum = bit_cast<float>(total);
             } else {
                 // Fast where nothing can be cut: integers (up to a power of two that the smallest
                 // term tells) below 2^13.
@@ -146,7 +156,7 @@ inline void carry_out(WarpProducts& warp, Product& p) {
         }
 }
 
-inline void ask(Kind kind, bool accumulate, float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+inline void ask(Kind kind, bool accumulate, float* d, const uint32_t (&a)[4], uint64_t b) {
     struct Lane {
         float* d;
         const uint32_t* a;
@@ -247,12 +257,19 @@ void product_wait() {
                        [](int**) { emulated::finish(emulated::of_this_warp(), N); });
 }
 inline void product_landed(float (&)[32]) {}
+inline void product_landed(int (&)[32]) {}
 
 inline void product_e4m3_first(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     emulated::ask(emulated::Kind::e4m3, false, d, a, b);
 }
 inline void product_e4m3_next(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     emulated::ask(emulated::Kind::e4m3, true, d, a, b);
+}
+inline void product_s8_first(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    emulated::ask(emulated::Kind::s8, false, reinterpret_cast<float*>(d), a, b);
+}
+inline void product_s8_next(int (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    emulated::ask(emulated::Kind::s8, true, reinterpret_cast<float*>(d), a, b);
 }
 inline void product_tf32(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
     emulated::ask(emulated::Kind::tf32, false, d, a, b);

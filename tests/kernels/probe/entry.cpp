@@ -18,6 +18,10 @@ void probe_products(const uint8_t* a, const uint8_t* b, const float* weights, co
         [=] { nibble::cuda::probe::products(a, b, weights, tokens, sums, outer, start); });
 }
 
+void probe_integers(const uint8_t* a, const uint8_t* b, int* sums, int start) {
+    run(128, 9216, [=] { nibble::cuda::probe::integers(a, b, sums, start); });
+}
+
 void probe_copy(const void* base, uint64_t rows, uint64_t row_bytes, uint32_t box_rows,
                 uint32_t box_bytes, uint8_t* out, int bytes, int byte, int row) {
     const nibble::TensorMap matrix = nibble::tensor_map(base, rows, row_bytes, box_rows, box_bytes);

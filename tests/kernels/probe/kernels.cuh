@@ -7,6 +7,42 @@
 
 namespace nibble::cuda::probe {
 
+// B in shared memory as the copy engine leaves it: 64 rows of 128 bytes.
+NIBBLE_DEVICE void place_rows(char* shared, const uint8_t* b) {
+    for (int i = threadIdx.x; i < 64 * 128; i += 128)
+        shared[i / 128 * 128 + (i % 128 ^ i / 128 % 8 * 16)] = char(b[i]);
+}
+
+// A lane's registers of two products of A (64 x 64 bytes).
+NIBBLE_DEVICE void read_codes(uint32_t (&codes)[2][4], const uint8_t* a) {
+    const int lane = threadIdx.x % 32, first = 16 * (threadIdx.x / 32) + lane / 4;
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 4; i++)
+            codes[half][i] = *reinterpret_cast<const uint32_t*>(
+                a + (first + i % 2 * 8) * 64 + half * 32 + i / 2 * 16 + 4 * (lane % 4));
+}
+
+// One warpgroup: sums (64 x 64) = a (64 x 64, s8) . b^T, b (64 rows of 128 bytes, s8) read from
+// `start` (0 or 64) on.
+__global__ void integers(const uint8_t* a, const uint8_t* b, int* sums, int start) {
+    char* shared = dynamic_shared();
+    place_rows(shared, b);
+    product_store_fence();
+    sync_block();
+    uint32_t codes[2][4];
+    read_codes(codes, a);
+    int d[32];
+    product_fence();
+    product_s8_first(d, codes[0], product_operand_swizzled(shared + start));
+    product_s8_next(d, codes[1], product_operand_swizzled(shared + start + 32));
+    product_commit();
+    product_wait<0>();
+    product_landed(d);
+    const int lane = threadIdx.x % 32, first = 16 * (threadIdx.x / 32) + lane / 4;
+    for (int i = 0; i < 32; i++)
+        sums[(first + i / 2 % 2 * 8) * 64 + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i];
+}
+
 // One warpgroup: sums (64 x 64) = a (64 x 64, e4m3) . b^T, b (64 rows of 128 bytes, e4m3) read from
 // `start` (0 or 64) on; outer (64 x 64) = weights (64) * tokens (64) as the Hopper product makes
 // them: a rank-one product in tf32, each token's scale in three parts.
@@ -16,8 +52,7 @@ __global__ void products(const uint8_t* a, const uint8_t* b, const float* weight
     float4* parts = reinterpret_cast<float4*>(shared + 64 * 128);
     const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int first = 16 * (thread / 32) + g;
-    for (int i = thread; i < 64 * 128; i += 128)
-        shared[i / 128 * 128 + (i % 128 ^ i / 128 % 8 * 16)] = char(b[i]);
+    place_rows(shared, b);
     if (thread < 64) {
         const int kept = int(0xFFFFE000);
         const float whole = tokens[thread], high = as_float(as_int(whole) & kept);
@@ -28,10 +63,7 @@ __global__ void products(const uint8_t* a, const uint8_t* b, const float* weight
     sync_block();
 
     uint32_t codes[2][4];
-    for (int half = 0; half < 2; half++)
-        for (int i = 0; i < 4; i++)
-            codes[half][i] = *reinterpret_cast<const uint32_t*>(a + (first + i % 2 * 8) * 64 +
-                                                                half * 32 + i / 2 * 16 + 4 * t);
+    read_codes(codes, a);
     const uint32_t scales[4] = {uint32_t(as_int(weights[first])),
                                 uint32_t(as_int(weights[first + 8])), 0, 0};
     float d[32], s[32];

@@ -172,10 +172,30 @@ def products(start: Start) -> Iterator[Found]:
             yield Found(name, wrong, outer.numel(), float(relative.max()))
 
 
-GROUPS = {"mma": mma, "transpose": transpose, "copies": copies, "products": products}
+def integers(start: Start) -> Iterator[Found]:
+    """Sums of bytes in 32-bit integers, up to the largest that a group of 16 * code has."""
+    for extreme in (False, True):
+        a = _random(-128, -127, 64, 64) if extreme else _random(-128, 128, 64, 64)
+        b = _random(-127, -126, 64, 128) if extreme else _random(-127, 128, 64, 128)
+        for first in (0, 64):
+            sums = torch.full((64, 64), -1, dtype=torch.int32)
+            operands = (a.to(torch.int8).view(torch.uint8), b.to(torch.int8).view(torch.uint8))
+            start("integers", 128, 9216, *operands, sums, first)
+            which = "the largest" if extreme else "random"
+            name = f"s8 group sums, {which}, from byte {first}"
+            yield _found(name, sums, a @ b[:, first : first + 64].t())
+
+
+GROUPS = {
+    "mma": mma,
+    "transpose": transpose,
+    "copies": copies,
+    "products": products,
+    "integers": integers,
+}
 """In the order of trust: a group that hangs costs those behind it nothing, each having a process of
 its own."""
-HOPPER_ONLY = ("transpose", "copies", "products")
+HOPPER_ONLY = ("transpose", "copies", "products", "integers")
 
 
 def run(group: str, start: Start) -> Iterator[Found]:

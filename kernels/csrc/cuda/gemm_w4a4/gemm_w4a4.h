@@ -20,7 +20,7 @@ void gemm_w4a4_up_gelu_quantize_down_sm80(const GemmW4A4UpGeluQuantizeDown&, con
 void gemm_w4a4_up_gelu_quantize_down_sm100(const GemmW4A4UpGeluQuantizeDown&, const Target&,
                                            int rows);
 
-// wgmma, Hopper only; either form of codes.
+// wgmma, Hopper only; every form of codes.
 void gemm_w4a4_up_sm90(const GemmW4A4Up&, const Target&);
 size_t gemm_w4a4_up_sm90_workspace(Codes, int64_t M, int64_t N, int64_t K);  // bytes
 

@@ -11,6 +11,10 @@
 //     d = W_g . X_g^T  (e4m3, 64 columns: 64 clocks a 64 x 64 chunk)    s = ws_g . as_g^T  (tf32:
 //     32 clocks)    acc += d * s
 //
+// Activations of 8 bits do not fit e4m3. Their product is the same on integers (s8, 64 clocks as
+// well); its exact sums of 32 bits (|16 sum| <= 1040384) become floats by one instruction more an
+// element, which the issue slots just take: 100 instructions a warp in the chunk's 96 clocks.
+//
 // ascales has 24 significant bits and tf32 has 11, so it comes in three exact terms, in three of
 // the eight places along k.
 //
@@ -23,6 +27,7 @@
 #pragma once
 
 #include "finish.cuh"
+#include "operand.cuh"
 #include "tile.cuh"
 
 namespace nibble::cuda {
@@ -30,75 +35,16 @@ namespace sm90 {
 
 // ---- computing ----------------------------------------------------------------------------------
 
-// A of one block of 64 rows and one group: two products' worth of e4m3, and the rows' scales as
-// tf32.
-struct Operand {
-    uint32_t codes[2][4], scales[4];
-};
-
-// Eight codes -> eight e4m3. A nibble selects a byte of a table of eight, or zero where its bit 3
-// is set; so one table serves 0..7 and the other, with bit 3 flipped, -8..-1. The second holds
-// halves, as a table's byte must not have its highest bit set: doubled, they get their sign. An
-// instruction holds one constant, so each table's first word is a variable.
-struct Decoder {
-    uint32_t positive = 0x44403800, negative = 0x65666768;
-    NIBBLE_DEVICE uint32_t four(uint32_t codes, uint32_t flipped) const {
-        uint32_t halves = permute_bytes(negative, 0x5C606264, flipped);
-        return permute_bytes(positive, 0x4E4C4A48, codes) + halves + halves;
-    }
-    NIBBLE_DEVICE void operator()(uint32_t packed, uint32_t& low, uint32_t& high) const {
-        const uint32_t flipped = packed ^ 0x88888888;
-        low = four(packed, flipped);
-        high = four(packed >> 16, flipped >> 16);
-    }
-};
-
-// Where a lane finds its part of a stage's weights. One ldmatrix brings it eight neighbouring codes
-// of rows g and g + 8 for both halves of a group; what it calls columns 4t.. and 16 + 4t.. of a
-// product are then columns 8t.. and 8t + 4.. of the weight, and that is the order in which the
-// activations' bytes are stored (Codes::e4m3). `row` is the warp's first in the tile.
-template <class Shape>
-class OperandReader {
-public:
-    NIBBLE_DEVICE explicit OperandReader(int row) {
-        const int lane = threadIdx.x % 32, at = row + lane % 16;
-        codes_at_ = Shape::weights_at + at * (STEP / 2) + (lane / 16 ^ at / 2 % 4) * 16;
-        scales_at_ = Shape::wscales_at + (row + lane / 4) * 4;
-        // Zero, but the compiler cannot tell: else it keeps the tables in registers that all lanes
-        // share and copies them before each use.
-        const uint32_t zero = threadIdx.x * (threadIdx.x + 1) & 1;
-        decode_.positive += zero;
-        decode_.negative += zero;
-    }
-    NIBBLE_DEVICE void operator()(Operand& a, const char* stage, int group, int block) const {
-        uint32_t packed[4];
-        load_matrix_x4(packed, stage + (codes_at_ ^ group * 32) + block * 64 * (STEP / 2));
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                decode_(packed[2 * half + i], a.codes[half][i], a.codes[half][i + 2]);
-        const float* scales =
-            reinterpret_cast<const float*>(stage + scales_at_) + group * Shape::rows + block * 64;
-        a.scales[0] = as_int(scales[0]);
-        a.scales[1] = as_int(scales[8]);
-        a.scales[2] = a.scales[3] = 0;  // places 4..7 along k, where B repeats places 0..3
-    }
-
-private:
-    Decoder decode_;
-    int codes_at_, scales_at_;
-};
-
 // `always` is not zero. The compiler does not know that, and so does not move the decoding from
 // behind that branch to after the wait, where it would not overlap the product.
-template <class Shape, int Blocks>
+template <Codes FORMAT, class Shape, int Blocks>
 NIBBLE_DEVICE void multiply(Sums<Blocks, Shape::chunks>& acc, const char* shared, Barrier* full,
                             Barrier* empty, Ring& ring, int steps, int row, int always) {
     constexpr int OPERANDS = 2 * Blocks;
     Operand a[2];
-    const OperandReader<Shape> read(row);
-    float d[32], s[32];
+    const typename Format<FORMAT>::template Reader<Shape> read(row);
+    typename Format<FORMAT>::Sum d[32];
+    float s[32];
     barrier_wait(&full[ring.stage], ring.parity);
     read(a[0], shared + ring.stage * Shape::stage, 0, 0);
     for (int step = 0; step < steps; step++) {
@@ -114,8 +60,8 @@ NIBBLE_DEVICE void multiply(Sums<Blocks, Shape::chunks>& acc, const char* shared
                 const char* ascales =
                     stage + Shape::ascales_at + (group * Shape::tokens + chunk * CHUNK) * 16;
                 product_fence();
-                product_e4m3_first(d, a[i % 2].codes[0], product_operand_swizzled(tokens));
-                product_e4m3_next(d, a[i % 2].codes[1], product_operand_swizzled(tokens + 32));
+                Format<FORMAT>::first(d, a[i % 2].codes[0], product_operand_swizzled(tokens));
+                Format<FORMAT>::next(d, a[i % 2].codes[1], product_operand_swizzled(tokens + 32));
                 product_tf32(s, a[i % 2].scales, product_operand_repeated(ascales));
                 product_commit();
                 if (chunk == Shape::chunks - 1) {  // while that runs
@@ -135,13 +81,13 @@ NIBBLE_DEVICE void multiply(Sums<Blocks, Shape::chunks>& acc, const char* shared
                 }
 #pragma unroll
                 for (int e = 0; e < 32; e++)
-                    acc[block][chunk][e] = fmaf(d[e], s[e], acc[block][chunk][e]);
+                    acc[block][chunk][e] = fmaf(float(d[e]), s[e], acc[block][chunk][e]);
                 product_landed(acc[block][chunk]);
             }
     }
 }
 
-template <class Shape, int Blocks, class Param>
+template <Codes FORMAT, class Shape, int Blocks, class Param>
 NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
                            const Parameters<Param>& p) {
     constexpr int CHUNKS = Shape::chunks;
@@ -154,7 +100,8 @@ NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
         const int in_tile = group * Shape::group_rows + 16 * warp, row = row0 + in_tile;
         float acc[Blocks][CHUNKS][32] = {};
         if (steps)
-            multiply<Shape, Blocks>(acc, shared, full, empty, ring, steps, in_tile, p.across);
+            multiply<FORMAT, Shape, Blocks>(acc, shared, full, empty, ring, steps, in_tile,
+                                            p.across);
         if (p.out_dtype == Dtype::f32) {
             add_low_rank_float<Blocks, CHUNKS>(acc, p, row, token);
             add_bias<Blocks, CHUNKS>(acc, p, row);
@@ -175,7 +122,7 @@ NIBBLE_DEVICE void compute(char* shared, Barrier* full, Barrier* empty,
 // Registers: 65536 / 384 threads is 168 at the start; the loading warpgroup leaves most of its own
 // to the computing ones, which hold 128 sums, d and s of a chunk (64) and two operands (24). Of the
 // smaller tiles they hold 64 sums or 32, so there the loading one keeps more.
-template <class Param, int Blocks, int Tokens>
+template <Codes FORMAT, class Param, int Blocks, int Tokens>
 __global__ void __launch_bounds__(THREADS, 1)
     gemm_kernel(const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap weights,
                 const Parameters<Param> p) {
@@ -193,10 +140,10 @@ __global__ void __launch_bounds__(THREADS, 1)
     wait_for_previous_kernel();
     if (threadIdx.x < WARPGROUP) {
         registers_release<Blocks == 2 ? 24 : 40>();
-        load<Shape>(shared, full, empty, tokens, weights, p);
+        load<Shape, Format<FORMAT>::UNIT>(shared, full, empty, tokens, weights, p);
     } else {
         registers_claim<Blocks == 2 ? 240 : 232>();
-        compute<Shape, Blocks>(shared, full, empty, p);
+        compute<FORMAT, Shape, Blocks>(shared, full, empty, p);
     }
 }
 

@@ -22,7 +22,7 @@ const void* widen(const GemmW4A4Up& p, const Target& target) {
 
 // ---- choice -------------------------------------------------------------------------------------
 
-template <class Param, int Blocks, int Tokens>
+template <Codes FORMAT, class Param, int Blocks, int Tokens>
 void start(const GemmW4A4Up& p, const void* codes, const Target& target) {
     using Shape = Tile<Blocks, Tokens>;
     const int across = int((p.N + Shape::rows - 1) / Shape::rows),
@@ -44,7 +44,7 @@ void start(const GemmW4A4Up& p, const void* codes, const Target& target) {
                                        p.out,
                                        p.out_dtype,
                                        paired};
-    launch(gemm_kernel<Param, Blocks, Tokens>,
+    launch(gemm_kernel<FORMAT, Param, Blocks, Tokens>,
            {unsigned(std::min(tiles, multiprocessors(target.device)))}, THREADS, Shape::shared,
            target, p.K ? tensor_map(codes, p.M, p.K, Tokens, STEP) : TensorMap{},
            p.K ? tensor_map(p.weight, p.N, p.K / 2, Shape::rows, STEP / 2) : TensorMap{},
@@ -57,7 +57,7 @@ void start(const GemmW4A4Up& p, const void* codes, const Target& target) {
 // cache; DeepGEMM's fp8 product gained 17 % when its tile grew from 128 x 128 to 128 x 160 (its
 // pull request 73), and the smallest asks a third more than the middle one. An estimate for this
 // kernel.
-template <class Param>
+template <Codes FORMAT, class Param>
 void choose(const GemmW4A4Up& p, const void* codes, const Target& target) {
     const int64_t processors = multiprocessors(target.device);
     auto cost = [&](int64_t rows, int64_t tokens, int64_t percent) {
@@ -67,16 +67,26 @@ void choose(const GemmW4A4Up& p, const void* codes, const Target& target) {
     const int64_t large = cost(256, 128, 100), middle = cost(128, 128, 120),
                   small = cost(128, 64, 160);
     if (large <= middle && large <= small)
-        start<Param, 2, 128>(p, codes, target);
+        start<FORMAT, Param, 2, 128>(p, codes, target);
     else if (middle <= small)
-        start<Param, 1, 128>(p, codes, target);
+        start<FORMAT, Param, 1, 128>(p, codes, target);
     else
-        start<Param, 1, 64>(p, codes, target);
+        start<FORMAT, Param, 1, 64>(p, codes, target);
+}
+
+template <Codes FORMAT>
+void choose_dtype(const GemmW4A4Up& p, const void* codes, const Target& target) {
+    if (p.param_dtype == Dtype::bf16)
+        choose<FORMAT, bf16>(p, codes, target);
+    else if (p.param_dtype == Dtype::f16)
+        choose<FORMAT, f16>(p, codes, target);
+    else
+        throw std::invalid_argument("on a GPU parameters are bfloat16 or float16");
 }
 
 }  // namespace sm90
 
-void gemm_w4a4_sm90_image() { find_image(sm90::gemm_kernel<bf16, 1, 64>); }
+void gemm_w4a4_sm90_image() { find_image(sm90::gemm_kernel<Codes::e4m3, bf16, 1, 64>); }
 
 size_t gemm_w4a4_up_sm90_workspace(Codes codes, int64_t M, int64_t, int64_t K) {
     return codes == Codes::packed ? size_t(M) * K : 0;
@@ -84,13 +94,9 @@ size_t gemm_w4a4_up_sm90_workspace(Codes codes, int64_t M, int64_t, int64_t K) {
 
 void gemm_w4a4_up_sm90(const GemmW4A4Up& p, const Target& target) {
     if (!p.M || !p.N) return;
+    if (p.codes == Codes::int8) return sm90::choose_dtype<Codes::int8>(p, p.q, target);
     const void* codes = p.codes == Codes::packed && p.K ? sm90::widen(p, target) : p.q;
-    if (p.param_dtype == Dtype::bf16)
-        sm90::choose<bf16>(p, codes, target);
-    else if (p.param_dtype == Dtype::f16)
-        sm90::choose<f16>(p, codes, target);
-    else
-        throw std::invalid_argument("on a GPU parameters are bfloat16 or float16");
+    sm90::choose_dtype<Codes::e4m3>(p, codes, target);
 }
 
 }  // namespace nibble::cuda

@@ -92,6 +92,8 @@ public:
                              : Param{0};
         }
     }
+    // Codes of weights are multiplied as Unit * code.
+    template <int Unit>
     NIBBLE_DEVICE void store(char* stage) const {
         const int thread = threadIdx.x % WARPGROUP;
         float4* ascales = reinterpret_cast<float4*>(stage + Shape::ascales_at);
@@ -100,7 +102,8 @@ public:
         for (int i = 0; i < ASCALES; i++)
             product_store(&ascales[thread + i * WARPGROUP], tf32_terms(ascale_[i]));
 #pragma unroll
-        for (int i = 0; i < WSCALES; i++) wscales[thread + i * WARPGROUP] = to_float(wscale_[i]);
+        for (int i = 0; i < WSCALES; i++)
+            wscales[thread + i * WARPGROUP] = to_float(wscale_[i]) * (1.0f / Unit);
     }
 
 private:
@@ -108,7 +111,7 @@ private:
     Param wscale_[WSCALES];
 };
 
-template <class Shape, class Param>
+template <class Shape, int Unit, class Param>
 NIBBLE_DEVICE void load(char* shared, Barrier* full, Barrier* empty, const TensorMap& tokens,
                         const TensorMap& weights, const Parameters<Param>& p) {
     // A step of the smaller tiles is computed in less time than scales are on their way, so there
@@ -134,7 +137,7 @@ NIBBLE_DEVICE void load(char* shared, Barrier* full, Barrier* empty, const Tenso
             }
             const ScaleReader<Shape, Param> here = scales;
             if (AHEAD && step + 1 < steps) scales.read(p, step + 1, row0, token0);
-            here.store(stage);
+            here.template store<Unit>(stage);
             product_store_fence();
             barrier_arrive(&full[ring.stage]);
         }
