@@ -84,6 +84,7 @@ def _other_file(options: argparse.Namespace) -> dict:
         return named | ({"quantizing": str(refusal)} if kind.folder in _MODELS else {})
     left_out = {"left out": source.left_out} if source.left_out else {}
     return named | {
+        "file": source.name,
         "quantized": False,
         "architecture": report.architecture,
         "weights": source.stored_as,

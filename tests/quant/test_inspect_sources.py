@@ -56,7 +56,7 @@ def test_each_form_is_named(forms, capsys):
         assert (facts["architecture"], facts["quantized"]) == ("FLUX.1", False)
         assert facts["files"] == (2 if form in ("index", "shard", "folder") else 1), form
         few = "8 bits (float8_e4m3fn)"
-        assert facts["weights"] == (few if form == "fp8" else "16 bits or more")
+        assert facts["weights"] == (few if form == "fp8" else "BF16")
         left_out = "1 other tensors (VAE, text encoders)" if form == "all in one" else None
         assert facts.get("left out") == left_out
     assert inspected(capsys, forms["folder"])["file"] == "model.safetensors"

@@ -60,7 +60,7 @@ void fuzz_w4a8(Target target) {
                   group = pick<int64_t>({16, 32, 64}), apart = K + 8 * any(0, 2);
     const Dtype kind = any_dtype();
     Floats x(any_dtype(), M ? (M - 1) * apart + K : 0), smooth(kind, K), down(kind, K * R),
-        up(kind, N * R), channel(kind, N), bias(kind, N), out(x.dtype, M * N);
+        up(kind, N * R), channel(Dtype::f32, N), bias(kind, N), out(x.dtype, M * N);
     x.fill(1), smooth.fill(0.1, 2), down.fill(0.1), up.fill(0.3), channel.fill(0.01), bias.fill(1);
     const Bytes weight = random_bytes(N * K / 2);
     const Numbers scales = random_numbers(K / group * N), table = random_numbers(16);
@@ -77,7 +77,7 @@ void fuzz_w4a8(Target target) {
                       down.data(),
                       weight.data(),
                       scales.data(),
-                      channel.data(),
+                      static_cast<const float*>(channel.data()),
                       table.data(),
                       up.data(),
                       has_bias ? bias.data() : nullptr,
