@@ -53,9 +53,10 @@ def plain(model, family):
 
 def test_a_threshold_of_zero_changes_no_bit(model, family):
     patched, records = cached(model, NEVER)
-    alone = tiny_models.sample(model, family, STEPS, batch=2, cfg=3.0)
+    batch = 1 if family == "minimax h3" else 2  # ComfyUI's own takes no more
+    alone = tiny_models.sample(model, family, STEPS, batch=batch, cfg=3.0)
     before = traces(model)
-    assert same(tiny_models.sample(patched, family, STEPS, batch=2, cfg=3.0), alone)
+    assert same(tiny_models.sample(patched, family, STEPS, batch=batch, cfg=3.0), alone)
     assert records[-1].reused == 0
     assert len(records[-1].cells) == STEPS
     assert traces(model) == before
@@ -82,8 +83,8 @@ def test_prompts_keep_their_own_results_together_and_apart(model, family, monkey
     """Positive and negative prompt in one call of the model, or in two where memory is short: the
     same picture.
     """
-    if family == "ace-step 1.5":
-        pytest.skip("ComfyUI's ACE-Step 1.5 itself gives other results when prompts share a batch")
+    if family in ("ace-step 1.5", "seedvr 2"):
+        pytest.skip("ComfyUI's model itself gives other results when prompts share a batch")
     together = tiny_models.sample(cached(model, ALWAYS)[0], family, STEPS, cfg=3.0)
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda *_: 0)
     spy = Spy(model)
@@ -161,7 +162,7 @@ def deepest_linear(model) -> torch.nn.Module:
         for name, module in model.model.diffusion_model.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
         and module.weight.ndim == 2
-        and re.match(r"(decoder\.)?\w*(blocks|layers)\.", name)
+        and re.match(r"((decoder|language_model)\.)?\w*(blocks|layers)\.", name)
     }
     return max(linears.items(), key=lambda item: item[0].count("."))[1]
 
