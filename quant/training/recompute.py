@@ -121,9 +121,10 @@ def checkpointing(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextMana
                 return plain(*args, **kwargs)
             leaves, form = tree_flatten((args, kwargs))
 
-            def again(_, *leaves):
+            def again(first, *leaves):
                 inputs, named = tree_unflatten([_copied(leaf) for leaf in leaves], form)
-                return plain(*inputs, **named)
+                outputs = plain(*inputs, **named)
+                return _reached(outputs, first) if torch.is_grad_enabled() else outputs
 
             # some input must ask for gradients: the first block's own do not
             wanted = torch.zeros((), requires_grad=True)
@@ -132,6 +133,22 @@ def checkpointing(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextMana
         return forward
 
     return _wrapped(blocks, wrap)
+
+
+def _reached(outputs, zero: Tensor):
+    """A block's outputs with a way back to `zero`, where they have none: in a block that nothing
+    trained goes into, such as a refiner of the prompt. torch refuses those.
+    """
+    leaves, form = tree_flatten(outputs)
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        return outputs
+    return tree_unflatten(
+        [
+            leaf + zero.to(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            for leaf in leaves
+        ],
+        form,
+    )
 
 
 def _copied(value):
