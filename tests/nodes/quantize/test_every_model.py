@@ -175,7 +175,8 @@ def test_a_tiny_model_of_codewords_is_loaded_and_draws(name, tmp_path, monkeypat
     dense = tiny_models.build(name)
     plain, other = draw(dense, name), draw(tiny_models.build(name, seed=1), name)
     error = relative(draw(class_walk.load(name, path, monkeypatch), name), plain)
-    assert error < 0.6 * relative(other, plain)
+    # 3 bits are few for the tiny Krea 2: 0.54
+    assert error < (0.6 if name == "krea 2" else 0.5) * relative(other, plain)
 
 
 # some of the families that have 4-bit modulation layers

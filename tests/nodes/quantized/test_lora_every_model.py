@@ -54,7 +54,8 @@ def test_a_lora_changes_every_layer_as_it_changes_16_bit(name, method, tmp_path,
     drawn = draw(worn, name)
     of_16_bit = draw(class_walk.with_lora(sixteen, tensors), name)
     effect = relative(draw(sixteen, name), of_16_bit)
-    assert relative(drawn, of_16_bit) < 0.7 * effect
+    # 3 bits are few for the tiny Krea 2: 0.68
+    assert relative(drawn, of_16_bit) < (0.7 if name == "krea 2" else 0.6) * effect
     whole_load(model)
     assert all(torch.equal(before, weights(model)[layer]) for layer, before in base.items())
     assert relative(draw(model, name), plain) == 0
