@@ -164,27 +164,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         sync_warp();  // all lanes have read the reciprocals
     }
     if (!multiplies) return;
-
-    // Every warp's sums side by side, then added from the first warp to the last.
-    float* partial = reinterpret_cast<float*>(dynamic_shared());
-    sync_block();
-#pragma unroll
-    for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-                partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n + 8 * (r / 2) +
-                        g] = sums[e][n][r];
-    sync_block();
-    for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
-        const int row = i / DOWN_COLUMNS, column = i % DOWN_COLUMNS;
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += partial[(w * ROWS + row) * SUMS_STRIDE + column];
-        if (row < tokens && column < columns)
-            a.h[(first_row + row) * a.R + first_column + column] = sum;
-    }
+    add_warps<EIGHTS, WARPS>(a, sums, first_row, tokens, first_column, columns);
 }
 
 }  // namespace nibble::cuda

@@ -162,6 +162,34 @@ NIBBLE_DEVICE int multiply_offset(int lane) {
     return down_offset(row / 2 * 8 + row % 2 + matrix / 2 * 2, matrix % 2);
 }
 
+// Every warp's sums of a tile of h side by side, then added from the first warp to the last.
+// columns: of h from first_column on, perhaps fewer than the tile's, or none.
+template <int EIGHTS, int WARPS, class Op>
+NIBBLE_DEVICE void add_warps(const Op& a, const float (&sums)[EIGHTS][2][4], int64_t first_row,
+                             int tokens, int first_column, int columns) {
+    constexpr int ROWS = 8 * EIGHTS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    float* partial = reinterpret_cast<float*>(dynamic_shared());
+    sync_block();
+#pragma unroll
+    for (int e = 0; e < EIGHTS; e++)
+#pragma unroll
+        for (int n = 0; n < 2; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n + 8 * (r / 2) +
+                        g] = sums[e][n][r];
+    sync_block();
+    for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
+        const int row = i / DOWN_COLUMNS, column = i % DOWN_COLUMNS;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum += partial[(w * ROWS + row) * SUMS_STRIDE + column];
+        if (row < tokens && column < columns)
+            a.h[(first_row + row) * a.R + first_column + column] = sum;
+    }
+}
+
 // TILES: tiles of 32 columns of proj_down that the block multiplies; its sums take 8 registers for
 // each and for 8 tokens.
 template <class X, class P, Form FORM, Codes FORMAT, int EIGHTS, int WARPS, int BLOCKS, int TILES>
@@ -287,30 +315,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_down_kernel(const
     }
     if (!multiplies) return;
 
-    // Every warp's sums of a tile side by side, then added from the first warp to the last.
-    float* partial = reinterpret_cast<float*>(dynamic_shared());
 #pragma unroll
-    for (int c = 0; c < TILES; c++) {
-        sync_block();
-#pragma unroll
-        for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-            for (int n = 0; n < 2; n++)
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-                    partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n +
-                            8 * (r / 2) + g] = sums[c][e][n][r];
-        sync_block();
-        for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
-            const int row = i / DOWN_COLUMNS, column = c * DOWN_COLUMNS + i % DOWN_COLUMNS;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++)
-                sum += partial[(w * ROWS + row) * SUMS_STRIDE + i % DOWN_COLUMNS];
-            if (row < tokens && column < columns)
-                a.h[(first_row + row) * a.R + first_column + column] = sum;
-        }
-    }
+    for (int c = 0; c < TILES; c++)
+        add_warps<EIGHTS, WARPS>(a, sums[c], first_row, tokens, first_column + c * DOWN_COLUMNS,
+                                 columns - c * DOWN_COLUMNS);
 }
 
 // h alone, in plain float32 arithmetic, for numbers that Turing's matrix unit cannot hold: 32

@@ -62,33 +62,6 @@ NIBBLE_DEVICE void over_warps(float (&tops)[EIGHTS], float* shared, int warp, in
     sync_block();
 }
 
-// Every warp's sums of h side by side, then added from the first warp to the last.
-template <int EIGHTS, int WARPS>
-NIBBLE_DEVICE void add_warps(const QuantizeDown& a, const float (&sums)[EIGHTS][2][4],
-                             int64_t first_row, int tokens, int first_column, int columns) {
-    constexpr int ROWS = 8 * EIGHTS;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    float* partial = reinterpret_cast<float*>(dynamic_shared());
-    sync_block();
-#pragma unroll
-    for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-                partial[(warp * ROWS + 8 * e + 2 * t + r % 2) * SUMS_STRIDE + 16 * n + 8 * (r / 2) +
-                        g] = sums[e][n][r];
-    sync_block();
-    for (int i = int(threadIdx.x); i < ROWS * DOWN_COLUMNS; i += 32 * WARPS) {
-        const int row = i / DOWN_COLUMNS, column = i % DOWN_COLUMNS;
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) sum += partial[(w * ROWS + row) * SUMS_STRIDE + column];
-        if (row < tokens && column < columns)
-            a.h[(first_row + row) * a.R + first_column + column] = sum;
-    }
-}
-
 // `a.ascales`: (M,).
 template <class X, class P, Form FORM, int EIGHTS, int WARPS, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) quantize_tokens_kernel(const QuantizeDown a) {
