@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from .stages import DECODE, ENCODE, SAMPLE, Loadout, Stage, Work, stages
 from .weights import EncoderWeights
 
-# docs/benchmarks.md, "What quantizing costs": 10.6e9 weights in 1154 s on 2 cores of an AMD EPYC
+# docs/benchmarks.md, "What quantizing costs": 11.9e9 weights in 803 s on 2 cores of an AMD EPYC
 # (Zen 3), preset fast
-_SECONDS_A_WEIGHT = 1154 / 10.6e9
+_SECONDS_A_WEIGHT = 803 / 11.9e9
 # the same page, "Modulation out of VRAM": a core's time a step, for a byte of 4-bit modulation
 _SECONDS_A_BYTE = 0.12 / 1.73e9
 # PCI Express 4.0 x8, as an 8 GB card has it: its nominal rate

@@ -167,7 +167,7 @@ def test_a_16_bit_model_is_quantized_first():
         "modulation in RAM",
     ]
     assert plan.switches[0].saves == 24_000_000_000 - MODEL.bytes
-    assert plan.switches[0].costs.startswith("22 minutes once")  # 12e9 * 1154 s / 10.6e9
+    assert plan.switches[0].costs.startswith("13 minutes once")  # 12e9 * 803 s / 11.9e9
 
 
 def test_a_large_card_needs_none():
