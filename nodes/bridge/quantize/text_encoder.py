@@ -126,7 +126,7 @@ class TextEncoderRequest:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The prompts, of which every fourth is kept to judge by."""
+        """The prompts, of which some are kept to judge by."""
         return self.prompts or OWN
 
     @property

@@ -20,8 +20,24 @@ def test_few_prompts_are_joined_by_others_like_them(prompts, drawn, given):
     numbers = torch.arange(drawn)
     held = numbers[pictures.is_held_out(numbers, drawn)].tolist()
     assert held[-1] == drawn - 1
-    assert len(held) == pytest.approx(drawn / 4, abs=1)
+    assert len(held) == 4
     assert set(order) >= set(range(prompts)), "every prompt is drawn"
+
+
+@pytest.mark.parametrize(
+    "drawn, expected",
+    [
+        (1, []),
+        (3, [2]),
+        (13, [4, 8, 12]),
+        (16, [3, 7, 11, 15]),
+        (30, [8, 15, 22, 29]),
+        (100, [11, 19, 27, 35, 43, 51, 59, 67, 75, 83, 91, 99]),
+    ],
+)
+def test_a_quarter_of_few_pictures_is_held_out_and_an_eighth_of_many(drawn, expected):
+    numbers = torch.arange(drawn)
+    assert numbers[pictures.is_held_out(numbers, drawn)].tolist() == expected
 
 
 def test_a_single_prompt_is_seen_and_held_out():
