@@ -75,8 +75,8 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
                     multiline=True,
                     advanced=True,
                     tooltip=(
-                        "Prompts to calibrate on, one per line; a quarter of few, an eighth of many only"
-                        " judge. Empty: two dozen of Nibble's own."
+                        "Prompts to calibrate on, one per line; a quarter of few, an eighth of many"
+                        " only judge. Empty: two dozen of Nibble's own."
                     ),
                 ),
                 widgets.keep_layers_input(),

@@ -1,5 +1,6 @@
-"""The picture of the front page: what the demo model draws in 16 bit, and below it how far from that
-each 4-bit file's pictures are: |difference| x 16 in every channel, black where there is none.
+"""The picture of the front page: what the demo model draws in 16 bit, and below it how far
+from that each 4-bit file's pictures are: |difference| x 16 in every channel, black where there is
+none.
 
     python tests/bench/error_sheet.py --out web/docs/errors.png
 
