@@ -5,46 +5,32 @@ __main__.py is the one for a terminal.
 """
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import inspect as inspect
     from .api import load as load
     from .api import quantize as quantize
+    from .quant.diffusers.quantizer import NibbleConfig as NibbleConfig
 
     __version__: str
 
 WEB_DIRECTORY = "./web"
 COMFYUI = "0.33.0"  # the oldest that has what the nodes use; pyproject.toml says it to the Registry
-_SCRIPTS = ("inspect", "load", "quantize")
-_PROJECT = Path(__file__).parent / "pyproject.toml"
+_SCRIPTS = ("NibbleConfig", "__version__", "inspect", "load", "quantize")
 
 
 def __getattr__(name: str) -> Any:
     """What scripts use; torch is not imported before."""
-    if name == "__version__":
-        return _version()
     if name in _SCRIPTS:
         from . import api
 
-        return getattr(api, name)
+        return api.version() if name == "__version__" else getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SCRIPTS, "__version__"})
-
-
-def _version() -> str:
-    """As pyproject.toml has it: that of this folder, or of what pip installed."""
-    if _PROJECT.is_file():
-        found = re.search(r'^version = "(.+)"$', _PROJECT.read_text(encoding="utf-8"), re.M)
-        assert found, f"{_PROJECT} has no version"
-        return found[1]
-    from importlib.metadata import version
-
-    return version("nibble")
+    return sorted({*globals(), *_SCRIPTS})
 
 
 def check_comfyui() -> None:

@@ -38,7 +38,7 @@ def _folder_as_package() -> int:
 if not __package__:
     sys.exit(_folder_as_package())
 
-from . import __version__, api  # noqa: E402
+from . import api  # noqa: E402
 from .demo import cli as demo  # noqa: E402
 from .quant.cli import examples, options  # noqa: E402
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=examples(program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"nibble {__version__}")
+    parser.add_argument("--version", action="version", version=f"nibble {api.version()}")
     commands = parser.add_subparsers(
         dest="command",
         required=True,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     import torch
 
     from .quant.files.report import Report
+
+
+_PROJECT = Path(__file__).parent / "pyproject.toml"
+
+
+def version() -> str:
+    """`nibble.__version__`: as pyproject.toml has it, that of this folder or of what pip
+    installed.
+    """
+    if _PROJECT.is_file():
+        found = re.search(r'^version = "(.+)"$', _PROJECT.read_text(encoding="utf-8"), re.M)
+        assert found, f"{_PROJECT} has no version"
+        return found[1]
+    from importlib import metadata
+
+    return metadata.version("nibble")
 
 
 def quantize(  # noqa: PLR0913 (a script's keywords)
@@ -63,6 +80,7 @@ def load(
 ) -> torch.nn.Module:
     """A quantized FLUX.1 file (Nibble's of either method, Nunchaku's or comfy-kitchen's) as
     diffusers' transformer on the CPU, for `FluxPipeline(transformer=...)`; layers stay quantized.
+    LoRAs go beside them (`load_lora_weights`, with peft), `save_pretrained` writes them.
 
     dtype  of what the file keeps in 16 bit; None: bfloat16
     train  make the low-rank factors and biases of quantized layers parameters
@@ -72,14 +90,25 @@ def load(
     """
     import torch
 
+    return _diffusers("load").load_quantized(path, dtype or torch.bfloat16, train)
+
+
+def __getattr__(name: str) -> Any:
+    """`NibbleConfig`, a name that imports diffusers and enters the quantizer in its tables."""
+    if name != "NibbleConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _diffusers(name).NibbleConfig
+
+
+def _diffusers(name: str) -> Any:
     from .kernels.optional import optional
+    from .quant.svdquant.one_layer import DataFree
 
     diffusers, why = optional(".quant.diffusers", __package__)
     if diffusers is None:
-        raise ImportError(
-            f"nibble.load needs diffusers, and {why}; pip install --upgrade diffusers"
-        )
-    return diffusers.load_quantized(path, dtype or torch.bfloat16, train)
+        raise ImportError(f"nibble.{name} needs diffusers, and {why}; pip install -U diffusers")
+    diffusers.register(DataFree)
+    return diffusers
 
 
 def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]:

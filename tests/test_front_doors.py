@@ -78,7 +78,7 @@ def test_the_version_is_that_of_the_project():
 
 
 def test_the_version_of_an_installed_package_is_its_metadatas(monkeypatch, tmp_path):
-    monkeypatch.setattr(nibble, "_PROJECT", tmp_path / "pyproject.toml")
+    monkeypatch.setattr("nibble.api._PROJECT", tmp_path / "pyproject.toml")
     monkeypatch.setattr("importlib.metadata.version", {"nibble": "7.8.9"}.__getitem__)
     assert nibble.__version__ == "7.8.9"
 
