@@ -14,6 +14,7 @@ import tomllib
 import torch
 from safetensors.torch import save_file
 
+import api_page
 import nibble
 from checkout import ROOT
 from nibble.quant.files.checkpoint import open_quantized
@@ -148,3 +149,9 @@ def test_a_script_loads_a_file_into_diffusers(source, tmp_path):
     model = nibble.load(tmp_path / "q.safetensors")
     assert type(model).__name__ == "FluxTransformer2DModel"
     assert model.x_embedder.weight.dtype == torch.bfloat16
+
+
+def test_the_page_of_the_api_is_that_of_the_docstrings():
+    """Write it again: python tests/support/api_page.py"""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    assert api_page.PAGE.read_text(encoding="utf-8") == api_page.page()

@@ -63,11 +63,10 @@ class NibbleConfig(QuantizationConfigMixin):
     `quantization_config`.
 
     options  of the quantization from the weights alone: rank=32, act_bits=4 or 8,
-             format="svdquant_w4a4", keep=["transformer_blocks.0.*"] (16 bit),
-             modulation="w4a16" or "keep", seed=0, …
+             format="svdquant_w4a4", modulation="w4a16" or "keep", seed=0,
+             keep=["double_blocks.0.*"] (16 bit; FLUX.1's layers by ComfyUI's names), …
     layers   of a model that is quantized: written by `save_pretrained`, not by hand
 
-    Patterns of `keep` match ComfyUI's names of FLUX.1's layers (double_blocks.0.*).
     Raises ValueError for options that cannot be.
     """
 
