@@ -5,6 +5,7 @@ __main__.py is the one for a terminal.
 """
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def check_comfyui() -> None:
         raise ImportError(f"Nibble needs ComfyUI {COMFYUI} or newer, this is {version}; update it.")
 
 
-# ComfyUI loads a folder of custom_nodes under its path as the name. Imported as the library
-# `nibble`, or collected by pytest, nothing
-# of ComfyUI's may be touched: it need not be installed.
-if __package__ and ("/" in __package__ or "\\" in __package__):
+# ComfyUI loads a folder of custom_nodes under its path as the name, before 2024 under the folder's
+# name. Imported as the library `nibble`, or collected by pytest, nothing of ComfyUI's may be
+# touched: it need not be installed.
+BY_PATH = bool(__package__) and ("/" in __package__ or "\\" in __package__)
+if BY_PATH or "folder_paths" in sys.modules:
     check_comfyui()
+if BY_PATH:
     from .nodes import comfy_entrypoint
 
     __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]
