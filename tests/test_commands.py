@@ -115,7 +115,8 @@ def test_what_a_part_of_a_command_names_exists(command, capsys):
 def files(tmp_path_factory):
     """What the printed names stand for, by command."""
     folder = tmp_path_factory.mktemp("printed")
-    model, own, published = (folder / name for name in ("16bit", "own", "published"))
+    model, own, lora = (folder / f"{name}.safetensors" for name in ("16bit", "own", "lora"))
+    published = folder / "published"
     draw, shapes = torch.Generator().manual_seed(0), flux1_shapes(1, 1, 128, 64, 64)
     save_file(
         {name: (torch.randn(s, generator=draw) * 0.05).bfloat16() for name, s in shapes.items()},
@@ -127,7 +128,6 @@ def files(tmp_path_factory):
     published.mkdir()
     for name, tensors in (("transformer_blocks", blocks), ("unquantized_layers", others)):
         save_file(tensors, published / f"{name}.safetensors")
-    lora = folder / "lora"
     save_file(nunchaku_lora(), lora)
     return {
         "quantize": {"flux1-dev.safetensors": model, "model.safetensors": model},
