@@ -71,6 +71,9 @@ def is_whole(command: str) -> bool:
     return True
 
 
+# what stands for a name that the reader chooses
+PLACES = {"FILE": "file.safetensors", "文件": "文件.safetensors"}
+PLACES |= {"NEW": "new.safetensors", "新文件": "新文件.safetensors"}
 PRINTED = printed()
 WHOLE = sorted(filter(is_whole, PRINTED))
 RUN = [command for command in WHOLE if not PARSED_ONLY.search(command)]
@@ -134,15 +137,15 @@ def files(tmp_path_factory):
         "inspect": {
             "flux1-dev-svdq.safetensors": own,
             "flux1-dev-svdq-int4.safetensors": own,
-            "FILE": own,
-            "文件": own,
+            "file.safetensors": own,
+            "文件.safetensors": own,
         },
         "convert": {
             "svdq-int4_r32-flux.1-dev.safetensors": published,
             "nunchaku-lora.safetensors": lora,
             "nunchaku.safetensors": lora,
-            "FILE": published,
-            "文件": published,
+            "file.safetensors": published,
+            "文件.safetensors": published,
         },
     }
 
@@ -156,7 +159,7 @@ def nunchaku_lora() -> dict[str, torch.Tensor]:
 def works(python: str, plugin: Path, command: str, folder: Path, files: dict) -> None:
     """Runs a command as it is printed, in a folder of its own beside the plugin."""
     (folder / "ComfyUI-Nibble").symlink_to(plugin)
-    words = shlex.split(command)
+    words = [PLACES.get(word, word) for word in shlex.split(command)]
     for name, path in files.get(words[0], {}).items():
         if name in words:
             (folder / name).symlink_to(path)
