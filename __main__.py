@@ -1,20 +1,48 @@
-"""The terminal's front door: python -m nibble COMMAND, as `--help` lists them.
+"""The terminal's front door. One of
+
+    python path/to/ComfyUI-Nibble COMMAND   from any folder, whatever the plugin's is called
+    nibble COMMAND, python -m nibble COMMAND   after `pip install .`
 
 Exit codes: 0 done, 1 refused (the reason is on stderr), 2 wrong usage, 130 interrupted.
 """
 
 import argparse
 import ctypes
+import importlib.util
 import logging
 import os
 import runpy
 import sys
 from pathlib import Path
 
-from .demo import cli as demo
-from .quant.cli import EXAMPLES, options
+HERE = Path(__file__).resolve().parent
 
-BENCHES = Path(__file__).resolve().parent / "tests" / "bench"
+
+def _folder_as_package() -> int:
+    """This folder, started as a script, runs as the package `nibble`; returns the exit code.
+
+    Python puts such a folder first on the path, where `nodes` or `kernels` would hide packages of
+    those names from everything else.
+    """
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+    spec = importlib.util.spec_from_file_location(
+        "nibble", HERE / "__init__.py", submodule_search_locations=[str(HERE)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["nibble"] = package
+    spec.loader.exec_module(package)
+    return importlib.import_module("nibble.__main__").main()
+
+
+if not __package__:
+    sys.exit(_folder_as_package())
+
+from . import api  # noqa: E402
+from .demo import cli as demo  # noqa: E402
+from .quant.cli import examples, options  # noqa: E402
+
+BENCHES = HERE / "tests" / "bench"
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -67,20 +95,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> str:
+    """How this was started, for usage and examples to be typed the same way."""
+    started = Path(sys.argv[0])
+    if started.resolve() in (HERE, HERE / "__main__.py"):
+        return f'python "{started}"' if " " in str(started) else f"python {started}"
+    return "nibble" if started.stem == "nibble" else "python -m nibble"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m nibble",
+        prog=program(),
         description="Diffusion transformers at 4 bits.",
-        epilog=EXAMPLES,
+        epilog=examples(program()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"nibble {api.version()}")
     commands = parser.add_subparsers(
         dest="command",
         required=True,
         metavar="{demo,quantize,inspect,plan,convert,cubins,libraries,bench}",
     )
     demo.add_command(commands)
-    options.add_commands(commands, small_file)
+    options.add_commands(commands, examples(program()), api.small_file)
     commands.add_parser(
         "cubins",
         help=(
@@ -105,31 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def small_file(path: Path, verify: bool) -> dict | None:
-    """What a file of Nibble's own is that holds no model (an adapter, couplings, a state, a
-    calibration), for `inspect`; None for any other. It is read whole, couplings where `verify` asks
-    for it. Raises FileRefused for a damaged one.
-    """
-    from .accel.caching import calibration_file as caching
-    from .accel.caf import inspect as caf
-    from .quant.files import small, source_files
-    from .quant.intlora import file as intlora
-    from .quant.training import state
-
-    if path.name.endswith(source_files.INDEX):
-        return None
-    if path.is_dir() or path.suffix == ".json":
-        return caf.couplings_facts(path, verify) or caching.facts(path)
-    kind = small.format_of(path)
-    if kind == "intlora":
-        adapter = intlora.read(path)
-        return {"file": path.name, "kind": "IntLoRA adapter", "layers": len(adapter.layers)}
-    if kind == state.FORMAT:
-        steps = len(state.State(path).losses)
-        return {"file": path.name, "kind": "state of a training", "steps": steps}
-    return caf.facts(path, kind)
-
-
 def bench(arguments: list[str]) -> int:
     """Runs tests/bench/bench_NAME.py, or all of them, with the remaining arguments; --env says what
     this machine has.
@@ -150,7 +162,7 @@ def bench(arguments: list[str]) -> int:
     name, *rest = arguments or ["--help"]
     if name not in (*benches, "all"):
         usage = f"{{{','.join([*benches, 'all', '--env'])}}} [options]"
-        print(f"usage: python -m nibble bench {usage}", file=sys.stderr)
+        print(f"usage: {program()} bench {usage}", file=sys.stderr)
         return 0 if name in ("-h", "--help") else 2
     saved = sys.argv
     try:

@@ -1,4 +1,4 @@
-"""python -m nibble demo: its options, and a progress bar around `run.main`."""
+"""nibble demo: its options, and a progress bar around `run.main`."""
 
 import argparse
 from pathlib import Path

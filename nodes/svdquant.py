@@ -225,7 +225,7 @@ class NibbleSavePrompts(file_nodes.FileNode):
             category="Nibble",
             is_output_node=True,
             description=(
-                "Saves prompts and the picture size as a file for python -m nibble quantize"
+                "Saves prompts and the picture size as a file for python ComfyUI-Nibble quantize"
                 " --prompts, in models/calibration_prompts. For FLUX.1."
             ),
             search_aliases=["nibble", "calibration", "save conditioning", "export prompts"],

@@ -60,8 +60,9 @@ RULES = {
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),
     "demo":              ({"quant", "kernels", "demo.taesd"},            set()),
-    "__main__":          ({"quant", "accel", "demo", "kernels"},         set()),
-    "__init__":          ({"nodes"},                                     set()),
+    "__main__":          ({"quant", "accel", "demo", "kernels", "api"}, set()),
+    "api":               ({"quant", "accel", "kernels"},                 set()),
+    "__init__":          ({"nodes", "api", "quant.diffusers"},           set()),
 }
 # fmt: on
 METHODS = ("quant.svdquant", "quant.intlora", "quant.vq4dit")

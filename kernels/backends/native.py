@@ -97,7 +97,8 @@ def module() -> tuple[Any, str]:
         why = f"{why}; {error}"
         log.info(
             "%s: 4-bit layers on the CPU run in plain torch, with the same numbers. With a C++"
-            " compiler `python -m nibble libraries` or `pip install ./kernels` makes them fast.",
+            " compiler `python ComfyUI-Nibble libraries` or `pip install ./kernels` makes them"
+            " fast.",
             why,
         )
         return None, why

@@ -1,4 +1,4 @@
-"""The terminal's commands of quant: python -m nibble {quantize,inspect,plan,convert}.
+"""The terminal's commands of quant: nibble {quantize,inspect,plan,convert}.
 
 methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
@@ -9,18 +9,21 @@ options.py   what can be typed
 console.py   a progress bar, and lines for people
 """
 
-EXAMPLES = """examples:
-  python -m nibble quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
-  python -m nibble quantize model.safetensors model-int4.safetensors --preset best --rank 64 \
+_EXAMPLES = """examples:
+  {nibble} quantize flux1-dev.safetensors flux1-dev-svdq-int4.safetensors
+  {nibble} quantize model.safetensors model-int4.safetensors --preset best --rank 64 \
 --prompts prompts.safetensors
-  python -m nibble quantize model.safetensors model-vq3.safetensors --method vq --bits 3 \
---preset best
-  python -m nibble inspect flux1-dev-svdq-int4.safetensors
-  python -m nibble inspect --plan flux1-dev
-  python -m nibble inspect --plan flux1-dev --method vq --bits 2
-  python -m nibble plan flux1-dev --card "8 GB"
-  python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors \
-flux1-dev-nibble.safetensors --to nibble
-  python -m nibble demo --out demo.png
-  python -m nibble bench --env
+  {nibble} quantize model.safetensors model-vq3.safetensors --method vq --bits 3 --preset best
+  {nibble} inspect flux1-dev-svdq-int4.safetensors
+  {nibble} inspect --plan flux1-dev
+  {nibble} inspect --plan flux1-dev --method vq --bits 2
+  {nibble} plan flux1-dev --card "8 GB"
+  {nibble} convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
+  {nibble} demo --out demo.png
+  {nibble} bench --env
 """  # a backslash at the end of a line: commands are printed whole
+
+
+def examples(program: str) -> str:
+    """Commands to copy; program: how a command begins, such as 'nibble'."""
+    return _EXAMPLES.replace("{nibble}", program)

@@ -15,27 +15,35 @@ def print_summary(title: object, lines: list[tuple[str, str]]) -> None:
 
 
 class Bar:
-    """A tqdm bar as a progress callback (done, total, what); nothing where tqdm is absent."""
+    """A tqdm bar as a progress callback (done, total, what), drawn when the work starts: what is
+    refused before is one line. Nothing where tqdm is absent, or with shown=False.
+    """
 
-    def __init__(self, unit: str = "weights"):
+    def __init__(self, unit: str = "weights", shown: bool = True):
         self.unit = unit
+        self.shown = shown
         self.bar: Any = None
 
     def __enter__(self) -> "Bar":
+        return self
+
+    def _start(self) -> None:
+        self.shown = False  # tried once
         tqdm, why = optional("tqdm")
         if tqdm is None:
             print(f"nibble: {why}, so there is no progress bar", file=sys.stderr)
-            return self
+            return
         self.bar = tqdm.tqdm(
             unit=f" {self.unit}", unit_scale=True, dynamic_ncols=True, file=sys.stderr
         )
-        return self
 
     def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        if self.shown:
+            self._start()
         if self.bar is None:
             return
         self.bar.total = total

@@ -1,4 +1,4 @@
-"""python -m nibble convert SOURCE TARGET: the same numbers in another program's format."""
+"""nibble convert SOURCE TARGET: the same numbers in another program's format."""
 
 import argparse
 

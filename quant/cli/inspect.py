@@ -1,4 +1,4 @@
-"""python -m nibble inspect FILE: what a file is, or what would become of it."""
+"""nibble inspect FILE: what a file is, or what would become of it."""
 
 import argparse
 import json
@@ -24,21 +24,24 @@ _TOLD = (REQUIRES, *(f"{PREFIX}{key}" for key in ("title", "author", "license"))
 
 def inspect(options: argparse.Namespace) -> None:
     """Prints what a file is, or what would become of it."""
-    if options.plan:
-        content = _planned(options)
-    elif is_quantized(options.file):
-        content = _own_file(options)
-    else:
-        # adapters, states, couplings: what reads them is above this room
-        content = options.small_file(Path(options.file), options.verify)
-        if content is None:
-            content = _other_file(options)
-        elif options.verify:
-            content["checksums"] = "all match, or the file is older than they are"
+    content = _planned(options) if options.plan else facts(options)
     if options.json:
         print(json.dumps(content, indent=1))
     else:
         _print_content(content, options.verify)
+
+
+def facts(options: argparse.Namespace) -> dict:
+    """What a file is, as the JSON of `inspect`. Raises FileRefused for one that is damaged."""
+    if is_quantized(options.file):
+        return _own_file(options)
+    # adapters, states, couplings: what reads them is above this room
+    content = options.small_file(Path(options.file), options.verify)
+    if content is None:
+        return _other_file(options)
+    if options.verify:
+        content["checksums"] = "all match, or the file is older than they are"
+    return content
 
 
 def _planned(options: argparse.Namespace) -> dict:

@@ -1,36 +1,35 @@
 """The options of the commands: argparse alone, so that --help does not wait for torch."""
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from . import EXAMPLES
 
+def add_commands(commands, examples: str, small_file: Callable[[Path, bool], dict | None]) -> None:
+    """Adds quantize, inspect, plan and convert to a parser's subcommands.
 
-def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> None:
-    """Adds quantize, inspect, plan and convert to a parser's subcommands. small_file: for
-    `inspect`.
+    examples    printed below each one's options
+    small_file  for `inspect`
     """
-    quantize = _command(commands, "quantize", "make the quantized file of a model")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=text, epilog=examples, formatter_class=raw)
+
+    quantize = command("quantize", "make the quantized file of a model")
     _quantize_options(quantize)
     quantize.set_defaults(run=_quantize)
-    inspect = _command(
-        commands, "inspect", "show what a file holds, or what quantizing it would give"
-    )
+    inspect = command("inspect", "show what a file holds, or what quantizing it would give")
     _inspect_options(inspect)
     inspect.set_defaults(run=_inspect, small_file=small_file)
-    plan = _command(commands, "plan", "what a model will take of a graphics card and of RAM")
+    plan = command("plan", "what a model will take of a graphics card and of RAM")
     _plan_options(plan)
     plan.set_defaults(run=_plan)
-    convert = _command(commands, "convert", "write a 4-bit file in another program's format")
+    convert = command("convert", "write a 4-bit file in another program's format")
     _convert_options(convert)
     convert.set_defaults(run=_convert)
-
-
-def _command(commands, name: str, text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name, help=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -57,6 +56,28 @@ def _convert(options: argparse.Namespace) -> None:
     convert(options)
 
 
+def for_quantize(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], given: Mapping[str, Any]
+) -> argparse.Namespace:
+    """The options of `quantize` for a script, whose names have underscores. Raises TypeError for
+    one that there is not, ValueError for a choice that there is not.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    _quantize_options(parser)
+    options = parser.parse_args([os.fspath(source), os.fspath(target)])
+    choices = {action.dest: action.choices for action in parser._actions}
+    for name, value in given.items():
+        if name not in vars(options):
+            raise TypeError(f"quantize has no option {name!r}")
+        allowed = choices.get(name)
+        if allowed is not None and value is not None and value not in allowed:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
+        setattr(options, name, value)
+    if options.prompts is not None:
+        options.prompts = Path(options.prompts)
+    return options
+
+
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -68,7 +89,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "target", help="quantized .safetensors file to write; an older one of Nibble's is replaced"
+        "target", help="quantized .safetensors file to write; an unfinished one is gone on with"
     )
     parser.add_argument(
         "--method",
@@ -145,6 +166,12 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, …")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a quantized file that was made with other options or of another model",
+    )
+    parser.set_defaults(quiet=False)
 
 
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""python -m nibble plan MODEL: what encoding, sampling and decoding will take, before anything is
+"""nibble plan MODEL: what encoding, sampling and decoding will take, before anything is
 made.
 """
 

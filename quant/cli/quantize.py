@@ -1,4 +1,4 @@
-"""python -m nibble quantize SOURCE TARGET: prepare, measure outside ComfyUI, write.
+"""nibble quantize SOURCE TARGET: prepare, measure outside ComfyUI, write.
 
 Only FLUX.1 can be run here (by diffusers). The preset fast records what costs little: a FLUX.1 that
 fits under the memory cap in float32, on random conditioning. What is drawn, and what the file says
@@ -18,8 +18,10 @@ from ...kernels.optional import optional
 from ..calibration import pictures as drawn_pictures
 from ..files import prompts as prompts_file
 from ..files import text_encoders
+from ..files.checkpoint import open_quantized
 from ..files.errors import FileRefused
 from ..files.prompts import Prompts
+from ..files.report import Report
 from ..files.safetensors import read_header
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
@@ -64,12 +66,69 @@ RECIPES: dict[str, type[AnyRecipe]] = {
 
 def quantize(options: argparse.Namespace) -> None:
     """SOURCE → TARGET, with a progress bar and a summary."""
+    print_summary(options.target, run(options).summary())
+
+
+def run(options: argparse.Namespace) -> Report:
+    """SOURCE → TARGET, with a progress bar unless `options.quiet`. Raises FileRefused and
+    ValueError before anything is written.
+    """
+    _check_numbers(options)
     _encoders_own(options)
     job = methods.prepare(options.source, options.target, _recipe(options))
+    if not options.overwrite:
+        _keep_another(job)
     measurement = _measure(options, job)
-    with Bar() as bar:
-        report = job.write(measurement, bar.monitor, options.device)
-    print_summary(options.target, report.summary())
+    with Bar(shown=not options.quiet) as bar:
+        return job.write(measurement, bar.monitor, options.device)
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuses a device that is not there and an amount of memory that nothing can have."""
+    try:
+        torch.empty(1, device=options.device)
+    # torch raises either, and AssertionError where it was built without CUDA
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"--device {options.device} cannot be used by this torch {torch.__version__} ({said});"
+            " give cpu, or the name of a device that it has"
+        ) from error
+    if not options.memory_cap >= 0:
+        raise ValueError(
+            f"--memory-cap {options.memory_cap:g} is less than nothing; give GB, 0 or more"
+        )
+
+
+def _keep_another(job: QuantizeJob) -> None:
+    """Refuses to replace an intact file of another model or recipe; one that is damaged or of
+    another version is made again.
+    """
+    if job.existing is not None or not job.target.exists():
+        return
+    try:
+        open_quantized(job.target)
+    except FileRefused:
+        return
+    raise _another(job)
+
+
+def _another(job: QuantizeJob) -> FileRefused:
+    return FileRefused(
+        f"{job.target.name} exists and was made with other options or of another model; choose"
+        " another name, or add --overwrite."
+    )
+
+
+def _measured(
+    options: argparse.Namespace, job: QuantizeJob, measurement: Measurement
+) -> Measurement:
+    """A measurement to write with. Raises FileRefused where the target was made on another."""
+    existing = job.existing
+    if existing is not None and not options.overwrite:
+        if existing.fact("calibration") != measurement.provenance:
+            raise _another(job)
+    return measurement
 
 
 def _encoders_own(options: argparse.Namespace) -> None:
@@ -131,7 +190,7 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     fast = options.preset == "fast"
     if job.architecture != "FLUX.1":
         if fast:
-            return WEIGHTS_ALONE
+            return _measured(options, job, WEIGHTS_ALONE)
         node = {"vq": "VQ Quantize Checkpoint"}.get(options.method, "SVDQuant Quantize Checkpoint")
         if text_encoders.family_of(job.source.shapes) is not None:
             node = "Quantize Text Encoder"
@@ -142,11 +201,11 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     prompts = None if options.prompts is None else prompts_file.read(options.prompts)
     in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
     if fast and prompts is None and in_float32 > options.memory_cap * 1e9:
-        return WEIGHTS_ALONE
+        return _measured(options, job, WEIGHTS_ALONE)
     diffusers, why = optional("..diffusers", __package__)
     if diffusers is None:
         if fast and prompts is None:
-            return _weights_alone(job, why)
+            return _weights_alone(options, job, why)
         raise ValueError(
             f"--preset {options.preset} needs diffusers to run the model, and {why}; pip install"
             " --upgrade diffusers, or use --preset fast without --prompts"
@@ -154,13 +213,14 @@ def _measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     drawing = _drawing(diffusers, options, job, prompts)
     provenance = drawing.provenance()
     job.source.notes.extend(_notes(job, drawing))
+    _measured(options, job, Measurement(provenance))
     if job.existing_report(provenance) is not None:
         return Measurement(provenance)
     cap = int(options.memory_cap * 1e9)
     state = {name: job.source.read(name).float() for name in job.source.shapes}
     if options.method == "vq" and not fast:
         return Measurement(provenance, teacher=diffusers.flux_teacher(state, drawing, cap))
-    with Bar("tokens") as bar:
+    with Bar("tokens", not options.quiet) as bar:
         statistics = diffusers.record_inputs(
             state,
             job.quantized_names,
@@ -232,9 +292,9 @@ def _notes(job: QuantizeJob, drawing: Any) -> list[str]:
     return [drawn_pictures.few_prompts(len(drawing.tokens))] if few else []
 
 
-def _weights_alone(job: QuantizeJob, why: str) -> Measurement:
+def _weights_alone(options: argparse.Namespace, job: QuantizeJob, why: str) -> Measurement:
     """Instead of a measurement that can be done without; said while it works, and in the report."""
     note = f"{why}, so the weights alone were used"
     print(f"nibble: {note}", file=sys.stderr)
     job.source.notes.append(note)
-    return WEIGHTS_ALONE
+    return _measured(options, job, WEIGHTS_ALONE)

@@ -20,6 +20,7 @@ from ..weights.fuse import join_rows
 from ..weights.modules import as_module
 from .dit import is_dit, load_dit
 from .names import diffusers_parts, swap_rows, to_diffusers_names, to_flux_names
+from .quantizer import attach
 
 
 def flux_transformer(
@@ -68,7 +69,8 @@ def load_quantized(
     path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, train: bool = False
 ) -> nn.Module:
     """A quantized FLUX.1 file, of either method or a published one, or one made of `dit_source`, as
-    diffusers' transformer on the CPU; its layers stay quantized.
+    diffusers' transformer on the CPU; its layers stay quantized. It takes LoRAs (with peft), and
+    `save_pretrained` writes what `from_pretrained` reads once `nibble.NibbleConfig` was imported.
 
     dtype   of the layers that the file keeps in 16 bit
     train   make the low-rank factors and biases of quantized layers parameters; codebooks and their
@@ -77,9 +79,9 @@ def load_quantized(
     """
     file = open_4bit(path)
     with file:
-        if is_dit(file):
-            return load_dit(file, dtype, train)
-        return _load_flux(file, dtype, train)
+        model = (load_dit if is_dit(file) else _load_flux)(file, dtype, train)
+    attach(model)
+    return model
 
 
 def _load_flux(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Module:

@@ -84,6 +84,11 @@ def to_diffusers_names(state: dict[str, Tensor], rows: dict[str, int]) -> dict[s
     return out
 
 
+def in_other_order(name: str, tensor: Tensor) -> Tensor:
+    """A 16-bit tensor of a FLUX module with its rows as `swap_rows` has them; its own inverse."""
+    return _swap_halves(tensor) if name in _FLUX.swapped else tensor
+
+
 def _swap_halves(tensor: Tensor) -> Tensor:
     """(shift, scale) ↔ (scale, shift): the two libraries order the last modulation differently."""
     return torch.cat(tensor.chunk(2)[::-1])

@@ -48,35 +48,37 @@ def convert(
     check_path(file.path, target)
     if file.kind.startswith(_KINDS[to]) and "Lite" not in file.kind:
         raise FileRefused(f"{file.path.name} is in this format already ({file.kind}); copy it.")
+    export = TARGETS[to](file)
+    units = list(export.units)
     with atomic.exclusive(target) as held:
         check_target(file.path, held)
         if verify and file.metadata.get("checksums"):
             file.verify(progress)
-        export = _written(file, held, to, progress)
+        _write(export, units, held, _identity(file, to), progress)
     return summary(target, to, export)
 
 
-def _written(
-    file: QuantizedFile, target: atomic.Held, to: str, progress: Callable[[int, int, str], None]
-) -> Export:
+def _write(
+    export: Export,
+    units: list[str],
+    target: atomic.Held,
+    identity: str,
+    progress: Callable[[int, int, str], None],
+) -> None:
     """Measures, and writes the target."""
-    export = TARGETS[to](file)
-    units = list(export.units)
     plans = {}
     for done, unit in enumerate(units):
         progress(done, 2 * len(units), f"measuring {unit}")
         plans[unit] = export.specs(unit)
     specs = [spec for plan in plans.values() for spec in plan]
-    with Writer(
-        target, specs, _identity(file, to), metadata_room(export.metadata(_LARGEST)) + 64
-    ) as writer:
+    room = metadata_room(export.metadata(_LARGEST)) + 64
+    with Writer(target, specs, identity, room) as writer:
         for done, unit in enumerate(units):
             progress(len(units) + done, 2 * len(units), unit)
             if unit not in writer.finished:
                 writer.write(unit, export.make(unit), {})
         writer.finish([export.metadata(writer.size)])
     progress(2 * len(units), 2 * len(units), "")
-    return export
 
 
 def _identity(file: QuantizedFile, to: str) -> str:
@@ -126,7 +128,7 @@ def facts_of(path: str | Path) -> dict | None:
         "4-bit weights only": kinds.count("awq_w4a16"),
         "ranks": ranks,
         "hint": (
-            "loads as it is; `python -m nibble convert` makes a Nibble file of it, which loads"
+            "loads as it is; `python ComfyUI-Nibble convert` makes a Nibble file of it, which loads"
             " faster and has checksums"
         ),
     }

@@ -4,6 +4,7 @@ arXiv:2411.05007), fitted layer by layer.
 recipe.py          every choice of a run
 quantize.py        a checkpoint: layout, layer by layer
 decompose.py       one layer: 4-bit part + low rank, in turns
+one_layer.py       one layer from its weights alone, for whoever streams a model
 problem.py         a layer's weight and what is known of its inputs
 smooth.py          smoothing, rotation and signs: the space in which it is rounded
 learned_smoothing.py  smoothing factors of each channel, learned

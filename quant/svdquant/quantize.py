@@ -240,13 +240,12 @@ class SVDQuantizer(LayerQuantizer):
     ) -> tuple[StoredWeight, float, str]:
         """The layer, its error in dB, and how it was made."""
         recipe = self._recipe_of(layer.name)
-        seed = zlib.crc32(f"{recipe.seed} {layer.name}".encode())
 
         def made(stats: InputStats | None, recipe: Recipe) -> tuple[StoredWeight, float, str]:
             known: _Known = {
                 "post_gelu": layer.post_gelu,
                 "smooth": smooth,
-                "generator": torch.Generator().manual_seed(seed),
+                "generator": generator_of(recipe, layer.name),
             }
             if recipe.floats:
                 floats = quantize_linear_nvfp4(weight, bias, stats, recipe, **known)
@@ -274,6 +273,11 @@ class SVDQuantizer(LayerQuantizer):
 
         other = closer(weight, bias, stats, result, data_free)
         return (result, db, "") if other is None else (*other, DATA_FREE)
+
+
+def generator_of(recipe: Recipe, name: str) -> torch.Generator:
+    """A layer's own random numbers, wherever and whenever it is made."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{recipe.seed} {name}".encode()))
 
 
 def layout(

@@ -24,12 +24,13 @@ HERE = Path(__file__).resolve().parent
 BIN = "Scripts" if os.name == "nt" else "bin"
 
 
-def environment(folder: Path, torch: str, index: str | None) -> Path:
-    """A new virtual environment with torch and the pack's requirements; its Python."""
+def environment(folder: Path, torch: str | None, index: str | None) -> Path:
+    """A new virtual environment with torch, if any, and the pack's requirements; its Python."""
     venv.create(folder, with_pip=True, clear=True)
     python = folder / BIN / ("python.exe" if os.name == "nt" else "python")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
+    if torch is not None:
+        subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
     subprocess.run([*pip, "-r", str(archive.ROOT / "requirements.txt")], check=True)
     if "COMFYUI_PATH" in os.environ:
         comfyui = Path(os.environ["COMFYUI_PATH"]) / "requirements.txt"
@@ -43,6 +44,12 @@ def without_compiler(folder: Path) -> dict[str, str]:
     empty.mkdir(exist_ok=True)
     kept = ("SYSTEMROOT", "TEMP", "TMP", "HOME", "USERPROFILE", "COMFYUI_PATH", "OMP_NUM_THREADS")
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PATH": str(empty)}
+
+
+def unpack(packed: Path, pack: Path) -> None:
+    """The archive as ComfyUI-Manager unpacks it, in place of what is there."""
+    shutil.rmtree(pack, ignore_errors=True)
+    zipfile.ZipFile(packed).extractall(pack)
 
 
 def sizes(names: list[str], packed: Path) -> None:
@@ -70,8 +77,7 @@ def main() -> None:
     sizes(names, packed)
 
     pack = options.out / "custom_nodes" / "nibble"
-    shutil.rmtree(pack, ignore_errors=True)
-    zipfile.ZipFile(packed).extractall(pack)
+    unpack(packed, pack)
     python = environment(options.out / "venv", options.torch, options.torch_index)
     there = without_compiler(options.out)
     subprocess.run([str(python), str(HERE / "in_package.py"), str(pack)], env=there, check=True)

@@ -32,7 +32,7 @@ class Import(NamedTuple):
 def shipped() -> list[Path]:
     """Every Python file of the package."""
     files = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
-    return sorted([*files, ROOT / "__init__.py", ROOT / "__main__.py"])
+    return sorted([*files, *ROOT.glob("*.py")])
 
 
 def dotted(path: Path) -> str:

@@ -109,7 +109,7 @@ def _summary(rows: list[dict]) -> list[tuple[str, str]]:
                     "No LoRA reaches this model. If one was loaded before this node, none of its"
                     " keys fit: it was made for another model. The console lists them (lora key not"
                     " loaded). If they end in lora_down and lora_up, it is in Nunchaku's own form:"
-                    " python -m nibble convert nunchaku.safetensors ordinary.safetensors"
+                    " python ComfyUI-Nibble convert nunchaku.safetensors ordinary.safetensors"
                 ),
             )
         ]

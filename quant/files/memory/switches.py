@@ -122,7 +122,7 @@ def _quantize(loadout: Loadout, work: Work) -> Switch | None:
             f"{duration(loadout.model.to_quantize * _SECONDS_A_WEIGHT)} once, on 2 cores of an AMD"
             " EPYC (Zen 3) with preset fast; on a GPU not yet measured"
         ),
-        "SVDQuant Quantize Checkpoint, or python -m nibble quantize",
+        "SVDQuant Quantize Checkpoint, or python ComfyUI-Nibble quantize",
     )
 
 

@@ -1,0 +1,153 @@
+"""The front door for scripts: `nibble.quantize`, `nibble.load` and `nibble.inspect`.
+
+    import nibble
+
+    report = nibble.quantize("flux1-dev.safetensors", "flux1-dev-svdq.safetensors")
+    transformer = nibble.load("flux1-dev-svdq.safetensors")
+    nibble.inspect("flux1-dev-svdq.safetensors")["kind"]
+
+docs/api.md is made of the docstrings here, by `python tests/support/api_page.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .quant.files.report import Report
+
+
+_PROJECT = Path(__file__).parent / "pyproject.toml"
+
+
+def version() -> str:
+    """`nibble.__version__`: as pyproject.toml has it, that of this folder or of what pip
+    installed.
+    """
+    if _PROJECT.is_file():
+        found = re.search(r'^version = "(.+)"$', _PROJECT.read_text(encoding="utf-8"), re.M)
+        assert found, f"{_PROJECT} has no version"
+        return found[1]
+    from importlib import metadata
+
+    return metadata.version("nibble")
+
+
+def quantize(  # noqa: PLR0913 (a script's keywords)
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    method: str = "svdquant",
+    preset: str = "fast",
+    device: str = "cpu",
+    overwrite: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> Report:
+    """Makes the quantized file `target` of the model `source`, as the command `quantize` does.
+
+    source     a diffusion model or a text encoder: a .safetensors or .gguf file, one of several
+               files or their index, or a folder that diffusers saved
+    method     "svdquant" (4-bit weights and activations), "vq" (codebooks of 2 to 4 bits a weight)
+               or "stock" (formats that ComfyUI opens without Nibble)
+    preset     "fast" (data-free), "best" (calibrated; outside ComfyUI for FLUX.1) or "vq4dit"
+    device     where layers are worked on, as torch names it
+    overwrite  replace a quantized file that was made with other options or of another model
+    quiet      no progress bar on stderr
+    options    any other of `nibble quantize --help`, with underscores: rank=64, bits=3,
+               prompts="prompts.safetensors", keep=["double_blocks.0.*"], memory_cap=8.0 (GB)
+
+    Returns the report: `rows` (a row a layer: name, action, dB), `bytes_before`, `bytes_after`,
+    `summary()`. The same call again returns at once; an interrupted one goes on.
+    Raises FileRefused (a ValueError) for a file that cannot be used, ValueError for options that
+    cannot, TypeError for an option that there is not; nothing has been written then.
+    """
+    from .quant.cli import options as typed
+    from .quant.cli import quantize as command
+
+    chosen = {"method": method, "preset": preset, "device": device, "overwrite": overwrite}
+    return command.run(typed.for_quantize(source, target, chosen | {"quiet": quiet} | options))
+
+
+def load(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, train: bool = False
+) -> torch.nn.Module:
+    """A quantized FLUX.1 file (Nibble's of either method, Nunchaku's or comfy-kitchen's) as
+    diffusers' transformer on the CPU, for `FluxPipeline(transformer=...)`; layers stay quantized.
+    LoRAs go beside them (`load_lora_weights`, with peft), `save_pretrained` writes them.
+
+    dtype  of what the file keeps in 16 bit; None: bfloat16
+    train  make the low-rank factors and biases of quantized layers parameters
+
+    Raises FileRefused for a file that is damaged or of another model, ImportError where diffusers
+    cannot be used.
+    """
+    import torch
+
+    return _diffusers("load").load_quantized(path, dtype or torch.bfloat16, train)
+
+
+def __getattr__(name: str) -> Any:
+    """`NibbleConfig`, a name that imports diffusers and enters the quantizer in its tables."""
+    if name != "NibbleConfig":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _diffusers(name).NibbleConfig
+
+
+def _diffusers(name: str) -> Any:
+    from .kernels.optional import optional
+    from .quant.svdquant.one_layer import DataFree
+
+    diffusers, why = optional(".quant.diffusers", __package__)
+    if diffusers is None:
+        raise ImportError(f"nibble.{name} needs diffusers, and {why}; pip install -U diffusers")
+    diffusers.register(DataFree)
+    return diffusers
+
+
+def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any]:
+    """What any model file or folder is, as `nibble inspect --json` prints it.
+
+    verify  read all of a file of Nibble's and compare it with its checksums
+
+    Returns `file` and `kind` (a line for people); of a quantized file `format`, `method`, `layers`
+    (name → facts), `source`, `recipe`, `calibration` and `report`; of a model that can be quantized
+    `architecture`, `weights`, `bytes` and `layers` (their number).
+    Raises FileRefused for a file that is missing or damaged.
+    """
+    from .quant.cli import inspect as command
+
+    return command.facts(
+        argparse.Namespace(file=os.fspath(path), verify=verify, small_file=small_file)
+    )
+
+
+def small_file(path: Path, verify: bool) -> dict | None:
+    """What a file of Nibble's own is that holds no model (an adapter, couplings, a state, a
+    calibration), for `inspect`; None for any other. It is read whole, couplings where `verify` asks
+    for it. Raises FileRefused for a damaged one.
+    """
+    from .accel.caching import calibration_file as caching
+    from .accel.caf import inspect as caf
+    from .quant.files import small, source_files
+    from .quant.intlora import file as intlora
+    from .quant.training import state
+
+    if path.name.endswith(source_files.INDEX):
+        return None
+    if path.is_dir() or path.suffix == ".json":
+        return caf.couplings_facts(path, verify) or caching.facts(path)
+    kind = small.format_of(path)
+    if kind == "intlora":
+        adapter = intlora.read(path)
+        return {"file": path.name, "kind": "IntLoRA adapter", "layers": len(adapter.layers)}
+    if kind == state.FORMAT:
+        steps = len(state.State(path).losses)
+        return {"file": path.name, "kind": "state of a training", "steps": steps}
+    return caf.facts(path, kind)
