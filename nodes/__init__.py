@@ -15,6 +15,7 @@ caf_training.py  couplings, train
 feather.py       prune, report
 demo.py          a prompt for the demo model
 file_nodes.py    what ComfyUI asks of nodes that read or make files
+menu.py          where the nodes stand in ComfyUI's menu
 widgets.py       inputs that several nodes share, training_inputs.py and caching_inputs.py too
 bridge/          what they call
 """

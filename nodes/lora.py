@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from . import menu
 from .bridge.host import charts
 from .bridge.quantized import lora_report
 
@@ -14,7 +15,7 @@ class NibbleLoRAReport(io.ComfyNode):
         return io.Schema(
             node_id="NibbleLoRAReport",
             display_name="LoRA Report",
-            category="Nibble",
+            category=menu.LORA,
             is_output_node=True,
             description=(
                 "Shows what the LoRAs on a 4-bit model do: which layers they reach, how"
