@@ -38,6 +38,7 @@ from . import (
 from . import inspect as inspecting
 from . import vq4dit as vq
 from . import vram as vram_plan
+from .bridge.host import demo_model
 from .bridge.quantized import encoders, registration
 
 NODES = [
@@ -66,7 +67,10 @@ class NibbleExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> NibbleExtension:
-    """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
+    """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on, and
+    list the demo's.
+    """
+    demo_model.register()
     registration.register()
     encoders.register()
     return NibbleExtension()

@@ -77,7 +77,7 @@ def heads(server, name: str, seed: int | None) -> str:
     draw = torch.Generator().manual_seed(seed or 0)
 
     def head(conditioned: bool) -> Head:
-        with safe_open(WEIGHTS / FLUX, "pt") as file:
+        with safe_open(WEIGHTS / "diffusion_models" / FLUX, "pt") as file:
             shapes = {
                 key.removesuffix(".weight"): file.get_slice(key).get_shape()
                 for key in file.keys()
