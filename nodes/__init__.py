@@ -4,9 +4,10 @@ svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
 text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
+get_started.py   where to begin on this computer
 vram.py          what a picture will take of a card and of RAM
 inspect.py       what any model file is
-lora.py          what LoRAs do to a 4-bit model
+lora.py          several LoRAs in one node; what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
 training.py      train an IntLoRA
 caching.py       TeaCache Sampler, Apply TeaCache, Apply SmoothCache, Calibrate Cache
@@ -28,6 +29,7 @@ from . import (
     caf_training,
     demo,
     feather,
+    get_started,
     intlora,
     lora,
     stock,
@@ -47,6 +49,7 @@ NODES = [
     *text_encoders.NODES,
     *vq.NODES,
     *inspecting.NODES,
+    *get_started.NODES,
     *vram_plan.NODES,
     *lora.NODES,
     *intlora.NODES,
