@@ -10,12 +10,14 @@ from ..quant import diffusers as models
 from .prompts import WORD_DIM, embed, word_indices
 from .taesd import tiny_autoencoder, to_taesd_names
 
+# a folder for each kind of ComfyUI's model folders that lists what is in it
 WEIGHTS = Path(__file__).parent / "weights"
 # of the time schedule: a picture of 16 tokens is decided near pure noise, so most steps go there
 SHIFT = 3.0
 # ComfyUI's latent format of FLUX.1: the model sees (latent - shift) * scale
 LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
-FLUX_FILE, VAE_FILE = WEIGHTS / "flux-demo.safetensors", WEIGHTS / "vae-demo.safetensors"
+FLUX_FILE = WEIGHTS / "diffusion_models" / "flux-demo.safetensors"
+VAE_FILE = WEIGHTS / "vae" / "vae-demo.safetensors"
 
 
 def build_flux():

@@ -4,9 +4,10 @@ svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
 text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
+get_started.py   where to begin on this computer
 vram.py          what a picture will take of a card and of RAM
 inspect.py       what any model file is
-lora.py          what LoRAs do to a 4-bit model
+lora.py          several LoRAs in one node; what LoRAs do to a 4-bit model
 intlora.py       convert, apply, merge and save
 training.py      train an IntLoRA
 caching.py       TeaCache Sampler, Apply TeaCache, Apply SmoothCache, Calibrate Cache
@@ -15,6 +16,7 @@ caf_training.py  couplings, train
 feather.py       prune, report
 demo.py          a prompt for the demo model
 file_nodes.py    what ComfyUI asks of nodes that read or make files
+menu.py          where the nodes stand in ComfyUI's menu
 widgets.py       inputs that several nodes share, training_inputs.py and caching_inputs.py too
 bridge/          what they call
 """
@@ -27,6 +29,7 @@ from . import (
     caf_training,
     demo,
     feather,
+    get_started,
     intlora,
     lora,
     stock,
@@ -37,6 +40,7 @@ from . import (
 from . import inspect as inspecting
 from . import vq4dit as vq
 from . import vram as vram_plan
+from .bridge.host import demo_model
 from .bridge.quantized import encoders, registration
 
 NODES = [
@@ -45,6 +49,7 @@ NODES = [
     *text_encoders.NODES,
     *vq.NODES,
     *inspecting.NODES,
+    *get_started.NODES,
     *vram_plan.NODES,
     *lora.NODES,
     *intlora.NODES,
@@ -65,7 +70,10 @@ class NibbleExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> NibbleExtension:
-    """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
+    """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on, and
+    list the demo's.
+    """
+    demo_model.register()
     registration.register()
     encoders.register()
     return NibbleExtension()

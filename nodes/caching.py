@@ -4,7 +4,7 @@ model for both.
 
 from comfy_api.latest import io
 
-from . import file_nodes
+from . import file_nodes, menu
 from .bridge.caching import settings
 from .bridge.caching.apply import apply_and_show
 from .bridge.caching.calibrate import CalibrationJob, calibrate, stamp
@@ -54,7 +54,7 @@ class NibbleTeaCacheSampler(_Cached):
         return io.Schema(
             node_id="NibbleTeaCacheSampler",
             display_name="TeaCache Sampler",
-            category="Nibble",
+            category=menu.SPEED,
             has_intermediate_output=True,
             description=(
                 "Samples like SamplerCustomAdvanced, but skips steps in which little"
@@ -65,6 +65,8 @@ class NibbleTeaCacheSampler(_Cached):
                 "teacache",
                 "cache",
                 "faster sampling",
+                "faster",
+                "speed up",
                 "easycache",
                 "SamplerCustomAdvanced",
             ],
@@ -148,7 +150,7 @@ class NibbleApplyTeaCache(_Cached):
         return io.Schema(
             node_id="NibbleApplyTeaCache",
             display_name="Apply TeaCache",
-            category="Nibble",
+            category=menu.SPEED,
             has_intermediate_output=True,
             description=(
                 "Lets a model skip steps in which little changes, with any sampler and in"
@@ -159,7 +161,10 @@ class NibbleApplyTeaCache(_Cached):
                 "teacache",
                 "cache",
                 "faster sampling",
+                "faster",
+                "speed up",
                 "easycache",
+                "wavespeed",
                 "first block cache",
             ],
             inputs=[
@@ -188,13 +193,21 @@ class NibbleApplySmoothCache(_Cached):
         return io.Schema(
             node_id="NibbleApplySmoothCache",
             display_name="Apply SmoothCache",
-            category="Nibble",
+            category=menu.SPEED,
             has_intermediate_output=True,
             description=(
                 "Lets a model reuse whole steps, blocks or parts of blocks on a schedule"
                 " that Calibrate Cache measured: the same steps for every prompt."
             ),
-            search_aliases=["nibble", "smoothcache", "cache", "faster sampling", "static cache"],
+            search_aliases=[
+                "nibble",
+                "smoothcache",
+                "cache",
+                "faster sampling",
+                "faster",
+                "speed up",
+                "static cache",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that was calibrated, with any LoRAs."),
                 calibration_widget(AUTO),
@@ -252,7 +265,7 @@ class NibbleCalibrateCache(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleCalibrateCache",
             display_name="Calibrate Cache",
-            category="Nibble",
+            category=menu.SPEED,
             is_output_node=True,
             description=(
                 "Runs your model on your prompts once, measures how it changes from step"

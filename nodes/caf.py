@@ -4,7 +4,7 @@ training, a SAMPLER and SIGMAS.
 
 from comfy_api.latest import io
 
-from . import file_nodes
+from . import file_nodes, menu
 from .bridge.caf import invert, load, sample, training_free
 from .bridge.host import charts
 
@@ -21,7 +21,7 @@ class NibbleLoadCAF(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleLoadCAF",
             display_name="Load CAF Model",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             has_intermediate_output=True,
             description=(
                 "Adds the two heads from Train CAF to the model that they were trained"
@@ -79,7 +79,7 @@ class NibbleCAFSampler(io.ComfyNode):
         return io.Schema(
             node_id="NibbleCAFSampler",
             display_name="CAF Sampler",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             has_intermediate_output=True,
             description=(
                 "Samples in few steps with a model from Load CAF Model: one call finds"
@@ -91,6 +91,8 @@ class NibbleCAFSampler(io.ComfyNode):
                 "caf",
                 "constant acceleration flow",
                 "few steps",
+                "faster",
+                "speed up",
                 "sampler",
                 "sigmas",
             ],
@@ -140,7 +142,7 @@ class NibbleCAFSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps, denoise, ahead, velocity=None) -> io.NodeOutput:
+    def execute(cls, model, steps, denoise, velocity=None, ahead=sample.AHEAD) -> io.NodeOutput:
         sigmas = sample.sigmas(model, steps, denoise)
         return io.NodeOutput(
             sample.sampler(velocity, ahead),
@@ -157,7 +159,7 @@ class NibbleCAFInvert(io.ComfyNode):
         return io.Schema(
             node_id="NibbleCAFInvert",
             display_name="CAF Invert",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             has_intermediate_output=True,
             description=(
                 "Finds the noise that a picture comes from, and the velocity of its path."
@@ -201,7 +203,7 @@ class NibbleCAFInvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent_image, steps, ahead) -> io.NodeOutput:
+    def execute(cls, model, positive, latent_image, steps, ahead=sample.AHEAD) -> io.NodeOutput:
         noise, velocity = invert.invert(model, positive, latent_image, steps, ahead)
         return io.NodeOutput(noise, velocity, ui=charts.ui(invert.chart(noise, velocity, steps)))
 
@@ -214,7 +216,7 @@ class NibbleConstantAcceleration(io.ComfyNode):
         return io.Schema(
             node_id="NibbleConstantAcceleration",
             display_name="Constant-Acceleration Sampler",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             description=(
                 "A sampler for rectified-flow models (FLUX, SD3, Qwen-Image, Wan) that"
                 " assumes the velocity keeps changing as it did in the last step: the"
@@ -229,6 +231,9 @@ class NibbleConstantAcceleration(io.ComfyNode):
                 "ab2",
                 "lms",
                 "sampler",
+                "few steps",
+                "faster",
+                "speed up",
             ],
             inputs=[
                 io.Float.Input(
@@ -263,7 +268,7 @@ class NibbleCAFSigmas(io.ComfyNode):
         return io.Schema(
             node_id="NibbleCAFSigmas",
             display_name="CAF Sigmas",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             description=(
                 "Moves the sigmas of a rectified-flow model to where a path of constant"
                 " acceleration would be at those times. The first and last sigma and the"
@@ -309,6 +314,7 @@ def _ahead() -> io.Float.Input:
         step=0.05,
         round=0.001,
         advanced=True,
+        optional=True,
         tooltip=(
             "Where in a step the model is asked for the acceleration. 0: at the"
             " start, as in the paper. 0.5: halfway, where the model sees more."

@@ -4,7 +4,7 @@ from them.
 
 from comfy_api.latest import io
 
-from . import file_nodes, training_inputs
+from . import file_nodes, menu, training_inputs
 from .bridge.caf import load as caf_model
 from .bridge.caf.couplings import folder_of, make_couplings
 from .bridge.caf.teacher import DEFAULT, CouplingsJob
@@ -22,7 +22,7 @@ class NibbleMakeCAFCouplings(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleMakeCAFCouplings",
             display_name="Make CAF Couplings",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             is_output_node=True,
             is_input_list=True,
             description=(
@@ -81,7 +81,7 @@ class NibbleTrainCAF(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleTrainCAF",
             display_name="Train CAF",
-            category="Nibble",
+            category=menu.FEW_STEPS,
             is_output_node=True,
             description=(
                 "Teaches a flow model to do in two or three calls what its sampler does"

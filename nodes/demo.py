@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..demo import prompts, world
+from . import menu
 from .file_nodes import known
 
 
@@ -14,13 +15,13 @@ class NibbleDemoPrompt(io.ComfyNode):
         return io.Schema(
             node_id="NibbleDemoPrompt",
             display_name="Demo Prompt",
-            category="Nibble",
+            category=menu.DEMO,
             description=(
                 f"A prompt for Nibble's small demo model. Colors: {', '.join(world.COLOURS)}."
                 f" Shapes: {', '.join(world.SHAPES)}. Places: {', '.join(world.PLACES)}."
                 f" Backgrounds: {', '.join(world.BACKGROUNDS)}."
             ),
-            search_aliases=["nibble", "demo"],
+            search_aliases=["nibble", "demo", "try", "example"],
             inputs=[
                 io.String.Input(
                     "text",

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..accel.feather import CRITERIA
+from . import menu
 from .bridge.feather.prune import MODES
 from .bridge.feather.report import PruneChoice, attach, report
 from .bridge.host import charts
@@ -16,7 +17,7 @@ class NibbleFeatherPrune(io.ComfyNode):
         return io.Schema(
             node_id="NibbleFeatherPrune",
             display_name="FEATHER Prune Vision Tokens",
-            category="Nibble",
+            category=menu.TEXT_ENCODER,
             description=(
                 "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the"
                 " image patches that the prompt does not ask about, and shows which ones"
@@ -133,7 +134,7 @@ class NibbleFeatherReport(io.ComfyNode):
         return io.Schema(
             node_id="NibbleFeatherReport",
             display_name="FEATHER Report",
-            category="Nibble",
+            category=menu.TEXT_ENCODER,
             is_output_node=True,
             description=(
                 "Shows which image patches FEATHER kept for a conditioning: the picture"

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..quant.files.kinds import Kind
 from ..quant.interop.identify import identify
-from . import file_nodes
+from . import file_nodes, menu
 from .bridge.host import charts, folders
 
 NO_FILES = "(no model files yet)"
@@ -25,7 +25,7 @@ class NibbleInspectFile(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleInspectFile",
             display_name="Inspect Model File",
-            category="Nibble",
+            category=menu.LOAD,
             is_output_node=True,
             description=(
                 "Says what a model file is (a diffusion model and its format, a VAE, a LoRA, a text"

@@ -4,7 +4,7 @@ merge and save what is on a 4-bit model.
 
 from comfy_api.latest import io
 
-from . import file_nodes
+from . import file_nodes, menu
 from .bridge.host import charts
 from .bridge.intlora import files
 from .bridge.intlora.charts import conversion_chart, merge_chart
@@ -27,7 +27,7 @@ class NibbleConvertIntLoRA(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleConvertIntLoRA",
             display_name="Convert LoRA to IntLoRA",
-            category="Nibble",
+            category=menu.LORA,
             is_output_node=True,
             description=(
                 "Turns an ordinary LoRA into one for the integer weights of a 4-bit"
@@ -116,7 +116,7 @@ class NibbleApplyIntLoRA(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleApplyIntLoRA",
             display_name="Apply IntLoRA",
-            category="Nibble",
+            category=menu.LORA,
             has_intermediate_output=True,
             description=(
                 "Puts an IntLoRA on the model that it was made for. Several can be chained, with"
@@ -179,7 +179,7 @@ class NibbleMergeIntLoRA(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleMergeIntLoRA",
             display_name="Merge and Save",
-            category="Nibble",
+            category=menu.LORA,
             is_output_node=True,
             description=(
                 "Saves a 4-bit model, with the IntLoRAs and LoRAs on it, as a new 4-bit"

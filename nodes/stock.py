@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.svdquant.stock.recipe import PRESET_HELP, StockRecipe
-from . import file_nodes, widgets
+from . import file_nodes, menu, widgets
 from .bridge.host import charts
 from .bridge.quantize.stock import StockRequest
 
@@ -22,14 +22,23 @@ class NibbleQuantizeStock(file_nodes.QuantizeNode):
         return io.Schema(
             node_id="NibbleQuantizeStock",
             display_name="Quantize for Stock ComfyUI",
-            category="Nibble",
+            category=menu.QUANTIZE,
             is_output_node=True,
             description=(
                 "Makes a smaller copy of a diffusion model that every ComfyUI opens with Load"
                 " Diffusion Model, without Nibble, and charts the error of every layer. An"
                 " interrupted run resumes where it stopped."
             ),
-            search_aliases=["nibble", "quantize", "int8", "w4a8", "nvfp4", "convrot", "share"],
+            search_aliases=[
+                "nibble",
+                "quantize",
+                "int8",
+                "w4a8",
+                "4bit",
+                "nvfp4",
+                "convrot",
+                "share",
+            ],
             inputs=[
                 widgets.source_input(),
                 io.Combo.Input(

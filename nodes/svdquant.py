@@ -5,7 +5,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..quant.svdquant.recipe import PRESET_HELP, WIDE_SHARE, Recipe
-from . import file_nodes, widgets
+from . import file_nodes, menu, widgets
 from .bridge.host import charts, folders, node_files
 from .bridge.quantize import charts as file_charts
 from .bridge.quantize import prompts
@@ -31,13 +31,26 @@ class NibbleQuantizeSVDQuant(file_nodes.QuantizeNode):
         return io.Schema(
             node_id="NibbleQuantizeSVDQuant",
             display_name="SVDQuant Quantize Checkpoint",
-            category="Nibble",
+            category=menu.QUANTIZE,
             is_output_node=True,
             description=(
                 "Makes a 4-bit copy of a diffusion model next to the original and charts"
                 " the error of every layer. An interrupted run resumes where it stopped."
             ),
-            search_aliases=["nibble", "quantize", "int4", "4-bit", "nunchaku", "compress model"],
+            search_aliases=[
+                "nibble",
+                "quantize",
+                "convert to int4",
+                "int4",
+                "4-bit",
+                "4bit",
+                "svdq",
+                "nunchaku",
+                "gguf",
+                "low vram",
+                "8gb",
+                "compress model",
+            ],
             inputs=[*_main_inputs(), *_expert_options(), _clip_input()],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -222,7 +235,7 @@ class NibbleSavePrompts(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleSavePrompts",
             display_name="Save Calibration Prompts",
-            category="Nibble",
+            category=menu.QUANTIZE,
             is_output_node=True,
             description=(
                 "Saves prompts and the picture size as a file for python ComfyUI-Nibble quantize"
@@ -270,7 +283,7 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
         return io.Schema(
             node_id="NibbleLoadSVDQuant",
             display_name="Load SVDQuant Model",
-            category="Nibble",
+            category=menu.LOAD,
             has_intermediate_output=True,
             description=(
                 "Loads a model made by SVDQuant Quantize Checkpoint or VQ Quantize Checkpoint, or"
@@ -279,13 +292,29 @@ class NibbleLoadSVDQuant(file_nodes.ModelFilePicker):
             ),
             search_aliases=[
                 "nibble",
+                "load model",
+                "load nibble model",
+                "flux loader",
+                "load flux",
+                "unet loader",
+                "gguf",
+                "gguf loader",
                 "nunchaku",
+                "nunchaku loader",
+                "svdq",
                 "int4",
+                "int8",
+                "fp4",
                 "4-bit",
+                "4bit",
                 "3-bit",
                 "vq",
                 "load quantized",
-                "load nibble model",
+                "low vram",
+                "8gb",
+                "save vram",
+                "speed up",
+                "faster",
             ],
             inputs=[
                 widgets.model_file_input(

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.svdquant.recipe import Recipe
-from . import file_nodes, widgets
+from . import file_nodes, menu, widgets
 from .bridge.host import charts, folders
 from .bridge.quantize import text_encoder
 from .bridge.quantize.text_encoder import TextEncoderRequest
@@ -45,14 +45,25 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleQuantizeTextEncoder",
             display_name="Quantize Text Encoder",
-            category="Nibble",
+            category=menu.TEXT_ENCODER,
             is_output_node=True,
             description=(
                 "Makes a 4-bit copy of a text encoder (T5, Qwen, Gemma, Llama, Mistral) beside the"
                 " original and shows how close its conditioning is. An interrupted run resumes"
                 " where it stopped."
             ),
-            search_aliases=["nibble", "quantize", "text encoder", "clip", "t5", "qwen", "gemma"],
+            search_aliases=[
+                "nibble",
+                "quantize",
+                "text encoder",
+                "clip",
+                "t5",
+                "qwen",
+                "gemma",
+                "4bit",
+                "low vram",
+                "8gb",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name",
@@ -173,13 +184,23 @@ class NibbleLoadCLIP(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleLoadCLIP",
             display_name="Load Quantized CLIP",
-            category="Nibble",
+            category=menu.TEXT_ENCODER,
             has_intermediate_output=True,
             description=(
                 "Loads text encoders made by Quantize Text Encoder, alone or beside others in any"
                 " format that ComfyUI loads. It works like any other CLIP: prompts, LoRA, pictures."
             ),
-            search_aliases=["nibble", "clip loader", "dual clip", "triple clip", "text encoder"],
+            search_aliases=[
+                "nibble",
+                "clip loader",
+                "dual clip",
+                "triple clip",
+                "load clip",
+                "text encoder",
+                "t5",
+                "gguf",
+                "low vram",
+            ],
             inputs=[
                 io.Combo.Input(
                     "clip_name1",

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from . import file_nodes, training_inputs
+from . import file_nodes, menu, training_inputs
 from .bridge.host import charts
 from .bridge.intlora import files as intlora
 from .bridge.intlora.train import BASES, INTEGERS, NONE, OPTIMIZERS, Job, Options, run
@@ -21,7 +21,7 @@ class NibbleTrainIntLoRA(file_nodes.FileNode):
         return io.Schema(
             node_id="NibbleTrainIntLoRA",
             display_name="Train IntLoRA",
-            category="Nibble",
+            category=menu.LORA,
             is_output_node=True,
             is_input_list=True,
             description=(

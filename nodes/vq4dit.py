@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..quant.vq4dit.codebook_usage import inspect
 from ..quant.vq4dit.recipe import LAYOUTS, PRESET_HELP
-from . import file_nodes, widgets
+from . import file_nodes, menu, widgets
 from .bridge.host import charts, folders
 from .bridge.host.progress import Progress
 from .bridge.quantize import charts as vq_charts
@@ -23,7 +23,7 @@ class NibbleQuantizeVQ(file_nodes.QuantizeNode):
         return io.Schema(
             node_id="NibbleQuantizeVQ",
             display_name="VQ Quantize Checkpoint",
-            category="Nibble",
+            category=menu.QUANTIZE,
             is_output_node=True,
             description=(
                 "Makes a 3-bit (or 2-bit) copy of a diffusion model next to the original"
@@ -36,9 +36,13 @@ class NibbleQuantizeVQ(file_nodes.QuantizeNode):
                 "quantize",
                 "vq4dit",
                 "2-bit",
+                "2bit",
                 "3-bit",
+                "3bit",
                 "vector quantization",
                 "codebook",
+                "gguf",
+                "low vram",
                 "compress model",
             ],
             inputs=_main_inputs() + _expert_options(),
@@ -221,7 +225,7 @@ class NibbleLoadVQ(_VQFilePicker):
         return io.Schema(
             node_id="NibbleLoadVQ",
             display_name="Load VQ Model",
-            category="Nibble",
+            category=menu.LOAD,
             has_intermediate_output=True,
             description=(
                 "Loads a 2- or 3-bit model made by VQ Quantize Checkpoint, as Load SVDQuant Model"
@@ -247,7 +251,7 @@ class NibbleInspectVQ(_VQFilePicker):
         return io.Schema(
             node_id="NibbleInspectVQ",
             display_name="VQ Inspect",
-            category="Nibble",
+            category=menu.QUANTIZE,
             is_output_node=True,
             description=(
                 "Charts what a VQ file is made of: bits per weight, how much of its"

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..quant.files.memory.stages import Work
-from . import widgets
+from . import menu, widgets
 from .bridge.host import charts
 from .bridge.quantize import vram_plan
 
@@ -16,14 +16,24 @@ class NibbleVRAMPlan(io.ComfyNode):
         return io.Schema(
             node_id="NibbleVRAMPlan",
             display_name="VRAM Plan",
-            category="Nibble",
+            category=menu.START,
             is_output_node=True,
             description=(
                 "Shows what encoding the prompt, sampling and decoding will take of a graphics card"
                 " and of RAM, what to switch so that it fits, and what each switch costs. Reads"
                 " files' headers alone: nothing is loaded or made."
             ),
-            search_aliases=["nibble", "memory", "vram", "8 GB", "out of memory", "low vram"],
+            search_aliases=[
+                "nibble",
+                "memory",
+                "vram",
+                "8 GB",
+                "8gb",
+                "out of memory",
+                "oom",
+                "low vram",
+                "how much vram",
+            ],
             inputs=[*_main_inputs(), *_more_inputs()],
             not_idempotent=True,
         )

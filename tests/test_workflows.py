@@ -15,12 +15,13 @@ TITLE = 30  # pixels above a node's position
 CHOOSES = ("CLIPLoader", "DualCLIPLoader", "VAELoader", "UNETLoader", "NibbleQuantizeSVDQuant")
 OURS = ("demo", "-svdq-int4")
 PUBLISHED = {  # model → the template that has it
-    "Qwen-Image": "Text to image with 4-bit Qwen-Image",
-    "Z-Image": "Text to image with 4-bit Z-Image Turbo",
-    "Wan": "Text to video with 4-bit Wan 2.2",
-    "FLUX.1 Kontext": "Edit a picture with 4-bit FLUX.1 Kontext",
-    "FLUX.1 Fill": "Fill in a picture with 4-bit FLUX.1 Fill",
-    "MiniMax H3": "Text to video with 4-bit MiniMax H3",
+    "FLUX.1 dev": "01 FLUX.1 dev, text to image",
+    "Qwen-Image": "04 Qwen-Image, text to image",
+    "Z-Image": "03 Z-Image Turbo, text to image",
+    "Wan": "07 Wan 2.2, text to video",
+    "FLUX.1 Kontext": "05 FLUX.1 Kontext, edit",
+    "FLUX.1 Fill": "06 FLUX.1 Fill, inpaint",
+    "MiniMax H3": "08 MiniMax H3, video and sound",
 }
 
 
@@ -52,6 +53,29 @@ def test_a_link_is_of_a_file_that_the_node_chooses(workflow):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(f"/{model['name']}")
             assert model["directory"]
+
+
+def test_names_are_numbered_short_and_the_first_is_flux():
+    """ComfyUI's list shows the file's name in one line of about 30 letters, in the order of the
+    names where the disk gives them so, or where it is sorted.
+    """
+    names = [path.stem for path in WORKFLOWS]
+    assert [name[:3] for name in names] == [f"{i:02} " for i in range(1, len(names) + 1)]
+    assert max(map(len, names)) <= 31
+    assert names[0] == PUBLISHED["FLUX.1 dev"]
+    assert all(path.with_suffix(".jpg").exists() for path in WORKFLOWS)
+
+
+def test_a_lora_that_nobody_has_is_bypassed(workflow):
+    for node in workflow["nodes"]:
+        if node["type"] == "LoraLoaderModelOnly" and not models_of(node):
+            assert node["mode"] == 4
+
+
+def test_nothing_is_copied_by_hand(workflow):
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            assert "demo/weights" not in node["widgets_values"][0]
 
 
 def test_links_join_the_slots_that_name_them(workflow):

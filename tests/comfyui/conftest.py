@@ -21,7 +21,7 @@ def _why_no_server() -> str | None:
     """Why no test here can run."""
     if not COMFYUI:
         return "COMFYUI_PATH is not set: the tests against a real ComfyUI server did NOT run"
-    if not (WEIGHTS / FLUX).exists():
+    if not (WEIGHTS / "diffusion_models" / FLUX).exists():
         return f"no demo weights in {WEIGHTS}: the tests against a real ComfyUI server did NOT run"
     return None
 
@@ -86,7 +86,7 @@ def lora_files(server) -> dict[str, str]:
     """Name → file in models/loras: two LoRAs, one with a scale for each row, one of another
     family, and one that is not a number.
     """
-    other = load_file(WEIGHTS / FLUX)["double_blocks.0.img_mlp.0.weight"]
+    other = load_file(WEIGHTS / "diffusion_models" / FLUX)["double_blocks.0.img_mlp.0.weight"]
     stem = "lora_unet_double_blocks_0_img_mlp_0"
     save_file(
         {

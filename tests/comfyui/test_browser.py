@@ -147,9 +147,9 @@ def test_template_loads_without_missing_nodes(screen, server, name):
 
 def test_templates_have_thumbnails_and_say_where_models_come_from(server):
     assert {
-        "Text to image with 4-bit FLUX.1 dev",
-        "Quantize your own FLUX to 4 bits",
-        "Try the demo model",
+        "01 FLUX.1 dev, text to image",
+        "11 Quantize to 4 bits",
+        "02 Demo model, 16 and 4 bits",
     } <= set(TEMPLATES)
     assert (
         sorted(json.loads(fetch(server, "/api/workflow_templates"))["ComfyUI-Nibble"]) == TEMPLATES
@@ -160,7 +160,7 @@ def test_templates_have_thumbnails_and_say_where_models_come_from(server):
             == b"\xff\xd8\xff"
         )
     workflow = json.loads(
-        (ROOT / "example_workflows" / "Text to image with 4-bit FLUX.1 dev.json").read_text()
+        (ROOT / "example_workflows" / "01 FLUX.1 dev, text to image.json").read_text()
     )
     models = {
         model["name"]: model

@@ -24,6 +24,8 @@ NODES_2 = """() => [...document.querySelectorAll("[data-node-id]")].map((element
   return [node?.title, box.x / scale, box.y / scale, box.width / scale, box.height / scale];
 })"""
 WHOLE = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+DEPRECATED = """() => app.graph._nodes.filter((node) => node.constructor.nodeData?.deprecated)
+  .map((node) => node.type)"""
 SLACK = 2  # pixels: borders
 
 
@@ -45,6 +47,7 @@ def opened(screen, server, name: str) -> list:
 def test_a_template_opens_without_overlap(screen, server, name):
     boxes = opened(screen, server, name)
     screen.picture(f"template-{name}-{screen.look}")
+    assert screen.page.evaluate(DEPRECATED) == []
     for (one, x, y, w, h), (two, x2, y2, w2, h2) in itertools.combinations(boxes, 2):
         apart = (
             x + w <= x2 + SLACK

@@ -34,7 +34,7 @@ def test_files_of_every_folder_are_listed_and_named(server, quantized, lora_file
 
 
 def test_a_file_in_the_wrong_folder_is_told_where_to_go(server):
-    shutil.copy(WEIGHTS / VAE, server.folder("loras") / "wrong.safetensors")
+    shutil.copy(WEIGHTS / "vae" / VAE, server.folder("loras") / "wrong.safetensors")
     _, said = chart(server, "loras/wrong.safetensors")
     assert said["folder"] == "models/loras; move it to models/vae"
 

@@ -271,7 +271,7 @@ def lora(server, name: str, tensors: dict) -> str:
 def test_loras_that_cannot_be_converted_are_refused_in_words(server, quantized, loras):
     mlp, (n, k) = (
         "lora_unet_double_blocks_0_img_mlp_0",
-        load_file(WEIGHTS / FLUX)["double_blocks.0.img_mlp.0.weight"].shape,
+        load_file(WEIGHTS / "diffusion_models" / FLUX)["double_blocks.0.img_mlp.0.weight"].shape,
     )
     sdxl = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     cases = {

@@ -86,7 +86,7 @@ def forms(server) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def style(server) -> str:
     draw, tensors = torch.Generator().manual_seed(8), {}
-    weights = load_file(WEIGHTS / FLUX)
+    weights = load_file(WEIGHTS / "diffusion_models" / FLUX)
     for layer in (
         "double_blocks.0.img_attn.qkv",
         "double_blocks.0.img_mlp.2",

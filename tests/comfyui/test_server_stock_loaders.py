@@ -36,7 +36,9 @@ def codewords(server) -> str:
     """The demo model at 3 bits, on the command line."""
     target = server.folder("diffusion_models") / "codewords.safetensors"
     options = ["--method", "vq", "--preset", "fast", "--bits", "3"]
-    assert cli.main(["quantize", str(WEIGHTS / FLUX), str(target), *options]) == 0
+    assert (
+        cli.main(["quantize", str(WEIGHTS / "diffusion_models" / FLUX), str(target), *options]) == 0
+    )
     return target.name
 
 

@@ -45,7 +45,7 @@ def report(server) -> dict:
 
 @pytest.fixture(scope="module")
 def lora(server) -> str:
-    draw, weights = torch.Generator().manual_seed(5), load_file(WEIGHTS / FLUX)
+    draw, weights = torch.Generator().manual_seed(5), load_file(WEIGHTS / "diffusion_models" / FLUX)
     tensors = {}
     for layer in ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2"):
         n, k = weights[f"double_blocks.0.{layer}.weight"].shape

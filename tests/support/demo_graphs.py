@@ -16,8 +16,8 @@ QUANTIZED = "flux-demo-4bit.safetensors"
 
 def furnish(server: Server) -> Server:
     """Puts the demo's files into a server's model folders."""
-    shutil.copy(WEIGHTS / FLUX, server.folder("diffusion_models"))
-    shutil.copy(WEIGHTS / VAE, server.folder("vae"))
+    shutil.copy(WEIGHTS / "diffusion_models" / FLUX, server.folder("diffusion_models"))
+    shutil.copy(WEIGHTS / "vae" / VAE, server.folder("vae"))
     server.folder("loras")
     return server
 

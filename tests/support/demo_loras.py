@@ -12,7 +12,11 @@ def style(seed: int, size: float = 4.0, rank: int = 8) -> dict[str, torch.Tensor
     """A LoRA on attention, feed-forward and modulation, with kohya's and with diffusers' names (a
     part of a fused layer).
     """
-    draw, weights, tensors = torch.Generator().manual_seed(seed), load_file(WEIGHTS / FLUX), {}
+    draw, weights, tensors = (
+        torch.Generator().manual_seed(seed),
+        load_file(WEIGHTS / "diffusion_models" / FLUX),
+        {},
+    )
 
     def pair(n, k):
         return (
@@ -48,7 +52,11 @@ SIZE = 4.0  # of what a LoRA adds, beside the weight's own norm: enough for anot
 
 def lora_file(server, name: str, seed: int, kind: str = "lora", size: float = SIZE) -> str:
     """A file in models/loras that changes the picture visibly."""
-    draw, weights, tensors = torch.Generator().manual_seed(seed), load_file(WEIGHTS / FLUX), {}
+    draw, weights, tensors = (
+        torch.Generator().manual_seed(seed),
+        load_file(WEIGHTS / "diffusion_models" / FLUX),
+        {},
+    )
     for layer in LAYERS:
         n, k = weights[f"{layer}.weight"].shape
         stem = f"lora_unet_{layer.replace('.', '_')}"

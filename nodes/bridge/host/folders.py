@@ -29,6 +29,15 @@ def register(folder: str) -> None:
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
 
 
+_lent: set[Path] = set()  # places that are read and never written to
+
+
+def lend(folder: str, home: Path) -> None:
+    """Lists the files of a folder of this pack among those of a kind, behind all others."""
+    folder_paths.add_model_folder_path(folder, str(home))
+    _lent.add(home)
+
+
 def names(folder: str, endings: str | tuple[str, ...] = file_names.ENDINGS) -> list[str]:
     """Names of the files of a kind that end so, in ComfyUI's order."""
     listed = folder_paths.get_filename_list(folder)
@@ -133,10 +142,10 @@ def missing(name: str, folder: str) -> FileRefused:
 def place(name: str, folder: str, beside: Path | None = None) -> tuple[Path, str]:
     """(path for a file, its name in ComfyUI's lists), in the first place of a kind that can be
     written to: the one that holds `beside` before the others, those that exist before those that
-    would have to be made. Raises FileRefused.
+    would have to be made, and none that is lent. Raises FileRefused.
     """
     around = [] if beside is None else Path(os.path.abspath(beside)).parents
-    homes = [Path(os.path.abspath(home)) for home in _homes(folder)]
+    homes = [Path(os.path.abspath(home)) for home in _homes(folder) if home not in _lent]
     # ComfyUI names models/unet before models/diffusion_models, and few have made it
     homes.sort(key=lambda home: (home not in around, not home.is_dir()))
     for home in homes:

@@ -10,5 +10,6 @@ prompts.py          prompts of Nibble's own, and files of prompts for the comman
 record_inputs.py    what layers read while ComfyUI samples
 patched_weights.py  a MODEL's weights with its LoRAs
 charts.py           blocks and codebooks
+get_started.py      a model that fits, and what is missing for it
 vram_plan.py        what a picture will take of a card and of RAM, before anything is made
 """

@@ -6,6 +6,7 @@ layouts/        every format as one of ComfyUI's quantized tensors
 patches.py      ComfyUI's patches, read as changes of a weight
 lora.py         those changes on a 4-bit layer: planned, absorbed, attached
 lora_report.py  what the LoRAs on a model do, layer by layer
+lora_stack.py   several LoRAs at once by ComfyUI's own loading
 mlp.py          an MLP's two linears as one op
 modulation.py   modulation layers in RAM
 activations.py  how many bits those of 4-bit layers get

@@ -1,0 +1,10 @@
+"""Where the nodes stand in ComfyUI's menu: the value of `category` in their schemas."""
+
+START = "Nibble"
+LOAD = "Nibble/Load"
+QUANTIZE = "Nibble/Quantize"
+LORA = "Nibble/LoRA"
+SPEED = "Nibble/Speed"
+FEW_STEPS = "Nibble/Few steps"
+TEXT_ENCODER = "Nibble/Text encoder"
+DEMO = "Nibble/Demo"
