@@ -44,7 +44,7 @@ function atWork({ title, name, done, count, unit, share, seconds }) {
   const left = Number.isFinite(seconds) && say("left", { time: duration(Math.round(seconds)) });
   return {
     tone: "working",
-    title: [title, place, left].filter(Boolean).join(" \u00b7 "),
+    title: [say(title), place, left].filter(Boolean).join(" \u00b7 "),
     lines: name ? [name] : [],
     share,
   };

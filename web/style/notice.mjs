@@ -22,6 +22,9 @@ export const NOTICE = css`
     font-weight: 600;
     overflow-wrap: anywhere;
   }
+  .nibble-notice-title::first-letter {
+    text-transform: uppercase;
+  }
   .nibble-notice > p {
     margin: 2px 0 0;
     overflow-wrap: anywhere;

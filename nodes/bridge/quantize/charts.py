@@ -42,14 +42,21 @@ class LiveBlocks:
         self.rows: dict[int, dict] = {}
         self._drawn = 0.0
 
+    def start(self, done: int, total: int, name: str) -> None:
+        """What is next: told by the weights until a block tells its steps, which say more."""
+        if self.rows:
+            self.progress.heed()
+        else:
+            self.progress(done, total, name)
+
     def __call__(self, error: BlockError) -> None:
         row = self.rows.setdefault(
             error.number, {"name": error.name, "number": error.number, "points": []}
         )
         row["points"].append([round(error.step / error.steps, 4), round(error.db, 2)])
-        self.progress.say(
-            f"{self.progress.title}: {error.name}, step {error.step} of {error.steps},"
-            f" {error.db:.1f} dB"
+        self.progress.at(
+            (error.number + error.step / error.steps) / error.blocks,
+            f"{error.name}, step {error.step} of {error.steps}, {error.db:.1f} dB",
         )
         if error.step == error.steps or time.monotonic() - self._drawn > PAUSE:
             self._drawn = time.monotonic()
