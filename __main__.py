@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{demo,quantize,inspect,plan,convert,cubins,libraries,bench}",
+        metavar="{demo,quantize,inspect,plan,convert,partials,cubins,libraries,bench}",
     )
     demo.add_command(commands)
     options.add_commands(commands, small_file)

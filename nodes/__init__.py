@@ -37,6 +37,7 @@ from . import (
 from . import inspect as inspecting
 from . import vq4dit as vq
 from . import vram as vram_plan
+from .bridge.host import unfinished
 from .bridge.quantized import encoders, registration
 
 NODES = [
@@ -68,4 +69,5 @@ async def comfy_entrypoint() -> NibbleExtension:
     """What ComfyUI calls to get the nodes. Its own loaders open Nibble's files from then on."""
     registration.register()
     encoders.register()
+    unfinished.register()
     return NibbleExtension()

@@ -8,6 +8,7 @@ import { drawChart } from "./charts.mjs";
 import { watchFailures } from "./failures.mjs";
 import { executedNode, locatedNode } from "./nodes.mjs";
 import { watchProgress } from "./progress.mjs";
+import { showUnfinished, watchUnfinished } from "./unfinished.mjs";
 import { show } from "./widget.mjs";
 import { loadWords } from "./words.mjs";
 
@@ -22,6 +23,7 @@ app.registerExtension({
   async setup() {
     watchFailures();
     watchProgress();
+    watchUnfinished();
     api.addEventListener("nibble_chart", ({ detail }) => {
       const node = executedNode(detail.node);
       if (node) draw(node, detail.chart);
@@ -37,6 +39,11 @@ app.registerExtension({
       if (chartOf(output)) draw(this, chartOf(output));
       return result;
     };
+  },
+
+  /** A quantize node that is put on the canvas tells what is unfinished, too. */
+  nodeCreated(node) {
+    if (node.type?.startsWith("NibbleQuantize")) setTimeout(showUnfinished); // once it is in it
   },
 
   /**

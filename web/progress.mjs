@@ -10,24 +10,36 @@ import { drawNotice } from "./notices.mjs";
 import { clear, show } from "./widget.mjs";
 import { say } from "./words.mjs";
 
-const working = new Set(); // nodes that show what they are at
+const working = new Map(); // node at work -> what it told last
 
 /** Hears of progress from now on. */
 export function watchProgress() {
   api.addEventListener("nibble_progress", ({ detail }) => {
     const node = executedNode(detail.node);
     if (!node) return;
-    if (detail.stopped) working.delete(node);
-    else working.add(node);
-    show(node, "notice", drawNotice(detail.stopped ? stopped(detail) : atWork(detail)));
+    if (detail.stopped) stop(node, detail);
+    else {
+      working.set(node, detail);
+      show(node, "notice", drawNotice(atWork(detail)));
+    }
   });
-  // a node that is through, or failed, has no more to tell; what was stopped stays
-  for (const name of ["executing", "execution_success", "execution_interrupted"])
-    api.addEventListener(name, ({ detail }) => {
-      for (const node of [...working])
-        if (executedNode(detail?.display_node ?? detail) !== node) rest(node);
-    });
+  // a node that is through has no more to tell
+  api.addEventListener("executing", ({ detail }) => {
+    const running = executedNode(detail?.display_node ?? detail);
+    for (const node of working.keys()) if (node !== running) rest(node);
+  });
+  api.addEventListener("execution_success", () => [...working.keys()].forEach(rest));
+  // Stop may reach ComfyUI's own code first, which tells nothing of what is done
+  api.addEventListener("execution_interrupted", () =>
+    working.forEach((told, at) => stop(at, told)),
+  );
+  // failures.mjs has drawn the error in the notice's place
   api.addEventListener("execution_error", () => working.clear());
+}
+
+function stop(node, told) {
+  working.delete(node);
+  show(node, "notice", drawNotice(stopped(told)));
 }
 
 function rest(node) {

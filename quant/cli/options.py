@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from . import EXAMPLES
+from . import EXAMPLES, partials
 
 
 def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> None:
@@ -25,6 +25,7 @@ def add_commands(commands, small_file: Callable[[Path, bool], dict | None]) -> N
     convert = _command(commands, "convert", "write a 4-bit file in another program's format")
     _convert_options(convert)
     convert.set_defaults(run=_convert)
+    partials.add_command(commands)
 
 
 def _command(commands, name: str, text: str) -> argparse.ArgumentParser:

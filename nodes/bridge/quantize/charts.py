@@ -17,7 +17,6 @@ from collections import Counter
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import reading
 from ....quant.files.report import LayerRow, Report
@@ -117,24 +116,24 @@ def loaded_chart(file: QuantizedFile, model: ModelPatcher, activations: str = "a
     if method_of(file.files[0].header) == "vq":
         return model_chart(file, needed, device)
     chart = charts.model_chart(file, needed, device, loading.ram_kept(model))
-    chart["summary"].insert(-1, activation_widths.shown(model, activations))
+    chart["details"].insert(-1, activation_widths.shown(model, activations))
     return chart
 
 
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
     """Facts about a loaded model: VRAM, size, bits a weight, layers, error and what computes it."""
-    backend, reason = kernels.which("linear_vq", device)
-    summary = [
-        charts.vram_line(needed, device),
+    fast, computed = charts.kernels_lines("linear_vq", device)
+    details = [
         ["file", f"{charts.size(file.size)}, {file.kind}"],
         ["bits per weight", f"{bits_per_weight(file):.2f}"],
         ["layers", _layouts(file.layers)],
+        computed,
     ]
-    summary += charts.error_lines(file)
     return {
         "kind": "facts",
         "title": file.path.name,
-        "summary": [*summary, ["computed by", f"{backend} ({reason})"]],
+        "summary": [charts.vram_line(needed, device), fast, *charts.error_lines(file)],
+        "details": details,
     }
 
 
