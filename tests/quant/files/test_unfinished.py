@@ -1,4 +1,4 @@
-"""Unfinished files of stopped runs: found with their size, told apart from those at work, removed."""
+"""Unfinished files of stopped runs: found with their size, told from those at work, removed."""
 
 import os
 import subprocess
