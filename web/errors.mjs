@@ -2,8 +2,8 @@
  * What ComfyUI tells of an error -> the sentence for people, and what can be done about it.
  *
  * A node that fails is told by the event execution_error; a graph that ComfyUI refuses before it
- * runs, by lists of errors for each node, in the answer to the prompt. The sentences of Nibble's own
- * refusals name their way out; what of it can be done by a button is read off them here.
+ * runs, by lists of errors for each node, in the answer to the prompt. The sentences of Nibble's
+ * own refusals name their way out; what of it can be done by a button is read off them here.
  */
 import { say } from "./words.mjs";
 
@@ -22,8 +22,10 @@ export function sentenceOf({ exception_message: message = "", exception_type: ty
   return text ? `${name}: ${text}` : name;
 }
 
-/** The errors of one node of a refused prompt -> [{text, input, to}, ...], each sentence once; to: the
- * value that its input may have, if the error names one. */
+/**
+ * The errors of one node of a refused prompt -> [{text, input, to}, ...], each sentence once; to:
+ * the value that its input may have, if the error names one.
+ */
 export function refusalsOf({ errors = [] }) {
   const told = errors.map(refusal);
   return told.filter(({ text }, at) => told.findIndex((other) => other.text === text) === at);

@@ -1,8 +1,8 @@
 /**
  * The style sheet of charts and notices. It lives in the shadow root of each, so nothing leaks out
  * of it and ComfyUI's own rules do not leak in; colors come from ComfyUI's palette variables, which
- * do cross the boundary. The data colors keep a contrast of 3:1 on both a white and a #222 ground and stay
- * apart for color-blind eyes.
+ * do cross the boundary. The data colors keep a contrast of 3:1 on both a white and a #222 ground
+ * and stay apart for color-blind eyes.
  */
 import { CALIBRATION } from "./style/calibration.mjs";
 import { FRAME } from "./style/frame.mjs";

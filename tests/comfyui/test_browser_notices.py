@@ -12,7 +12,9 @@ MAKE = """([source, name]) => {
   app.graph.clear();
   const types = ["NibbleQuantizeSVDQuant", "NibbleLoadSVDQuant", "PreviewAny"];
   const [quantize, load, text] = types.map((type) => LiteGraph.createNode(type));
-  [quantize, load, text].forEach((node, i) => { app.graph.add(node); node.pos = [20 + 440 * i, 60]; });
+  [quantize, load, text].forEach((node, i) => {
+    app.graph.add(node); node.pos = [20 + 440 * i, 60];
+  });
   const set = (node, name, value) => {
     node.widgets.find((widget) => widget.name === name).value = value;
   };
@@ -58,7 +60,8 @@ CONTRAST = f"""(given) => {{
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   }};
   const ground = getComputedStyle(section).backgroundColor;
-  const ratios = [...root.querySelectorAll("p, .nibble-notice-title, .nibble-action")].map((one) => {{
+  const texts = [...root.querySelectorAll("p, .nibble-notice-title, .nibble-action")];
+  const ratios = texts.map((one) => {{
     const style = getComputedStyle(one);
     const behind = luminance("#808080", ground, style.backgroundColor);
     const text = luminance("#808080", ground, style.backgroundColor, style.color);
