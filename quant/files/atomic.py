@@ -154,7 +154,7 @@ def held_since(target: Path) -> float | None:
     except FileNotFoundError:
         return None
     except Timeout:
-        os.utime(path, (since, since))  # trying to lock it has touched it
+        _touch(path, since)
         return since
     except (OSError, NotImplementedError):  # a drive without locks, or somebody else's file
         return None
@@ -167,12 +167,12 @@ def _acquired(path: Path, name: str) -> FileLock:
     for _ in range(_TRIES):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         lock, before = FileLock(path), _file_number(path)
-        since = os.stat(path).st_mtime if before is not None else time.time()
+        since = _changed(path)
         try:
             lock.acquire(timeout=0)
-            os.utime(path)  # its time tells others since when it is held
+            _touch(path, time.time())  # tells others since when it is held
         except Timeout:
-            os.utime(path, (since, since))
+            _touch(path, since)
             break
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
@@ -190,6 +190,22 @@ def _acquired(path: Path, name: str) -> FileLock:
         f"{name} is being written by another run (of {whose} program, since"
         f" {time.strftime('%H:%M', time.localtime(since))}); wait for it or choose another name."
     )
+
+
+def _changed(path: Path) -> float:
+    """Modification time of a file, in seconds since 1970; of one that has gone: now."""
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def _touch(path: Path, when: float) -> None:
+    """Sets the time of a lock's file, which trying to lock it changes; not of one that has gone
+    or is another user's.
+    """
+    with contextlib.suppress(OSError):
+        os.utime(path, (when, when))
 
 
 def _file_number(path: Path) -> int | None:

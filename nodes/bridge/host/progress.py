@@ -21,7 +21,7 @@ except ImportError:  # an older ComfyUI
     get_executing_context = None
 
 CHART_EVENT = "nibble_chart"  # {"node": execution id, "chart": JSON}, heard by web/nibble.js
-# {"node", "title", "name", "unit": "layer" | "step" | "", "done", "count": of them,
+# {"node", "title", "name", "unit": "layer" | "step" | "kernel" | "", "done", "count": of them,
 # "share": 0…1 of the work, "seconds": left | null, "stopped": bool, "resumes": bool}, heard by
 # web/progress.mjs
 PROGRESS_EVENT = "nibble_progress"
@@ -56,7 +56,7 @@ class Progress:
     """Called as progress(done, total, name): moves the bar, tells the node's page what it is at,
     and stops where the user asked to.
 
-    unit: what the work is counted in: "step", which are what it is called with, or "layer", whose
+    unit: what the work is counted in: "step" or "kernel", as it is called with, or "layer", whose
     numbers `count` gives; "": in nothing that people know. resumes: what is done is kept when the
     user stops, and the next run goes on from it.
     """
@@ -72,7 +72,7 @@ class Progress:
         self._told = 0.0
 
     def __call__(self, done: int, total: int, name: str = "") -> None:
-        if self._state["unit"] == "step":
+        if self._state["unit"] in ("step", "kernel"):
             self.count(done, total)
         self.heed()
         self.bar.update_absolute(done, max(total, 1))
@@ -99,12 +99,6 @@ class Progress:
 
     def _tell(self, stopped: bool) -> None:
         self._send(PROGRESS_EVENT, {**self._state, "stopped": stopped, "resumes": self.resumes})
-
-    def say(self, text: str) -> None:
-        """Shows a line under the node, where there is a server to show it."""
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
-            server.send_progress_text(text, self.node_id)
 
     def show(self, chart: dict) -> None:
         """Draws a chart (`charts.py`) in the node now, in place of the last one; the node's own
