@@ -200,7 +200,7 @@ export const FRAME = css`
     padding: 1px 9px;
     border-radius: 3px;
     background: var(--nibble-rule);
-    color: var(--nibble-soft);
+    color: color-mix(in srgb, var(--nibble-ink) 80%, transparent);
     font-weight: 400;
   }
   .nibble-grade-good,

@@ -34,6 +34,9 @@ export const NOTICE = css`
     height: 6px;
     margin-top: 7px;
   }
+  .nibble-notice > .nibble-bar > span {
+    background: var(--nibble-tone);
+  }
   .nibble-actions {
     display: flex;
     flex-wrap: wrap;
