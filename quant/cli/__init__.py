@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   python -m nibble plan flux1-dev --card "8 GB"
   python -m nibble convert svdq-int4_r32-flux.1-dev.safetensors \
 flux1-dev-nibble.safetensors --to nibble
-  python -m nibble partials ComfyUI/models --remove
+  python -m nibble partials
   python -m nibble demo --out demo.png
   python -m nibble bench --env
 """  # a backslash at the end of a line: commands are printed whole
