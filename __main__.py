@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{demo,quantize,inspect,plan,convert,cubins,libraries,bench}",
+        metavar="{demo,quantize,inspect,plan,convert,partials,cubins,libraries,bench}",
     )
     demo.add_command(commands)
     options.add_commands(commands, examples(program()), api.small_file)

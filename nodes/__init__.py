@@ -40,7 +40,7 @@ from . import (
 from . import inspect as inspecting
 from . import vq4dit as vq
 from . import vram as vram_plan
-from .bridge.host import demo_model
+from .bridge.host import demo_model, unfinished
 from .bridge.quantized import encoders, registration
 
 NODES = [
@@ -76,4 +76,5 @@ async def comfy_entrypoint() -> NibbleExtension:
     demo_model.register()
     registration.register()
     encoders.register()
+    unfinished.register()
     return NibbleExtension()

@@ -14,7 +14,7 @@ import { patchesChart } from "./charts/patches.mjs";
 import { retentionChart } from "./charts/retention.mjs";
 import { stripChart } from "./charts/strip.mjs";
 import { h } from "./dom.mjs";
-import { CSS } from "./style.mjs";
+import { sheet } from "./style.mjs";
 
 const KINDS = {
   blocks: blocksChart,
@@ -29,22 +29,12 @@ const KINDS = {
   patches: patchesChart,
   strip: stripChart,
 };
-let sheet = null;
 
 /** chart JSON -> element with a shadow root. An unknown kind still shows its title and summary. */
 export function drawChart(chart) {
   const host = h("div.nibble-chart-host");
   const root = host.attachShadow({ mode: "open" });
-  root.adoptedStyleSheets = [styles()];
+  root.adoptedStyleSheets = [sheet()];
   root.append((KINDS[chart.kind] ?? factsChart)(chart));
   return host;
-}
-
-/** One style sheet for all charts of the page. */
-function styles() {
-  if (!sheet) {
-    sheet = new CSSStyleSheet();
-    sheet.replaceSync(CSS);
-  }
-  return sheet;
 }

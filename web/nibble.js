@@ -1,23 +1,34 @@
 /**
  * Nibble's only registration with the ComfyUI front end: the charts that its nodes send are drawn
- * inside the nodes.
+ * inside the nodes, and so are errors (failures.mjs) and what is under way (progress.mjs).
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { showChart } from "./widget.mjs";
+import { drawChart } from "./charts.mjs";
+import { watchFailures } from "./failures.mjs";
+import { executedNode, locatedNode } from "./nodes.mjs";
+import { watchProgress } from "./progress.mjs";
+import { showUnfinished, watchUnfinished } from "./unfinished.mjs";
+import { show } from "./widget.mjs";
+import { loadWords } from "./words.mjs";
 
 const HISTORY = 20; // runs to look through, oldest first
 const chartOf = (output) => output?.nibble_chart?.[0];
+const draw = (node, chart) => show(node, "chart", drawChart(chart));
 
 app.registerExtension({
   name: "nibble.charts",
 
   /** A node may send a chart while it works. */
-  setup() {
+  async setup() {
+    watchFailures();
+    watchProgress();
+    watchUnfinished();
     api.addEventListener("nibble_chart", ({ detail }) => {
-      const node = runningNode(detail.node);
-      if (node) showChart(node, detail.chart);
+      const node = executedNode(detail.node);
+      if (node) draw(node, detail.chart);
     });
+    await loadWords();
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {
@@ -25,9 +36,14 @@ app.registerExtension({
     const before = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output, ...rest) {
       const result = before?.call(this, output, ...rest);
-      if (chartOf(output)) showChart(this, chartOf(output));
+      if (chartOf(output)) draw(this, chartOf(output));
       return result;
     };
+  },
+
+  /** A quantize node that is put on the canvas tells what is unfinished, too. */
+  nodeCreated(node) {
+    if (node.type?.startsWith("NibbleQuantize")) setTimeout(showUnfinished); // once it is in it
   },
 
   /**
@@ -43,8 +59,8 @@ app.registerExtension({
       (run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === id,
     );
     for (const [name, output] of runs.flatMap((run) => Object.entries(run.outputs ?? {}))) {
-      const node = chartOf(output) && runningNode(name);
-      if (node) showChart(node, chartOf(output));
+      const node = chartOf(output) && executedNode(name);
+      if (node) draw(node, chartOf(output));
     }
   },
 
@@ -54,24 +70,8 @@ app.registerExtension({
    */
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs ?? {})) {
-      const node = chartOf(output) && findNode(locator);
-      if (node) showChart(node, chartOf(output));
+      const node = chartOf(output) && locatedNode(locator);
+      if (node) draw(node, chartOf(output));
     }
   },
 });
-
-/** "12" is a node of the workflow, "<subgraph id>:12" one of a subgraph. */
-function findNode(locator) {
-  const [id, subgraph] = locator.split(":").reverse();
-  const graph = subgraph ? app.rootGraph?.subgraphs?.get(subgraph) : app.rootGraph;
-  return graph?.getNodeById(Number(id)) ?? null;
-}
-
-/** "12" is a node of the workflow, "12:5" node 5 inside its subgraph node 12, and so on down. */
-function runningNode(id) {
-  const [last, ...outer] = String(id).split(":").reverse();
-  const graph = outer
-    .reverse()
-    .reduce((inside, part) => inside?.getNodeById(Number(part))?.subgraph, app.rootGraph);
-  return graph?.getNodeById(Number(last)) ?? null;
-}

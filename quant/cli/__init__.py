@@ -1,10 +1,11 @@
-"""The terminal's commands of quant: nibble {quantize,inspect,plan,convert}.
+"""The terminal's commands of quant: nibble {quantize,inspect,plan,convert,partials}.
 
 methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
 inspect.py   what a file holds, or what quantizing it would give
 plan.py      what encoding, sampling and decoding will take of a card and of RAM
 convert.py   a 4-bit file in another program's format
+partials.py  files of stopped runs: listed, removed
 options.py   what can be typed
 console.py   a progress bar, and lines for people
 """
@@ -19,6 +20,7 @@ _EXAMPLES = """examples:
   {nibble} inspect --plan flux1-dev --method vq --bits 2
   {nibble} plan flux1-dev --card "8 GB"
   {nibble} convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
+  {nibble} partials
   {nibble} demo --out demo.png
   {nibble} bench --env
 """  # a backslash at the end of a line: commands are printed whole

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import partials
+
 
 def add_commands(commands, examples: str, small_file: Callable[[Path, bool], dict | None]) -> None:
     """Adds quantize, inspect, plan and convert to a parser's subcommands.
@@ -30,6 +32,7 @@ def add_commands(commands, examples: str, small_file: Callable[[Path, bool], dic
     convert = command("convert", "write a 4-bit file in another program's format")
     _convert_options(convert)
     convert.set_defaults(run=_convert)
+    partials.add_command(commands)
 
 
 def _quantize(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ log = logging.getLogger("nibble")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM)
 _TRIES = 100  # of a lock whose file its last holder removed meanwhile
+_ours: set[Path] = set()  # lock files that this process holds
 
 
 class Held:
@@ -120,18 +122,42 @@ def exclusive(target: str | os.PathLike) -> Iterator[Held]:
         yield target
         return
     target = Path(target)
-    path = target.with_name(f"{target.name}{PARTIAL}.lock")
+    path = _lock_of(target)
     try:
         lock = _acquired(path, target.name)
     except OSError as error:
         raise refusal(target, error) from error
+    _ours.add(path)
     try:
         yield Held(target)
     finally:
         _sweep(target)
+        _ours.discard(path)
         if os.name != "nt":  # Windows' lock removes its own file, and no file that is open
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def _lock_of(target: Path) -> Path:
+    return Path(os.path.abspath(target.with_name(f"{target.name}{PARTIAL}.lock")))
+
+
+def held_since(target: Path) -> float | None:
+    """When the run that holds a target's lock took it, in seconds since 1970; None where none does.
+    Takes nothing away.
+    """
+    path = _lock_of(target)
+    try:
+        since = os.stat(path).st_mtime
+        with FileLock(path).acquire(timeout=0):
+            return None
+    except FileNotFoundError:
+        return None
+    except Timeout:
+        _touch(path, since)
+        return since
+    except (OSError, NotImplementedError):  # a drive without locks, or somebody else's file
+        return None
 
 
 def _acquired(path: Path, name: str) -> FileLock:
@@ -141,9 +167,12 @@ def _acquired(path: Path, name: str) -> FileLock:
     for _ in range(_TRIES):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         lock, before = FileLock(path), _file_number(path)
+        since = _changed(path)
         try:
             lock.acquire(timeout=0)
+            _touch(path, time.time())  # tells others since when it is held
         except Timeout:
+            _touch(path, since)
             break
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
@@ -156,9 +185,27 @@ def _acquired(path: Path, name: str) -> FileLock:
         if os.name == "nt" or (before is not None and _file_number(path) == before):
             return lock
         lock.release()
+    whose = "this" if path in _ours else "another"
     raise FileRefused(
-        f"{name} is being written by another run; wait for it or choose another name."
+        f"{name} is being written by another run (of {whose} program, since"
+        f" {time.strftime('%H:%M', time.localtime(since))}); wait for it or choose another name."
     )
+
+
+def _changed(path: Path) -> float:
+    """Modification time of a file, in seconds since 1970; of one that has gone: now."""
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def _touch(path: Path, when: float) -> None:
+    """Sets the time of a lock's file, which trying to lock it changes; not of one that has gone
+    or is another user's.
+    """
+    with contextlib.suppress(OSError):
+        os.utime(path, (when, when))
 
 
 def _file_number(path: Path) -> int | None:

@@ -61,8 +61,8 @@ class LayerRow:
 @dataclass
 class Report:
     """A run. Sizes are of the diffusion model before and of the quantized file after; seconds are
-    of this run only and never stored in the file, so that two runs with the same options give the
-    same bytes.
+    of the work, runs that were stopped and resumed included, and never stored in the file, so that
+    two runs with the same options give the same bytes.
     """
 
     architecture: str

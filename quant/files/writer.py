@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from io import FileIO
 from pathlib import Path
@@ -159,6 +160,8 @@ class Writer:
         self._identity = json.dumps([identity, self.size, list(map(str, self._specs.values()))])
         self.finished: dict[str, dict] = {}
         self._sums: dict[str, str] = {}
+        self.seconds_before = 0.0
+        """That earlier runs worked on the file, up to the last unit that they finished."""
 
     def __enter__(self) -> "Writer":
         with contextlib.ExitStack() as opened:
@@ -166,6 +169,7 @@ class Writer:
                 opened.enter_context(atomic.exclusive(self._to_lock))
                 self._file = opened.enter_context(self._open())
             self._resume()
+            self._began = time.monotonic()
             self._log = opened.enter_context(open(self.journal, "a", encoding="utf-8"))
             self._opened = opened.pop_all()
         return self
@@ -190,7 +194,9 @@ class Writer:
             self._put(self._data + self._places[name], tensor_bytes(tensor))
             sums[name] = checksum(tensor)
         with self._disk_errors():
-            self._log.write(json.dumps({"unit": unit, "row": row, "sums": sums}) + "\n")
+            seconds = round(self.seconds_before + time.monotonic() - self._began, 3)
+            line = {"unit": unit, "row": row, "sums": sums, "seconds": seconds}
+            self._log.write(json.dumps(line) + "\n")
             self._log.flush()
         self.finished[unit], self._sums = row, self._sums | sums
 
@@ -259,6 +265,8 @@ class Writer:
             for line in lines[1:]:
                 if all(self._stored_sum(name) == value for name, value in line["sums"].items()):
                     self.finished[line["unit"]], self._sums = line["row"], self._sums | line["sums"]
+            # none in journals of versions that did not note it
+            self.seconds_before = lines[-1].get("seconds", 0.0)
             log.info("%s: resuming, %d parts are finished", self.target.name, len(self.finished))
         else:
             lines = []

@@ -169,7 +169,7 @@ class QuantizeJob(ABC):
             self.quantizer(writer, measurement, monitor, torch.device(device)).run()
             report.rows = [LayerRow(**writer.finished[layer.name]) for layer in self.layers]
             report.bytes_after = writer.size
-            report.seconds = time.monotonic() - began
+            report.seconds = writer.seconds_before + time.monotonic() - began
             writer.finish(metadata_choices(metadata, report))
         return report
 
@@ -278,7 +278,12 @@ class LayerQuantizer(ABC):
         self.monitor = monitor
         self.device = device
         self.weights = sum(layer.K * layer.N for layer in job.layers)
-        self.weights_done = 0
+        # of an earlier run: done from the start, so that the time left is told by this run's speed
+        self._before = {layer.name for layer in job.layers if layer.name in writer.finished}
+        self.layers_done = len(self._before)
+        self.weights_done = sum(
+            layer.K * layer.N for layer in job.layers if layer.name in self._before
+        )
 
     def run(self) -> None:
         """What stays in 16 bit first, quick as it is: it shows soon whether the file can be read.
@@ -294,12 +299,16 @@ class LayerQuantizer(ABC):
 
     def start(self, name: str) -> None:
         """Says that a layer or block is next; raises where the user pressed Stop."""
+        self.monitor.layers(self.layers_done, len(self.layers))
         self.monitor.cancelled()
         self.monitor.progress(self.weights_done, self.weights, name)
 
     def finish(self, layers: Iterable[LayerPlan]) -> None:
-        """Counts layers as done."""
-        self.weights_done += sum(layer.K * layer.N for layer in layers)
+        """Counts layers as done, those of an earlier run once."""
+        fresh = [layer for layer in layers if layer.name not in self._before]
+        self.weights_done += sum(layer.K * layer.N for layer in fresh)
+        self.layers_done += len(fresh)
+        self.monitor.layers(self.layers_done, len(self.layers))
 
     def write_unit(
         self, unit: str, make: Callable[[], tuple[Mapping[str, Tensor], LayerRow | None]]

@@ -30,8 +30,10 @@ class Monitor:
     cancelled    called before each layer, and every few steps of calibration; raises to stop. What
                  is finished stays and the next run goes on from there
     block_error  called every few steps of calibration
+    layers       called with (layers done, layers in all) whenever either is known to have changed
     """
 
     progress: Callable[[int, int, str], None] = ignore
     cancelled: Callable[[], None] = ignore
     block_error: Callable[[BlockError], None] = ignore
+    layers: Callable[[int, int], None] = ignore

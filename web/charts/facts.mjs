@@ -1,16 +1,28 @@
-/** What a loader reports: rows of label and value, with a bar for a value "A of B". */
+/**
+ * What a loader reports: rows of label and value, with a bar for a value "A of B" and a scale for
+ * "good: ..."; details are folded away.
+ */
 import { h } from "../dom.mjs";
-import { section } from "./section.mjs";
+import { details, scale, section } from "./section.mjs";
 
 const SIZE = String.raw`([\d.]+) ?(k|M|G|T)?i?B`;
 const PART = new RegExp(`^(?:about )?${SIZE} of ${SIZE}\\b`);
 const SCALE = { k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
 
 export function factsChart(chart) {
-  const facts = (chart.summary ?? []).map(
-    ([label, value]) => meter(label, value) ?? h("div", h("dt", label), h("dd", value)),
+  const folded = chart.details ?? [];
+  return section(
+    chart,
+    rows(chart.summary ?? []),
+    folded.length > 0 &&
+      details("Details", folded.map(([label]) => label).join(", "), rows(folded)),
   );
-  return section(chart, h("dl.nibble-facts", facts));
+}
+
+function rows(facts) {
+  const line = ([label, value]) =>
+    meter(label, value) ?? h("div", h("dt", label), h("dd", scale(value) ?? value));
+  return h("dl.nibble-facts", facts.map(line));
 }
 
 /** A bar for a value such as "about 6.9 GB of 8.0 GB, ..."; null for anything else. */

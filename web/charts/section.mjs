@@ -35,8 +35,28 @@ export function statistics(summary = [], shown = new Set()) {
   return h(
     "dl.nibble-stats",
     figures.map(([label, value]) =>
-      h("div", h("dt", label), h(String(value).length > LONG ? "dd.nibble-long" : "dd", value)),
+      h(
+        "div",
+        h("dt", label),
+        h(String(value).length > LONG ? "dd.nibble-long" : "dd", scale(value) ?? value),
+      ),
     ),
+  );
+}
+
+/** What an error in dB means for pictures, by quant/files/report.py, from the worst up. */
+const GRADES = ["poor", "fair", "good"];
+
+/** "fair: the same picture, ..." -> its place between poor and good; null for any other value. */
+export function scale(value) {
+  const [grade, ...words] = String(value).split(": ");
+  if (!GRADES.includes(grade)) return null;
+  const part = (name) =>
+    h(name === grade ? `b.nibble-grade.nibble-grade-${name}` : "span.nibble-grade", name);
+  return h(
+    "div.nibble-scale",
+    h("div.nibble-grades", { role: "img", "aria-label": grade }, GRADES.map(part)),
+    h("div", words.join(": ")),
   );
 }
 

@@ -190,6 +190,33 @@ export const FRAME = css`
     margin: 4px 0 2px;
   }
 
+  .nibble-grades {
+    display: inline-flex;
+    gap: 2px;
+    margin-bottom: 2px;
+    font-size: 11px;
+  }
+  .nibble-grade {
+    padding: 1px 9px;
+    border-radius: 3px;
+    background: var(--nibble-rule);
+    color: color-mix(in srgb, var(--nibble-ink) 80%, transparent);
+    font-weight: 400;
+  }
+  .nibble-grade-good,
+  .nibble-grade-fair,
+  .nibble-grade-poor {
+    color: #fff;
+    font-weight: 600;
+    background: #17795d;
+  }
+  .nibble-grade-fair {
+    background: #93590d;
+  }
+  .nibble-grade-poor {
+    background: #b23b37;
+  }
+
   .nibble-details {
     margin-top: 8px;
     border-top: 1px solid var(--nibble-rule);

@@ -1,9 +1,10 @@
 """ComfyUI itself; knows no system.
 
-progress.py     bar, text, live chart, Stop
+progress.py     bar, time left, live chart, Stop
 file_names.py   what a file may be called, the same on every system
 folders.py      find, list, name and place files; cache stamps
 demo_model.py   the demo in the lists of all loaders, and its previews
+unfinished.py   files of stopped runs: the page's way to them
 node_files.py   what nodes have made, and whether it is still there
 fingerprint.py  tells models and their patches apart
 samplers.py     the name of a SAMPLER, previews, the switch for training

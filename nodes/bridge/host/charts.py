@@ -5,7 +5,7 @@
  "rows": [{"name", "action": one of `quant/files/report.py`, "why", "db": float | null,
  "bytes_before", "bytes_after", "seconds", "on": "pictures" | "noise" | "synthetic" | ""}, …]}
    (on: what db was measured on; "": nothing, or not told)
-{"kind": "facts", "title": str, "summary": [[label, value], …]}
+{"kind": "facts", "title": str, "summary": [[label, value], …], "details": the same, folded away}
 {"kind": "kept", "title": str, "subtitle": str, "summary": [[label, value], …],
  "rows": [{"name", "action", "kept": 0…1, "nearest": 0…1 | null, "why", "bytes"}, …]}
    (kept: the share of a LoRA that a layer keeps)
@@ -37,6 +37,7 @@ import dataclasses
 import math
 from collections import Counter
 
+import comfy.model_management
 import torch
 
 from .... import kernels
@@ -77,15 +78,32 @@ def layers_chart(report: Report, title: str, subtitle: str) -> dict:
 
 
 def vram_line(needed: tuple[int, int], device: torch.device) -> list[str]:
-    """What a loaded model needs (`loading.vram_needed`), as a line of a summary."""
-    where = " on a graphics card" if device.type == "cpu" else ""
-    if device.type == "cuda":
-        where = f" of {size(torch.cuda.get_device_properties(device).total_memory)}"
+    """What a loaded model needs (`loading.vram_needed`), of this card's memory and what of that is
+    left, as a line of a summary.
+    """
+    most = sum(needed)
+    whole = f"about {size(most)} on a graphics card"
+    if device.type != "cpu":
+        card = comfy.model_management.get_total_memory(device)
+        whole = f"about {size(most)} of {size(card)}, "
+        if most <= card:
+            whole += f"{size(card - most)} are left"
+        else:
+            whole += f"{size(most - card)} too many: ComfyUI keeps those in RAM, which is slower"
     text = (
-        f"about {size(sum(needed))}{where}: {size(needed[0])} of weights, {size(needed[1])} that"
-        " ComfyUI sets aside for 1024 × 1024 (VRAM Plan tells more)"
+        f"{whole}: {size(needed[0])} of weights, {size(needed[1])} that ComfyUI sets aside for"
+        " 1024 × 1024 (VRAM Plan tells more)"
     )
     return ["VRAM", text]
+
+
+def kernels_lines(op: str, device: torch.device) -> tuple[list[str], list[str]]:
+    """Whether an op of `kernels` is computed by compiled code here, as a line of a summary, and
+    what computes it, as one of the details.
+    """
+    backend, reason = kernels.which(op, device)
+    fast = f"off: {reason}" if backend == "reference" else "on"
+    return ["fast kernels", fast], ["computed by", f"{backend} ({reason})"]
 
 
 def error_lines(file: QuantizedFile) -> list[list[str]]:
@@ -114,9 +132,11 @@ def model_chart(
     formats = Counter(layer["format"] for layer in file.layers.values())
     ranks = sorted({layer["rank"] for layer in file.layers.values() if "rank" in layer})
     w4a4, op = _main_layers(formats)
-    backend, reason = kernels.which(op, device)
-    summary = [
-        vram_line(needed, device),
+    fast, computed = kernels_lines(op, device)
+    summary = [vram_line(needed, device), fast, *error_lines(file)]
+    if in_ram:
+        summary.insert(1, ["RAM", f"{size(in_ram)} of modulation layers, computed on the CPU"])
+    details = [
         ["file", f"{size(file.size)}, {file.kind}"],
         [
             "layers",
@@ -125,9 +145,6 @@ def model_chart(
                 f" {formats['awq_w4a16']} 4-bit weights only"
             ),
         ],
-        ["computed by", f"{backend} ({reason})"],
+        computed,
     ]
-    if in_ram:
-        summary.insert(1, ["RAM", f"{size(in_ram)} of modulation layers, computed on the CPU"])
-    summary[-1:-1] = error_lines(file)
-    return {"kind": "facts", "title": file.path.name, "summary": summary}
+    return {"kind": "facts", "title": file.path.name, "summary": summary, "details": details}

@@ -17,7 +17,6 @@ from collections import Counter
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .... import kernels
 from ....quant.files.checkpoint import QuantizedFile
 from ....quant.files.errors import reading
 from ....quant.files.report import LayerRow, Report
@@ -42,14 +41,21 @@ class LiveBlocks:
         self.rows: dict[int, dict] = {}
         self._drawn = 0.0
 
+    def start(self, done: int, total: int, name: str) -> None:
+        """What is next: told by the weights until a block tells its steps, which say more."""
+        if self.rows:
+            self.progress.heed()
+        else:
+            self.progress(done, total, name)
+
     def __call__(self, error: BlockError) -> None:
         row = self.rows.setdefault(
             error.number, {"name": error.name, "number": error.number, "points": []}
         )
         row["points"].append([round(error.step / error.steps, 4), round(error.db, 2)])
-        self.progress.say(
-            f"{self.progress.title}: {error.name}, step {error.step} of {error.steps},"
-            f" {error.db:.1f} dB"
+        self.progress.at(
+            (error.number + error.step / error.steps) / error.blocks,
+            f"{error.name}, step {error.step} of {error.steps}, {error.db:.1f} dB",
         )
         if error.step == error.steps or time.monotonic() - self._drawn > PAUSE:
             self._drawn = time.monotonic()
@@ -110,24 +116,24 @@ def loaded_chart(file: QuantizedFile, model: ModelPatcher, activations: str = "a
     if method_of(file.files[0].header) == "vq":
         return model_chart(file, needed, device)
     chart = charts.model_chart(file, needed, device, loading.ram_kept(model))
-    chart["summary"].insert(-1, activation_widths.shown(model, activations))
+    chart["details"].insert(-1, activation_widths.shown(model, activations))
     return chart
 
 
 def model_chart(file: QuantizedFile, needed: tuple[int, int], device: torch.device) -> dict:
     """Facts about a loaded model: VRAM, size, bits a weight, layers, error and what computes it."""
-    backend, reason = kernels.which("linear_vq", device)
-    summary = [
-        charts.vram_line(needed, device),
+    fast, computed = charts.kernels_lines("linear_vq", device)
+    details = [
         ["file", f"{charts.size(file.size)}, {file.kind}"],
         ["bits per weight", f"{bits_per_weight(file):.2f}"],
         ["layers", _layouts(file.layers)],
+        computed,
     ]
-    summary += charts.error_lines(file)
     return {
         "kind": "facts",
         "title": file.path.name,
-        "summary": [*summary, ["computed by", f"{backend} ({reason})"]],
+        "summary": [charts.vram_line(needed, device), fast, *charts.error_lines(file)],
+        "details": details,
     }
 
 

@@ -127,7 +127,7 @@ class QuantizeRequest(ABC):
         comfy.model_management.unload_all_models()
         return job.write(
             Measurement(provenance, statistics.get),
-            Monitor(Progress("quantizing", self.node_id), Progress.check),
+            watched(self.node_id),
             comfy.model_management.get_torch_device(),
         )
 
@@ -190,7 +190,7 @@ class QuantizeRequest(ABC):
         return self.write(job, recording, provenance)
 
     def _record(self, recording: Recording, names: list[str]) -> dict[str, InputStats]:
-        progress = Progress("measuring", self.node_id)
+        progress = Progress("measuring", self.node_id, unit="step")
         return record_inputs.record(recording, names, self.memory_cap, progress)
 
     def _recording(self, source: Source | StateDictSource) -> Recording | NotMeasured:
@@ -218,6 +218,12 @@ class QuantizeRequest(ABC):
         if isinstance(pictures, NotMeasured):
             return pictures
         return Recording(patcher, pictures)
+
+
+def watched(node_id: str | None) -> Monitor:
+    """The monitor of a quantization: bar, layers and time left in the node, and Stop."""
+    progress = Progress("quantizing", node_id, unit="layer", resumes=True)
+    return Monitor(progress, progress.heed, layers=progress.count)
 
 
 def _refuse_encoder(job: QuantizeJob) -> None:

@@ -232,7 +232,7 @@ def record(
 
     def passed(done: int, passes: int) -> None:
         state.update({"pass": done, "step": 0})
-        progress.say(f"{progress.title}: pass {done} of {passes} done")
+        progress.at(0.0, f"pass {done} of {passes} done")
 
     statistics = collect(
         recording.patcher.model.diffusion_model,

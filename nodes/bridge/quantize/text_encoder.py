@@ -27,13 +27,12 @@ from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source
 from ....quant.job.measurement import Measurement
-from ....quant.job.monitor import Monitor
 from ....quant.svdquant.quantize import SVDQuantJob
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized import encoders
 from ..quantized.encoders import FOLDER
-from .job import new_name
+from .job import new_name, watched
 from .prompts import OWN
 from .record_inputs import fits_in_memory
 
@@ -163,7 +162,7 @@ class TextEncoderRequest:
             return made, encoded
         report = job.write(
             Measurement(provenance, encoded.statistics.get),
-            Monitor(Progress("quantizing", self.node_id), Progress.check),
+            watched(self.node_id),
             comfy.model_management.get_torch_device(),
         )
         return report, encoded
@@ -178,7 +177,7 @@ class TextEncoderRequest:
         return found
 
     def _record(self, clip: Any, names: list[str]) -> dict[str, InputStats]:
-        progress = Progress("measuring", self.node_id)
+        progress = Progress("measuring", self.node_id, unit="step")
         state = {"prompt": 0, "pass": 0}
 
         def run() -> None:

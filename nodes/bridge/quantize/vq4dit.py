@@ -85,8 +85,8 @@ class VQRequest(QuantizeRequest):
         if not self.recipe.calibrated or isinstance(recording, NotMeasured):
             return super().write(job, recording, provenance)
         self.note(job, recording)
-        progress = Progress("calibrating", self.node_id)
-        bar = Progress("drawing", self.node_id)
+        progress = Progress("calibrating", self.node_id, unit="layer", resumes=True)
+        bar = Progress("drawing", self.node_id, unit="step")
         live = LiveBlocks(
             job.target.stem, f"{self.recipe.preset}, {self.recipe.bits} bits", progress
         )
@@ -101,7 +101,7 @@ class VQRequest(QuantizeRequest):
             with in_training():
                 return job.write(
                     Measurement(provenance, teacher=teacher),
-                    Monitor(progress, Progress.check, live),
+                    Monitor(live.start, progress.heed, live, progress.count),
                     patcher.load_device,
                 )
         finally:

@@ -38,16 +38,11 @@ def prepare(patcher: ModelPatcher) -> int:
     """Has what a model's layers will ask for ready on its GPU; returns how many kernels had to be
     compiled. One that does not compile is left to the first step, which says so.
     """
-    progress = Progress("GPU kernels")
-
-    def said(done: int, total: int, name: str) -> None:
-        progress(done, total, name)
-        progress.say(f"preparing {total} GPU kernels, once ({done} done)")
-
+    progress = Progress("preparing GPU kernels, once", unit="kernel")
     dtype = patcher.model.get_dtype_inference()
     layers = layers_of(patcher.model.diffusion_model, dtype)
     try:
-        return kernels.prepare(patcher.load_device, dtype, layers, said)
+        return kernels.prepare(patcher.load_device, dtype, layers, progress)
     except kernels.CompileError as error:
         log.warning("a GPU kernel does not compile: %s", error)
         return 0

@@ -20,7 +20,7 @@ class Watch:
     """
 
     def __init__(self, node_id: str | None, chart: Callable[[list], dict], preview_every: int):
-        self.progress = Progress("training", node_id)
+        self.progress = Progress("training", node_id, unit="step", resumes=True)
         self.chart = chart
         self.preview_every = preview_every
         self._drawn = 0.0

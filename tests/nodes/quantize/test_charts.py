@@ -27,7 +27,7 @@ def test_codebook_use_counts_codewords_and_entropy():
 def test_charts_have_the_agreed_shape(codeword_file):
     file, model = checkpoint.open_quantized(codeword_file), loading.load(codeword_file)
     facts = vq_charts.model_chart(file, loading.vram_needed(model), model.load_device)
-    told = dict(facts["summary"])
+    told = dict(facts["details"])
     assert facts["kind"] == "facts"
     assert 3.0 < float(told["bits per weight"]) < 3.6
     assert "64 codewords of 2" in told["layers"]
@@ -45,7 +45,7 @@ def test_the_live_chart_has_a_curve_for_each_block():
 
     class Shown:
         title = "calibrating"
-        say = staticmethod(lambda text: None)
+        at = staticmethod(lambda share, text: None)
         show = shown.append
 
     live = vq_charts.LiveBlocks("model", "best", Shown)

@@ -87,7 +87,7 @@ def test_the_quantize_node_makes_one_that_loads(folder, monkeypatch):
     made = loading.load(folder / name)
     assert run(loaded(made)).isfinite().all()
     chart = dict(
-        charts.model_chart(open_4bit(folder / name), (1, 1), torch.device("cpu"))["summary"]
+        charts.model_chart(open_4bit(folder / name), (1, 1), torch.device("cpu"))["details"]
     )
     assert "W4A4 in 4-bit floats, rank 16" in chart["layers"]
     assert chart["computed by"].startswith("reference (no 4-bit floats on cpu")

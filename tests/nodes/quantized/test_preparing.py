@@ -41,8 +41,10 @@ def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch
     lines, asked = [], []
 
     class Server:
-        def send_progress_text(self, text, node_id):
-            lines.append((text, node_id))
+        client_id = "client"
+
+        def send_sync(self, event, told, client):
+            lines.append((event, told["node"], told["title"], told["count"]))
 
     def prepare(device, dtype, layers, said):
         asked.append((device, dtype))
@@ -55,7 +57,7 @@ def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch
     monkeypatch.setattr(progress, "running_node", lambda: "7")
     patcher = loading.load(quantized_file)
     assert asked == [(patcher.load_device, patcher.model.get_dtype_inference())]
-    assert lines[-1] == ("preparing 2 GPU kernels, once (2 done)", "7")
+    assert lines[0] == (progress.PROGRESS_EVENT, "7", "preparing GPU kernels, once", 2)
 
 
 def test_a_kernel_that_does_not_compile_does_not_stop_the_loading(
