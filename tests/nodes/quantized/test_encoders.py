@@ -20,13 +20,11 @@ import tiny_encoders
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
 from nibble.nodes.bridge.quantized import encoders, layouts, loading
-from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.vq4dit.quantize import quantize_checkpoint as quantize_to_codewords
 from nibble.quant.vq4dit.recipe import Recipe as VQRecipe
-from nibble.quant.weights.formats import weight_of
 from pruned_encoders import tokens
 
 RECIPES = {
@@ -72,20 +70,6 @@ def folder(tmp_path, monkeypatch):
     return home
 
 
-def dequantized(path) -> dict[str, torch.Tensor]:
-    """The file's encoder in float32, by the formats' definitions."""
-    file, state = open_quantized(path), load_file(path)
-    whole = {}
-    for name, facts in file.layers.items():
-        if facts["format"] == "int8_tensorwise":
-            codes, scale = state[f"{name}.weight"], state[f"{name}.weight_scale"]
-            whole[f"{name}.weight"] = codes.float() * scale
-        else:
-            whole[f"{name}.weight"] = weight_of(file, name).dequantize()
-    kept = [key for key in state if key.rpartition(".")[0] not in file.layers]
-    return whole | {key: state[key].float() for key in kept}
-
-
 def transformer(clip):
     return clip.cond_stage_model.t5xxl.transformer
 
@@ -99,12 +83,12 @@ def test_the_layers_are_ours_and_the_table_is_comfyuis(path):
 
 def test_the_conditioning_is_that_of_the_numbers_in_the_file(w4a16):
     """4-bit weights and 16-bit inputs are exact products of what the file says."""
-    expected = small.conditioning(small.t5(dequantized(w4a16)))
+    expected = small.conditioning(small.t5(small.dequantized(w4a16)))
     assert small.db(expected, small.conditioning(small.opened(w4a16))) > 60
 
 
 def test_inputs_of_8_bits_cost_little(path):
-    expected = small.conditioning(small.t5(dequantized(path)))
+    expected = small.conditioning(small.t5(small.dequantized(path)))
     assert small.db(expected, small.conditioning(small.opened(path))) > 25
 
 
@@ -131,7 +115,7 @@ def lora(rank: int = 4) -> dict[str, torch.Tensor]:
 
 def test_a_lora_does_what_it_does_to_the_same_weights_in_16_bit(w4a16):
     changed = []
-    for clip in (small.t5(dequantized(w4a16)), small.opened(w4a16)):
+    for clip in (small.t5(small.dequantized(w4a16)), small.opened(w4a16)):
         _, patched = comfy.sd.load_lora_for_models(None, clip, lora(), 0, 1.0)
         changed += [small.conditioning(patched), small.conditioning(clip)]
     with_lora, without, ours, ours_without = changed
@@ -213,7 +197,7 @@ def test_an_encoder_that_comfyui_builds_without_formats_gets_the_table_in_16_bit
     )
     model = clip.cond_stage_model.t5base.transformer
     assert layouts.is_ours(model.get_submodule(QUERY).weight)
-    table = dequantized(w4a16)["shared.weight"]
+    table = small.dequantized(w4a16)["shared.weight"]
     assert torch.equal(model.shared.weight.float(), table.bfloat16().float())
     assert small.conditioning(clip).isfinite().all()
 
@@ -229,7 +213,7 @@ def test_codewords_of_3_bits_open_too(plain):
     clip = small.opened(target)
     assert layouts.format_of(transformer(clip).get_submodule(QUERY).weight) == "vq"
     found = small.conditioning(clip)
-    assert small.db(small.conditioning(small.t5(dequantized(target))), found) > 40
+    assert small.db(small.conditioning(small.t5(small.dequantized(target))), found) > 40
     assert small.db(small.conditioning(small.opened(plain)), found) > 5
 
 
