@@ -13,6 +13,7 @@ import nodes
 import several_encoders as several
 import small_encoders as small
 from nibble.nodes.bridge.quantized import encoders, layouts
+from nibble.nodes.text_encoders import NibbleLoadCLIP
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 
@@ -103,8 +104,17 @@ def test_the_conditioning_is_that_of_the_numbers_in_the_files(folder, model):
             assert small.db(part, found[name]) > 45, name
 
 
-def test_both_encoders_of_hidream_can_be_ours(folder):
-    assert ours_of(opened("hidream", ours)) == {"t5xxl", "llama"}
+def test_the_node_loads_hidreams_four(folder):
+    """CLIP-L and CLIP-G as they are, T5 and Llama at 4 bits."""
+    output = opened("hidream", _node)
+    assert ours_of(output.args[0]) == {"t5xxl", "llama"}
+    summary = output.ui["nibble_chart"][0]["summary"]
+    assert ["type", "hidream"] in summary
+    assert sum("4-bit weights" in words for _, words in summary) == 2
+
+
+def _node(*names):
+    return NibbleLoadCLIP.execute(**{f"clip_name{i}": name for i, name in enumerate(names, 1)})
 
 
 def test_clip_l_beside_ours_is_as_it_is_alone(folder):
