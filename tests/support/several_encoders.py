@@ -6,6 +6,7 @@ whose list is large, have numbers of their own:
 
     wide   T5 of 4096 channels, which SD3 joins CLIP's to, with the first 1000 words
     deep   T5 of 24 layers, by which HiDream tells it from Llama
+    demo   T5 of 64 channels, as many as the demo FLUX reads
 """
 
 import contextlib
@@ -31,6 +32,7 @@ CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 T5 = {
     "wide": {"d_model": 4096, "num_heads": 1, "d_ff": 64, "num_layers": 1, "vocab_size": 1000},
     "deep": {"d_model": 128, "num_heads": 2, "d_ff": 256, "num_layers": 24},
+    "demo": {"d_model": 64, "num_heads": 1, "d_ff": 128, "num_layers": 3},
 }
 LLAMA = {
     "hidden_size": 128,
@@ -108,6 +110,7 @@ _MAKE = {
     "clip_g": lambda: _clip("clip_config_bigg.json"),
     "wide": lambda: _t5("wide"),
     "deep": lambda: _t5("deep"),
+    "demo": lambda: _t5("demo"),
     "llama": _llama,
 }
 

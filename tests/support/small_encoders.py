@@ -13,8 +13,6 @@ import comfy.text_encoders.sd3_clip as sd3
 import torch
 from safetensors.torch import load_file, save_file
 
-from nibble.quant.files.checkpoint import open_quantized
-from nibble.quant.weights.formats import weight_of
 from tiny_encoders import Target
 
 T5 = {"d_model": 128, "d_kv": 64, "num_heads": 2, "d_ff": 256, "num_layers": 3}
@@ -75,20 +73,6 @@ def small_xxl():
         mock.patch.object(comfy.sd, "detect_te_model", lambda state: known),
     ):
         yield
-
-
-def dequantized(path: Path) -> dict[str, torch.Tensor]:
-    """The file's encoder in float32, by the formats' definitions."""
-    file, state = open_quantized(path), load_file(path)
-    whole = {}
-    for name, facts in file.layers.items():
-        if facts["format"] == "int8_tensorwise":
-            codes, scale = state[f"{name}.weight"], state[f"{name}.weight_scale"]
-            whole[f"{name}.weight"] = codes.float() * scale
-        else:
-            whole[f"{name}.weight"] = weight_of(file, name).dequantize()
-    kept = [key for key in state if key.rpartition(".")[0] not in file.layers]
-    return whole | {key: state[key].float() for key in kept}
 
 
 def conditioning(clip, text: str = "a red fox asleep in fresh snow") -> torch.Tensor:

@@ -17,6 +17,7 @@ import encoder_shapes
 import nodes
 import small_encoders as small
 import tiny_encoders
+from dequantized_files import dequantized
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
 from nibble.nodes.bridge.quantized import encoders, layouts, loading
@@ -83,12 +84,12 @@ def test_the_layers_are_ours_and_the_table_is_comfyuis(path):
 
 def test_the_conditioning_is_that_of_the_numbers_in_the_file(w4a16):
     """4-bit weights and 16-bit inputs are exact products of what the file says."""
-    expected = small.conditioning(small.t5(small.dequantized(w4a16)))
+    expected = small.conditioning(small.t5(dequantized(w4a16)))
     assert small.db(expected, small.conditioning(small.opened(w4a16))) > 60
 
 
 def test_inputs_of_8_bits_cost_little(path):
-    expected = small.conditioning(small.t5(small.dequantized(path)))
+    expected = small.conditioning(small.t5(dequantized(path)))
     assert small.db(expected, small.conditioning(small.opened(path))) > 25
 
 
@@ -115,7 +116,7 @@ def lora(rank: int = 4) -> dict[str, torch.Tensor]:
 
 def test_a_lora_does_what_it_does_to_the_same_weights_in_16_bit(w4a16):
     changed = []
-    for clip in (small.t5(small.dequantized(w4a16)), small.opened(w4a16)):
+    for clip in (small.t5(dequantized(w4a16)), small.opened(w4a16)):
         _, patched = comfy.sd.load_lora_for_models(None, clip, lora(), 0, 1.0)
         changed += [small.conditioning(patched), small.conditioning(clip)]
     with_lora, without, ours, ours_without = changed
@@ -197,7 +198,7 @@ def test_an_encoder_that_comfyui_builds_without_formats_gets_the_table_in_16_bit
     )
     model = clip.cond_stage_model.t5base.transformer
     assert layouts.is_ours(model.get_submodule(QUERY).weight)
-    table = small.dequantized(w4a16)["shared.weight"]
+    table = dequantized(w4a16)["shared.weight"]
     assert torch.equal(model.shared.weight.float(), table.bfloat16().float())
     assert small.conditioning(clip).isfinite().all()
 
@@ -213,7 +214,7 @@ def test_codewords_of_3_bits_open_too(plain):
     clip = small.opened(target)
     assert layouts.format_of(transformer(clip).get_submodule(QUERY).weight) == "vq"
     found = small.conditioning(clip)
-    assert small.db(small.conditioning(small.t5(small.dequantized(target))), found) > 40
+    assert small.db(small.conditioning(small.t5(dequantized(target))), found) > 40
     assert small.db(small.conditioning(small.opened(plain)), found) > 5
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import nodes
 import several_encoders as several
 import small_encoders as small
+from dequantized_files import dequantized
 from nibble.nodes.bridge.quantized import encoders, layouts
 from nibble.nodes.text_encoders import NibbleLoadCLIP
 from nibble.quant.svdquant.quantize import quantize_checkpoint
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
         if path.stem not in KEPT:
             four = path.with_name(f"four-{path.name}")
             quantize_checkpoint(path, four, Recipe.from_preset("fast"))
-            save_file(small.dequantized(four), path.with_name(f"whole-{path.name}"))
+            save_file(dequantized(four), path.with_name(f"whole-{path.name}"))
     patch = pytest.MonkeyPatch()
     patch.setitem(
         folder_paths.folder_names_and_paths, "text_encoders", ([str(home)], {".safetensors"})
