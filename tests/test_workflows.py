@@ -96,17 +96,13 @@ def test_whatever_is_not_ours_has_a_link_in_the_templates_that_quantize(workflow
 
 
 def test_the_template_of_a_text_encoder_brings_what_its_nodes_choose():
-    (nodes,) = [
-        found
-        for path in WORKFLOWS
-        if "NibbleQuantizeTextEncoder" in {node["type"] for node in (found := read(path)["nodes"])}
-    ]
-    by_type = {node["type"]: node for node in nodes}
+    templates = [{node["type"]: node for node in read(path)["nodes"]} for path in WORKFLOWS]
+    (by_type,) = [found for found in templates if "NibbleQuantizeTextEncoder" in found]
     quantizer, loader = by_type["NibbleQuantizeTextEncoder"], by_type["NibbleLoadCLIP"]
     assert [model["name"] for model in models_of(quantizer)] == ["t5xxl_fp16.safetensors"]
     assert [model["name"] for model in models_of(loader)] == ["clip_l.safetensors"]
     chosen = next(slot for slot in loader["inputs"] if slot["name"] == "clip_name1")
     assert chosen["link"] in quantizer["outputs"][0]["links"]
     note = by_type["MarkdownNote"]["widgets_values"][0]
-    for model in (file for node in nodes for file in models_of(node)):
+    for model in (file for node in by_type.values() for file in models_of(node)):
         assert f"[{model['name']}]({model['url']}) into **models/{model['directory']}**" in note
