@@ -57,7 +57,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
                 io.Combo.Input(
                     "clip_name",
                     options=text_encoder.sources() or [NO_SOURCES],
-                    tooltip="A 16-bit or fp8 text encoder in models/text_encoders.",
+                    tooltip="A 16-bit, fp8 or GGUF text encoder in models/text_encoders.",
                 ),
                 widgets.preset_input(_PRESETS),
                 *widgets.target_inputs("-<format>"),
@@ -129,7 +129,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
         ).run()
         cls.made(name, encoders.FOLDER)
         chart = charts.layers_chart(report, name, f"{format}, {preset}")
-        words = close.in_words() if close else "not compared: 16 bit does not fit in memory"
+        words = close.in_words() if close else "not compared: 16 bit cannot be run here"
         chart["summary"] = encoders.of_prompts(chart["summary"])
         chart["summary"].insert(1, ["conditioning", words])
         return io.NodeOutput(name, ui=charts.ui(chart))
