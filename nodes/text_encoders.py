@@ -68,7 +68,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
                 io.Combo.Input(
                     "clip_name",
                     options=text_encoder.sources() or [NO_SOURCES],
-                    tooltip="A 16-bit or fp8 text encoder in models/text_encoders.",
+                    tooltip="A 16-bit, fp8 or GGUF text encoder in models/text_encoders.",
                 ),
                 widgets.preset_input(_PRESETS),
                 *widgets.target_inputs("-<format>"),
@@ -140,7 +140,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
         ).run()
         cls.made(name, encoders.FOLDER)
         chart = charts.layers_chart(report, name, f"{format}, {preset}")
-        words = close.in_words() if close else "not compared: 16 bit does not fit in memory"
+        words = close.in_words() if close else "not compared: 16 bit cannot be run here"
         chart["summary"] = encoders.of_prompts(chart["summary"])
         chart["summary"].insert(1, ["conditioning", words])
         return io.NodeOutput(name, ui=charts.ui(chart))
@@ -161,26 +161,23 @@ def _type_input() -> io.Combo.Input:
 
 
 class NibbleLoadCLIP(file_nodes.FileNode):
-    """Loads one to three text encoders, any of them quantized."""
+    """Loads one to four text encoders, any of them quantized."""
 
-    STAMPS = {f"clip_name{number}": _stamp for number in (1, 2, 3)}
+    STAMPS = {f"clip_name{number}": _stamp for number in (1, 2, 3, 4)}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         names = folders.names(encoders.FOLDER)
-        more = [
-            io.Combo.Input(
+
+        def another(number: int, tooltip: str) -> io.Combo.Input:
+            return io.Combo.Input(
                 f"clip_name{number}",
                 options=[NONE, *names],
                 default=NONE,
                 optional=True,
                 tooltip=tooltip,
             )
-            for number, tooltip in (
-                (2, "A second encoder, where the model has two, such as CLIP-L beside T5."),
-                (3, "A third encoder, where the model has three (SD3)."),
-            )
-        ]
+
         return io.Schema(
             node_id="NibbleLoadCLIP",
             display_name="Load Quantized CLIP",
@@ -207,7 +204,8 @@ class NibbleLoadCLIP(file_nodes.FileNode):
                     options=names or [NO_SOURCES],
                     tooltip="A text encoder in models/text_encoders, quantized or not.",
                 ),
-                *more,
+                another(2, "A second encoder, where the model has two, such as CLIP-L beside T5."),
+                another(3, "A third encoder, where the model has three (SD3)."),
                 _type_input(),
                 io.Combo.Input(
                     "device",
@@ -224,6 +222,8 @@ class NibbleLoadCLIP(file_nodes.FileNode):
                     optional=True,
                     tooltip="Check every tensor of Nibble's files against its checksum before use.",
                 ),
+                # behind the others: old workflows store values by place
+                another(4, "A fourth encoder, where the model has four (HiDream)."),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Clip.Output("clip", tooltip="The text encoder.")],
@@ -244,8 +244,10 @@ class NibbleLoadCLIP(file_nodes.FileNode):
         type="auto",
         device="default",
         verify=True,
+        clip_name4=NONE,
     ) -> io.NodeOutput:
-        names = [name for name in (clip_name1, clip_name2, clip_name3) if name != NONE]
+        given = (clip_name1, clip_name2, clip_name3, clip_name4)
+        names = [name for name in given if name != NONE]
         clip, kind = encoders.load(names, type, device, verify)
         return io.NodeOutput(clip, ui=charts.ui(encoders.chart(names, kind, clip)))
 

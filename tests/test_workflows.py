@@ -117,3 +117,16 @@ def test_whatever_is_not_ours_has_a_link_in_the_templates_that_quantize(workflow
             connected = any(slot["name"] == "model" and slot["link"] for slot in node["inputs"])
             source = node["widgets_values"][0]
             assert connected or models_of(node) or any(part in source for part in OURS)
+
+
+def test_the_template_of_a_text_encoder_brings_what_its_nodes_choose():
+    templates = [{node["type"]: node for node in read(path)["nodes"]} for path in WORKFLOWS]
+    (by_type,) = [found for found in templates if "NibbleQuantizeTextEncoder" in found]
+    quantizer, loader = by_type["NibbleQuantizeTextEncoder"], by_type["NibbleLoadCLIP"]
+    assert [model["name"] for model in models_of(quantizer)] == ["t5xxl_fp16.safetensors"]
+    assert [model["name"] for model in models_of(loader)] == ["clip_l.safetensors"]
+    chosen = next(slot for slot in loader["inputs"] if slot["name"] == "clip_name1")
+    assert chosen["link"] in quantizer["outputs"][0]["links"]
+    note = by_type["MarkdownNote"]["widgets_values"][0]
+    for model in (file for node in by_type.values() for file in models_of(node)):
+        assert f"[{model['name']}]({model['url']}) into **models/{model['directory']}**" in note

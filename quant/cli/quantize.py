@@ -22,7 +22,7 @@ from ..files.checkpoint import open_quantized
 from ..files.errors import FileRefused
 from ..files.prompts import Prompts
 from ..files.report import Report
-from ..files.safetensors import read_header
+from ..files.source_files import open_stored
 from ..job.checkpoint_run import QuantizeJob
 from ..job.measurement import Measurement
 from ..svdquant.recipe import WIDE_SHARE
@@ -139,8 +139,8 @@ def _encoders_own(options: argparse.Namespace) -> None:
     chosen = (options.format, options.rank, options.activations, options.group)
     if options.method != "svdquant" or any(value is not None for value in chosen):
         return
-    if source.is_file() and source.suffix == ".safetensors":
-        shapes = {name: info.shape for name, info in read_header(source).tensors.items()}
+    if source.is_file() and source.suffix in (".safetensors", ".gguf"):
+        shapes = {name: info.shape for name, info in open_stored(source).tensors.items()}
         if text_encoders.family_of(shapes) is not None:
             options.format, options.rank = "svdquant_w4a8", 0
 

@@ -17,6 +17,7 @@ source.py         the model that is quantized, decoded
 source_files.py   the files that it may be in: one, several, a folder, GGUF
 source_layouts.py how ComfyUI's own quantized formats are read
 gguf_file.py      how GGUF is read
+gguf_encoders.py  llama.cpp's names of a text encoder's tensors
 diffusers_names.py  diffusers' names of a model's tensors (diffusers_names.json)
 stored_tensors.py tensors as they are stored, read one by one
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)

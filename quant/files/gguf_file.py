@@ -26,7 +26,7 @@ _PLAIN = {
     "I16": torch.int16,
     "I8": torch.int8,
 }
-# `general.architecture` of what is no diffusion model
+# `general.architecture` of what is no diffusion model; gguf_encoders.py reads some of them
 _ENCODERS = ("t5", "t5encoder", "llama", "qwen", "gemma", "mistral", "phi", "bert", "gpt", "clip")
 _ORIGINAL = "comfy.gguf.orig_shape."
 
@@ -39,8 +39,9 @@ class _Place(NamedTuple):
 
 
 class GgufFile(StoredTensors):
-    """An opened file. Raises FileRefused where `gguf` is not installed, for text encoders, and for
-    files that are parts of one.
+    """An opened file. architecture: `general.architecture`; heads: of a language model's attention,
+    those of the queries and of the keys, 1 where it does not say. Raises FileRefused where `gguf`
+    is not installed, and for files that are parts of one.
     """
 
     def __init__(self, path: Path):
@@ -54,7 +55,11 @@ class GgufFile(StoredTensors):
             )
         self._gguf: Any = gguf
         reader = gguf.GGUFReader(path)
-        self._refuse_others(reader)
+        self._refuse_parts(reader)
+        self.architecture = str(_field(reader, "general.architecture") or "")
+        queries = int(_field(reader, f"{self.architecture}.attention.head_count") or 1)
+        keys = _field(reader, f"{self.architecture}.attention.head_count_kv")
+        self.heads = (queries, int(keys or queries))
         self._places: dict[str, _Place] = {}
         self._kinds: dict[str, str] = {}
         self._infos: dict[str, StoredTensor] = {}
@@ -78,13 +83,12 @@ class GgufFile(StoredTensors):
         self._places[name] = place
         self._infos[name] = StoredTensor(dtype, shape, place.nbytes)
 
-    def _refuse_others(self, reader: Any) -> None:
-        family = str(_field(reader, "general.architecture") or "")
-        if family.startswith(_ENCODERS):
-            raise FileRefused(
-                f"{self.name} is a text encoder ({family}) and not a diffusion model: it belongs in"
-                " models/text_encoders; choose a file from the diffusion_models folder."
-            )
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it says that it is a language model or its like."""
+        return self.architecture.startswith(_ENCODERS)
+
+    def _refuse_parts(self, reader: Any) -> None:
         if int(_field(reader, "split.count") or 0) > 1:
             raise FileRefused(
                 f"{self.name} is one of several parts of a model; join them first"

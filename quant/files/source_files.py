@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+from . import gguf_encoders
 from .diffusers_names import in_comfyui_names
 from .errors import FileRefused, reading
 from .gguf_file import GgufFile
@@ -31,7 +32,7 @@ def open_stored(path: Path) -> StoredTensors:
         if path.is_dir():
             return _folder(path)
         if path.suffix.lower() == ".gguf":
-            return GgufFile(path)
+            return gguf_encoders.in_comfyui_names(GgufFile(path))
         if path.name.endswith(INDEX):
             return _shards(path, _listed(path))
         if SHARD.fullmatch(path.name):

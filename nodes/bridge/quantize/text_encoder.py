@@ -26,9 +26,10 @@ from ....quant.calibration.statistics import InputStats
 from ....quant.files.errors import FileRefused
 from ....quant.files.report import Report
 from ....quant.files.source import Source
+from ....quant.files.text_encoders import family_of
 from ....quant.job.measurement import Measurement
 from ....quant.svdquant.quantize import SVDQuantJob
-from ..host import folders
+from ..host import file_names, folders
 from ..host.progress import Progress
 from ..quantized import encoders
 from ..quantized.encoders import FOLDER
@@ -36,9 +37,14 @@ from .job import new_name, watched
 from .prompts import OWN
 from .record_inputs import fits_in_memory
 
+_GGUF = ".gguf"
 _WEIGHTS_ALONE = {"kind": "weights only"}
 # how ComfyUI calls what files of vision-language models call otherwise
 _RENAMED = (("model.language_model.", "model."), ("model.visual.", "visual."))
+IN_GGUF = (
+    "{name} is a GGUF file, which ComfyUI cannot run as a text encoder, and the preset 'best' has"
+    " to run it; choose 'fast', which reads the weights alone, or the same encoder as .safetensors."
+)
 TOO_LARGE = (
     "{name} in 16 bit does not fit in memory, and the preset 'best' has to run it; choose 'fast',"
     " which reads the weights alone, or quantize on a machine with more memory."
@@ -99,10 +105,11 @@ class TextEncoderRequest:
 
     def run(self) -> tuple[str, Report, Closeness | None]:
         """Quantizes; returns the new file's name, the report, and how close its conditioning is
-        (None where the 16-bit encoder does not fit in memory). Raises FileRefused and ValueError.
+        (None where the 16-bit encoder cannot be run). Raises FileRefused and ValueError.
         """
         source = Source(folders.path_of(self.clip_name, FOLDER))
-        wanted = new_name(self.clip_name, self.filename, self.ending, FOLDER)
+        origin = file_names.without(self.clip_name, _GGUF)
+        wanted = new_name(origin, self.filename, self.ending, FOLDER)
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
             job = SVDQuantJob.prepare(source, new.held, self.recipe)
             self._check(job)
@@ -135,12 +142,14 @@ class TextEncoderRequest:
         return [text for text, out in zip(self.texts, held, strict=True) if out] or list(self.texts)
 
     def _check(self, job: SVDQuantJob) -> None:
-        if not encoders.encoder_of(job.source.path):
+        if family_of(job.source.shapes) is None:
             raise FileRefused(
                 f"{self.clip_name} is a diffusion model ({job.architecture}) and no text encoder:"
                 " it belongs in models/diffusion_models, where SVDQuant Quantize Checkpoint takes"
                 " it."
             )
+        if self.calibrated and not job.source.is_one_file:
+            raise ValueError(IN_GGUF.format(name=self.clip_name))
         if self.calibrated and not fits_in_memory(job.source.bytes):
             raise ValueError(TOO_LARGE.format(name=self.clip_name))
 
@@ -156,7 +165,7 @@ class TextEncoderRequest:
                 " give another filename."
             )
         encoded = Encoded()
-        if fits_in_memory(job.source.bytes):
+        if job.source.is_one_file and fits_in_memory(job.source.bytes):
             encoded = self._encoded([] if made else job.quantized_names)
         if made is not None:
             return made, encoded
@@ -235,4 +244,5 @@ def layers_of(clip: Any, names: list[str]) -> tuple[torch.nn.Module, Callable[[s
 def sources() -> list[str]:
     """Files that can be quantized: ComfyUI's text encoders that Nibble did not make."""
     made = set(encoders.quantized_files())
-    return [name for name in folders.names(FOLDER) if name not in made]
+    plain = [name for name in folders.names(FOLDER) if name not in made]
+    return plain + folders.every_name(FOLDER, _GGUF)

@@ -10,6 +10,7 @@ dynamic VRAM attaches patches.
 from __future__ import annotations
 
 import logging
+import sys
 
 import comfy.float
 import comfy.model_management
@@ -45,6 +46,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         self._lowvram_patch = None
         self._weight_functions = []
         self._patch_cache = lora.PatchCache()
+        self._planned: lora.WeightDelta | None = None  # between convert_weight and set_weight
 
     # ---- state dict: the file's names, in both directions
 
@@ -166,7 +168,8 @@ class Linear(comfy.ops.manual_cast.Linear):
         """
         if not layouts.is_ours(weight):
             return weight
-        if lora.has_plan(self, weight):
+        self._planned = lora.planned(self, weight, sys._getframe(1))
+        if self._planned is not None:
             return torch.empty(weight.shape, device="meta")
         return layouts.effective_weight(weight)
 
@@ -179,7 +182,7 @@ class Linear(comfy.ops.manual_cast.Linear):
         if inplace_update and not return_weight:
             return self._set_hooked(weight)
         if weight.is_meta:
-            patched = lora.apply_plan(self)
+            patched, self._planned = lora.with_plan(self, self._planned), None
         else:
             patched = lora.absorb_dense(self.weight, weight)
         if return_weight:

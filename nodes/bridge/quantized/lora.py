@@ -7,20 +7,22 @@ made:
     ComfyUI                       lora.py                          Linear (linear.py)
     prepare_sampling(model) ────► plan_patches: checks, keeps
       load_models_gpu             the patches of every layer
-        convert_weight(W) ───────────────────────────────────────► has_plan?
+        convert_weight(W) ───────────────────────────────────────► planned?
                                   reads them as a WeightDelta ◄──┘
                            ◄────────────────────────────────────── a tensor without storage
         calculate_weight: arithmetic on nothing
-        set_weight(result) ──────────────────────────────────────► apply_plan
+        set_weight(result) ──────────────────────────────────────► with_plan
                                   concat_branch: its factors ◄───┘
                                   behind the layer's own, same codes
     end of prepare_sampling ────► the plans are forgotten
 
-Loaded whole for anything else (no plan), `set_weight` gets the new weight W', and `absorb_dense`
-splits W' - W into factors; what has no low rank stays beside the layer, dense, in 16 bit. A hook
-that is switched on and off between steps keeps that change, too (`dense_delta`). Attached for the
-forward pass (low VRAM, dynamic VRAM), `PatchCache` reads the patches as a plan would, and the layer
-adds them to its branch while it computes.
+A text encoder is loaded with nothing around it that could be asked, so there the patches are read
+from the call that asks for the converted weight (`_of_call`). Of patches that are no sum of factors
+and rows, `set_weight` gets the new weight W', and `absorb_dense` splits W' - W into factors; what
+has no low rank stays beside the layer, dense, in 16 bit. A hook that is switched on and off between
+steps keeps that change, too (`dense_delta`). Attached for the forward pass (low VRAM, dynamic
+VRAM), `PatchCache` reads the patches as a plan would, and the layer adds them to its branch while
+it computes.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 
 import comfy.lora
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 
 from ....quant.weights.delta import WeightDelta, append_factors, pad_rank
@@ -68,18 +71,15 @@ def row_fold_of(weight: QuantizedTensor) -> torch.Tensor | None:
     return layouts.unpack(weight).effective_bias() if weight.params.folds_bias else None
 
 
-# ---- loaded whole, for a sampler
+# ---- loaded whole
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
-    """A layer's patches until they are applied. effect: found by has_plan, used up by
-    apply_plan.
-    """
+    """A layer's patches until they are applied."""
 
     name: str
     entries: list[tuple]
-    effect: patches.PatchEffect | None = None
 
 
 _plans: ContextVar = ContextVar(
@@ -97,15 +97,19 @@ def plan_patches(executor, model, *args, **kwargs):
     for key, entries in model.patches.items():
         layer = layer_of(model, key)
         if layer is not None:
-            name = key.removeprefix("diffusion_model.").removesuffix(".weight")
-            patches.check(entries, tuple(layer.weight.shape), name)
-            patches.check_finite(entries, name)
-            plans[id(layer)] = _Plan(name, entries)
+            plans[id(layer)] = _checked(key, entries, tuple(layer.weight.shape))
     token = _plans.set(plans)
     try:
         return executor(model, *args, **kwargs)
     finally:
         _plans.reset(token)
+
+
+def _checked(key: str, entries: list[tuple], shape: tuple[int, int]) -> _Plan:
+    name = key.removeprefix("diffusion_model.").removesuffix(".weight")
+    patches.check(entries, shape, name)
+    patches.check_finite(entries, name)
+    return _Plan(name, entries)
 
 
 def layer_of(model, key: str) -> torch.nn.Module | None:
@@ -118,23 +122,34 @@ def layer_of(model, key: str) -> torch.nn.Module | None:
     return getattr(getattr(module, "convert_weight", None), "__self__", None)
 
 
-def has_plan(layer: torch.nn.Module, weight: QuantizedTensor) -> bool:
-    """Whether the patches about to be computed for a layer are known, and simple enough to need no
-    whole weight. `weight`: its copy on their device.
+def planned(
+    layer: torch.nn.Module, weight: QuantizedTensor, caller: FrameType
+) -> WeightDelta | None:
+    """What the patches about to be computed for a layer change, where they are known and simple
+    enough to need no whole weight.
+
+    weight: its copy on their device; caller: the call that wants it converted. Raises DoesNotFit.
     """
-    plan = _plans.get().get(id(layer))
+    plan = _plans.get().get(id(layer)) or _of_call(caller, tuple(weight.shape))
     if plan is None:
-        return False
-    plan.effect = _effect_on(weight, plan.entries, plan.name, weight.device)
-    if plan.effect is not None and plan.effect.delta.dense is not None:
-        plan.effect = None
-    return plan.effect is not None
+        return None
+    effect = _effect_on(weight, plan.entries, plan.name, weight.device)
+    return None if effect is None or effect.delta.dense is not None else effect.delta
 
 
-def apply_plan(layer: torch.nn.Module) -> QuantizedTensor:
-    """The layer's weight with what its plan says, on the device where that was computed."""
-    plan = _plans.get()[id(layer)]
-    delta, plan.effect = plan.effect.delta, None
+def _of_call(caller: FrameType, shape: tuple[int, int]) -> _Plan | None:
+    """The patches that a call of ModelPatcher.patch_weight_to_device applies; None for any other
+    call. ComfyUI passes a layer its weight alone, and tells nobody that it loads an encoder.
+    """
+    if caller.f_code is not ModelPatcher.patch_weight_to_device.__code__:
+        return None
+    patcher, key = caller.f_locals["self"], caller.f_locals["key"]
+    entries = patcher.patches.get(key)
+    return None if entries is None else _checked(key, entries, shape)
+
+
+def with_plan(layer: torch.nn.Module, delta: WeightDelta) -> QuantizedTensor:
+    """The layer's weight with what was planned, on the device where that was computed."""
     device = layer.weight.device
     if delta.up is not None:
         device = delta.up.device
@@ -154,7 +169,7 @@ def _effect_on(
     return patches.effect_of(entries, weight.shape, dense, name, device)
 
 
-# ---- loaded whole, for anything else
+# ---- loaded whole, by whole weights
 
 
 def dense_delta(weight: QuantizedTensor, patched: torch.Tensor) -> WeightDelta | None:

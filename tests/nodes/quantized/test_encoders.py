@@ -17,16 +17,15 @@ import encoder_shapes
 import nodes
 import small_encoders as small
 import tiny_encoders
+from dequantized_files import dequantized
 from nibble.accel.feather import Stage
 from nibble.nodes.bridge.feather import prune as feather
 from nibble.nodes.bridge.quantized import encoders, layouts, loading
-from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.svdquant.quantize import quantize_checkpoint
 from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.vq4dit.quantize import quantize_checkpoint as quantize_to_codewords
 from nibble.quant.vq4dit.recipe import Recipe as VQRecipe
-from nibble.quant.weights.formats import weight_of
 from pruned_encoders import tokens
 
 RECIPES = {
@@ -70,20 +69,6 @@ def folder(tmp_path, monkeypatch):
     )
     folder_paths.filename_list_cache.pop("text_encoders", None)
     return home
-
-
-def dequantized(path) -> dict[str, torch.Tensor]:
-    """The file's encoder in float32, by the formats' definitions."""
-    file, state = open_quantized(path), load_file(path)
-    whole = {}
-    for name, facts in file.layers.items():
-        if facts["format"] == "int8_tensorwise":
-            codes, scale = state[f"{name}.weight"], state[f"{name}.weight_scale"]
-            whole[f"{name}.weight"] = codes.float() * scale
-        else:
-            whole[f"{name}.weight"] = weight_of(file, name).dequantize()
-    kept = [key for key in state if key.rpartition(".")[0] not in file.layers]
-    return whole | {key: state[key].float() for key in kept}
 
 
 def transformer(clip):

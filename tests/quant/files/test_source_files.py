@@ -294,10 +294,7 @@ def test_without_the_package_gguf_is_refused_with_the_fix(tmp_path, monkeypatch)
         Source(tmp_path / "m.gguf")
 
 
-def test_a_text_encoder_or_a_damaged_gguf_is_refused(tmp_path, gguf):
-    path = gguf_file(gguf, tmp_path / "t5.gguf", {"a": torch.zeros(2, 32)}, {}, "t5encoder")
-    with pytest.raises(FileRefused, match="is a text encoder .t5encoder. and not a diffusion"):
-        Source(path)
+def test_a_damaged_gguf_is_refused(tmp_path, gguf):
     path = gguf_file(gguf, tmp_path / "m.gguf", weights(), {})
     path.write_bytes(path.read_bytes()[:-4096])
     with pytest.raises(FileRefused, match="m.gguf"):
