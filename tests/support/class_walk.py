@@ -71,6 +71,8 @@ def load(name: str, path: Path, patch: pytest.MonkeyPatch, **options):
         config.unet_config.update(family.options)
         return config
 
+    for part in family.parts():
+        patch.setattr(*part)
     patch.setattr(comfy.model_detection, "model_config_from_unet", told)
     patch.setattr(type(told()), "process_unet_state_dict", lambda self, state: state)
     return loading.load(path, dtype="fp32", **options)
