@@ -153,7 +153,7 @@ def wide(monkeypatch):
     class_walk.widen(monkeypatch)
 
 
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", class_walk.EVERY)
 def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch):
     dense = tiny_models.build(name)
     source = StateDictSource(class_walk.state(dense))
@@ -165,7 +165,7 @@ def test_a_tiny_model_is_quantized_loaded_and_draws(name, tmp_path, monkeypatch)
     assert guessed == (report.architecture == universal_plan.NAME)
 
 
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", class_walk.EVERY)
 def test_a_tiny_model_of_codewords_is_loaded_and_draws(name, tmp_path, monkeypatch):
     """VQ at 3 bits: the picture is nearer to that of 16 bit than a model of other weights draws."""
     path = class_walk.quantized(name, tmp_path, "vq")
@@ -183,7 +183,7 @@ def test_a_tiny_model_of_codewords_is_loaded_and_draws(name, tmp_path, monkeypat
 IN_RAM = {"flux", "minimax h3", "lens", "joyimage", "ace-step 1.5", "triposplat"}
 
 
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", class_walk.EVERY)
 def test_modulation_in_ram_gives_the_same_picture(name, tmp_path, monkeypatch):
     path = class_walk.quantized(name, tmp_path)
     in_vram = class_walk.load(name, path, monkeypatch)
