@@ -58,9 +58,9 @@ def test_a_text_encoder_is_counted_matrix_by_matrix(files):
     assert found.bytes == 2 * (large + small)
     assert (found.hidden, found.widest, found.largest) == (1024, 4096, 4096 * 1024)
     assert found.bytes_4 is None  # under a gigabyte
-    # 9216 rows of 4-bit weights; 32000 words are 8-bit rows
+    # 1024 + 4096 + 1024 rows of 4-bit weights; 32000 words are 8-bit rows
     table, rest = 32000 * 1024, 32 * 64 + 1024
-    four = large // 2 + large // 32 + 4 * 9216
+    four = large // 2 + large // 32 + 4 * 6144
     assert weights._four_bit(T5) == four + table + 4 * 32000 + 2 * rest
 
 
