@@ -5,8 +5,8 @@ Each stage runs in a process of its own, in ComfyUI's own classes and at full wi
 weights; the peak is the resident memory (VmHWM of /proc, reset before the work), so Linux only.
 
     program  Python, torch, ComfyUI and Nibble, imported
-    count    one step of a 16-bit FLUX.1 dev of four blocks on tensors without memory: the most that
-      is alive at once, as torch's flash attention leaves it, in bfloat16 and float32
+    count    a step of a 16-bit FLUX.1 dev of four blocks, and decoding, on tensors without memory:
+      the most that is alive at once, as torch's flash attention leaves it, in bfloat16 and float32
     encode   T5-XXL of a few blocks reads 512 tokens: what a block takes does not depend on how many
       there are
     sample   one step with --model at each of --sizes
@@ -146,7 +146,21 @@ def count(options) -> dict:
                 model(**inputs)
         plan = {"work": comfyui.sampling(factor, side * side, dtype.itemsize)}
         rows[str(dtype)] = {"work": alive.peak, "plan": plan}
+        rows[f"decode, {dtype}"] = _count_decoding(options.size, dtype)
     return rows
+
+
+def _count_decoding(size: int, dtype: torch.dtype) -> dict:
+    import published_sizes
+    from nibble.quant.files.memory.weights import published_vae
+
+    model = published_sizes.vae("flux").first_stage_model.to(dtype)
+    latent = torch.empty(1, 16, size // 8, size // 8, dtype=dtype, device="meta")
+    alive = Alive()
+    with torch.inference_mode(), alive:
+        model.decode(latent)
+    plan = published_vae("flux").decoder.bytes(1, (size, size), dtype.itemsize)
+    return {"work": alive.peak, "plan": {"work": plan}}
 
 
 def sample(options) -> dict:
