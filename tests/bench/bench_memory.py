@@ -5,12 +5,14 @@ Each stage runs in a process of its own, in ComfyUI's own classes and at full wi
 weights; the peak is the resident memory (VmHWM of /proc, reset before the work), so Linux only.
 
     program  Python, torch, ComfyUI and Nibble, imported
-    count    one step of a 16-bit FLUX.1 dev of four blocks on tensors without memory: the most that
-      is alive at once, as torch's flash attention leaves it, in bfloat16 and float32
+    count    a step of a 16-bit FLUX.1 dev of four blocks, and decoding, on tensors without memory:
+      the most that is alive at once, as torch's flash attention leaves it, in bfloat16 and float32
     encode   T5-XXL of a few blocks reads 512 tokens: what a block takes does not depend on how many
       there are
     sample   one step with --model at each of --sizes
     decode   FLUX.1's VAE, --size pixels
+    picture  all of it at once, as a workflow holds it: T5-XXL in 4 bits and CLIP-L read 512 tokens,
+      --model takes one step at --size, the VAE decodes tiles, and with --whole the picture at once
 
 `held` is what the stage holds before the work, `work` how much more at its peak; `plan` has the
 same of quant/files/memory.
@@ -20,12 +22,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +41,7 @@ import checkout  # noqa: F401
 import comfyui_in_process
 from bench import machine
 
-STAGES = ("program", "count", "encode", "sample", "decode")
+STAGES = ("program", "count", "encode", "sample", "decode", "picture")
 BLOCKS = 2  # of T5
 
 
@@ -142,12 +146,24 @@ def count(options) -> dict:
                 model(**inputs)
         plan = {"work": comfyui.sampling(factor, side * side, dtype.itemsize)}
         rows[str(dtype)] = {"work": alive.peak, "plan": plan}
+        rows[f"decode, {dtype}"] = _count_decoding(options.size, dtype)
     return rows
 
 
-def sample(options) -> dict:
-    import comfy.samplers
+def _count_decoding(size: int, dtype: torch.dtype) -> dict:
+    import published_sizes
+    from nibble.quant.files.memory.weights import published_vae
 
+    model = published_sizes.vae("flux").first_stage_model.to(dtype)
+    latent = torch.empty(1, 16, size // 8, size // 8, dtype=dtype, device="meta")
+    alive = Alive()
+    with torch.inference_mode(), alive:
+        model.decode(latent)
+    plan = published_vae("flux").decoder.bytes(1, (size, size), dtype.itemsize)
+    return {"work": alive.peak, "plan": {"work": plan}}
+
+
+def sample(options) -> dict:
     from nibble.nodes.bridge.quantized import loading
     from nibble.quant.cli.plan import model
     from nibble.quant.files.memory.stages import Loadout, Work, stages
@@ -156,47 +172,105 @@ def sample(options) -> dict:
     rows = {}
     for size in options.sizes:
         patcher = loading.load(options.model)
-        guider = comfy.samplers.CFGGuider(patcher)
         text = torch.randn(1, 512, 4096) * 0.25
         facts = {"pooled_output": torch.randn(1, 768), "guidance": 3.5}
-        guider.inner_set_conds({"positive": [[text, facts]]})
-        noise = torch.randn(1, 16, size // 8, size // 8)
-        euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0])
-
-        def step(guider=guider, noise=noise, euler=euler, sigmas=sigmas):
-            guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True)
-
-        found = measured(step)
+        found = measured(one_step(patcher, [[text, facts]], size))
         (stage,) = stages(loadout, Work(size=(size, size), card=None, ram=10**12))
         work = sum(part.bytes for part in stage.ram if part.kind == "work")
         plan = {"work": work, "held": stage.ram_peak - work, "peak": stage.ram_peak}
         rows[str(size)] = found | {"plan": plan}
-        del patcher, guider
+        del patcher
     return rows
 
 
-def decode(options) -> dict:
+def one_step(patcher, conditioning: list, size: int) -> Callable[[], object]:
+    """A step of FLUX.1 at so many pixels, to be run."""
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.inner_set_conds({"positive": conditioning})
+    noise = torch.randn(1, 16, size // 8, size // 8)
+    euler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0])
+    return lambda: guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True)
+
+
+def flux_vae():
+    """FLUX.1's VAE with random weights, in ComfyUI."""
     import comfy.sd
 
     import published_sizes
-    from nibble.quant.files.memory.comfyui import ON_A_CPU
-    from nibble.quant.files.memory.stages import PROGRAM
-    from nibble.quant.files.memory.weights import published_vae
 
     shapes = published_sizes.VAES["flux"]
+    logging.disable(logging.WARNING)  # it names every weight that is not there
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     vae = comfy.sd.VAE(sd=tensors, dtype=torch.float32)
     for parameter in vae.first_stage_model.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
-    side = options.size // 8
-    latent = torch.randn(1, 16, side, side)
-    tiles = (lambda: vae.decode_tiled(latent, 64, 64, 8)) if options.tiled else None
-    found = measured(tiles or (lambda: vae.decode(latent)))
-    kind = published_vae("flux")
-    size = (options.size, options.size)
-    bytes_of = kind.decoder.tiled if options.tiled else kind.decoder.bytes
-    work = bytes_of(1, size, 4) * ON_A_CPU
-    return found | {"plan": {"work": work, "held": PROGRAM + 4 * kind.numbers}}
+    return vae
+
+
+def decoding(vae, size: int, tiled: bool) -> Callable[[], object]:
+    """A picture to be decoded."""
+    latent = torch.randn(1, 16, size // 8, size // 8)
+    return (lambda: vae.decode_tiled(latent, 64, 64, 8)) if tiled else lambda: vae.decode(latent)
+
+
+def decode(options) -> dict:
+    from nibble.quant.files.memory.stages import DECODE
+
+    found = measured(decoding(flux_vae(), options.size, options.tiled))
+    return found | {"plan": planned("flux1-dev", options.size, options.tiled)[DECODE]}
+
+
+def planned(model: str, size: int, tiled: bool, encoders: list[str] = ()) -> dict[str, dict]:
+    """The plan of each stage on a CPU: what it takes, and what it holds at most."""
+    from nibble.quant.cli import plan
+    from nibble.quant.files.memory.stages import Loadout, Work, stages
+
+    vae, read = plan.vae_weights("flux"), tuple(map(plan.encoder, encoders))
+    loadout = Loadout(plan.model(model), read, vae, tiled=tiled)
+    rows = {}
+    for stage in stages(loadout, Work(size=(size, size), card=None, ram=10**12)):
+        work = sum(part.bytes for part in stage.ram if part.kind == "work")
+        rows[stage.name] = {"work": work, "held": stage.ram_peak - work, "peak": stage.ram_peak}
+    return rows
+
+
+def picture(options) -> dict:
+    import folder_paths
+
+    import flux_encoders
+    from nibble.nodes.bridge.quantized import encoders, loading
+    from nibble.quant.files.memory.stages import DECODE, ENCODE, SAMPLE
+
+    files = flux_encoders.files(options.encoders)
+    folder_paths.add_model_folder_path("text_encoders", str(options.encoders))
+    encoders.register()
+    clip, _ = encoders.load([path.name for path in files], verify=False)
+    patcher, vae = loading.load(options.model), flux_vae()
+    conditioning: list = []
+
+    def read() -> None:
+        tokens = clip.tokenize("cat " * 511)
+        conditioning.extend(clip.encode_from_tokens_scheduled(tokens))
+        conditioning[0][1]["guidance"] = 3.5
+
+    tiles, whole = (
+        planned(str(options.model), options.size, tiled, list(map(str, files)))
+        for tiled in (True, False)
+    )
+    work = {
+        ENCODE: (read, tiles[ENCODE]),
+        SAMPLE: (lambda: one_step(patcher, conditioning, options.size)(), tiles[SAMPLE]),
+        f"{DECODE} in tiles": (decoding(vae, options.size, True), tiles[DECODE]),
+    }
+    if options.whole:
+        work[DECODE] = (decoding(vae, options.size, False), whole[DECODE])
+    rows = {"size": options.size}
+    for name, (run, plan) in work.items():
+        rows[name] = measured(run) | {"plan": plan}
+        print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+    return rows | {"tokens": conditioning[0][0].shape[1]}
 
 
 def program(_options) -> dict:
@@ -216,10 +290,14 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parent / "results" / "memory.json"
     )
-    parser.add_argument("--model", type=Path, help="a 4-bit FLUX.1 file, for `sample`")
+    parser.add_argument("--model", type=Path, help="a 4-bit FLUX.1 file: `sample`, `picture`")
+    parser.add_argument(
+        "--encoders", type=Path, help="folder of the encoders of `picture`, made there (2.8 GB)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels, for `sample`")
-    parser.add_argument("--size", type=int, default=1024, help="pixels, for `decode`")
+    parser.add_argument("--size", type=int, default=1024, help="pixels: `decode`, `picture`")
     parser.add_argument("--tiled", action="store_true", help="`decode` in tiles")
+    parser.add_argument("--whole", action="store_true", help="`picture`: decode it whole, too")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--name", help="of the rows in --out (default: the stage's)")
     parser.add_argument("--alone", choices=STAGES, help=argparse.SUPPRESS)
@@ -231,7 +309,8 @@ def main() -> None:
     out = json.loads(options.out.read_text("utf-8")) if options.out.exists() else {}
     out["environment"] = machine.describe_cpu()
     for stage in options.stages:
-        if stage == "sample" and options.model is None:
+        needs = {"sample": (options.model,), "picture": (options.model, options.encoders)}
+        if None in needs.get(stage, ()):
             continue
         row = _in_a_process(stage)
         out[options.name or stage] = row

@@ -3,6 +3,7 @@ class.
 
     path = quantized("wan 2.1", folder)     its 4-bit file
     model = load("wan 2.1", path, patch)    that file by Nibble's loader
+    EVERY                                   parameters of a test: every family; all but KINDS slow
 """
 
 from __future__ import annotations
@@ -30,6 +31,25 @@ TINY = Recipe.from_preset("fast", rank=16, solver="svd", smoothing_grid=1)
 VQ_3 = VQRecipe.from_preset("fast", bits=3)
 FAMILIES = tiny_models.FAMILIES | WIDER
 LORA = "style.safetensors"
+# one of each kind, which every run of the tests walks; --slow walks through all
+KINDS = {
+    "flux",  # two streams of tokens that become one
+    "qwen-image",  # two streams
+    "z-image",  # one stream, behind refiners
+    "wan 2.1",  # cross-attention, a video
+    "cosmos predict 2",  # modulation of low rank, no gradient
+    "sdxl",  # a U-Net
+    "pixeldit",  # pixels in place of latents
+    "omnigen 2",  # layers that no group divides
+    "minimax h3",  # latents of several streams
+    "hidream o1",  # a language model
+    "hunyuan 3d 2.1",  # a mixture of experts, latents without width and height
+    "ace-step 1",  # sound, and convolutions
+}
+EVERY = [
+    name if name in KINDS else pytest.param(name, marks=pytest.mark.slow)
+    for name in tiny_models.FAMILIES
+]
 
 
 def widen(patch: pytest.MonkeyPatch) -> None:
@@ -71,6 +91,8 @@ def load(name: str, path: Path, patch: pytest.MonkeyPatch, **options):
         config.unet_config.update(family.options)
         return config
 
+    for part in family.parts():
+        patch.setattr(*part)
     patch.setattr(comfy.model_detection, "model_config_from_unet", told)
     patch.setattr(type(told()), "process_unet_state_dict", lambda self, state: state)
     return loading.load(path, dtype="fp32", **options)

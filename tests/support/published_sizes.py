@@ -59,7 +59,7 @@ def sizes(name: str) -> dict:
 def encoders() -> dict[str, dict]:
     """Text encoders, built by ComfyUI without memory."""
     import comfy
-    from comfy.text_encoders import llama, t5
+    from comfy.text_encoders import llama, qwen3vl, t5
 
     folder = Path(comfy.sd.__file__).parent
     made = {
@@ -67,8 +67,11 @@ def encoders() -> dict[str, dict]:
         "umt5-xxl": (t5.T5, "text_encoders/umt5_config_xxl.json"),
         "clip-l": (comfy.clip_model.CLIPTextModel, "sd1_clip_config.json"),
         "clip-g": (comfy.clip_model.CLIPTextModel, "clip_config_bigg.json"),
+        "qwen2.5-vl-3b": (llama.Qwen25_3B, None),
         "qwen2.5-vl-7b": (llama.Qwen25_7BVLI, None),
         "qwen3-4b": (llama.Qwen3_4B, None),
+        "qwen3-vl-4b": (qwen3vl._make_qwen3vl_model("qwen3vl_4b"), None),
+        "qwen3-vl-8b": (qwen3vl._make_qwen3vl_model("qwen3vl_8b"), None),
     }
     rows = {}
     for name, (cls, place) in made.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import torch
 
@@ -21,6 +22,25 @@ class Family:
     context: tuple[int, ...]  # of a prompt's embedding, without the batch
     # name → shape with batch, or a callable that makes the value
     extras: dict = dataclasses.field(default_factory=dict)
+    # parts that ComfyUI builds in one size: (module, class, sizes to give it, or None to leave it
+    # out)
+    smaller: tuple[tuple[str, str, dict | None], ...] = ()
+
+    def parts(self) -> list[tuple[object, str, object]]:
+        """(module, name, what stands there while the tiny model is built)."""
+        return [_smaller(*part) for part in self.smaller]
+
+
+def _smaller(name: str, part: str, sizes: dict | None) -> tuple[object, str, object]:
+    module = importlib.import_module(name)
+    cls = getattr(module, part)
+
+    def made(*arguments, **options):
+        if sizes is None:
+            return torch.nn.Identity()
+        return cls(*arguments, **(options | sizes))
+
+    return module, part, made
 
 
 HUNYUAN = dict(

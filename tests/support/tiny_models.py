@@ -10,6 +10,9 @@ prompt for it holds.
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import torch
 
 from tiny_flux_families import FLUX_LIKE
@@ -33,7 +36,10 @@ def build(name: str, seed: int = 0):
     # the configuration class sets some options itself, for the full size
     config.unet_config.update(family.options)
     config.set_inference_dtype(torch.float32, None)
-    model = config.get_model({}, "")
+    with contextlib.ExitStack() as tiny:
+        for part in family.parts():
+            tiny.enter_context(mock.patch.object(*part))
+        model = config.get_model({}, "")
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)

@@ -4,6 +4,8 @@ parameters, and what a prompt of it holds.
 
 from __future__ import annotations
 
+import torch
+
 from tiny_family import HUNYUAN, KANDINSKY, TOKENS, Family, masks
 
 WAN = dict(
@@ -92,6 +94,20 @@ OTHERS = {
         COSMOS | dict(image_model="cosmos_predict2"),
         (16, 2, 8, 8),
         (TOKENS, 24),
+    ),
+    "anima": Family(
+        "Anima",
+        COSMOS | dict(image_model="anima"),
+        (16, 2, 8, 8),
+        (TOKENS, 24),
+        {"t5xxl_ids": lambda: torch.arange(TOKENS), "t5xxl_weights": lambda: torch.ones(TOKENS)},
+        smaller=(
+            (
+                "comfy.ldm.anima.model",
+                "LLMAdapter",
+                dict(source_dim=24, target_dim=24, model_dim=32, num_layers=1, num_heads=2),
+            ),
+        ),
     ),
     "cogvideox": Family(
         "CogVideoX_T2V",
@@ -203,7 +219,7 @@ OTHERS = {
         "Hunyuan3Dv2_1",
         dict(
             image_model="hunyuan3d2_1",
-            in_channels=16,
+            in_channels=64,
             hidden_size=64,
             context_dim=24,
             depth=4,
@@ -213,14 +229,14 @@ OTHERS = {
             num_experts=2,
             moe_top_k=1,
         ),
-        (16, 24),
+        (64, 24),
         (TOKENS, 24),
     ),
     "hunyuan 3d 2": Family(
         "Hunyuan3Dv2",
         dict(
             image_model="hunyuan3d2",
-            in_channels=16,
+            in_channels=64,
             context_in_dim=24,
             hidden_size=64,
             mlp_ratio=2.0,
@@ -230,7 +246,7 @@ OTHERS = {
             qkv_bias=True,
             guidance_embed=False,
         ),
-        (16, 24),
+        (64, 24),
         (TOKENS, 24),
     ),
 }

@@ -4,6 +4,8 @@ parameters, and what a prompt of it holds.
 
 from __future__ import annotations
 
+import torch
+
 from tiny_family import HUNYUAN, KANDINSKY, TOKENS, Family, masks
 
 LUMINA = dict(
@@ -36,6 +38,18 @@ ZIMAGE = LUMINA | dict(
 
 PIXEL = dict(
     decoder_hidden_size=16, decoder_num_res_blocks=1, decoder_max_freqs=2, decoder_in_channels=12
+)
+
+PIXELDIT = dict(
+    num_groups=2,
+    hidden_size=64,
+    pixel_hidden_size=8,
+    pixel_attn_hidden_size=32,
+    pixel_num_groups=2,
+    patch_depth=3,
+    pixel_depth=1,
+    txt_embed_dim=24,
+    txt_max_length=16,
 )
 
 PICTURES = {
@@ -270,21 +284,14 @@ PICTURES = {
         (TOKENS, 24),
     ),
     "pixeldit": Family(
-        "PixelDiTT2I",
-        dict(
-            image_model="pixeldit_t2i",
-            num_groups=2,
-            hidden_size=64,
-            pixel_hidden_size=8,
-            pixel_attn_hidden_size=32,
-            pixel_num_groups=2,
-            patch_depth=3,
-            pixel_depth=1,
-            txt_embed_dim=24,
-            txt_max_length=16,
-        ),
-        (3, 32, 48),
+        "PixelDiTT2I", PIXELDIT | dict(image_model="pixeldit_t2i"), (3, 32, 48), (TOKENS, 24)
+    ),
+    "pid": Family(
+        "PiD",
+        PIXELDIT | dict(image_model="pid", lq_hidden_dim=32, lq_num_res_blocks=1, sr_scale=4),
+        (3, 32, 64),
         (TOKENS, 24),
+        {"lq_latent": (1, 16, 1, 2), "degrade_sigma": lambda: torch.tensor([0.5])},
     ),
     "boogu": Family(
         "Boogu",

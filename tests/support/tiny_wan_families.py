@@ -9,6 +9,7 @@ import torch
 from tiny_family import TOKENS, Family
 from tiny_other_families import WAN
 
+MODEL = "comfy.ldm.wan.model"
 SMALL = WAN | dict(dim=64, ffn_dim=128)
 VIDEO = (16, 2, 8, 8)
 TEXT = (TOKENS, 24)
@@ -52,6 +53,24 @@ WAN_KIN = {
         {"pose_video_latent": (1, 16, 2, 4, 4)},
     ),
     "scail 2": Family("WAN21_SCAIL2", SMALL | dict(model_type="scail2", in_dim=20), VIDEO, TEXT),
+    "humo": Family(
+        "WAN21_HuMo",
+        SMALL | dict(model_type="humo", in_dim=36),
+        VIDEO,
+        TEXT,
+        {"audio_embed": (1, 2, 8, 5, 32)},
+        smaller=((MODEL, "AudioProjModel", dict(channels=32, intermediate_dim=32)),),
+    ),
+    # an adapter of faces behind blocks 0, 5, …; what looks at the faces is 22 million weights and
+    # is left out
+    "wan 2.2 animate": Family(
+        "WAN22_Animate",
+        SMALL | dict(model_type="animate", in_dim=36, num_layers=5, motion_encoder_dim=32),
+        VIDEO,
+        TEXT,
+        {"pose_video_latent": (1, 16, 1, 8, 8)},
+        smaller=((f"{MODEL}_animate", "Generator", None),),
+    ),
 }
 
 

@@ -51,7 +51,7 @@ class Work:
 
     @property
     def more(self) -> int:
-        """By how much computing takes more than on a GPU."""
+        """By how much a step takes more than on a GPU."""
         return comfyui.ON_A_CPU if self.card is None else 1
 
 
@@ -160,7 +160,9 @@ def _decoding(loadout: Loadout, work: Work) -> tuple[Part, ...]:
     assert decoder is not None
     frames = comfyui.latent_frames(work.frames, decoder.ratios[1])
     count = decoder.tiled if loadout.tiled else decoder.bytes
-    takes = count(frames, work.size, work.itemsize) * work.more
+    takes = count(frames, work.size, work.itemsize)
+    if work.card is None:
+        takes = int(takes * decoder.on_a_cpu)
     return (Part("decoding a tile" if loadout.tiled else "decoding", takes, "work"),)
 
 

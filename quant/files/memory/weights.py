@@ -23,15 +23,14 @@ from ..errors import FileRefused
 from ..report import Report
 from ..safetensors import TensorSpec, read_header
 from ..source import Source
+from ..text_encoders import family_of
 from .decoders import KINDS, Decoder, decoder_of
 from .published import Sampler, Shapes, encoders, sampler, sampler_of, vaes
 from .published import models as published_models
 
-GROUP = 64
 TOKENS = 512
 """Of a prompt: what FLUX.1's T5 reads at most."""
-_SMALL = 1_000_000  # weights of a matrix that is left as it is
-_EMBEDDING = re.compile(r"shared|embed|relative_attention_bias")
+_EMBEDDING = re.compile(r"shared|embed|relative_attention_bias|lm_head")  # and what is not run
 # an encoder that is smaller gains nothing from 4 bits
 _WORTH = 1_000_000_000
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
@@ -62,7 +61,8 @@ class ModelWeights:
 @dataclass(frozen=True)
 class EncoderWeights:
     """A text encoder. widest: outputs of its widest layer; hidden: of its attention; largest:
-    weights of its largest matrix; bytes_4: with 4-bit weights (None: it is quantized, or small).
+    weights of its largest matrix; bytes_4: with 4-bit weights (None: it is quantized, small, or one
+    that *Quantize Text Encoder* refuses).
     """
 
     name: str
@@ -254,13 +254,25 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and not _EMBEDDING.search(name)
 
 
-def _four_bit(shapes: Shapes) -> int:
-    """Bytes with the large matrices in 4 bits, a 16-bit scale for 64 weights, the rest in 16."""
+def _four_bit(shapes: Shapes) -> int | None:
+    """Bytes as *Quantize Text Encoder* makes the file, None for an encoder that it refuses: blocks'
+    matrices in 4 bits with an 8-bit scale for 32 weights and a float32 one for a row; tables, heads
+    and vision towers in 8 bits with a float32 scale for a row; the rest in 16.
+    """
+    family = family_of(shapes)
+    if family is None:
+        return None
     total = 0.0
     for name, shape in shapes.items():
-        numbers = math.prod(shape)
-        whole = _is_matrix(name, shape) and numbers >= _SMALL and shape[1] % GROUP == 0
-        total += numbers * (0.5 + 2 / GROUP if whole else 2)
+        numbers, layer = math.prod(shape), name.removesuffix(".weight")
+        if len(shape) != 2:
+            total += 2 * numbers
+        elif _is(layer, family.rows8):
+            total += numbers + 4 * shape[0]
+        elif _is(layer, family.blocks):
+            total += numbers * (0.5 + 1 / 32) + 4 * shape[0]
+        else:
+            total += 2 * numbers
     return int(total)
 
 

@@ -18,7 +18,7 @@ STEPS = 8
 LEVELS = {"step": DEPTHS[:1], "blocks": DEPTHS[:2], "sublayer": DEPTHS}
 
 
-@pytest.fixture(params=tiny_models.FAMILIES)
+@pytest.fixture(params=class_walk.EVERY)
 def name(request) -> str:
     return request.param
 

@@ -25,7 +25,7 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture(params=tiny_models.FAMILIES)
+@pytest.fixture(params=class_walk.EVERY)
 def name(request) -> str:
     return request.param
 

@@ -30,7 +30,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["svdquant", "vq"])
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", class_walk.EVERY)
 def test_a_lora_changes_every_layer_as_it_changes_16_bit(name, method, tmp_path, monkeypatch):
     sixteen = tiny_models.build(name)
     path = class_walk.quantized(name, tmp_path, method)
