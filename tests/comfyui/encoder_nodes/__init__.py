@@ -1,5 +1,5 @@
-"""Test nodes for a ComfyUI server: FLUX's two text encoders, small and of random weights, as wide as
-the demo model reads them. The server's own loaders build them as small.
+"""Test nodes for a ComfyUI server: FLUX's two text encoders, small and of random weights, as wide
+as the demo model reads them. The server's own loaders build them as small.
 """
 
 import sys
