@@ -1,9 +1,11 @@
 /**
- * Nibble's only registration with the ComfyUI front end: the charts that its nodes send are drawn
- * inside the nodes.
+ * Nibble's script in the ComfyUI front end: the charts that its nodes send are drawn inside the
+ * nodes. What else it registers is imported here.
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import "./get_started.mjs";
+import "./search.mjs";
 import { showChart } from "./widget.mjs";
 
 const HISTORY = 20; // runs to look through, oldest first
