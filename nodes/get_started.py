@@ -7,7 +7,7 @@ from .bridge.host import charts
 from .bridge.quantize import get_started, vram_plan
 
 FIRST = next(iter(get_started.PICKS))
-TEMPLATE = "nibble_template"  # where web/get_started.js finds the template's name
+TEMPLATE = "nibble_template"  # where web/get_started.mjs finds the template's name
 
 
 class NibbleGetStarted(io.ComfyNode):

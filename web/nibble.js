@@ -1,13 +1,16 @@
 /**
- * Nibble's only registration with the ComfyUI front end: the charts that its nodes send are drawn
- * inside the nodes, and so are errors (failures.mjs) and what is under way (progress.mjs).
+ * Nibble's script in the ComfyUI front end: the charts that its nodes send are drawn inside the
+ * nodes, and so are errors (failures.mjs) and what is under way (progress.mjs). What else it
+ * registers is imported here.
  */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { drawChart } from "./charts.mjs";
 import { watchFailures } from "./failures.mjs";
+import "./get_started.mjs";
 import { executedNode, locatedNode } from "./nodes.mjs";
 import { watchProgress } from "./progress.mjs";
+import "./search.mjs";
 import { showUnfinished, watchUnfinished } from "./unfinished.mjs";
 import { show } from "./widget.mjs";
 import { loadWords } from "./words.mjs";

@@ -14,7 +14,6 @@ app.registerExtension({
   /** A definition's own `postProcessSearchScores` takes the place of the front end's. */
   addCustomNodeDefs(definitions) {
     const loader = definitions[FIRST];
-    if (loader)
-      loader.postProcessSearchScores = ([match, ...rest]) => [match, -USED, ...rest];
+    if (loader) loader.postProcessSearchScores = ([match, ...rest]) => [match, -USED, ...rest];
   },
 });
