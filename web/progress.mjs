@@ -50,7 +50,7 @@ function rest(node) {
 /** {title, name, done, count, unit, share, seconds} -> notice */
 function atWork({ title, name, done, count, unit, share, seconds }) {
   const number = Math.min(done + 1, count);
-  const place = unit
+  const place = unit && count
     ? say(`working_${unit}`, { number, count })
     : say("working_share", { percent: Math.round(100 * share) });
   const left = Number.isFinite(seconds) && say("left", { time: duration(Math.round(seconds)) });
@@ -63,6 +63,6 @@ function atWork({ title, name, done, count, unit, share, seconds }) {
 }
 
 function stopped({ done, count, unit, resumes }) {
-  const text = resumes && unit ? say(`stopped_${unit}`, { done, count }) : say("stopped");
-  return { tone: "stopped", lines: [text], share: resumes && unit ? done / count : null };
+  const text = resumes && count ? say(`stopped_${unit}`, { done, count }) : say("stopped");
+  return { tone: "stopped", lines: [text], share: resumes && count ? done / count : null };
 }

@@ -68,7 +68,7 @@ class Screen:
             ),
         )
         self.page.on("pageerror", lambda error: self._note(True, f"{error} {error.stack}"))
-        self.page.goto(url, timeout=300_000)
+        self.page.goto(url)
         self._settle()
 
     def reload(self) -> None:
@@ -77,7 +77,7 @@ class Screen:
         self._settle()
 
     def _settle(self) -> None:
-        self.page.wait_for_function(READY, timeout=300_000)
+        self.page.wait_for_function(READY, timeout=90_000)
         self.page.wait_for_timeout(1500)  # the first run's dialogs and the default workflow
         self.page.keyboard.press("Escape")
         self.set("Comfy.Minimap.Visible", False)

@@ -37,7 +37,7 @@ def test_weights_that_are_read_as_int8_are_told_by_their_16_bit_parameters(table
     assert {layer.op for layer in layers} == {"linear_w4a8", "linear_w4a16"}
 
 
-def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch):
+def test_loading_prepares_and_says_so_in_the_node(quantized_file, monkeypatch):
     lines, asked = [], []
 
     class Server:
@@ -57,7 +57,7 @@ def test_loading_prepares_with_a_line_under_the_node(quantized_file, monkeypatch
     monkeypatch.setattr(progress, "running_node", lambda: "7")
     patcher = loading.load(quantized_file)
     assert asked == [(patcher.load_device, patcher.model.get_dtype_inference())]
-    assert lines[0] == (progress.PROGRESS_EVENT, "7", "preparing GPU kernels, once", 2)
+    assert (progress.PROGRESS_EVENT, "7", "preparing GPU kernels, once", 2) in lines
 
 
 def test_a_kernel_that_does_not_compile_does_not_stop_the_loading(
