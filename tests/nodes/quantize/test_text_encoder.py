@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import folder_paths
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import small_encoders as small
 from nibble.nodes.bridge.quantize import text_encoder
@@ -133,3 +133,39 @@ def test_closeness_by_hand():
     found = text_encoder.closeness([torch.tensor([[3.0, 4.0]])], [torch.tensor([[4.0, 3.0]])])
     assert found.cosine == pytest.approx(24 / 25)
     assert found.db == pytest.approx(10 * math.log10(25 / 2))
+
+
+def test_a_gguf_is_listed_and_taken_by_fast_alone(folder):
+    """ComfyUI cannot run it: nothing to compare with, and nothing to calibrate on."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    names = {
+        "SelfAttention.q": "attn_q",
+        "SelfAttention.k": "attn_k",
+        "SelfAttention.v": "attn_v",
+        "SelfAttention.o": "attn_o",
+        "SelfAttention.relative_attention_bias": "attn_rel_b",
+        "0.layer_norm": "attn_norm",
+        "DenseReluDense.wi_0": "ffn_gate",
+        "DenseReluDense.wi_1": "ffn_up",
+        "DenseReluDense.wo": "ffn_down",
+        "1.layer_norm": "ffn_norm",
+        "shared.": "token_embd",
+        "final_layer_norm": "enc.output_norm",
+    }
+    writer = gguf.GGUFWriter(folder / "small.gguf", "t5encoder")
+    for name, tensor in load_file(folder / "t5.safetensors").items():
+        theirs = next(theirs for ours, theirs in names.items() if ours in name)
+        block = f"enc.blk.{name.split('.')[2]}." if ".block." in name else ""
+        writer.add_tensor(f"{block}{theirs}.weight", tensor.float().numpy())
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    assert text_encoder.sources() == ["t5.safetensors", "small.gguf"]
+    with pytest.raises(ValueError, match=r"small\.gguf is a GGUF file, .* choose 'fast'"):
+        request("best", clip_name="small.gguf").run()
+    name, report, close = request(clip_name="small.gguf").run()
+    assert (name, report.architecture, close) == ("small-w4a16.safetensors", "T5", None)
+    plain, _, _ = request(filename="plain").run()
+    of_gguf, of_plain = load_file(folder / name), load_file(folder / plain)
+    key = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    assert torch.equal(of_gguf[key], of_plain[key])
