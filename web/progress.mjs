@@ -50,9 +50,10 @@ function rest(node) {
 /** {title, name, done, count, unit, share, seconds} -> notice */
 function atWork({ title, name, done, count, unit, share, seconds }) {
   const number = Math.min(done + 1, count);
-  const place = unit && count
-    ? say(`working_${unit}`, { number, count })
-    : say("working_share", { percent: Math.round(100 * share) });
+  const place =
+    unit && count
+      ? say(`working_${unit}`, { number, count })
+      : say("working_share", { percent: Math.round(100 * share) });
   const left = Number.isFinite(seconds) && say("left", { time: duration(Math.round(seconds)) });
   return {
     tone: "working",

@@ -29,14 +29,14 @@ class Unfinished:
     held_since: float | None
 
 
-def found_in(folders: Iterable[str | os.PathLike]) -> list[Unfinished]:
+def found_in(folders: Iterable[str | Path]) -> list[Unfinished]:
     """The unfinished files in folders and theirs, each once, in the order of their paths. What
     cannot be read is passed over.
     """
     targets = {
         Path(home, name.removesuffix(atomic.PARTIAL)).resolve()
         for folder in folders
-        for home, _, names in os.walk(folder)
+        for home, _, names in os.walk(str(folder))
         for name in names
         if name.endswith(atomic.PARTIAL)
     }
