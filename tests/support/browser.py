@@ -68,7 +68,7 @@ class Screen:
             ),
         )
         self.page.on("pageerror", lambda error: self._note(True, f"{error} {error.stack}"))
-        self.page.goto(url)
+        self.page.goto(url, timeout=300_000)
         self._settle()
 
     def reload(self) -> None:
