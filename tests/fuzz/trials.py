@@ -17,7 +17,7 @@ from torch import Tensor
 
 from damage import damages
 from fuzz import samples
-from nibble.__main__ import small_file
+from nibble.api import small_file
 from nibble.accel.caching import calibration_file
 from nibble.accel.caf import heads_file
 from nibble.quant.cli.inspect import inspect
