@@ -17,9 +17,9 @@ from torch import Tensor
 
 from damage import damages
 from fuzz import samples
-from nibble.api import small_file
 from nibble.accel.caching import calibration_file
 from nibble.accel.caf import heads_file
+from nibble.api import small_file
 from nibble.quant.cli.inspect import inspect
 from nibble.quant.files.errors import FileRefused
 from nibble.quant.files.safetensors import checksum
