@@ -23,7 +23,7 @@ QUANTIZED = [
     Case("blocks_of_16", 21, 320, 1, R=32),
     Case("blocks_of_32", 77, 128, 1, R=24, act_unsigned=True),
     Case("blocks_of_40", 135, 832, 1, R=32),
-    Case("rank_of_96_in_blocks_of_40", 135, 1152, 1, R=96),
+    Case("rank_of_96", 135, 1152, 1, R=96),
     Case("rank_zero_rotated", 70, 64, 1, R=0, rotation=64),
 ]
 PRODUCTS = [

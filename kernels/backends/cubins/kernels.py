@@ -223,8 +223,13 @@ def _w4a8(arch: str) -> Iterator[Kernel]:
         yield from (w4a8_quantize(x, param, form, tile) for tile in tiles)
 
 
+def wide_quantize_tiles(codes: str) -> tuple[tuple[int, int, int, int], ...]:
+    """Those of WIDE_QUANTIZE_TILES for codes; 40 tokens of int8 would spill registers on 12.0."""
+    return WIDE_QUANTIZE_TILES[:1] if codes == "int8" else WIDE_QUANTIZE_TILES
+
+
 def _quantizers(codes: str, arch: str) -> Iterator[Kernel]:
-    wide = () if arch == "75" else WIDE_QUANTIZE_TILES
+    wide = () if arch == "75" else wide_quantize_tiles(codes)
     for x, param, form in itertools.product(TYPES, HALVES, FORMS):
         every = (*QUANTIZE_TILES, *wide)
         tiles = every if fits_as_it_is(x, param) else every[:1]

@@ -273,11 +273,12 @@ def hopper_product(
 # ---- W4A4: the quantizer -------------------------------------------------------------------------
 
 
-def _quantize_tile(m: int, rank: int, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
+def _quantize_tile(op: QuantizeDown, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
     """Tokens of a block in eights, its warps, blocks on a multiprocessor, and tiles of 32 columns
     of proj_down.
     """
     low, middle, high = kernels.QUANTIZE_TILES
+    m = op.M
     # Three quarters of the multiprocessors busy with twice the tokens are as fast, and read
     # proj_down half as often.
     if not fits or up(m, 32) * 4 < gpu.multiprocessors * 3:
@@ -291,8 +292,9 @@ def _quantize_tile(m: int, rank: int, fits: bool, gpu: Gpu) -> tuple[int, int, i
     if gpu.capability < 80:
         return middle
     fewer = busiest(40) < busiest(32)
-    if rank > _DOWN_COLUMNS:
-        return kernels.WIDE_QUANTIZE_TILES[fewer]
+    if op.R > _DOWN_COLUMNS:
+        wide = kernels.wide_quantize_tiles(kernels.CODES[op.codes])
+        return wide[fewer and len(wide) > 1]
     return high if fewer else middle
 
 
@@ -315,7 +317,7 @@ def quantize_down(op: ctypes.Structure, gpu: Gpu) -> list[Launch]:
         op = QuantizeDown.from_buffer_copy(op)
         op.R = rank = 0
     form = kernels.FORMS[1 if op.act_unsigned else 2 if op.rotate else 0]
-    tile = _quantize_tile(op.M, rank, kernels.fits_as_it_is(x, param), gpu)
+    tile = _quantize_tile(op, kernels.fits_as_it_is(x, param), gpu)
     eights, warps, _, tiles = tile
     sums = warps * 8 * eights * (_DOWN_COLUMNS + 4) * 4
     buffers = 2 if tiles > 1 else 1

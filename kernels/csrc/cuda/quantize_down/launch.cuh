@@ -38,9 +38,11 @@ void start(const QuantizeDown& a, const Target& target) {
         const bool many_tokens = (a.M + 31) / 32 * 4 >= gpu * 3;
         // 69 KB, more than Turing has.
         const bool fits = target.capability >= 80, fewer = of_40 < of_32;
-        if (many_tokens && fits && a.R > DOWN_COLUMNS)
-            return fewer ? start<X, P, FORM, FORMAT, 5, 8, 1, 3>(a, target)
-                         : start<X, P, FORM, FORMAT, 4, 8, 1, 3>(a, target);
+        if (many_tokens && fits && a.R > DOWN_COLUMNS) {
+            if constexpr (FORMAT != Codes::int8)  // they would spill registers on 12.0
+                if (fewer) return start<X, P, FORM, FORMAT, 5, 8, 1, 3>(a, target);
+            return start<X, P, FORM, FORMAT, 4, 8, 1, 3>(a, target);
+        }
         if (many_tokens && fits && fewer) return start<X, P, FORM, FORMAT, 5, 12, 1>(a, target);
         if (many_tokens) return start<X, P, FORM, FORMAT, 4, 6, 2>(a, target);
     }
