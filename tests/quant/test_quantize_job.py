@@ -62,7 +62,7 @@ def test_the_command_plans_once_and_opens_its_target_once(source, tmp_path, meth
     main = importlib.import_module("nibble.__main__").main
     target = tmp_path / "q.safetensors"
     command = ["quantize", str(source), str(target), "--memory-cap", "0", *COMMANDS[method]]
-    for options in ([], [], ["--seed", "1"]):
+    for options in ([], [], ["--seed", "1", "--overwrite"]):
         with planned_and_opened_once(target):
             assert main([*command, *options]) == 0
     assert open_quantized(target).fact("recipe")["seed"] == 1

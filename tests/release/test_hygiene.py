@@ -40,6 +40,10 @@ ALLOWED = {
     ("a native library", "kernels/backends/cpu_library.py"): "the CPU's kernels",
     ("a native library", "kernels/backends/cubins/driver.py"): "the graphics driver",
     ("a native library", "kernels/backends/cubins/nvrtc.py"): "torch's own compiler of kernels",
+    (
+        "the network",
+        "nodes/bridge/host/unfinished.py",
+    ): "aiohttp, in which ComfyUI's own server writes its routes",
     ("a hidden text", "nodes/bridge/feather/report.py"): "a picture in the page: data:image/jpeg",
 }
 # files that are no text → why

@@ -182,7 +182,7 @@ def test_the_command_line_takes_an_encoder(tmp_path, capsys):
     """W4A8 without a branch unless another format is asked for; nothing but weights is read."""
     save_file(weights(TINY), tmp_path / "t5.safetensors")
     parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers(), lambda path, verify: None)
+    add_commands(parser.add_subparsers(), "", lambda path, verify: None)
     for more, kind in (([], "svdquant_w4a8"), (["--format", "svdquant_w4a4"], "awq_w4a16")):
         target = tmp_path / f"{kind}.safetensors"
         command = ["quantize", str(tmp_path / "t5.safetensors"), str(target), *more]
