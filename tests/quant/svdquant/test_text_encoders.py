@@ -191,7 +191,7 @@ def test_the_command_line_takes_an_encoder(tmp_path, capsys):
         formats = {facts["format"] for facts in open_quantized(target).layers.values()}
         assert formats == {kind, "int8_tensorwise"}
     assert "T5" in capsys.readouterr().out
-    options = parser.parse_args([*command, "--preset", "best"])
+    options = parser.parse_args([*command, "--preset", "best", "--overwrite"])
     with pytest.raises(ValueError, match="Quantize Text Encoder"):
         options.run(options)
 
