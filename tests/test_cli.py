@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import random_flux
 import small_files
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.known_shapes import flux1_shapes
@@ -23,15 +24,7 @@ QUICK = ["--rank", "16"]
 
 @pytest.fixture
 def source(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    save_file(
-        {
-            name: (torch.randn(shape, generator=generator) * 0.05).bfloat16()
-            for name, shape in SHAPES.items()
-        },
-        tmp_path / "m.safetensors",
-    )
-    return tmp_path / "m.safetensors"
+    return random_flux.write(tmp_path / "m.safetensors", SHAPES)
 
 
 def refused(capsys, *arguments):

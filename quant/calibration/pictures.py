@@ -99,7 +99,7 @@ def is_held_out(numbers: Tensor, pictures: int) -> Tensor:
     """Whether pictures of these numbers, of so many that are drawn in all, are held out: the last
     one, and every fourth before it, of 20 and more pictures every fifth to eighth. What is held out
     is missed by the fit: with 30 pictures, a quarter of them costs a file for 8-bit activations
-    1.3 dB of its pictures. None are where there is one picture, or it is not told how many.
+    0.8 dB of its pictures. None are where there is one picture, or it is not told how many.
     """
     if pictures < 2:
         return torch.zeros_like(numbers, dtype=torch.bool)

@@ -152,7 +152,7 @@ def test_layers_and_time_left_are_told_while_a_node_works(screen):
 
 @pytest.fixture(scope="module")
 def wide(server) -> str:
-    """A FLUX whose layers take seconds: the demo's are made before a busy page has heard of them."""
+    """A FLUX whose layers take seconds: the demo's are made before a busy page hears of them."""
     path = server.folder("diffusion_models") / "wide.safetensors"
     save_file(flux_state(hidden=1024, double=2, single=4), path)
     return path.name

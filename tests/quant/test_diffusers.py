@@ -13,21 +13,12 @@ from nibble.quant.svdquant.recipe import Recipe
 from nibble.quant.weights.formats import FORMATS
 from published_files import METADATA, RandomFlux
 from published_others import LiteFlux
+from random_flux import IN_DIFFUSERS
 
 
 def tiny_flux(seed: int = 0):
     torch.manual_seed(seed)
-    return models.flux_transformer(
-        patch_size=1,
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=128,
-        num_attention_heads=1,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-    ).eval()
+    return models.flux_transformer(**IN_DIFFUSERS).eval()
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,10 @@ models = pytest.importorskip("nibble.quant.diffusers")
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel  # noqa: E402
 
 from nibble.quant.weights.base import StoredLinear  # noqa: E402
+from random_flux import IN_DIFFUSERS  # noqa: E402
 
 PEFT = importlib.util.find_spec("peft") is not None
 OPTIONS = {"rank": 16, "solver": "svd", "seed": 3}
-SIZES = dict(
-    patch_size=1,
-    in_channels=64,
-    num_layers=1,
-    num_single_layers=1,
-    attention_head_dim=128,
-    num_attention_heads=1,
-    joint_attention_dim=64,
-    pooled_projection_dim=64,
-    guidance_embeds=True,
-)
 INPUTS = (
     torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1)),
     torch.full((1,), 0.5),
@@ -43,7 +33,7 @@ def folder(tmp_path_factory):
     """A 16-bit FLUX.1 as diffusers saves it, and the same in ComfyUI's names."""
     folder = tmp_path_factory.mktemp("flux")
     torch.manual_seed(0)
-    flux = FluxTransformer2DModel(**SIZES).bfloat16()
+    flux = FluxTransformer2DModel(**IN_DIFFUSERS).bfloat16()
     flux.save_pretrained(folder / "16bit", max_shard_size="1MB")  # parts of a layer in two files
     names = {key: t.contiguous() for key, t in models.to_flux_names(flux.state_dict()).items()}
     save_file(names, folder / "m.safetensors")

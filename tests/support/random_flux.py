@@ -3,8 +3,21 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 HIDDEN, CONTEXT = 128, 64
+# the smallest, as diffusers names its sizes
+IN_DIFFUSERS = dict(
+    patch_size=1,
+    in_channels=64,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=128,
+    num_attention_heads=1,
+    joint_attention_dim=64,
+    pooled_projection_dim=64,
+    guidance_embeds=True,
+)
 
 
 def flux_shapes(
@@ -58,6 +71,19 @@ def flux_state(seed: int = 0, **sizes) -> dict[str, torch.Tensor]:
         )
 
     return {name: draw(name, shape).bfloat16() for name, shape in flux_shapes(**sizes).items()}
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A file of random bfloat16 weights of these shapes."""
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {
+            name: (torch.randn(shape, generator=generator) * 0.05).bfloat16()
+            for name, shape in shapes.items()
+        },
+        path,
+    )
+    return path
 
 
 def quantize(source: Path, name: str, **options) -> Path:

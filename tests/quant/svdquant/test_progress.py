@@ -4,9 +4,8 @@ import json
 import time
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
+import random_flux
 from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.job.monitor import Monitor
 from nibble.quant.svdquant.quantize import quantize_checkpoint
@@ -23,15 +22,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def source(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    save_file(
-        {
-            name: (torch.randn(shape, generator=generator) * 0.05).bfloat16()
-            for name, shape in SHAPES.items()
-        },
-        tmp_path / "m.safetensors",
-    )
-    return tmp_path / "m.safetensors"
+    return random_flux.write(tmp_path / "m.safetensors", SHAPES)
 
 
 def test_layers_are_counted_up_to_all_of_them(source, tmp_path):
