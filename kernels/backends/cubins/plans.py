@@ -273,7 +273,7 @@ def hopper_product(
 # ---- W4A4: the quantizer -------------------------------------------------------------------------
 
 
-def _quantize_tile(op: QuantizeDown, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
+def _quantize_tile(op: ctypes.Structure, fits: bool, gpu: Gpu) -> tuple[int, int, int, int]:
     """Tokens of a block in eights, its warps, blocks on a multiprocessor, and tiles of 32 columns
     of proj_down.
     """
