@@ -1,15 +1,16 @@
-"""What a linear layer reads while the model works, in a few megabytes a layer: ranges, second
+"""What a linear layer reads while the model works, in a few megabytes a layer: first and second
 moments, and a sample of rows.
 
 The Hessian of the layer's squared output error is E[x x^T] (GPTQ, Frantar et al., 2022,
 arXiv:2210.17323); only its diagonal blocks are kept, as cross-block terms would take K^2 floats.
 All means are over tokens of raw x; `samples` is a uniform draw of rows. Where it is told which
-picture a token is of, whole pictures are held out: their tokens are in the samples and in nothing
-else, so that what was fitted to the moments can be judged on pictures that it has not seen.
+picture a token is of, whole pictures are held out: their moments are kept apart, so that what was
+fitted to the others can be judged on pictures that it has not seen. Once all is chosen, `whole`
+gives the moments of all pictures, for a last fit. That costs no memory: both Hessians are
+symmetric, and one lies below the other's diagonal.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from .pictures import is_held_out
 
 # inputs a Hessian block; a layer takes the largest multiple of 64 up to it that divides K
 BLOCK = 512
-_MOMENTS = ("absmax", "low", "mean", "mean_square", "hessian")
+_MOMENTS = ("mean", "mean_square", "held_mean", "held_mean_square", "products")
 
 
 def whole_groups(k: int) -> int:
@@ -42,28 +43,30 @@ class InputStats:
 
     Shapes:
         count        tokens seen, without those of pictures that are held out
-        absmax, low  float32 (K,)  largest magnitude, smallest value
         mean, mean_square  float32 (K,)
-        hessian      float32 (K/B, B, B) diagonal blocks of E[x x^T] | None
+        products     float32 (K/B, B, B) | None: diagonal blocks of E[x x^T] on and above their
+          diagonals; below them, those of pictures that are held out
         samples      bf16 (T, K) rows drawn uniformly from all tokens seen, in random order | None
         keys         float64 (T,) the draw: a token is kept while its random key is among the T
           largest
         owners       int64 (T,) the picture that each kept row belongs to; -1: not told
         pictures     how many are drawn, as told before the first; 0: not told
+        held_count, held_mean, held_mean_square  the same of pictures that are held out
     """
 
     count: int
-    absmax: Tensor
-    low: Tensor
     mean: Tensor
     mean_square: Tensor
-    hessian: Tensor | None = None
+    held_mean: Tensor
+    held_mean_square: Tensor
+    products: Tensor | None = None
     samples: Tensor | None = None
     keys: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     capacity: int = 0
     generator: torch.Generator | None = field(default=None, repr=False, compare=False)
     owners: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pictures: int = 0
+    held_count: int = 0
 
     @classmethod
     def empty(
@@ -86,7 +89,7 @@ class InputStats:
         return cls(
             0,
             zeros(k),
-            torch.full((k,), float("inf")),
+            zeros(k),
             zeros(k),
             zeros(k),
             zeros(k // b, b, b) if b else None,
@@ -110,7 +113,16 @@ class InputStats:
     @property
     def k(self) -> int:
         """Inputs of the layer."""
-        return self.absmax.numel()
+        return self.mean.numel()
+
+    @property
+    def hessian(self) -> Tensor | None:
+        """Diagonal blocks of E[x x^T], float32 (K/B, B, B) | None, without pictures that are held
+        out.
+        """
+        if self.products is None:
+            return None
+        return self.products.triu() + self.products.triu(1).mT
 
     @property
     def held_out(self) -> Tensor:
@@ -130,28 +142,63 @@ class InputStats:
         rows = torch.nn.functional.pad(x.detach().flatten(0, -2), (0, self.k - x.shape[-1]))
         if not len(rows):
             return
-        if self.absmax.device != rows.device:
+        if self.mean.device != rows.device:
             self.to(rows.device)
         owners = _owners(len(rows), shown)
-        seen = ~is_held_out(owners, self.pictures)
-        if seen.all():
+        held = is_held_out(owners, self.pictures).to(rows.device)
+        if not held.any():
             self._accumulate(rows)
-        elif seen.any():
-            self._accumulate(rows[seen.to(rows.device)])
+        elif held.all():
+            self._accumulate_held(rows)
+        else:
+            self._accumulate(rows[~held])
+            self._accumulate_held(rows[held])
         self._draw(rows, owners)
 
     def _accumulate(self, rows: Tensor) -> None:
         values = rows.float()
         share = len(rows) / (self.count + len(rows))
-        low, high = values.aminmax(dim=0)
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.absmax, torch.maximum(high.abs(), low.abs()), out=self.absmax)
         self.mean.lerp_(values.mean(0), share)
         self.mean_square.lerp_(values.square().mean(0), share)
-        if self.hessian is not None:
-            blocks = values.reshape(len(rows), *self.hessian.shape[:2]).transpose(0, 1)
-            self.hessian.baddbmm_(blocks.mT, blocks, beta=1 - share, alpha=share / len(rows))
+        if self.products is not None:
+            self.products.lerp_(_products(values, self.products), self._shares(share, 0.0))
         self.count += len(rows)
+
+    def _accumulate_held(self, rows: Tensor) -> None:
+        values = rows.float()
+        share = len(rows) / (self.held_count + len(rows))
+        self.held_mean.lerp_(values.mean(0), share)
+        self.held_mean_square.lerp_(values.square().mean(0), share)
+        if self.products is not None:
+            self.products.lerp_(_products(values, self.products), self._shares(0.0, share))
+        self.held_count += len(rows)
+
+    def _shares(self, above: float, below: float) -> Tensor:
+        """Weights (B, B) for the products on and above the diagonal, and below it."""
+        assert self.products is not None
+        ones = torch.ones_like(self.products[0])
+        return above * ones.triu() + below * ones.tril(-1)
+
+    def whole(self) -> "InputStats":
+        """Statistics of all pictures, none of which is held out any more; samples are shared."""
+        if not self.held_count:
+            return self
+        share = self.held_count / (self.count + self.held_count)
+        products = self.products
+        if products is not None:
+            square = self.held_mean_square.reshape(products.shape[:2])
+            held = products.tril(-1).mT + torch.diag_embed(square)
+            products = products.triu().lerp(held, share)
+        return replace(
+            self,
+            count=self.count + self.held_count,
+            mean=self.mean.lerp(self.held_mean, share),
+            mean_square=self.mean_square.lerp(self.held_mean_square, share),
+            products=products,
+            owners=torch.full_like(self.owners, -1),
+            pictures=0,
+            held_count=0,
+        )
 
     def _draw(self, rows: Tensor, owners: Tensor) -> None:
         """Reservoir sampling by random keys, which live on the CPU: no wait for the GPU, and few
@@ -159,11 +206,7 @@ class InputStats:
         """
         if self.samples is None:
             return
-        if self.generator is None:
-            raise ValueError(
-                "statistics read from a file cannot be updated further; merge them with new ones"
-                " instead"
-            )
+        assert self.generator is not None  # `empty` gives one
         keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator)
         self._keep_best(self.samples, rows, keys, owners)
 
@@ -178,43 +221,6 @@ class InputStats:
         self.samples = torch.cat([samples.index_select(0, old.to(device)), chosen])
         self.keys = torch.cat([self.keys[old], keys[new]])
         self.owners = torch.cat([self.owners[old], owners[new]])
-
-    def merge(self, other: "InputStats") -> "InputStats":
-        """Statistics of both inputs together, as a new object on this one's device. Raises
-        ValueError for other shapes.
-        """
-        if (
-            other.k != self.k
-            or (other.hessian is None) != (self.hessian is None)
-            or (other.samples is None) != (self.samples is None)
-        ):
-            raise ValueError(
-                f"statistics of {self.k} and {other.k} inputs, or of different kinds, cannot be"
-                " merged"
-            )
-        device, total = self.absmax.device, max(self.count + other.count, 1)
-        mine, theirs = self._moments(device), other._moments(device)
-        share = other.count / total
-        means = {
-            name: mine[name].lerp(theirs[name], share)
-            for name in mine
-            if name not in ("absmax", "low")
-        }
-        merged = InputStats(
-            self.count + other.count,
-            torch.maximum(mine["absmax"], theirs["absmax"]),
-            torch.minimum(mine["low"], theirs["low"]),
-            **means,
-            samples=self.samples,
-            keys=self.keys,
-            capacity=max(self.capacity, other.capacity),
-            generator=self.generator,
-            owners=self.owners,
-            pictures=max(self.pictures, other.pictures),
-        )
-        if self.samples is not None and other.samples is not None:
-            merged._keep_best(self.samples, other.samples.to(device), other.keys, other.owners)
-        return merged
 
     def _moments(self, device) -> dict[str, Tensor]:
         return {
@@ -231,41 +237,11 @@ class InputStats:
             self.samples = self.samples.to(device)
         return self
 
-    def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Everything as CPU tensors named '<prefix>.count', … for a safetensors file."""
-        tensors = self._moments("cpu") | {
-            "count": torch.tensor(self.count),
-            "capacity": torch.tensor(self.capacity),
-            "keys": self.keys,
-            "owners": self.owners,
-            "pictures": torch.tensor(self.pictures),
-        }
-        if self.samples is not None:
-            tensors["samples"] = self.samples.cpu()
-        return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str) -> "InputStats":
-        """The inverse of `to_tensors`; the result can be read and merged, not updated."""
-        found: dict[str, Any] = {
-            name: tensors.get(f"{prefix}.{name}")
-            for name in (*_MOMENTS, "samples", "keys", "count", "capacity")
-        }
-        missing = [
-            name
-            for name, tensor in found.items()
-            if tensor is None and name not in ("hessian", "samples")
-        ]
-        if missing:
-            raise ValueError(f"the statistics of {prefix} lack {', '.join(missing)}")
-        kept = found["keys"]
-        return cls(
-            count=int(found.pop("count")),
-            capacity=int(found.pop("capacity")),
-            owners=tensors.get(f"{prefix}.owners", torch.full((len(kept),), -1)),
-            pictures=int(tensors.get(f"{prefix}.pictures", 0)),
-            **found,
-        )
+def _products(values: Tensor, blocks: Tensor) -> Tensor:
+    """Means of x x^T over rows (T, K), in blocks like the given ones."""
+    parts = values.reshape(len(values), *blocks.shape[:2]).transpose(0, 1)
+    return parts.mT @ parts / len(values)
 
 
 def _owners(rows: int, shown: range | None) -> Tensor:

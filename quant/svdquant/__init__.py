@@ -6,6 +6,7 @@ quantize.py        a checkpoint: layout, layer by layer
 decompose.py       one layer: 4-bit part + low rank, in turns
 one_layer.py       one layer from its weights alone, for whoever streams a model
 problem.py         a layer's weight and what is known of its inputs
+space_search.py    which space: by a quick score
 smooth.py          smoothing, rotation and signs: the space in which it is rounded
 learned_smoothing.py  smoothing factors of each channel, learned
 lowrank_metric.py  the best low rank under a metric

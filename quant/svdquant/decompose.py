@@ -19,9 +19,8 @@ the mean of the error.
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from torch import Tensor
 from ...kernels.reference import SHIFT
 from ..calibration.hessian import DAMPING
 from ..calibration.statistics import InputStats
-from ..weights.lowrank import svd_lowrank
 from ..weights.packing import pack_int4
 from ..weights.svdquant_w4a4 import SVDQuantWeight
 from ..weights.svdquant_w4a8 import W4A8Weight
@@ -39,7 +37,8 @@ from .learned_smoothing import learned
 from .lowrank_metric import Metric, parallel_sum, solve_blocks, times_blocks
 from .problem import LayerProblem, layer_problem, sqnr
 from .recipe import Recipe
-from .smooth import InputSpace, smoothings, with_signs
+from .smooth import InputSpace, with_signs
+from .space_search import best_spaces
 
 log = logging.getLogger("nibble")
 
@@ -57,6 +56,7 @@ class LayerError:
     inputs     "held-out samples" | "synthetic inputs"
     smoothing  the chosen smoothing factors, in words
     gptq       whether recorded inputs steered the rounding
+    chosen     what was chosen on held-out pictures, for a last fit to all of them
     """
 
     db: float
@@ -65,6 +65,14 @@ class LayerError:
     rotation: int
     act_unsigned: bool
     gptq: bool
+    chosen: "Choice"
+
+
+class Choice(NamedTuple):
+    """A space, and after how many turns the decomposition was at its best."""
+
+    space: InputSpace
+    turns: int
 
 
 def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows of it)
@@ -76,6 +84,7 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
     post_gelu: bool = False,
     smooth: Tensor | None = None,
     generator: torch.Generator | None = None,
+    chosen: Choice | None = None,
 ) -> tuple[Layer, LayerError]:
     """A linear into 4-bit weights and activations of recipe.act_bits with a low-rank branch, in the
     recipe's format, on the weight's device.
@@ -85,23 +94,16 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
         instead of searching
     stats: recorded inputs; without them synthetic ones stand in. post_gelu: the input comes from a
     GELU, so that unsigned activations are tried (they need a bias to fold into). generator: a CPU
-    one; by default seeded with recipe.seed.
+    one; by default seeded with recipe.seed. chosen: by an earlier call, in place of all searches.
     Raises ValueError for K not a multiple of 64, shapes that do not fit, and weights or statistics
     with NaN or infinity.
     """
     generator = generator or torch.Generator().manual_seed(recipe.seed)
     problem = layer_problem(weight, bias, stats, post_gelu, generator)
-    trials = []
-    for space in _spaces(problem, recipe, post_gelu, smooth):
-        if smooth is None and problem.sampled:
-            space = with_signs(space, problem.x, generator)
-        fit = _Fit(problem, space, recipe, generator)
-        trials.append(_solve(fit, recipe.iterations))
-        if smooth is None and problem.sampled and recipe.smoothing_steps:
-            space = learned(space, fit.unserved(), problem.x, recipe.smoothing_steps)
-            trials.append(_solve(_Fit(problem, space, recipe, generator), recipe.iterations))
-    best = min(trials, key=lambda trial: trial.loss)
-    log.debug("%s: %s", tuple(weight.shape), [(t.fit.space.label, t.loss) for t in trials])
+    if chosen is not None:
+        best = _solve(_Fit(problem, chosen.space, recipe, generator), chosen.turns)
+    else:
+        best = _searched(problem, recipe, post_gelu, smooth, generator)
     result, space = best.fit.pack(*best.parts), best.fit.space
     return result, LayerError(
         db=sqnr(problem, result),
@@ -110,96 +112,30 @@ def quantize_linear(  # noqa: PLR0913  (a layer's data, and what the plan knows 
         rotation=space.rotation,
         act_unsigned=space.act_unsigned,
         gptq=recipe.gptq and problem.measured,
+        chosen=Choice(space, best.turn),
     )
 
 
-# ---- the space: smoothing, rotation, unsigned activations ----------------------------------------
-
-
-class _Mode(TypedDict, total=False):
-    """What a space does besides smoothing: arguments of `InputSpace`."""
-
-    rotation: int
-    act_unsigned: bool
-
-
-def _modes(recipe: Recipe, unsigned: bool, sampled: bool) -> list[_Mode]:
-    if recipe.rotation != "off" and not sampled:
-        # synthetic inputs have no outliers, so they cannot show what rotation is worth
-        return [{"rotation": 64}]
-    by_rotation: dict[str, list[_Mode]] = {
-        "auto": [{}, {"rotation": 64}],
-        "on": [{"rotation": 64}],
-        "off": [{}],
-    }
-    modes = by_rotation[recipe.rotation]
-    if unsigned:
-        modes.append({"act_unsigned": True})
-    return modes
-
-
-def _spaces(
-    problem: LayerProblem, recipe: Recipe, post_gelu: bool, smooth: Tensor | None
-) -> Iterator[InputSpace]:
-    """The best space of each mode by a quick score; without GPTQ only the best of all."""
-    narrow = recipe.act_bits == 4
-    unsigned = narrow and post_gelu and recipe.act_unsigned and problem.bias is not None
-    best_of_modes = []
-    for mode in _modes(recipe, unsigned, problem.sampled):
-        if smooth is not None:
-            candidates = [
-                InputSpace(
-                    smooth.bfloat16().float().to(problem.weight.device),
-                    **mode,
-                    label="given",
-                    act_bits=recipe.act_bits,
-                    per_token=recipe.table,
-                )
-            ]
-        else:
-            rows = problem.span_rows() + (SHIFT if mode.get("act_unsigned") else 0)
-            candidates = [
-                InputSpace(
-                    factors, **mode, label=label, act_bits=recipe.act_bits, per_token=recipe.table
-                )
-                for label, factors in smoothings(rows, problem.weight, recipe.smoothing_grid)
-            ]
-        scored = [(quick_score(problem, space, recipe), space) for space in candidates]
-        best_of_modes.append(min(scored, key=lambda pair: pair[0]))
-    if recipe.gptq:
-        yield from (space for _, space in best_of_modes)
-    else:
-        yield min(best_of_modes, key=lambda pair: pair[0])[1]
-
-
-QUICK_ROWS = {"fast": 512, "best": 1024}  # output rows that a candidate is scored on
-
-
-def quick_score(problem: LayerProblem, space: InputSpace, recipe: Recipe) -> float:
-    """Output error on a part of the output rows, with a low-rank branch and weights rounded to
-    nearest (SVDQuant's objective).
-    """
-    stride = max(1, problem.weight.shape[0] // QUICK_ROWS[recipe.preset])
-    residual = space.weight(problem.weight[::stride])
-    if recipe.rank:
-        generator = torch.Generator().manual_seed(recipe.seed)
-        up, down = svd_lowrank(residual, recipe.rank, generator, power=1)
-        residual = residual.addmm_(up, down.T, alpha=-1)
-    groups = residual.unflatten(1, (-1, recipe.group if recipe.table else 64))
-    scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-30)
-    rounded = (groups / scale).round_().mul_(scale).flatten(1)
-    inputs = space.inputs(problem.x)
-    return (inputs @ residual.T - space.quantized(inputs) @ rounded.T).square().sum().item()
-
-
-def shared_smoothing(weights: list[Tensor], stats: InputStats | None, recipe: Recipe) -> Tensor:
-    """Smoothing factors, float32 (K,), for projections that read the same input: searched on their
-    rows together.
-    """
-    generator = torch.Generator().manual_seed(recipe.seed)
-    problem = layer_problem(torch.cat([w.float() for w in weights]), None, stats, False, generator)
-    space = next(_spaces(problem, replace(recipe, gptq=False), False, None))
-    return (with_signs(space, problem.x, generator) if problem.sampled else space).smooth
+def _searched(
+    problem: LayerProblem,
+    recipe: Recipe,
+    post_gelu: bool,
+    smooth: Tensor | None,
+    generator: torch.Generator,
+) -> "_Best":
+    """The best decomposition in any space."""
+    trials = []
+    for space in best_spaces(problem, recipe, post_gelu, smooth):
+        if smooth is None and problem.sampled:
+            space = with_signs(space, problem.x, generator)
+        fit = _Fit(problem, space, recipe, generator)
+        trials.append(_solve(fit, recipe.iterations))
+        if smooth is None and problem.sampled and recipe.smoothing_steps:
+            space = learned(space, fit.unserved(), problem.x, recipe.smoothing_steps)
+            trials.append(_solve(_Fit(problem, space, recipe, generator), recipe.iterations))
+    tried = [(trial.fit.space.label, trial.loss) for trial in trials]
+    log.debug("%s: %s", tuple(problem.weight.shape), tried)
+    return min(trials, key=lambda trial: trial.loss)
 
 
 # ---- the decomposition in a given space ----------------------------------------------------------
@@ -334,6 +270,8 @@ class _Best:
     fit: _Fit
     loss: float = math.inf
     parts: tuple = ()
+    turn: int = 1  # that gave it
+    turns: int = 1  # so far
 
     def offer(self, branch: Branch, rounded: Rounded, dense: Tensor, outputs: Tensor) -> bool:
         """Takes a decomposition in if it is better; says whether it was. dense: of `rounded`;
@@ -343,7 +281,7 @@ class _Best:
         loss = self.fit.loss(branch, outputs, bias)
         better = not self.parts or loss < self.loss
         if better:
-            self.loss, self.parts = loss, (branch, rounded, bias)
+            self.loss, self.parts, self.turn = loss, (branch, rounded, bias), self.turns
         return better
 
 
@@ -357,7 +295,7 @@ def _solve(fit: _Fit, iterations: int) -> _Best:
         best.offer(branch, rounded, dense, fit.judges @ dense.T)
         return best
     metric = Metric(fit.moments)
-    for _ in range(iterations):
+    for best.turns in range(1, iterations + 1):
         rounded = fit.rounded(fit.residual(branch), rounded)
         dense = rounded.dense()
         outputs = fit.judges @ dense.T

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.statistics import InputStats
-from .decompose import QUICK_ROWS, quick_score
 from .problem import LayerProblem, layer_problem
 from .recipe import Recipe
 from .smooth import InputSpace, smoothing_factors
+from .space_search import QUICK_ROWS, quick_score
 
 
 class Layers(NamedTuple):

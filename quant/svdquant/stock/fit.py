@@ -29,6 +29,7 @@ class _Rounded:
     form: StockFormat
     weight: Tensor  # rotated, (N, K)
     bias: Tensor | None
+    tensors: dict[str, Tensor]  # in the file, by suffix
 
     def forward(self, x: Tensor) -> Tensor:
         """x (tokens, K) → (tokens, N)."""
@@ -52,6 +53,17 @@ def quantize_layer(  # noqa: PLR0913  (a layer's data, and what the plan knows o
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     problem = layer_problem(weight, bias, stats, post_gelu, generator)
+    first = _fitted(problem, form, recipe)
+    tensors, words = first.tensors, "held-out samples" if problem.sampled else "synthetic inputs"
+    if stats is not None and stats.held_count:
+        whole = layer_problem(weight, bias, stats.whole(), post_gelu, generator)
+        tensors = _fitted(whole, form, recipe).tensors
+    tensors["comfy_quant"] = json_tensor(form.facts(weight.shape[1]))
+    steered = "GPTQ, " if recipe.gptq and problem.measured else ""
+    return tensors, sqnr(problem, first), steered + words
+
+
+def _fitted(problem: LayerProblem, form: StockFormat, recipe: StockRecipe) -> _Rounded:
     rotated = form.rotated(problem.weight)
     inputs = form.rotated(problem.x)
     error = form.activations(inputs) - inputs
@@ -60,8 +72,7 @@ def quantize_layer(  # noqa: PLR0913  (a layer's data, and what the plan knows o
     if problem.measured and form.independent_errors:
         wanted = times_blocks(rotated, solve_blocks(hessian, moments).mT)
     grid = form.grid(wanted)
-    steered = recipe.gptq and problem.measured
-    if steered:
+    if recipe.gptq and problem.measured:
         rounded = gptq_on(grid, wanted, hessian)
     else:
         importance = hessian.diagonal(dim1=1, dim2=2).flatten()
@@ -75,10 +86,7 @@ def quantize_layer(  # noqa: PLR0913  (a layer's data, and what the plan knows o
     tensors = form.pack(rounded.codes, rounded.scale, grid)
     if shifted is not None:
         tensors["bias"] = shifted
-    tensors["comfy_quant"] = json_tensor(form.facts(weight.shape[1]))
-    db = sqnr(problem, _Rounded(form, values, shifted))
-    inputs_are = "held-out samples" if problem.sampled else "synthetic inputs"
-    return tensors, db, ", ".join((["GPTQ"] if steered else []) + [inputs_are])
+    return _Rounded(form, values, shifted, tensors)
 
 
 def _moments(problem: LayerProblem, form: StockFormat, error: Tensor) -> tuple[Tensor, Tensor]:

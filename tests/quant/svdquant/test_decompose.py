@@ -12,8 +12,9 @@ import torch
 
 from decomposed import K, N, db, inputs, layer, recorded
 from nibble.kernels.reference import SHIFT
-from nibble.quant.svdquant.decompose import quantize_linear, shared_smoothing
+from nibble.quant.svdquant.decompose import quantize_linear
 from nibble.quant.svdquant.recipe import Recipe
+from nibble.quant.svdquant.space_search import shared_smoothing
 from nibble.quant.svdquant.w4a16 import quantize_w4a16
 from nibble.quant.weights.packing import dequantize_groups, group_absmax, quantize_groups
 
