@@ -201,7 +201,7 @@ class _Fit:
             best = times_blocks(residual, solve_blocks(self.hessian, self.moments).mT)
         grid = self.grid.for_rows_of(best) if isinstance(self.grid, TableGrid) else self.grid
         if self.problem.measured and self.recipe.gptq:
-            return gptq_on(grid, best, self.hessian)
+            return gptq_on(grid, best, self.hessian, twice=self.space.act_bits == 8)
         importance = self.hessian.diagonal(dim1=1, dim2=2).flatten()
         return nearest_on(grid, best, importance, None if last is None else last.scale)
 

@@ -5,6 +5,10 @@ each column's error to the columns not yet rounded, along the inverse Hessian. H
 block-diagonal Hessians, all blocks at once; groups are rounded in the order of their energy, and so
 are the columns inside a group, while groups stay neighbouring columns on disk.
 
+Columns that were rounded first never learn how later ones came out. So they are gone over once
+more: with all others as they are, a column's best value is q + [H (w - q)] / H_jj, rounded
+(coordinate descent: QuantEase, Behdin et al., 2023, arXiv:2309.01885, eq. 12). Scales stay.
+
 Working layout: (groups or blocks, columns, N), so that a column of the weight is contiguous.
 """
 
@@ -76,8 +80,11 @@ def gptq(weight: Tensor, hessian: Tensor, search: bool) -> tuple[Tensor, Tensor]
     return found.codes, found.scale
 
 
-def gptq_on(grid: Grid, weight: Tensor, hessian: Tensor) -> Rounded:
-    """weight (N, K) on a grid, by a Hessian (K/B, B, B), positive definite."""
+def gptq_on(grid: Grid, weight: Tensor, hessian: Tensor, twice: bool = True) -> Rounded:
+    """weight (N, K) on a grid, by a Hessian (K/B, B, B), positive definite. twice: every column is
+    gone over once more, which brings 0.2 to 0.5 dB (demo) where the inputs' own error is small, and
+    nothing where they have 4 bits.
+    """
     (n, k), (blocks, b), g = weight.shape, hessian.shape[:2], grid.group
     order = rounding_order(hessian.diagonal(dim1=1, dim2=2), g)
     rows = torch.arange(blocks, device=order.device)[:, None]
@@ -92,7 +99,35 @@ def gptq_on(grid: Grid, weight: Tensor, hessian: Tensor) -> Rounded:
         part_codes, part_scale = _gptq_columns(columns, factor, grid.rows(part))
         codes[flat, part] = part_codes.flatten(0, 1)
         scale[flat[::g] // g, part] = part_scale.flatten(0, 1)
+        if twice:
+            wanted, found = weight[part].T.reshape(blocks, b, -1), (codes[:, part], scale[:, part])
+            codes[:, part] = _once_more(wanted, *found, hessian, grid.rows(part))
     return Rounded(codes.T.contiguous(), scale, grid)
+
+
+def _once_more(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """w (blocks, B, n), codes int8 (K, n) and scale (K/g, n) as on disk → codes (K, n), of no
+    larger error.
+    """
+    (blocks, b, n), size = w.shape, grid.group
+    codes = codes.reshape(blocks, b, n).clone()
+    scales = scale.reshape(blocks, b // size, 1, n)
+    values = grid.dense(codes.reshape(-1, n).T, scale).T.reshape(blocks, b, n)
+    pull = hessian @ (w - values)
+    pivots = hessian.diagonal(dim1=1, dim2=2)[..., None]
+    for g in range(b // size):
+        here = slice(size * g, size * g + size)
+        group, near = pull[:, here].clone(), hessian[:, here, here]
+        moved = torch.empty_like(group)
+        for j in range(size):
+            column = slice(size * g + j, size * g + j + 1)
+            best = values[:, column] + group[:, j : j + 1] / pivots[:, column]
+            code = grid.codes(best, scales[:, g])
+            moved[:, j : j + 1] = grid.values(code, scales[:, g]) - values[:, column]
+            group.baddbmm_(near[:, :, j : j + 1], moved[:, j : j + 1], alpha=-1)
+            codes[:, column] = code.to(torch.int8)
+        pull.baddbmm_(hessian[:, :, here], moved, alpha=-1)
+    return codes.reshape(-1, n)
 
 
 def _gptq_columns(w: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

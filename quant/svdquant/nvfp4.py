@@ -91,7 +91,7 @@ class _Fit:
         whole = (residual.abs().amax() / (E4M3_MAX * E2M1Grid.largest)).clamp_min(1e-30)
         grid = E2M1Grid(whole.repeat(len(residual)))
         if self.recipe.gptq and self.problem.measured:
-            return gptq_on(grid, residual, self.hessian)
+            return gptq_on(grid, residual, self.hessian, twice=False)
         importance = self.hessian.diagonal(dim1=1, dim2=2).flatten()
         return nearest_on(grid, residual, importance)
 
