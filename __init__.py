@@ -9,6 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import cache as cache
+    from .api import calibrate_cache as calibrate_cache
     from .api import inspect as inspect
     from .api import load as load
     from .api import quantize as quantize
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
 
 WEB_DIRECTORY = "./web"
 COMFYUI = "0.33.0"  # the oldest that has what the nodes use; pyproject.toml says it to the Registry
-_SCRIPTS = ("NibbleConfig", "__version__", "inspect", "load", "quantize")
+_SCRIPTS = (
+    "NibbleConfig",
+    "__version__",
+    "cache",
+    "calibrate_cache",
+    "inspect",
+    "load",
+    "quantize",
+)
 
 
 def __getattr__(name: str) -> Any:

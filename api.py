@@ -1,10 +1,11 @@
-"""The front door for scripts: `nibble.quantize`, `nibble.load` and `nibble.inspect`.
+"""The front door for scripts: `nibble.quantize`, `nibble.load`, `nibble.inspect`, `nibble.cache`.
 
     import nibble
 
     report = nibble.quantize("flux1-dev.safetensors", "flux1-dev-svdq.safetensors")
     transformer = nibble.load("flux1-dev-svdq.safetensors")
     nibble.inspect("flux1-dev-svdq.safetensors")["kind"]
+    nibble.cache(pipe)
 
 docs/api.md is made of the docstrings here, by `python tests/support/api_page.py`.
 """
@@ -18,8 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
 
+    from .accel.caching.calibration_file import Calibration
+    from .accel.diffusers import Caching
     from .quant.files.report import Report
 
 
@@ -91,6 +96,87 @@ def load(
     import torch
 
     return _diffusers("load").load_quantized(path, dtype or torch.bfloat16, train)
+
+
+def cache(  # noqa: PLR0913 (a script's keywords)
+    pipe: Any,
+    rule: str = "error",
+    *,
+    preset: str = "balanced",
+    threshold: float | None = None,
+    budget: int | None = None,
+    alpha: float = 0.1,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
+    order: int = 1,
+    first: int = 1,
+    last: int = 1,
+    scheduler: Any = None,
+) -> Caching:
+    """Steps or layers that a pipeline of diffusers need not compute, by the rules of the nodes. The
+    hooks are diffusers' own; `torch.compile` the transformer before.
+
+    pipe       a pipeline with a `transformer` (and `transformer_2`), or a transformer alone with
+               its `scheduler`
+    rule       "error": whole steps, while their predicted errors add up to less than `threshold`
+               (any model, no calibration); "budget": so many whole steps, evenly spread, or placed
+               by a calibration; "smoothcache": attention and feed-forward layers, each kind by a
+               schedule of a calibration (arXiv 2411.10510)
+    preset     of "error": "quality", "balanced" or "fast", unless a `threshold` is given
+    budget     steps that are computed
+    alpha      of "smoothcache": the relative error that reusing a layer's result may make
+    calibration  what `calibrate_cache` returned, or its file
+    order      a skipped result is the last one (0), on the line (1) or parabola (2) through the
+               last ones
+    first, last  steps at either end that are always computed
+
+    Returns the caching: `record` of the last picture (computed, reused, work), and `remove()`,
+    which a `with` does by itself. A second call replaces the first.
+    Raises ValueError for what cannot be, FileRefused for another model's calibration.
+    """
+    accel = _accel("cache")
+    from .accel.caching import calibration_file
+    from .accel.caching.steps import Window
+
+    if isinstance(calibration, (str, os.PathLike)):
+        calibration = calibration_file.read(Path(calibration))
+    return accel.cache(
+        pipe,
+        rule,
+        preset=preset,
+        threshold=threshold,
+        budget=budget,
+        alpha=alpha,
+        calibration=calibration,
+        order=order,
+        window=Window(first=first, last=last),
+        scheduler=scheduler,
+    )
+
+
+def calibrate_cache(
+    pipe: Any, calls: Sequence[Mapping[str, Any]], *, name: str = "", farthest: int = 3
+) -> Calibration:
+    """Draws pictures without a cache, and learns what may be reused: errors of each kind of layer,
+    and of whole steps.
+
+    pipe      a pipeline with a `transformer`
+    calls     the arguments of each picture: [{"prompt": "a fox", "num_inference_steps": 28}, ...]
+    name      of the model, for messages; by default its class
+    farthest  steps that a result may be kept at most
+
+    Returns the calibration; its `save(Path("model.json"))` writes the file that the nodes write,
+    too. Raises ValueError for fewer steps than `farthest` + 2.
+    """
+    return _accel("calibrate_cache").calibrate(pipe, calls, name, farthest)
+
+
+def _accel(name: str) -> Any:
+    from .kernels.optional import optional
+
+    accel, why = optional(".accel.diffusers", __package__)
+    if accel is None:
+        raise ImportError(f"nibble.{name} needs diffusers, and {why}; pip install -U diffusers")
+    return accel
 
 
 def __getattr__(name: str) -> Any:

@@ -56,6 +56,7 @@ RULES = {
     "quant.modulation":  ({"quant.weights"},                             set()),
     "quant.diffusers":   ({"kernels", "quant"},                          {"diffusers"}),
     "accel":             ({"kernels", "quant.files", "quant.training"},  set()),
+    "accel.diffusers":   ({"accel", "quant.files"},                      {"diffusers"}),
     "nodes":             ({"nodes.bridge", "quant", "accel", "demo"},    {"comfy_api"}),
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),

@@ -7,6 +7,7 @@ flow_time.py      the unit of noise in which all of it is measured
 error_control.py  a rule of our own: the measured error of the last extrapolation
 extrapolate.py    what stands for a result that is not computed
 mask_search.py    the best steps to compute, by a calibration
+calibration_recorder.py  what uncached runs teach
 calibration_file.py   what a calibration holds, as a file
 calibration_facts.py  what may be in such a file
 coefficients.py   TeaCache's published polynomials (coefficients.json)

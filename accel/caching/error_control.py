@@ -28,6 +28,10 @@ import numpy as np
 from .extrapolate import Reuse, node_product
 from .steps import Decision, Step, Window
 
+# Thresholds; what they cost and give: tests/bench/results/cache-*.json. Rounding makes a low-bit
+# model's velocity rough from step to step, and a threshold below that roughness skips nothing.
+PRESETS = {"quality": 0.01, "balanced": 0.03, "fast": 0.1}
+LOW_BIT_PRESETS = {"quality": 0.02, "balanced": 0.05, "fast": 0.1}
 MOST = 5  # steps guessed in a row: further away than that, one measured rate says little
 
 

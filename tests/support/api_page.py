@@ -51,7 +51,8 @@ def page() -> str:
     """The text of docs/api.md."""
     api = importlib.import_module("nibble.api")
     config = importlib.import_module("nibble.quant.diffusers.quantizer").NibbleConfig
-    parts = [section(name, getattr(api, name)) for name in ("quantize", "load", "inspect")]
+    names = ("quantize", "load", "inspect", "cache", "calibrate_cache")
+    parts = [section(name, getattr(api, name)) for name in names]
     parts.append(section("NibbleConfig", config))
     return (
         BEGINNING

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import comfy.sample
 import comfy.samplers
@@ -23,10 +23,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching.calibration_file import Calibration
+from ....accel.caching.calibration_recorder import CalibrationRecorder, sparse
 from ....accel.caching.extrapolate import Reuse
-from ....accel.caching.smoothcache import FARTHEST, Recorder
-from ....accel.caching.steps import Record, Step
-from ....accel.caching.teacache import distance, fit
+from ....accel.caching.smoothcache import FARTHEST
+from ....accel.caching.steps import Record
+from ....accel.caching.teacache import distance
 from ..host.fingerprint import fingerprint, weights_of
 from ..host.progress import Progress
 from ..host.samplers import sampler_name
@@ -34,12 +35,6 @@ from .features import FEATURES
 from .hooks import BlockSite, hooked_blocks, shadow_sublayers
 from .models import DEPTHS, ModelFamily, family_of, published
 from .run import KEY, ModelCall, Run, flow_time, model_call, sampling, substitute, uncached
-
-NOTHING = 1e-12  # the mean size below which a value counts as 0
-# the error of a value of another number of tokens, which no schedule allows: with ComfyUI's Flux KV
-# Cache the reference pictures' tokens are there at the first step alone
-OTHER_SIZE = 1e3
-TOKENS = 256  # of each part's output are compared; the mean error over more of them is the same
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,8 @@ def measure(setup: Measurement, progress: Progress) -> Calibration:
     return Calibration(
         model=_about_model(setup),
         run=_about_run(setup, samples),
-        teacache=_polynomial(recorder, setup.order),
-        curves={kind: errors.curve() for kind, errors in recorder.errors.items()},
+        teacache=recorder.polynomial(setup.order),
+        curves=recorder.curves(),
         grams=np.stack(recorder.grams),
     )
 
@@ -143,74 +138,6 @@ def _about_run(setup: Measurement, samples: torch.Tensor) -> dict:
         "prompts": len(setup.positive),
         "seed": setup.seed,
     }
-
-
-def _polynomial(recorder: CalibrationRecorder, order: int) -> dict | None:
-    """TeaCache's part of a calibration; None where there are too few points for a fit."""
-    points = recorder.points
-    if len(points) <= order + 1:
-        return None
-    fitted = fit([x for x, _ in points], [y for _, y in points], order)
-    return {
-        "feature": recorder.feature,
-        "coefficients": list(fitted.coefficients),
-        "x_min": fitted.x_min,
-        "x_max": fitted.x_max,
-        "r2": fitted.r2,
-        "points": [[round(x, 6), round(y, 6)] for x, y in points],
-    }
-
-
-@dataclass
-class CalibrationRecorder:
-    """What the run teaches. errors: kind → its errors; points: TeaCache's (change of F, change of
-    the residual); velocities: those of one prompt; grams: of each prompt before.
-    """
-
-    steps: int
-    farthest: int
-    depths: tuple[str, ...]
-    feature: str
-    errors: dict[str, Recorder] = field(default_factory=dict)
-    points: list[tuple[float, float]] = field(default_factory=list)
-    velocities: dict[int, torch.Tensor] = field(default_factory=dict)
-    grams: list[np.ndarray] = field(default_factory=list)
-
-    def compare(
-        self, kind: str, seen: list[tuple[int, torch.Tensor]], step: Step, value: torch.Tensor
-    ) -> None:
-        """Adds the errors of giving this step the values of earlier ones, and keeps this one; a
-        sampler's second look at a step is passed over.
-        """
-        if seen and seen[-1][0] == step.index:
-            return
-        errors = self.errors.setdefault(kind, Recorder(self.steps, self.farthest))
-        # a part may give nothing at all, at which every other value is too far
-        norm = value.abs().float().mean().clamp(min=NOTHING)
-        for before, old in seen:
-            error = OTHER_SIZE
-            if old.shape == value.shape:
-                error = float((value - old).abs().float().mean() / norm)
-            errors.add(before, step.index, error)
-        seen.append((step.index, value))
-        del seen[: -self.farthest]
-
-    def next_prompt(self) -> None:
-        """Turns the velocities of a finished picture into inner products, and into errors of whole
-        steps.
-        """
-        if sorted(self.velocities) != list(range(self.steps)):
-            raise ValueError(
-                f"The sampler visited {len(self.velocities)} of {self.steps} steps; calibrate with"
-                " a sampler that visits each, such as euler."
-            )
-        flat = torch.stack([self.velocities[i].flatten() for i in range(self.steps)]).double()
-        gram = flat @ flat.T
-        self.grams.append((gram / gram.diagonal().mean()).numpy())
-        seen: list[tuple[int, torch.Tensor]] = []
-        for i in range(self.steps):
-            self.compare("step", seen, Step(i, self.steps, 0.0), flat[i])
-        self.velocities = {}
 
 
 class _ComputeAll:
@@ -295,8 +222,8 @@ class RecordingPass:
         arguments: dict,
         compute: Callable,
     ):
-        image_before = _sparse(image).clone()
-        text_before = None if text is None else _sparse(text).clone()
+        image_before = sparse(image).clone()
+        text_before = None if text is None else sparse(text).clone()
         if site.first:
             self.entered = image.clone()
             self.feature = self._feature(site, image, arguments)
@@ -308,9 +235,9 @@ class RecordingPass:
         depths = self.recorder.depths
         if "block" in depths or ("sublayer" in depths and not site.blocks.parts):
             kind, batch = site.blocks.kind, self.family.batch
-            self._note(kind, (*site.key, "img"), _sparse(out[0]) - image_before, batch)
+            self._note(kind, (*site.key, "img"), sparse(out[0]) - image_before, batch)
             if text is not None and out[1] is not None and out[1].shape == text.shape:
-                self._note(kind, (*site.key, "txt"), _sparse(out[1]) - text_before, batch)
+                self._note(kind, (*site.key, "txt"), sparse(out[1]) - text_before, batch)
         return out
 
     def _feature(
@@ -325,7 +252,7 @@ class RecordingPass:
     def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         out = compute()
         for i, value in enumerate(out if isinstance(out, tuple) else (out,)):
-            self._note(kind, (kind, index, i), _sparse(value), 0)
+            self._note(kind, (kind, index, i), sparse(value), 0)
         return out
 
     def _note(self, kind: str, key: tuple, value: torch.Tensor, batch: int) -> None:
@@ -355,8 +282,3 @@ class RecordingPass:
                 change = float(distance(feature, last[0]))
                 self.recorder.points.append((change, float(distance(residual, last[1]))))
             stream.parts["points"] = (self.step.index, feature, residual)
-
-
-def _sparse(value: torch.Tensor) -> torch.Tensor:
-    """At most about TOKENS of a tensor's tokens (dimension 1), evenly spread."""
-    return value[:, :: max(1, value.shape[1] // TOKENS)] if value.ndim > 2 else value

@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....accel.caching.calibration_file import Calibration
 from ....accel.caching.coefficients import Shipped
+from ....accel.caching.error_control import LOW_BIT_PRESETS, PRESETS
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.steps import Window
 from ....accel.caching.teacache import Polynomial
@@ -30,11 +31,6 @@ _KNOWN_FEATURES = ("first_residual", *FEATURES)
 # how a skipped step's result is made of the computed ones; auto: as the rule has it
 ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
 HIGHEST_THRESHOLD = 3.0
-# Thresholds of error control; what they cost and give: tests/bench/results/cache-*.json. Rounding
-# makes a low-bit model's velocity rough from step to step, and a threshold below that roughness
-# skips nothing.
-PRESETS = {"quality": 0.01, "balanced": 0.03, "fast": 0.1}
-LOW_BIT_PRESETS = {"quality": 0.02, "balanced": 0.05, "fast": 0.1}
 # TeaCache's rule where no published entry brings thresholds: the paper's slow and fast, and half of
 # slow
 PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}

@@ -11,9 +11,10 @@ import class_walk
 import tiny_models
 from caf_files import worn
 from family_caching import STEPS, measured, same
+from nibble.accel.caching.calibration_recorder import OTHER_SIZE
 from nibble.accel.caching.teacache import IDENTITY, Polynomial
 from nibble.nodes.bridge.caching.apply import apply_smoothcache, apply_teacache, notes
-from nibble.nodes.bridge.caching.measure import OTHER_SIZE, Measurement, measure
+from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.caching.settings import SmoothCacheSettings, TeaCacheSettings
 from nibble.nodes.bridge.caf import sample
 from nibble.nodes.bridge.host.progress import Progress

@@ -1,0 +1,17 @@
+"""Caching in scripts: the rules and files of accel/caching around a pipeline of diffusers, by
+diffusers' own hooks.
+
+apply.py      a pipeline's transformer gets hooks, and loses them
+schedules.py  a scheduler's steps as flow times
+run.py        one picture that is being cached: its step, its streams, its record
+fingerprint.py  tells a calibration's model from others
+outputs.py    what a model returns, taken apart and put together again
+whole_steps.py  the whole transformer computed or guessed
+parts.py      attention and feed-forward layers, each by its own schedule
+measure.py    uncached pictures, watched: a calibration
+"""
+
+from .apply import Caching, cache
+from .measure import calibrate
+
+__all__ = ["Caching", "cache", "calibrate"]

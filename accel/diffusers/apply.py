@@ -1,0 +1,165 @@
+"""`nibble.cache`: hooks on a pipeline's transformers, by the rules of accel/caching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
+
+from ..caching import mask_search, smoothcache
+from ..caching.calibration_file import Calibration
+from ..caching.error_control import LOW_BIT_PRESETS, PRESETS, ErrorControl
+from ..caching.extrapolate import Reuse
+from ..caching.steps import Record, Window
+from .fingerprint import fingerprint, is_low_bit
+from .parts import Part, Root, Schedule, parts, shares
+from .run import Run, Runs
+from .schedules import flow_times
+from .whole_steps import WholeSteps
+
+NAME = "nibble_cache"
+RULES = ("error", "budget", "smoothcache")
+
+
+class Caching:
+    """A pipeline that caches. record: what happened in the last picture (a `Record`: computed,
+    reused, calls, computed_calls, work); None before the first.
+    """
+
+    def __init__(self, transformers: list[torch.nn.Module], runs: Runs):
+        self._transformers, self._runs = transformers, runs
+
+    @property
+    def record(self) -> Record | None:
+        return None if self._runs.run is None else self._runs.run.record
+
+    def remove(self) -> None:
+        """Takes the hooks off; the transformer's forward is its own again."""
+        for transformer in self._transformers:
+            HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME)
+
+    def __enter__(self) -> Caching:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.remove()
+
+
+def cache(  # noqa: PLR0913 (a script's keywords)
+    pipe: Any,
+    rule: str = "error",
+    *,
+    preset: str = "balanced",
+    threshold: float | None = None,
+    budget: int | None = None,
+    alpha: float = 0.1,
+    calibration: Calibration | None = None,
+    order: int = 1,
+    window: Window = Window(),  # noqa: B008 (it cannot be changed)
+    scheduler: Any = None,
+) -> Caching:
+    """See `nibble.cache`."""
+    transformers, scheduler_of = pipeline_parts(pipe, scheduler)
+    if rule not in RULES:
+        raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}.")
+    reuse = Reuse(order)
+    if calibration is not None:
+        calibration.check(fingerprint(transformers[0]))
+    if rule == "error":
+        rule_of = _error(transformers[0], preset, threshold, reuse, window)
+    elif rule == "budget":
+        rule_of = _budget(budget, calibration, reuse, window)
+    else:
+        rule_of = _smoothcache(transformers[0], calibration, alpha, window)
+
+    def make(scheduler: Any) -> Run:
+        times = flow_times(scheduler)
+        return Run(scheduler, rule_of(times), reuse, Record(len(times) - 1, kind=rule))
+
+    runs = Runs(scheduler_of, make)
+    for transformer in transformers:
+        hooks: dict[torch.nn.Module, ModelHook] = {transformer: WholeSteps(runs)}
+        if rule == "smoothcache":
+            hooks = {
+                layer: Part(runs, kind, name, reuse) for kind, name, layer in parts(transformer)
+            }
+            hooks[transformer] = Root(runs, shares(transformer))
+        HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME)
+        for module, hook in hooks.items():
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
+    return Caching(transformers, runs)
+
+
+def pipeline_parts(
+    pipe: Any, scheduler: Any = None
+) -> tuple[list[torch.nn.Module], Callable[[], Any]]:
+    """The transformers, and how to ask for the scheduler: a pipeline may be given another one."""
+    if isinstance(pipe, torch.nn.Module):
+        if scheduler is None:
+            raise ValueError("A transformer alone has no steps: give its scheduler, too.")
+        return [pipe], lambda: scheduler
+    names = ("transformer", "transformer_2")
+    found = [part for name in names if (part := getattr(pipe, name, None)) is not None]
+    if not found:
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer; caching is for diffusion transformers."
+        )
+    return found, lambda: pipe.scheduler
+
+
+def _error(
+    model: torch.nn.Module, preset: str, threshold: float | None, reuse: Reuse, window: Window
+) -> Callable:
+    if preset not in PRESETS:
+        raise ValueError(f"preset is one of {', '.join(PRESETS)}, not {preset!r}.")
+    if threshold is None:
+        threshold = (LOW_BIT_PRESETS if is_low_bit(model) else PRESETS)[preset]
+    if threshold < 0:
+        raise ValueError(f"threshold is 0 (reuse nothing) or more, not {threshold:g}.")
+    allowed = threshold
+    return lambda times: ErrorControl(allowed, times, reuse, window)
+
+
+def _budget(
+    budget: int | None, calibration: Calibration | None, reuse: Reuse, window: Window
+) -> Callable:
+    if budget is None or budget < 2:
+        raise ValueError("The rule 'budget' needs the number of steps to compute, at least 2.")
+    wanted = budget
+
+    def rule_of(times: tuple[float, ...]) -> mask_search.StepMask:
+        steps = len(times) - 1
+        count = min(wanted, steps)
+        if steps < 2:
+            mask = [True] * steps
+        elif calibration is None:
+            mask = mask_search.uniform(steps, count)
+        else:
+            mask = calibration.mask(count, times, reuse)
+        return mask_search.StepMask(tuple(mask), window)
+
+    return rule_of
+
+
+def _smoothcache(
+    model: torch.nn.Module, calibration: Calibration | None, alpha: float, window: Window
+) -> Callable:
+    if calibration is None:
+        raise ValueError(
+            "SmoothCache needs a calibration of this model: nibble.calibrate_cache makes one."
+        )
+    kinds = list(shares(model))
+    calibration.need(kinds)
+
+    def rule_of(times: tuple[float, ...]) -> Schedule:
+        masks: Mapping[str, list[bool]] = {
+            kind: smoothcache.greedy_mask(
+                calibration.curves[kind].at(calibration.times[:-1], times[:-1]).mean, alpha
+            )
+            for kind in kinds
+        }
+        return Schedule(masks, window)
+
+    return rule_of
