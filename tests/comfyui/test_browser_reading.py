@@ -56,7 +56,6 @@ WALKED = {"layers": len(ROWS), "blocks": 2, "curve": 2, "strip": 3}
 SHOW = """async (chart) => {
   const { drawChart } = await import("/extensions/ComfyUI-Nibble/charts.mjs");
   const { show } = await import("/extensions/ComfyUI-Nibble/widget.mjs");
-  app.graph.clear();
   const node = LiteGraph.createNode("NibbleInspectFile");
   app.graph.add(node); node.pos = [20, 60];
   app.canvas.ds.scale = 1; app.canvas.ds.offset = [60, 40]; app.canvas.setDirty(true, true);
@@ -99,10 +98,13 @@ TIP = f"""() => {{
   return tip.hidden ? "" : tip.textContent;
 }}"""
 FOCUS = f"() => getComputedStyle({ROOT}.activeElement).outlineStyle"
+TITLE = f'() => {ROOT}.querySelector(".nibble-title").textContent'
 OPEN = f'() => {ROOT}.querySelector("details").open'
 
 
 def show(screen, kind):
+    screen.page.evaluate("() => app.graph.clear()")
+    screen.page.wait_for_timeout(100)  # Nodes 2.0 draws once in between, as with a new workflow
     screen.page.evaluate(SHOW, {"kind": kind, "title": kind, "summary": SUMMARY, **KINDS[kind]})
     screen.page.wait_for_timeout(400)
 
@@ -112,6 +114,7 @@ def test_every_text_of_every_chart_stands_out(screen):
     faint = {}
     for kind in KINDS:
         show(screen, kind)
+        assert screen.page.evaluate(TITLE) == kind
         found = screen.page.evaluate(CONTRASTS)
         screen.picture(f"reading-{kind}-{screen.look}")
         assert len(found) > 3, kind
