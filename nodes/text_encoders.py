@@ -79,7 +79,6 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
                     advanced=True,
                     tooltip=" ".join(f"{name}: {text}." for name, text in _FORMATS.items()),
                 ),
-                _type_input(),
                 io.String.Input(
                     "prompts",
                     default="",
@@ -112,6 +111,7 @@ class NibbleQuantizeTextEncoder(file_nodes.FileNode):
                     advanced=True,
                     tooltip="Seed for every random choice.",
                 ),
+                _type_input(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[

@@ -34,7 +34,7 @@ from published_files import RandomFlux
 
 cli = importlib.import_module("nibble.__main__")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "web" / "docs").rglob("*.md"))]
-PAGES += [ROOT / "docs" / "models.md", ROOT / "docs" / "file-format.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("models", "file-format", "questions")]
 BEGINS = "python ComfyUI-Nibble"
 UNPARSED = ("bench", "cubins", "libraries")  # they have parsers of their own
 PARSED_ONLY = re.compile(r"--preset best|t5xxl|^(demo|bench \w|cubins|libraries)")

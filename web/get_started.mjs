@@ -1,6 +1,7 @@
 /** Get Started's button: opens the template that the node has chosen, in a workflow of its own. */
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { say } from "./words.mjs";
 
 const BUTTON = "open_template";
 // ComfyUI serves this file under the name of the pack's folder, and its templates too
@@ -31,7 +32,7 @@ function offer(node, template) {
     button.serialize = false; // it is no setting
   }
   button.template = template;
-  button.label = `Open ${template}`;
+  button.label = say("open_template", { template });
   node.setDirtyCanvas?.(true, true);
 }
 

@@ -8,12 +8,12 @@ import { app } from "../../scripts/app.js";
 import { drawChart } from "./charts.mjs";
 import { watchFailures } from "./failures.mjs";
 import "./get_started.mjs";
+import "./menu.mjs";
 import { executedNode, locatedNode } from "./nodes.mjs";
 import { watchProgress } from "./progress.mjs";
 import "./search.mjs";
 import { showUnfinished, watchUnfinished } from "./unfinished.mjs";
 import { show } from "./widget.mjs";
-import { loadWords } from "./words.mjs";
 
 const HISTORY = 20; // runs to look through, oldest first
 const chartOf = (output) => output?.nibble_chart?.[0];
@@ -23,7 +23,7 @@ app.registerExtension({
   name: "nibble.charts",
 
   /** A node may send a chart while it works. */
-  async setup() {
+  setup() {
     watchFailures();
     watchProgress();
     watchUnfinished();
@@ -31,7 +31,6 @@ app.registerExtension({
       const node = executedNode(detail.node);
       if (node) draw(node, detail.chart);
     });
-    await loadWords();
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {

@@ -5,18 +5,20 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-let words = {};
+let languages = {}; // language -> {"nibble": {name: sentence}, ...}
 
-/** Fetches them, once; what a language lacks is told in English. */
+/** Fetches them, once, in every language: the user may change it while the page is open. */
 export async function loadWords() {
   const reply = await api.fetchApi("/i18n");
-  if (!reply.ok) return;
-  const all = await reply.json();
-  const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  words = { ...all.en?.nibble, ...all[language]?.nibble };
+  if (reply.ok) languages = await reply.json();
 }
 
-/** A sentence by its name, with {values} put in; an unknown name is told as it is. */
+/**
+ * A sentence by its name, with {values} put in; what a language lacks is told in English, an
+ * unknown name as it is.
+ */
 export function say(name, values = {}) {
-  return (words[name] ?? name).replace(/\{(\w+)\}/g, (whole, key) => values[key] ?? whole);
+  const language = app.extensionManager?.setting?.get("Comfy.Locale");
+  const text = languages[language]?.nibble?.[name] ?? languages.en?.nibble?.[name] ?? name;
+  return text.replace(/\{(\w+)\}/g, (whole, key) => values[key] ?? whole);
 }

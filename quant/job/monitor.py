@@ -27,8 +27,9 @@ class Monitor:
     """Callbacks of a run; by default nobody listens.
 
     progress     called before each layer or block with (weights done, weights in all, its name)
-    cancelled    called before each layer, and every few steps of calibration; raises to stop. What
-                 is finished stays and the next run goes on from there
+    cancelled    called before each layer, on a CPU also while one is made, and every few steps of
+                 calibration; raises to stop. What is finished stays and the next run goes on from
+                 there
     block_error  called every few steps of calibration
     layers       called with (layers done, layers in all) whenever either is known to have changed
     """

@@ -22,6 +22,8 @@ SHARE = 0.6
 """Of the free memory, for all of them."""
 WITHOUT_A_FIGURE = 2
 """Layers at once where free memory is not known."""
+HEED = 0.2
+"""Seconds between two looks at whether the user pressed Stop; a layer may take a minute."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,10 +39,12 @@ def at_once(largest: int) -> int:
     return max(1, min(threads, int(room // (BYTES_PER_WEIGHT * max(1, largest)))))
 
 
-def side_by_side(work: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+def side_by_side(
+    work: Callable[[T], R], items: Iterable[T], count: int, heed: Callable[[], None] = lambda: None
+) -> Iterator[R]:
     """The results of `work`, as they come, with `count` items at once and the next one at hand, so
-    that none waits for its bytes; no more are held. Whatever ends the loop waits for those under
-    way.
+    that none waits for its bytes; no more are held. heed: called every HEED seconds while items are
+    under way; raises to stop. Whatever ends the loop waits for those under way.
     """
     threads = torch.get_num_threads()
     inference = torch.is_inference_mode_enabled()
@@ -61,7 +65,9 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T], count: int) -> Iter
                 running.add(pool.submit(run, item))
             if not running:
                 return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            done, running = wait(running, HEED, FIRST_COMPLETED)
+            if not done:
+                heed()
             for future in done:
                 yield future.result()
     finally:

@@ -148,7 +148,8 @@ class SVDQuantizer(LayerQuantizer):
             self.wide = widths.chosen(measured, self.recipe.wide_share)
         if self.device.type == "cpu":
             largest = max(sum(layer.K * layer.N for layer in group) for group in groups)
-            made = side_by_side(self._made, self._read(groups), at_once(largest))
+            count, heed = at_once(largest), self.monitor.cancelled
+            made = side_by_side(self._made, self._read(groups), count, heed)
         else:
             made = map(self._made, self._read(groups))
         for group in made:

@@ -36,6 +36,8 @@ DRAW = """async () => {
     node.pos = [340 + 380 * (i % 3), 60 + 390 * Math.floor(i / 3)];
   });
   app.canvas.setDirty(true, true);
+  // ids begin anew with each graph, and what an earlier one drew is still told
+  for (const id of Object.keys(app.nodeOutputs)) delete app.nodeOutputs[id];
   await app.queuePrompt(0, 1);
   return image.id;
 }"""
@@ -48,11 +50,12 @@ def put_down(screen, folder: str, name: str) -> list:
     page.evaluate("() => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }")
     page.evaluate(TOGGLE)
     page.get_by_role("button", name="Refresh", exact=True).click()  # the file may be new
-    page.wait_for_timeout(1000)
     file = page.get_by_text(name.removesuffix(".safetensors"), exact=True)
+    page.get_by_text(folder, exact=True).wait_for(timeout=60_000)
+    page.wait_for_timeout(3000)
     if not file.is_visible():  # a folder that was opened before stays open
         page.get_by_text(folder, exact=True).click()
-    file.wait_for()
+    file.wait_for(timeout=60_000)
     page.wait_for_timeout(500)  # while the folder opens, a click falls beside the file
     file.click()
     page.mouse.move(900, 500)

@@ -152,13 +152,24 @@ def test_layers_and_time_left_are_told_while_a_node_works(screen):
 
 @pytest.fixture(scope="module")
 def wide(server) -> str:
-    """A FLUX whose layers take seconds: the demo's are made before a busy page hears of them."""
+    """A FLUX whose layers take seconds: the demo's are made before a busy page hears of them. Few
+    blocks, since measuring takes its time by them.
+    """
     path = server.folder("diffusion_models") / "wide.safetensors"
-    save_file(flux_state(hidden=1024, double=2, single=4), path)
+    save_file(flux_state(hidden=1024, double=1, single=2), path)
     return path.name
 
 
+@pytest.fixture
+def idle(server):
+    """A server that nothing is left running on, however the test ends."""
+    yield
+    server.post("/queue", {"clear": True})
+    server.post("/interrupt", {})
+
+
 @BOTH
+@pytest.mark.usefixtures("idle")
 def test_stop_is_no_failure_and_its_file_can_be_removed(screen, server, wide):
     name = f"stopped-{screen.look}"
     screen.page.evaluate(MAKE, [wide, name])

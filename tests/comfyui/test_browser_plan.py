@@ -29,7 +29,7 @@ def test_the_plan_is_drawn(screen):
     )
     screen.page.wait_for_timeout(600)
     told = screen.page.evaluate(f"() => {CHART}.textContent")
-    for words in ("Encode the prompt", "Sample", "Decode", "modulation in RAM", "14.5 GB of 16.0"):
+    for words in ("Encode the prompt", "Sample", "Decode", "modulation in RAM", "14.3 GB of 16.0"):
         assert words in told
     bars = screen.page.evaluate(f"() => {CHART}.querySelectorAll('.nibble-bar').length")
     assert bars == 4  # three stages on the card, one of RAM

@@ -82,6 +82,25 @@ def test_a_failure_ends_the_work_and_nothing_runs_on():
     assert running == [1]
 
 
+def test_a_stop_is_heeded_while_an_item_is_worked_on():
+    """An item of a large model takes a minute: it is not waited for before Stop is told."""
+    begun, told = threading.Event(), threading.Event()
+    late = []
+
+    def heed():
+        if begun.is_set():
+            told.set()
+            raise KeyboardInterrupt
+
+    def work(item):
+        begun.set()
+        late.append(not told.wait(20))
+
+    with pytest.raises(KeyboardInterrupt):
+        list(side_by_side.side_by_side(work, range(5), 1, heed))
+    assert late == [False]
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "largest", "count"),
     [(64, 40_000_000, 8), (10, 40_000_000, 3), (1, 40_000_000, 1), (64, 1, 8)],

@@ -55,6 +55,10 @@ class Server:
         pack.parent.mkdir(parents=True, exist_ok=True)
         if not pack.exists():
             pack.symlink_to(ROOT, target_is_directory=True)
+        settings = self.home / "user" / "default" / "comfy.settings.json"
+        if not settings.exists():  # a first visit opens the templates, above all and when it likes
+            settings.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text('{"Comfy.TutorialCompleted": true}')
         command = [
             PYTHON,
             str(Path(__file__).with_name("comfyui_launch.py")),

@@ -49,6 +49,8 @@ def check_value(value, spec: list) -> None:
     if is_link(value):
         return
     kind, options = kind_of(spec)
+    if kind not in WIDGETS:  # of ComfyUI's own: a comparison, a choice with inputs of its own
+        return
     assert isinstance(value, WIDGETS[kind]), f"{value!r} is no {kind}"
     if kind in ("INT", "FLOAT"):
         assert options.get("min", -math.inf) <= value <= options.get("max", math.inf)

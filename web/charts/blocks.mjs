@@ -4,7 +4,7 @@
  */
 import { decibels, h, s } from "../dom.mjs";
 import { decibelAxis, gridLines, stretched, tickLabels, verticalLine } from "./axes.mjs";
-import { centerOf, placeTip, shareOf } from "./pointer.mjs";
+import { centerOf, chooseItems, placeTip, shareOf } from "./pointer.mjs";
 import { plotTitle, section, statistics } from "./section.mjs";
 
 const HEIGHT = 132; // pixels of the dB axis
@@ -32,7 +32,7 @@ function blocksPlot({ blocks = 1, rows = [] }) {
   const cursor = s("g");
   const picture = s(
     "svg",
-    { height: HEIGHT, role: "img", "aria-label": describe(drawn, blocks) },
+    { height: HEIGHT, role: "img", tabindex: 0, "aria-label": describe(drawn, blocks) },
     gridLines(axis.ticks, y),
     stretched(
       HEIGHT,
@@ -51,11 +51,12 @@ function blocksPlot({ blocks = 1, rows = [] }) {
     tip.replaceChildren(...tipLines(row));
     placeTip(tip, plot, centerOf(plot, picture, x(row, 0.5)));
   };
-  picture.addEventListener("pointermove", (event) => {
-    const number = Math.floor(shareOf(picture, event) * blocks);
-    select(drawn.find((row) => row.number === number));
+  chooseItems(picture, {
+    count: blocks,
+    at: (event) => Math.floor(shareOf(picture, event) * blocks),
+    choose: (number) => select(drawn.find((row) => row.number === number)),
+    leave: () => select(null),
   });
-  picture.addEventListener("pointerleave", () => select(null));
   return plot;
 }
 

@@ -7,6 +7,7 @@ import { details, scale, section } from "./section.mjs";
 
 const SIZE = String.raw`([\d.]+) ?(k|M|G|T)?i?B`;
 const PART = new RegExp(`^(?:about )?${SIZE} of ${SIZE}\\b`);
+const SENTENCE = 60; // characters; a longer value stands under its label, to be read as a text
 const SCALE = { k: 1e3, M: 1e6, G: 1e9, T: 1e12 };
 
 export function factsChart(chart) {
@@ -20,9 +21,15 @@ export function factsChart(chart) {
 }
 
 function rows(facts) {
-  const line = ([label, value]) =>
-    meter(label, value) ?? h("div", h("dt", label), h("dd", scale(value) ?? value));
-  return h("dl.nibble-facts", facts.map(line));
+  return h("dl.nibble-facts", facts.map(row));
+}
+
+function row([label, value]) {
+  const bar = meter(label, value);
+  if (bar) return bar;
+  const grades = scale(value);
+  const isText = !grades && String(value).length > SENTENCE;
+  return h(isText ? "div.nibble-text" : "div", h("dt", label), h("dd", grades ?? value));
 }
 
 /** A bar for a value such as "about 6.9 GB of 8.0 GB, ..."; null for anything else. */

@@ -177,8 +177,12 @@ export const FRAME = css`
     text-align: right;
     overflow-wrap: anywhere;
   }
-  .nibble-facts .nibble-meter {
+  .nibble-facts .nibble-meter,
+  .nibble-facts .nibble-text {
     display: block;
+  }
+  .nibble-facts .nibble-text > dd {
+    text-align: left;
   }
   .nibble-meter > div:first-child {
     display: flex;

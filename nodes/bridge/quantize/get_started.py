@@ -118,7 +118,7 @@ def _verdict(plan: Plan | None) -> str:
 
 def _steps(template: Template, plan: Plan | None) -> list[str]:
     """What to do, in order."""
-    steps = [f"Open the template {template.name}: the button below, or Templates."]
+    steps = [f"Open the template {template.name}: this node's button, or Templates."]
     missing = template.missing()
     if missing:
         told = ", ".join(f"{name} into models/{kind}" for name, kind, _ in missing)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from comfy_api.latest import io
 
 from nibble.nodes import NODES, menu
 
@@ -38,6 +39,15 @@ def node(request):
 def test_nothing_is_required_that_was_not_at_first(node):
     required = node.INPUT_TYPES().get("required", {})
     assert set(required) <= set(REQUIRED[node.define_schema().node_id])
+
+
+def test_optional_widgets_stand_behind_the_others(node):
+    """As the page shows them, whatever the order in the schema; a template that follows the schema
+    would put values into their neighbours' widgets.
+    """
+    inputs = node.define_schema().inputs
+    optional = [one.optional for one in inputs if isinstance(one, io.WidgetInput)]
+    assert optional == sorted(optional)
 
 
 def test_every_line_is_of_a_node():
