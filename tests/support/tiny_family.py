@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +26,8 @@ class Family:
     # parts that ComfyUI builds in one size: (module, class, sizes to give it, or None to leave it
     # out)
     smaller: tuple[tuple[str, str, dict | None], ...] = ()
+    # what the class reads from a checkpoint beside the diffusion model
+    beside: Callable[[], dict[str, torch.Tensor]] = dict
 
     def parts(self) -> list[tuple[object, str, object]]:
         """(module, name, what stands there while the tiny model is built)."""

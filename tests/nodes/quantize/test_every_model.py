@@ -52,7 +52,7 @@ STAND_FOR = {  # of the same layers as another one
     "Kandinsky5": ["Kandinsky5Image"],
     "CogVideoX_T2V": ["CogVideoX_Inpaint", "CogVideoX_I2V"],
 }
-NOT_RUN = {"StableAudio": "needs its checkpoint", "MiniMaxMusic3": "one size alone"}
+NOT_RUN = {"MiniMaxMusic3": "one size alone"}
 # share of the weights that become 4-bit, where it is less than 0.8, and why
 LITTLE = {
     "ACEStep": (0.58, "its feed-forward layers are convolutions"),
