@@ -302,6 +302,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "PixelDiTT2I": dict(image_model="pixeldit_t2i"),
     "Lumina2": LUMINA,
     "WAN21_T2V": WAN | dict(model_type="t2v"),
+    "WAN22_T2V": WAN
+    | dict(
+        model_type="t2v",
+        in_dim=48,
+        out_dim=48,
+        dim=3072,
+        ffn_dim=14336,
+        num_heads=24,
+        num_layers=30,
+    ),
     "WAN21_CausalAR_T2V": WAN_SMALL | dict(model_type="t2v"),
     "WAN21_I2V": WAN | dict(model_type="i2v", in_dim=36),
     "WAN21_Vace": WAN | dict(model_type="vace", vace_layers=8, vace_in_dim=96),

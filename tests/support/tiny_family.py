@@ -23,9 +23,8 @@ class Family:
     context: tuple[int, ...]  # of a prompt's embedding, without the batch
     # name → shape with batch, or a callable that makes the value
     extras: dict = dataclasses.field(default_factory=dict)
-    # parts that ComfyUI builds in one size: (module, class, sizes to give it, or None to leave it
-    # out)
-    smaller: tuple[tuple[str, str, dict | None], ...] = ()
+    # parts that ComfyUI builds in one size: (module, class, sizes to give it or its stand-in)
+    smaller: tuple[tuple[str, str, dict | type], ...] = ()
     # what the class reads from a checkpoint beside the diffusion model
     beside: Callable[[], dict[str, torch.Tensor]] = dict
 
@@ -34,14 +33,14 @@ class Family:
         return [_smaller(*part) for part in self.smaller]
 
 
-def _smaller(name: str, part: str, sizes: dict | None) -> tuple[object, str, object]:
+def _smaller(name: str, part: str, instead: dict | type) -> tuple[object, str, object]:
     module = importlib.import_module(name)
     cls = getattr(module, part)
 
     def made(*arguments, **options):
-        if sizes is None:
-            return torch.nn.Identity()
-        return cls(*arguments, **(options | sizes))
+        if isinstance(instead, type):
+            return instead()
+        return cls(*arguments, **(options | instead))
 
     return module, part, made
 

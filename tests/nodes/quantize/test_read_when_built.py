@@ -54,7 +54,9 @@ def checkpoint(name: str, folder, beside: dict[str, torch.Tensor] | None = None)
     """An all-in-one checkpoint of a tiny model, with a VAE."""
     model = tiny_models.build(name)
     prefix = PREFIX.get(name, "model.model.")
-    tensors = {f"{prefix}{key}": value for key, value in model.model.diffusion_model.state_dict().items()}
+    tensors = {
+        f"{prefix}{key}": value for key, value in model.model.diffusion_model.state_dict().items()
+    }
     beside = tiny_models.FAMILIES[name].beside() if beside is None else beside
     path = folder / "all in one.safetensors"
     save_file(tensors | beside | {"pretransform.model.bottleneck.w": torch.ones(2)}, path)
