@@ -263,4 +263,5 @@ def _state(path: Path, verify: bool) -> dict[str, torch.Tensor]:
         for done, (name, tensor) in enumerate(state.items()):
             report(done, len(state), name)
             file.check(name, tensor)
-    return comfy.utils.convert_old_quants(state, model_prefix="", metadata=metadata)[0]
+    with reading(path):
+        return comfy.utils.convert_old_quants(state, model_prefix="", metadata=metadata)[0]
