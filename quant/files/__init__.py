@@ -14,6 +14,7 @@ integrity.py      what tells that a file is damaged
 small.py          small files: adapters, states, couplings
 prompts.py        prompts to calibrate on, as text encoders gave them
 source.py         the model that is quantized, decoded
+read_when_built.py  what of a checkpoint ComfyUI needs beside the diffusion model
 source_files.py   the files that it may be in: one, several, a folder, GGUF
 source_layouts.py how ComfyUI's own quantized formats are read
 gguf_file.py      how GGUF is read

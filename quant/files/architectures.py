@@ -23,6 +23,8 @@ from .errors import FORMS, FileRefused
 GROUP = 64
 # share of a layer's inputs that zeros may be in number, to fill up its last group
 _MOST_ZEROS = 1 / 8
+# what an entry of architectures.json may list
+_LISTS = ("all", "any", "blocks", "modulation", "sensitive", "few_tokens", "detects", "post_gelu")
 GUESSED = (
     "Nibble does not know this model, so its plan was guessed from the names and shapes of its"
     " layers; look through the pictures, and name layers in keep_layers (--keep) to leave them in"
@@ -35,8 +37,8 @@ GUESSED = (
 class Architecture:
     """A model family: keys that it has (all of `all`, one of `any`), `sizes` that some of them
     begin with, and patterns on module names. sensitive: layers of the blocks that get 4-bit
-    weights alone; guessed: by universal_plan. Of a text encoder (`encoder`), rows8: what gets
-    8-bit rows.
+    weights alone; few_tokens: layers beside the modulation that do, too; guessed: by
+    universal_plan. Of a text encoder (`encoder`), rows8: what gets 8-bit rows.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Architecture:
     post_gelu: tuple[str, ...] = ()
     shared_input: tuple[tuple[str, ...], ...] = ()
     sensitive: tuple[str, ...] = ()
+    few_tokens: tuple[str, ...] = ()
     guessed: bool = False
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     encoder: bool = False
@@ -101,10 +104,7 @@ def families() -> tuple[Architecture, ...]:
     """Every family that can be quantized, in the order in which they are tried."""
 
     def build(entry: dict) -> Architecture:
-        lists: dict[str, Any] = {
-            key: tuple(entry.get(key, ()))
-            for key in ("all", "any", "blocks", "modulation", "sensitive", "detects", "post_gelu")
-        }
+        lists: dict[str, Any] = {key: tuple(entry.get(key, ())) for key in _LISTS}
         return Architecture(
             name=entry["name"],
             keep=tuple(entry.get("keep", {}).items()),
@@ -313,6 +313,8 @@ def _action(name: str, architecture: Architecture, recipe) -> tuple[str, str]:
         return "w4a16", "4-bit weights only, as asked for"
     if _matches(architecture.sensitive, name):
         return "w4a16", "4-bit weights only: the most fragile layers of the first and last blocks"
+    if _matches(architecture.few_tokens, name):
+        return "w4a16", "sees few tokens"
     if _matches(architecture.modulation, name):
         return (
             ("w4a16", "sees few tokens")

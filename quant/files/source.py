@@ -3,7 +3,8 @@
 Understood are 16- and 32-bit weights, plain fp8, fp8 with a scale (`X.scale_weight` of older files,
 `X.weight_scale`), every per-layer format that ComfyUI writes (source_layouts.py) and those of GGUF,
 in one file or several (source_files.py). A prefix such as "model.diffusion_model." is removed, so
-that names are those of ComfyUI's own modules; what else a checkpoint holds is left out.
+that names are those of ComfyUI's own modules; what else a checkpoint holds is left out, but for
+what ComfyUI needs to build the model (read_when_built.py).
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import read_when_built
 from .errors import FORMS, FileRefused, reader, reading
 from .integrity import is_finite
 from .safetensors import DTYPE_NAMES, tensor_bytes
@@ -64,6 +66,12 @@ class _Model:
             for key, info in stored.tensors.items()
             if key.startswith(self.prefix)
         }
+        self._beside = {
+            key: stored.tensors[key]
+            for key in read_when_built.names(stored.tensors)
+            if key not in self._stored
+        }
+        self._stored |= self._beside
         if len(self._stored) < len(stored.tensors):
             self.left_out = (
                 f"{len(stored.tensors) - len(self._stored)} other tensors (VAE, text encoders)"
@@ -171,7 +179,10 @@ class _Model:
         return sum(self._stored[key].nbytes for key in keys if key in self._stored)
 
     def check(self) -> None:
-        """Raises FileRefused for a format that nothing installed here can decode."""
+        """Raises FileRefused for a format that nothing installed here can decode, and for a model
+        that ComfyUI could not build.
+        """
+        read_when_built.check(self.shapes, self.name)
         for module in self._formats.of:
             if self._formats.is_packed(module):
                 self._formats.layout(module)
@@ -196,12 +207,16 @@ class _Model:
             count = max(1, _SAMPLE // size)
             for start in sorted({0, max(0, (length - count) // 2), max(0, length - count)}):
                 bytes_ = min(count, length) * size
-                digest.update(self._tensors.sample(self.prefix + name, start * size, bytes_))
+                digest.update(self._tensors.sample(self._key(name), start * size, bytes_))
         return digest.hexdigest()
 
     def _raw(self, name: str) -> Tensor:
         """A tensor as stored."""
-        return self._tensors.read(self.prefix + name)
+        return self._tensors.read(self._key(name))
+
+    def _key(self, name: str) -> str:
+        """The name that a tensor is stored under."""
+        return name if name in self._beside else self.prefix + name
 
     def _logical(self, key: str) -> tuple[int, ...]:
         module = key.removesuffix(".weight")
@@ -262,8 +277,11 @@ class Source(_Model):
 
     @property
     def is_one_file(self) -> bool:
-        """Whether ComfyUI loads `path` itself."""
-        return isinstance(self._tensors, SafetensorsFiles) and self._tensors.is_plain
+        """Whether ComfyUI loads the whole model from `path` itself: of an all-in-one checkpoint it
+        loads the diffusion model without what lies beside it.
+        """
+        plain = isinstance(self._tensors, SafetensorsFiles) and self._tensors.is_plain
+        return plain and not self._beside
 
     @property
     def loaded_bytes(self) -> int:

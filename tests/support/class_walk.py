@@ -63,6 +63,8 @@ def widen(patch: pytest.MonkeyPatch) -> None:
 
 def state(model) -> dict[str, torch.Tensor]:
     weights = model.model.diffusion_model.state_dict()
+    saved = model.model.state_dict_for_saving({})
+    weights |= {key: value for key, value in saved.items() if key.startswith("conditioner.")}
     return {key: value.contiguous() for key, value in weights.items()}
 
 

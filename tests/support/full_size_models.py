@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import stable_audio
+
 FLUX: dict[str, Any] = dict(
     image_model="flux", axes_dim=[16, 56, 56], num_heads=24, mlp_ratio=4.0, theta=10000,
     in_channels=16, out_channels=16, hidden_size=3072, context_in_dim=4096, vec_in_dim=768,
@@ -300,6 +302,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "PixelDiTT2I": dict(image_model="pixeldit_t2i"),
     "Lumina2": LUMINA,
     "WAN21_T2V": WAN | dict(model_type="t2v"),
+    "WAN22_T2V": WAN
+    | dict(
+        model_type="t2v",
+        in_dim=48,
+        out_dim=48,
+        dim=3072,
+        ffn_dim=14336,
+        num_heads=24,
+        num_layers=30,
+    ),
     "WAN21_CausalAR_T2V": WAN_SMALL | dict(model_type="t2v"),
     "WAN21_I2V": WAN | dict(model_type="i2v", in_dim=36),
     "WAN21_Vace": WAN | dict(model_type="vace", vace_layers=8, vace_in_dim=96),
@@ -379,16 +391,5 @@ def model_of(name: str, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
     config = getattr(comfy.supported_models, name)(dict(options))
     config.unet_config.update(options)
     config.set_inference_dtype(dtype, None)
-    return config.get_model(_beside(name), "", device=device).diffusion_model
-
-
-def _beside(name: str) -> dict[str, torch.Tensor]:
-    """What a model class reads from its checkpoint when it is built."""
-    if "StableAudio" not in name:
-        return {}
-    one = {"0.weights": (128,), "1.weight": (768, 257), "1.bias": (768,)}
-    return {
-        f"conditioner.conditioners.seconds_{end}.embedder.embedding.{key}": torch.zeros(shape)
-        for end in ("start", "total")
-        for key, shape in one.items()
-    }
+    beside = stable_audio.tables() if name == "StableAudio" else {}
+    return config.get_model(beside, "", device=device).diffusion_model

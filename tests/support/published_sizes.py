@@ -122,6 +122,7 @@ VAES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "hunyuanvideo-1.5": {"decoder.conv_in.conv.weight": (1024, 32, 3, 3, 3)},
     "hunyuanimage": {"decoder.conv_in.weight": (1024, 64, 3, 3)},
+    "mage-flow": {"student.dconv_encoder.proj_out.weight": (256, 384, 1, 1)},
     "ltx": {"decoder.up_blocks.0.res_blocks.0.conv1.conv.weight": (1024, 1024, 3, 3, 3)},
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -22,23 +23,24 @@ class Family:
     context: tuple[int, ...]  # of a prompt's embedding, without the batch
     # name → shape with batch, or a callable that makes the value
     extras: dict = dataclasses.field(default_factory=dict)
-    # parts that ComfyUI builds in one size: (module, class, sizes to give it, or None to leave it
-    # out)
-    smaller: tuple[tuple[str, str, dict | None], ...] = ()
+    # parts that ComfyUI builds in one size: (module, class, sizes to give it or its stand-in)
+    smaller: tuple[tuple[str, str, dict | type], ...] = ()
+    # what the class reads from a checkpoint beside the diffusion model
+    beside: Callable[[], dict[str, torch.Tensor]] = dict
 
     def parts(self) -> list[tuple[object, str, object]]:
         """(module, name, what stands there while the tiny model is built)."""
         return [_smaller(*part) for part in self.smaller]
 
 
-def _smaller(name: str, part: str, sizes: dict | None) -> tuple[object, str, object]:
+def _smaller(name: str, part: str, instead: dict | type) -> tuple[object, str, object]:
     module = importlib.import_module(name)
     cls = getattr(module, part)
 
     def made(*arguments, **options):
-        if sizes is None:
-            return torch.nn.Identity()
-        return cls(*arguments, **(options | sizes))
+        if isinstance(instead, type):
+            return instead()
+        return cls(*arguments, **(options | instead))
 
     return module, part, made
 

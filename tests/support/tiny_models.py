@@ -39,7 +39,7 @@ def build(name: str, seed: int = 0):
     with contextlib.ExitStack() as tiny:
         for part in family.parts():
             tiny.enter_context(mock.patch.object(*part))
-        model = config.get_model({}, "")
+        model = config.get_model(family.beside(), "")
     fill(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)

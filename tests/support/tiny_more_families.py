@@ -8,6 +8,7 @@ import dataclasses
 
 import torch
 
+import stable_audio
 from tiny_family import TOKENS, Family
 from tiny_flux_families import FLUX, FLUX_LIKE
 from tiny_other_families import OTHERS
@@ -132,6 +133,42 @@ MORE = {
         (16, 2, 8, 8),
         (TOKENS, 64),
         {"condition": (1, 17, 2, 8, 8)},
+    ),
+}
+
+STABLE_AUDIO = dict(
+    audio_model="dit1.0",
+    embed_dim=128,
+    num_heads=2,
+    depth=3,
+    input_concat_dim=0,
+    project_cond_tokens=True,
+)
+MORE |= {
+    "stable audio": Family(
+        "StableAudio",
+        STABLE_AUDIO | dict(global_cond_dim=1536, timestep_features_type="learned", io_channels=64),
+        (64, 16),
+        (TOKENS, 768),
+        beside=stable_audio.tables,
+    ),
+    "stable audio 3": Family(
+        "StableAudio3",
+        STABLE_AUDIO
+        | dict(
+            global_cond_dim=768,
+            timestep_features_type="expo",
+            io_channels=256,
+            num_memory_tokens=4,
+            attn_kwargs={"qk_norm": "rms", "differential": False},
+            norm_type="rms_norm",
+            local_add_cond_dim=257,
+            global_cond_shared_embed=True,
+            global_cond_type="adaLN",
+        ),
+        (256, 16),
+        (TOKENS, 768),
+        beside=stable_audio.tables_3,
     ),
 }
 

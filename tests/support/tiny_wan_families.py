@@ -14,6 +14,17 @@ SMALL = WAN | dict(dim=64, ffn_dim=128)
 VIDEO = (16, 2, 8, 8)
 TEXT = (TOKENS, 24)
 
+
+class Faces(torch.nn.Module):
+    """Stands for Wan Animate's encoder of faces, which has 22 million weights: a face's brightness
+    in 32 places.
+    """
+
+    def get_motion(self, faces: torch.Tensor) -> torch.Tensor:
+        """(frames, 3, height, width) → (frames, 32)."""
+        return torch.nn.functional.adaptive_avg_pool2d(faces.mean(1), (4, 8)).flatten(1)
+
+
 WAN_KIN = {
     "wan causal": Family("WAN21_CausalAR_T2V", SMALL, VIDEO, TEXT),
     # sound is injected behind blocks 0, 4, 8, …, 39, of which the last is the last of the model
@@ -61,15 +72,14 @@ WAN_KIN = {
         {"audio_embed": (1, 2, 8, 5, 32)},
         smaller=((MODEL, "AudioProjModel", dict(channels=32, intermediate_dim=32)),),
     ),
-    # an adapter of faces behind blocks 0, 5, …; what looks at the faces is 22 million weights and
-    # is left out
+    # an adapter of faces behind blocks 0, 5, …
     "wan 2.2 animate": Family(
         "WAN22_Animate",
         SMALL | dict(model_type="animate", in_dim=36, num_layers=5, motion_encoder_dim=32),
         VIDEO,
         TEXT,
-        {"pose_video_latent": (1, 16, 1, 8, 8)},
-        smaller=((f"{MODEL}_animate", "Generator", None),),
+        {"pose_video_latent": (1, 16, 1, 8, 8), "face_video_pixels": (1, 3, 4, 16, 16)},
+        smaller=((f"{MODEL}_animate", "Generator", Faces),),
     ),
 }
 

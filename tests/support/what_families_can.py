@@ -32,11 +32,12 @@ NO_FLOW = {
     "cosmos 1",
     "cosmos predict 2",
     "cogvideox",
+    "stable audio",
 }
 NO_CAF = (
     NOT_TRAINED
     | dict.fromkeys(NO_FLOW, "rectified-flow")
-    | {"ace-step 1.5": "cannot be given an initial velocity"}
+    | dict.fromkeys(["ace-step 1.5", "stable audio 3"], "cannot be given an initial velocity")
 )
 # CAF's input layer is not all that sees the latent, or it sees a picture or a mask beside it
 LATENT_ELSEWHERE = {

@@ -137,13 +137,8 @@ class _LoRAChanges:
 
 
 def _read_lora(model: ModelPatcher, bases: Bases, path: Path) -> _LoRAChanges:
-    try:
-        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-    except Exception as error:  # whatever the reader of that kind of file raises
-        raise FileRefused(
-            f"{path.name} cannot be read as a LoRA ({error}); download it again."
-        ) from error
     with reading(path, "it is no LoRA, or a damaged one: download it again"):
+        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
         return _changes(model, bases, path, tensors)
 
 

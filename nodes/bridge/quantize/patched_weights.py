@@ -12,9 +12,11 @@ import comfy.lora
 import comfy.model_detection
 import comfy.model_management
 import torch
+from comfy.model_base import SDXL, BaseModel, ModelType
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy.quant_ops import QuantizedTensor
 
+from ....quant.files import read_when_built
 from ....quant.files.errors import FileRefused
 from ....quant.files.safetensors import read_header
 from ..quantized import layouts
@@ -54,9 +56,34 @@ def _plain(options: Mapping) -> dict:
     return {name: value for name, value in options.items() if isinstance(value, kinds)}
 
 
+def _read_when_built(model: BaseModel) -> dict[str, torch.Tensor]:
+    """What ComfyUI has read beside the diffusion model's weights, as its *Save Checkpoint* writes
+    it: see quant/files/read_when_built.py.
+    """
+    saved = model.state_dict_for_saving({})
+    saved.pop("v_pred", None)  # written for every model that predicts v, read for SDXL alone
+    tensors = {name: saved[name] for name in read_when_built.names(saved)}
+    return tensors | (_marks_of(model) if isinstance(model, SDXL) else {})
+
+
+def _marks_of(model: SDXL) -> dict[str, torch.Tensor]:
+    """What tells ComfyUI what an SDXL predicts. Where it asks only whether a name is there, the
+    tensor is empty.
+    """
+    sampling, there = model.model_sampling, torch.tensor([])
+    if model.model_type == ModelType.V_PREDICTION:
+        return {"v_pred": there} | ({"ztsnr": there} if sampling.zsnr else {})
+    if model.model_type == ModelType.V_PREDICTION_EDM:
+        return {
+            "edm_vpred.sigma_max": sampling.sigma_max.float(),
+            "edm_vpred.sigma_min": sampling.sigma_min.float(),
+        }
+    return {"edm_mean": there, "edm_std": there} if model.model_type == ModelType.EDM else {}
+
+
 class PatchedWeights(Mapping):
-    """Name → tensor of a diffusion model. Indexing computes patched weights in float32; `items`
-    gives them as they lie in memory.
+    """Name → tensor of a diffusion model, and of what ComfyUI needs beside it to build it. Indexing
+    computes patched weights in float32; `items` gives them as they lie in memory.
     """
 
     def __init__(self, patcher: ModelPatcher):
@@ -71,6 +98,8 @@ class PatchedWeights(Mapping):
                 "The connected model is quantized by Nibble already; connect the 16-bit model that"
                 " it was made from."
             )
+        self._beside = _read_when_built(patcher.model)
+        self._stored |= self._beside
 
     def _unpatched(self, name: str) -> torch.Tensor:
         backup = self.patcher.backup.get(_PREFIX + name)
@@ -82,6 +111,8 @@ class PatchedWeights(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         key, weight = _PREFIX + name, self._stored[name]
+        if name in self._beside:
+            return weight
         _, _, convert = get_key_weight(self.patcher.model, key)
         if key not in self.patcher.patches:
             return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight

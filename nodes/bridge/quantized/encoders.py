@@ -91,7 +91,11 @@ def _swap(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str, *
         dtype = next(model.get_submodule(name).weight_comfy_model_dtype for name in ours)
         _pack(state, prefix, ours, dtype)
     for name, kind in formats.items():
-        if kind == _ROWS8 and name in modules and not _reads_formats(modules[name]):
+        if kind != _ROWS8 or name not in modules:
+            continue
+        if _reads_formats(modules[name]):
+            _let_read_back(modules[name], state, f"{prefix}{name}")
+        else:
             _in_16_bit(state, f"{prefix}{name}")
 
 
@@ -151,6 +155,14 @@ def _reads_formats(module: torch.nn.Module) -> bool:
     return type(module)._load_from_state_dict.__qualname__.startswith(
         comfy.ops.mixed_precision_ops.__name__
     )
+
+
+def _let_read_back(module: torch.nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """Gives a module of ComfyUI's own what its state dict names besides the weight: a LoRA hook
+    reads every name back as an attribute (ModelPatcher.get_key_patches).
+    """
+    for part in ("weight_scale", "comfy_quant"):
+        setattr(module, part, state[f"{name}.{part}"])
 
 
 def _in_16_bit(state: dict[str, torch.Tensor], name: str) -> None:
@@ -263,4 +275,5 @@ def _state(path: Path, verify: bool) -> dict[str, torch.Tensor]:
         for done, (name, tensor) in enumerate(state.items()):
             report(done, len(state), name)
             file.check(name, tensor)
-    return comfy.utils.convert_old_quants(state, model_prefix="", metadata=metadata)[0]
+    with reading(path):
+        return comfy.utils.convert_old_quants(state, model_prefix="", metadata=metadata)[0]

@@ -202,8 +202,14 @@ class Linear(comfy.ops.manual_cast.Linear):
         """A LoRA hook: ComfyUI later copies its backup over the weight in place, so the change
         is kept in the hook cell.
         """
-        base = self.weight
-        own = layouts.with_hook(base.to(device=weight.device), lora.dense_delta(base, weight))
+        base, device = self.weight, weight.device
+        if weight.is_meta:
+            planned, self._planned = self._planned, None
+            change = lora.computable(planned, base.params.branch_dtype, lambda: None)
+            device = base.device
+        else:
+            change = lora.dense_delta(base, weight)
+        own = layouts.with_hook(base.to(device=device), change)
         self.weight = layouts.live(own)
         # what ComfyUI keeps, as weight.to(…), for the next time this hook is on
         weight.to = own.clone().to

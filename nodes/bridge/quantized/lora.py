@@ -16,13 +16,21 @@ made:
                                   behind the layer's own, same codes
     end of prepare_sampling ────► the plans are forgotten
 
-A text encoder is loaded with nothing around it that could be asked, so there the patches are read
-from the call that asks for the converted weight (`_of_call`). Of patches that are no sum of factors
-and rows, `set_weight` gets the new weight W', and `absorb_dense` splits W' - W into factors; what
-has no low rank stays beside the layer, dense, in 16 bit. A hook that is switched on and off between
-steps keeps that change, too (`dense_delta`). Attached for the forward pass (low VRAM, dynamic
-VRAM), `PatchCache` reads the patches as a plan would, and the layer adds them to its branch while
-it computes.
+A text encoder is loaded with nothing around it that could be asked, and hooks are switched between
+two steps. There the patches are read from the call that asks for the converted weight (`_of_call`),
+from its frame. No other way that ComfyUI offers is as right. It gives convert_weight a copy of the
+weight and set_weight the result, and neither the patcher nor the key. An object patch, renewed at
+each clone, could leave the patcher on the model before weights are patched; but the same two calls
+serve hooks, whose patches are others, and saving, by a patcher that need not be the one loaded
+last, and the layer could not tell. ON_LOAD comes when all weights are patched, too late for a
+result that was asked for at once. A weight wrapper and a tensor of a class of its own see products
+that are whole matrices already. Where the frame is of another function the dense way is taken.
+
+Of patches that are no sum of factors and rows, `set_weight` gets the new weight W', and
+`absorb_dense` splits W' - W into factors; what has no low rank stays beside the layer, dense, in 16
+bit. A hook that is switched on and off between steps keeps that change, too (`dense_delta`).
+Attached for the forward pass (low VRAM, dynamic VRAM), `PatchCache` reads the patches as a plan
+would, and the layer adds them to its branch while it computes.
 """
 
 from __future__ import annotations
@@ -44,6 +52,8 @@ from ..host.prefix import forget_prefix
 from . import layouts, patches
 
 WRAPPER = "nibble_lora"  # our key among a model's wrappers
+_PATCHES = ModelPatcher.patch_weight_to_device.__code__
+_HOOK_PATCHES = ModelPatcher.patch_hook_weight_to_device.__code__
 
 
 def computable(
@@ -130,22 +140,30 @@ def planned(
 
     weight: its copy on their device; caller: the call that wants it converted. Raises DoesNotFit.
     """
-    plan = _plans.get().get(id(layer)) or _of_call(caller, tuple(weight.shape))
+    of_hook = caller.f_code is _HOOK_PATCHES
+    plan = None if of_hook else _plans.get().get(id(layer))
+    plan = plan or _of_call(caller, tuple(weight.shape))
     if plan is None:
         return None
     effect = _effect_on(weight, plan.entries, plan.name, weight.device)
-    return None if effect is None or effect.delta.dense is not None else effect.delta
+    if effect is None or effect.delta.dense is not None:
+        return None
+    # rows are scaled with the bias, which a hook does not see
+    return None if of_hook and effect.delta.row_scale is not None else effect.delta
 
 
 def _of_call(caller: FrameType, shape: tuple[int, int]) -> _Plan | None:
-    """The patches that a call of ModelPatcher.patch_weight_to_device applies; None for any other
-    call. ComfyUI passes a layer its weight alone, and tells nobody that it loads an encoder.
+    """The patches that a call of ModelPatcher.patch_weight_to_device or patch_hook_weight_to_device
+    applies; None for any other call.
     """
-    if caller.f_code is not ModelPatcher.patch_weight_to_device.__code__:
+    local = caller.f_locals
+    if caller.f_code is _PATCHES:
+        entries = local["self"].patches.get(local["key"])
+    elif caller.f_code is _HOOK_PATCHES:
+        entries = local["combined_patches"].get(local["key"])
+    else:
         return None
-    patcher, key = caller.f_locals["self"], caller.f_locals["key"]
-    entries = patcher.patches.get(key)
-    return None if entries is None else _checked(key, entries, shape)
+    return None if entries is None else _checked(local["key"], entries, shape)
 
 
 def with_plan(layer: torch.nn.Module, delta: WeightDelta) -> QuantizedTensor:

@@ -9,9 +9,8 @@ import comfy.sd
 import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
-from safetensors import SafetensorError
 
-from ....quant.files.errors import FileRefused, reading
+from ....quant.files.errors import reading
 from ..host import folders
 from . import lora_report
 
@@ -68,13 +67,8 @@ def apply(
 
 def _read(path: Path) -> tuple[dict, dict | None]:
     """(tensors, metadata) of a LoRA's file, as ComfyUI reads it."""
-    try:
-        with reading(path):
-            return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except SafetensorError as error:  # which is none of Python's own kinds
-        raise FileRefused(
-            f"{path.name} cannot be read ({error}); download or copy it again."
-        ) from error
+    with reading(path):
+        return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
 
 
 def _patches(patched: ModelPatcher | CLIP | None) -> dict[str, int]:

@@ -71,12 +71,18 @@ class Settings:
 
 
 def blocks_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Name → each entry of a diffusion model's lists of blocks."""
-    lists = {
-        name: child
-        for name, child in model.named_children()
-        if isinstance(child, torch.nn.ModuleList)
+    """Name → each entry of a diffusion model's lists of blocks; of a model that has none of its
+    own (HiDream-O1, Stable Audio), of its parts'.
+    """
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
     }
+    lists = {name: module for name, module in modules.items() if "." not in name}
+    if not lists:
+        inside = tuple(f"{name}." for name in modules)
+        lists = {name: module for name, module in modules.items() if not name.startswith(inside)}
     return {
         f"{name}.{i}": block for name, blocks in lists.items() for i, block in enumerate(blocks)
     }

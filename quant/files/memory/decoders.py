@@ -78,6 +78,7 @@ HUNYUAN = Decoder(
 )
 HUNYUAN_15 = Decoder("HunyuanVideo 1.5's", (16, 4), lambda t, h, w: 3600 * 4 * h * w * 256)
 HUNYUAN_IMAGE = Decoder("HunyuanImage's", (32, 1), lambda t, h, w: 700 * h * w * 1024)
+MAGE = Decoder("Mage-Flow's", (16, 1), lambda t, h, w: 1000 * h * w * 256)
 LTX = Decoder("LTX-Video's", (32, 8), lambda t, h, w: 1200 * t * h * w * 512)
 
 KINDS = {
@@ -89,6 +90,7 @@ KINDS = {
     "hunyuanvideo": HUNYUAN,
     "hunyuanvideo-1.5": HUNYUAN_15,
     "hunyuanimage": HUNYUAN_IMAGE,
+    "mage-flow": MAGE,
     "ltx": LTX,
 }
 """By the names of published VAEs, in published.json."""
@@ -100,6 +102,8 @@ def decoder_of(shapes: Shapes) -> Decoder | None:
     """
     if "decoder.middle.0.residual.0.gamma" in shapes:
         return WAN_22 if "decoder.upsamples.0.upsamples.0.residual.2.weight" in shapes else WAN
+    if "student.dconv_encoder.proj_out.weight" in shapes:
+        return MAGE
     if "decoder.up_blocks.0.res_blocks.0.conv1.conv.weight" in shapes:
         return LTX
     if "decoder.conv_in.conv.weight" in shapes:

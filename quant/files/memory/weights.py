@@ -33,6 +33,8 @@ TOKENS = 512
 _EMBEDDING = re.compile(r"shared|embed|relative_attention_bias|lm_head")  # and what is not run
 # an encoder that is smaller gains nothing from 4 bits
 _WORTH = 1_000_000_000
+# of Mage-Flow's VAE: ComfyUI leaves out the encoder that its latents were made like
+_NOT_LOADED = ("pipeline.y_embedder.encoder.", "pipeline.y_embedder.bottleneck.")
 _DOWN = re.compile(r"(lora_down|lora_A|lora\.down)(\.\w+)?\.weight$")
 
 
@@ -293,7 +295,11 @@ def published_vae(name: str) -> VaeWeights | None:
 
 def vae_of(path: Path) -> VaeWeights:
     """A VAE's file."""
-    shapes = {name: info.shape for name, info in read_header(path).tensors.items()}
+    shapes = {
+        name: info.shape
+        for name, info in read_header(path).tensors.items()
+        if not name.startswith(_NOT_LOADED)
+    }
     return VaeWeights(path.name, sum(map(math.prod, shapes.values())), decoder_of(shapes))
 
 

@@ -162,7 +162,7 @@ def deepest_linear(model) -> torch.nn.Module:
         for name, module in model.model.diffusion_model.named_modules()
         if isinstance(getattr(module, "weight", None), torch.Tensor)
         and module.weight.ndim == 2
-        and re.match(r"((decoder|language_model)\.)?\w*(blocks|layers)\.", name)
+        and re.match(r"((decoder|language_model|transformer)\.)?\w*(blocks|layers)\.", name)
     }
     return max(linears.items(), key=lambda item: item[0].count("."))[1]
 

@@ -6,6 +6,7 @@ In their published sizes by shapes alone; tiny ones are quantized, loaded and ru
 
 import math
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import comfy.model_detection
@@ -47,12 +48,12 @@ STAND_FOR = {  # of the same layers as another one
     "HunyuanVideo": ["HunyuanVideoSkyreelsI2V", "HunyuanVideoI2V"],
     "CosmosT2V": ["CosmosI2V"],
     "CosmosT2IPredict2": ["CosmosI2VPredict2"],
-    "WAN21_T2V": ["WAN22_T2V", "WAN21_FunControl2V", "WAN21_FlowRVS"],
+    "WAN21_T2V": ["WAN21_FunControl2V", "WAN21_FlowRVS"],
     "Hunyuan3Dv2": ["Hunyuan3Dv2mini"],
     "Kandinsky5": ["Kandinsky5Image"],
     "CogVideoX_T2V": ["CogVideoX_Inpaint", "CogVideoX_I2V"],
 }
-NOT_RUN = {"StableAudio": "needs its checkpoint", "MiniMaxMusic3": "one size alone"}
+NOT_RUN = {"MiniMaxMusic3": "one size alone"}
 # share of the weights that become 4-bit, where it is less than 0.8, and why
 LITTLE = {
     "ACEStep": (0.58, "its feed-forward layers are convolutions"),
@@ -94,6 +95,36 @@ def test_a_model_of_published_size_has_a_sensible_plan(found, name):
         for layer in changed
         if layer.name.split(".")[0] in ends and layer.action == "w4a4"
     ]
+
+
+# what adds sound and faces to Wan: layers that read the video's tokens, and those that read a few
+# tokens a frame; how many of them there are
+ADAPTERS = {
+    "WAN21_HuMo": {"blocks.*.audio_cross_attn_wrapper.audio_cross_attn.[qkvo]": ("w4a4", 160)},
+    "WAN22_S2V": {
+        "audio_injector.injector.*.[qo]": ("w4a4", 24),
+        "audio_injector.injector.*.[kv]": ("w4a16", 24),
+        "audio_injector.injector_adain_layers.*": ("w4a16", 12),
+    },
+    "WAN22_WanDancer": {
+        "music_injector.injector.*.[qo]": ("w4a4", 16),
+        "music_injector.injector.*.[kv]": ("w4a16", 16),
+    },
+    "WAN22_Animate": {
+        "face_adapter.fuser_blocks.*.linear1_q": ("w4a4", 8),
+        "face_adapter.fuser_blocks.*.linear2": ("w4a4", 8),
+        "face_adapter.fuser_blocks.*.linear1_kv": ("w4a16", 8),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_sound_and_faces_reach_the_video_through_4_bit_layers(found, name):
+    shapes, _ = found(name)
+    layers = plan(shapes, recognise(shapes, name), FAST, name)
+    for pattern, (action, count) in ADAPTERS[name].items():
+        theirs = [layer.action for layer in layers if fnmatchcase(layer.name, pattern)]
+        assert theirs == [action] * count, pattern
 
 
 @pytest.mark.parametrize("name", full_size_models.SIZES)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import folder_paths
@@ -98,6 +99,19 @@ def test_two_loras_are_added(path, no_factorising):
     params = weight(clip).params
     found = params.proj_up.float() @ params.proj_down.float().T
     assert (found - up @ down).norm() / (up @ down).norm() < 8e-3
+
+
+def test_a_hook_does_what_the_lora_does_and_comes_off(path, no_factorising):
+    clip = small.opened(path)
+    before, wanted = small.conditioning(clip), small.conditioning(with_lora(clip, file()))
+    _, hooked, hooks = comfy.hooks.load_hook_lora_for_models(None, clip, file(), 0, 1.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Clip)
+    hooked.patcher.register_all_hook_patches(hooks, target)
+    for _ in range(2):  # the second time from ComfyUI's cache of hooked weights
+        hooked.patcher.forced_hooks = hooks
+        assert small.db(wanted, small.conditioning(hooked)) > 40
+        hooked.patcher.forced_hooks = None
+        assert torch.equal(small.conditioning(hooked), before)
 
 
 @pytest.mark.parametrize("kind", ["of another size", "not a number"])

@@ -52,6 +52,20 @@ def files(tmp_path_factory):
     return folder
 
 
+def test_what_comfyui_does_not_load_of_a_vae_is_not_counted(tmp_path):
+    """Mage-Flow's file brings the encoder that its latents were made like."""
+    shapes = {
+        "student.dconv_encoder.proj_out.weight": (256, 384, 1, 1),
+        "pipeline.y_embedder.decoder.weight": (8, 8),
+        "pipeline.y_embedder.encoder.weight": (64, 64),
+        "pipeline.y_embedder.bottleneck.weight": (64, 64),
+    }
+    found = weights.vae_of(saved(tmp_path / "mage.safetensors", shapes))
+    assert found.numbers == 256 * 384 + 64
+    # 1000 numbers for each of 16 x 16 pixels of a position (comfy/sd.py)
+    assert found.decoder.bytes(1, (1024, 1024), 2) == 2 * 1000 * 64 * 64 * 256
+
+
 def test_a_text_encoder_is_counted_matrix_by_matrix(files):
     found = weights.encoder_of(files / "encoder.safetensors")
     large, small = 1024 * (1024 + 4096 + 4096), 32000 * 1024 + 32 * 64 + 1024
