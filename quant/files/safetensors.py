@@ -322,6 +322,8 @@ def _header_text(path: Path, handle: FileIO, size: int, largest: int) -> bytes:
     count = _read_into(handle, memoryview(buffer), 0)
     start = bytes(buffer[:count])
     length = int.from_bytes(start[:8], "little")
+    if not start:
+        raise FileRefused(f"{path.name} is empty: the download went wrong; download it again.")
     # A small safetensors header may begin with any of the magic bytes; the brace after its
     # length tells.
     if len(start) < 10 or start[8:9] != b"{" or length > LARGEST_HEADER:

@@ -48,8 +48,10 @@ def put_down(screen, folder: str, name: str) -> list:
     """Clicks a file in the library and then the canvas: [type, file] of the new node."""
     page = screen.page
     page.evaluate("() => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; }")
-    page.evaluate(TOGGLE)
-    page.get_by_role("button", name="Refresh", exact=True).click()  # the file may be new
+    refresh = page.get_by_role("button", name="Refresh", exact=True)
+    if not refresh.is_visible():  # it stays open after a test that failed
+        page.evaluate(TOGGLE)
+    refresh.click()  # the file may be new
     file = page.get_by_text(name.removesuffix(".safetensors"), exact=True)
     page.get_by_text(folder, exact=True).wait_for(timeout=60_000)
     page.wait_for_timeout(3000)
@@ -60,7 +62,7 @@ def put_down(screen, folder: str, name: str) -> list:
     file.click()
     page.mouse.move(900, 500)
     page.mouse.click(900, 500)
-    page.wait_for_function(f"() => ({PUT_DOWN})().length === 1", timeout=10_000)
+    page.wait_for_function(f"() => ({PUT_DOWN})().length === 1", timeout=60_000)
     page.evaluate(TOGGLE)
     return page.evaluate(PUT_DOWN)[0]
 

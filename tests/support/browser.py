@@ -60,6 +60,7 @@ class Screen:
     def __init__(self, browser, url: str):
         self.look = ""
         self.page = browser.new_page(viewport={"width": 1500, "height": 1300})
+        self.page.set_default_timeout(120_000)  # a busy machine draws in software
         self.problems: list[str] = []
         self.page.on(
             "console",

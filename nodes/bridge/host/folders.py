@@ -87,7 +87,7 @@ def of_everywhere(choice: str) -> tuple[Path, str]:
     """
     kind, _, name = choice.partition("/")
     if kind not in folder_paths.folder_names_and_paths:
-        raise missing(name, kind)
+        raise missing(choice, kind)
     return path_of(name, kind), kind
 
 
@@ -132,10 +132,17 @@ def path_of(name: str, folder: str = DIFFUSION_MODELS) -> Path:
 
 
 def missing(name: str, folder: str) -> FileRefused:
-    """The refusal of a name that is not in a folder."""
+    """The refusal of a name that is not in a folder, or of what stands in an empty list: "(no
+    quantized models yet)".
+    """
+    if str(name).startswith("(no "):
+        return FileRefused(
+            f"There are {name[1:-1]}: make or download one, then press R to refresh the list and"
+            " choose it."
+        )
     return FileRefused(
-        f"{name} is not in ComfyUI's {folder} folder any more; press R to refresh the list and"
-        " choose again."
+        f"{name} is not in ComfyUI's {folder} folder; put it there or choose another, and press R"
+        " to refresh the list."
     )
 
 

@@ -27,9 +27,11 @@ import folder_paths
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ....quant.files import universal_plan
 from ....quant.files.errors import FileRefused, reading
 from ....quant.files.safetensors import read_header
 from ....quant.files.text_encoders import family_of
+from ....quant.interop.identify import identify
 from ....quant.interop.in_memory import StateDictModel
 from ....quant.interop.opening import OpenedFiles
 from ....quant.weights.base import tensor_json
@@ -60,6 +62,8 @@ _TOGETHER = {
     frozenset({"Qwen3 0.6B", "Qwen3 4B"}): "ace",
 }
 _BEYOND_TWO = {3: "sd3", 4: "hidream"}
+
+_OTHERS = ("diffusion_models", "checkpoints", "vae", "loras", "controlnet")
 
 _files = OpenedFiles()
 _watching: list[Any] = []  # the handle of torch's hook
@@ -220,6 +224,8 @@ def load(
     be Nibble's. kind: one of TYPES; device: "default" or "cpu". Raises FileRefused.
     """
     paths = [folders.path_of(name, FOLDER) for name in names]
+    if len(paths) == 1:  # beside another, a part of a model may be what an encoder is connected by
+        _refuse_other_models(paths[0])
     kind = type_of(paths) if kind == "auto" else kind
     options: dict[str, Any] = {}
     if device == "cpu":
@@ -235,6 +241,20 @@ def load(
     again = ([str(path) for path in paths], embeddings, clip_type, options)
     clip.patcher.cached_patcher_init = (comfy.sd.load_clip_model_patcher, again)
     return clip, kind
+
+
+def _refuse_other_models(path: Path) -> None:
+    """Raises FileRefused for a model that is known and no encoder: where ComfyUI finds no encoder's
+    names it builds CLIP-L, of random weights. A guess does not count.
+    """
+    if encoder_of(path) is not None:
+        return
+    kind = identify(path)
+    if kind.folder in _OTHERS and universal_plan.NAME not in kind.what:
+        raise FileRefused(
+            f"{path.name} is {kind.what} and no text encoder: it belongs in models/{kind.folder},"
+            f" opened by {kind.opens}."
+        )
 
 
 def of_prompts(lines: list[list[str]]) -> list[list[str]]:

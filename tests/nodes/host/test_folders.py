@@ -104,3 +104,22 @@ def test_endings_in_letters_of_either_size_are_listed(places):
     folder_paths.filename_list_cache.pop(KIND, None)
     listed = ["OLD.SFT", "UPPER.SAFETENSORS", "old.sft", "plain.safetensors"]
     assert sorted(folders.names(KIND)) == listed
+
+
+def test_what_is_not_there_is_told_with_the_way_out(places):
+    with pytest.raises(FileRefused) as refused:
+        folders.path_of("flux.safetensors", KIND)
+    assert str(refused.value) == (
+        f"flux.safetensors is not in ComfyUI's {KIND} folder; put it there or choose another, and"
+        " press R to refresh the list."
+    )
+
+
+@pytest.mark.parametrize("find", [lambda name: folders.path_of(name, KIND), folders.of_everywhere])
+def test_an_empty_list_is_told_as_one(places, find):
+    with pytest.raises(FileRefused) as refused:
+        find("(no quantized models yet)")
+    assert str(refused.value) == (
+        "There are no quantized models yet: make or download one, then press R to refresh the list"
+        " and choose it."
+    )

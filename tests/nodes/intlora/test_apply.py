@@ -241,7 +241,7 @@ def test_an_ordinary_lora_and_no_lora_are_refused(model, loras):
     refused(model, "is no IntLoRA adapter", lambda: apply(model, "odd.safetensors", 1.0))
     refused(
         model,
-        "not in ComfyUI's intlora folder any more",
+        "not in ComfyUI's intlora folder; put it there",
         lambda: apply(model, "gone.safetensors", 1.0),
     )
     name = converted(model)

@@ -208,7 +208,7 @@ def test_a_cpu_has_no_card():
 
 
 def test_a_name_that_is_gone_is_refused():
-    with pytest.raises(FileRefused, match="not in ComfyUI's loras folder any more"):
+    with pytest.raises(FileRefused, match="not in ComfyUI's loras folder; put it there"):
         shown(loras="gone.safetensors")
     with pytest.raises(FileRefused, match="gone.safetensors"):
         shown(model_name="gone.safetensors")

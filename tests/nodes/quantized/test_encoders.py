@@ -19,6 +19,7 @@ import small_encoders as small
 import tiny_encoders
 from dequantized_files import dequantized
 from nibble.accel.feather import Stage
+from nibble.demo import pictures
 from nibble.nodes.bridge.feather import prune as feather
 from nibble.nodes.bridge.quantized import encoders, layouts, loading
 from nibble.quant.files.errors import FileRefused
@@ -178,6 +179,20 @@ def test_ours_looks_at_the_checksums(folder, w4a16):
     (folder / "bad.safetensors").write_bytes(data)
     with pytest.raises(FileRefused, match="checksum"), small.small_xxl():
         encoders.load(["bad.safetensors"], "sd3")
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        (pictures.FLUX_FILE, "a diffusion model, FLUX.1, BF16 and no text encoder: it belongs in"),
+        (pictures.VAE_FILE, "a VAE and no text encoder: it belongs in models/vae"),
+    ],
+)
+def test_ours_refuses_what_comfyui_would_build_of_random_weights(folder, file, what):
+    shutil.copy(file, folder / "other.safetensors")
+    with pytest.raises(FileRefused) as refused:
+        encoders.load(["other.safetensors"])
+    assert str(refused.value).startswith(f"other.safetensors is {what}")
 
 
 def test_its_files_are_listed(folder, w4a16, plain):
