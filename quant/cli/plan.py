@@ -165,8 +165,12 @@ def notes(made: Plan) -> list[str]:
     found = []
     if not made.loadout.model.sampler.known:
         found.append("this model's class is not known, so ComfyUI's default is taken for a step")
+    if not made.loadout.encoders:
+        found.append("no text encoder is named; reading the prompt is left out")
     vae = made.loadout.vae
-    if vae is not None and vae.decoder is None:
+    if vae is None and made.loadout.model.sampler.ratios[0] > 1:
+        found.append("no VAE is named; decoding is left out")
+    elif vae is not None and vae.decoder is None:
         found.append(f"how much {vae.name} takes to decode is not known; decoding is left out")
     return found
 

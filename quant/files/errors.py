@@ -5,21 +5,16 @@ reader raises it.
 import contextlib
 import functools
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 
-from ...kernels.optional import optional
-
 _Reader = TypeVar("_Reader", bound=Callable[..., Any])
-_SAFETENSORS = optional("safetensors")[0]
 # what parsing a damaged file raises: RecursionError, NotImplementedError and torch's own are
-# RuntimeErrors, UnicodeError and JSONDecodeError are ValueErrors; the others are of readers that
-# ComfyUI calls: safetensors' and torch.load
-_DAMAGE: tuple[type[Exception], ...] = (
+# RuntimeErrors, UnicodeError and JSONDecodeError are ValueErrors
+_DAMAGE = (
     ValueError,
     LookupError,
     TypeError,
@@ -28,9 +23,6 @@ _DAMAGE: tuple[type[Exception], ...] = (
     RuntimeError,
     MemoryError,
     AssertionError,
-    EOFError,
-    pickle.UnpicklingError,
-    *(() if _SAFETENSORS is None else (_SAFETENSORS.SafetensorError,)),
 )
 FORMS = "16 bit, fp8, int8, mxfp8, nvfp4, W4A8, W4A4 or GGUF"
 """What a model may be stored in that is to be quantized, for people."""

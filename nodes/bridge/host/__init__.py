@@ -3,6 +3,7 @@
 progress.py     bar, time left, live chart, Stop
 file_names.py   what a file may be called, the same on every system
 folders.py      find, list, name and place files; cache stamps
+tensor_files.py  files of tensors, as ComfyUI reads them
 demo_model.py   the demo in the lists of all loaders, and its previews
 unfinished.py   files of stopped runs: the page's way to them
 node_files.py   what nodes have made, and whether it is still there

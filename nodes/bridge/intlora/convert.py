@@ -12,7 +12,6 @@ from pathlib import Path
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
@@ -24,7 +23,7 @@ from ....quant.intlora.adapter import Adapter, LayerAdapter, key_of, module_of
 from ....quant.intlora.convert import Conversion, ModuleChange, Options, convert
 from ....quant.weights.delta import WeightDelta
 from ....quant.weights.lowrank import ROUNDING, factors_of_lowest_rank
-from ..host import folders
+from ..host import folders, tensor_files
 from ..host.progress import Progress
 from ..quantized import layouts
 from .bases import PREFIX, Bases
@@ -137,8 +136,9 @@ class _LoRAChanges:
 
 
 def _read_lora(model: ModelPatcher, bases: Bases, path: Path) -> _LoRAChanges:
-    with reading(path, "it is no LoRA, or a damaged one: download it again"):
-        tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    remedy = "it is no LoRA, or a damaged one: download it again"
+    tensors, _ = tensor_files.read(path, remedy)
+    with reading(path, remedy):
         return _changes(model, bases, path, tensors)
 
 

@@ -35,7 +35,7 @@ from ....quant.interop.identify import identify
 from ....quant.interop.in_memory import StateDictModel
 from ....quant.interop.opening import OpenedFiles
 from ....quant.weights.base import tensor_json
-from ..host import charts, folders, progress
+from ..host import charts, folders, progress, tensor_files
 from . import layouts, loading
 from .linear import NibbleOperations
 
@@ -285,10 +285,7 @@ def chart(names: list[str], kind: str, clip: comfy.sd.CLIP) -> dict:
 
 def _state(path: Path, verify: bool) -> dict[str, torch.Tensor]:
     """A file's tensors as ComfyUI reads them, one of Nibble's compared with its checksums."""
-    with reading(path):
-        state, metadata = comfy.utils.load_torch_file(
-            str(path), safe_load=True, return_metadata=True
-        )
+    state, metadata = tensor_files.read(path)
     if verify and (metadata or {}).get("format") == "nibble":
         file = _files.open(path)
         report = progress.Progress("checking")

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 
 import comfy.sd
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -19,7 +18,7 @@ from ....quant.files.layer_formats import FORMATS, OPTIONAL
 from ....quant.files.memory import comfyui
 from ....quant.interop.opening import OpenedFiles, method_of
 from ....quant.weights.delta import SIDE
-from ..host import folders, progress
+from ..host import folders, progress, tensor_files
 from ..host.folders import DIFFUSION_MODELS as FOLDER
 from . import activations as widths
 from . import layouts, lora, mlp, modulation, preparing
@@ -127,7 +126,7 @@ def _mapped(file: QuantizedFile, verify: bool) -> dict[str, torch.Tensor]:
     """The tensors as ComfyUI maps them into memory, which it can drop and stream; those very bytes
     are verified.
     """
-    state = comfy.utils.load_torch_file(str(file.path))
+    state, _ = tensor_files.read(file.path, file.remedy)
     if verify:
         report = progress.Progress("checking")
         for done, (name, tensor) in enumerate(state.items()):

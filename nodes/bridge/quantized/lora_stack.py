@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.sd
-import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 
-from ....quant.files.errors import reading
-from ..host import folders
+from ..host import folders, tensor_files
 from . import lora_report
 
 FOLDER = "loras"
@@ -52,7 +49,7 @@ def apply(
         if not row.counts:
             continue
         path = folders.path_of(row.name, FOLDER)
-        tensors, metadata = _read(path)
+        tensors, metadata = tensor_files.read(path)
         before = _patches(model), _patches(clip)
         model, clip = comfy.sd.load_lora_for_models(
             model, clip, tensors, row.strength, row.strength, lora_metadata=metadata
@@ -63,12 +60,6 @@ def apply(
     if not told:
         return model, clip, chart | {"summary": [["LoRAs", "none is on"]]}
     return model, clip, chart | {"summary": [*told, *chart["summary"]]}
-
-
-def _read(path: Path) -> tuple[dict, dict | None]:
-    """(tensors, metadata) of a LoRA's file, as ComfyUI reads it."""
-    with reading(path):
-        return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
 
 
 def _patches(patched: ModelPatcher | CLIP | None) -> dict[str, int]:

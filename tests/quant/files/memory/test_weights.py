@@ -175,6 +175,22 @@ def test_files_are_planned_in_words(capsys, files):
 
 
 @pytest.mark.parametrize(
+    "model, left_out",
+    [
+        ("flux1-dev", []),
+        ("mage-flow", []),
+        ("wan2.2-ti2v-5b", []),
+        ("minimax-h3", ["no text encoder is named", "no VAE is named"]),
+        ("mochi", ["no VAE is named"]),
+        ("z-image-pixel", []),  # makes pixels: there is nothing to decode
+    ],
+)
+def test_the_plan_says_which_stage_it_leaves_out(capsys, model, left_out):
+    told = json.loads(run(capsys, model, "--card", "8 GB", "--json"))
+    assert [note.partition(";")[0] for note in told["notes"]] == left_out
+
+
+@pytest.mark.parametrize(
     "arguments, complaint",
     [
         (["flux3"], "flux3 is no file and no model that the plan knows"),
