@@ -36,7 +36,7 @@ from nibble.quant.svdquant.smooth import InputSpace
 
 CAP = 2**31
 HELD_OUT_ROWS = 512
-DEMO = checkout.ROOT / "demo" / "weights" / "flux-demo.safetensors"
+DEMO = checkout.ROOT / "demo" / "weights" / "diffusion_models" / "flux-demo.safetensors"
 
 
 def minilm(

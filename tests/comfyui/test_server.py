@@ -211,8 +211,11 @@ def test_best_without_prompts_says_what_to_connect(server, graph):
 
 def test_progress_names_the_layer(server, graph):
     seen = server.events(graph.quantize(filename="watched", seed=3).nodes)
-    told = [event["data"] for event in seen if event["type"] == "binary"]
-    assert any(b"quantizing" in text and b"double_blocks.0.img_attn.qkv" in text for text in told)
+    told = [event["data"] for event in seen if event["type"] == "nibble_progress"]
+    named = {one["name"].split(".")[0] for one in told if one["unit"] == "layer"} - {""}
+    assert named == {"double_blocks", "single_blocks"}
+    numbers = [one["done"] for one in told if one["unit"] == "layer"]
+    assert numbers == sorted(numbers) and numbers[-1] < told[-1]["count"]
     steps = [event for event in seen if event["type"] == "progress"]
     assert steps and max(step["data"]["value"] for step in steps) == steps[-1]["data"]["max"]
 

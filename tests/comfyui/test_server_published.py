@@ -149,9 +149,9 @@ def test_the_node_says_what_it_loaded(server, forms):
     graph = Graph()
     load = graph.load(forms["folder"])
     graph.save(graph.sample(load, graph.prompt(), seed=5))
-    summary = dict(server.run(graph.nodes)[load]["nibble_chart"][0]["summary"])
-    assert summary["file"].endswith("Nunchaku INT4")
-    assert "W4A4, rank 16" in summary["layers"]
+    details = dict(server.run(graph.nodes)[load]["nibble_chart"][0]["details"])
+    assert details["file"].endswith("Nunchaku INT4")
+    assert "W4A4, rank 16" in details["layers"]
 
 
 def refused(server, name: str, words: str) -> None:

@@ -2,12 +2,12 @@
 another, each with the files that the earlier ones left; and the folders that they find.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+import demo_graphs
 from comfyui_server import ROOT, Server
 
 COMFYUI_TESTS = ROOT / "tests" / "comfyui"
@@ -33,11 +33,9 @@ def prompts() -> list[Path]:
 
 def furnish(server: Server) -> None:
     """The demo model and a LoRA, as the prompts name them."""
-    weights = ROOT / "demo" / "weights"
-    shutil.copy(weights / "flux-demo.safetensors", server.folder("diffusion_models"))
-    shutil.copy(weights / "vae-demo.safetensors", server.folder("vae"))
+    demo_graphs.furnish(server)
     draw, tensors = torch.Generator().manual_seed(5), {}
-    base = load_file(weights / "flux-demo.safetensors")
+    base = load_file(demo_graphs.WEIGHTS / "diffusion_models" / demo_graphs.FLUX)
     for layer in (
         "double_blocks.0.img_attn.qkv",
         "double_blocks.0.img_mlp.0",

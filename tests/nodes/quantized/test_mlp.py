@@ -179,7 +179,7 @@ def test_the_trained_demo_draws_as_well(tmp_path, monkeypatch, calls):
     from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
-    source = ROOT / "demo" / "weights" / "flux-demo.safetensors"
+    source = ROOT / "demo" / "weights" / "diffusion_models" / "flux-demo.safetensors"
     recipe = Recipe.from_preset("fast", rank=16, rotation="off", solver="svd")
     quantize_checkpoint(source, tmp_path / "demo.safetensors", recipe)
     patcher = loading.load(tmp_path / "demo.safetensors")

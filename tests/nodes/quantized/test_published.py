@@ -217,7 +217,7 @@ def test_the_demo_model_draws_the_same_in_every_form(tmp_path):
     from nibble.quant.svdquant.quantize import quantize_checkpoint
     from nibble.quant.svdquant.recipe import Recipe
 
-    source = ROOT / "demo" / "weights" / "flux-demo.safetensors"
+    source = ROOT / "demo" / "weights" / "diffusion_models" / "flux-demo.safetensors"
     keep = ("final_layer.*", "guidance_in.*", "vector_in.*")
     quantize_checkpoint(
         source,
