@@ -116,7 +116,7 @@ def test_quantize_load_and_inspect_in_one_graph_with_the_name_linked(server, rep
     outputs = server.run(graph.nodes)
     facts, chart = outputs[load]["nibble_chart"][0], outputs[look]["nibble_chart"][0]
     assert facts["kind"] == "facts"
-    assert 3.0 < float(dict(facts["summary"])["bits per weight"]) < 3.5
+    assert 3.0 < float(dict(facts["details"])["bits per weight"]) < 3.5
     assert chart["kind"] == "codebooks"
     assert (
         0.5
