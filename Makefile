@@ -15,13 +15,22 @@ SOURCES  = $(wildcard kernels/pyproject.toml kernels/CMakeLists.txt kernels/cmak
 # As node_modules would have it; change it together with .pre-commit-config.yaml.
 PRETTIER = prettier@3.10.1
 
-.PHONY: demo test bench gpu gpu-compile gpu-extension gpu-tests release-check lint lint-python lint-cxx lint-web types format clean
+.PHONY: demo test test-kernels test-others test-plain-torch bench gpu gpu-compile gpu-extension gpu-tests release-check lint lint-python lint-cxx lint-web types format clean
 
 demo: $(VENV)/ready        ## quantize the demo FLUX to 4 bits, draw with both, write demo.png
 	$(RUN) -m nibble demo --out demo.png
 
-test: $(VENV)/kernels      ## every test that this machine can run; the others say why they skip. One thread: small tensors gain nothing from two
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests
+test: $(VENV)/kernels      ## every test that this machine can run, two runs at a time; the others say why they skip
+	$(MAKE) -k -j 2 test-kernels test-others test-plain-torch
+
+# one thread each: small tensors gain nothing from two
+test-kernels: $(VENV)/kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/kernels
+
+test-others: $(VENV)/kernels
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests --ignore tests/kernels
+
+test-plain-torch: $(VENV)/kernels
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/kernels --without-extension
 
 bench: $(VENV)/kernels     ## ratios against peers, written to tests/bench/results
