@@ -113,7 +113,7 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     scheduler: Any = None,
 ) -> Caching:
     """Steps or layers that a pipeline of diffusers need not compute, by the rules of the nodes. The
-    hooks are diffusers' own; `torch.compile` the transformer before.
+    hooks are diffusers' own.
 
     pipe       a pipeline with a `transformer` (and `transformer_2`), or a transformer alone with
                its `scheduler`

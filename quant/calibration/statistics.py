@@ -146,38 +146,22 @@ class InputStats:
             self.to(rows.device)
         owners = _owners(len(rows), shown)
         held = is_held_out(owners, self.pictures).to(rows.device)
-        if not held.any():
-            self._accumulate(rows)
-        elif held.all():
-            self._accumulate_held(rows)
-        else:
-            self._accumulate(rows[~held])
-            self._accumulate_held(rows[held])
+        for some, are_held in ((~held, False), (held, True)):
+            if some.any():
+                self._accumulate(rows if some.all() else rows[some], are_held)
         self._draw(rows, owners)
 
-    def _accumulate(self, rows: Tensor) -> None:
-        values = rows.float()
-        share = len(rows) / (self.count + len(rows))
-        self.mean.lerp_(values.mean(0), share)
-        self.mean_square.lerp_(values.square().mean(0), share)
+    def _accumulate(self, rows: Tensor, held: bool) -> None:
+        values, prefix = rows.float(), "held_" if held else ""
+        count = getattr(self, f"{prefix}count") + len(rows)
+        share = len(rows) / count
+        getattr(self, f"{prefix}mean").lerp_(values.mean(0), share)
+        getattr(self, f"{prefix}mean_square").lerp_(values.square().mean(0), share)
         if self.products is not None:
-            self.products.lerp_(_products(values, self.products), self._shares(share, 0.0))
-        self.count += len(rows)
-
-    def _accumulate_held(self, rows: Tensor) -> None:
-        values = rows.float()
-        share = len(rows) / (self.held_count + len(rows))
-        self.held_mean.lerp_(values.mean(0), share)
-        self.held_mean_square.lerp_(values.square().mean(0), share)
-        if self.products is not None:
-            self.products.lerp_(_products(values, self.products), self._shares(0.0, share))
-        self.held_count += len(rows)
-
-    def _shares(self, above: float, below: float) -> Tensor:
-        """Weights (B, B) for the products on and above the diagonal, and below it."""
-        assert self.products is not None
-        ones = torch.ones_like(self.products[0])
-        return above * ones.triu() + below * ones.tril(-1)
+            ones = torch.ones_like(self.products[0])
+            mine = ones.tril(-1) if held else ones.triu()
+            self.products.lerp_(_products(values, self.products), share * mine)
+        setattr(self, f"{prefix}count", count)
 
     def whole(self) -> "InputStats":
         """Statistics of all pictures, none of which is held out any more; samples are shared."""
