@@ -6,6 +6,7 @@ smoothcache.py    SmoothCache's rule: calibrated errors of each layer
 flow_time.py      the unit of noise in which all of it is measured
 error_control.py  a rule of our own: the measured error of the last extrapolation
 extrapolate.py    what stands for a result that is not computed
+fitted.py         the same by weights that a calibration was fitted for
 mask_search.py    the best steps to compute, by a calibration
 calibration_recorder.py  what uncached runs teach
 calibration_file.py   what a calibration holds, as a file

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...quant.files import atomic, small
 from ...quant.files.errors import FileRefused
-from . import mask_search
+from . import fitted, mask_search
 from .calibration_facts import Malformed, parsed, validate
 from .extrapolate import Reuse
 from .flow_time import FlowTime
@@ -108,6 +108,17 @@ class Calibration:
         measured_budget = min(max(round(budget * steps / (len(times) - 1)), 2), steps)
         mask = _searched(self, measured_budget, reuse)
         return mask_search.transferred(mask, self.times, times)
+
+    def guesses(
+        self, mask: Sequence[bool], times: Sequence[float], sampler: str, asked: Reuse
+    ) -> Reuse:
+        """How the whole steps that a mask skips are guessed: by fitted weights if this very
+        schedule and sampler were measured, else as asked.
+        """
+        same = len(times) == len(self.sigmas) and np.allclose(times, self.times, rtol=1e-3)
+        if not same or sampler != self.run["sampler"]:
+            return asked
+        return fitted.fit(mask, times, self.grams, asked)
 
     def check(self, fingerprint: str) -> None:
         """Raises FileRefused for another model than the one that was measured."""

@@ -38,6 +38,15 @@ class Reuse:
                 f" extrapolation), not {self.damping:g}."
             )
 
+    @property
+    def kept(self) -> int:
+        """How many computed values a guess may need."""
+        return self.order + 1
+
+    def weights(self, nodes: Sequence[float], at: float) -> list[float]:
+        """See `weights`."""
+        return weights(nodes, at, self)
+
 
 def weights(nodes: Sequence[float], at: float, reuse: Reuse) -> list[float]:
     """A weight for each of the newest `order + 1` nodes (oldest first, all different): what to sum
@@ -91,7 +100,7 @@ class History:
         self.values.append(
             value if self.device is None else value.to(self.device, non_blocking=False)
         )
-        del self.nodes[: -self.reuse.order - 1], self.values[: -self.reuse.order - 1]
+        del self.nodes[: -self.reuse.kept], self.values[: -self.reuse.kept]
 
     def guess(self, time: float, like: torch.Tensor | None = None) -> torch.Tensor:
         """The value at `time`, summed in float32, returned in the values' dtype on the device of
@@ -99,7 +108,7 @@ class History:
         """
         device = self.values[-1].device if like is None else like.device
         dtype = self.values[-1].dtype
-        factors = weights(self.nodes, time, self.reuse)
+        factors = self.reuse.weights(self.nodes, time)
         if len(factors) == 1:
             return self.values[-1].to(device)
         total = self.values[-1].to(device).float() * factors[-1]

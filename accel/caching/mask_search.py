@@ -14,6 +14,7 @@ arXiv 2606.13496, which anneals with the model in the loop) takes seconds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,15 @@ class StepMask:
 
     def decider(self) -> MaskDecider:
         return MaskDecider(self)
+
+    def steps(self, times: Sequence[float]) -> list[bool]:
+        """Which steps of a run it computes, as far as is known before; times: steps + 1 values."""
+        total = len(times) - 1
+        run = [Step(i, total, math.nan, times[i]) for i in range(total)]
+        return [
+            wanted or self.window.forbids(step) is not None
+            for step, wanted in zip(run, self.mask, strict=True)
+        ]
 
 
 class MaskDecider:

@@ -22,6 +22,7 @@ from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
 from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
+from ..host.samplers import sampler_name
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
 from .models import family_of, level_of, published, published_for
@@ -184,9 +185,13 @@ def apply_smoothcache(
 
     def make(guider, sampler, sigmas, latent) -> Run:
         schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
-        masks = masks_for(settings, calibration, flow.times(schedule), scheduled)
+        times, reuse = flow.times(schedule), settings.reuse
+        masks = masks_for(settings, calibration, times, scheduled)
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
+            if calibration is not None and settings.order is None:
+                mask = rule.steps(times)
+                reuse = calibration.guesses(mask, times, sampler_name(sampler), reuse)
         else:
             rule = SublayerSchedule(masks, settings.window)
         return Run(
@@ -194,7 +199,7 @@ def apply_smoothcache(
             sampler=sampler,
             patcher=guider.model_patcher,
             rule=rule,
-            reuse=settings.reuse,
+            reuse=reuse,
             store=STORES[settings.store],
             record=Record(len(schedule) - 1, None, "schedule", level=depth),
             watch=watch,
