@@ -103,7 +103,9 @@ def hooked_blocks(
                     ShadowedBlock(site, model_pass, watched)
                 )
         for name, blocks in shadows.items():
-            held = getattr(network, name)
+            where, _, name = name.rpartition(".")
+            owner = network.get_submodule(where)
+            held = getattr(owner, name)
             keyed = dict(zip(held.keys(), blocks, strict=True)) if hasattr(held, "keys") else blocks
             shadow_attr(stack, network, name, keyed)
         yield options | {"patches_replace": patches_replace}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -25,7 +26,7 @@ DEPTHS = ("step", "block", "sublayer")
 class Blocks:
     """One list of a model's blocks.
 
-    attribute: the list's name on the model
+    attribute: the list's name on the model, with dots where it lies deeper
     kind: what SmoothCache calls these blocks
     replace: the key of patches_replace["dit"] that reaches them, or None where the list itself is
         shadowed in the instance
@@ -262,6 +263,20 @@ FAMILIES: dict[str, ModelFamily] = {
         (Blocks("blocks", "block", image=0, text=None, vector=1),), wrapper=False
     ),
     "PixDiT_T2I": ModelFamily(
+    # Stable Audio 1 and 3; its replacement leaves out what inpainting adds to each block
+    "AudioDiffusionTransformer": ModelFamily(
+        (
+            Blocks(
+                "transformer.layers",
+                "layer",
+                image=0,
+                text=None,
+                vector="global_cond",
+                parts=("self_attn", "cross_attn", "ff"),
+            ),
+        ),
+        wrapper=False,
+    ),
         (Blocks("patch_blocks", "block", image=0, text=1, vector=2, returns=("img", "txt")),)
     ),
 }
@@ -280,11 +295,7 @@ def family_of(diffusion_model: torch.nn.Module) -> ModelFamily | None:
             return None
         family = FAMILIES.get(cls.__name__)
         if family is not None:
-            there = [
-                blocks
-                for blocks in family.blocks
-                if len(getattr(diffusion_model, blocks.attribute, ()))
-            ]
+            there = [blocks for blocks in family.blocks if _count(diffusion_model, blocks)]
             return dataclasses.replace(family, blocks=tuple(there)) if there else None
     return None
 
@@ -297,11 +308,19 @@ def level_of(model: ModelPatcher) -> str:
 
 def block_list(diffusion_model: torch.nn.Module, blocks: Blocks) -> list:
     """The blocks in the order in which they run, whether the model keeps a list or a dictionary."""
-    held = getattr(diffusion_model, blocks.attribute)
+    held = attrgetter(blocks.attribute)(diffusion_model)
     return list(held.values() if hasattr(held, "values") else held)
 
 
 def published(
+def _count(diffusion_model: torch.nn.Module, blocks: Blocks) -> int:
+    """How many such blocks a model has, which may not have the list either."""
+    try:
+        return len(attrgetter(blocks.attribute)(diffusion_model))
+    except AttributeError:
+        return 0
+
+
     model: ModelPatcher, reference: bool = False, large: bool = False
 ) -> coefficients.Shipped | None:
     """Published coefficients for a loaded model. reference: it edits a reference picture (Kontext);
@@ -330,7 +349,7 @@ def traits_of(diffusion_model: torch.nn.Module) -> dict:
     keyframes = getattr(getattr(diffusion_model, "img_emb", None), "emb_pos", None)
     traits = {
         "hidden": next((width for width in widths if isinstance(width, int)), None),
-        "blocks": [len(getattr(diffusion_model, blocks.attribute)) for blocks in lists],
+        "blocks": [_count(diffusion_model, blocks) for blocks in lists],
         "keyframes": keyframes is not None,  # Wan 2.1 from a first and a last frame
     }
     for name in ("model_type", "patch_size_t", "in_channels", "in_dim"):
