@@ -153,7 +153,7 @@ def _teacache(
         "reference_latents" in cond for group in guider.conds.values() for cond in group
     )
     large = latent.shape[-1] * latent.shape[-2] > LARGE_LATENT
-    shipped = published(guider.model_patcher, reference, large)
+    shipped = published(guider.model_patcher, reference, large, settings.plain)
     if shipped is None:
         return TeaCache(IDENTITY, settings.threshold, settings.window), own
     threshold, window = threshold_of(shipped, settings), shipped.window(settings.window)
@@ -294,7 +294,7 @@ def _teacache_notes(
         ]
     if settings.coefficients or (calibration is not None and calibration.polynomial):
         return []
-    entries = published_for(model)
+    entries = published_for(model, settings.plain)
     if not entries:
         return [
             f"There are no published TeaCache coefficients for {_name(model)} of this size: the"

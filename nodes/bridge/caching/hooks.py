@@ -97,7 +97,7 @@ def hooked_blocks(
         for site in block_sites(network, family):
             if site.blocks.replace:
                 key = (site.blocks.replace, site.index)
-                replace[key] = _replacement(site, replace.get(key), model_pass)
+                replace[key] = _replacement(site, replace.get(key), model_pass, watched)
             else:
                 shadows.setdefault(site.blocks.attribute, []).append(
                     ShadowedBlock(site, model_pass, watched)
@@ -107,7 +107,7 @@ def hooked_blocks(
             owner = network.get_submodule(where)
             held = getattr(owner, name)
             keyed = dict(zip(held.keys(), blocks, strict=True)) if hasattr(held, "keys") else blocks
-            shadow_attr(stack, network, name, keyed)
+            shadow_attr(stack, owner, name, keyed)
         yield options | {"patches_replace": patches_replace}
 
 
@@ -142,7 +142,9 @@ def shadow_attr(stack: ExitStack, module: torch.nn.Module, name: str, value: obj
     stack.callback(undo)
 
 
-def _replacement(site: BlockSite, previous: Callable | None, model_pass: Pass) -> Callable:
+def _replacement(
+    site: BlockSite, previous: Callable | None, model_pass: Pass, watched: dict[str, torch.Tensor]
+) -> Callable:
     image, text = site.blocks.image, site.blocks.text
 
     def gate(arguments: dict, extra: dict) -> dict:
@@ -151,7 +153,11 @@ def _replacement(site: BlockSite, previous: Callable | None, model_pass: Pass) -
             return out[image], out.get(text) if text else None
 
         image_out, text_out = model_pass.block(
-            site, arguments[image], arguments.get(text) if text else None, arguments, compute
+            site,
+            arguments[image],
+            arguments.get(text) if text else None,
+            arguments | watched,
+            compute,
         )
         return {image: image_out, text: text_out} if text else {image: image_out}
 

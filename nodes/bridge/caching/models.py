@@ -51,8 +51,8 @@ class ModelFamily:
     """A family of models.
 
     feature: TeaCache's F, one of `features`, where no published polynomial asks for another
-    timestep: the sub-module that embeds the timestep alone, where the blocks receive it with more
-        added and are called through the shadowed list (see `hooks`)
+    timestep: the sub-module that embeds the timestep alone, where an entry's F is what it gives and
+        the blocks receive something made of it
     batch: the dimension of the batch in block tensors
     image_last: in a joined stream the image's tokens come after the text's
     wrapper: the model calls DIFFUSION_MODEL wrappers (else APPLY_MODEL carries the hooks)
@@ -94,6 +94,7 @@ _WAN = ModelFamily(
         ),
     ),
     "vector",
+    timestep="time_embedding",
 )
 _LUMINA = ModelFamily(
     (Blocks("layers", "layer", image=0, text=None, vector=3, parts=("attention", "feed_forward")),),
@@ -262,7 +263,6 @@ FAMILIES: dict[str, ModelFamily] = {
     "HunYuanDiTPlain": ModelFamily(
         (Blocks("blocks", "block", image=0, text=None, vector=1),), wrapper=False
     ),
-    "PixDiT_T2I": ModelFamily(
     # Stable Audio 1 and 3; its replacement leaves out what inpainting adds to each block
     "AudioDiffusionTransformer": ModelFamily(
         (
@@ -277,6 +277,7 @@ FAMILIES: dict[str, ModelFamily] = {
         ),
         wrapper=False,
     ),
+    "PixDiT_T2I": ModelFamily(
         (Blocks("patch_blocks", "block", image=0, text=1, vector=2, returns=("img", "txt")),)
     ),
 }
@@ -312,7 +313,6 @@ def block_list(diffusion_model: torch.nn.Module, blocks: Blocks) -> list:
     return list(held.values() if hasattr(held, "values") else held)
 
 
-def published(
 def _count(diffusion_model: torch.nn.Module, blocks: Blocks) -> int:
     """How many such blocks a model has, which may not have the list either."""
     try:
@@ -321,20 +321,23 @@ def _count(diffusion_model: torch.nn.Module, blocks: Blocks) -> int:
         return 0
 
 
-    model: ModelPatcher, reference: bool = False, large: bool = False
+def published(
+    model: ModelPatcher, reference: bool = False, large: bool = False, plain: bool = False
 ) -> coefficients.Shipped | None:
     """Published coefficients for a loaded model. reference: it edits a reference picture (Kontext);
-    large: 720p video.
+    large: 720p video; plain: see `coefficients.lookup`.
     """
     network = model.model.diffusion_model
     traits = traits_of(network) | {"reference": reference, "large": large}
-    return coefficients.lookup(type(network).__name__, traits)
+    return coefficients.lookup(type(network).__name__, traits, plain)
 
 
-def published_for(model: ModelPatcher) -> list[coefficients.Shipped]:
+def published_for(model: ModelPatcher, plain: bool = False) -> list[coefficients.Shipped]:
     """Every entry that a loaded model may get, by what it will be given to sample."""
     found = [
-        published(model, reference, large) for reference in (False, True) for large in (False, True)
+        published(model, reference, large, plain)
+        for reference in (False, True)
+        for large in (False, True)
     ]
     return [entry for i, entry in enumerate(found) if entry and entry not in found[:i]]
 
