@@ -24,7 +24,7 @@ from ..host.fingerprint import fingerprint
 from ..host.progress import Progress
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
-from .models import family_of, level_of, published, published_for
+from .models import ModelFamily, family_of, level_of, published, published_for
 from .run import KEY, Run, flow_time, sampling, uncached
 from .settings import (
     AUTO,
@@ -179,12 +179,15 @@ def apply_smoothcache(
     family = family_of(model.model.diffusion_model)
     depth = settings.depth if family else "step"
     scheduled = ["step"] if depth == "step" else kinds(family, depth)
+    always = later(family, calibration) if depth == "sublayer" else []
+    scheduled = [kind for kind in scheduled if kind not in always]
     if calibration is not None:
         _need(calibration, settings, scheduled)
 
     def make(guider, sampler, sigmas, latent) -> Run:
         schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
         masks = masks_for(settings, calibration, flow.times(schedule), scheduled)
+        masks |= {kind: [True] * (len(schedule) - 1) for kind in always}
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
         else:
@@ -204,6 +207,16 @@ def apply_smoothcache(
     if depth == "step":
         return _wrapped(model, make, WrappersMP.APPLY_MODEL, around_model)
     return _wrapped(model, make, family.hook, around_sublayers(family, depth))
+
+
+def later(family: ModelFamily, calibration: Calibration | None) -> list[str]:
+    """Kinds of parts that a calibration is too old to know."""
+    return [
+        kind
+        for blocks in family.blocks
+        for kind in (f"{blocks.kind}.{part}" for part in blocks.later)
+        if calibration is not None and kind not in calibration.curves
+    ]
 
 
 def _need(calibration: Calibration, settings: SmoothCacheSettings, scheduled: list[str]) -> None:
@@ -270,6 +283,13 @@ def notes(
     elif settings.depth != "step" and level_of(model) == "step":
         sentences.append(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
+        )
+    elif settings.depth == "sublayer" and (
+        old := later(family_of(model.model.diffusion_model), calibration)
+    ):
+        sentences.append(
+            f"{calibration.name} is of an older Nibble, which did not measure {', '.join(old)}:"
+            " always computed. Calibrate again to reuse it, too."
         )
     if hasattr(model.model.diffusion_model, "init_kv_caches"):
         sentences.append(

@@ -33,7 +33,9 @@ class Blocks:
     image, text, vector: the names of the token streams and of the timestep's embedding among a
         block's arguments (a number: position)
     returns: what a shadowed block returns
-    parts: sub-modules whose outputs can be kept one by one
+    parts: what can be kept one by one: sub-modules, and "attn" where `joint` names the two
+        sub-modules that have its projections (see `joint_attention`)
+    later: parts that calibrations of before do not know, and that are computed with them
     """
 
     attribute: str
@@ -44,6 +46,8 @@ class Blocks:
     vector: str | int = "vec"
     returns: tuple[str, ...] = ("img",)
     parts: tuple[str, ...] = ()
+    joint: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,14 @@ class ModelFamily:
 
 _FLUX = ModelFamily(
     (
-        Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),
+        Blocks(
+            "double_blocks",
+            "double",
+            "double_block",
+            parts=("attn", "img_mlp", "txt_mlp"),
+            joint=("img_attn", "txt_attn"),
+            later=("attn",),
+        ),
         Blocks("single_blocks", "single", "single_block", text=None),
     ),
     "modulated",
@@ -224,7 +235,15 @@ FAMILIES: dict[str, ModelFamily] = {
         )
     ),
     "JoyImageTransformer3DModel": ModelFamily(
-        (Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),)
+        (
+            Blocks(
+                "double_blocks",
+                "double",
+                "double_block",
+                parts=("attn", "img_mlp", "txt_mlp"),
+                later=("attn",),
+            ),
+        )
     ),
     "Hunyuan3Dv2": ModelFamily(_FLUX.blocks),
     # Krea 2
