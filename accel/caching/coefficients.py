@@ -16,6 +16,7 @@ from pathlib import Path
 from .steps import Window
 from .teacache import Polynomial
 
+LARGE_LATENT = 7000  # latent pixels above which a video counts as 720p
 DATA = Path(__file__).with_name("coefficients.json")
 
 

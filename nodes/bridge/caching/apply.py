@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
 from ....accel.caching.calibration_file import Calibration
+from ....accel.caching.coefficients import LARGE_LATENT
 from ....accel.caching.error_control import ErrorControl
 from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
@@ -40,7 +41,6 @@ from .wrap_steps import around_model
 from .wrap_sublayers import SublayerSchedule, around_sublayers, kinds
 
 FEW_STEPS = 8  # with so few steps nothing is to be gained: distilled models
-LARGE_LATENT = 7000  # latent pixels above which a video counts as 720p
 Watch = Callable[[Record], None]
 
 

@@ -15,7 +15,7 @@ from ....accel.caching.coefficients import Shipped
 from ....accel.caching.error_control import LOW_BIT_PRESETS, PRESETS
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.steps import Window
-from ....accel.caching.teacache import Polynomial
+from ....accel.caching.teacache import PAPER, Polynomial
 from ....quant.files.errors import FileRefused
 from ..host.fingerprint import PLAIN, weights_of
 from .calibration_file import calibration_files, find, open_calibration
@@ -32,9 +32,6 @@ PUBLISHED = (AUTO, "plain")  # which published coefficients, where a model has t
 # how a skipped step's result is made of the computed ones; auto: as the rule has it
 ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
 HIGHEST_THRESHOLD = 3.0
-# TeaCache's rule where no published entry brings thresholds: the paper's slow and fast, and half of
-# slow
-PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
