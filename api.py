@@ -107,7 +107,8 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     budget: int | None = None,
     alpha: float = 0.1,
     calibration: Calibration | str | os.PathLike[str] | None = None,
-    order: int = 1,
+    coefficients: str | Sequence[float] = "auto",
+    order: int | None = None,
     first: int = 1,
     last: int = 1,
     scheduler: Any = None,
@@ -120,13 +121,19 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     rule       "error": whole steps, while their predicted errors add up to less than `threshold`
                (any model, no calibration); "budget": so many whole steps, evenly spread, or placed
                by a calibration; "smoothcache": attention and feed-forward layers, each kind by a
-               schedule of a calibration (arXiv 2411.10510)
-    preset     of "error": "quality", "balanced" or "fast", unless a `threshold` is given
+               schedule of a calibration (arXiv 2411.10510); "teacache": all blocks as one, while
+               the change of the first one's input, by a published polynomial, adds up to less than
+               `threshold` (arXiv 2411.19108; FLUX, HunyuanVideo, Qwen-Image, LTX-Video, CogVideoX
+               and Wan, of the sizes that were fitted)
+    preset     of "error" and "teacache": "quality", "balanced" or "fast", unless a `threshold` is
+               given
     budget     steps that are computed
     alpha      of "smoothcache": the relative error that reusing a layer's result may make
     calibration  what `calibrate_cache` returned, or its file
+    coefficients  of "teacache": "auto", "plain" for the second of Wan 2.1's two sets, or your own,
+               the highest power first
     order      a skipped result is the last one (0), on the line (1) or parabola (2) through the
-               last ones
+               last ones; by default 1, with "teacache" 0, as published
     first, last  steps at either end that are always computed
 
     Returns the caching: `record` of the last picture (computed, reused, work), and `remove()`,
@@ -147,6 +154,7 @@ def cache(  # noqa: PLR0913 (a script's keywords)
         budget=budget,
         alpha=alpha,
         calibration=calibration,
+        coefficients=coefficients,
         order=order,
         window=Window(first=first, last=last),
         scheduler=scheduler,

@@ -16,6 +16,7 @@ from .bridge.caching.settings import AUTO, NONE
 from .bridge.host import charts
 from .caching_inputs import (
     calibration_widget,
+    coefficients_widget,
     expert_widgets,
     teacache_expert_widgets,
     teacache_widgets,
@@ -107,6 +108,7 @@ class NibbleTeaCacheSampler(_Cached):
                         " the latents."
                     ),
                 ),
+                coefficients_widget(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
@@ -173,6 +175,7 @@ class NibbleApplyTeaCache(_Cached):
                 ),
                 *teacache_widgets(),
                 *teacache_expert_widgets(),
+                coefficients_widget(),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("model", tooltip="The model with TeaCache applied.")],

@@ -9,6 +9,7 @@ from .bridge.caching.settings import (
     NONE,
     ORDERS,
     PRESETS,
+    PUBLISHED,
     STORES,
     calibration_names,
 )
@@ -106,6 +107,21 @@ def teacache_expert_widgets() -> list:
         ),
         *expert_widgets(),
     ]
+
+
+def coefficients_widget():
+    """Last among TeaCache's inputs."""
+    return io.Combo.Input(
+        "coefficients",
+        options=list(PUBLISHED),
+        default=AUTO,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "With rule teacache on Wan 2.1, which was fitted twice. auto: the first five steps are"
+            " always computed. plain: only the first and the last one."
+        ),
+    )
 
 
 def expert_widgets() -> list:

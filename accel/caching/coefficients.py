@@ -16,6 +16,7 @@ from pathlib import Path
 from .steps import Window
 from .teacache import Polynomial
 
+LARGE_LATENT = 7000  # latent pixels above which a video counts as 720p
 DATA = Path(__file__).with_name("coefficients.json")
 
 
@@ -24,6 +25,7 @@ class Shipped:
     """One published polynomial. thresholds: careful, balanced, fast. feature: which F it was fitted
     on. first, last: steps that its authors always compute at the ends; start, end: shares of the
     run outside of which they compute all. unfitted: what else has this shape, "" for nothing.
+    plain: of the two that Wan 2.1 has, the one with one step computed at each end.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Shipped:
     start: float = 0.0
     end: float = 1.0
     unfitted: str = ""
+    plain: bool = False
 
     def window(self, asked: Window) -> Window:
         """The steps that may be reused by what was asked for and by the authors. No first or last
@@ -69,6 +72,7 @@ def _shipped(entry: dict) -> Shipped:
         start=entry.get("start", 0.0),
         end=entry.get("end", 1.0),
         unfitted=entry.get("unfitted", ""),
+        plain=entry.get("plain", False),
     )
 
 
@@ -77,18 +81,24 @@ def every() -> list[Shipped]:
     return [_shipped(entry) for entry in _entries()]
 
 
-def lookup(name: str, traits: dict) -> Shipped | None:
+def lookup(name: str, traits: dict, plain: bool = False) -> Shipped | None:
     """The entry for a model's own class, not one that it is derived from (VACE and S2V derive from
-    Wan), whose every condition is among the traits: name → value, lists compared as lists.
+    Wan), whose every condition is among the traits: name → value, lists compared as lists. plain:
+    the plain one where there are two.
     """
-    for entry in _entries():
-        if entry["class"] == name and all(
-            fact in traits and _plain(traits[fact]) == value
+    found = [
+        _shipped(entry)
+        for entry in _entries()
+        if entry["class"] == name
+        and all(
+            fact in traits and _listed(traits[fact]) == value
             for fact, value in entry["when"].items()
-        ):
-            return _shipped(entry)
-    return None
+        )
+    ]
+    if plain:
+        found.sort(key=lambda entry: not entry.plain)
+    return found[0] if found else None
 
 
-def _plain(value: object) -> object:
+def _listed(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value

@@ -27,6 +27,9 @@ from .steps import Decision, Step, Window
 
 # The longest row that is reported of a model in coefficients.json is 4 (mlx-teacache, Qwen-Image).
 MOST = 5
+# thresholds of presets where no published entry brings them: the paper's slow and fast, and half of
+# slow
+PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
 
 
 @dataclass(frozen=True)

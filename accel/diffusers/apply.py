@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,19 @@ from ..caching.calibration_file import Calibration
 from ..caching.error_control import LOW_BIT_PRESETS, PRESETS, ErrorControl
 from ..caching.extrapolate import Reuse
 from ..caching.steps import Record, Window
+from .all_blocks import Stack
+from .families import family_of
 from .fingerprint import fingerprint, is_low_bit
 from .parts import Part, Root, Schedule, parts, shares
+from .published import teacache
 from .run import Run, Runs
 from .schedules import flow_times
 from .whole_steps import WholeSteps
 
 NAME = "nibble_cache"
-RULES = ("error", "budget", "smoothcache")
+RULES = ("error", "budget", "smoothcache", "teacache")
+# makes a run of the scheduler and what the model reads first
+Make = Callable[[Any, torch.Tensor], Run]
 
 
 class Caching:
@@ -56,7 +61,8 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     budget: int | None = None,
     alpha: float = 0.1,
     calibration: Calibration | None = None,
-    order: int = 1,
+    coefficients: str | Sequence[float] = "auto",
+    order: int | None = None,
     window: Window = Window(),  # noqa: B008 (it cannot be changed)
     scheduler: Any = None,
 ) -> Caching:
@@ -64,32 +70,66 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     transformers, scheduler_of = pipeline_parts(pipe, scheduler)
     if rule not in RULES:
         raise ValueError(f"rule is one of {', '.join(RULES)}, not {rule!r}.")
-    reuse = Reuse(order)
+    own = 0 if rule == "teacache" else 1
+    reuse = Reuse(own if order is None else order)
     if calibration is not None:
         calibration.check(fingerprint(transformers[0]))
+    if threshold is not None and threshold < 0:
+        raise ValueError(f"threshold is 0 (reuse nothing) or more, not {threshold:g}.")
+    if preset not in PRESETS:
+        raise ValueError(f"preset is one of {', '.join(PRESETS)}, not {preset!r}.")
     if rule == "error":
-        rule_of = _error(transformers[0], preset, threshold, reuse, window)
+        make = _make(rule, reuse, _error(transformers[0], preset, threshold, reuse, window))
     elif rule == "budget":
-        rule_of = _budget(budget, calibration, reuse, window)
+        make = _make(rule, reuse, _budget(budget, calibration, reuse, window))
+    elif rule == "smoothcache":
+        make = _make(rule, reuse, _smoothcache(transformers[0], calibration, alpha, window))
     else:
-        rule_of = _smoothcache(transformers[0], calibration, alpha, window)
-
-    def make(scheduler: Any) -> Run:
-        times = flow_times(scheduler)
-        return Run(scheduler, rule_of(times), reuse, Record(len(times) - 1, kind=rule))
-
+        reference = "Kontext" in type(pipe).__name__
+        rule_of = teacache(transformers[0], coefficients, preset, threshold, reference)
+        make = _watching(rule_of, reuse, window)
     runs = Runs(scheduler_of, make)
     for transformer in transformers:
-        hooks: dict[torch.nn.Module, ModelHook] = {transformer: WholeSteps(runs)}
-        if rule == "smoothcache":
-            hooks = {
-                layer: Part(runs, kind, name, reuse) for kind, name, layer in parts(transformer)
-            }
-            hooks[transformer] = Root(runs, shares(transformer))
+        hooks = _hooks(transformer, rule, runs, reuse)
         HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(NAME)
         for module, hook in hooks.items():
             HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
     return Caching(transformers, runs)
+
+
+def _make(rule: str, reuse: Reuse, rule_of: Callable) -> Make:
+    """Runs of a rule that the times of the steps are enough for."""
+
+    def make(scheduler: Any, x: torch.Tensor) -> Run:
+        times = flow_times(scheduler)
+        return Run(scheduler, rule_of(times), reuse, Record(len(times) - 1, kind=rule))
+
+    return make
+
+
+def _watching(rule_of: Callable, reuse: Reuse, window: Window) -> Make:
+    """Runs of TeaCache's rule."""
+
+    def make(scheduler: Any, x: torch.Tensor) -> Run:
+        rule, feature = rule_of(x, window)
+        record = Record(len(flow_times(scheduler)) - 1, rule.threshold, "teacache")
+        return Run(scheduler, rule, reuse, record, feature)
+
+    return make
+
+
+def _hooks(
+    transformer: torch.nn.Module, rule: str, runs: Runs, reuse: Reuse
+) -> Mapping[torch.nn.Module, ModelHook]:
+    """module → what stands at it."""
+    if rule == "teacache":
+        return Stack(runs, family_of(transformer)).hooks(transformer)
+    if rule == "smoothcache":
+        hooks: dict[torch.nn.Module, ModelHook] = {
+            layer: Part(runs, kind, name, reuse) for kind, name, layer in parts(transformer)
+        }
+        return hooks | {transformer: Root(runs, shares(transformer))}
+    return {transformer: WholeSteps(runs)}
 
 
 def pipeline_parts(
@@ -112,12 +152,8 @@ def pipeline_parts(
 def _error(
     model: torch.nn.Module, preset: str, threshold: float | None, reuse: Reuse, window: Window
 ) -> Callable:
-    if preset not in PRESETS:
-        raise ValueError(f"preset is one of {', '.join(PRESETS)}, not {preset!r}.")
     if threshold is None:
         threshold = (LOW_BIT_PRESETS if is_low_bit(model) else PRESETS)[preset]
-    if threshold < 0:
-        raise ValueError(f"threshold is 0 (reuse nothing) or more, not {threshold:g}.")
     allowed = threshold
     return lambda times: ErrorControl(allowed, times, reuse, window)
 

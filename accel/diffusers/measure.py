@@ -84,7 +84,7 @@ class _Watch:
         self.runs = Runs(scheduler_of, self._run)
         self.seen: dict[tuple[int, str], list] = {}
 
-    def _run(self, scheduler: Any) -> Run:
+    def _run(self, scheduler: Any, x: torch.Tensor) -> Run:
         run = Run(scheduler, _ComputeAll(), Reuse(0), Record(len(scheduler.timesteps)))
         if run.total <= self.farthest + 1:
             raise ValueError(

@@ -26,7 +26,7 @@ from .schedules import flow_times, sigmas
 class Stream:
     """decider: the rule at work. kept: what was computed, a history for each tensor of the output.
     like: the last output, for its form. parts: the same for parts of the model, by name; computes:
-    which kinds of them this step does. shape: of the input.
+    which kinds of them this step does. feature: TeaCache's F of the last step. shape: of the input.
     """
 
     decider: Any
@@ -36,6 +36,7 @@ class Stream:
     kept: list[History] = field(default_factory=list)
     like: Any = None
     parts: dict[str, tuple[list[History], Any]] = field(default_factory=dict)
+    feature: torch.Tensor | None = None
     shape: tuple[int, ...] = ()
 
     @property
@@ -45,18 +46,20 @@ class Stream:
 
     def forget(self) -> None:
         """Another size: nothing that was kept can be used."""
-        self.kept, self.parts, self.like = [], {}, None
+        self.kept, self.parts, self.like, self.feature = [], {}, None, None
         self.decider.computed()
 
 
 class Run:
-    """See the module. rule: what has .decider(); reuse: how guesses are made."""
+    """See the module. rule: what has .decider(); reuse: how guesses are made; feature: TeaCache's
+    F.
+    """
 
-    def __init__(self, scheduler: Any, rule: Any, reuse: Reuse, record: Record):
+    def __init__(self, scheduler: Any, rule: Any, reuse: Reuse, record: Record, feature: str = ""):
         self.timesteps = scheduler.timesteps  # held, so that another run's cannot be the same
         self.times, self.sigmas = flow_times(scheduler), sigmas(scheduler)
         self.begin = int(getattr(scheduler, "begin_index", None) or 0)
-        self.rule, self.reuse, self.record = rule, reuse, record
+        self.rule, self.reuse, self.record, self.feature = rule, reuse, record, feature
         self.streams: dict[tuple, Stream] = {}
         self.now: Stream | None = None
         self._calls: Counter[tuple] = Counter()
@@ -85,11 +88,11 @@ class Run:
 
 
 class Runs:
-    """The runs of one transformer, one after another. make: the rule and record of a new one, by
-    its times.
+    """The runs of one transformer, one after another. make: a new one, by the scheduler and what
+    the model reads first.
     """
 
-    def __init__(self, scheduler_of: Callable[[], Any], make: Callable[[Any], Run]):
+    def __init__(self, scheduler_of: Callable[[], Any], make: Callable[[Any, torch.Tensor], Run]):
         self.scheduler_of, self.make = scheduler_of, make
         self.contexts = StateManager(dict)
         self.run: Run | None = None
@@ -106,10 +109,10 @@ class Runs:
         scheduler = self.scheduler_of()
         if scheduler.timesteps is None or not len(scheduler.timesteps):
             raise ValueError("The pipeline's scheduler has no steps; call its set_timesteps first.")
-        if self.run is None or self.run.timesteps is not scheduler.timesteps:
-            self.run, self._asked = self.make(scheduler), None
-        given = _given(module, args, kwargs)
+        given = arguments(module, args, kwargs)
         x = tensors_of(given)[0]
+        if self.run is None or self.run.timesteps is not scheduler.timesteps:
+            self.run, self._asked = self.make(scheduler, x), None
         return self.run.enter(self._key(given), module, x)
 
     def _key(self, given: dict) -> tuple:
@@ -123,7 +126,7 @@ class Runs:
             return ("", times)
 
 
-def _given(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+def arguments(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """A call's arguments by name."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs

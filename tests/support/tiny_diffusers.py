@@ -188,6 +188,21 @@ def dit() -> Loop:
     return Loop(model, diffusers.DDIMScheduler(), (2, 4, 8, 8), call)
 
 
+def latte() -> Loop:
+    """Blocks over space and over time by turns, as in Open-Sora, which diffusers has not."""
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2,
+        sample_size=8, patch_size=2, cross_attention_dim=32, caption_channels=16, video_length=2,
+        attention_bias=True, norm_type="ada_norm_single", num_embeds_ada_norm=1000,
+        norm_elementwise_affine=False,
+    )  # fmt: skip
+
+    def call(model, x, time, prompt):
+        return model(x, time, normal(len(x), 3, 16) * prompt, return_dict=False)[0]
+
+    return Loop(model, diffusers.DDIMScheduler(), (1, 4, 2, 8, 8), call, guided=True)
+
+
 def stable_audio() -> Loop:
     model = diffusers.StableAudioDiTModel(
         sample_size=16, in_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
@@ -210,7 +225,7 @@ def stable_audio() -> Loop:
 FAMILIES = {
     make.__name__: make
     for make in (
-        flux, sd3, qwen, z_image, wan, ltx, hunyuan_video, cogvideox, dit, stable_audio,
+        flux, sd3, qwen, z_image, wan, ltx, hunyuan_video, cogvideox, dit, latte, stable_audio,
     )
 }  # fmt: skip
 

@@ -7,6 +7,8 @@ wrap_steps.py        whole steps
 wrap_blocks.py       all blocks as one
 wrap_sublayers.py    every block, or its parts
 hooks.py             a visitor at every block
+shadow.py            stand-ins for sub-modules
+joint_attention.py   the attention of blocks that compute it among their own lines
 models.py            where each model family can be hooked
 features.py          what TeaCache watches of a model
 controlnet.py        ControlNets run only for computed steps

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ....accel.caching import mask_search, smoothcache
 from ....accel.caching.calibration_file import Calibration
+from ....accel.caching.coefficients import LARGE_LATENT
 from ....accel.caching.error_control import ErrorControl
 from ....accel.caching.steps import Record
 from ....accel.caching.teacache import IDENTITY, TeaCache
@@ -25,7 +26,7 @@ from ..host.progress import Progress
 from ..host.samplers import sampler_name
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
-from .models import family_of, level_of, published, published_for
+from .models import ModelFamily, family_of, level_of, published, published_for
 from .run import KEY, Run, flow_time, sampling, uncached
 from .settings import (
     AUTO,
@@ -41,7 +42,6 @@ from .wrap_steps import around_model
 from .wrap_sublayers import SublayerSchedule, around_sublayers, kinds
 
 FEW_STEPS = 8  # with so few steps nothing is to be gained: distilled models
-LARGE_LATENT = 7000  # latent pixels above which a video counts as 720p
 Watch = Callable[[Record], None]
 
 
@@ -154,7 +154,7 @@ def _teacache(
         "reference_latents" in cond for group in guider.conds.values() for cond in group
     )
     large = latent.shape[-1] * latent.shape[-2] > LARGE_LATENT
-    shipped = published(guider.model_patcher, reference, large)
+    shipped = published(guider.model_patcher, reference, large, settings.plain)
     if shipped is None:
         return TeaCache(IDENTITY, settings.threshold, settings.window), own
     threshold, window = threshold_of(shipped, settings), shipped.window(settings.window)
@@ -180,6 +180,8 @@ def apply_smoothcache(
     family = family_of(model.model.diffusion_model)
     depth = settings.depth if family else "step"
     scheduled = ["step"] if depth == "step" else kinds(family, depth)
+    always = later(family, calibration) if depth == "sublayer" else []
+    scheduled = [kind for kind in scheduled if kind not in always]
     if calibration is not None:
         _need(calibration, settings, scheduled)
 
@@ -187,6 +189,7 @@ def apply_smoothcache(
         schedule, flow = [float(s) for s in sigmas], flow_time(guider.model_patcher)
         times, reuse = flow.times(schedule), settings.reuse
         masks = masks_for(settings, calibration, times, scheduled)
+        masks |= {kind: [True] * (len(schedule) - 1) for kind in always}
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
             if calibration is not None and settings.order is None:
@@ -209,6 +212,16 @@ def apply_smoothcache(
     if depth == "step":
         return _wrapped(model, make, WrappersMP.APPLY_MODEL, around_model)
     return _wrapped(model, make, family.hook, around_sublayers(family, depth))
+
+
+def later(family: ModelFamily, calibration: Calibration | None) -> list[str]:
+    """Kinds of parts that a calibration is too old to know."""
+    return [
+        kind
+        for blocks in family.blocks
+        for kind in (f"{blocks.kind}.{part}" for part in blocks.later)
+        if calibration is not None and kind not in calibration.curves
+    ]
 
 
 def _need(calibration: Calibration, settings: SmoothCacheSettings, scheduled: list[str]) -> None:
@@ -276,6 +289,13 @@ def notes(
         sentences.append(
             f"{_name(model)} offers no hooks to its blocks, so whole steps are reused."
         )
+    elif settings.depth == "sublayer" and (
+        old := later(family_of(model.model.diffusion_model), calibration)
+    ):
+        sentences.append(
+            f"{calibration.name} is of an older Nibble, which did not measure {', '.join(old)}:"
+            " always computed. Calibrate again to reuse it, too."
+        )
     if hasattr(model.model.diffusion_model, "init_kv_caches"):
         sentences.append(
             "With Sampler AR Video every step is computed: each call moves on what the model"
@@ -299,7 +319,7 @@ def _teacache_notes(
         ]
     if settings.coefficients or (calibration is not None and calibration.polynomial):
         return []
-    entries = published_for(model)
+    entries = published_for(model, settings.plain)
     if not entries:
         return [
             f"There are no published TeaCache coefficients for {_name(model)} of this size: the"

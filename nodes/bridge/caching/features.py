@@ -69,7 +69,9 @@ def embedding(
 def timestep(
     block: torch.nn.Module, image: torch.Tensor, vector: object, arguments: dict
 ) -> torch.Tensor | None:
-    """The embedding of the timestep alone, without the pooled prompt that HiDream adds to it."""
+    """The embedding of the timestep alone: HiDream adds the pooled prompt to it, Wan makes each
+    block's scales and shifts of it.
+    """
     return arguments.get(TIMESTEP)
 
 

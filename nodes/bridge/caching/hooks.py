@@ -17,7 +17,9 @@ from typing import Protocol
 import torch
 
 from .features import TIMESTEP
+from .joint_attention import AttentionPass, shadow_joint
 from .models import Blocks, ModelFamily, block_list
+from .shadow import shadow_attr
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Pass(Protocol):
         image: torch.Tensor,
         text: torch.Tensor | None,
         arguments: dict,
-        compute: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+        compute: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns what the block should have returned; compute() runs it."""
+        """Returns what the block should have returned; compute() runs it, a replaced one with other
+        arguments where it is given some by name.
+        """
 
 
-class SublayerPass(Pass, Protocol):
+class SublayerPass(Pass, AttentionPass, Protocol):
     """The same where sub-layers are hooked too."""
 
     def sublayer(
@@ -97,15 +101,17 @@ def hooked_blocks(
         for site in block_sites(network, family):
             if site.blocks.replace:
                 key = (site.blocks.replace, site.index)
-                replace[key] = _replacement(site, replace.get(key), model_pass)
+                replace[key] = _replacement(site, replace.get(key), model_pass, watched)
             else:
                 shadows.setdefault(site.blocks.attribute, []).append(
                     ShadowedBlock(site, model_pass, watched)
                 )
         for name, blocks in shadows.items():
-            held = getattr(network, name)
+            where, _, name = name.rpartition(".")
+            owner = network.get_submodule(where)
+            held = getattr(owner, name)
             keyed = dict(zip(held.keys(), blocks, strict=True)) if hasattr(held, "keys") else blocks
-            shadow_attr(stack, network, name, keyed)
+            shadow_attr(stack, owner, name, keyed)
         yield options | {"patches_replace": patches_replace}
 
 
@@ -116,6 +122,8 @@ def shadow_sublayers(
     is closed.
     """
     for site in block_sites(network, family):
+        if site.blocks.joint:
+            shadow_joint(stack, site.module, site.blocks, site.index, model_pass)
         for name in site.blocks.parts:
             module = getattr(site.module, name, None)
             if module is not None:
@@ -124,32 +132,23 @@ def shadow_sublayers(
                 shadow_attr(stack, site.module, name, shadow)
 
 
-def shadow_attr(stack: ExitStack, module: torch.nn.Module, name: str, value: object) -> None:
-    """Puts a value before a submodule for attribute access alone: parameters, state dict and LoRA
-    keys do not see it. Undone by the stack.
-    """
-    before = module.__dict__.get(name)
-    module.__dict__[name] = value
-
-    def undo():
-        if before is None:
-            module.__dict__.pop(name, None)
-        else:
-            module.__dict__[name] = before
-
-    stack.callback(undo)
-
-
-def _replacement(site: BlockSite, previous: Callable | None, model_pass: Pass) -> Callable:
+def _replacement(
+    site: BlockSite, previous: Callable | None, model_pass: Pass, watched: dict[str, torch.Tensor]
+) -> Callable:
     image, text = site.blocks.image, site.blocks.text
 
     def gate(arguments: dict, extra: dict) -> dict:
-        def compute():
-            out = previous(arguments, extra) if previous else extra["original_block"](arguments)
+        def compute(**others):
+            given = arguments | others
+            out = previous(given, extra) if previous else extra["original_block"](given)
             return out[image], out.get(text) if text else None
 
         image_out, text_out = model_pass.block(
-            site, arguments[image], arguments.get(text) if text else None, arguments, compute
+            site,
+            arguments[image],
+            arguments.get(text) if text else None,
+            arguments | watched,
+            compute,
         )
         return {image: image_out, text: text_out} if text else {image: image_out}
 

@@ -210,6 +210,7 @@ class RecordingPass:
         self.recorder = recorder
         self.streams, self.step = call.streams, call.step
         self.family = family
+        self.attention: dict[str, torch.Tensor] = {}
         self.feature: torch.Tensor | None = None
         self.entered: torch.Tensor | None = None
         self.left: torch.Tensor | None = None
@@ -251,9 +252,13 @@ class RecordingPass:
 
     def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         out = compute()
+        self.computed(kind, index, out, like)
+        return out
+
+    def computed(self, kind: str, index: object, out: object, like: torch.Tensor) -> None:
+        """Compares what a sub-layer gave."""
         for i, value in enumerate(out if isinstance(out, tuple) else (out,)):
             self._note(kind, (kind, index, i), sparse(value), 0)
-        return out
 
     def _note(self, kind: str, key: tuple, value: torch.Tensor, batch: int) -> None:
         pieces = value.detach().clone().chunk(len(self.streams), batch)

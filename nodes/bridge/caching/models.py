@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -25,14 +26,16 @@ DEPTHS = ("step", "block", "sublayer")
 class Blocks:
     """One list of a model's blocks.
 
-    attribute: the list's name on the model
+    attribute: the list's name on the model, with dots where it lies deeper
     kind: what SmoothCache calls these blocks
     replace: the key of patches_replace["dit"] that reaches them, or None where the list itself is
         shadowed in the instance
     image, text, vector: the names of the token streams and of the timestep's embedding among a
         block's arguments (a number: position)
     returns: what a shadowed block returns
-    parts: sub-modules whose outputs can be kept one by one
+    parts: what can be kept one by one: sub-modules, and "attn" where `joint` names the two
+        sub-modules that have its projections (see `joint_attention`)
+    later: parts that calibrations of before do not know, and that are computed with them
     """
 
     attribute: str
@@ -43,6 +46,8 @@ class Blocks:
     vector: str | int = "vec"
     returns: tuple[str, ...] = ("img",)
     parts: tuple[str, ...] = ()
+    joint: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class ModelFamily:
     """A family of models.
 
     feature: TeaCache's F, one of `features`, where no published polynomial asks for another
-    timestep: the sub-module that embeds the timestep alone, where the blocks receive it with more
-        added and are called through the shadowed list (see `hooks`)
+    timestep: the sub-module that embeds the timestep alone, where an entry's F is what it gives and
+        the blocks receive something made of it
     batch: the dimension of the batch in block tensors
     image_last: in a joined stream the image's tokens come after the text's
     wrapper: the model calls DIFFUSION_MODEL wrappers (else APPLY_MODEL carries the hooks)
@@ -81,7 +86,14 @@ class ModelFamily:
 
 _FLUX = ModelFamily(
     (
-        Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),
+        Blocks(
+            "double_blocks",
+            "double",
+            "double_block",
+            parts=("attn", "img_mlp", "txt_mlp"),
+            joint=("img_attn", "txt_attn"),
+            later=("attn",),
+        ),
         Blocks("single_blocks", "single", "single_block", text=None),
     ),
     "modulated",
@@ -93,6 +105,7 @@ _WAN = ModelFamily(
         ),
     ),
     "vector",
+    timestep="time_embedding",
 )
 _LUMINA = ModelFamily(
     (Blocks("layers", "layer", image=0, text=None, vector=3, parts=("attention", "feed_forward")),),
@@ -222,7 +235,15 @@ FAMILIES: dict[str, ModelFamily] = {
         )
     ),
     "JoyImageTransformer3DModel": ModelFamily(
-        (Blocks("double_blocks", "double", "double_block", parts=("img_mlp", "txt_mlp")),)
+        (
+            Blocks(
+                "double_blocks",
+                "double",
+                "double_block",
+                parts=("attn", "img_mlp", "txt_mlp"),
+                later=("attn",),
+            ),
+        )
     ),
     "Hunyuan3Dv2": ModelFamily(_FLUX.blocks),
     # Krea 2
@@ -261,6 +282,20 @@ FAMILIES: dict[str, ModelFamily] = {
     "HunYuanDiTPlain": ModelFamily(
         (Blocks("blocks", "block", image=0, text=None, vector=1),), wrapper=False
     ),
+    # Stable Audio 1 and 3; its replacement leaves out what inpainting adds to each block
+    "AudioDiffusionTransformer": ModelFamily(
+        (
+            Blocks(
+                "transformer.layers",
+                "layer",
+                image=0,
+                text=None,
+                vector="global_cond",
+                parts=("self_attn", "cross_attn", "ff"),
+            ),
+        ),
+        wrapper=False,
+    ),
     "PixDiT_T2I": ModelFamily(
         (Blocks("patch_blocks", "block", image=0, text=1, vector=2, returns=("img", "txt")),)
     ),
@@ -280,11 +315,7 @@ def family_of(diffusion_model: torch.nn.Module) -> ModelFamily | None:
             return None
         family = FAMILIES.get(cls.__name__)
         if family is not None:
-            there = [
-                blocks
-                for blocks in family.blocks
-                if len(getattr(diffusion_model, blocks.attribute, ()))
-            ]
+            there = [blocks for blocks in family.blocks if _count(diffusion_model, blocks)]
             return dataclasses.replace(family, blocks=tuple(there)) if there else None
     return None
 
@@ -297,25 +328,35 @@ def level_of(model: ModelPatcher) -> str:
 
 def block_list(diffusion_model: torch.nn.Module, blocks: Blocks) -> list:
     """The blocks in the order in which they run, whether the model keeps a list or a dictionary."""
-    held = getattr(diffusion_model, blocks.attribute)
+    held = attrgetter(blocks.attribute)(diffusion_model)
     return list(held.values() if hasattr(held, "values") else held)
 
 
+def _count(diffusion_model: torch.nn.Module, blocks: Blocks) -> int:
+    """How many such blocks a model has, which may not have the list either."""
+    try:
+        return len(attrgetter(blocks.attribute)(diffusion_model))
+    except AttributeError:
+        return 0
+
+
 def published(
-    model: ModelPatcher, reference: bool = False, large: bool = False
+    model: ModelPatcher, reference: bool = False, large: bool = False, plain: bool = False
 ) -> coefficients.Shipped | None:
     """Published coefficients for a loaded model. reference: it edits a reference picture (Kontext);
-    large: 720p video.
+    large: 720p video; plain: see `coefficients.lookup`.
     """
     network = model.model.diffusion_model
     traits = traits_of(network) | {"reference": reference, "large": large}
-    return coefficients.lookup(type(network).__name__, traits)
+    return coefficients.lookup(type(network).__name__, traits, plain)
 
 
-def published_for(model: ModelPatcher) -> list[coefficients.Shipped]:
+def published_for(model: ModelPatcher, plain: bool = False) -> list[coefficients.Shipped]:
     """Every entry that a loaded model may get, by what it will be given to sample."""
     found = [
-        published(model, reference, large) for reference in (False, True) for large in (False, True)
+        published(model, reference, large, plain)
+        for reference in (False, True)
+        for large in (False, True)
     ]
     return [entry for i, entry in enumerate(found) if entry and entry not in found[:i]]
 
@@ -330,7 +371,7 @@ def traits_of(diffusion_model: torch.nn.Module) -> dict:
     keyframes = getattr(getattr(diffusion_model, "img_emb", None), "emb_pos", None)
     traits = {
         "hidden": next((width for width in widths if isinstance(width, int)), None),
-        "blocks": [len(getattr(diffusion_model, blocks.attribute)) for blocks in lists],
+        "blocks": [_count(diffusion_model, blocks) for blocks in lists],
         "keyframes": keyframes is not None,  # Wan 2.1 from a first and a last frame
     }
     for name in ("model_type", "patch_size_t", "in_channels", "in_dim"):

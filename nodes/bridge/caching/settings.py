@@ -15,7 +15,7 @@ from ....accel.caching.coefficients import Shipped
 from ....accel.caching.error_control import LOW_BIT_PRESETS, PRESETS
 from ....accel.caching.extrapolate import Reuse
 from ....accel.caching.steps import Window
-from ....accel.caching.teacache import Polynomial
+from ....accel.caching.teacache import PAPER, Polynomial
 from ....quant.files.errors import FileRefused
 from ..host.fingerprint import PLAIN, weights_of
 from .calibration_file import calibration_files, find, open_calibration
@@ -28,12 +28,10 @@ RULES = ("error", "teacache")
 LEVELS = (AUTO, "blocks", "step")  # what TeaCache reuses
 STORES = {"gpu": None, "cpu": "cpu"}  # where reused results live; None: where they were made
 _KNOWN_FEATURES = ("first_residual", *FEATURES)
+PUBLISHED = (AUTO, "plain")  # which published coefficients, where a model has two
 # how a skipped step's result is made of the computed ones; auto: as the rule has it
 ORDERS = {AUTO: None, "reuse": 0, "line": 1, "parabola": 2}
 HIGHEST_THRESHOLD = 3.0
-# TeaCache's rule where no published entry brings thresholds: the paper's slow and fast, and half of
-# slow
-PAPER = {"quality": 0.05, "balanced": 0.1, "fast": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,8 @@ class TeaCacheSettings(ReuseSettings):
     "teacache" is the published rule with its polynomial, which reuses the last result as it is.
     level: what is reused, the residual of all blocks or the whole step; auto picks by rule.
     coefficients and feature: instead of published ones. preset: where published coefficients are
-    used, the threshold that their authors give for it goes before `threshold`.
+    used, the threshold that their authors give for it goes before `threshold`. plain: see
+    `coefficients.lookup`.
     """
 
     threshold: float
@@ -90,6 +89,7 @@ class TeaCacheSettings(ReuseSettings):
     coefficients: Polynomial | None = None
     feature: str = AUTO
     preset: str | None = None
+    plain: bool = False
 
     @property
     def own_order(self) -> int:
@@ -180,8 +180,10 @@ def teacache(  # noqa: PLR0913 (the node's widgets, by their names)
     last_steps: int,
     level: str,
     store: str,
+    coefficients: str = AUTO,
 ) -> CachingChoice:
     """TeaCache as the widgets say: a preset, or the own threshold under "custom"."""
+    _check("coefficients", coefficients, PUBLISHED)
     measured = _calibration(model, calibration)
     settings = _preset_settings(preset, model)
     changes: dict[str, object] = {
@@ -191,6 +193,7 @@ def teacache(  # noqa: PLR0913 (the node's widgets, by their names)
         "last": last_steps,
         "level": level,
         "store": store,
+        "plain": coefficients == "plain",
     }
     if rule != AUTO:
         changes["rule"] = rule
@@ -217,7 +220,7 @@ def _teacache_words(
         return f"rule error: compares its guesses with what is computed; {threshold}"
     if calibration is not None and calibration.polynomial is not None:
         return f"rule teacache, calibrated: {calibration.name}, {threshold}"
-    entries = published_for(model)
+    entries = published_for(model, settings.plain)
     if not entries:
         return f"rule teacache, no coefficients for this model, {threshold}"
     names = " or ".join(entry.model for entry in entries)

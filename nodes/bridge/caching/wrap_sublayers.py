@@ -16,6 +16,7 @@ import torch
 
 from ....accel.caching.extrapolate import History
 from ....accel.caching.steps import Step, Window
+from . import joint_attention
 from .hooks import BlockSite, block_sites, hooked_blocks, shadow_sublayers
 from .models import Blocks, ModelFamily
 from .run import ModelCall, model_call, substitute
@@ -50,8 +51,10 @@ def shares(network: torch.nn.Module, family: ModelFamily, depth: str) -> dict[st
     for site in sites:
         for kind in _kinds(site.blocks, depth):
             part = kind.removeprefix(site.blocks.kind).removeprefix(".")
-            module = getattr(site.module, part, None) if part else site.module
-            out[kind] += weights(module) / whole
+            modules = [getattr(site.module, part, None) if part else site.module]
+            if part == joint_attention.PART and site.blocks.joint:
+                modules = [getattr(site.module, name) for name in site.blocks.joint]
+            out[kind] += sum(map(weights, modules)) / whole
     return out
 
 
@@ -108,6 +111,7 @@ class ScheduledPass:
         self.run, self.streams, self.step = call.run, call.streams, call.step
         self.family = family
         self.depth = depth
+        self.attention: dict[str, torch.Tensor] = {}
 
     def computes(self, kind: str) -> bool:
         return self.streams[0].decider.computes(kind, self.step)
@@ -122,7 +126,7 @@ class ScheduledPass:
     ):
         """Around a whole block, where blocks are what is kept."""
         if self.depth == "sublayer" and site.blocks.parts:
-            return compute()
+            return self._inside(site, image, text, arguments, compute)
         batch = self.family.batch
         image_key, text_key = (*site.key, "img"), (*site.key, "txt")
         if not self.computes(site.blocks.kind):
@@ -140,6 +144,26 @@ class ScheduledPass:
             self._keep(text_key, out[1] - text_before, text_before, batch)
         return out
 
+    def _inside(self, site: BlockSite, image, text, arguments: dict, compute: Callable):
+        """Runs a block whose parts are what is kept, without its attention where that is
+        reused.
+        """
+        kind = joint_attention.kind_of(site.blocks)
+        if not site.blocks.joint or self.computes(kind):
+            return compute()
+        guesses = {
+            name: self._guess((kind, (site.index, name), 0), tokens, 0)
+            for name, tokens in zip(site.blocks.joint, (image, text), strict=True)
+        }
+        if any(guess is None for guess in guesses.values()):
+            return compute()
+        self.attention = guesses
+        options = joint_attention.bypassed(arguments["transformer_options"])
+        try:
+            return compute(pe=None, transformer_options=options)
+        finally:
+            self.attention = {}
+
     def sublayer(self, kind: str, index: int, compute: Callable, like: torch.Tensor):
         """Around a sub-layer, whose output is a tensor or a tuple of tensors."""
         if not self.computes(kind):
@@ -149,9 +173,13 @@ class ScheduledPass:
             if pieces and all(piece is not None for piece in pieces):
                 return pieces[0] if len(pieces) == 1 else tuple(pieces)
         out = compute()
+        self.computed(kind, index, out, like)
+        return out
+
+    def computed(self, kind: str, index: object, out: object, like: torch.Tensor) -> None:
+        """Keeps what a sub-layer gave."""
         for i, value in enumerate(out if isinstance(out, tuple) else (out,)):
             self._keep((kind, index, i), value.clone(), like, 0)
-        return out
 
     def _guess(self, key: tuple, like: torch.Tensor, batch: int) -> torch.Tensor | None:
         """The value of a part that is computed from `like`, at this step and on its device; None

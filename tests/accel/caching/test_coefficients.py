@@ -38,7 +38,8 @@ class Printed:
 
 FLUX = "4.98651651e+02 -2.83781631e+02 5.58554382e+01 -3.82021401e+00 2.64230861e-01"
 COGVIDEO = TEACACHE + "TeaCache4CogVideoX1.5/teacache_sample_video.py"
-WAN = TEACACHE + "TeaCache4Wan2.1/teacache_generate.py, use_ret_steps"
+WAN_PLAIN = TEACACHE + "TeaCache4Wan2.1/teacache_generate.py"
+WAN = WAN_PLAIN + ", use_ret_steps"
 SOURCES = {
     "FLUX.1 dev": Printed(
         source=TEACACHE + "TeaCache4FLUX/teacache_flux.py",
@@ -169,6 +170,32 @@ SOURCES = {
         first=5,
         last=0,
     ),
+    # one step computed at each end: ret_steps = 1 * 2, cutoff_steps = sample_steps * 2 - 2; the
+    # README's table has the thresholds
+    "Wan 2.1 T2V 1.3B, plain": Printed(
+        source=WAN_PLAIN,
+        numbers="2.39676752e+03 -1.31110545e+03 2.01331979e+02 -8.29855975e+00 1.37887774e-01",
+        feature="timestep",
+        printed=(0.05, 0.07, 0.08),
+    ),
+    "Wan 2.1 T2V 14B, plain": Printed(
+        source=WAN_PLAIN,
+        numbers="-5784.54975374 5449.50911966 -1811.16591783 256.27178429 -13.02252404",
+        feature="timestep",
+        printed=(0.14, 0.15, 0.2),
+    ),
+    "Wan 2.1 I2V 14B 480P, plain": Printed(
+        source=WAN_PLAIN,
+        numbers="-3.02331670e+02 2.23948934e+02 -5.25463970e+01 5.87348440e+00 -2.01973289e-01",
+        feature="timestep",
+        printed=(0.13, 0.19, 0.26),
+    ),
+    "Wan 2.1 I2V 14B 720P, plain": Printed(
+        source=WAN_PLAIN,
+        numbers="-114.36346466 65.26524496 -18.82220707 4.91518089 -0.23412683",
+        feature="timestep",
+        printed=(0.18, 0.2, 0.3),
+    ),
     "Mochi 1": Printed(
         source=TEACACHE + "TeaCache4Mochi/teacache_mochi.py",
         numbers="-3.51241319e+03 8.11675948e+02 -6.09400215e+01 2.42429681e+00 3.05291719e-03",
@@ -213,7 +240,8 @@ def test_a_larger_change_never_freezes_a_run(name):
     counted = [entry.polynomial(d) for d in np.linspace(0, 2, 4001)]
     assert min(counted) >= 0
     bare = np.poly1d([float(n) for n in SOURCES[name].numbers.split()])
-    falls = [root.real for root in bare.roots if abs(root.imag) < 1e-9 and root.real > 0.02]
+    real = [root.real for root in bare.roots if abs(root.imag) < 1e-9 and root.real > 0.02]
+    falls = [root for root in real if bare.deriv()(root) < 0]
     if falls:
         assert min(counted[int(2000 * min(falls)) :]) > 0.05
 
@@ -300,6 +328,18 @@ HUNYUAN = {"hidden": 3072, "blocks": [20, 40], "in_channels": 16}
 def test_coefficients_are_chosen_by_the_models_own_facts(name, facts, model):
     found = coefficients.lookup(name, facts)
     assert (found.model if found else None) == model
+
+
+@pytest.mark.parametrize("facts", [WAN_14B, WAN_14B | {"hidden": 1536, "blocks": [30]}])
+def test_wan_s_plain_set_is_given_to_who_asks(facts):
+    """And to nobody else: graphs of before keep the set that they had."""
+    kept = coefficients.lookup("WanModel", facts)
+    asked = coefficients.lookup("WanModel", facts, plain=True)
+    assert (kept.plain, kept.feature, kept.first, kept.last) == (False, "vector", 5, 0)
+    assert (asked.plain, asked.feature, asked.first, asked.last) == (True, "timestep", 1, 1)
+    assert asked.model == f"{kept.model}, plain"
+    one = coefficients.lookup("Flux", FLUX_1, plain=True)
+    assert one.model == "FLUX.1 dev"  # where there is one
 
 
 def test_a_model_of_the_same_shape_is_named():

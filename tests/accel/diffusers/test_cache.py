@@ -174,11 +174,13 @@ def test_steps_that_a_pipeline_leaves_out_are_counted():
 def test_refusals_say_what_to_do():
     loop = build("flux")
     for arguments, words in (
-        ({"rule": "fast"}, "rule is one of error, budget, smoothcache, not 'fast'"),
+        ({"rule": "fast"}, "rule is one of error, budget, smoothcache, teacache, not 'fast'"),
         ({"preset": "slow"}, "preset is one of quality, balanced, fast, not 'slow'"),
         ({"threshold": -1.0}, "threshold is 0"),
         ({"rule": "budget"}, "needs the number of steps to compute"),
         ({"rule": "smoothcache"}, "nibble.calibrate_cache makes one"),
+        ({"rule": "teacache"}, "no published TeaCache coefficients for Flux.* of this size"),
+        ({"rule": "teacache", "coefficients": "best"}, "coefficients are 'auto', 'plain' or"),
         ({"order": 7}, "order of extrapolation is 0 to 3"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -187,6 +189,8 @@ def test_refusals_say_what_to_do():
         cache(loop.transformer)
     with pytest.raises(ValueError, match="has no transformer"):
         cache(object())
+    with pytest.raises(ValueError, match="knows FluxTransformer2DModel.*not DiTTransformer2D"):
+        cache(build("dit"), "teacache")
     assert not _hooks(loop.transformer)
 
 

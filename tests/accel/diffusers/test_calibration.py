@@ -80,6 +80,59 @@ def test_smoothcache_reuses_what_its_schedule_says(measured):
     assert torch.equal(loop(STEPS), plain)
 
 
+KINDS = {
+    "dit": {"transformer_blocks.attn1", "transformer_blocks.ff"},
+    # the paper's Open-Sora: over space and over time, attention to itself, to the prompt, MLP
+    "latte": {
+        "transformer_blocks.attn1",
+        "transformer_blocks.attn2",
+        "transformer_blocks.ff",
+        "temporal_transformer_blocks.attn1",
+        "temporal_transformer_blocks.ff",
+    },
+    "flux": {
+        "transformer_blocks.attn",
+        "transformer_blocks.ff",
+        "transformer_blocks.ff_context",
+        "single_transformer_blocks.attn",
+        "single_transformer_blocks.proj_mlp",
+    },
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_of_layer_gives_what_it_gave_when_its_schedule_computed_it(name):
+    """By plain forward hooks on the model's own layers; another alpha for each kind, so that no two
+    schedules are alike.
+    """
+    loop = build(name)
+    assert shares(loop.transformer).keys() == KINDS[name]
+    calibration = calibrate(loop, CALLS)
+    for place, kind in enumerate(sorted(KINDS[name])):
+        errors = [[9.0] * (STEPS - k) for k in (1, 2, 3)]
+        errors[place % 3][place // 3] = 0.0
+        calibration.curves[kind].mean = errors
+    with cache(loop, "smoothcache", calibration=calibration, alpha=0.5, order=0) as caching:
+        found = loop(STEPS)
+    rows = caching.record.rows
+    assert len({tuple(row.items()) for row in rows.values()}) == len(KINDS[name])
+    assert all(False in row.values() for row in rows.values())
+
+    streams = 2 if loop.guided else 1
+    for kind, _, layer in parts(loop.transformer):
+        counts, held = [], {}
+
+        def reuse(module, given, out, kind=kind, counts=counts, held=held):
+            step, stream = divmod(len(counts), streams)
+            counts.append(step)
+            if rows[kind][step]:
+                held[stream] = out
+            return held[stream]
+
+        layer.register_forward_hook(reuse)
+    torch.testing.assert_close(loop(STEPS), found, rtol=1e-4, atol=1e-5)
+
+
 def test_a_budget_is_placed_where_the_calibration_found_least_error():
     loop = build("flux")
     calibration = calibrate(loop, [{"steps": STEPS, "seed": 3}])

@@ -60,6 +60,7 @@ def test_a_calibration_holds_what_the_rules_need(calibration, dense_model):
     assert set(calibration.curves) == {
         "step",
         "double",
+        "double.attn",
         "double.img_mlp",
         "double.txt_mlp",
         "single",

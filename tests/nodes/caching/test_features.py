@@ -119,7 +119,8 @@ def flat(network, args, kwargs, out):
     return out.unflatten(-1, (6, -1))
 
 
-# family → the entry of its coefficients, the module that is watched, and the formula
+# family (and which of its sets) → the entry of its coefficients, the module that is watched, and
+# the formula
 OFFICIAL = {
     "flux": ("FLUX.1 dev", "double_blocks.0", flux),
     "flux2": ("FLUX.2 dev", "double_blocks.0", flux_2),
@@ -132,6 +133,8 @@ OFFICIAL = {
     # TeaCache4HiDream-I1: timesteps = self.t_embedder(...), before the pooled prompt is added
     "hidream i1": ("HiDream I1 Full", "t_embedder", returned),
     "wan 2.1": ("Wan 2.1 T2V 14B", "time_projection", flat),
+    # without use_ret_steps: e, which the projection is made of
+    "wan 2.1, plain": ("Wan 2.1 T2V 14B, plain", "time_embedding", returned),
     # TeaCache4CogVideoX1.5: emb = self.time_embedding(...)
     "cogvideox": ("CogVideoX 5B, 5B I2V", "time_embedding_linear_2", returned),
 }
@@ -140,6 +143,7 @@ OFFICIAL = {
 @pytest.mark.parametrize("family", OFFICIAL)
 def test_f_is_the_official_one(family, monkeypatch):
     entry, module, official = OFFICIAL[family]
+    family = family.removesuffix(", plain")
     feature = next(e.feature for e in coefficients.every() if e.model == entry)
     model = tiny_models.build(family)
     network = model.model.diffusion_model

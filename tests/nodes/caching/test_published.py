@@ -158,6 +158,27 @@ def test_the_threshold_and_the_window_are_those_of_what_is_sampled(dense_model, 
     assert rules[-1][0].threshold == 0.07
 
 
+def test_wan_s_plain_set_is_a_choice(monkeypatch, rules):
+    """Nothing chosen, as in graphs of before: the set with five steps at the start."""
+    model = tiny_models.build("wan 2.1")
+    wan = {"hidden": 5120, "blocks": [40], "in_dim": 16, "model_type": "t2v"}
+    monkeypatch.setattr("nibble.nodes.bridge.caching.models.traits_of", lambda network: wan)
+    for more, name, threshold, window in (
+        ({}, "Wan 2.1 T2V 14B", 0.15, Window(first=5, last=1)),
+        ({"coefficients": "plain"}, "Wan 2.1 T2V 14B, plain", 0.15, Window(first=1, last=1)),
+        ({"coefficients": "plain", "preset": "fast"}, "Wan 2.1 T2V 14B, plain", 0.2, Window()),
+    ):
+        choice = chosen(model, rule="teacache", **more)
+        assert f"coefficients of {name}, threshold {threshold:g}" in choice.subtitle
+        tiny_models.sample(apply_teacache(model, choice.settings), "wan 2.1", 6)
+        rule, _, record = rules[-1]
+        assert rule.polynomial == ENTRIES[name].polynomial
+        assert (rule.threshold, rule.window) == (threshold, window)
+        assert record.done == 6
+    with pytest.raises(ValueError, match="coefficients is one of auto, plain, not 'best'"):
+        chosen(model, coefficients="best")
+
+
 def test_the_node_says_which_rule_it_uses(dense_model, as_flux):
     assert chosen(dense_model).subtitle.startswith("rule error:")
     assert chosen(dense_model, rule="teacache").subtitle.startswith("rule teacache,")
