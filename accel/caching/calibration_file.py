@@ -118,7 +118,7 @@ class Calibration:
         same = len(times) == len(self.sigmas) and np.allclose(times, self.times, rtol=1e-3)
         if not same or sampler != self.run["sampler"]:
             return asked
-        return fitted.fit(mask, times, self.grams, asked)
+        return fitted.fit(mask, times, self._grams, asked)
 
     def check(self, fingerprint: str) -> None:
         """Raises FileRefused for another model than the one that was measured."""
@@ -168,8 +168,13 @@ class Calibration:
             "run": self.run,
             "teacache": self.teacache,
             "smoothcache": curves,
-            "grams": np.round(self.grams, 8).tolist(),
+            "grams": self._grams.tolist(),
         }
+
+    @property
+    def _grams(self) -> np.ndarray:
+        """As they are written."""
+        return np.round(self.grams, 8)
 
     def digest(self) -> str:
         """The sum of its content."""

@@ -22,7 +22,7 @@ import numpy as np
 from .extrapolate import Reuse, weights
 
 NODES = 3  # computed values that a guess is made of
-RIDGE = 1e-5  # of the mean square of those values
+RIDGE = 1e-5
 _DIGITS = 6  # of times: a sampler may hand them on in float32
 
 

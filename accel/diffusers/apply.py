@@ -19,7 +19,7 @@ from .fingerprint import fingerprint, is_low_bit
 from .parts import Part, Root, Schedule, parts, shares
 from .published import teacache
 from .run import Run, Runs
-from .schedules import flow_times
+from .schedules import flow_times, is_flow
 from .whole_steps import WholeSteps
 
 NAME = "nibble_cache"
@@ -81,7 +81,8 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     if rule == "error":
         make = _make(rule, reuse, _error(transformers[0], preset, threshold, reuse, window))
     elif rule == "budget":
-        make = _make(rule, reuse, _budget(budget, calibration, reuse, window))
+        fitted = calibration if order is None else None
+        make = _make(rule, reuse, _budget(budget, calibration, reuse, window), fitted)
     elif rule == "smoothcache":
         make = _make(rule, reuse, _smoothcache(transformers[0], calibration, alpha, window))
     else:
@@ -97,12 +98,20 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     return Caching(transformers, runs)
 
 
-def _make(rule: str, reuse: Reuse, rule_of: Callable) -> Make:
-    """Runs of a rule that the times of the steps are enough for."""
+def _make(
+    rule: str, reuse: Reuse, rule_of: Callable, fitted: Calibration | None = None
+) -> Make:
+    """Runs of a rule that the times of the steps are enough for. fitted: what a mask's guesses are
+    fitted on, where the transformer returns the velocities that it holds.
+    """
 
     def make(scheduler: Any, x: torch.Tensor) -> Run:
         times = flow_times(scheduler)
-        return Run(scheduler, rule_of(times), reuse, Record(len(times) - 1, kind=rule))
+        decides, guesses = rule_of(times), reuse
+        if fitted is not None and is_flow(scheduler):
+            name = type(scheduler).__name__
+            guesses = fitted.guesses(decides.steps(times), times, name, reuse)
+        return Run(scheduler, decides, guesses, Record(len(times) - 1, kind=rule))
 
     return make
 

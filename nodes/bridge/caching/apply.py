@@ -27,7 +27,7 @@ from ..host.samplers import sampler_name
 from .charts import LEVELS, strip_chart
 from .controlnet import deferring
 from .models import ModelFamily, family_of, level_of, published, published_for
-from .run import KEY, Run, flow_time, sampling, uncached
+from .run import KEY, Run, adds_noise, flow_time, sampling, uncached
 from .settings import (
     AUTO,
     PRESETS,
@@ -192,7 +192,7 @@ def apply_smoothcache(
         masks |= {kind: [True] * (len(schedule) - 1) for kind in always}
         if depth == "step":
             rule = mask_search.StepMask(tuple(masks["step"]), settings.window)
-            if calibration is not None and settings.order is None:
+            if calibration is not None and settings.order is None and not adds_noise(sampler):
                 mask = rule.steps(times)
                 reuse = calibration.guesses(mask, times, sampler_name(sampler), reuse)
         else:

@@ -104,10 +104,8 @@ class Run:
     def __post_init__(self) -> None:
         self._asked: dict[tuple, tuple[float, int]] = {}
         self._times = self.flow.times(self.sigmas)
-        name = sampler_name(self.sampler)
-        churned = getattr(self.sampler, "extra_options", {}).get("s_churn")
-        self.noisy = bool(churned) or any(word in name for word in NOISY)
-        self.counted = name in ONE_CALL_A_STEP and not churned
+        self.noisy = adds_noise(self.sampler)
+        self.counted = sampler_name(self.sampler) in ONE_CALL_A_STEP and not _churned(self.sampler)
 
     @property
     def total(self) -> int:
@@ -170,6 +168,16 @@ class Run:
         self.record.done = min(self.steps_done, self.total)
         if self.watch:
             self.watch(self.record)
+
+
+def adds_noise(sampler: object) -> bool:
+    """Whether a SAMPLER draws fresh noise while it samples."""
+    name = sampler_name(sampler)
+    return _churned(sampler) or any(word in name for word in NOISY)
+
+
+def _churned(sampler: object) -> bool:
+    return bool(getattr(sampler, "extra_options", {}).get("s_churn"))
 
 
 def flow_time(model: ModelPatcher) -> FlowTime:

@@ -187,3 +187,16 @@ def test_a_full_disk_is_said_and_leaves_nothing(path, monkeypatch):
         calibration(seed=6).save(path)
     assert path.read_bytes() == before
     assert [other.name for other in path.parent.iterdir()] == ["some.json"]
+
+
+def test_guesses_are_fitted_for_the_measured_schedule_and_sampler_alone():
+    found, asked = calibration(), Reuse(1)
+    mask = found.mask(4, found.times, asked)
+    fitted = found.guesses(mask, found.times, found.run["sampler"], asked)
+    skipped = [round(time, 6) for time, wanted in zip(found.times, mask, strict=False) if not wanted]
+    assert sorted(fitted.table) == sorted(skipped)
+    other = [time**2 for time in found.times]
+    assert found.guesses(mask, found.times, "another", asked) is asked
+    assert found.guesses(mask, other, found.run["sampler"], asked) is asked
+    fewer = found.times[:-1]
+    assert found.guesses(mask[:-1], fewer, found.run["sampler"], asked) is asked
