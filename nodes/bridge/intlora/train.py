@@ -244,10 +244,11 @@ def _existing(job: Job, bases: Bases | rounded.Weights, names: list[str]) -> Ada
         return None
     adapter = file.read(files.path_of(job.existing))
     bases.check(adapter, job.existing)
-    if adapter.rounded_bits != rounded.BASES.get(job.base):
+    base = rounded.base_of(adapter)
+    if base != (None if job.base == INTEGERS else job.base):
         raise FileRefused(
-            f"{job.existing} was trained on a base of {adapter.rounded_bits} bits, rounded to"
-            f" nearest; set base as it was, or start over with existing_lora {NONE}."
+            f"{job.existing} was trained on the base '{base}'; set base as it was, or start over"
+            f" with existing_lora {NONE}."
         )
     for name in names:
         layer = adapter.layers.get(name)
