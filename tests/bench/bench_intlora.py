@@ -1,11 +1,13 @@
 """IntLoRA beside float LoRA and QLoRA: a new concept taught to the demo model at 4-bit weights;
 conversion of an ordinary LoRA; sizes; cost.
 
-    python tests/bench/bench_intlora.py            all of it, about 35 minutes on one core
+    python tests/bench/bench_intlora.py       all of it; without `paper` about 20 minutes on a core
     python tests/bench/bench_intlora.py --parts convert cost
     python tests/bench/bench_intlora.py --parts teach --group 64 --out
     tests/bench/results/intlora-group64.json
-    python tests/bench/bench_intlora.py --parts paper       the paper's table at 4 and 8 bits
+    python tests/bench/bench_intlora.py --parts paper --steps 120
+                                                   the paper's table at 4 and 8 bits, 47 minutes
+                                                   on a core shared with other work
 
 The concept (`concept.py`) is a shape and a colour that the model never saw. Every arm trains the
 same linears at the same rank on the same pictures, noise and times, and is scored merged, as it

@@ -153,6 +153,23 @@ def gemma3_12b():
         )
 
 
+def ltx2():
+    """LTX-2's encoder: Gemma 3 12B with 8 layers, all of whose states are projected to one. Prompts
+    are filled up to 400 tokens at their left.
+    """
+    module = comfy.text_encoders.lt
+
+    def tokenizer(**options):
+        base = _gemma_tokenizer(module.Gemma3_12BTokenizer)
+        with mock.patch.object(module, "Gemma3_12BTokenizer", base):
+            made = module.LTXAVGemmaTokenizer(**options)
+        made.gemma3_12b.min_length = 400
+        return made
+
+    with _small_gemma(comfy.text_encoders.llama.Gemma3_12B_Config):
+        return build(Target(module.ltxav_te(video_projection_dim=WIDTH), tokenizer), "")
+
+
 def gemma3_4b():
     """Gemma 3 4B with its vision tower, 8 layers."""
     with _small_gemma(comfy.text_encoders.llama.Gemma3_4B_Vision_Config):

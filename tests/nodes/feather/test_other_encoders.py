@@ -230,6 +230,28 @@ def by_hand(clip, pairs, prompt, count):
     return found, states
 
 
+def test_in_ltx_2_tokens_are_dropped_and_the_filling_at_the_left_asks_nothing():
+    clip = vl.ltx2()
+    pairs = asked(clip)
+    plain = clip.encode_from_tokens(pairs, return_dict=True)
+    found = {
+        mode: feather.prune(clip, feather.PruneSettings(STAGES, mode=mode)).encode_from_tokens(
+            pairs, return_dict=True
+        )
+        for mode in feather.MODES
+    }
+    facts = record(found["drop"])
+    filling = sum(pair[0] == 0 for pair in pairs["gemma3_12b"][0])
+    real, pruned = facts["length"] - filling, facts["length"] - len(kept(facts, 1))
+    assert filling > 100
+    assert pruned > 40
+    assert plain["cond"].shape[1] == found["scatter"]["cond"].shape[1] == real
+    assert found["drop"]["cond"].shape[1] == real - pruned
+    assert facts["last"] == facts["length"] - 1
+    everything = feather.prune(clip, feather.PruneSettings((accel.Stage(3, 0.4, 1),)))
+    assert torch.equal(everything.encode_from_tokens(pairs), plain["cond"])
+
+
 # ---- the report
 
 
