@@ -19,9 +19,10 @@ class NibbleFeatherPrune(io.ComfyNode):
             display_name="FEATHER Prune Vision Tokens",
             category=menu.TEXT_ENCODER,
             description=(
-                "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL) drop the"
-                " image patches that the prompt does not ask about, and shows which ones"
-                " it keeps. For Qwen-Image-Edit and text generation."
+                "Lets a vision-language text encoder (Qwen2.5-VL, Qwen3-VL, Gemma 3,"
+                " LLaVA-Llama 3) drop the image patches that the prompt does not ask about,"
+                " and shows which ones it keeps. For Qwen-Image-Edit, HunyuanVideo and text"
+                " generation."
             ),
             search_aliases=[
                 "nibble",
@@ -32,12 +33,15 @@ class NibbleFeatherPrune(io.ComfyNode):
                 "vision tokens",
                 "qwen image edit",
                 "qwen vl",
+                "gemma",
+                "llava",
             ],
             inputs=[
                 io.Clip.Input(
                     "clip",
                     tooltip=(
-                        "A Qwen2.5-VL or Qwen3-VL text encoder, such as that of Qwen-Image-Edit."
+                        "A text encoder that reads pictures: Qwen2.5-VL, Qwen3-VL, Gemma 3 or"
+                        " HunyuanVideo's LLaVA-Llama 3."
                     ),
                 ),
                 io.Float.Input(

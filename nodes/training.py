@@ -255,7 +255,8 @@ def _expert_inputs() -> list:
             tooltip=(
                 "The integers to teach. round to nearest: those of a connected 16-bit model, in 8"
                 " or 4 bits, with the IntLoRA paper's auxiliary matrix; mul and shift can then"
-                " change nearly all (8 bits) or about four fifths (4 bits) of the weights."
+                " change nearly all (8 bits) or about four fifths (4 bits) of the weights. round"
+                " to odd: none of the integers is 0, so that all can change."
             ),
         ),
     ]

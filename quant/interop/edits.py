@@ -25,6 +25,8 @@ from ..weights.formats import refuse_patched
 from .export import ToNibble
 
 KEY = "merged"  # of the metadata: a list, one entry a run
+# what a layer keeps in floats: scales may be of 8 bits, and codewords need not have any
+FLOATS = ("weight_scale", "weight_proj_down", "weight_smooth_factor", "weight_codebook")
 
 
 class Edit(NamedTuple):
@@ -38,15 +40,16 @@ class Edit(NamedTuple):
 
 def branch_specs(source: QuantizedFile, name: str, rank: int) -> list[TensorSpec]:
     """The tensors of a quantized layer whose low-rank branch has, or gets, this rank, in the dtype
-    of its scales (of its codebook, where it has none).
+    of the first of FLOATS that is a float of 16 bits or more.
     """
     specs = {spec.name: spec for spec in source.specs(name)}
     sizes = layer_sizes(source.layers[name], *specs[f"{name}.weight"].shape)
     assert sizes is not None  # checked when the file was opened
-    scale = specs.get(f"{name}.weight_scale") or specs[f"{name}.weight_codebook"]
+    stored = [specs[key] for part in FLOATS if (key := f"{name}.{part}") in specs]
+    wide = next(spec for spec in stored if spec.dtype.is_floating_point and spec.dtype.itemsize > 1)
     for part, length in (("down", sizes["K"]), ("up", sizes["N"])):
         key = f"{name}.weight_proj_{part}"
-        specs[key] = TensorSpec(key, scale.dtype, (length, rank))
+        specs[key] = TensorSpec(key, wide.dtype, (length, rank))
     facts = json.dumps(source.layers[name] | {"rank": rank})
     specs[f"{name}.comfy_quant"] = TensorSpec(f"{name}.comfy_quant", torch.uint8, (len(facts),))
     return list(specs.values())

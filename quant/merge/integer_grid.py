@@ -37,6 +37,7 @@ _UNEVEN = {
     "float8": "fp8",
     "fp8": "fp8",
     "bnb": "bitsandbytes' NF4 or FP4",
+    "vq": "codewords of a codebook (vq)",
 }  # the first that a format's name contains
 
 

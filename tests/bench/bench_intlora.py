@@ -1,10 +1,13 @@
 """IntLoRA beside float LoRA and QLoRA: a new concept taught to the demo model at 4-bit weights;
 conversion of an ordinary LoRA; sizes; cost.
 
-    python tests/bench/bench_intlora.py            all of it, about 20 minutes on one core
+    python tests/bench/bench_intlora.py       all of it; without `paper` about 20 minutes on a core
     python tests/bench/bench_intlora.py --parts convert cost
     python tests/bench/bench_intlora.py --parts teach --group 64 --out
     tests/bench/results/intlora-group64.json
+    python tests/bench/bench_intlora.py --parts paper --steps 120
+                                                   the paper's table at 4 and 8 bits, 47 minutes
+                                                   on a core shared with other work
 
 The concept (`concept.py`) is a shape and a colour that the model never saw. Every arm trains the
 same linears at the same rank on the same pictures, noise and times, and is scored merged, as it
@@ -32,10 +35,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
-from bench.intlora import arms, conversion, cost, svdquant, teach
+from bench.intlora import arms, conversion, cost, paper, svdquant, teach
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PARTS = ["teach", "svdquant", "convert", "cost"]
+PARTS = ["teach", "svdquant", "convert", "cost", "paper"]
 
 
 def main() -> None:
@@ -74,7 +77,7 @@ def main() -> None:
     def save(part: str, rows) -> None:
         facts[part] = {"options": shared, "rows": list(rows)}
         options.out.write_text(json.dumps(facts, indent=1) + "\n")
-        if part in ("teach", "svdquant"):
+        if part in ("teach", "svdquant", "paper"):
             print(
                 {
                     key: round(value, 4) if isinstance(value, float) else value
@@ -94,6 +97,8 @@ def main() -> None:
         save("convert", rows)
     if "cost" in options.parts:
         cost.cost(bench, lambda rows: save("cost", rows))
+    if "paper" in options.parts:
+        paper.table(bench, lambda rows: save("paper", rows))
 
 
 if __name__ == "__main__":

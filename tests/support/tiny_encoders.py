@@ -2,10 +2,16 @@
 its tokenizer, its CLIP object.
 """
 
+import io
+import re
+from typing import ClassVar
 from unittest import mock
 
 import comfy.sd
+import comfy.text_encoders.hunyuan_video
 import comfy.text_encoders.llama
+import comfy.text_encoders.lt
+import comfy.text_encoders.lumina2
 import comfy.text_encoders.qwen3vl
 import comfy.text_encoders.qwen_image
 import comfy.text_encoders.qwen_vl
@@ -21,6 +27,20 @@ SIZES = dict(
 )
 QWEN3 = dict(hidden_size=64, intermediate_size=64, depth=3, deepstack_visual_indexes=[0, 1, 2])
 TOWER = comfy.text_encoders.qwen_vl.Qwen2VLVisionTransformer
+# Gemma 3: a picture of 8 x 8 tokens, and 5 of 6 layers that look back WINDOW positions
+SIDE, WINDOW = 8, 80
+SIGLIP = dict(
+    num_channels=3,
+    hidden_act="gelu_pytorch_tanh",
+    hidden_size=64,
+    image_size=14 * 2 * SIDE,
+    intermediate_size=64,
+    model_type="siglip_vision_model",
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    patch_size=14,
+)
+LLAVA_SIDE = 6
 
 
 def small_tower(hidden_size, **sizes):
@@ -35,7 +55,7 @@ class Target:
         self.clip, self.tokenizer, self.params = clip, tokenizer, {}
 
 
-def build(target: Target, name: str, state: dict | None = None):
+def build(target: Target, name: str, state: dict | None = None, **sizes):
     """A CLIP of these tensors, or with random weights, the same every time, that neither die nor
     grow.
     """
@@ -45,7 +65,7 @@ def build(target: Target, name: str, state: dict | None = None):
     ):
         clip = comfy.sd.CLIP(
             target,
-            model_options={f"{name}_model_config": SIZES, "dtype": torch.float32},
+            model_options={f"{name}_model_config": SIZES | sizes, "dtype": torch.float32},
             state_dict=[] if state is None else [dict(state)],
         )
     if state is not None:
@@ -79,6 +99,127 @@ def qwen3_vl():
         Target(comfy.text_encoders.qwen3vl.te(), comfy.text_encoders.qwen3vl.tokenizer()),
         "qwen3vl_8b",
     )
+
+
+def _small_gemma(config):
+    return mock.patch.multiple(
+        config,
+        vision_config=SIGLIP,
+        mm_tokens_per_image=SIDE**2,
+        sliding_attention=[WINDOW] * 5 + [False],
+    )
+
+
+def _gemma_tokenizer(base):
+    """ComfyUI's tokenizer with a vocabulary of letters; not filled up to 1024 tokens."""
+    import sentencepiece
+
+    text, file = "a red cup and a blue cup stand on the table make it green".split(), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=file,
+        model_type="char",
+        vocab_size=25,
+        hard_vocab_limit=False,
+        pad_id=0,  # as Gemma's: 0 is padding to ComfyUI
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    model = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+    def tokenizer(embedding_directory=None, tokenizer_data=None):
+        made = base(embedding_directory, {"spiece_model": model})
+        made.min_length = 1
+        return made
+
+    return tokenizer
+
+
+def gemma3_12b():
+    """Gemma 3 12B as CLIPLoader gives it, 8 layers: no part of a bigger model, but the model."""
+    with _small_gemma(comfy.text_encoders.llama.Gemma3_12B_Config):
+        return build(
+            Target(
+                lambda device, dtype, model_options: comfy.text_encoders.lt.Gemma3_12BModel(
+                    device=device,
+                    dtype=dtype,
+                    model_options={**model_options, "model_name": "gemma3_12b"},
+                ),
+                _gemma_tokenizer(comfy.text_encoders.lt.Gemma3_12BTokenizer),
+            ),
+            "gemma3_12b",
+        )
+
+
+def ltx2():
+    """LTX-2's encoder: Gemma 3 12B with 8 layers, all of whose states are projected to one. Prompts
+    are filled up to 400 tokens at their left.
+    """
+    module = comfy.text_encoders.lt
+
+    def tokenizer(**options):
+        base = _gemma_tokenizer(module.Gemma3_12BTokenizer)
+        with mock.patch.object(module, "Gemma3_12BTokenizer", base):
+            made = module.LTXAVGemmaTokenizer(**options)
+        made.gemma3_12b.min_length = 400
+        return made
+
+    with _small_gemma(comfy.text_encoders.llama.Gemma3_12B_Config):
+        return build(Target(module.ltxav_te(video_projection_dim=WIDTH), tokenizer), "")
+
+
+def gemma3_4b():
+    """Gemma 3 4B with its vision tower, 8 layers."""
+    with _small_gemma(comfy.text_encoders.llama.Gemma3_4B_Vision_Config):
+        return build(
+            Target(
+                comfy.text_encoders.lumina2.te(model_type="gemma3_4b_vision"),
+                _gemma_tokenizer(comfy.text_encoders.lumina2.NTokenizer),
+            ),
+            "gemma3_4b_vision",
+        )
+
+
+class Llama3Letters:
+    """Llama 3's tokenizer with its marks, and of its vocabulary the letters alone."""
+
+    MARKS: ClassVar[dict[str, int]] = {
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|eot_id|>": 128009,
+        "<image>": 128257,
+        "\n\n": 271,
+        "user": 882,
+    }
+
+    @classmethod
+    def from_pretrained(cls, _path):
+        return cls()
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.MARKS
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        pieces = re.split("(" + "|".join(map(re.escape, self.MARKS)) + ")", text)
+        ids = [128000]
+        for piece in pieces:
+            ids += [self.MARKS[piece]] if piece in self.MARKS else list(piece.encode())
+        return {"input_ids": ids}
+
+
+def hunyuan_video():
+    """HunyuanVideo's CLIP-L and LLaVA-Llama 3 with 8 layers."""
+    module = comfy.text_encoders.hunyuan_video
+    with mock.patch.object(module, "LlamaTokenizerFast", Llama3Letters):
+        return build(Target(module.hunyuan_video_clip(), module.HunyuanVideoTokenizer), "llama")
+
+
+def llava_output(seed: int = 0) -> torch.Tensor:
+    """What a CLIP vision model with LLaVA's projector gives of one picture (1, tokens, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, LLAVA_SIDE**2, WIDTH, generator=generator)
 
 
 def image(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -26,8 +26,10 @@ from comfy.patcher_extension import PatcherInjection
 
 from ....accel import feather
 from ....accel.feather import Stage
-from .record import KEY, Prompt, picture_of
-from .scoring import kept_tokens, positions_at, token_scores
+from .encoders import Encoder, encoder_of
+from .record import KEY, Prompt
+from .scoring import kept_tokens, token_scores
+from .shortened import Shortened, mask_of_next, window_of
 
 log = logging.getLogger("nibble")
 MODES = ("scatter", "drop")
@@ -52,42 +54,6 @@ class PruneSettings:
             raise ValueError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
 
 
-def encoder_of(clip) -> tuple[str, torch.nn.Module]:
-    """(attribute of the CLIP's model, its language model's transformer) of an encoder that FEATHER
-    fits.
-
-    Raises ValueError, naming the encoder, for one without visual tokens or of another build.
-    """
-    model = clip.patcher.model
-    for name, part in model.named_children():
-        transformer = getattr(part, "transformer", None)
-        layers = getattr(getattr(transformer, "model", None), "layers", None)
-        if (
-            layers is None
-            or not hasattr(transformer, "visual")
-            or getattr(transformer.model, "fixed_kv", False)
-        ):
-            continue
-        if all(
-            hasattr(layer, "input_layernorm")
-            and hasattr(getattr(layer, "self_attn", None), "q_proj")
-            for layer in layers
-        ):
-            return name, transformer
-    raise ValueError(
-        f"FEATHER prunes visual tokens, and {type(model).__name__.rstrip('_')} has no vision tower"
-        " and layers that it knows; connect a Qwen2.5-VL or Qwen3-VL text encoder, such as that of"
-        " Qwen-Image-Edit."
-    )
-
-
-def first_layer(transformer: torch.nn.Module) -> int:
-    """The first layer that tokens can be pruned before: Qwen3-VL adds to the image after each of
-    its first layers (DeepStack).
-    """
-    return max(1, len(getattr(transformer.visual, "deepstack_visual_indexes", ())))
-
-
 class Pruner:
     """The pruning of one CLIP: settings, and the state of the run that is under way. Lives in the
     hooks' closures, never on the model.
@@ -96,10 +62,14 @@ class Pruner:
     def __init__(
         self,
         settings: PruneSettings,
-        transformer: torch.nn.Module,
+        encoder: Encoder,
         watch: Callable[[Prompt], None] = lambda prompt: None,
     ):
-        layers, least = len(transformer.model.layers), first_layer(transformer)
+        if settings.mode == "drop" and encoder.kind.whole:
+            raise ValueError(
+                f"{encoder.kind.whole}, so that no token can be dropped; set mode to scatter."
+            )
+        layers, least = len(encoder.transformer.model.layers), encoder.first_layer
         for stage in settings.stages:
             if not least <= stage.layer < layers:
                 fed = f" and feeds the picture in until layer {least - 1}" if least > 1 else ""
@@ -108,7 +78,7 @@ class Pruner:
                     f" {layers} layers{fed}; choose from {least} to {layers - 1}."
                 )
         self.settings = settings
-        self.transformer = transformer
+        self.encoder = encoder
         self.watch = watch
         self.layers = layers
         self.stages = sorted(
@@ -122,8 +92,7 @@ class Pruner:
         self.running = self.dropped = False
         # a layer's whole input and the rows that run, between its two hooks
         self._full: tuple[torch.Tensor, torch.Tensor] | None = None
-        # rows, mask and positions of the stage, and what they were gathered from
-        self._short: tuple | None = None
+        self._short = Shortened()
 
     # ---- what the prompt holds
 
@@ -134,22 +103,15 @@ class Pruner:
 
         def process(tokens, device):
             embeds, attention, count, info = process_tokens(tokens, device)
-            data = [
-                item["data"]
-                for row in tokens
-                for item in row
-                if isinstance(item, dict) and item.get("type") == "image"
-            ]
-            images = sorted((e for e in info if e.get("type") == "image"), key=lambda e: e["index"])
             self.reset()
-            if data and (len(embeds) > 1 or len(data) != len(images)):
+            pictures = self.encoder.pictures(tokens, info)
+            if pictures is None or (pictures and len(embeds) > 1):
                 log.warning(
                     "Nibble: FEATHER prunes one prompt at a time, whose images are all used; this"
                     " run is not pruned."
                 )
-            elif data:
-                config = self.transformer.model.config
-                pictures = [picture_of(e, pixels) for e, pixels in zip(images, data, strict=True)]
+            elif pictures:
+                config = self.encoder.transformer.model.config
                 self.prompt = Prompt(
                     length=embeds.shape[1],
                     last=int(attention[0].nonzero().max()),
@@ -227,12 +189,13 @@ class Pruner:
         def hook(layer, args, kwargs):
             x, self._full = kwargs.get("x"), None
             if not self._prefill(x):
-                return None
-            rows, mask, freqs = self._gathered(
-                begun, x.device, kwargs.get("attention_mask"), kwargs["freqs_cis"]
-            )
+                return self._generated(begun, layer, args, kwargs)
+            rows = self.prompt.mask(begun).nonzero().flatten().to(x.device)
             if len(rows) == x.shape[1]:
                 return None
+            mask, freqs = self._short.of(
+                rows, window_of(layer), kwargs.get("attention_mask"), kwargs["freqs_cis"]
+            )
             self._full = (x, rows)
             return args, {**kwargs, "x": x[:, rows], "attention_mask": mask, "freqs_cis": freqs}
 
@@ -243,7 +206,8 @@ class Pruner:
 
         def hook(layer, args, kwargs, output):
             if index == self.layers - 1:
-                self.running, self._short = False, None
+                self.running = False
+                self._short.forget()
             if self._full is None:
                 return None
             (x, rows), self._full = self._full, None
@@ -279,18 +243,16 @@ class Pruner:
         """
         return self.running and x is not None and x.shape[:2] == (1, self.prompt.length)
 
-    def _gathered(self, begun: int, device, mask, freqs) -> tuple:
-        """Rows, mask and positions of a stage: gathered once, as all its layers get the
-        same ones.
+    def _generated(self, begun: int, layer: torch.nn.Module, args, kwargs) -> tuple | None:
+        """What a layer with a window is given of one generated token: its short cache reaches back
+        further than the window does.
         """
-        source = (begun, id(mask), id(freqs))
-        if self._short is None or self._short[0] != source:
-            self._short = None  # the last stage's, gone before this one's is made
-            rows = self.prompt.mask(begun).nonzero().flatten().to(device)
-            short = None if mask is None else mask[..., rows[:, None], rows]
-            # the last keeps the ids theirs
-            self._short = (source, (rows, short, positions_at(freqs, rows)), (mask, freqs))
-        return self._short[1]
+        x, cache, window = kwargs.get("x"), kwargs.get("past_key_value"), window_of(layer)
+        if self.prompt is None or self.running or not window or not cache or x.shape[1] != 1:
+            return None
+        rows = self.prompt.mask(begun).nonzero().flatten().to(x.device)
+        mask = mask_of_next(rows, self.prompt.length, cache[2], window, x)
+        return None if mask is None else (args, {**kwargs, "attention_mask": mask})
 
 
 def _without(part: object, left: torch.Tensor) -> object:
@@ -321,14 +283,14 @@ def prune(clip, settings: PruneSettings, watch: Callable[[Prompt], None] = lambd
     `watch` gets every prompt with images when its last stage has decided. Raises ValueError for an
     encoder or layers that do not fit.
     """
-    name, transformer = encoder_of(clip)
-    pruner = Pruner(settings, transformer, watch)
+    encoder = encoder_of(clip)
+    pruner = Pruner(settings, encoder, watch)
     clip = clip.clone()
     patcher = clip.patcher
     wraps = {
-        f"{name}.process_tokens": pruner.recording,
-        f"{name}.encode": pruner.encoding,
-        f"{name}.generate": pruner.generating,
+        encoder.path("process_tokens"): pruner.recording,
+        encoder.path("encode"): pruner.encoding,
+        encoder.path("generate"): pruner.generating,
         "encode_token_weights": pruner.reporting,
     }
     if patcher.injections.pop(KEY, None):
@@ -349,7 +311,7 @@ def _injection(pruner: Pruner) -> PatcherInjection:
 
     def inject(patcher) -> None:
         eject(patcher)
-        layers, handles = pruner.transformer.model.layers, []
+        layers, handles = pruner.encoder.transformer.model.layers, []
         for number, stage in enumerate(pruner.stages):
             handles.append(
                 layers[stage.layer - 1].register_forward_pre_hook(

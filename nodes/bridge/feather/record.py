@@ -61,19 +61,3 @@ class Prompt:
         return [
             counts[sum(begin <= layer for begin in self.begins)] for layer in range(self.layers)
         ]
-
-
-def picture_of(info: dict, pixels: torch.Tensor) -> Picture:
-    """Raises ValueError where the encoder's raster is not the tokens it put in."""
-    extra = info["extra"]
-    grid = extra["grid"] if isinstance(extra, dict) else extra
-    picture = Picture(
-        info["index"], int(grid[0][1]) // 2, int(grid[0][2]) // 2, pixels[:1, ..., :3]
-    )
-    if picture.count != info["size"]:
-        raise ValueError(
-            f"this encoder makes {info['size']} tokens of an image of {picture.height} x"
-            f" {picture.width} patches, which FEATHER cannot place; take FEATHER Prune Vision"
-            " Tokens out of the workflow."
-        )
-    return picture

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ....accel import feather
 from ..host.progress import Progress
-from .prune import PruneSettings, encoder_of, first_layer, prune
+from .encoders import encoder_of
+from .prune import PruneSettings, prune
 from .record import KEY, Picture, Prompt
 
 SIDE = 512  # pixels of the longer side of a picture in a chart
@@ -34,15 +35,15 @@ class PruneChoice:
 
 def attach(clip, choice: PruneChoice, node_id: str | None) -> tuple[object, dict]:
     """(CLIP that prunes, chart of what it will do). Draws live in the node while it encodes."""
-    _, transformer = encoder_of(clip)
-    layers = len(transformer.model.layers)
+    encoder = encoder_of(clip)
+    layers = len(encoder.transformer.model.layers)
     stages = feather.stages(
         layers,
         choice.keep,
         choice.stride if choice.criterion == "feather" else 0,
         choice.first,
         choice.second,
-        first_layer(transformer),
+        encoder.first_layer,
     )
     progress = Progress("FEATHER", node_id)
     settings = PruneSettings(stages, choice.criterion, choice.mode)
@@ -53,7 +54,7 @@ def attach(clip, choice: PruneChoice, node_id: str | None) -> tuple[object, dict
     else:
         grid = f" and one patch in {first.stride} in both directions" if first.stride else ""
         keeps = f"{first.keep:.0%}{grid}, then {second.keep:.1%} of those"
-    width = transformer.model.config.hidden_size
+    width = encoder.transformer.model.config.hidden_size
     return pruned, {
         "kind": "facts",
         "title": "FEATHER",

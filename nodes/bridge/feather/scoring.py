@@ -9,13 +9,14 @@ import torch
 from ....accel import feather
 from ....accel.feather import Stage
 from .record import Picture, Prompt
+from .shortened import positions_at, positions_of, window_of
 
 
 def token_scores(
-    prompt: Prompt, criterion: str, layer: torch.nn.Module, x: torch.Tensor, freqs: tuple
+    prompt: Prompt, criterion: str, layer: torch.nn.Module, x: torch.Tensor, freqs: tuple | list
 ) -> torch.Tensor:
     """phi (length,) on the CPU, of the image tokens that are left; FastV's is its attention among
-    all tokens, rotated.
+    all tokens, rotated, and within the layer's window.
 
     x (1, length, d): what the layer is given; freqs: its rotary embedding
     """
@@ -26,12 +27,15 @@ def token_scores(
     scored = prompt.mask()
     if criterion == "feather":
         scored = scored & _images(prompt)
+    elif window := window_of(layer):
+        scored[: max(0, prompt.last - window + 1)] = False
     rows = scored.nonzero().flatten()
     last = torch.tensor([prompt.last])
     hidden = layer.input_layernorm(x[0, torch.cat([rows, last]).to(x.device)])
     query = _heads(attention.q_proj(hidden[-1:]), attention.num_heads, attention.q_norm)
     keys = _heads(attention.k_proj(hidden[:-1]), attention.num_kv_heads, attention.k_norm)
     if criterion == "fastv":
+        freqs = positions_of(layer, freqs)
         query = _rotate(query, positions_at(freqs, last.to(x.device)))
         keys = _rotate(keys, positions_at(freqs, rows.to(x.device)))
         scores[rows] = feather.last_token_scores(query[:, 0], keys).cpu()
@@ -72,11 +76,6 @@ def _heads(x: torch.Tensor, heads: int, norm: torch.nn.Module | None) -> torch.T
     """(n, heads * d) as (heads, n, d), normalised where the model does so."""
     x = x.reshape(len(x), heads, -1).transpose(0, 1)
     return x if norm is None else norm(x)
-
-
-def positions_at(freqs: tuple, rows: torch.Tensor) -> tuple:
-    """The rotary embedding (cos, sin, -sin), each (…, length, d), at some positions."""
-    return tuple(part[..., rows, :] for part in freqs)
 
 
 def _rotate(x: torch.Tensor, freqs: tuple) -> torch.Tensor:

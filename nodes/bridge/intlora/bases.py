@@ -14,12 +14,14 @@ from ....quant.interop.convert import open_4bit
 from ....quant.intlora import file
 from ....quant.intlora.adapter import Adapter
 from ....quant.merge.integer_grid import IntBase, refuse_format
+from ....quant.weights.awq_w4a16 import W4A16Weight
 from ....quant.weights.formats import weight_of
 from ....quant.weights.svdquant_w4a4 import SVDQuantWeight
 from ..quantized import layouts
 
 PREFIX = "diffusion_model."
 MODEL = "the connected model"
+EVEN = (SVDQuantWeight.FORMAT, W4A16Weight.FORMAT)
 # attachment of a MODEL: (path of the base file, names of the layers in which IntLoRAs were merged)
 MERGED = "nibble_merged"
 # weight → rows of it → digest: a layer is hashed once for as long as its tensor lives
@@ -78,6 +80,13 @@ class Bases(Mapping):
             for name, weight in self.weights.items()
             if layouts.format_of(weight) == SVDQuantWeight.FORMAT
         ] or list(self)
+
+    def refuse_uneven(self, names: list[str]) -> None:
+        """Raises FileRefused where one of these layers has no even grid of integers."""
+        for name in names:
+            stored = layouts.format_of(self.weights[name])
+            if stored not in EVEN:
+                refuse_format(stored, name, MODEL.capitalize())
 
     def fingerprint(self, name: str) -> str:
         """16 hex digits of a layer's integers."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import comfy.model_management
 import torch
@@ -32,7 +33,11 @@ from ..quantized import layouts
 from ..training.session import Session
 from .bases import MODEL, PREFIX
 
-BASES = {"round to nearest, 8 bits": 8, "round to nearest, 4 bits": 4}
+BASES = {
+    "round to nearest, 8 bits": Grid.of_paper(8),
+    "round to nearest, 4 bits": Grid.of_paper(4),
+    "round to odd, 4 bits": replace(Grid.of_paper(4), odd=True),
+}
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 _NEEDS = (
     "rounding to nearest needs the model's own 16-bit weights; connect Load Diffusion Model with"
@@ -163,7 +168,16 @@ def attach(
 
 def options_of(base: str, variant: str, rank: int, seed: int) -> train.AdapterOptions:
     """What is trained on one of BASES."""
-    return train.AdapterOptions(variant, rank, seed, grid=Grid.of_paper(BASES[base]))
+    return train.AdapterOptions(variant, rank, seed, grid=BASES[base])
+
+
+def base_of(adapter: Adapter) -> str | None:
+    """Which of BASES an adapter was trained on; None for one of a 4-bit model's integers."""
+    found = next((layer.rounding for layer in adapter.layers.values() if layer.rounding), None)
+    if found is None:
+        return None
+    grids = {(grid.bits, grid.odd): name for name, grid in BASES.items()}
+    return grids.get((found.bits, found.odd), f"{found.bits} bits")
 
 
 def apply_rounded(

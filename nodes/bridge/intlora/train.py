@@ -193,11 +193,8 @@ def _attached(session: training.Session, job: Job, plan: _Plan) -> dict[str, Int
     if job.base != INTEGERS:
         options = rounded.options_of(job.base, job.variant, job.rank, seed)
         return rounded.attach(session, plan.names, options, plan.existing, job.existing)
-    bases = {
-        name: _near(base, session.device, job.variant)
-        for name, base in Bases(session.guider.model_patcher).items()
-        if name in plan.names
-    }
+    found = Bases(session.guider.model_patcher)
+    bases = {name: _near(found[name], session.device, job.variant) for name in plan.names}
     options = train.AdapterOptions(variant=job.variant, rank=job.rank, seed=seed)
     return train.attach(session.model, plan.names, options, bases)
 
@@ -226,6 +223,8 @@ def _layers(bases: Bases | rounded.Weights, job: Job) -> list[str]:
             )
     else:
         names = bases.trainable()
+    if isinstance(bases, Bases):
+        bases.refuse_uneven(names)
     small = min(names, key=lambda name: min(bases.weights[name].shape))
     if not 1 <= job.rank <= min(bases.weights[small].shape):
         raise ValueError(
@@ -245,10 +244,11 @@ def _existing(job: Job, bases: Bases | rounded.Weights, names: list[str]) -> Ada
         return None
     adapter = file.read(files.path_of(job.existing))
     bases.check(adapter, job.existing)
-    if adapter.rounded_bits != rounded.BASES.get(job.base):
+    base = rounded.base_of(adapter)
+    if base != (None if job.base == INTEGERS else job.base):
         raise FileRefused(
-            f"{job.existing} was trained on a base of {adapter.rounded_bits} bits, rounded to"
-            f" nearest; set base as it was, or start over with existing_lora {NONE}."
+            f"{job.existing} was trained on the base '{base}'; set base as it was, or start over"
+            f" with existing_lora {NONE}."
         )
     for name in names:
         layer = adapter.layers.get(name)

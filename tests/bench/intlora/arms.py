@@ -168,10 +168,13 @@ class Bench:
         """Trains an arm: layers, model, losses."""
         flux = pictures.load_flux()
         layers = self.attach(flux, arm)
-        losses = train.train(
+        return layers, flux, self.learn(flux, layers)
+
+    def learn(self, flux, layers: dict) -> list[float]:
+        """Trains layers that are in a model: losses."""
+        return train.train(
             layers,
             self.loss(flux, 0.75, self.options.batch),
             train.Options(steps=self.options.steps, lr=self.options.lr),
             progress=show_progress,
         )
-        return layers, flux, losses

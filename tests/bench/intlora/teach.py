@@ -76,7 +76,7 @@ def integer_arm(bench: Bench, flux, layers: dict) -> dict:
     widths, weights = set(), {}
     equal = True
     for name, layer in layers.items():
-        merged = merge(layer.base, [(adapter.layers[name], 1.0)])
+        merged = merge(layer.base, [(adapter.layers[name], 1.0)], bits=32)
         equal &= torch.equal(merged.base.weight(), unmerged(layer.base, adapter.layers[name]))
         widths.add(merged.base.bits)
         weights[name] = merged.base.weight(), layer.bias

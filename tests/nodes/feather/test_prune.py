@@ -48,7 +48,7 @@ def final(clip, x):
     """As the encoder's conditioning of last hidden states: Qwen2.5-VL's are normalised, Qwen3-VL's
     are those before the norm.
     """
-    return transformer(clip).model.norm(x) if feather.encoder_of(clip)[0] == "qwen25_7b" else x
+    return transformer(clip).model.norm(x) if feather.encoder_of(clip).name == "qwen25_7b" else x
 
 
 @pytest.mark.parametrize("pictures", [((140, 196),), ((140, 196), (96, 64))], ids=["one", "two"])

@@ -18,7 +18,7 @@ from nibble.quant.intlora import file
 from nibble.quant.training.loop import Options
 from training_runs import Stop, caption, latents
 
-EIGHT, FOUR = rounded.BASES
+EIGHT, FOUR, ODD = rounded.BASES
 ONE = {"latents": [latents(1)]}
 SHORT = {"options": Options(steps=2, lr=1e-2, warmup=0), "layers": ("double_blocks.*mlp*",)}
 
@@ -39,7 +39,7 @@ def fresh(flux_file):
     return comfy.sd.load_diffusion_model(str(flux_file))
 
 
-@pytest.mark.parametrize("variant, base", [("mul", EIGHT), ("shift", FOUR)])
+@pytest.mark.parametrize("variant, base", [("mul", EIGHT), ("shift", FOUR), ("mul", ODD)])
 def test_it_learns_on_a_rounded_base_and_applies_bit_for_bit(
     dense_model, flux_file, home, variant, base
 ):
@@ -50,7 +50,7 @@ def test_it_learns_on_a_rounded_base_and_applies_bit_for_bit(
     )
     done, adapter = trained(dense_model, home, options=Options(lr=4e-2, **long), **settings)
     assert sum(done.losses[-8:]) < 0.9 * sum(idle.losses[-8:])
-    assert adapter.rounded_bits == rounded.BASES[base]
+    assert rounded.base_of(adapter) == base
     assert all(layer.rule.noise is not None for layer in adapter.layers.values())
     assert all("mod" not in name and "blocks" in name for name in adapter.layers)
 
@@ -74,6 +74,23 @@ def merge_of(layer, weight: torch.Tensor) -> torch.Tensor:
     base = layer.rounded(weight)
     product = layer.rule.product(base, layer.factors.delta())
     return (product.p.double() * product.scale.double().T).to(weight.dtype)
+
+
+@pytest.mark.parametrize("variant", ["mul", "shift"])
+def test_on_the_odd_base_every_weight_can_change_and_nearest_leaves_a_fifth(
+    dense_model, home, variant
+):
+    stuck = {}
+    for base in (FOUR, ODD):
+        _, adapter = trained(
+            dense_model, home, base=base, variant=variant, filename=base[9:12], **SHORT
+        )
+        layer = adapter.layers[MLP]
+        integers = layer.rounded(layer_of(dense_model, MLP).weight.detach()).integers()
+        stuck[base] = (integers == 0).float().mean().item()
+        assert integers.abs().max() <= (15 if base == ODD else 8)
+    assert stuck[ODD] == 0
+    assert 0.1 < stuck[FOUR] < 0.3
 
 
 def test_what_is_applied_is_what_was_trained(dense_model, home):
@@ -138,6 +155,9 @@ def test_a_stopped_run_goes_on_and_a_finished_one_can_be_continued(dense_model, 
     assert {name: layer.base for name, layer in adapter.layers.items()} == {
         name: layer.base for name, layer in whole.layers.items()
     }
+    with pytest.raises(FileRefused, match=f"trained on the base '{FOUR}'; set base as it was"):
+        again = {**settings, "base": ODD}
+        intlora_training.run(job(dense_model, existing="mine.intlora.safetensors", **again))
 
 
 # ---- what is refused
@@ -175,7 +195,7 @@ def test_a_file_goes_onto_its_own_model_alone(model, dense_model, home):
         merge.apply(dense_model, done.name, 1.0, "merge")
     with pytest.raises(FileRefused, match="rounds the layers of a 16-bit model, and .* in 4 bits"):
         intlora_training.run(job(model, existing=done.name, filename="x", variant="mul"))
-    with pytest.raises(FileRefused, match="a base of 8 bits"):
+    with pytest.raises(FileRefused, match="trained on the base .round to nearest, 8 bits."):
         intlora_training.run(
             job(dense_model, base=FOUR, existing=done.name, filename="x", variant="mul", **SHORT)
         )

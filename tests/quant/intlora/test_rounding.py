@@ -116,13 +116,21 @@ def test_blocks_of_rows_change_no_bit(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant, bits, percent",
-    [("mul", 8, 2.6), ("mul", 4, 12.5), ("shift", 8, 11.7), ("shift", 4, 16.8)],
+    "variant, bits, odd, percent",
+    [
+        ("mul", 8, False, 2.6),
+        ("mul", 4, False, 12.5),
+        ("mul", 4, True, 10.8),
+        ("shift", 8, False, 11.7),
+        ("shift", 4, False, 16.8),
+        ("shift", 4, True, 15.7),
+    ],
 )
-def test_what_rounding_costs_before_anything_is_learned(variant, bits, percent):
+def test_what_rounding_costs_before_anything_is_learned(variant, bits, odd, percent):
     """Relative error of W' at A B = 0, of a Gaussian weight; the help page has these figures."""
     weight = normal(512, 1024, size=0.02)
-    base, rule = separated(weight, variant, 0, "x", Grid.of_paper(bits))
+    grid = dataclasses.replace(Grid.of_paper(bits), odd=odd)
+    base, rule = separated(weight, variant, 0, "x", grid)
     nothing = quantize(torch.zeros(512, 2), normal(2, 1024, size=1.0))
     layer = LayerAdapter(rule, base.digest(), nothing, rounding=Rounding.of(base))
     found = merge.merge(base, [(layer, 1.0)]).base.weight()

@@ -103,7 +103,8 @@ def test_zero_and_constant_rows_stay_finite():
         ("fp4", "FP4"),
         ("float8_e4m3fn", "fp8"),
         ("mxfp8", "MXFP8"),
-        ("vq4dit", "'vq4dit'"),
+        ("vq", "codewords of a codebook"),
+        ("exl3", "'exl3'"),
     ],
 )
 def test_uneven_levels_are_refused_with_the_reason(kind, named):
