@@ -133,7 +133,8 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     coefficients  of "teacache": "auto", "plain" for the second of Wan 2.1's two sets, or your own,
                the highest power first
     order      a skipped result is the last one (0), on the line (1) or parabola (2) through the
-               last ones; by default 1, with "teacache" 0, as published
+               last ones; by default 1, or by weights that were fitted on the calibration
+               where "budget" has one of a flow's same schedule; with "teacache" 0, as published
     first, last  steps at either end that are always computed
 
     Returns the caching: `record` of the last picture (computed, reused, work), and `remove()`,

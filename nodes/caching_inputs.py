@@ -134,8 +134,9 @@ def expert_widgets() -> list:
             advanced=True,
             tooltip=(
                 "What a skipped step uses: the last computed result (reuse), or a point"
-                " on the line or parabola through the last ones. auto: the line, measured to be"
-                " closest; with rule teacache reuse, as published."
+                " on the line or parabola through the last ones. auto: the line; weights fitted on"
+                " the calibration where whole steps follow one of this schedule; with rule teacache"
+                " reuse, as published."
             ),
         ),
         io.Int.Input(

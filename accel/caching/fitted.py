@@ -1,4 +1,4 @@
-"""Guesses whose weights are fitted on a calibration, where one was measured on a run's own schedule.
+"""Guesses whose weights are fitted on a calibration, where one was measured on the run's schedule.
 
 A guess is then no polynomial: of the velocities that an uncached run had, G_ij = <v_i, v_j>, it is
 known which sum of the last computed ones leaves the state least wrong,

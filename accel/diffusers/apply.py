@@ -98,9 +98,7 @@ def cache(  # noqa: PLR0913 (a script's keywords)
     return Caching(transformers, runs)
 
 
-def _make(
-    rule: str, reuse: Reuse, rule_of: Callable, fitted: Calibration | None = None
-) -> Make:
+def _make(rule: str, reuse: Reuse, rule_of: Callable, fitted: Calibration | None = None) -> Make:
     """Runs of a rule that the times of the steps are enough for. fitted: what a mask's guesses are
     fitted on, where the transformer returns the velocities that it holds.
     """

@@ -193,7 +193,7 @@ def test_guesses_are_fitted_for_the_measured_schedule_and_sampler_alone():
     found, asked = calibration(), Reuse(1)
     mask = found.mask(4, found.times, asked)
     fitted = found.guesses(mask, found.times, found.run["sampler"], asked)
-    skipped = [round(time, 6) for time, wanted in zip(found.times, mask, strict=False) if not wanted]
+    skipped = [round(found.times[i], 6) for i, wanted in enumerate(mask) if not wanted]
     assert sorted(fitted.table) == sorted(skipped)
     other = [time**2 for time in found.times]
     assert found.guesses(mask, found.times, "another", asked) is asked

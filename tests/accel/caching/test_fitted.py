@@ -85,9 +85,7 @@ def test_what_was_not_foreseen_is_guessed_by_the_line():
     seen = [TIMES[0], TIMES[2], TIMES[5]]
     assert fitted.weights(seen, TIMES[6]) == fitted.table[round(TIMES[6], 6)][1]
     in_float32 = [float(np.float32(time)) for time in seen]
-    assert fitted.weights(in_float32, float(np.float32(TIMES[6]))) == fitted.weights(
-        seen, TIMES[6]
-    )
+    assert fitted.weights(in_float32, float(np.float32(TIMES[6]))) == fitted.weights(seen, TIMES[6])
     between, others = 0.35, [TIMES[0], TIMES[3]]
     assert fitted.weights(seen, between) == weights(seen, between, LINE)
     assert fitted.weights(others, TIMES[6]) == weights(others, TIMES[6], LINE)
