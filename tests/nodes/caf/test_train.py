@@ -123,7 +123,7 @@ def test_the_velocity_net_is_h_times_what_the_model_says(model, data):
 
     def by_hand(session, student):
         x, t = torch.cat([couplings.noise(7, i, SHAPE) for i in range(2)]), torch.tensor([0.4, 1.0])
-        sigma = torch.tensor([1 - (1.5 * 0.4 - 0.5 * 0.16), caf_model.LEAST_SIGMA])
+        sigma = torch.tensor([1 - (1.5 * 0.4 - 0.5 * 0.16), caf_model.LEAST_LEVEL])
         tokens, extras = caption(1)
         said = session.model(
             x,
