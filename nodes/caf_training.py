@@ -4,6 +4,7 @@ from them.
 
 from comfy_api.latest import io
 
+from ..accel.caf.objectives import DISTANCES
 from . import file_nodes, menu, training_inputs
 from .bridge.caf import load as caf_model
 from .bridge.caf.couplings import folder_of, make_couplings
@@ -137,6 +138,7 @@ class NibbleTrainCAF(file_nodes.FileNode):
         offloading,
         layers,
         preview_every,
+        loss_function="MSE",
     ) -> io.NodeOutput:
         options = Options(
             steps=steps,
@@ -149,6 +151,7 @@ class NibbleTrainCAF(file_nodes.FileNode):
         )
         settings = Settings(
             batch=batch_size,
+            loss=loss_function,
             dtype=training_dtype,
             checkpointing=gradient_checkpointing,
             offloading=offloading,
@@ -375,6 +378,17 @@ def _training_inputs() -> list:
             tooltip=(
                 "Steps between previews: a pair that is not trained on, sampled in 3"
                 " calls, and the error of such pairs. 0: none."
+            ),
+        ),
+        io.Combo.Input(
+            "loss_function",
+            options=list(DISTANCES),
+            default="MSE",
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "How the distance to the teacher is measured. Huber: pairs that do not fit the"
+                " others count less."
             ),
         ),
     ]

@@ -176,16 +176,17 @@ class _Phases:
                     ),
                 )
             batches, ends = self.batches(session), objectives.ENDS
+            distance = self.job.settings.loss
             self.adapter.to(session.device)
             self.phase(
                 student,
                 "velocity",
                 objectives.velocity_objective(
-                    student.velocity, batches, self.job.h, ends["velocity"]
+                    student.velocity, batches, self.job.h, ends["velocity"], distance
                 ),
             )
             loss = objectives.acceleration_objective(
-                student.acceleration, student.velocity, batches, ends["acceleration"]
+                student.acceleration, student.velocity, batches, ends["acceleration"], distance
             )
             self.phase(student, "acceleration", loss)
             self.measure(student)
