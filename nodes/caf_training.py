@@ -183,7 +183,7 @@ def _couplings_inputs() -> list:
         io.Model.Input(
             "model",
             tooltip=(
-                "The teacher: a flow model such as FLUX, SD3, Qwen-Image or Wan, with its LoRAs."
+                "The teacher: a model such as FLUX, SD3, Qwen-Image, Wan or SDXL, with its LoRAs."
             ),
         ),
         io.Conditioning.Input(
@@ -206,7 +206,7 @@ def _couplings_inputs() -> list:
         io.Sigmas.Input(
             "sigmas",
             tooltip=(
-                "The teacher's schedule, from 1 to 0: all the steps of a good picture, such as 28."
+                "The teacher's schedule, down to 0: all the steps of a good picture, such as 28."
             ),
         ),
         io.Conditioning.Input(
@@ -275,7 +275,7 @@ def _training_inputs() -> list:
         io.Model.Input(
             "model",
             tooltip=(
-                "The flow model to teach, 16-bit or quantized: the one that made the"
+                "The model to teach, 16-bit or quantized: the one that made the"
                 " couplings, or a quantized version of it. It is not changed."
             ),
         ),
