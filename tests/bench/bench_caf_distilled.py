@@ -378,6 +378,7 @@ def main() -> None:
         "rank": options.rank,
         "lr": options.lr,
         "batch": BATCH,
+        "distance": options.distance,
         "pictures": len(judge.noise),
         "teacher_steps": bench_caf.TEACHER_STEPS,
         "teacher_obeys": judge.obeys,
