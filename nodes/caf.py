@@ -40,8 +40,7 @@ class NibbleLoadCAF(file_nodes.FileNode):
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "The rectified-flow model that the heads were trained on, in 16 or 4"
-                        " bits, with any LoRAs."
+                        "The model that the heads were trained on, in 16 or 4 bits, with any LoRAs."
                     ),
                 ),
                 io.Combo.Input(

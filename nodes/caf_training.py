@@ -4,6 +4,7 @@ from them.
 
 from comfy_api.latest import io
 
+from ..accel.caf.objectives import DISTANCES
 from . import file_nodes, menu, training_inputs
 from .bridge.caf import load as caf_model
 from .bridge.caf.couplings import folder_of, make_couplings
@@ -137,6 +138,7 @@ class NibbleTrainCAF(file_nodes.FileNode):
         offloading,
         layers,
         preview_every,
+        loss_function="MSE",
     ) -> io.NodeOutput:
         options = Options(
             steps=steps,
@@ -149,6 +151,7 @@ class NibbleTrainCAF(file_nodes.FileNode):
         )
         settings = Settings(
             batch=batch_size,
+            loss=loss_function,
             dtype=training_dtype,
             checkpointing=gradient_checkpointing,
             offloading=offloading,
@@ -180,7 +183,7 @@ def _couplings_inputs() -> list:
         io.Model.Input(
             "model",
             tooltip=(
-                "The teacher: a flow model such as FLUX, SD3, Qwen-Image or Wan, with its LoRAs."
+                "The teacher: a model such as FLUX, SD3, Qwen-Image, Wan or SDXL, with its LoRAs."
             ),
         ),
         io.Conditioning.Input(
@@ -203,7 +206,7 @@ def _couplings_inputs() -> list:
         io.Sigmas.Input(
             "sigmas",
             tooltip=(
-                "The teacher's schedule, from 1 to 0: all the steps of a good picture, such as 28."
+                "The teacher's schedule, down to 0: all the steps of a good picture, such as 28."
             ),
         ),
         io.Conditioning.Input(
@@ -272,7 +275,7 @@ def _training_inputs() -> list:
         io.Model.Input(
             "model",
             tooltip=(
-                "The flow model to teach, 16-bit or quantized: the one that made the"
+                "The model to teach, 16-bit or quantized: the one that made the"
                 " couplings, or a quantized version of it. It is not changed."
             ),
         ),
@@ -375,6 +378,17 @@ def _training_inputs() -> list:
             tooltip=(
                 "Steps between previews: a pair that is not trained on, sampled in 3"
                 " calls, and the error of such pairs. 0: none."
+            ),
+        ),
+        io.Combo.Input(
+            "loss_function",
+            options=list(DISTANCES),
+            default="MSE",
+            optional=True,
+            advanced=True,
+            tooltip=(
+                "How the distance to the teacher is measured. Huber: pairs that do not fit the"
+                " others count less."
             ),
         ),
     ]

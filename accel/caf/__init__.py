@@ -3,6 +3,7 @@ curves of constant acceleration.
 
 flow.py               the equations: the path, sampling, inversion
 heads.py              both nets from one flow model with two heads
+coordinates.py        models that predict noise or v, on a flow's straight line
 adapter.py            the heads beside a model
 heads_file.py         the heads as a file
 objectives.py         what to minimise for the two nets

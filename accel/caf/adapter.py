@@ -50,6 +50,7 @@ _INPUTS = (
     "vid_in.proj",
     "video_patch_proj",
     "proj_in.early_conv_layers.0",
+    "input_blocks.0.0",
 )
 
 

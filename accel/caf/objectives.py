@@ -17,6 +17,11 @@ from . import flow
 # noise (batch, …), data of the same shape, condition: anything the nets understand
 Batch = tuple[Tensor, Tensor, Any]
 Batches = Callable[[Generator], Batch]
+# by the name that the node shows
+DISTANCES: dict[str, flow.Distance] = {
+    "MSE": torch.nn.functional.mse_loss,
+    "Huber": flow.pseudo_huber,
+}
 # `ends` of `times` for trainings of hundreds of steps: tests/bench/results/caf-distilled.json
 ENDS = {"velocity": (0.5, 0.15), "acceleration": (0.25, 0.15)}
 # t is one of 0, 1/1000, …, 1, as in the paper's code: both ends are asked for in sampling and
@@ -48,8 +53,11 @@ def velocity_objective(
     batches: Batches,
     h: float,
     ends: tuple[float, float] = (0.0, 0.0),
+    distance: str = "MSE",
 ) -> Callable[[Generator], Tensor]:
-    """generator → loss of the velocity net `net(x, t, condition)`; ends: of `times`."""
+    """generator → loss of the velocity net `net(x, t, condition)`; ends: of `times`; distance: a
+    key of DISTANCES.
+    """
 
     def loss(generator: Generator) -> Tensor:
         noise, data, condition = batches(generator)
@@ -59,6 +67,7 @@ def velocity_objective(
             data,
             times(len(noise), generator, noise.device, ends),
             h,
+            DISTANCES[distance],
         )
 
     return loss
@@ -69,9 +78,10 @@ def acceleration_objective(
     velocity: Callable[[Tensor, Tensor, Any], Tensor],
     batches: Batches,
     ends: tuple[float, float] = (0.0, 0.0),
+    distance: str = "MSE",
 ) -> Callable[[Generator], Tensor]:
     """generator → loss of the acceleration net `net(x, t, v0, condition)`, with v0 from the trained
-    velocity net; ends: of `times`.
+    velocity net; ends: of `times`; distance: a key of DISTANCES.
     """
 
     def loss(generator: Generator) -> Tensor:
@@ -80,7 +90,7 @@ def acceleration_objective(
             start = velocity(noise, noise.new_zeros(len(noise)), condition)
         drawn = times(len(noise), generator, noise.device, ends)
         return flow.acceleration_loss(
-            lambda x, t, v: net(x, t, v, condition), noise, data, start, drawn
+            lambda x, t, v: net(x, t, v, condition), noise, data, start, drawn, DISTANCES[distance]
         )
 
     return loss

@@ -158,21 +158,20 @@ def trained_caf(
         f"velocity, h = {h}",
         student.adapter.velocity,
         objectives.velocity_objective(
-            student.velocity, couplings.draw, h, objectives.ENDS["velocity"]
+            student.velocity, couplings.draw, h, objectives.ENDS["velocity"], options.distance
         ),
         options.train_steps,
         options.lr,
     )
     loss = objectives.acceleration_objective(
-        student.accelerate, student.velocity, couplings.draw, objectives.ENDS["acceleration"]
+        student.accelerate,
+        student.velocity,
+        couplings.draw,
+        objectives.ENDS["acceleration"],
+        options.distance,
     )
-    return student, seconds + fit(
-        f"acceleration, h = {h}",
-        student.adapter.acceleration,
-        loss,
-        options.train_steps,
-        options.lr,
-    )
+    name, head = f"acceleration, h = {h}", student.adapter.acceleration
+    return student, seconds + fit(name, head, loss, options.train_steps, options.lr)
 
 
 def trained_rectified(
@@ -343,6 +342,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=400, help="of each net")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--distance", choices=objectives.DISTANCES, default="MSE")
     parser.add_argument("--paces", type=float, nargs="+", default=[1.0], help="h of CAF")
     parser.add_argument(
         "--middles",
@@ -378,6 +378,7 @@ def main() -> None:
         "rank": options.rank,
         "lr": options.lr,
         "batch": BATCH,
+        "distance": options.distance,
         "pictures": len(judge.noise),
         "teacher_steps": bench_caf.TEACHER_STEPS,
         "teacher_obeys": judge.obeys,

@@ -34,10 +34,8 @@ NO_FLOW = {
     "cogvideox",
     "stable audio",
 }
-NO_CAF = (
-    NOT_TRAINED
-    | dict.fromkeys(NO_FLOW, "rectified-flow")
-    | dict.fromkeys(["ace-step 1.5", "stable audio 3"], "cannot be given an initial velocity")
+NO_CAF = NOT_TRAINED | dict.fromkeys(
+    ["ace-step 1.5", "stable audio", "stable audio 3"], "cannot be given an initial velocity"
 )
 # CAF's input layer is not all that sees the latent, or it sees a picture or a mask beside it
 LATENT_ELSEWHERE = {

@@ -8,5 +8,6 @@ student.py        the model in training, as both nets
 load.py           a CAF file on a MODEL
 sample.py         CAF Sampler
 invert.py         CAF Invert
+straight.py       the line from noise to data, whatever the model predicts
 training_free.py  Adams-Bashforth steps, sigmas
 """

@@ -2,7 +2,7 @@
 it, stored pair by pair.
 
     x0 = noise_scaling(sigma_0, randn(seed + i), 0)     x1 = what the sampler makes of x0     (both
-      in the model's own latent units)
+      in the model's own latent units; x0 as it lies on the straight line, `straight.py`)
 
 ComfyUI's own guider and sampler draw the pictures, so guidance, LoRAs and whatever else is on the
 model are in them; both sides are taken where the sampler begins and ends, before ComfyUI turns

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ....accel.caf import flow
-from .load import Heads, heads_of
+from .load import Heads, asking, heads_of
 from .sample import AHEAD, Velocity, count, nets, shape_of, sigmas
+from .straight import coordinates_of, noise_of
 
 
 class InvertedNoise:
@@ -66,7 +67,9 @@ class _Inversion(comfy.samplers.Sampler):
                 callback(step, x, x, total)  # the preview is the picture turning into noise
 
         with tqdm(total=total + 1, disable=disable_pbar) as bar:
-            velocity, accelerate = nets(model_wrap, extra_args, self.heads, seen, bar)
+            where = coordinates_of(model_wrap.inner_model.model_sampling)
+            ask = asking(model_wrap, extra_args, where)
+            velocity, accelerate = nets(ask, self.heads.adapter.h, seen, bar)
             self.ends = flow.invert(
                 velocity,
                 accelerate,
@@ -102,9 +105,8 @@ def invert(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
     )
     noise, start = (tensor.float().cpu() for tensor in inversion.ends)
-    # by which such a model's noise is multiplied
-    scale = getattr(model.get_model_object("model_sampling"), "noise_scale", 1.0)
-    return InvertedNoise(noise / scale), Velocity(start, heads.name)
+    noise = noise_of(model.get_model_object("model_sampling"), noise)
+    return InvertedNoise(noise), Velocity(start, heads.name)
 
 
 def _checked(model: ModelPatcher, samples: Tensor) -> Tensor:

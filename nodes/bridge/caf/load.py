@@ -21,21 +21,21 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....accel.caf import flow
 from ....accel.caf.adapter import CAFAdapter, attached, check, presented_by
+from ....accel.caf.coordinates import Coordinates
 from ....accel.caf.heads import Model
 from ....accel.caf.heads_file import ENDING, read_file
 from ..host import charts, folders, keys
 from ..host.prefix import forget_prefix
 from ..host.progress import Progress
-from .training_free import check_model
+from .straight import coordinates_of
 
 FOLDER = "caf"
 # of the heads on a MODEL (attachment, additional model, wrapper) and of the request in a call's
 # transformer_options
 KEY = "nibble_caf"
 # what models are asked at where there is no noise left: they know nothing of sigma = 0
-LEAST_SIGMA = 1e-3
+LEAST_LEVEL = 1e-3
 # what is not run again where only the input layer's input is wanted
 _OUTER = ("wrappers", "callbacks")
 
@@ -53,7 +53,7 @@ class Heads:
 @dataclass(frozen=True)
 class Request:
     """Which head a call of the model is for: acceleration where an initial velocity (batch, …) is
-    given, in x's units; else velocity.
+    given, in the units of this call's x; else velocity.
     """
 
     start: Tensor | None = None
@@ -88,9 +88,9 @@ def load(model: ModelPatcher, name: str) -> ModelPatcher:
     """A clone of the model with the heads of a CAF file; the model itself stays as it is.
 
     Raises FileRefused for a file that is none, or was made for another model, ValueError for a
-    model that is no rectified flow or has heads already.
+    model that does not lead from noise to pictures or has heads already.
     """
-    check_model(model.get_model_object("model_sampling"), "Load CAF Model")
+    coordinates_of(model.get_model_object("model_sampling"), "Load CAF Model")
     heads = model.get_attachment(KEY)
     if heads is not None:
         raise ValueError(
@@ -154,7 +154,9 @@ class AttachHead:
                 place,
                 lambda: executor.original(start, t, c_concat, c_crossattn, None, inner, **conds),
             )
-        strength = self.adapter.strength(t[:1])  # samplers ask for one noise level at a time
+        # samplers ask for one noise level at a time
+        level = coordinates_of(executor.class_obj.model_sampling).level(t[:1])
+        strength = self.adapter.strength(level)
         forget_prefix(network)  # what the other head, or none, made of the prompt
         try:
             with attached(network, self.adapter.head(request.head), place, presented, strength):
@@ -185,23 +187,26 @@ def _repeated(start: Tensor, x: Tensor, prompts: int) -> Tensor:
     return start.to(x).repeat(prompts, *[1] * (x.dim() - 1))
 
 
-def asking(model, extra_args: dict) -> Model:
-    """A guider's model as `accel/caf/heads.py` wants it: guidance, masks and prompts included.
+def asking(model, extra_args: dict, where: Coordinates) -> Model:
+    """A guider's model as `accel/caf/heads.py` wants it, on the straight line: guidance, masks and
+    prompts included.
 
     model: called as model(x, sigma (batch,), **extra_args) → the denoised latent, as samplers do;
-        extra_args with `model_options`
+        extra_args with `model_options`; where: the model's coordinates
     """
 
-    def ask(x: Tensor, sigma: Tensor, start: Tensor | None) -> Tensor:
+    def ask(z: Tensor, level: Tensor, start: Tensor | None) -> Tensor:
         Progress.check()
-        sigma = sigma.clamp_min(LEAST_SIGMA)
+        sigma = where.sigma(level.clamp_min(LEAST_LEVEL))
+        x = where.own(z, sigma)
         options = comfy.model_patcher.create_model_options_clone(extra_args["model_options"])
         call_options = options.setdefault("transformer_options", {})
-        call_options[KEY] = Request(start)
+        call_options[KEY] = Request(None if start is None else where.own(start, sigma))
         if start is None:
             # it has no steps before it from which to guess, and is not to be guessed from
             call_options.pop(keys.CACHING, None)
-        return (model(x, sigma, **extra_args | {"model_options": options}) - x) / flow.at(sigma, x)
+        denoised = model(x, sigma, **extra_args | {"model_options": options})
+        return where.velocity(x, denoised, sigma)
 
     return ask
 

@@ -1,11 +1,11 @@
 """Sampling with a MODEL that has CAF heads (`load.py`), inside ComfyUI's own samplers, guiders and
 masks.
 
-In ComfyUI's sigmas the time of a path is t = time_of(1 - sigma) (`accel/caf/flow.py`), so any
-scheduler's sigmas will do; those of `sigmas` are evenly spaced in t, as in algorithm 2 of
-arXiv:2411.00322. Masks need nothing more: what they protect is put on the straight line from noise
-to picture at the sigma that is asked for, which is where a path of constant acceleration is at that
-time.
+At a level of noise (a flow's sigma; `accel/caf/coordinates.py`) the time of a path is t =
+time_of(1 - level) (`accel/caf/flow.py`), so any scheduler's sigmas will do; those of `sigmas` are
+evenly spaced in t, as in algorithm 2 of arXiv:2411.00322. Masks need nothing more: what they
+protect is put on the straight line from noise to picture at the sigma that is asked for, which is
+where a path of constant acceleration is at that time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ....accel.caf import flow
-from ....accel.caf.heads import acceleration_net, velocity_net
-from .load import Heads, asking, heads_of
+from ....accel.caf.coordinates import Coordinates
+from ....accel.caf.heads import Model, acceleration_net, velocity_net
+from .load import asking, heads_of
+from .straight import coordinates_of
 from .training_free import row
 
 AHEAD = flow.AHEAD
@@ -30,8 +32,8 @@ AHEAD = flow.AHEAD
 
 @dataclass(frozen=True)
 class Velocity:
-    """The initial velocity of a picture's path. start: (batch, …) float32 on the CPU in the model's
-    units; name: the CAF file by which it was found.
+    """The initial velocity of a picture's path. start: (batch, …) float32 on the CPU, on the
+    straight line; name: the CAF file by which it was found.
     """
 
     start: Tensor
@@ -67,7 +69,7 @@ def sigmas(model: ModelPatcher, steps: int, denoise: float = 1.0) -> Tensor:
     times = torch.linspace(1 - denoise, 1, steps + 1, dtype=torch.float64)
     levels = 1 - flow.retimed(times, h)
     levels[-1] = 0
-    return levels.float()
+    return coordinates_of(model.get_model_object("model_sampling")).sigma(levels).float()
 
 
 def sampler(velocity: Velocity | None = None, ahead: float = AHEAD) -> comfy.samplers.KSAMPLER:
@@ -91,12 +93,13 @@ def constant_acceleration_flow(  # noqa: PLR0913 (as KSAMPLER calls it)
     """A sampler function as KSAMPLER calls it; one call of the model a step and one more, which
     finds the velocity where it is not given.
 
-    Raises ValueError for a model without CAF heads, for sigmas that do not fall between 1 and 0,
-    and for a velocity that does not fit.
+    Raises ValueError for a model without CAF heads, for sigmas that do not fall between its largest
+    and 0, and for a velocity that does not fit.
     """
     heads = heads_of(model.inner_model.model_patcher)
     start = None if velocity is None else velocity.of(x, heads.name)
-    times = _times(sigmas, heads.adapter.h)
+    where = coordinates_of(model.inner_model.inner_model.model_sampling)
+    times = _times(sigmas, where, heads.adapter.h)
     if len(times) < 2:
         return x
     steps = len(times) - 1
@@ -114,35 +117,45 @@ def constant_acceleration_flow(  # noqa: PLR0913 (as KSAMPLER calls it)
             )
 
     with tqdm(total=steps + (start is None), disable=disable) as bar:
-        initial, accelerate = nets(model, extra_args or {}, heads, seen, bar)
-        return flow.sample(initial, accelerate, x, times, start, ahead=ahead, h=heads.adapter.h)
+        ask = asking(model, extra_args or {}, where)
+        initial, accelerate = nets(ask, heads.adapter.h, seen, bar)
+        z = flow.sample(
+            initial,
+            accelerate,
+            where.straight(x, sigmas[:1]),
+            times,
+            start,
+            ahead=ahead,
+            h=heads.adapter.h,
+        )
+        return where.own(z, sigmas[-1:])
 
 
-def _times(sigmas: Tensor, h: float) -> list[float]:
+def _times(sigmas: Tensor, where: Coordinates, h: float) -> list[float]:
     """The time of each sigma on the model's paths. Raises ValueError for sigmas that do not fall
-    between 1 and 0.
+    between the largest and 0.
     """
-    levels = sigmas.double().cpu()
-    if (levels.diff() > 0).any():
+    found = sigmas.double().cpu()
+    if (found.diff() > 0).any():
         raise ValueError(
             "CAF Sampler goes from noise to picture only, and these sigmas rise; use CAF Invert for"
             " the reverse."
         )
-    if len(levels) and (levels.min() < 0 or levels.max() > 1 + 1e-4):
+    largest = 1.0 if where.largest is None else where.largest
+    if len(found) and (found.min() < 0 or found.max() > largest * (1 + 1e-4)):
         raise ValueError(
-            f"CAF Sampler needs sigmas between 1 and 0, and these run from {levels.max():.4g} to"
-            f" {levels.min():.4g}; connect those of its own."
+            f"CAF Sampler needs sigmas between {largest:.4g} and 0, and these run from"
+            f" {found.max():.4g} to {found.min():.4g}; connect those of its own."
         )
-    return flow.time_of((1 - levels).clamp_min(0), h).tolist()
+    return flow.time_of((1 - where.level(found)).clamp_min(0), h).tolist()
 
 
 def nets(
-    model, extra_args: dict, heads: Heads, seen: Callable[[int, Tensor, Tensor], None], bar: tqdm
+    ask: Model, h: float, seen: Callable[[int, Tensor, Tensor], None], bar: tqdm
 ) -> tuple[flow.Velocity, flow.Acceleration]:
     """The velocity net and the acceleration net; `seen(step, x, denoised)` hears where each step's
     path leads, if it goes on as it is.
     """
-    ask, h = asking(model, extra_args), heads.adapter.h
     velocity, acceleration = velocity_net(ask, h), acceleration_net(ask, h)
     steps = itertools.count()
 

@@ -12,7 +12,8 @@ from ....accel.caf import flow
 from ....accel.caf.adapter import CAFAdapter, attached, presented_by
 from ....accel.caf.heads import Model, acceleration_net, velocity_net
 from ..training.session import Session
-from .load import LEAST_SIGMA
+from .load import LEAST_LEVEL
+from .straight import coordinates_of
 
 STEPS = 2  # of CAF's sampler in previews and measurements
 
@@ -27,6 +28,7 @@ class Student:
     def __init__(self, session: Session, adapter: CAFAdapter):
         self.session = session
         self.adapter = adapter
+        self._where = coordinates_of(session.inner.model_sampling)
         self._on = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -53,30 +55,33 @@ class Student:
         )
 
     def _model(self, head: str, captions: Sequence[int]) -> Model:
-        def ask(x: Tensor, sigma: Tensor, start: Tensor | None) -> Tensor:
-            sigma = sigma.clamp_min(LEAST_SIGMA)
+        def ask(x: Tensor, level: Tensor, start: Tensor | None) -> Tensor:
+            level = level.clamp_min(LEAST_LEVEL)
             groups = self.session.groups(captions, torch.zeros_like(x[:1]))
             parts = []
             for rows in groups:
                 given = None if start is None else start[rows]
                 group_captions = [captions[row] for row in rows]
-                parts.append(self._call(head, x[rows], sigma[rows], given, group_captions))
+                parts.append(self._call(head, x[rows], level[rows], given, group_captions))
             order = torch.tensor([row for rows in groups for row in rows], device=x.device)
             return torch.cat(parts)[order.argsort()]
 
         return ask
 
     def _call(
-        self, head: str, x: Tensor, sigma: Tensor, start: Tensor | None, captions: list[int]
+        self, head: str, z: Tensor, level: Tensor, start: Tensor | None, captions: list[int]
     ) -> Tensor:
-        """dx/dt towards the data, as the model with a head sees it."""
+        """dz/ds towards the data, as the model with a head sees it."""
         branches, place = self.adapter.head(head), self.adapter.input_layer
+        sigma = self._where.sigma(level)
+        x = self._where.own(z, sigma)
         presented = None
         if start is not None and branches.extra is not None:
+            shown = self._where.own(start, sigma)
             presented = presented_by(
-                self.session.model, place, lambda: self.session.denoised(start, sigma, captions)
+                self.session.model, place, lambda: self.session.denoised(shown, sigma, captions)
             )
         self._on.close()
-        strength = self.adapter.strength(sigma)
+        strength = self.adapter.strength(level)
         self._on.enter_context(attached(self.session.model, branches, place, presented, strength))
-        return (self.session.denoised(x, sigma, captions) - x) / flow.at(sigma, x)
+        return self._where.velocity(x, self.session.denoised(x, sigma, captions), sigma)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....accel.caf import couplings
 from ..host.samplers import sampler_name
-from .training_free import check_model
+from .straight import coordinates_of
 
 NODE = "Make CAF Couplings"
 DEFAULT = "couplings"  # the folder's name where none is given
@@ -53,8 +53,8 @@ def check_teacher(job: CouplingsJob) -> None:
     from noise to pictures.
     """
     sampling = job.model.get_model_object("model_sampling")
-    check_model(sampling, NODE, "There is no flow to learn from it.")
-    _check_sigmas(job.sigmas.tolist())
+    largest = coordinates_of(sampling, NODE).largest
+    _check_sigmas(job.sigmas.tolist(), 1.0 if largest is None else largest)
     if not sampling.noise_scaling(job.sigmas[:1].cpu(), torch.ones(1, 1), torch.zeros(1, 1)).any():
         raise ValueError(
             f"{NODE} needs a model that starts from noise; this one turns one picture into another."
@@ -62,15 +62,16 @@ def check_teacher(job: CouplingsJob) -> None:
     check_sampler(job)
 
 
-def _check_sigmas(levels: list[float]) -> None:
+def _check_sigmas(levels: list[float], largest: float) -> None:
     if len(levels) < 2:
         raise ValueError(
             "The sigmas have no steps; connect a scheduler, such as BasicScheduler, with all steps"
             " of the teacher."
         )
-    if abs(levels[0] - 1) > 0.01:
+    if abs(levels[0] / largest - 1) > 0.01:
         raise ValueError(
-            f"The sigmas begin at {levels[0]:.4g}, and pairs begin at pure noise, which is 1;"
+            f"The sigmas begin at {levels[0]:.4g}, and pairs begin at pure noise, which is"
+            f" {largest:.4g};"
             " connect those of a whole run: a scheduler of this model with denoise 1, not split."
         )
     if abs(levels[-1]) > 1e-3:
@@ -79,7 +80,9 @@ def _check_sigmas(levels: list[float]) -> None:
             " of a whole run, which end at 0."
         )
     if any(after > before for before, after in zip(levels, levels[1:], strict=False)):
-        raise ValueError("The sigmas rise on their way; connect those of one run, from 1 to 0.")
+        raise ValueError(
+            f"The sigmas rise on their way; connect those of one run, from {largest:.4g} to 0."
+        )
 
 
 class _Toy:
@@ -177,15 +180,19 @@ class Teacher:
 
     def _between(self, executor, guider, sigmas, extra_args, callback, noise, *rest, **options):
         """SAMPLER_SAMPLE, around the sampler itself: what it begins with, and what it ends with."""
-        start = guider.inner_model.model_sampling.noise_scaling(
-            sigmas[0], noise, torch.zeros_like(noise), False
+        sampling, first = guider.inner_model.model_sampling, sigmas[:1]
+        start = sampling.noise_scaling(
+            first, noise, torch.zeros_like(noise), self.job.sampler.max_denoise(guider, sigmas)
         )
+        start = coordinates_of(sampling).straight(start, first)
         data = executor(guider, sigmas, extra_args, callback, noise, *rest, **options)
         self._ends = [end.float().cpu() for end in (start, data)]
         return data
 
     def draw(self, prompt: list, pairs: list[int], callback: Callable) -> tuple[Tensor, Tensor]:
-        """(noise, data) (batch, …) float32 on the CPU, of pairs of one prompt."""
+        """(noise, data) (batch, …) float32 on the CPU, of pairs of one prompt: the ends of straight
+        lines.
+        """
         conds = {"positive": [prompt]}
         if self.negative is not None:
             conds["negative"] = self.negative

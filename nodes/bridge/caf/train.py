@@ -41,8 +41,8 @@ from ..training.session import DTYPES, Session, blocks_of
 from ..training.session import run as run_session
 from ..training.watch import Watch, what_is_kept
 from .load import FOLDER, KEY, path_of
+from .straight import coordinates_of, noise_of
 from .student import STEPS, Student
-from .training_free import check_model
 from .training_job import PHASES, RECIPE, TrainingJob, measured_lines, summary_lines, training_chart
 
 HELD_OUT = 16  # one pair in so many is not trained on, where there are HELD_FROM or more
@@ -170,19 +170,23 @@ class _Phases:
         with contextlib.closing(Student(session, self.adapter)) as student:
             if self.held:
                 self.euler = self.compare(
-                    session, lambda noise, caption: session.euler(noise, caption, STEPS + 1)
+                    session,
+                    lambda start, caption: session.euler(
+                        noise_of(session.inner.model_sampling, start), caption, STEPS + 1
+                    ),
                 )
             batches, ends = self.batches(session), objectives.ENDS
+            distance = self.job.settings.loss
             self.adapter.to(session.device)
             self.phase(
                 student,
                 "velocity",
                 objectives.velocity_objective(
-                    student.velocity, batches, self.job.h, ends["velocity"]
+                    student.velocity, batches, self.job.h, ends["velocity"], distance
                 ),
             )
             loss = objectives.acceleration_objective(
-                student.acceleration, student.velocity, batches, ends["acceleration"]
+                student.acceleration, student.velocity, batches, ends["acceleration"], distance
             )
             self.phase(student, "acceleration", loss)
             self.measure(student)
@@ -274,7 +278,7 @@ def file_name(filename: str) -> str:
 
 def _check(job: TrainingJob) -> None:
     """Raises ValueError for a model or couplings that cannot be trained with."""
-    check_model(job.model.get_model_object("model_sampling"), "Train CAF")
+    coordinates_of(job.model.get_model_object("model_sampling"), "Train CAF")
     heads = job.model.get_attachment(KEY)
     if heads is not None:
         raise ValueError(

@@ -55,7 +55,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Settings:
     """batch: pictures a step
-    loss: a key of `dataset.LOSSES`
+    loss: a key of `dataset.LOSSES`, or of CAF's `objectives.DISTANCES`
     dtype: a key of DTYPES, what the model computes in
     checkpointing: compute blocks twice and keep less
     offloading: keep weights in RAM and stream them

@@ -12,6 +12,7 @@ from caf_files import heads, worn
 from caf_sampling_runs import FILE, draw, noise
 from nibble.accel.caf import flow
 from nibble.accel.caf import heads as nets
+from nibble.accel.caf.coordinates import Coordinates
 from nibble.nodes import caf as nodes
 from nibble.nodes.bridge.caf import invert as caf_invert
 from nibble.nodes.bridge.caf import load as caf_model
@@ -31,7 +32,7 @@ def directly(model, latent, steps: int) -> tuple[torch.Tensor, torch.Tensor, tor
 
     def both_ways(model, x, sigmas, extra_args=None, **_):
         ask, h = (
-            caf_model.asking(model, extra_args),
+            caf_model.asking(model, extra_args, Coordinates()),
             caf_model.heads_of(model.inner_model.model_patcher).adapter.h,
         )
         velocity, accelerate, times = (

@@ -20,6 +20,7 @@ from caching_runs import traces
 from caf_files import heads, linears, worn
 from flux_loras import lora_file, with_lora
 from nibble.accel.caf import adapter, heads_file
+from nibble.accel.caf.coordinates import Coordinates
 from nibble.nodes import caf as nodes
 from nibble.nodes.bridge.caf import load as caf_model
 from nibble.nodes.bridge.quantize import vq4dit as vq
@@ -52,7 +53,7 @@ def answers(
     found = []
 
     def asked(model, x, sigmas, extra_args=None, **_):
-        ask = caf_model.asking(model, extra_args)
+        ask = caf_model.asking(model, extra_args, Coordinates())
         found.extend(ask(x, x.new_full((len(x),), SIGMA), start) for x, start in requests)
         return x
 
@@ -187,7 +188,7 @@ def test_a_prompt_for_a_part_of_the_picture_is_refused_in_words():
     )
 
     def asked(model, x, sigmas, extra_args=None, **_):
-        return caf_model.asking(model, extra_args)(x, x.new_full((1,), SIGMA), v)
+        return caf_model.asking(model, extra_args, Coordinates())(x, x.new_full((1,), SIGMA), v)
 
     with pytest.raises(ValueError, match="in parts.*16 x 4 x 6 of 16 x 8 x 12.*areas"):
         guider.sample(
@@ -381,8 +382,10 @@ def test_what_is_no_caf_file_or_another_models_is_refused_by_name(folder, dense_
 
 def test_other_models_and_a_second_pair_of_heads_are_refused(folder, dense_model):
     name = saved(folder, dense_model)
-    with pytest.raises(ValueError, match="Load CAF Model needs a rectified-flow model"):
-        caf_model.load(tiny_models.build("pixart"), name)
+    still = dense_model.clone()
+    still.add_object_patch("model_sampling", comfy.model_sampling.IMG_TO_IMG())
+    with pytest.raises(ValueError, match="Load CAF Model needs a model that leads from noise"):
+        caf_model.load(still, name)
     once = caf_model.load(dense_model, name)
     with pytest.raises(ValueError, match=f"heads of {name} already"):
         caf_model.load(once, name)

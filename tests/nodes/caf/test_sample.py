@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import pytest
@@ -28,7 +29,8 @@ class Known:
     def __init__(self, h: float):
         worn = caf_model.Heads(FILE, SimpleNamespace(h=h))
         self.inner_model = SimpleNamespace(
-            model_patcher=SimpleNamespace(get_attachment={caf_model.KEY: worn}.get)
+            model_patcher=SimpleNamespace(get_attachment={caf_model.KEY: worn}.get),
+            inner_model=SimpleNamespace(model_sampling=comfy.model_sampling.CONST()),
         )
         self.calls = []
 

@@ -4,6 +4,7 @@ the model nor ComfyUI otherwise than they were.
 
 import copy
 import dataclasses
+import json
 
 import comfy.model_management
 import comfy.samplers
@@ -123,7 +124,7 @@ def test_the_velocity_net_is_h_times_what_the_model_says(model, data):
 
     def by_hand(session, student):
         x, t = torch.cat([couplings.noise(7, i, SHAPE) for i in range(2)]), torch.tensor([0.4, 1.0])
-        sigma = torch.tensor([1 - (1.5 * 0.4 - 0.5 * 0.16), caf_model.LEAST_SIGMA])
+        sigma = torch.tensor([1 - (1.5 * 0.4 - 0.5 * 0.16), caf_model.LEAST_LEVEL])
         tokens, extras = caption(1)
         said = session.model(
             x,
@@ -375,3 +376,17 @@ def test_it_runs_where_comfyui_runs_nodes_in_inference_mode(dense_model, data, f
     again, plain = trained(dense_model, data, folder, filename="again")
     assert done.losses == again.losses
     assert same(adapter, plain)
+
+
+def test_huber_trains_other_heads_and_the_old_runs_stay_what_they_were(dense_model, data, folder):
+    _, squares = trained(dense_model, data, folder)
+    done, found = trained(
+        dense_model,
+        data,
+        folder,
+        filename="huber",
+        settings=dataclasses.replace(FP32, loss="Huber"),
+    )
+    assert not same(found, squares)
+    assert done.losses[0] < 0.2, "of a thousand numbers, the length of their error"
+    assert json.loads(squares.facts["run"])[3]["loss"] == "MSE", "as before there was a choice"

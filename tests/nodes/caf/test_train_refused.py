@@ -46,7 +46,7 @@ def test_wrong_models_and_couplings_are_refused_in_words(dense_model, data, tmp_
         caf_training.train(job(caf_model.load(dense_model, done.name), data, filename="more"))
     epsilon = dense_model.clone()
     epsilon.add_object_patch("model_sampling", torch.nn.Identity())
-    with pytest.raises(ValueError, match="Train CAF needs a rectified-flow model"):
+    with pytest.raises(ValueError, match="Train CAF needs a model that leads from noise"):
         caf_training.train(job(epsilon, data, filename="more"))
     dense_model.cached_patcher_init = None
     with pytest.raises(
