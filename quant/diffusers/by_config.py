@@ -14,13 +14,13 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from ..files import pointwise, unet_names
+from ..files import dit_names, pointwise, unet_names
 from ..files.checkpoint import QuantizedFile
 from ..files.errors import FileRefused, reading
 from ..weights import linears
 from ..weights.formats import weight_of
 from ..weights.modules import as_module
-from .dit import as_its_authors_run_it
+from .dit import as_stored
 from .pointwise import is_pointwise, on_channels
 
 _UNET = "UNet2DConditionModel"
@@ -66,8 +66,8 @@ def load_by_config(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.M
         if unit not in file.layers:
             for name, tensor in file.unit(unit).items():
                 state[theirs.get(name, name)] = tensor.to(dtype)
-    if "config" in file.metadata:
-        as_its_authors_run_it(json.loads(file.metadata["config"]), model, state)
+    if type(model).__name__ == dit_names.CLASS_NAME:
+        as_stored(json.loads(file.metadata["config"]), model, state)
     _fill(file, model, state)
     return model.eval()
 

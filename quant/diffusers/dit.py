@@ -32,7 +32,10 @@ def dit_source(model: diffusers.DiTTransformer2DModel, name: str = "DiT") -> Sta
     """A class-conditional DiT (256 or 512 pixels) to quantize; its config goes with it, so that
     `load_quantized` can build it again.
     """
-    source = StateDictSource(dict(model.state_dict()), name)
+    state = dict(model.state_dict())
+    for copy in dit_names.copies(state, state.__getitem__):
+        del state[copy]
+    source = StateDictSource(state, name)
     source.metadata = {
         "config": json.dumps(
             dict(model.config) | {"_class_name": type(model).__name__}, default=str
@@ -55,10 +58,10 @@ def dit_model(source: Source | StateDictSource) -> nn.Module:
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     model = diffusers.DiTTransformer2DModel(**given)
     state = {name: source.read(name).float() for name in source.shapes}
-    as_its_authors_run_it(facts, model, state)
+    as_stored(facts, model, state)
     lost, unknown = model.load_state_dict(state, strict=False)
-    one = dit_names.SHIFT in facts  # embedder for all blocks
-    wrong = [name for name in lost if not (one and ".norm1.emb." in name)]
+    shared = model.transformer_blocks[-1].norm1.emb is model.transformer_blocks[0].norm1.emb
+    wrong = [name for name in lost if not (shared and ".norm1.emb." in name)]
     if wrong or unknown:
         raise FileRefused(
             f"{source.name} does not fit its config: it {'lacks' if wrong else 'has'}"
@@ -67,19 +70,20 @@ def dit_model(source: Source | StateDictSource) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def as_its_authors_run_it(facts: Mapping[str, Any], model: Any, state: dict[str, Tensor]) -> None:
-    """What a DiT under its authors' names has that diffusers' has not: their table of positions,
-    their frequencies, and one embedder for all blocks. facts: the metadata's config; state: the
-    model's tensors, of which the table is taken out.
+def as_stored(facts: Mapping[str, Any], model: Any, state: dict[str, Tensor]) -> None:
+    """One embedder for all blocks of a DiT, where there are no others; and what one under its
+    authors' names has that diffusers' has not: their table of positions, their frequencies. facts:
+    the metadata's config; state: the model's tensors, of which the table is taken out.
     """
     if dit_names.POSITIONS in state:
         model.pos_embed.pos_embed = state.pop(dit_names.POSITIONS).float()
-    if dit_names.SHIFT not in facts:
-        return
-    shared = model.transformer_blocks[0].norm1.emb
-    shared.time_proj.downscale_freq_shift = facts[dit_names.SHIFT]
-    for block in model.transformer_blocks:
-        block.norm1.emb = shared
+    embedders = {name.partition(".norm1.emb.")[0] for name in state if ".norm1.emb." in name}
+    if len(embedders) == 1:
+        for block in model.transformer_blocks:
+            block.norm1.emb = model.transformer_blocks[0].norm1.emb
+    if dit_names.SHIFT in facts:
+        for block in model.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = facts[dit_names.SHIFT]
 
 
 def dit_scheduler() -> diffusers.DDIMScheduler:

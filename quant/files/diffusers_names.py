@@ -66,6 +66,8 @@ def in_comfyui_names(stored: StoredTensors) -> StoredTensors:
             return Renamed(stored, _places(stored, family), partial(_flattened, family.flat))
     if dit_names.is_authors(stored.tensors):
         return dit_names.in_diffusers_names(stored)
+    if dit_names.is_diffusers(stored.tensors):
+        return dit_names.without_copies(stored)
     if unet_names.is_sdxl(stored.tensors):
         names = unet_names.to_comfyui(stored.tensors)
         return Renamed(stored, {ours: [Rows(theirs)] for theirs, ours in names.items()})

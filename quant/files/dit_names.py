@@ -6,12 +6,16 @@ diffusers'. ComfyUI has no class for DiT, so diffusers' names are those that its
     t_embedder, y_embedder          transformer_blocks.i.norm1.emb: one for each block, all alike
     pos_embed                       pos_embed.pos_embed: computed there, kept in our files
 
-The embedders, 155 MB of DiT-XL/2 in 16 bit, are stored once, as the first block's.
+The embedders are alike in all blocks of diffusers' conversions too, 5.5 MB each of DiT-XL/2 in
+16 bit. Our files store them once, as the first block's.
 """
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+from torch import Tensor
 
 from .errors import FileRefused
 from .renamed import Renamed, Rows
@@ -75,6 +79,34 @@ def in_diffusers_names(stored: StoredTensors) -> StoredTensors:
     facts = {"transformer": _config(stored.tensors, stored.name), SHIFT: 0}
     renamed.metadata = {"config": json.dumps(facts)} | dict(stored.metadata)
     return renamed
+
+
+def is_diffusers(names: Collection[str]) -> bool:
+    """Whether these are the tensors of a DiT of diffusers."""
+    return {f"{EMBEDDERS}class_embedder.embedding_table.weight", "proj_out_1.weight"} <= set(names)
+
+
+def copies(names: Iterable[str], read: Callable[[str], Tensor]) -> set[str]:
+    """The tensors of a DiT's embedders that only repeat the first block's: all of them, or none."""
+    behind = EMBEDDERS.partition(".0.")[2]
+    known = [name for name in names if f".{behind}" in name]
+    first = {
+        name.removeprefix(EMBEDDERS): read(name) for name in known if name.startswith(EMBEDDERS)
+    }
+    others = [name for name in known if not name.startswith(EMBEDDERS)]
+    for name in others:
+        one = first.get(name.partition(behind)[2])
+        if one is None or not torch.equal(one, read(name)):
+            return set()
+    return set(others)
+
+
+def without_copies(stored: StoredTensors) -> StoredTensors:
+    """A DiT under diffusers' names with one embedder, where all of its blocks have the same."""
+    repeated = copies(stored.tensors, stored.read)
+    if not repeated:
+        return stored
+    return Renamed(stored, {name: [Rows(name)] for name in stored.tensors if name not in repeated})
 
 
 def _places(name: str, tensor: StoredTensor, file: str) -> dict[str, list[Rows]]:
