@@ -53,15 +53,15 @@ CONFIG: dict[str, Any] = dict(
     num_embeds_ada_norm=CLASSES,
     norm_eps=1e-6,
 )
-ARMS = [
-    "SVDQuant W4A4",
-    *(f"round to nearest, a scale for each 64 {bits}" for bits in (4, 3, 2)),
-    *(f"round to nearest, a scale a row {bits}" for bits in (4, 3, 2)),
-    *(f"k-means {bits}" for bits in (4, 3, 2)),
-    *(f"fast {bits}" for bits in (4, 3, 2)),
-    *(f"vq4dit {bits}" for bits in (2, 3, 4)),
-    *(f"best {bits}" for bits in (2, 3, 4)),
-]
+KINDS = (
+    "vq4dit",
+    "round to nearest, a scale for each 64",
+    "round to nearest, a scale a row",
+    "k-means",
+    "fast",
+    "best",
+)
+ARMS = ["SVDQuant W4A4", *(f"{kind} {bits}" for bits in (2, 3, 4) for kind in KINDS)]
 GROUPS = {"round to nearest, a scale for each 64": 64, "round to nearest, a scale a row": 0}
 ROWS = 128  # inputs of each layer that its SQNR is of
 
@@ -318,8 +318,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "dit.json")
     parser.add_argument("--arms", nargs="*", default=ARMS)
     parser.add_argument("--training-steps", type=int, default=1000)
-    parser.add_argument("--count", type=int, default=40, help="pictures that are compared")
-    parser.add_argument("--steps", type=int, default=20, help="of DDIM")
+    parser.add_argument("--count", type=int, default=30, help="pictures that are compared")
+    parser.add_argument("--steps", type=int, default=10, help="of DDIM")
     parser.add_argument("--pictures", type=int, default=8, help="to calibrate on")
     parser.add_argument("--scratch", type=Path, help="keeps the trained model and the files")
     options = parser.parse_args()
