@@ -61,7 +61,8 @@ def quantize(  # noqa: PLR0913 (a script's keywords)
                files or their index, or a folder that diffusers saved
     method     "svdquant" (4-bit weights and activations), "vq" (codebooks of 2 to 4 bits a weight)
                or "stock" (formats that ComfyUI opens without Nibble)
-    preset     "fast" (data-free), "best" (calibrated; outside ComfyUI for FLUX.1) or "vq4dit"
+    preset     "fast" (data-free), "best" (calibrated; outside ComfyUI for FLUX.1 and DiT) or
+               "vq4dit"
     device     where layers are worked on, as torch names it
     overwrite  replace a quantized file that was made with other options or of another model
     quiet      no progress bar on stderr
@@ -83,9 +84,10 @@ def quantize(  # noqa: PLR0913 (a script's keywords)
 def load(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, train: bool = False
 ) -> torch.nn.Module:
-    """A quantized FLUX.1 file (Nibble's of either method, Nunchaku's or comfy-kitchen's) as
-    diffusers' transformer on the CPU, for `FluxPipeline(transformer=...)`; layers stay quantized.
-    LoRAs go beside them (`load_lora_weights`, with peft), `save_pretrained` writes them.
+    """A quantized FLUX.1 file (Nibble's of either method, Nunchaku's or comfy-kitchen's), or
+    Nibble's of DiT, SANA or SDXL, as diffusers' transformer or U-Net on the CPU, for
+    `FluxPipeline(transformer=...)`; layers stay quantized. LoRAs go beside them
+    (`load_lora_weights`, with peft), `save_pretrained` writes them.
 
     dtype  of what the file keeps in 16 bit; None: bfloat16
     train  make the low-rank factors and biases of quantized layers parameters

@@ -181,7 +181,7 @@ def test_only_flux_can_be_calibrated_outside_comfyui(tmp_path, capsys):
         },
         tmp_path / "m.safetensors",
     )
-    assert "only FLUX.1 can be calibrated" in refused(
+    assert "only FLUX.1 and DiT can be calibrated" in refused(
         capsys,
         "quantize",
         tmp_path / "m.safetensors",

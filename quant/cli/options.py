@@ -118,8 +118,8 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         choices=("fast", "vq4dit", "best"),
         default="fast",
         help=(
-            "fast: data-free, from the weights and noise; best: calibrated by running the model;"
-            " vq4dit: the paper (vq only)"
+            "fast: data-free, from the weights and noise; best: calibrated by running the model"
+            " (outside ComfyUI: FLUX.1 and DiT); vq4dit: the paper (vq only)"
         ),
     )
     parser.add_argument(

@@ -18,7 +18,7 @@ from ..weights.base import StoredLinear
 from ..weights.formats import FORMATS, weight_of
 from ..weights.fuse import join_rows
 from ..weights.modules import as_module
-from .dit import is_dit, load_dit
+from .by_config import has_config, load_by_config
 from .names import diffusers_parts, swap_rows, to_diffusers_names, to_flux_names
 from .quantizer import attach
 
@@ -68,9 +68,10 @@ def flux_config(state: Mapping, names: Iterable[str] = ()) -> dict:
 def load_quantized(
     path: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, train: bool = False
 ) -> nn.Module:
-    """A quantized FLUX.1 file, of either method or a published one, or one made of `dit_source`, as
-    diffusers' transformer on the CPU; its layers stay quantized. It takes LoRAs (with peft), and
-    `save_pretrained` writes what `from_pretrained` reads once `nibble.NibbleConfig` was imported.
+    """A quantized FLUX.1 file, of either method or a published one, or one of DiT, SANA or SDXL, as
+    diffusers' transformer or U-Net on the CPU; its layers stay quantized. It takes LoRAs (with
+    peft), and `save_pretrained` writes what `from_pretrained` reads once `nibble.NibbleConfig` was
+    imported.
 
     dtype   of the layers that the file keeps in 16 bit
     train   make the low-rank factors and biases of quantized layers parameters; codebooks and their
@@ -79,7 +80,7 @@ def load_quantized(
     """
     file = open_4bit(path)
     with file:
-        model = (load_dit if is_dit(file) else _load_flux)(file, dtype, train)
+        model = (load_by_config if has_config(file) else _load_flux)(file, dtype, train)
     attach(model)
     return model
 
@@ -89,8 +90,9 @@ def _load_flux(file: QuantizedFile, dtype: torch.dtype, train: bool) -> nn.Modul
     kept = {spec.name: spec for name in units for spec in file.specs(name)}
     if not {"img_in.weight", "txt_in.weight", "vector_in.in_layer.weight"} <= kept.keys():
         raise FileRefused(
-            f"{file.path.name} is no FLUX.1 transformer, the only model that loads into diffusers;"
-            " load it in ComfyUI."
+            f"{file.path.name} is none of the models that load into diffusers (FLUX.1, DiT, SANA,"
+            " SDXL), or was not made of a folder with diffusers' config.json; load it in ComfyUI,"
+            " or quantize the folder that diffusers saved."
         )
     with torch.device("meta"):
         model = diffusers.FluxTransformer2DModel(

@@ -6,7 +6,7 @@ a folder that was saved   its config.json tells the layers; they are loaded as t
 
 FLUX.1 is planned as in ComfyUI, where q, k and v are one layer: they are joined, quantized and
 split again, so that the model is the one that `load_quantized` gives of a file made by the same
-options. Of other models each linear is a layer of its own.
+options. Of other models each linear is a layer of its own, and each convolution of 1 x 1 in SANA.
 
 What quantizes is not of this room: `register` is given it.
 """
@@ -24,12 +24,14 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from ..files import pointwise, unet_names
 from ..files.architectures import LayerPlan
 from ..weights import linears
 from ..weights.base import StoredLinear, tensor_json
 from ..weights.formats import FORMATS, Weight
 from ..weights.modules import as_module
 from .names import diffusers_parts, flux_module, in_other_order, swap_rows, to_flux_names
+from .pointwise import is_pointwise, on_channels, takes_channels
 
 
 class QuantMethod(str, Enum):
@@ -64,7 +66,7 @@ class NibbleConfig(QuantizationConfigMixin):
 
     options  of the quantization from the weights alone: rank=32, act_bits=4 or 8,
              format="svdquant_w4a4", modulation="w4a16" or "keep", seed=0,
-             keep=["double_blocks.0.*"] (16 bit; FLUX.1's layers by ComfyUI's names), …
+             keep=["double_blocks.0.*"] (16 bit; FLUX.1's and SDXL's layers by ComfyUI's names), …
     layers   of a model that is quantized: written by `save_pretrained`, not by hand
 
     Raises ValueError for options that cannot be.
@@ -94,6 +96,8 @@ class NibbleConfig(QuantizationConfigMixin):
 
 class Pending(nn.Module):
     """Stands for a quantized linear until all its tensors are there; on no device."""
+
+    pointwise = False  # in the place of a convolution
 
     def __init__(self, tensors: list[str]):
         super().__init__()
@@ -128,15 +132,14 @@ class NibbleQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             for group in self.config.layers or []:
                 for name in group["modules"]:
-                    linears.replace(model, name, Pending(group["tensors"]))
+                    pending = Pending(group["tensors"])
+                    pending.pointwise = is_pointwise(linears.replace(model, name, pending))
             return
         state = model.state_dict()
-        flux = all(flux_module(name.rpartition(".")[0]) for name in state)
-        named = to_flux_names(state) if flux else state
-        shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
-        for plan in self.method.plan(shapes, type(model).__name__):
-            parts = diffusers_parts(plan.name) if flux else [plan.name]
-            linear = all(isinstance(model.get_submodule(part), nn.Linear) for part in parts)
+        names = _Names(state)
+        for plan in self.method.plan(names.shapes, type(model).__name__):
+            parts = names.parts(plan.name)
+            linear = all(_is_linear(model.get_submodule(part)) for part in parts)
             if plan.action in ("w4a4", "w4a16") and linear:
                 self.plans[plan.name], self.parts[plan.name] = plan, parts
                 self.layer_of |= dict.fromkeys(parts, plan.name)
@@ -174,7 +177,7 @@ class NibbleQuantizer(DiffusersQuantizer):
     def _make(self, model: nn.Module, layer: str, read: Mapping[str, Tensor]) -> None:
         """Quantizes a layer, and puts its parts in their places."""
         plan, parts = self.plans.pop(layer), self.parts[layer]
-        weights = [read[f"{part}.weight"] for part in parts]
+        weights = [read[f"{part}.weight"].flatten(1) for part in parts]
         joined = in_other_order(layer, torch.cat(weights))
         bias = None
         if plan.bias:
@@ -182,7 +185,7 @@ class NibbleQuantizer(DiffusersQuantizer):
         whole = swap_rows(layer, self.method.layer(plan, joined, bias))
         start = 0
         for part, weight in zip(parts, weights, strict=True):
-            linears.replace(model, part, as_module(whole.rows(start, start + len(weight))))
+            _put(model, part, as_module(whole.rows(start, start + len(weight))))
             start += len(weight)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
@@ -192,7 +195,8 @@ class NibbleQuantizer(DiffusersQuantizer):
             )
         for name, module in list(model.named_modules()):
             if isinstance(module, Pending):
-                linears.replace(model, name, as_module(_finished(name, module)))
+                layer = as_module(_finished(name, module))
+                linears.replace(model, name, on_channels(layer) if module.pointwise else layer)
         self.config.layers = described(model)
         return model
 
@@ -214,9 +218,48 @@ class NibbleQuantizer(DiffusersQuantizer):
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         for name, module in list(model.named_modules()):
             if isinstance(module, StoredLinear):
-                linears.replace(model, name, _plain(module.quantized(), dtype))
+                linear = _plain(module.quantized(), dtype)
+                linears.replace(
+                    model, name, on_channels(linear) if takes_channels(module) else linear
+                )
         self.config.layers = None
         return model
+
+
+class _Names:
+    """What a model's layers are called where they are planned: FLUX.1's and SDXL's as in ComfyUI,
+    others as in diffusers.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self._flux = all(flux_module(name.rpartition(".")[0]) for name in state)
+        self._theirs: dict[str, str] = {}
+        if self._flux:
+            state = to_flux_names(dict(state))
+        elif unet_names.is_sdxl(state):
+            ours = unet_names.to_comfyui(state)
+            self._theirs = {
+                new.removesuffix(".weight"): old.removesuffix(".weight")
+                for old, new in ours.items()
+            }
+            state = {ours[name]: tensor for name, tensor in state.items()}
+        self.shapes = {
+            name: pointwise.matrix(name, tuple(tensor.shape)) for name, tensor in state.items()
+        }
+
+    def parts(self, layer: str) -> list[str]:
+        """diffusers' modules of a layer, in the order of its rows."""
+        return diffusers_parts(layer) if self._flux else [self._theirs.get(layer, layer)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_pointwise(module)
+
+
+def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """A quantized layer in the place of a linear, or of a convolution of 1 x 1."""
+    if is_pointwise(linears.replace(model, name, layer)):
+        on_channels(layer)
 
 
 def attach(model: nn.Module) -> None:

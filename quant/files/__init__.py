@@ -20,6 +20,10 @@ source_layouts.py how ComfyUI's own quantized formats are read
 gguf_file.py      how GGUF is read
 gguf_encoders.py  llama.cpp's names of a text encoder's tensors
 diffusers_names.py  diffusers' names of a model's tensors (diffusers_names.json)
+unet_names.py     diffusers' names of SDXL's U-Net
+dit_names.py      the names of DiT's authors
+renamed.py        tensors under other names, joined or split by rows
+pointwise.py      convolutions of 1 x 1 that are linears
 stored_tensors.py tensors as they are stored, read one by one
 architectures.py  which model a file holds, and what becomes of each layer (architectures.json)
 text_encoders.py   which text encoder a file holds, and which of its layers get how many bits

@@ -10,25 +10,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from . import dit_names, pointwise, unet_names
 from .errors import FileRefused
-from .stored_tensors import StoredTensor, StoredTensors
+from .renamed import Renamed, Rows
+from .stored_tensors import StoredTensors
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-
-
-class Rows(NamedTuple):
-    """Rows start..stop of a stored tensor; stop None: all."""
-
-    name: str
-    start: int = 0
-    stop: int | None = None
 
 
 class _Family(NamedTuple):
@@ -66,13 +57,28 @@ def _spelled(entry: Mapping) -> Iterable[tuple[str, list[str]]]:
 
 
 def in_comfyui_names(stored: StoredTensors) -> StoredTensors:
-    """The same tensors under ComfyUI's names, if they are a model of diffusers that is known; else
-    as they are. Raises FileRefused for a part that is missing.
+    """The same tensors under ComfyUI's names, if they are a model of diffusers that is known; those
+    of a model that ComfyUI does not have under diffusers'; else as they are. Raises FileRefused for
+    a part that is missing.
     """
     for family in _families():
         if all(name in stored.tensors for name in family.all):
-            return _Renamed(stored, _places(stored, family), family)
+            return Renamed(stored, _places(stored, family), partial(_flattened, family.flat))
+    if dit_names.is_authors(stored.tensors):
+        return dit_names.in_diffusers_names(stored)
+    if dit_names.is_diffusers(stored.tensors):
+        return dit_names.without_copies(stored)
+    if unet_names.is_sdxl(stored.tensors):
+        names = unet_names.to_comfyui(stored.tensors)
+        return Renamed(stored, {ours: [Rows(theirs)] for theirs, ours in names.items()})
+    if pointwise.has_some(stored.tensors):
+        return Renamed(stored, {name: [Rows(name)] for name in stored.tensors}, pointwise.matrix)
     return stored
+
+
+def _flattened(flat: Iterable[str], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, in one row where the family has it so."""
+    return (math.prod(shape),) if _numbered(name) in flat else shape
 
 
 def _places(stored: StoredTensors, family: _Family) -> dict[str, list[Rows]]:
@@ -140,57 +146,3 @@ def _in_order(parts: list[str], stored: StoredTensors, swapped: bool) -> list[Ro
     (part,) = parts
     half = stored.tensors[part].shape[0] // 2
     return [Rows(part, half), Rows(part, 0, half)]
-
-
-class _Renamed(StoredTensors):
-    """Stored tensors under other names, some of them joined."""
-
-    def __init__(self, stored: StoredTensors, places: dict[str, list[Rows]], family: _Family):
-        self._stored, self._places = stored, places
-        self.path, self.name, self.metadata = stored.path, stored.name, stored.metadata
-        self.tensors = {
-            ours: self._joined(rows, _numbered(ours) in family.flat)
-            for ours, rows in places.items()
-        }
-
-    @property
-    def files(self) -> int:
-        return self._stored.files
-
-    def _joined(self, places: list[Rows], flat: bool) -> StoredTensor:
-        parts = [self._stored.tensors[place.name] for place in places]
-        first = parts[0]
-        tails = {part.shape[1:] for part in parts}
-        no_rows = len(parts) > 1 and not first.shape  # one scale for each of q, k and v
-        if len({part.dtype for part in parts}) > 1 or len(tails) > 1 or no_rows:
-            raise FileRefused(
-                f"{self.name} stores {places[0].name} and what belongs to it in different forms;"
-                " choose another file."
-            )
-        names = {place.name for place in places}
-        rows = sum(self._stored.tensors[name].shape[0] for name in names) if first.shape else 0
-        shape = (rows, *first.shape[1:]) if first.shape else ()
-        nbytes = sum(self._stored.tensors[name].nbytes for name in names)
-        return StoredTensor(first.dtype, (math.prod(shape),) if flat else shape, nbytes)
-
-    def read(self, name: str) -> Tensor:
-        places = self._places[name]
-        if len(places) == 1:
-            return self._stored.read(places[0].name).reshape(self.tensors[name].shape)
-        tensors = {part: self._stored.read(part) for part in {place.name for place in places}}
-        rows = [tensors[place.name][place.start : place.stop] for place in places]
-        return torch.cat(rows).reshape(self.tensors[name].shape)
-
-    def sample(self, name: str, start: int, count: int) -> bytes:
-        """Rows lie one behind the other, so the bytes of joined tensors are those of their rows."""
-        sampled, before = b"", 0
-        for place in self._places[name]:
-            part = self._stored.tensors[place.name]
-            a, b, _ = slice(place.start, place.stop).indices(part.shape[0] if part.shape else 1)
-            row = part.nbytes // max(1, part.shape[0] if part.shape else 1)
-            inside = max(0, start + len(sampled) - before)
-            if len(sampled) < count and inside < (b - a) * row:
-                wanted = min(count - len(sampled), (b - a) * row - inside)
-                sampled += self._stored.sample(place.name, a * row + inside, wanted)
-            before += (b - a) * row
-        return sampled

@@ -89,6 +89,7 @@ def load(source: Source) -> ModelPatcher:
     patcher = comfy.sd.load_diffusion_model_state_dict(weights, metadata=dict(source.metadata))
     if patcher is None:
         raise FileRefused(
-            f"{source.name} holds a model that this ComfyUI does not know; update ComfyUI."
+            f"{source.name} holds a model that this ComfyUI does not know; update ComfyUI. (DiT and"
+            " SANA are for scripts with diffusers: python ComfyUI-Nibble quantize.)"
         )
     return patcher
