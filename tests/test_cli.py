@@ -79,6 +79,15 @@ def test_quantize_and_inspect(source, tmp_path, capsys):
     assert [row["db"] for row in facts["report"]["rows"] if row["action"] == "w4a4"][0] > 10
 
 
+def test_a_pattern_that_names_no_layer_is_told_before_the_work(source, tmp_path, capsys):
+    target = tmp_path / "q.safetensors"
+    command = ["quantize", str(source), str(target), *QUICK, "--keep", "singel_blocks.*"]
+    assert cli.main(command) == 0
+    told, work = "nibble: no layer matches the pattern 'singel_blocks.*'", "double_blocks.0."
+    err = capsys.readouterr().err
+    assert err.index(told) < err.index(work)
+
+
 def test_inspect_of_a_16_bit_file(source, capsys):
     assert cli.main(["inspect", str(source)]) == 0
     assert "FLUX.1" in capsys.readouterr().out
@@ -109,7 +118,7 @@ def test_codewords_are_made_inspected_and_planned(source, tmp_path, capsys):
         == 0
     )
     assert {layer["format"] for layer in open_quantized(target).layers.values()} == {"vq"}
-    capsys.readouterr()
+    assert "pattern" not in capsys.readouterr().err
     assert cli.main(["inspect", str(target), "--verify"]) == 0
     out = capsys.readouterr().out
     assert "all tensors match" in out

@@ -1,6 +1,7 @@
 """nibble quantize SOURCE TARGET: prepare, measure outside ComfyUI (measure.py), write."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def run(options: argparse.Namespace) -> Report:
     job = methods.prepare(options.source, options.target, _recipe(options))
     if not options.overwrite:
         _keep_another(job)
+    for note in job.unmatched:  # now, and not after hours of work
+        print(f"nibble: {note}", file=sys.stderr)
     measurement = measure.measure(options, job)
     with Bar(shown=not options.quiet) as bar:
         return job.write(measurement, bar.monitor, options.device)

@@ -222,12 +222,21 @@ class QuantizeJob(ABC):
         report.bytes_after = Writer(job.target, specs, "", reserved).size
         return report
 
+    @property
+    def unmatched(self) -> list[str]:
+        """A note for each of the user's patterns that names no layer: most likely a slip."""
+        names = [layer.name for layer in self.layers]
+        return [
+            f"no layer matches the pattern {pattern!r}"
+            for pattern in (*self.recipe.keep, *self.recipe.w4a16)
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+
     def _empty_report(self) -> Report:
-        patterns = (*self.recipe.keep, *self.recipe.w4a16)
         return Report(
             self.architecture,
             bytes_before=self.source.bytes,
-            notes=[*self.source.notes, *_unmatched(patterns, self.layers)],
+            notes=[*self.source.notes, *self.unmatched],
         )
 
     def _made(self, file: QuantizedFile) -> bool:
@@ -255,16 +264,6 @@ def _previous_result(
         # another program's file is refused; ours, damaged or of another version, is made again
         check_target(source.path, target)
         return None
-
-
-def _unmatched(patterns: Iterable[str], layers: Iterable[LayerPlan]) -> list[str]:
-    """A note for each of the user's patterns that names no layer: most likely a slip."""
-    names = [layer.name for layer in layers]
-    return [
-        f"no layer matches the pattern {pattern!r}"
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
 
 
 class LayerQuantizer(ABC):
