@@ -122,6 +122,7 @@ class Run:
         self.out, self.dry = chosen.out, chosen.dry
         self.device = "cpu" if chosen.dry else "cuda"
         self.end = time.perf_counter() + chosen.seconds
+        self.patience = 10 if chosen.dry else 1  # the CPU that it runs dry on may be busy
         self.only = chosen.only
         self.known: dict[str, dict[int, str]] = {}
         self.alive: list[int] = []
@@ -142,7 +143,7 @@ class Run:
         ready = [
             job._replace(
                 work=functools.partial(self._inside, job.work),
-                seconds=max(1, min(job.seconds, left)),
+                seconds=max(1, min(job.seconds * self.patience, left)),
             )
             for job in jobs
         ]

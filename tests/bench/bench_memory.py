@@ -255,18 +255,19 @@ def picture(options) -> dict:
         conditioning.extend(clip.encode_from_tokens_scheduled(tokens))
         conditioning[0][1]["guidance"] = 3.5
 
-    tiles, whole = (
-        planned(str(options.model), options.size, tiled, list(map(str, files)))
-        for tiled in (True, False)
+    step = options.step_size or options.size
+    tiles, whole, stepped = (
+        planned(str(options.model), size, tiled, list(map(str, files)))
+        for size, tiled in ((options.size, True), (options.size, False), (step, True))
     )
     work = {
         ENCODE: (read, tiles[ENCODE]),
-        SAMPLE: (lambda: one_step(patcher, conditioning, options.size)(), tiles[SAMPLE]),
+        SAMPLE: (lambda: one_step(patcher, conditioning, step)(), stepped[SAMPLE]),
         f"{DECODE} in tiles": (decoding(vae, options.size, True), tiles[DECODE]),
     }
     if options.whole:
         work[DECODE] = (decoding(vae, options.size, False), whole[DECODE])
-    rows = {"size": options.size}
+    rows = {"size": options.size, "step": step}
     for name, (run, plan) in work.items():
         rows[name] = measured(run) | {"plan": plan}
         print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
@@ -296,6 +297,11 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="pixels, for `sample`")
     parser.add_argument("--size", type=int, default=1024, help="pixels: `decode`, `picture`")
+    parser.add_argument(
+        "--step-size",
+        type=int,
+        help="pixels of the step of `picture` (--size): a small one reads all weights, too",
+    )
     parser.add_argument("--tiled", action="store_true", help="`decode` in tiles")
     parser.add_argument("--whole", action="store_true", help="`picture`: decode it whole, too")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)

@@ -28,7 +28,7 @@ def run(out: Path, *arguments: str, **surroundings: str) -> tuple[dict, str]:
 
 
 def test_every_section_runs_dry(tmp_path):
-    found, printed = run(tmp_path / "gpu.json")
+    found, printed = run(tmp_path / "gpu.json", "--seconds", "3600")
     states = {name: facts["state"] for name, facts in found.items() if name != "command"}
     names = (
         "environment probe smoke correctness robustness ceilings products transformer layers"

@@ -154,7 +154,11 @@ def _put(module: torch.nn.Module, weight: Weight) -> None:
     }
     settings, bias = weight.facts(), tensors.pop("bias", None)
     tensors.pop("comfy_quant")
-    module.weight = layouts.live(layouts.pack(tensors, settings, old.params.orig_dtype))
+    packed = layouts.pack(tensors, settings, old.params.orig_dtype)
+    chosen = getattr(old.params, "act_bits", None)
+    if chosen is not None:  # when the model was loaded, and in no file
+        packed = layouts.with_fields(packed, act_bits=chosen)
+    module.weight = layouts.live(packed)
     if bias is not None:
         module.bias = torch.nn.Parameter(bias.to(module.bias.dtype), requires_grad=False)
 

@@ -100,7 +100,9 @@ def test_other_kinds_of_lora_are_converted_too(model, loras, kind):
     before, stock = on(model), on(with_lora(model, tensors, 1.0))
     after = on(model, apply(model, converted(model), 1.0))
     wanted = stock[MLP][1] - before[MLP][1]
-    assert (after[MLP][1] - stock[MLP][1]).norm() < 0.03 * wanted.norm()
+    # stock patches see the inputs as they are, integers see them in the layer's bits
+    share = 0.03 if layer_of(model, MLP).weight.params.act_bits == 8 else 0.1
+    assert (after[MLP][1] - stock[MLP][1]).norm() < share * wanted.norm()
 
 
 def test_a_given_k_is_used_and_names_are_kept(model, loras):
@@ -285,7 +287,7 @@ def test_a_lora_of_another_model_is_refused_and_nothing_is_written(model, loras)
     (loras / "cut.safetensors").write_bytes((loras / STYLE).read_bytes()[:-100])
     refused(
         model,
-        "cut.safetensors cannot be read as a LoRA",
+        "cut.safetensors cannot be read .* it is no LoRA",
         lambda: converted(model, "cut.safetensors"),
     )
     assert not files.adapter_files()

@@ -117,6 +117,14 @@ def test_its_outputs_are_those_of_its_weights(model, loras):
         assert (y - was - change).norm() < 0.01 * change.norm(), name
 
 
+@pytest.mark.parametrize("width", ["4 bit", "8 bit"])
+def test_layers_compute_with_the_width_that_was_chosen_for_the_model(home, loras, width):
+    model = loading.load(next(home.iterdir()), activations=width)
+    patched = apply(model, converted(model), 1.0, "merge")
+    for name in (QKV, MLP):
+        assert layer_of(patched, name).weight.params.act_bits == int(width[0])
+
+
 def test_strength_zero_and_what_is_not_merged_is_the_base_bit_for_bit(model, loras):
     before = on(model)
     patched, done = merge.apply(model, converted(model), 0.0, "merge")
