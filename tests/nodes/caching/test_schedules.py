@@ -83,13 +83,8 @@ def test_each_preset_is_better_than_as_many_plain_steps(demo, name):
     assert reached[2] > 46
 
 
-@pytest.mark.parametrize("name", ["cosmos", "EDM"])
-def test_a_calibration_serves_its_schedule(demo, name):
-    """alpha and a budget on a schedule to sigma 80."""
-    schedule = SCHEDULES[name]
-    model = schedule.on(demo)
-    sigmas = schedule.sigmas(model, STEPS)
-    calibration = measure(
+def calibrated(model, sigmas):
+    return measure(
         Measurement(
             model=model,
             positive=conditioning("a pink ring left on white"),
@@ -103,6 +98,15 @@ def test_a_calibration_serves_its_schedule(demo, name):
         ),
         Progress("calibrating"),
     )
+
+
+@pytest.mark.parametrize("name", ["cosmos", "EDM"])
+def test_a_calibration_serves_its_schedule(demo, name):
+    """alpha and a budget on a schedule to sigma 80."""
+    schedule = SCHEDULES[name]
+    model = schedule.on(demo)
+    sigmas = schedule.sigmas(model, STEPS)
+    calibration = calibrated(model, sigmas)
     reference = draw(model, sigmas)
     for settings in (SmoothCacheSettings(alpha=0.15), SmoothCacheSettings(budget=14)):
         seen = []
@@ -111,6 +115,21 @@ def test_a_calibration_serves_its_schedule(demo, name):
         plain = psnr(draw(model, schedule.sigmas(model, seen[-1].computed)), reference)
         assert seen[-1].computed < STEPS
         assert reached > plain, (name, settings, reached, plain)
+
+
+def test_skipped_steps_are_guessed_by_fitted_weights_on_the_calibrated_schedule_alone(demo):
+    schedule = SCHEDULES["flow"]
+    model = schedule.on(demo)
+    sigmas = schedule.sigmas(model, STEPS)
+    calibration = calibrated(model, sigmas)
+    fitted, line = (
+        apply_smoothcache(model, SmoothCacheSettings(budget=7, order=order), calibration)
+        for order in (None, 1)
+    )
+    reference = draw(model, sigmas)
+    assert psnr(draw(fitted, sigmas), reference) > psnr(draw(line, sigmas), reference) + 1
+    other = schedule.sigmas(model, STEPS - 1)
+    assert torch.equal(draw(fitted, other), draw(line, other))
 
 
 def test_the_time_is_read_from_comfyuis_own_kinds_of_sampling(demo):
