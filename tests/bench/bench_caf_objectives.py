@@ -147,7 +147,7 @@ def main() -> None:
     for part in options.parts:
         found[part] = MEASURES[part](options)
         found |= {
-            "command": " ".join(sys.argv),
+            "command": " ".join(["python", *sys.argv]),
             "train_steps": options.train_steps,
             "lr": options.lr,
             "torch": torch.__version__,

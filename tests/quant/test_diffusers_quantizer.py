@@ -14,6 +14,7 @@ pytest.importorskip("accelerate", reason="diffusers loads quantized models with 
 models = pytest.importorskip("nibble.quant.diffusers")
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel  # noqa: E402
 
+from compare import assert_same_state  # noqa: E402
 from nibble.quant.weights.base import StoredLinear  # noqa: E402
 from random_flux import IN_DIFFUSERS  # noqa: E402
 
@@ -48,17 +49,6 @@ def made(folder):
     return nibble.load(target)
 
 
-def same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    different = [
-        name
-        for name, tensor in one.items()
-        # trailing blanks fill up the JSON in a file
-        if not name.endswith("comfy_quant") and not torch.equal(tensor, other[name])
-    ]
-    assert not different
-
-
 @torch.no_grad()
 def drawn(model):
     dtype = model.x_embedder.weight.dtype
@@ -72,7 +62,7 @@ def load(path, **options):
 def test_a_model_quantized_while_it_loads_is_that_of_nibbles_file(folder, made):
     model = load(folder / "16bit", quantization_config=nibble.NibbleConfig(**OPTIONS))
     assert model.config.quantization_config.layers
-    same(dict(model.state_dict()), dict(made.state_dict()))
+    assert_same_state(dict(model.state_dict()), dict(made.state_dict()))
 
 
 def test_a_saved_model_is_loaded_as_it_was(folder, made, tmp_path):
@@ -80,17 +70,19 @@ def test_a_saved_model_is_loaded_as_it_was(folder, made, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "nibble"
     again = load(tmp_path)
-    same(dict(made.state_dict()), dict(again.state_dict()))
-    same(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), dict(made.state_dict()))
+    assert_same_state(dict(made.state_dict()), dict(again.state_dict()))
+    assert_same_state(
+        load_file(tmp_path / "diffusion_pytorch_model.safetensors"), dict(made.state_dict())
+    )
     assert not [t for t in [*again.parameters(), *again.buffers()] if t.is_meta]
     again.save_pretrained(tmp_path / "again")
-    same(dict(load(tmp_path / "again").state_dict()), dict(made.state_dict()))
+    assert_same_state(dict(load(tmp_path / "again").state_dict()), dict(made.state_dict()))
 
 
 def test_a_model_saved_in_several_files_is_loaded(made, tmp_path):
     made.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    same(dict(load(tmp_path).state_dict()), dict(made.state_dict()))
+    assert_same_state(dict(load(tmp_path).state_dict()), dict(made.state_dict()))
 
 
 def test_a_saved_model_that_lacks_a_tensor_is_refused_in_a_sentence(made, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nibble
+from compare import assert_same_state
 from nibble.quant.files import unet_names
 from nibble.quant.files.checkpoint import open_quantized
 from nibble.quant.files.errors import FileRefused
@@ -84,16 +85,6 @@ def quantized(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, StoredLinear)}
 
 
-def same(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    different = [
-        name
-        for name, tensor in one.items()
-        if not name.endswith("comfy_quant") and not torch.equal(tensor, other[name])
-    ]
-    assert not different
-
-
 def test_a_folder_of_diffusers_is_quantized_and_loaded(kind, folder):
     open_quantized(folder / "q.safetensors").verify()
     model = nibble.load(folder / "q.safetensors", torch.float32)
@@ -163,7 +154,7 @@ def test_a_model_quantized_while_it_loads_is_that_of_the_file(kind, folder):
         state = model.state_dict().items()
         return {key: t for key, t in state if not key.rpartition(".")[0].endswith(SHARED)}
 
-    same(alone(model), alone(made))
+    assert_same_state(alone(model), alone(made))
     assert decibels(called(kind, built(kind)), called(kind, model)) > 14
 
 
@@ -172,7 +163,7 @@ def test_a_saved_model_is_loaded_as_it_was(kind, folder, tmp_path):
     made = nibble.load(folder / "q.safetensors", torch.float32)
     made.save_pretrained(tmp_path)
     again = getattr(diffusers, CLASSES[kind]).from_pretrained(tmp_path, torch_dtype=torch.float32)
-    same(dict(made.state_dict()), dict(again.state_dict()))
+    assert_same_state(dict(made.state_dict()), dict(again.state_dict()))
     assert torch.equal(called(kind, again), called(kind, made))
     again.dequantize()
     assert not quantized(again)
@@ -204,7 +195,7 @@ def test_an_sdxl_file_has_comfyuis_names_and_is_that_of_the_single_file(tmp_path
     nibble.quantize(tmp_path / "single.safetensors", of_file, quiet=True, **OPTIONS)
     one, other = load_file(of_folder), load_file(of_file)
     assert "input_blocks.3.1.transformer_blocks.0.attn1.to_q.weight" in one
-    same(one, other)
+    assert_same_state(one, other)
 
 
 def test_an_sdxl_of_a_single_file_is_built_as_the_published_one():

@@ -4,6 +4,7 @@ and calibrations in which every part costs the same.
 
 from __future__ import annotations
 
+import comfy.samplers
 import numpy as np
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -11,9 +12,11 @@ from comfy.patcher_extension import WrappersMP
 import tiny_models
 from nibble.accel.caching.calibration_file import Calibration
 from nibble.accel.caching.smoothcache import Curve
+from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.caching.models import family_of
 from nibble.nodes.bridge.caching.wrap_sublayers import kinds
 from nibble.nodes.bridge.host.fingerprint import fingerprint
+from nibble.nodes.bridge.host.progress import Progress
 
 STEPS = 6
 
@@ -54,6 +57,23 @@ class Spy:
             return self.model.model.apply_model(
                 x, t, c_concat, c_crossattn, control, options, **kwargs
             )
+
+
+def calibrated(model, family: str, steps: int) -> Calibration:
+    """What Calibrate Cache finds of a tiny model of a family."""
+    return measure(
+        Measurement(
+            model=model,
+            positive=tiny_models.prompt(family),
+            negative=None,
+            cfg=1.0,
+            sampler=comfy.samplers.sampler_object("euler"),
+            sigmas=tiny_models.schedule(model, steps),
+            latent={"samples": torch.zeros_like(tiny_models.latent(family))},
+            seed=3,
+        ),
+        Progress("calibrating"),
+    )
 
 
 def measured(model, family, error: float) -> Calibration:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from comfy.text_encoders.hunyuan_video import HunyuanVideoClipModel
 
 from .record import Picture
 
@@ -130,7 +129,7 @@ KINDS = (
         _middle,
     ),
     Kind(
-        lambda model, _transformer: isinstance(model, HunyuanVideoClipModel),
+        lambda model, _transformer: type(model).__name__.rstrip("_") == "HunyuanVideoClipModel",
         _square,
         _unseen,
         "HunyuanVideo cuts its conditioning out of the encoder's sequence at places that it counts",

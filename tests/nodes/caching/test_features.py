@@ -5,19 +5,17 @@ The scripts are named in tests/accel/caching/test_coefficients.py. Mochi, whose 
 builds at one size only, is in test_models.py.
 """
 
-import comfy.samplers
 import pytest
 import torch
 from torch.nn.functional import layer_norm, silu
 
 import tiny_models
+from family_caching import calibrated
 from nibble.accel.caching import coefficients
 from nibble.accel.caching.teacache import IDENTITY, distance
 from nibble.nodes.bridge.caching import wrap_blocks
 from nibble.nodes.bridge.caching.apply import apply_teacache
-from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.caching.settings import TeaCacheSettings
-from nibble.nodes.bridge.host.progress import Progress
 
 STEPS = 4
 
@@ -179,19 +177,7 @@ def test_calibrate_cache_measures_on_the_same_f():
     family, steps = "hidream i1", 6
     model = tiny_models.build(family)
     watch = Watch(model.model.diffusion_model.t_embedder)
-    found = measure(
-        Measurement(
-            model=model,
-            positive=tiny_models.prompt(family),
-            negative=None,
-            cfg=1.0,
-            sampler=comfy.samplers.sampler_object("euler"),
-            sigmas=tiny_models.schedule(model, steps),
-            latent={"samples": torch.zeros_like(tiny_models.latent(family))},
-            seed=3,
-        ),
-        Progress("calibrating"),
-    )
+    found = calibrated(model, family, steps)
     watch.stop()
     embedded = [out for _, _, out in watch.calls]
     changes = [

@@ -3,17 +3,15 @@ measured. That reuse is exact and right is tested on every family (test_families
 test_reused_formula).
 """
 
-import comfy.samplers
 import numpy as np
 import pytest
 import torch
 
 import tiny_models
+from family_caching import calibrated
 from nibble.accel.caching.smoothcache import greedy_mask
 from nibble.nodes.bridge.caching.apply import apply_smoothcache
-from nibble.nodes.bridge.caching.measure import Measurement, measure
 from nibble.nodes.bridge.caching.settings import SmoothCacheSettings
-from nibble.nodes.bridge.host.progress import Progress
 
 STEPS = 6
 PARTS = ("self_attn", "cross_attn", "ff")
@@ -30,19 +28,7 @@ def test_its_parts_are_measured_and_reused_each_by_its_own_errors(family):
         )
         for place, layer in enumerate(layers)
     ]
-    calibration = measure(
-        Measurement(
-            model=model,
-            positive=tiny_models.prompt(family),
-            negative=None,
-            cfg=1.0,
-            sampler=comfy.samplers.sampler_object("euler"),
-            sigmas=tiny_models.schedule(model, STEPS),
-            latent={"samples": torch.zeros_like(tiny_models.latent(family))},
-            seed=3,
-        ),
-        Progress("calibrating"),
-    )
+    calibration = calibrated(model, family, STEPS)
     for handle in handles:
         handle.remove()
     kinds = [f"layer.{part}" for part in PARTS]
