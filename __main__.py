@@ -40,6 +40,7 @@ if not __package__:
 
 from . import api  # noqa: E402
 from .demo import cli as demo  # noqa: E402
+from .farm import command as farm  # noqa: E402
 from .quant.cli import examples, options  # noqa: E402
 
 BENCHES = HERE / "tests" / "bench"
@@ -114,10 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{demo,quantize,inspect,plan,convert,partials,cubins,libraries,bench}",
+        metavar="{demo,quantize,inspect,plan,convert,partials,farm,cubins,libraries,bench}",
     )
     demo.add_command(commands)
     options.add_commands(commands, examples(program()), api.small_file)
+    farm.add_command(commands)
     commands.add_parser(
         "cubins",
         help=(

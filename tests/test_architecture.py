@@ -29,8 +29,9 @@ HOSTS = {
     "comfy_kitchen",
     "nibble_kernels",
     "triton",
+    "ray",
 }
-ROOMS_OF_COMFYUI = HOSTS - {"diffusers", "nibble_kernels", "triton"}
+ROOMS_OF_COMFYUI = HOSTS - {"diffusers", "nibble_kernels", "triton", "ray"}
 # fmt: off
 #    room              may import these rooms                       and these hosts
 RULES = {
@@ -61,7 +62,10 @@ RULES = {
     "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),
     "demo":              ({"quant", "kernels", "demo.taesd"},            set()),
-    "__main__":          ({"quant", "accel", "demo", "kernels", "api"}, set()),
+    "farm.ray_driver":   (set(),                                         {"ray"}),
+    "farm.work":         (set(),                                         set()),
+    "farm":              ({"quant", "kernels"},                          set()),
+    "__main__":          ({"quant", "accel", "demo", "farm", "kernels", "api"}, set()),
     "api":               ({"quant", "accel", "kernels"},                 set()),
     "__init__":          ({"nodes", "api", "quant.diffusers"},           set()),
 }
@@ -131,7 +135,10 @@ def test_quant_is_few_rooms_and_few_arrows():
     assert len(quant.arrows) <= 32
 
 
-@pytest.mark.parametrize("floor", ["nodes", "nodes/bridge", "quant", "accel", "kernels", "demo"])
+FLOORS = ["nodes", "nodes/bridge", "farm", "quant", "accel", "kernels", "demo"]
+
+
+@pytest.mark.parametrize("floor", FLOORS)
 def test_no_floor_has_a_circle(floor):
     assert graph(floor).heights()
 

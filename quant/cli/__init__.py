@@ -9,6 +9,7 @@ convert.py   a 4-bit file in another program's format
 partials.py  files of stopped runs: listed, removed
 options.py   what can be typed
 console.py   a progress bar, and lines for people
+driven.py    lines for a program that runs `quantize`
 """
 
 _EXAMPLES = """examples:

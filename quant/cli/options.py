@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,47 @@ def for_quantize(
     if options.prompts is not None:
         options.prompts = Path(options.prompts)
     return options
+
+
+def as_typed(given: Mapping[str, Any]) -> list[str]:
+    """Options of `quantize` by their names, as they are typed; None: not given. Raises ValueError
+    for one that there is not, or a value that it does not take.
+    """
+    known = {action.dest: action for action in _parser_of_quantize()._actions}
+    words: list[str] = []
+    for name, value in given.items():
+        action = known.get(name.replace("-", "_"))
+        if action is None or not action.option_strings:
+            raise ValueError(f"quantize has no option {name!r}")
+        if value is None:
+            continue
+        yes, no = action.option_strings[0], action.option_strings[-1]
+        if isinstance(value, bool) and action.nargs == 0:
+            words += [yes] if value else [no] * (no != yes)
+        else:
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                words.append(f"{yes}={each}")
+    parsed(words)
+    return words
+
+
+def parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Options of `quantize` as they are typed, behind a source and a target, read. Raises
+    ValueError.
+    """
+    try:
+        options, unknown = _parser_of_quantize().parse_known_args(["source", "target", *words])
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if unknown:
+        raise ValueError(f"quantize has no option {unknown[0]!r}")
+    return options
+
+
+def _parser_of_quantize() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    _quantize_options(parser)
+    return parser
 
 
 def _quantize_options(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +214,14 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="replace a quantized file that was made with other options or of another model",
+    )
+    parser.add_argument(
+        "--driven",
+        action="store_true",
+        help=(
+            "for a program that runs this one: progress and report as lines of JSON on stdout, and"
+            " an end when standard input ends"
+        ),
     )
     parser.set_defaults(quiet=False)
 

@@ -14,11 +14,12 @@ from ..files.errors import FileRefused
 from ..files.report import Report
 from ..files.source_files import open_stored
 from ..job.checkpoint_run import QuantizeJob
+from ..job.monitor import Monitor
 from ..svdquant.recipe import WIDE_SHARE
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
-from . import measure, methods
+from . import driven, measure, methods
 from .console import Bar, print_summary
 
 _WIDTHS = ("activations", "share_8bit")
@@ -53,14 +54,19 @@ RECIPES: dict[str, type[AnyRecipe]] = {
 
 
 def quantize(options: argparse.Namespace) -> None:
-    """SOURCE → TARGET, with a progress bar and a summary."""
-    print_summary(options.target, run(options).summary())
+    """SOURCE → TARGET, with a progress bar and a summary; or with lines for a program."""
+    if options.driven:
+        with driven.driven() as monitor:
+            driven.say_report(run(options, monitor))
+    else:
+        print_summary(options.target, run(options).summary())
 
 
-def run(options: argparse.Namespace) -> Report:
-    """SOURCE → TARGET, with a progress bar unless `options.quiet`. Raises FileRefused and
-    ValueError before anything is written.
+def run(options: argparse.Namespace, monitor: Monitor | None = None) -> Report:
+    """SOURCE → TARGET, with a progress bar unless there is a monitor or `options.quiet`. Raises
+    FileRefused and ValueError before anything is written.
     """
+    options.quiet = options.quiet or monitor is not None
     _check_numbers(options)
     _encoders_own(options)
     job = methods.prepare(options.source, options.target, _recipe(options))
@@ -70,7 +76,7 @@ def run(options: argparse.Namespace) -> Report:
         print(f"nibble: {note}", file=sys.stderr)
     measurement = measure.measure(options, job)
     with Bar(shown=not options.quiet) as bar:
-        return job.write(measurement, bar.monitor, options.device)
+        return job.write(measurement, monitor or bar.monitor, options.device)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .errors import DiskRefused, FileRefused
+from .errors import DiskRefused, TargetBusy
 
 PARTIAL = ".partial"  # ending of a file that is not finished yet
 JOURNAL = ".journal"  # behind it: what of an unfinished file is done (writer.py)
@@ -116,7 +116,7 @@ def exclusive(target: str | os.PathLike) -> Iterator[Held]:
     `target`, a file or a folder; a `Held` target is held already.
 
     Leaves no lock behind, nor anything of an unfinished file that no run can go on from. Raises
-    FileRefused where another run holds it, or its file cannot be made.
+    TargetBusy where another run holds it, FileRefused where its file cannot be made.
     """
     if isinstance(target, Held):
         yield target
@@ -186,7 +186,7 @@ def _acquired(path: Path, name: str) -> FileLock:
             return lock
         lock.release()
     whose = "this" if path in _ours else "another"
-    raise FileRefused(
+    raise TargetBusy(
         f"{name} is being written by another run (of {whose} program, since"
         f" {time.strftime('%H:%M', time.localtime(since))}); wait for it or choose another name."
     )

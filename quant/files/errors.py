@@ -40,6 +40,10 @@ class DiskRefused(FileRefused):
     """The disk does not take what would be written; the same work may succeed another time."""
 
 
+class TargetBusy(FileRefused):
+    """Another run is writing the target; the same work may succeed when that has ended."""
+
+
 @contextlib.contextmanager
 def reading(path: str | os.PathLike, remedy: str = "download or copy it again") -> Iterator[None]:
     """Whatever is raised inside while a file is read becomes a FileRefused that names it. A reader

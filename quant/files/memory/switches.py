@@ -12,7 +12,7 @@ from .weights import EncoderWeights
 
 # docs/benchmarks.md, "What quantizing costs": 11.9e9 weights in 803 s on 2 cores of an AMD EPYC
 # (Zen 3), preset fast
-_SECONDS_A_WEIGHT = 803 / 11.9e9
+SECONDS_A_WEIGHT = 803 / 11.9e9
 # the same page, "Modulation out of VRAM": a core's time a step, for a byte of 4-bit modulation
 _SECONDS_A_BYTE = 0.12 / 1.73e9
 # PCI Express 4.0 x8, as an 8 GB card has it: its nominal rate
@@ -119,7 +119,7 @@ def _quantize(loadout: Loadout, work: Work) -> Switch | None:
         SAMPLE,
         loadout.model.bytes - then.bytes,
         (
-            f"{duration(loadout.model.to_quantize * _SECONDS_A_WEIGHT)} once, on 2 cores of an AMD"
+            f"{duration(loadout.model.to_quantize * SECONDS_A_WEIGHT)} once, on 2 cores of an AMD"
             " EPYC (Zen 3) with preset fast; on a GPU not yet measured"
         ),
         "SVDQuant Quantize Checkpoint, or python ComfyUI-Nibble quantize",

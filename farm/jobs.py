@@ -1,0 +1,144 @@
+"""What a farm is to make: models × recipes, each a job.
+
+A job is a source, a target and options of `quantize`, all of them words that a command line takes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..quant.cli import options as typed
+from ..quant.files import source_files
+from ..quant.files.errors import FileRefused
+from ..quant.files.safetensors import read_header
+
+DEFAULT_RECIPES: dict[str, tuple[str, ...]] = {"svdq": ("--preset=fast",)}
+DEFAULT_TARGET = "quantized/{model}-{recipe}.safetensors"
+AMOUNTS = ("cpus", "gpus", "memory", "retries")
+"""What the user may say that a job takes of a machine: cores, GPUs, GB; and how often it may be
+begun again.
+"""
+WORKER = ("python", "pack", *AMOUNTS)
+_ENDINGS = (".safetensors", ".gguf", ".sft")
+_PIPELINE = "model_index.json"  # in a folder that diffusers saved
+_OURS = ("driven", "help", "part", "parts")  # options of quantize that are the farm's business
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checkpoint to make. name: for people, unique; options: of `quantize`, as they are typed;
+    worker: what the user said of `WORKER`; parts: on how many workers it is made.
+    """
+
+    name: str
+    source: Path
+    target: Path
+    recipe: str
+    options: tuple[str, ...] = ()
+    worker: Mapping[str, Any] = field(default_factory=dict)
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """Models × recipes. folder: what names are told in; recipes: options as they are typed, by
+    name; target: a pattern of paths in the folder.
+    """
+
+    folder: Path
+    recipes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: DEFAULT_RECIPES)
+    target: str = DEFAULT_TARGET
+    worker: Mapping[str, Any] = field(default_factory=dict)
+
+    def jobs_of(self, source: Path) -> list[Job]:
+        """A job for each recipe. Raises ValueError for a pattern that cannot be read."""
+        return [self.job(source, self.target_of(source, name), name) for name in self.recipes]
+
+    def job(self, source: Path, target: Path, recipe: str) -> Job:
+        """One of them."""
+        inside = target.is_relative_to(self.folder)
+        name = target.relative_to(self.folder) if inside else target
+        return Job(name.as_posix(), source, target, recipe, self.recipes[recipe], self.worker)
+
+    def target_of(self, source: Path, recipe: str) -> Path:
+        """Where the pattern puts a model's file."""
+        stem = source.stem if source.suffix.lower() in _ENDINGS else source.name
+        found = source_files.SHARD.fullmatch(source.name)
+        names = {"model": found[1] if found else stem, "recipe": recipe}
+        try:
+            return self.folder / self.target.format_map(names)
+        except (KeyError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"target {self.target!r} cannot be read ({error}); it may hold {{model}} and"
+                " {recipe}"
+            ) from error
+
+
+def models_in(folder: Path, pattern: str = "**/*") -> list[Path]:
+    """The models in a folder that could be quantized: files, of several the first, and folders that
+    diffusers saved. What Nibble made is none.
+    """
+    found = sorted(folder.glob(pattern))
+    pipelines = [path for path in found if (path / _PIPELINE).is_file()]
+    files = [
+        path
+        for path in found
+        if path.suffix.lower() in _ENDINGS
+        and path.is_file()
+        and not source_files.is_later_shard(path.name)
+        and not any(pipeline in path.parents for pipeline in pipelines)
+        and not _is_ours(path)
+    ]
+    return pipelines + files
+
+
+def each_once(jobs: Iterable[Job]) -> list[Job]:
+    """The same jobs. Raises ValueError where two write one target."""
+    by_target: dict[Path, Job] = {}
+    for job in jobs:
+        other = by_target.setdefault(job.target, job)
+        if other != job:
+            raise ValueError(
+                f"{job.name} would be made of {other.source.name} ({other.recipe}) and of"
+                f" {job.source.name} ({job.recipe}); give them targets of their own"
+            )
+    return list(by_target.values())
+
+
+def recipe_typed(text: str) -> tuple[str, tuple[str, ...]]:
+    """'NAME=OPTIONS' → both, options as `quantize` has them: 'vq3=--method vq --bits 3'. Raises
+    ValueError.
+    """
+    name, _, words = text.partition("=")
+    if not name or name.startswith("-"):
+        raise ValueError(f"--recipe {text!r} has no name; give 'NAME=OPTIONS'")
+    return name, recipe(shlex.split(words), Path(), f"--recipe {name}")
+
+
+def recipe(options: Mapping[str, Any] | list[str], folder: Path, where: str) -> tuple[str, ...]:
+    """Options of `quantize` by their names, or typed, as every worker can take them: paths in the
+    folder are whole. Raises ValueError, which begins with `where`.
+    """
+    try:
+        words = typed.as_typed(options) if isinstance(options, Mapping) else list(options)
+        values = typed.parsed(words)
+        plain = typed.parsed([])
+        ours = [name for name in _OURS if getattr(values, name, None) != getattr(plain, name, None)]
+        if ours:
+            raise ValueError(f"{ours[0]} is the farm's own business; leave it out")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if values.prompts is not None:
+        words.append(f"--prompts={(folder / values.prompts).resolve()}")
+    return tuple(words)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.suffix != ".gguf" and read_header(path).metadata.get("format") == "nibble"
+    except FileRefused:
+        return False

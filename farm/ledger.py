@@ -1,0 +1,184 @@
+"""Where each job of a farm stands, and what an earlier run did of it.
+
+The report that a farm writes (report.py) is its memory: a job whose entry there has the same
+options, and whose source and target have been touched by nobody since, is done, and nothing is
+started for it. Whatever else lies at the target is for `quantize` to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..quant.files.report import Report
+from .jobs import Job
+
+WAITING, RUNNING, DONE, BEFORE = "waiting", "running", "done", "done before"
+BUSY, REFUSED, LOST = "written elsewhere", "refused", "lost"
+ENDED = (DONE, BEFORE, REFUSED, LOST)
+FAILED = (REFUSED, LOST)
+
+
+@dataclass
+class Entry:
+    """A job's state. workers: those that worked on it, in order; layers, weights: (done, of);
+    seconds: of its last try; result: what `result_of` takes from the report.
+    """
+
+    job: Job
+    state: str = WAITING
+    workers: list[str] = field(default_factory=list)
+    layers: tuple[int, int] = (0, 0)
+    weights: tuple[int, int] = (0, 0)
+    began: float = 0.0
+    seconds: float = 0.0
+    sentence: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    first_weights: int = 0  # that were done when its worker began
+    stamps: list[list[int]] = field(default_factory=list)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that it will still take, by its own speed; None: not known yet."""
+        done, of = self.weights
+        made, passed = done - self.first_weights, time.monotonic() - self.began
+        return passed * (of - done) / made if made > 0 else None
+
+
+class Ledger:
+    """All jobs of a farm, by name. earlier: entries of the last report, by name."""
+
+    def __init__(self, jobs: Iterable[Job] = (), earlier: Mapping[str, Mapping] | None = None):
+        self.entries: dict[str, Entry] = {}
+        self.notes: list[str] = []
+        self.cluster: dict[str, Any] = {}
+        self.earlier = dict(earlier or {})
+        for job in jobs:
+            self.add(job)
+
+    def add(self, job: Job) -> Entry:
+        """A new job; done before where the last report says so of what lies there still."""
+        entry = self.entries[job.name] = Entry(job)
+        known = self.earlier.get(job.name)
+        if known and known.get("state") in (DONE, BEFORE) and _same(job, known):
+            entry.state, entry.workers = BEFORE, list(known["workers"])
+            entry.result, entry.stamps = known["result"], known["stamps"]
+            entry.seconds = known["seconds"]
+        return entry
+
+    @property
+    def open(self) -> list[Entry]:
+        """Those that have not ended."""
+        return [entry for entry in self.entries.values() if entry.state not in ENDED]
+
+    def count(self, *states: str) -> int:
+        """How many are in these states."""
+        return sum(entry.state in states for entry in self.entries.values())
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """An event of a runner."""
+        kind = event["event"]
+        if kind == "cluster":
+            self.cluster = dict(event)
+        elif kind == "note":
+            self.note(event["sentence"])
+        elif kind == "again":  # its driver is gone: all that were running wait once more
+            for entry in self.open:
+                entry.state = WAITING
+        else:
+            entry = self.entries[event["job"]]
+            if entry.state not in ENDED:
+                _TAKE[kind](entry, event)
+
+    def note(self, sentence: str) -> None:
+        """Something that the user should know, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def end(self, job: Job, state: str, sentence: str) -> None:
+        """A job that cannot be done."""
+        entry = self.entries[job.name]
+        entry.state, entry.sentence = state, sentence
+
+
+def stamp(path: Path) -> list[int]:
+    """What tells that nobody touched a file, or a folder's files: bytes and time of the last
+    change, in ns. [] where there is none.
+    """
+    try:
+        if not path.is_dir():
+            return [path.stat().st_size, path.stat().st_mtime_ns]
+        facts = [file.stat() for file in path.rglob("*") if file.is_file()]
+        return [sum(fact.st_size for fact in facts), max(fact.st_mtime_ns for fact in facts)]
+    except (OSError, ValueError):
+        return []
+
+
+def stamps(job: Job) -> list[list[int]]:
+    """Of a job's source and target."""
+    return [stamp(job.source), stamp(job.target)]
+
+
+def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a farm keeps of a run's report (`Report` as JSON): sizes in bytes, the median and the
+    worst layer's error in dB and what it was measured on (None: no layer has one), seconds of the
+    work, notes.
+    """
+    known = Report.from_json(json.dumps(report))
+    db = known.decibels()
+    return {
+        "architecture": known.architecture,
+        "bytes_before": known.bytes_before,
+        "bytes_after": known.bytes_after,
+        "db": round(statistics.median(db), 2) if db else None,
+        "worst_db": db[0] if db else None,
+        "errors": [text for _, text in known.errors()],
+        "seconds": round(known.seconds, 1),
+        "notes": known.notes,
+    }
+
+
+def _same(job: Job, known: Mapping[str, Any]) -> bool:
+    now = stamps(job)
+    return all(now) and [known.get("options"), known.get("stamps")] == [list(job.options), now]
+
+
+def _started(entry: Entry, event: Mapping[str, Any]) -> None:
+    entry.state, entry.began = RUNNING, time.monotonic()
+    entry.workers.append(event["worker"])
+    entry.weights, entry.layers, entry.first_weights = (0, 0), (0, 0), 0
+
+
+def _progress(entry: Entry, event: Mapping[str, Any]) -> None:
+    if entry.weights == (0, 0):
+        entry.first_weights, entry.began = event["weights"][0], time.monotonic()
+    entry.layers, entry.weights = tuple(event["layers"]), tuple(event["weights"])
+
+
+def _report(entry: Entry, event: Mapping[str, Any]) -> None:
+    entry.state, entry.seconds = DONE, event["seconds"]
+    entry.result = result_of(event["report"])
+    entry.stamps = stamps(entry.job)
+
+
+def _refused(entry: Entry, event: Mapping[str, Any]) -> None:
+    busy = event["kind"] == "TargetBusy"
+    entry.state, entry.sentence = BUSY if busy else REFUSED, event["sentence"]
+
+
+def _lost(entry: Entry, event: Mapping[str, Any]) -> None:
+    entry.state, entry.sentence = LOST, event["sentence"]
+
+
+_TAKE = {
+    "started": _started,
+    "progress": _progress,
+    "report": _report,
+    "refused": _refused,
+    "lost": _lost,
+}

@@ -1,0 +1,132 @@
+"""A runner over a Ray cluster, by a driver (ray_driver.py) that is a process of its own.
+
+Ray ends a driver whose cluster's head is gone. Then another driver is started, which looks for the
+cluster until `patience` is over, and gets all jobs that had not ended; each goes on from the layers
+that are in its target's journal.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .ray_driver import NO_CLUSTER
+from .run import ClusterRefused
+
+DRIVER = Path(__file__).with_name("ray_driver.py")
+FIRST = 20.0  # seconds that a cluster has to answer at first
+ENDS = ("report", "refused", "lost")
+
+
+def is_installed() -> bool:
+    """Whether there is a Ray here; it is not imported."""
+    return importlib.util.find_spec("ray") is not None
+
+
+class OnRay:
+    """Jobs to a cluster, events back. address: as `ray.init` takes it, or "local"."""
+
+    def __init__(self, address: str = "local", patience: float = 600.0):
+        self.address, self.patience = address, patience
+        self._open: dict[str, dict] = {}
+        self._events: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self._said: collections.deque[str] = collections.deque(maxlen=20)
+        self._connected = False
+        self._start(FIRST)
+
+    def submit(self, job: Mapping[str, Any]) -> None:
+        """job: as `work.run` takes it, with its `id` and `needs`."""
+        self._open[job["id"]] = dict(job)
+        self._send(self._open[job["id"]])
+
+    def poll(self, seconds: float) -> list[dict]:
+        """What has happened, waiting for the first of it. Raises ClusterRefused where there is no
+        cluster at the address, or none has come back.
+        """
+        events: list[dict] = []
+        try:
+            while True:
+                event = self._events.get(timeout=0 if events else seconds)
+                events += self._again() if event is None else self._known(event)
+        except queue.Empty:
+            return events
+
+    def close(self) -> None:
+        """Ends the driver; what its workers were at goes on from its layers the next time."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+            self._process.wait(30)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+        self._process.wait()
+
+    def _known(self, event: dict) -> list[dict]:
+        self._connected |= event["event"] == "cluster"
+        if event["event"] in ENDS:
+            self._open.pop(event["job"], None)
+        if event["event"] == "nowhere":
+            return [{"event": "note", "sentence": _nowhere(event["needs"])}]
+        return [event]
+
+    def _again(self) -> list[dict]:
+        """The driver has ended: another one, with all jobs that are open."""
+        code = self._process.wait()
+        said = next((line.strip() for line in reversed(self._said) if line.strip()), "")
+        if not self._connected or code == NO_CLUSTER:
+            raise ClusterRefused(
+                f"There is no Ray cluster at {self.address}, or none that answers ({said}); start"
+                " one (docs/farm.md), or leave --address out to work on this machine."
+            )
+        self._start(self.patience)
+        for job in self._open.values():
+            self._send(job)
+        note = "the cluster was lost and is looked for again; unfinished jobs go on where they were"
+        return [{"event": "again"}, {"event": "note", "sentence": note}]
+
+    def _start(self, patience: float) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(DRIVER), self.address, str(patience)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for the farm, which ends it
+        )
+        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+        threading.Thread(
+            target=self._said.extend, args=(self._process.stderr,), daemon=True
+        ).start()
+
+    def _listen(self, process: subprocess.Popen) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._events.put(json.loads(line))
+        self._events.put(None)
+
+    def _send(self, job: dict) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+        except OSError:  # it is gone, which `poll` will find
+            pass
+
+
+def _nowhere(needs: Mapping[str, Any]) -> str:
+    wants = [f"{needs['cpus']:g} cores", f"{needs['memory'] / 1e9:.1f} GB of memory"]
+    if needs["gpus"]:
+        wants.append(f"{needs['gpus']:g} GPU")
+    return (
+        f"no machine of the cluster has {', '.join(wants)}; such jobs wait for one, or say less in"
+        " the jobs file (worker: cpus, gpus, memory)"
+    )

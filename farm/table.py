@@ -1,0 +1,139 @@
+"""What a farm shows while it works: a live table in a terminal, lines where it is written to a
+file, JSON for a program.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import Any, TextIO
+
+from ..quant.files.memory.switches import duration, gigabytes
+from .ledger import BEFORE, BUSY, DONE, ENDED, FAILED, RUNNING, Entry, Ledger
+from .report import headline
+
+NAME, WORKER = 40, 24  # characters of a column at most
+APART = 1.0  # seconds between two tables at least
+
+
+class Table:
+    """Jobs at work, each with its worker, layer and time left; and the count of all."""
+
+    def __init__(self, ledger: Ledger, out: TextIO = sys.stdout):
+        self.ledger, self.out = ledger, out
+        self._drawn = 0  # lines
+        self._at = 0.0
+        self._told: set[str] = set()
+        self._noted = 0
+
+    def __call__(self) -> None:
+        """Shows what has changed."""
+        lines = self._news()
+        live = self.out.isatty()
+        due = time.monotonic() - self._at >= APART
+        if not lines and not (live and due):
+            return
+        if live and self._drawn:
+            self.out.write(f"\x1b[{self._drawn}F\x1b[J")  # up to its first line, all below erased
+        for line in lines:
+            print(line, file=self.out)
+        if live:
+            width, height = shutil.get_terminal_size()
+            table = [line[: width - 1] for line in self.lines()[: height - 2]]
+            self.out.write("".join(line + "\n" for line in table))
+            self._drawn, self._at = len(table), time.monotonic()
+        self.out.flush()
+
+    def lines(self) -> list[str]:
+        """The table."""
+        rows = [
+            _line(entry) for entry in self.ledger.entries.values() if entry.state in (RUNNING, BUSY)
+        ]
+        return [*rows, f"{headline(self.ledger)}{_left(self.ledger)}"]
+
+    def _news(self) -> list[str]:
+        """Notes that are new, and jobs that have ended since the last look."""
+        notes, self._noted = self.ledger.notes[self._noted :], len(self.ledger.notes)
+        lines = [f"note: {note}" for note in notes]
+        for name, entry in self.ledger.entries.items():
+            if entry.state in ENDED and name not in self._told:
+                self._told.add(name)
+                if entry.state != BEFORE:
+                    lines.append(ended(entry))
+        return lines
+
+
+class Lines:
+    """The same for a program: a line of JSON a second, {"event": "farm", ...}."""
+
+    def __init__(self, ledger: Ledger, out: TextIO = sys.stdout):
+        self.ledger, self.out = ledger, out
+        self._last: dict[str, Any] = {}
+        self._at = 0.0
+
+    def __call__(self) -> None:
+        """Says where the farm stands, where that has changed."""
+        now, state = time.monotonic(), self.state()
+        if state == self._last or (now - self._at < APART and self.ledger.open):
+            return
+        self._last, self._at = state, now
+        print(json.dumps(state), file=self.out, flush=True)
+
+    def state(self) -> dict[str, Any]:
+        """Counts, jobs at work, notes, and of each job that ended, how."""
+        entries = self.ledger.entries.values()
+        return {
+            "event": "farm",
+            "jobs": len(entries),
+            "made": self.ledger.count(DONE, BEFORE),
+            "failed": self.ledger.count(*FAILED),
+            "running": [
+                {"job": each.job.name, "worker": each.workers[-1], "layers": list(each.layers)}
+                for each in entries
+                if each.state == RUNNING
+            ],
+            "weights": [sum(each.weights[i] for each in entries) for i in (0, 1)],
+            "notes": self.ledger.notes,
+            "ended": {
+                each.job.name: each.sentence or each.state
+                for each in entries
+                if each.state in ENDED
+            },
+        }
+
+
+def ended(entry: Entry) -> str:
+    """'made  a-svdq.safetensors  23.8 GB → 6.59 GB  27.1 dB  13 minutes  node1-ab12'."""
+    if entry.state in FAILED:
+        return f"{entry.state}  {entry.job.name}: {entry.sentence}"
+    result = entry.result
+    sizes = " → ".join(gigabytes(result[key]) for key in ("bytes_before", "bytes_after"))
+    db = "" if result["db"] is None else f"  {result['db']:.1f} dB"
+    return f"made  {entry.job.name}  {sizes}{db}  {duration(entry.seconds)}  {entry.workers[-1]}"
+
+
+def _line(entry: Entry) -> str:
+    name = entry.job.name
+    name = name if len(name) <= NAME else "…" + name[1 - NAME :]
+    worker = entry.workers[-1] if entry.workers else ""
+    if entry.state == BUSY:
+        what = "another run is writing it; looked at again soon"
+    elif entry.layers[1]:
+        what = f"layer {entry.layers[0]} of {entry.layers[1]}"
+        if entry.left is not None:
+            what += f", {duration(entry.left)} left"
+    else:
+        what = "reading and measuring"
+    return f"{name:<{NAME}}  {worker[:WORKER]:<{WORKER}}  {what}"
+
+
+def _left(ledger: Ledger) -> str:
+    """How long all will take, by what was made so far, once something was."""
+    made = [entry.seconds for entry in ledger.entries.values() if entry.state == DONE]
+    running = ledger.count(RUNNING)
+    if not made or not running or not ledger.open:
+        return ""
+    seconds = sum(made) / len(made) * len(ledger.open) / running
+    return f"; about {duration(seconds)} left"
