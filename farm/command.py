@@ -53,7 +53,12 @@ def add_command(commands) -> None:
         help="write BASE.json and BASE.html (default: JOBS-farm, beside the jobs)",
     )
     parser.add_argument(
-        "--lines", action="store_true", help="for programs: progress as lines of JSON"
+        "--lines",
+        action="store_true",
+        help=(
+            "for a program that runs this one: progress as lines of JSON on stdout, and an end when"
+            " standard input ends"
+        ),
     )
     parser.set_defaults(run=farm)
 
@@ -62,11 +67,14 @@ def farm(options: argparse.Namespace) -> None:
     """Makes all jobs; prints what goes on; writes the report. Raises ValueError where jobs failed,
     FileRefused for a jobs file that cannot be used.
     """
+    from ..quant.cli import driven
     from . import report
     from .ledger import FAILED, Ledger
     from .run import Farm
     from .table import Lines, Table
 
+    if options.lines:
+        driven.end_with_input()
     jobs, more = _jobs(options)
     base = options.report or options.jobs.with_name(f"{options.jobs.resolve().stem}-farm")
     ledger = Ledger(jobs, report.earlier(base))

@@ -168,14 +168,13 @@ def connected(address: str, patience: float):
     """Ray, connected; looks for a cluster again for `patience` seconds."""
     import ray
 
-    given = {"log_to_driver": False, "configure_logging": False}
+    given: dict = {"log_to_driver": False, "configure_logging": False}
     until = time.monotonic() + patience
     while True:
         try:
             if address == "local":
-                ray.init(include_dashboard=False, **given)
-            else:
-                ray.init(address=address, **given)
+                given["include_dashboard"] = False
+            ray.init(address=address, **given)
             return ray
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if time.monotonic() > until:

@@ -33,7 +33,7 @@ def say(event: str, **facts: Any) -> None:
 @contextmanager
 def driven() -> Iterator[Monitor]:
     """The monitor of a driven run. What is refused inside is said before it is raised again."""
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    end_with_input()
     lines = _Lines()
     try:
         yield Monitor(progress=lines.progress, layers=lines.layers)
@@ -47,8 +47,12 @@ def say_report(report: Report) -> None:
     say("report", report=json.loads(report.to_json()), errors=report.errors())
 
 
-def _end_with_input() -> None:
-    """Waits for the end of standard input; takes nothing else from it."""
+def end_with_input() -> None:
+    """From now on the process ends where its standard input does."""
+    threading.Thread(target=_wait_for_end, daemon=True).start()
+
+
+def _wait_for_end() -> None:
     # no buffered reader: Python could not end while a thread is in one
     while os.read(sys.stdin.fileno(), 1 << 16):
         pass
