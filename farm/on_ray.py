@@ -14,6 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .run import ClusterRefused
 
 DRIVER = Path(__file__).with_name("ray_driver.py")
 FIRST = 20.0  # seconds that a cluster has to answer at first
+CONNECTING = 60.0  # seconds that a driver may take beside its patience, Ray's start included
 ENDS = ("report", "refused", "lost")
 
 
@@ -52,6 +54,8 @@ class OnRay:
         cluster at the address, or none has come back.
         """
         events: list[dict] = []
+        if self._until is not None and time.monotonic() > self._until:
+            self._process.kill()
         try:
             while True:
                 event = self._events.get(timeout=0 if events else seconds)
@@ -70,7 +74,8 @@ class OnRay:
         self._process.wait()
 
     def _known(self, event: dict) -> list[dict]:
-        self._connected |= event["event"] == "cluster"
+        if event["event"] == "cluster":
+            self._connected, self._until = True, None
         if event["event"] in ENDS:
             self._open.pop(event["job"], None)
         if event["event"] == "nowhere":
@@ -81,7 +86,8 @@ class OnRay:
         """The driver has ended: another one, with all jobs that are open."""
         code = self._process.wait()
         said = next((line.strip() for line in reversed(self._said) if line.strip()), "")
-        if not self._connected or code == NO_CLUSTER:
+        gone = self._until is not None and time.monotonic() > self._until
+        if not self._connected or gone or code == NO_CLUSTER:
             raise ClusterRefused(
                 f"There is no Ray cluster at {self.address}, or none that answers ({said}); start"
                 " one (docs/farm.md), or leave --address out to work on this machine."
@@ -93,6 +99,7 @@ class OnRay:
         return [{"event": "again"}, {"event": "note", "sentence": note}]
 
     def _start(self, patience: float) -> None:
+        self._until: float | None = time.monotonic() + patience + CONNECTING
         self._process = subprocess.Popen(
             [sys.executable, str(DRIVER), self.address, str(patience)],
             stdin=subprocess.PIPE,

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 import time
@@ -49,8 +50,6 @@ def work(job: dict, board) -> dict:
     try:
         code = runpy.run_path(path)
     except OSError as error:
-        import socket
-
         where = f"{socket.gethostname()} has no Nibble at {job['pack']} ({error.strerror})"
         way = "put the pack there, or name its place in the jobs file: worker: pack"
         return {"event": "refused", "kind": "FileRefused", "sentence": f"{where}; {way}"}
@@ -172,6 +171,7 @@ def connected(address: str, patience: float):
     until = time.monotonic() + patience
     while True:
         try:
+            reach(address)
             if address == "local":
                 given["include_dashboard"] = False
             ray.init(address=address, **given)
@@ -181,6 +181,13 @@ def connected(address: str, patience: float):
                 print(str(error).strip().partition("\n")[0], file=sys.stderr)
                 sys.exit(NO_CLUSTER)
             time.sleep(1)
+
+
+def reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for ten minutes."""
+    host, _, port = address.rpartition("://")[2].partition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def main() -> int:

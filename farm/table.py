@@ -21,8 +21,8 @@ APART = 1.0  # seconds between two tables at least
 class Table:
     """Jobs at work, each with its worker, layer and time left; and the count of all."""
 
-    def __init__(self, ledger: Ledger, out: TextIO = sys.stdout):
-        self.ledger, self.out = ledger, out
+    def __init__(self, ledger: Ledger, out: TextIO | None = None):
+        self.ledger, self.out = ledger, out or sys.stdout
         self._drawn = 0  # lines
         self._at = 0.0
         self._told: set[str] = set()
@@ -48,10 +48,11 @@ class Table:
 
     def lines(self) -> list[str]:
         """The table."""
-        rows = [
-            _line(entry) for entry in self.ledger.entries.values() if entry.state in (RUNNING, BUSY)
-        ]
-        return [*rows, f"{headline(self.ledger)}{_left(self.ledger)}"]
+        at_work = [each for each in self.ledger.entries.values() if each.state in (RUNNING, BUSY)]
+        rows = [_cells(entry) for entry in at_work]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows]
+        return [*lines, f"{headline(self.ledger)}{_left(self.ledger)}"]
 
     def _news(self) -> list[str]:
         """Notes that are new, and jobs that have ended since the last look."""
@@ -68,8 +69,8 @@ class Table:
 class Lines:
     """The same for a program: a line of JSON a second, {"event": "farm", ...}."""
 
-    def __init__(self, ledger: Ledger, out: TextIO = sys.stdout):
-        self.ledger, self.out = ledger, out
+    def __init__(self, ledger: Ledger, out: TextIO | None = None):
+        self.ledger, self.out = ledger, out or sys.stdout
         self._last: dict[str, Any] = {}
         self._at = 0.0
 
@@ -114,7 +115,7 @@ def ended(entry: Entry) -> str:
     return f"made  {entry.job.name}  {sizes}{db}  {duration(entry.seconds)}  {entry.workers[-1]}"
 
 
-def _line(entry: Entry) -> str:
+def _cells(entry: Entry) -> tuple[str, str, str]:
     name = entry.job.name
     name = name if len(name) <= NAME else "…" + name[1 - NAME :]
     worker = entry.workers[-1] if entry.workers else ""
@@ -126,7 +127,7 @@ def _line(entry: Entry) -> str:
             what += f", {duration(entry.left)} left"
     else:
         what = "reading and measuring"
-    return f"{name:<{NAME}}  {worker[:WORKER]:<{WORKER}}  {what}"
+    return name, worker[:WORKER], what
 
 
 def _left(ledger: Ledger) -> str:
