@@ -22,6 +22,7 @@ WAITING, RUNNING, DONE, BEFORE = "waiting", "running", "done", "done before"
 BUSY, REFUSED, LOST = "written elsewhere", "refused", "lost"
 ENDED = (DONE, BEFORE, REFUSED, LOST)
 FAILED = (REFUSED, LOST)
+SILENT = 20.0  # seconds without a sign of life: the worker is gone, or cut off
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Entry:
     sentence: str = ""
     result: Mapping[str, Any] = field(default_factory=dict)
     first_weights: int = 0  # that were done when its worker began
+    seen: float | None = None  # the last sign of life, of a runner that gives signs
     stamps: list[list[int]] = field(default_factory=list)
 
     @property
@@ -94,6 +96,14 @@ class Ledger:
             entry = self.entries[event["job"]]
             if entry.state not in ENDED:
                 _TAKE[kind](entry, event)
+                entry.seen = time.monotonic() if kind == "alive" or entry.seen else None
+
+    def miss(self) -> None:
+        """Jobs of which nothing was heard for long wait for another worker."""
+        for entry in self.open:
+            if entry.state == RUNNING and entry.seen is not None:
+                if time.monotonic() - entry.seen > SILENT:
+                    entry.state, entry.seen = WAITING, None
 
     def note(self, sentence: str) -> None:
         """Something that the user should know, once."""
@@ -157,7 +167,12 @@ def _started(entry: Entry, event: Mapping[str, Any]) -> None:
 def _progress(entry: Entry, event: Mapping[str, Any]) -> None:
     if entry.weights == (0, 0):
         entry.first_weights, entry.began = event["weights"][0], time.monotonic()
+    entry.state = RUNNING
     entry.layers, entry.weights = tuple(event["layers"]), tuple(event["weights"])
+
+
+def _alive(entry: Entry, event: Mapping[str, Any]) -> None:
+    entry.state = RUNNING
 
 
 def _report(entry: Entry, event: Mapping[str, Any]) -> None:
@@ -178,6 +193,7 @@ def _lost(entry: Entry, event: Mapping[str, Any]) -> None:
 _TAKE = {
     "started": _started,
     "progress": _progress,
+    "alive": _alive,
     "report": _report,
     "refused": _refused,
     "lost": _lost,

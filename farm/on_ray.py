@@ -26,6 +26,7 @@ DRIVER = Path(__file__).with_name("ray_driver.py")
 FIRST = 20.0  # seconds that a cluster has to answer at first
 CONNECTING = 60.0  # seconds that a driver may take beside its patience, Ray's start included
 ENDS = ("report", "refused", "lost")
+DRIVERS = 20  # that may die one after the other without a job that ends
 
 
 def is_installed() -> bool:
@@ -42,6 +43,7 @@ class OnRay:
         self._events: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._connected = False
+        self._died = 0  # drivers since a job ended
         self._start(FIRST)
 
     def submit(self, job: Mapping[str, Any]) -> None:
@@ -77,6 +79,7 @@ class OnRay:
         if event["event"] == "cluster":
             self._connected, self._until = True, None
         if event["event"] in ENDS:
+            self._died = 0
             self._open.pop(event["job"], None)
         if event["event"] == "nowhere":
             return [{"event": "note", "sentence": _nowhere(event["needs"])}]
@@ -87,7 +90,8 @@ class OnRay:
         code = self._process.wait()
         said = next((line.strip() for line in reversed(self._said) if line.strip()), "")
         gone = self._until is not None and time.monotonic() > self._until
-        if not self._connected or gone or code == NO_CLUSTER:
+        self._died += 1
+        if not self._connected or gone or code == NO_CLUSTER or self._died > DRIVERS:
             raise ClusterRefused(
                 f"There is no Ray cluster at {self.address}, or none that answers ({said}); start"
                 " one (docs/farm.md), or leave --address out to work on this machine."

@@ -3,9 +3,10 @@
     python ray_driver.py ADDRESS PATIENCE      ADDRESS: of a running cluster, or "local"
 
 In, on stdin: a job a line (work.py says what is in it, and `id`, `needs`). Out, on stdout: lines of
-JSON, each an event with the `job` that it is of: started, progress, report, refused, lost. The farm
-itself never imports Ray: a driver that has lost its cluster is ended by Ray, which the farm lives
-through, and starts another; and nothing is pickled but the few lines here, of strings and numbers.
+JSON, each an event with the `job` that it is of: started, alive, progress, report, refused, lost.
+The farm itself never imports Ray: a driver that has lost its cluster cannot go on, so it ends,
+which the farm lives through, and starts another; and nothing is pickled but the few lines here, strings
+and numbers.
 """
 
 import contextlib
@@ -21,8 +22,12 @@ from collections import Counter
 NO_CLUSTER, LOST_CLUSTER = 3, 4  # exit codes; Ray's own end is another
 ASIDE = 4  # jobs of one kind that wait in Ray behind those that its cores can run
 LOOK = 0.25  # seconds between two looks
-# the cluster's head has this long to come back before Ray ends a driver; nothing is sent home
-SETTINGS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "15", "RAY_USAGE_STATS_ENABLED": "0"}
+ALIVE = 5.0  # seconds between two signs of life of a task
+WATCH = 1.0  # seconds between two looks at whether the head is there
+STUCK = 60.0  # seconds after which a turn of the driver will never end
+NODES = 5.0  # seconds between two looks at what the cluster has
+# nothing is sent home
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Board:
@@ -53,10 +58,20 @@ def work(job: dict, board) -> dict:
         where = f"{socket.gethostname()} has no Nibble at {job['pack']} ({error.strerror})"
         way = "put the pack there, or name its place in the jobs file: worker: pack"
         return {"event": "refused", "kind": "FileRefused", "sentence": f"{where}; {way}"}
-    worker = f"{code['name']()}-{node}"
-    facts = {"job": job["id"], "worker": worker}
+    facts = {"job": job["id"], "worker": f"{code['name']()}-{node}"}
     board.tell.remote({"event": "started", **facts})
-    return code["run"](job, lambda event: board.tell.remote(event | facts)) | {"worker": worker}
+    ended = threading.Event()
+
+    def alive() -> None:
+        while not ended.is_set():
+            board.tell.remote({"event": "alive", **facts})
+            ended.wait(ALIVE)
+
+    threading.Thread(target=alive, daemon=True).start()
+    try:
+        return code["run"](job, lambda event: board.tell.remote(event | facts)) | facts
+    finally:
+        ended.set()
 
 
 def say(event: dict) -> None:
@@ -75,7 +90,12 @@ class Driver:
         self.waiting: list[dict] = []
         self.running: dict = {}  # reference → job
         self.told: set[str] = set()
+        self.nodes: list[dict] = []
+        self.cluster: dict = {}
+        self.look = 0.0
         self.open = True
+        self.turned = time.monotonic()
+        threading.Thread(target=self.watch, daemon=True).start()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -86,11 +106,40 @@ class Driver:
     def run(self) -> None:
         """Until standard input has ended."""
         while self.open:
+            self.turned = time.monotonic()
+            self._look_at_nodes()
             self._take_jobs()
             self._submit()
             self._finish()
-            for event in self.ray.get(self.board.take.remote()):
+            for event in self.ray.get(self.board.take.remote(), timeout=STUCK):
                 say(event)
+
+    def watch(self) -> None:
+        """Ends this process when the cluster's head is gone, or has come back as another: Ray takes
+        a minute to see the one, and waits for ever with the other.
+        """
+        address = self.ray.get_runtime_context().gcs_address
+        while time.monotonic() - self.turned < STUCK:
+            time.sleep(WATCH)
+            try:
+                reach(address)
+            except OSError:
+                break
+        os._exit(LOST_CLUSTER)
+
+    def _look_at_nodes(self) -> None:
+        """What the cluster has; told when it changes."""
+        if time.monotonic() < self.look:
+            return
+        self.look = time.monotonic() + NODES
+        self.nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        amounts = {
+            name: sum(node.get(name, 0) for node in self.nodes) for name in ("CPU", "GPU", "memory")
+        }
+        cluster = {"event": "cluster", "nodes": len(self.nodes)} | amounts
+        if cluster != self.cluster:
+            self.cluster = cluster
+            say(cluster)
 
     def _take_jobs(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -107,12 +156,11 @@ class Driver:
         """
         if not self.waiting:
             return
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         at_once = Counter(json.dumps(job["needs"]) for job in self.running.values())
         later = []
         for job in self.waiting:
             kind = json.dumps(job["needs"])
-            if at_once[kind] >= self._room(nodes, job["needs"], kind) + ASIDE:
+            if at_once[kind] >= self._room(job["needs"], kind) + ASIDE:
                 later.append(job)
                 continue
             at_once[kind] += 1
@@ -128,13 +176,13 @@ class Driver:
             self.running[task.remote(job, self.board)] = job
         self.waiting = later
 
-    def _room(self, nodes: list[dict], needs: dict, kind: str) -> int:
+    def _room(self, needs: dict, kind: str) -> int:
         """How many jobs of a kind the cluster can run; says it once where that is none."""
         wanted = {"CPU": needs["cpus"], "GPU": needs["gpus"], "memory": needs["memory"]}
         wanted = {resource: amount for resource, amount in wanted.items() if amount}
         room = sum(
             int(min(node.get(resource, 0) // amount for resource, amount in wanted.items()))
-            for node in nodes
+            for node in self.nodes
         )
         if not room and kind not in self.told:
             self.told.add(kind)
@@ -148,11 +196,16 @@ class Driver:
         done, _ = self.ray.wait(references, num_returns=len(references), timeout=LOOK)
         for reference in done:
             job = self.running.pop(reference)
-            try:
-                event = self.ray.get(reference)
-            except self.ray.exceptions.RayError as error:
-                event = {"event": "lost", "sentence": in_words(error, job)}
-            say(event | {"job": job["id"]})
+            say(self._ended(reference, job) | {"job": job["id"]})
+
+    def _ended(self, reference, job: dict) -> dict:
+        """A task's last event. Raises RayError where not the task, but the cluster is lost."""
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(reference)
+        except (errors.RayTaskError, errors.WorkerCrashedError, errors.OutOfMemoryError) as error:
+            self.ray.nodes()  # a cluster that has gone fails tasks, too: then this fails or ends us
+            return {"event": "lost", "sentence": in_words(error, job)}
 
 
 def in_words(error: Exception, job: dict) -> str:
@@ -193,16 +246,12 @@ def reach(address: str) -> None:
 def main() -> int:
     os.environ.update({key: os.environ.get(key, value) for key, value in SETTINGS.items()})
     ray = connected(sys.argv[1], float(sys.argv[2]))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    amounts = {key: sum(node.get(key, 0) for node in nodes) for key in ("CPU", "GPU", "memory")}
-    say({"event": "cluster", "nodes": len(nodes)} | amounts)
     try:
         Driver(ray).run()
     except ray.exceptions.RayError as error:
-        print(str(error).strip().partition("\n")[0], file=sys.stderr)
-        return LOST_CLUSTER
-    finally:
-        ray.shutdown()
+        print(str(error).strip().partition("\n")[0], file=sys.stderr, flush=True)
+        os._exit(LOST_CLUSTER)  # nothing of Ray can be ended in order
+    ray.shutdown()
     return 0
 
 

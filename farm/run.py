@@ -76,6 +76,7 @@ class Farm:
     def _hear(self, seconds: float) -> None:
         for event in self.runner.poll(seconds):
             self.ledger.take(event)
+        self.ledger.miss()
         for each in self.heard:
             each()
 
