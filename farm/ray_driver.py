@@ -5,8 +5,8 @@
 In, on stdin: a job a line (work.py says what is in it, and `id`, `needs`). Out, on stdout: lines of
 JSON, each an event with the `job` that it is of: started, alive, progress, report, refused, lost.
 The farm itself never imports Ray: a driver that has lost its cluster cannot go on, so it ends,
-which the farm lives through, and starts another; and nothing is pickled but the few lines here, strings
-and numbers.
+which the farm lives through, and starts another; and nothing is pickled but the few lines here,
+strings and numbers.
 """
 
 import contextlib
