@@ -2,6 +2,7 @@
 
 methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
+shares.py    the whole of a target, one part of it, or the whole of its parts
 measure.py   the 16-bit model at work, outside ComfyUI
 inspect.py   what a file holds, or what quantizing it would give
 plan.py      what encoding, sampling and decoding will take of a card and of RAM

@@ -174,7 +174,30 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a quantized file that was made with other options or of another model",
     )
+    _parts_options(parser)
     parser.set_defaults(quiet=False)
+
+
+def _parts_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "by several workers (--preset fast)",
+        "one command with --part for each range of layers, in any order and on any machine of one"
+        " kind; then one with --parts, which gives the bytes of a single run",
+    )
+    group.add_argument(
+        "--part",
+        metavar="K/N",
+        help="make only the K-th of N ranges of layers, in the file TARGET.partKofN",
+    )
+    group.add_argument(
+        "--parts",
+        type=int,
+        metavar="N",
+        help=(
+            "join the N part files of the same source and options into TARGET, make what they lack,"
+            " and remove them"
+        ),
+    )
 
 
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:

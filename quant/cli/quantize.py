@@ -18,7 +18,7 @@ from ..svdquant.recipe import WIDE_SHARE
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
-from . import measure, methods
+from . import measure, methods, shares
 from .console import Bar, print_summary
 
 _WIDTHS = ("activations", "share_8bit")
@@ -54,7 +54,8 @@ RECIPES: dict[str, type[AnyRecipe]] = {
 
 def quantize(options: argparse.Namespace) -> None:
     """SOURCE → TARGET, with a progress bar and a summary."""
-    print_summary(options.target, run(options).summary())
+    report = run(options)
+    print_summary(shares.written(options), report.summary())
 
 
 def run(options: argparse.Namespace) -> Report:
@@ -63,14 +64,18 @@ def run(options: argparse.Namespace) -> Report:
     """
     _check_numbers(options)
     _encoders_own(options)
-    job = methods.prepare(options.source, options.target, _recipe(options))
-    if not options.overwrite:
-        _keep_another(job)
-    for note in job.unmatched:  # now, and not after hours of work
-        print(f"nibble: {note}", file=sys.stderr)
-    measurement = measure.measure(options, job)
-    with Bar(shown=not options.quiet) as bar:
-        return job.write(measurement, bar.monitor, options.device)
+    recipe = _recipe(options)
+    share = shares.asked(options, recipe)
+    with share.held() as target:
+        job = methods.prepare(options.source, target, recipe)
+        if not options.overwrite:
+            _keep_another(job)
+        share.check(job)
+        for note in job.unmatched:  # now, and not after hours of work
+            print(f"nibble: {note}", file=sys.stderr)
+        measurement = measure.measure(options, job)
+        with Bar(shown=not options.quiet) as bar:
+            return share.write(job, measurement, bar.monitor)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:
