@@ -117,8 +117,8 @@ def written(options: argparse.Namespace) -> Path:
 def _numbers(options: argparse.Namespace) -> tuple[int | None, int | None]:
     """(K, N) of --part K/N, (None, N) of --parts N, else twice None."""
     if options.part is None:
-        if options.parts is not None and options.parts < 1:
-            raise ValueError(f"--parts {options.parts} is less than 1")
+        if options.parts is not None and not (type(options.parts) is int and options.parts > 0):
+            raise ValueError(f"--parts {options.parts!r} is no number of parts, 1 or more")
         return None, options.parts
     if options.parts is not None:
         raise ValueError(

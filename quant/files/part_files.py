@@ -25,14 +25,14 @@ from .safetensors import SafetensorsFile, TensorSpec, checksum, read_header
 
 FORMAT = "nibble-part"  # "format" in the metadata
 _NAME = re.compile(r"(.+\.safetensors)\.part([1-9]\d*)of([1-9]\d*)", re.DOTALL)
-_DAMAGED = "it is made again"
+_DAMAGED = "the run that joins the parts makes it again"
 # what makes two parts the same, and how people are told that it is not; first what explains most
 _FACTS = {
     "part": "as another part ({there})",
     "nibble_version": "by another version of Nibble",
-    "source": "of another source",
     "method": "by another method ({there})",
     "recipe": "with other options ({there})",
+    "source": "of another source",
     "calibration": "on another measurement",
 }
 
@@ -111,6 +111,23 @@ class PartFile:
                     f"{self.path.name} is damaged: {name} does not match its checksum; {_DAMAGED}."
                 )
         return tensors
+
+
+def facts(path: Path, verify: bool) -> dict[str, Any]:
+    """What a part file is, for `inspect`; verify: reads all of it. Raises FileRefused for one that
+    is damaged.
+    """
+    part = PartFile(path)
+    if verify:
+        with part:
+            for name in read_header(path).tensors:
+                part.tensors([name])
+    number, _, count = part.metadata.get("part", "").partition("/")
+    return {
+        "file": path.name,
+        "kind": f"part {number} of {count} of a quantized model, to be joined by --parts {count}",
+        "layers": len(part.rows),
+    }
 
 
 def _other_options(there: str, here: str) -> str:

@@ -262,3 +262,15 @@ def test_the_commands_tell_what_they_made(source, tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{target}.part1of2\n")
     assert main([*command, "--parts", "2"]) == 0
     assert capsys.readouterr().out.startswith(f"{target}\n")
+
+
+def test_a_part_is_told_from_other_files(source, tmp_path):
+    target = tmp_path / "q.safetensors"
+    make_parts(source, target, 2, 1, **INT4)
+    part = PartName(target, 1, 2).path
+    facts = nibble.inspect(part, verify=True)
+    assert facts["kind"].startswith("part 1 of 2 of a quantized model")
+    assert facts["layers"] == len(layers_of(part))
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    with pytest.raises(FileRefused, match="is damaged"):
+        nibble.inspect(part, verify=True)

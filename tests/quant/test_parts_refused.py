@@ -24,7 +24,8 @@ REFUSED = {
     "no number": ({"part": "two"}, "--part two is not K/N"),
     "no such part": ({"part": "5/4"}, "--part 5/4: the parts are 1/4 to 4/4"),
     "part 0": ({"part": "0/4"}, "--part 0/4: the parts are 1/4 to 4/4"),
-    "no parts": ({"parts": 0}, "--parts 0 is less than 1"),
+    "no parts": ({"parts": 0}, "--parts 0 is no number of parts"),
+    "parts of a part": ({"parts": "2/4"}, "--parts '2/4' is no number of parts"),
     "both": ({"part": "1/2", "parts": 2}, "give one of the two"),
     "more than groups": ({"part": "1/99"}, "99 parts cannot be made of 10 groups"),
     "more to join": ({"parts": 99}, "99 parts cannot be made of 10 groups"),
@@ -52,13 +53,21 @@ def test_a_model_that_would_be_run_on_noise_is_refused_with_the_way_out(tmp_path
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
-def test_parts_of_other_options_are_refused_and_told_which(source, tmp_path):
+OTHER_OPTIONS = {
+    "rank": ({"rank": 32}, "rank 16, here 32"),
+    "other ranges": ({"keep": ["*.0.*"]}, r"keep \[\], here \['\*\.0\.\*'\]"),
+    "unsaid": ({"format": "svdquant_nvfp4"}, "format as it is by default, here svdquant_nvfp4"),
+}
+
+
+@pytest.mark.parametrize("options, words", OTHER_OPTIONS.values(), ids=OTHER_OPTIONS)
+def test_parts_of_other_options_are_refused_and_told_which(source, tmp_path, options, words):
     target = tmp_path / "q.safetensors"
     make_parts(source, target, 2, 1, **INT4)
-    for work in (make_parts, joined):
-        with pytest.raises(FileRefused, match="part1of2 was made with other options .rank 16, her"):
-            work(source, target, 2, **{**INT4, "rank": 32})
-    assert sorted(os.listdir(tmp_path)) == ["q.safetensors.part1of2", "q.safetensors.part2of2"]
+    for share in ({"part": "1/2"}, {"parts": 2}):
+        with pytest.raises(FileRefused, match=f"part1of2 was made with other options .*{words}"):
+            nibble.quantize(source, target, **share, **{**INT4, **options})
+    assert os.listdir(tmp_path) == ["q.safetensors.part1of2"]
 
 
 def test_a_part_of_another_source_is_refused_unless_it_may_be_overwritten(source, tmp_path):
