@@ -67,18 +67,20 @@ def quantize(  # noqa: PLR0913 (a script's keywords)
     overwrite  replace a quantized file that was made with other options or of another model
     quiet      no progress bar on stderr
     options    any other of `nibble quantize --help`, with underscores: rank=64, bits=3,
-               prompts="prompts.safetensors", keep=["double_blocks.0.*"], memory_cap=8.0 (GB)
+               prompts="prompts.safetensors", keep=["double_blocks.0.*"], memory_cap=8.0 (GB);
+               part="2/4" makes the second of four ranges of layers, in a file of its own, and
+               parts=4 joins the four into `target`, which has the bytes of one run ("fast" alone)
 
     Returns the report: `rows` (a row a layer: name, action, dB), `bytes_before`, `bytes_after`,
     `summary()`. The same call again returns at once; an interrupted one goes on.
     Raises FileRefused (a ValueError) for a file that cannot be used, ValueError for options that
     cannot, TypeError for an option that there is not; nothing has been written then.
     """
-    from .quant.cli import options as typed
+    from .quant.cli import by_name
     from .quant.cli import quantize as command
 
     chosen = {"method": method, "preset": preset, "device": device, "overwrite": overwrite}
-    return command.run(typed.for_quantize(source, target, chosen | {"quiet": quiet} | options))
+    return command.run(by_name.for_quantize(source, target, chosen | {"quiet": quiet} | options))
 
 
 def load(
@@ -227,12 +229,12 @@ def inspect(path: str | os.PathLike[str], verify: bool = False) -> dict[str, Any
 
 def small_file(path: Path, verify: bool) -> dict | None:
     """What a file of Nibble's own is that holds no model (an adapter, couplings, a state, a
-    calibration), for `inspect`; None for any other. It is read whole, couplings where `verify` asks
-    for it. Raises FileRefused for a damaged one.
+    calibration) or a part of one, for `inspect`; None for any other. It is read whole, couplings
+    and parts where `verify` asks for it. Raises FileRefused for a damaged one.
     """
     from .accel.caching import calibration_file as caching
     from .accel.caf import inspect as caf
-    from .quant.files import small, source_files
+    from .quant.files import part_files, small, source_files
     from .quant.intlora import file as intlora
     from .quant.training import state
 
@@ -241,6 +243,8 @@ def small_file(path: Path, verify: bool) -> dict | None:
     if path.is_dir() or path.suffix == ".json":
         return caf.couplings_facts(path, verify) or caching.facts(path)
     kind = small.format_of(path)
+    if kind == part_files.FORMAT:
+        return part_files.facts(path, verify)
     if kind == "intlora":
         adapter = intlora.read(path)
         return {"file": path.name, "kind": "IntLoRA adapter", "layers": len(adapter.layers)}

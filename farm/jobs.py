@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..quant.cli import options as typed
+from ..quant.cli import by_name
 from ..quant.files import source_files
 from ..quant.files.errors import FileRefused
 from ..quant.files.safetensors import read_header
@@ -31,7 +31,8 @@ _OURS = ("driven", "help", "part", "parts")  # options of quantize that are the 
 @dataclass(frozen=True)
 class Job:
     """A checkpoint to make. name: for people, unique; options: of `quantize`, as they are typed;
-    worker: what the user said of `WORKER`; parts: on how many workers it is made.
+    worker: what the user said of `WORKER`; parts: on how many workers it is made, for which it is
+    the job that joins them; number: of a part, from 1, else 0.
     """
 
     name: str
@@ -41,6 +42,26 @@ class Job:
     options: tuple[str, ...] = ()
     worker: Mapping[str, Any] = field(default_factory=dict)
     parts: int = 1
+    number: int = 0
+
+    def pieces(self) -> list[Job]:
+        """The parts that it is joined of."""
+        if self.parts == 1 or self.number:
+            return []
+        return [
+            replace(self, name=f"{self.name}, part {number} of {self.parts}", number=number)
+            for number in range(1, self.parts + 1)
+        ]
+
+    @property
+    def words(self) -> list[str]:
+        """What is typed behind `quantize`."""
+        share = []
+        if self.number:
+            share = [f"--part={self.number}/{self.parts}"]
+        elif self.parts > 1:
+            share = [f"--parts={self.parts}"]
+        return [str(self.source), str(self.target), *self.options, *share]
 
 
 @dataclass(frozen=True)
@@ -124,9 +145,9 @@ def recipe(options: Mapping[str, Any] | list[str], folder: Path, where: str) -> 
     folder are whole. Raises ValueError, which begins with `where`.
     """
     try:
-        words = typed.as_typed(options) if isinstance(options, Mapping) else list(options)
-        values = typed.parsed(words)
-        plain = typed.parsed([])
+        words = by_name.as_typed(options) if isinstance(options, Mapping) else list(options)
+        values = by_name.parsed(words)
+        plain = by_name.parsed([])
         ours = [name for name in _OURS if getattr(values, name, None) != getattr(plain, name, None)]
         if ours:
             raise ValueError(f"{ours[0]} is the farm's own business; leave it out")

@@ -43,6 +43,7 @@ class Entry:
     first_weights: int = 0  # that were done when its worker began
     seen: float | None = None  # the last sign of life, of a runner that gives signs
     stamps: list[list[int]] = field(default_factory=list)
+    parts: list[Entry] = field(default_factory=list)
 
     @property
     def left(self) -> float | None:
@@ -63,15 +64,38 @@ class Ledger:
         for job in jobs:
             self.add(job)
 
-    def add(self, job: Job) -> Entry:
-        """A new job; done before where the last report says so of what lies there still."""
+    def add(self, job: Job) -> None:
+        """A new job, and the parts that it is joined of; done before where the last report says so
+        of what lies there still.
+        """
         entry = self.entries[job.name] = Entry(job)
         known = self.earlier.get(job.name)
         if known and known.get("state") in (DONE, BEFORE) and _same(job, known):
             entry.state, entry.workers = BEFORE, list(known["workers"])
             entry.result, entry.stamps = known["result"], known["stamps"]
             entry.seconds = known["seconds"]
-        return entry
+        else:
+            for part in job.pieces():
+                self.entries[part.name] = Entry(part)
+                entry.parts.append(self.entries[part.name])
+
+    @property
+    def wholes(self) -> list[Entry]:
+        """Those that are checkpoints, and not parts of one."""
+        return [entry for entry in self.entries.values() if not entry.job.number]
+
+    def ready(self) -> list[Job]:
+        """Those that wait, and for no part. What joins the parts makes one itself that was lost; a
+        refusal is its own, too.
+        """
+        found = []
+        for entry in self.open:
+            refused = next((part for part in entry.parts if part.state == REFUSED), None)
+            if refused is not None:
+                self.end(entry.job, REFUSED, refused.sentence)
+            elif entry.state == WAITING and all(part.state in ENDED for part in entry.parts):
+                found.append(entry.job)
+        return found
 
     @property
     def open(self) -> list[Entry]:
@@ -79,8 +103,8 @@ class Ledger:
         return [entry for entry in self.entries.values() if entry.state not in ENDED]
 
     def count(self, *states: str) -> int:
-        """How many are in these states."""
-        return sum(entry.state in states for entry in self.entries.values())
+        """How many checkpoints are in these states."""
+        return sum(entry.state in states for entry in self.wholes)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """An event of a runner."""

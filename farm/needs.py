@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..quant.files.memory.switches import SECONDS_A_WEIGHT
 from ..quant.files.source import Source
 from ..quant.job.side_by_side import BYTES_PER_WEIGHT
+from .jobs import Job
 
 PROCESS = 1 << 30  # bytes of Python with torch, and its buffers
 MOST = 8  # cores
@@ -24,6 +24,7 @@ SHORT = 1800.0  # seconds
 CORES_OF_RATE = 2  # that SECONDS_A_WEIGHT was measured on
 CALIBRATED = 10  # times the seconds of data-free
 RETRIES = 3
+JOINING = 0.05  # times the seconds of a part, which are copied: bytes alone
 RECORDED = 4  # times the model: what is recorded of its layers' inputs, under the cap
 
 
@@ -43,13 +44,16 @@ class Needs:
         return asdict(self)
 
 
-def needs_of(source: Source, options: argparse.Namespace, said: Mapping[str, Any]) -> Needs:
-    """Of quantizing a model. options: as `quantize` reads them; said: by the user, of `AMOUNTS`
-    (memory in GB), which go before what is reckoned here.
+def needs_of(source: Source, options: argparse.Namespace, job: Job) -> Needs:
+    """Of quantizing a model, a part of it, or of joining its parts. options: as `quantize` reads
+    them. What the user said of `AMOUNTS` (memory in GB) goes before what is reckoned here.
     """
+    said = job.worker
     matrices = [math.prod(shape) for shape in source.shapes.values() if len(shape) >= 2]
     weights, largest = sum(matrices), max(matrices, default=0)
-    alone = CORES_OF_RATE * SECONDS_A_WEIGHT * weights
+    alone = CORES_OF_RATE * SECONDS_A_WEIGHT * weights / job.parts
+    if job.parts > 1 and not job.number:
+        alone *= JOINING
     cores = max(1, min(MOST, math.ceil(alone / SHORT)))
     calibrated = options.preset != "fast" or options.prompts is not None
     on_card = options.device.partition(":")[0] != "cpu"

@@ -44,6 +44,7 @@ class OnRay:
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._connected = False
         self._died = 0  # drivers since a job ended
+        self._until: float | None = None  # when a driver must have a cluster
         self._start(FIRST)
 
     def submit(self, job: Mapping[str, Any]) -> None:
@@ -103,7 +104,7 @@ class OnRay:
         return [{"event": "again"}, {"event": "note", "sentence": note}]
 
     def _start(self, patience: float) -> None:
-        self._until: float | None = time.monotonic() + patience + CONNECTING
+        self._until = time.monotonic() + patience + CONNECTING
         self._process = subprocess.Popen(
             [sys.executable, str(DRIVER), self.address, str(patience)],
             stdin=subprocess.PIPE,

@@ -25,7 +25,7 @@ th, td { border-bottom: 1px solid #8884; font-variant-numeric: tabular-nums }
 
 def facts(ledger: Ledger, seconds: float) -> dict[str, Any]:
     """The report. seconds: that the farm has run."""
-    jobs = [_entry(entry) for entry in ledger.entries.values()]
+    jobs = [_entry(entry) for entry in ledger.wholes]
     return {
         "format": FORMAT,
         "seconds": round(seconds, 1),
@@ -58,8 +58,9 @@ def earlier(base: Path) -> dict[str, dict]:
 def headline(ledger: Ledger) -> str:
     """'18 of 20 made, 1 of them before; 1 failed, 1 waiting'."""
     made, before = ledger.count(DONE, BEFORE), ledger.count(BEFORE)
-    failed, left = ledger.count(*FAILED), len(ledger.open)
-    words = f"{made} of {len(ledger.entries)} made" + (f", {before} of them before" * bool(before))
+    failed = ledger.count(*FAILED)
+    left = len(ledger.wholes) - made - failed
+    words = f"{made} of {len(ledger.wholes)} made" + (f", {before} of them before" * bool(before))
     rest = [f"{failed} failed"] * bool(failed) + [f"{left} not yet"] * bool(left)
     return "; ".join([words, *rest])
 
@@ -96,7 +97,8 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "recipe": job.recipe,
         "options": list(job.options),
         "state": entry.state,
-        "workers": entry.workers,
+        "workers": [name for part in (*entry.parts, entry) for name in part.workers],
+        "parts": entry.job.parts,
         "seconds": round(entry.seconds, 1),
         "layers": list(entry.layers),
         "sentence": entry.sentence,
@@ -130,7 +132,9 @@ def _row(job: Mapping[str, Any]) -> list[object]:
     sizes = [gigabytes(result[key]) for key in ("bytes_before", "bytes_after")]
     tries = len(job["workers"])
     worker = job["workers"][-1] if tries else ""
-    if tries > 1:
+    if job["parts"] > 1:
+        worker = f"{len(set(job['workers']))} of them, in {job['parts']} parts"
+    elif tries > 1:
         worker += f" (begun {tries} times)"
     if job["state"] == BEFORE:
         worker += ", in an earlier run"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..quant.cli import options as typed
+from ..quant.cli import by_name
 from ..quant.files.errors import FileRefused
 from ..quant.files.source import Source
 from .jobs import Job
@@ -47,17 +47,20 @@ class Farm:
     runner: Runner
     heard: Iterable[Callable[[], None]] = ()
     more: Callable[[], Iterable[Job] | None] = lambda: None
+    _submitted: set[str] = field(default_factory=set)
     _due: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
         """Until all jobs have ended. Raises ClusterRefused."""
         try:
-            self._submit([entry.job for entry in self.ledger.open])
             while (coming := self.more()) is not None or self.ledger.open:
-                new = [job for job in coming or () if job.name not in self.ledger.entries]
-                entries = [self.ledger.add(job) for job in new]
-                self._submit([entry.job for entry in entries if entry.state == WAITING])
-                self._submit_busy()
+                for job in coming or ():
+                    if job.name not in self.ledger.entries:
+                        self.ledger.add(job)
+                self._look_at_busy()
+                self._submit(
+                    [job for job in self.ledger.ready() if job.name not in self._submitted]
+                )
                 self._hear(LOOK)
         finally:
             self.runner.close()
@@ -65,6 +68,7 @@ class Farm:
     def _submit(self, jobs: list[Job]) -> None:
         began = time.monotonic()
         for job in sorted(jobs, key=lambda job: -sum(stamp(job.source)[:1])):
+            self._submitted.add(job.name)
             try:
                 self.runner.submit(message(job))
             except ValueError as error:
@@ -80,7 +84,7 @@ class Farm:
         for each in self.heard:
             each()
 
-    def _submit_busy(self) -> None:
+    def _look_at_busy(self) -> None:
         """What another farm was writing: once it has ended, ours is done, or goes on from there."""
         now = time.monotonic()
         for entry in self.ledger.open:
@@ -88,12 +92,12 @@ class Farm:
                 self._due.pop(entry.job.name, None)
             elif now > self._due.setdefault(entry.job.name, now + AGAIN):
                 entry.state = WAITING
-                self._submit([entry.job])
+                self._submitted.discard(entry.job.name)
 
 
 def message(job: Job) -> dict[str, Any]:
     """A job as a runner takes it. Raises FileRefused for a source or target that cannot be."""
-    needs = needs_of(Source(job.source), typed.parsed(job.options), job.worker)
+    needs = needs_of(Source(job.source), by_name.parsed(job.options), job)
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +106,7 @@ def message(job: Job) -> dict[str, Any]:
         ) from error
     return {
         "id": job.name,
-        "command": ["quantize", str(job.source), str(job.target), *job.options, "--driven"],
+        "command": ["quantize", *job.words, "--driven"],
         "python": job.worker.get("python"),
         "pack": job.worker.get("pack", str(PACK)),
         "threads": max(1, int(needs.cpus)),

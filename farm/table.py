@@ -61,7 +61,7 @@ class Table:
         for name, entry in self.ledger.entries.items():
             if entry.state in ENDED and name not in self._told:
                 self._told.add(name)
-                if entry.state != BEFORE:
+                if entry.state != BEFORE and not entry.job.number:
                     lines.append(ended(entry))
         return lines
 
@@ -87,7 +87,7 @@ class Lines:
         entries = self.ledger.entries.values()
         return {
             "event": "farm",
-            "jobs": len(entries),
+            "jobs": len(self.ledger.wholes),
             "made": self.ledger.count(DONE, BEFORE),
             "failed": self.ledger.count(*FAILED),
             "running": [
@@ -133,7 +133,7 @@ def _cells(entry: Entry) -> tuple[str, str, str]:
 def _left(ledger: Ledger) -> str:
     """How long all will take, by what was made so far, once something was."""
     made = [entry.seconds for entry in ledger.entries.values() if entry.state == DONE]
-    running = ledger.count(RUNNING)
+    running = sum(entry.state == RUNNING for entry in ledger.entries.values())
     if not made or not running or not ledger.open:
         return ""
     seconds = sum(made) / len(made) * len(ledger.open) / running

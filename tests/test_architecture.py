@@ -64,7 +64,7 @@ RULES = {
     "demo":              ({"quant", "kernels", "demo.taesd"},            set()),
     "farm.ray_driver":   (set(),                                         {"ray"}),
     "farm.work":         (set(),                                         set()),
-    "farm":              ({"quant", "kernels"},                          set()),
+    "farm":              ({"farm", "quant", "kernels"},                  set()),
     "__main__":          ({"quant", "accel", "demo", "farm", "kernels", "api"}, set()),
     "api":               ({"quant", "accel", "kernels"},                 set()),
     "__init__":          ({"nodes", "api", "quant.diffusers"},           set()),

@@ -13,7 +13,13 @@ SUPPORT = Path(__file__).parent / "support"
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of a process")
 @pytest.mark.parametrize(
     "writer, every, least",
-    [("layers", 1, 12), ("adapter", 2, 7), ("training", 3, 7), ("couplings", 3, 7)],
+    [
+        ("layers", 1, 12),
+        ("adapter", 2, 7),
+        ("training", 3, 7),
+        ("couplings", 3, 7),
+        ("parts", 5, 7),
+    ],
 )
 def test_a_killed_writer_is_gone_on_with_and_nothing_is_left(tmp_path, writer, every, least):
     """At every file operation, or every second or third: opening, renaming, removing."""

@@ -2,12 +2,14 @@
 
 methods.py   which method a recipe belongs to
 quantize.py  a model's quantized file, calibrated outside ComfyUI where the preset wants it
+shares.py    the whole of a target, one part of it, or the whole of its parts
 measure.py   the 16-bit model at work, outside ComfyUI
 inspect.py   what a file holds, or what quantizing it would give
 plan.py      what encoding, sampling and decoding will take of a card and of RAM
 convert.py   a 4-bit file in another program's format
 partials.py  files of stopped runs: listed, removed
 options.py   what can be typed
+by_name.py   the same given by names, for programs
 console.py   a progress bar, and lines for people
 driven.py    lines for a program that runs `quantize`
 """

@@ -47,6 +47,18 @@ def _measured(
     return measurement
 
 
+def runs_model(options: argparse.Namespace, job: QuantizeJob) -> bool:
+    """Whether `measure` runs the 16-bit model where it can."""
+    if job.architecture not in RUN_HERE:
+        return False
+    in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
+    return _is_asked_for(options) or in_float32 <= options.memory_cap * 1e9
+
+
+def _is_asked_for(options: argparse.Namespace) -> bool:
+    return options.preset != "fast" or options.prompts is not None
+
+
 def measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     """Records the layers' inputs, or gives the model at work, as far as the recipe needs it and the
     target has not got it already.
@@ -67,10 +79,9 @@ def measure(options: argparse.Namespace, job: QuantizeJob) -> Measurement:
     classes = job.architecture == DIT
     if classes:
         _refuse_prompts(options, job)
-    asked = options.preset != "fast" or options.prompts is not None
-    in_float32 = 4 * sum(map(math.prod, job.source.shapes.values()))
-    if not asked and in_float32 > options.memory_cap * 1e9:
+    if not runs_model(options, job):
         return _measured(options, job, WEIGHTS_ALONE)
+    asked = _is_asked_for(options)
     prompts = None if options.prompts is None else prompts_file.read(options.prompts)
     diffusers, why = optional("..diffusers", __package__)
     if diffusers is None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..files.atomic import Held
 from ..files.source import Source, StateDictSource
 from ..job.checkpoint_run import QuantizeJob
 from ..svdquant.quantize import SVDQuantJob
@@ -20,7 +21,7 @@ JOBS: dict[type, type[QuantizeJob]] = {
 
 def prepare(
     source: str | Path | Source | StateDictSource,
-    target: str | Path,
+    target: str | Path | Held,
     recipe: SVDQuantRecipe | StockRecipe | VQRecipe,
 ) -> QuantizeJob:
     """The job of a recipe's method; see `QuantizeJob.prepare`."""

@@ -1,10 +1,8 @@
 """The options of the commands: argparse alone, so that --help does not wait for torch."""
 
 import argparse
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from . import partials
 
@@ -21,7 +19,7 @@ def add_commands(commands, examples: str, small_file: Callable[[Path, bool], dic
         return commands.add_parser(name, help=text, epilog=examples, formatter_class=raw)
 
     quantize = command("quantize", "make the quantized file of a model")
-    _quantize_options(quantize)
+    quantize_options(quantize)
     quantize.set_defaults(run=_quantize)
     inspect = command("inspect", "show what a file holds, or what quantizing it would give")
     _inspect_options(inspect)
@@ -59,70 +57,8 @@ def _convert(options: argparse.Namespace) -> None:
     convert(options)
 
 
-def for_quantize(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], given: Mapping[str, Any]
-) -> argparse.Namespace:
-    """The options of `quantize` for a script, whose names have underscores. Raises TypeError for
-    one that there is not, ValueError for a choice that there is not.
-    """
-    parser = argparse.ArgumentParser(add_help=False)
-    _quantize_options(parser)
-    options = parser.parse_args([os.fspath(source), os.fspath(target)])
-    choices = {action.dest: action.choices for action in parser._actions}
-    for name, value in given.items():
-        if name not in vars(options):
-            raise TypeError(f"quantize has no option {name!r}")
-        allowed = choices.get(name)
-        if allowed is not None and value is not None and value not in allowed:
-            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
-        setattr(options, name, value)
-    if options.prompts is not None:
-        options.prompts = Path(options.prompts)
-    return options
-
-
-def as_typed(given: Mapping[str, Any]) -> list[str]:
-    """Options of `quantize` by their names, as they are typed; None: not given. Raises ValueError
-    for one that there is not, or a value that it does not take.
-    """
-    known = {action.dest: action for action in _parser_of_quantize()._actions}
-    words: list[str] = []
-    for name, value in given.items():
-        action = known.get(name.replace("-", "_"))
-        if action is None or not action.option_strings:
-            raise ValueError(f"quantize has no option {name!r}")
-        if value is None:
-            continue
-        yes, no = action.option_strings[0], action.option_strings[-1]
-        if isinstance(value, bool) and action.nargs == 0:
-            words += [yes] if value else [no] * (no != yes)
-        else:
-            for each in value if isinstance(value, (list, tuple)) else [value]:
-                words.append(f"{yes}={each}")
-    parsed(words)
-    return words
-
-
-def parsed(words: Sequence[str]) -> argparse.Namespace:
-    """Options of `quantize` as they are typed, behind a source and a target, read. Raises
-    ValueError.
-    """
-    try:
-        options, unknown = _parser_of_quantize().parse_known_args(["source", "target", *words])
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if unknown:
-        raise ValueError(f"quantize has no option {unknown[0]!r}")
-    return options
-
-
-def _parser_of_quantize() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    _quantize_options(parser)
-    return parser
-
-
-def _quantize_options(parser: argparse.ArgumentParser) -> None:
+def quantize_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `quantize` takes."""
     parser.add_argument(
         "source",
         help=(
@@ -215,6 +151,7 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a quantized file that was made with other options or of another model",
     )
+    _parts_options(parser)
     parser.add_argument(
         "--driven",
         action="store_true",
@@ -224,6 +161,28 @@ def _quantize_options(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.set_defaults(quiet=False)
+
+
+def _parts_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "by several workers (--preset fast)",
+        "one command with --part for each range of layers, in any order and on any machine of one"
+        " kind; then one with --parts, which gives the bytes of a single run",
+    )
+    group.add_argument(
+        "--part",
+        metavar="K/N",
+        help="make only the K-th of N ranges of layers, in the file TARGET.partKofN",
+    )
+    group.add_argument(
+        "--parts",
+        type=int,
+        metavar="N",
+        help=(
+            "join the N part files of the same source and options into TARGET, make what they lack,"
+            " and remove them"
+        ),
+    )
 
 
 def _svdquant_options(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,14 @@
 """nibble partials: lists what stopped runs left unfinished, and removes it."""
 
+from __future__ import annotations
+
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..files.unfinished import Unfinished
 
 
 def add_command(commands) -> None:
@@ -33,7 +39,7 @@ def partials(options: argparse.Namespace) -> None:
     found = unfinished.found_in(options.folder)
     removed = 0
     for file in found:
-        print(f"{file.bytes / 1e9:8.2f} GB  {file.target}{_state(file.held_since)}")
+        print(f"{file.bytes / 1e9:8.2f} GB  {file.target}{_state(file)}")
         if options.remove and file.held_since is None:
             removed += unfinished.remove(file.target)
     if not found:
@@ -44,7 +50,11 @@ def partials(options: argparse.Namespace) -> None:
         print("the same command goes on from such a file; --remove gives its room back")
 
 
-def _state(held_since: float | None) -> str:
-    if held_since is None:
-        return ""
-    return f"  (being written since {time.strftime('%H:%M', time.localtime(held_since))})"
+def _state(file: Unfinished) -> str:
+    states = []
+    if file.part_of is not None and file.target.exists():
+        states.append(f"a finished part of {file.part_of.name}, joined by --parts")
+    if file.held_since is not None:
+        began = time.strftime("%H:%M", time.localtime(file.held_since))
+        states.append(f"being written since {began}")
+    return f"  ({'; '.join(states)})" if states else ""

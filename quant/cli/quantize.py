@@ -19,7 +19,7 @@ from ..svdquant.recipe import WIDE_SHARE
 from ..svdquant.recipe import Recipe as SVDQuantRecipe
 from ..svdquant.stock.recipe import StockRecipe
 from ..vq4dit.recipe import Recipe as VQRecipe
-from . import driven, measure, methods
+from . import driven, measure, methods, shares
 from .console import Bar, print_summary
 
 _WIDTHS = ("activations", "share_8bit")
@@ -59,7 +59,8 @@ def quantize(options: argparse.Namespace) -> None:
         with driven.driven() as monitor:
             driven.say_report(run(options, monitor))
     else:
-        print_summary(options.target, run(options).summary())
+        report = run(options)
+        print_summary(shares.written(options), report.summary())
 
 
 def run(options: argparse.Namespace, monitor: Monitor | None = None) -> Report:
@@ -69,14 +70,18 @@ def run(options: argparse.Namespace, monitor: Monitor | None = None) -> Report:
     options.quiet = options.quiet or monitor is not None
     _check_numbers(options)
     _encoders_own(options)
-    job = methods.prepare(options.source, options.target, _recipe(options))
-    if not options.overwrite:
-        _keep_another(job)
-    for note in job.unmatched:  # now, and not after hours of work
-        print(f"nibble: {note}", file=sys.stderr)
-    measurement = measure.measure(options, job)
-    with Bar(shown=not options.quiet) as bar:
-        return job.write(measurement, monitor or bar.monitor, options.device)
+    recipe = _recipe(options)
+    share = shares.asked(options, recipe)
+    with share.held() as target:
+        job = methods.prepare(options.source, target, recipe)
+        if not options.overwrite:
+            _keep_another(job)
+        share.check(job)
+        for note in job.unmatched:  # now, and not after hours of work
+            print(f"nibble: {note}", file=sys.stderr)
+        measurement = measure.measure(options, job)
+        with Bar(shown=not options.quiet) as bar:
+            return share.write(job, measurement, monitor or bar.monitor)
 
 
 def _check_numbers(options: argparse.Namespace) -> None:

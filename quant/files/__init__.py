@@ -10,6 +10,7 @@ modelspec.py      what a quantized file says to people and to other programs
 writer.py         a file written layer by layer, atomic, resumable
 atomic.py         whole or not there; one run at a time
 unfinished.py     what stopped runs left, listed and removed
+part_files.py     ranges of a target's layers, in files that wait to be joined
 integrity.py      what tells that a file is damaged
 small.py          small files: adapters, states, couplings
 prompts.py        prompts to calibrate on, as text encoders gave them

@@ -8,6 +8,7 @@ whatever the recipe says: the 4-bit file must be recognised as its source was. A
 known family gets a plan by its names and shapes (universal_plan.py).
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -87,6 +88,12 @@ class LayerPlan:
     @property
     def columns(self) -> int:
         return whole_groups(self.K)
+
+
+def by_input(layers: Iterable[LayerPlan]) -> list[list[LayerPlan]]:
+    """Layers that read one input together, as they stand side by side; most are alone."""
+    groups = itertools.groupby(layers, key=lambda layer: layer.group or layer.name)
+    return [list(members) for _, members in groups]
 
 
 def whole_groups(k: int) -> int:

@@ -10,7 +10,7 @@ what ComfyUI needs to build the model (read_when_built.py).
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +197,22 @@ class _Model:
         """sha256 of all names, dtypes and shapes and of 3 x 4 KiB of each tensor: tells models
         apart in a second, where all bytes take minutes.
         """
+        return self._digest(self._stored)
+
+    def stamp(self, modules: Iterable[str]) -> str:
+        """The same of all names, dtypes and shapes and of these modules' tensors alone: tells
+        models apart for whoever reads no others.
+        """
+        read = set(modules)
+        return self._digest({name for name in self._stored if name.rpartition(".")[0] in read})
+
+    def _digest(self, sampled: Container[str]) -> str:
         digest = hashlib.sha256()
         for name in sorted(self._stored):
             info = self._stored[name]
             digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            if name not in sampled:
+                continue
             # of what is stored in blocks, the bytes are the elements
             size = 1 if name in self._decoded else info.dtype.itemsize
             length = info.nbytes if name in self._decoded else math.prod(info.shape)

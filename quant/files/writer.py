@@ -200,6 +200,15 @@ class Writer:
             self._log.flush()
         self.finished[unit], self._sums = row, self._sums | sums
 
+    def is_begun(self) -> bool:
+        """Whether an unfinished file of this very run is there to go on from. Call under the
+        lock, or to be told again by `finished` inside the context.
+        """
+        lines = self._journal_lines()
+        if not (self._resumable and lines and lines[0] == {"identity": self._identity}):
+            return False
+        return self.partial.exists() and self.partial.stat().st_size == self.size
+
     def read(self, name: str) -> Tensor:
         """A tensor that is written already, in this run or an earlier one."""
         spec = self._specs[name]
@@ -255,13 +264,8 @@ class Writer:
         return os.fdopen(os.open(self.partial, flags, 0o666), "r+b", buffering=0)
 
     def _resume(self) -> None:
-        lines = self._journal_lines()
-        if (
-            self._resumable
-            and lines
-            and lines[0] == {"identity": self._identity}
-            and os.fstat(self._file.fileno()).st_size == self.size
-        ):
+        lines = self._journal_lines() if self.is_begun() else []
+        if lines:
             for line in lines[1:]:
                 if all(self._stored_sum(name) == value for name, value in line["sums"].items()):
                     self.finished[line["unit"]], self._sums = line["row"], self._sums | line["sums"]
@@ -269,7 +273,6 @@ class Writer:
             self.seconds_before = lines[-1].get("seconds", 0.0)
             log.info("%s: resuming, %d parts are finished", self.target.name, len(self.finished))
         else:
-            lines = []
             self._reserve()
         with self._disk_errors():  # rewritten whole: what a crash left of the last line is gone
             fresh = self.journal.with_name(self.journal.name + atomic.NEW)

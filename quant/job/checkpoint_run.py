@@ -149,10 +149,13 @@ class QuantizeJob(ABC):
         measurement: Measurement = NOT_MEASURED,
         monitor: Monitor = UNWATCHED,
         device: str | torch.device = "cpu",
+        adopt: Callable[[Writer], None] = lambda writer: None,
     ) -> Report:
         """Writes the file; returns at once when the target is the result of the same run. Never
         leaves a half-written target. Raises FileRefused and ValueError for input that cannot be
         used, before anything is written where that is possible.
+
+        adopt  writes the units that are finished elsewhere (`parts.py`), before any is made
         """
         report = self.existing_report(measurement.provenance)
         if report is not None:
@@ -166,6 +169,7 @@ class QuantizeJob(ABC):
         metadata = self.metadata(identity)
         reserved = reserved_bytes(metadata, report, self.layers)
         with Writer(self.held or self.target, specs, json.dumps(identity), reserved) as writer:
+            adopt(writer)
             self.quantizer(writer, measurement, monitor, torch.device(device)).run()
             report.rows = [LayerRow(**writer.finished[layer.name]) for layer in self.layers]
             report.bytes_after = writer.size

@@ -39,6 +39,15 @@ class FromPreset:
             ),
         )
 
+    @property
+    def ties(self) -> str:
+        """What ties layers to one another, in words for a refusal; "": nothing does, so that any
+        layers can be made apart from the others.
+        """
+        if self.preset == "fast":
+            return ""
+        return f"the preset {self.preset!r} runs the whole model"
+
     def to_json(self) -> str:
         """Every value, as JSON text."""
         return json.dumps(asdict(self))

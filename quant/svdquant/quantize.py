@@ -5,7 +5,6 @@ depend on the order of the work, on how many layers are made at once or on where
 interrupted: the file comes out the same, byte for byte (on one kind of machine).
 """
 
-import itertools
 import math
 import time
 import zlib
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.statistics import InputStats
-from ..files.architectures import LayerPlan
+from ..files.architectures import LayerPlan, by_input
 from ..files.layer_formats import FORMATS, OPTIONAL, dtypes_of, layer_sizes
 from ..files.report import DATA_FREE, WIDE, LayerRow, Report
 from ..files.safetensors import TensorSpec
@@ -139,15 +138,13 @@ class SVDQuantizer(LayerQuantizer):
                 self.write_unit(layer.name, partial(self._rows8, layer))
                 self.finish([layer])
         layers = [layer for layer in layers if layer.action != "rows8"]
-        groups = [
-            list(members)
-            for _, members in itertools.groupby(layers, key=lambda layer: layer.group or layer.name)
-        ]
+        groups = by_input(layers)
         if self.recipe.wide_share:
             measured = [self._measured(group) for group in groups if group[0].action == "w4a4"]
             self.wide = widths.chosen(measured, self.recipe.wide_share)
         if self.device.type == "cpu":
-            largest = max(sum(layer.K * layer.N for layer in group) for group in groups)
+            sizes = (sum(layer.K * layer.N for layer in group) for group in groups)
+            largest = max(sizes, default=0)  # a part may be of 8-bit rows alone
             count, heed = at_once(largest), self.monitor.cancelled
             made = side_by_side(self._made, self._read(groups), count, heed)
         else:

@@ -164,6 +164,12 @@ class Recipe(FromPreset):
         """Of weights and activations, as people write them."""
         return "W4A4 and W4A8" if self.wide_share else f"W4A{self.act_bits}"
 
+    @property
+    def ties(self) -> str:
+        if self.wide_share:
+            return "activations 'auto' are shared out over all layers"
+        return super().ties
+
     def to_json(self) -> str:
         """Every value, as JSON text; what earlier versions did not have only where it is not what
         they did, so that their files are those of the same recipe.

@@ -137,6 +137,14 @@ class Recipe(FromPreset):
         mixed = self.mixed and self.codewords is None and self.bits < max(LAYOUTS)
         return self.calibrated and (mixed or self.budget_gb is not None)
 
+    @property
+    def ties(self) -> str:
+        if self.budget_gb is not None:
+            return "a budget is shared out over all layers"
+        if self.calibrated:
+            return "calibration (steps above 0) runs the whole model, block after block"
+        return super().ties
+
     def seed_of(self, name: str) -> int:
         """Where a layer's or block's own random numbers start."""
         return zlib.crc32(f"{self.seed} {name}".encode())

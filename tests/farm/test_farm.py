@@ -175,3 +175,31 @@ def test_a_watched_folder_gives_models_that_lie_still(tmp_path):
     assert look() == []  # it has changed
     assert [job.source for job in look()] == [second, second]
     assert look() == [] and first.exists()
+
+
+def test_one_model_in_parts_gives_the_bytes_of_one_run(tmp_path, capsys):
+    jobs = farm_of(tmp_path / "farm", 1)
+    source = str(jobs.parent / "m0.safetensors")
+    assert cli.main(["quantize", source, str(tmp_path / "m0-q.safetensors"), *ONE]) == 0
+    content = json.loads(jobs.read_text())
+    job = {"source": "m0.safetensors", "recipe": "q", "parts": 3}
+    jobs.write_text(json.dumps({"recipes": content["recipes"], "jobs": [job]}))
+    capsys.readouterr()
+    assert cli.main(["farm", str(jobs), "--in-order"]) == 0
+    assert found(jobs.parent) == {"m0-q.safetensors": (tmp_path / "m0-q.safetensors").read_bytes()}
+    assert not list(jobs.parent.rglob("*.part*"))
+    assert "1 of 1 made" in capsys.readouterr().out
+    (told,) = json.loads((jobs.parent / "jobs-farm.json").read_text())["jobs"]
+    assert (told["parts"], len(told["workers"])) == (3, 4)
+    assert cli.main(["farm", str(jobs), "--in-order"]) == 0
+    assert "1 of 1 made, 1 of them before" in capsys.readouterr().out
+
+
+def test_what_is_refused_of_a_part_is_refused_of_the_whole(tmp_path, capsys):
+    jobs = farm_of(tmp_path, 1)
+    job = {"source": "m0.safetensors", "parts": 2, "options": {"activations": "auto"}}
+    jobs.write_text(json.dumps({"jobs": [job]}))
+    assert cli.main(["farm", str(jobs), "--in-order"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("refused  quantized/m0-svdq.safetensors: ") == 1
+    assert "0 of 1 made; 1 failed" in out

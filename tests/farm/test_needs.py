@@ -1,12 +1,14 @@
 """What a job asks of a machine, by numbers that are known."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from nibble.farm.jobs import Job
 from nibble.farm.needs import PROCESS, needs_of
-from nibble.quant.cli import options
+from nibble.quant.cli import by_name
 from nibble.quant.files.known_shapes import flux1_shapes
 from nibble.quant.job.checkpoint_run import ShapesOnly
 
@@ -15,9 +17,10 @@ WEIGHTS = sum(math.prod(shape) for shape in FLUX.values() if len(shape) > 1)
 LARGEST = 21504 * 3072  # single_blocks.*.linear1
 
 
-def needs(shapes=FLUX, words=(), **said):
+def needs(shapes=FLUX, words=(), parts=1, number=0, **said):
     source = ShapesOnly("m", shapes, 0, lambda name: torch.bfloat16)
-    return needs_of(source, options.parsed(words), said)
+    job = Job("m", Path("m"), Path("t"), "r", (), said, parts, number)
+    return needs_of(source, by_name.parsed(words), job)
 
 
 def test_flux_gets_a_core_and_the_memory_of_its_largest_layer():
@@ -33,6 +36,13 @@ def test_a_model_of_hours_gets_more_cores_and_their_memory():
     found = needs(large)
     assert found.cpus == 5  # 8030 s alone, in half hours
     assert found.memory == PROCESS + 48 * LARGEST * 5
+
+
+def test_a_part_is_a_share_of_the_seconds_and_joining_little():
+    part, joined = needs(parts=4, number=2), needs(parts=4)
+    assert part.seconds == pytest.approx(needs().seconds / 4, abs=0.1)
+    assert part.memory == needs().memory  # its largest layer may be the model's
+    assert joined.seconds < 0.1 * part.seconds
 
 
 def test_a_calibrated_preset_holds_the_model_and_what_it_records():

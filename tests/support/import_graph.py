@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("kernels", "quant", "accel", "nodes", "demo")
+PACKAGES = ("kernels", "quant", "accel", "nodes", "demo", "farm")
 
 
 class Import(NamedTuple):

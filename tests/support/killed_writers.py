@@ -17,9 +17,12 @@ from pathlib import Path
 import torch
 
 import checkout  # noqa: F401  (loads this checkout as `nibble`)
+import nibble
+import random_flux
 import small_files
 from intlora_bases import adapters, bases
 from nibble.accel.caf import heads_file
+from nibble.quant.cli import quantize  # noqa: F401  (imported once, not in every fork)
 from nibble.quant.files import atomic
 from nibble.quant.files.safetensors import TensorSpec
 from nibble.quant.files.writer import Writer
@@ -73,13 +76,33 @@ def before_couples(folder: Path) -> None:
     small_files.couple(folder / "pairs", count=2)
 
 
+def parts(folder: Path) -> None:
+    """Two parts of a model, and the run that joins them."""
+    for share in ({"part": "2/2"}, {"part": "1/2"}, {"parts": 2}):
+        nibble.quantize(
+            folder / "m.safetensors",
+            folder / "q.safetensors",
+            method="stock",
+            format="int8_convrot",
+            quiet=True,
+            **share,
+        )
+
+
+def before_parts(folder: Path) -> None:
+    shapes = {"txt_norm.weight": (64,), "img_in.weight": (64, 64)}
+    layers = [f"transformer_blocks.0.attn.{name}.weight" for name in ("to_q", "to_k", "add_q_proj")]
+    random_flux.write(folder / "m.safetensors", shapes | dict.fromkeys(layers, (64, 256)))
+
+
 WORK: dict[str, Callable[[Path], None]] = {
     "layers": layers,
     "adapter": adapter,
     "training": training,
     "couplings": couples,
+    "parts": parts,
 }
-BEFORE = {"couplings": before_couples}
+BEFORE = {"couplings": before_couples, "parts": before_parts}
 
 
 def content(folder: Path) -> dict[str, bytes]:

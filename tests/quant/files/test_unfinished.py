@@ -98,6 +98,33 @@ def test_the_command_lists_and_removes(left, capsys):
     assert capsys.readouterr().out == "no unfinished files\n"
 
 
+def test_parts_that_wait_to_be_joined_are_found_and_removed(left, capsys):
+    part = left / "a.safetensors.part1of2"
+    part.write_bytes(bytes(50))
+    (left / "b.safetensors.part2of2.partial").write_bytes(bytes(20))
+    found = {file.target.name: (file.bytes, file.part_of) for file in unfinished.found_in([left])}
+    assert found["a.safetensors.part1of2"] == (50, left / "a.safetensors")
+    assert found["b.safetensors.part2of2"] == (20, left / "b.safetensors")
+    assert main(["partials", str(left)]) == 0
+    told = capsys.readouterr().out
+    assert f"{part}  (a finished part of a.safetensors, joined by --parts)" in told
+    assert unfinished.remove(part) == 50
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("held", ["a.safetensors", "a.safetensors.part2of2"])
+def test_a_part_stays_while_a_run_is_at_work_on_its_fellows(left, held):
+    part, stranger = left / "a.safetensors.part1of2", left / "a.safetensors.part1of3"
+    for path in (part, stranger):
+        path.write_bytes(bytes(50))
+    with atomic.exclusive(left / held):
+        file = next(file for file in unfinished.found_in([left]) if file.target == part)
+        assert file.held_since is not None
+        with pytest.raises(FileRefused, match="part1of2 belongs to a run that is at work"):
+            unfinished.remove(part)
+    assert unfinished.remove(part) == 50
+
+
 def test_the_command_refuses_what_is_no_folder(tmp_path, capsys):
     assert main(["partials", str(tmp_path / "nowhere")]) == 1
     assert "is not a folder" in capsys.readouterr().err
