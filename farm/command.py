@@ -50,7 +50,7 @@ def add_command(commands) -> None:
         "--report",
         type=Path,
         metavar="BASE",
-        help="write BASE.json and BASE.html (default: JOBS-farm, beside the jobs)",
+        help="write BASE.json and BASE.html (default: JOBS-farm beside a file, farm in a folder)",
     )
     parser.add_argument(
         "--lines",
@@ -76,7 +76,7 @@ def farm(options: argparse.Namespace) -> None:
     if options.lines:
         driven.end_with_input()
     jobs, more = _jobs(options)
-    base = options.report or options.jobs.with_name(f"{options.jobs.resolve().stem}-farm")
+    base = options.report or _beside(options.jobs.resolve())
     ledger = Ledger(jobs, report.earlier(base))
     show = (Lines if options.lines else Table)(ledger)
     kept = _Kept(base, ledger)
@@ -93,6 +93,11 @@ def farm(options: argparse.Namespace) -> None:
         print(f"{report.headline(ledger)}; {kept.paths[1]} tells all of it")
     if ledger.count(*FAILED):
         raise ValueError(f"{ledger.count(*FAILED)} could not be made; see {kept.paths[1]}")
+
+
+def _beside(jobs: Path) -> Path:
+    """Where the report goes: beside a jobs file, in a folder."""
+    return jobs / "farm" if jobs.is_dir() else jobs.with_name(f"{jobs.stem}-farm")
 
 
 class _Kept:

@@ -28,7 +28,7 @@ SILENT = 20.0  # seconds without a sign of life: the worker is gone, or cut off
 @dataclass
 class Entry:
     """A job's state. workers: those that worked on it, in order; layers, weights: (done, of);
-    seconds: of its last try; result: what `result_of` takes from the report.
+    at, seconds: of its last try, when it began (since 1970) and what it took; result: what `result_of` takes from the report.
     """
 
     job: Job
@@ -37,6 +37,7 @@ class Entry:
     layers: tuple[int, int] = (0, 0)
     weights: tuple[int, int] = (0, 0)
     began: float = 0.0
+    at: float = 0.0
     seconds: float = 0.0
     sentence: str = ""
     result: Mapping[str, Any] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class Ledger:
         if known and known.get("state") in (DONE, BEFORE) and _same(job, known):
             entry.state, entry.workers = BEFORE, list(known["workers"])
             entry.result, entry.stamps = known["result"], known["stamps"]
-            entry.seconds = known["seconds"]
+            entry.at, entry.seconds = known["at"], known["seconds"]
         else:
             for part in job.pieces():
                 self.entries[part.name] = Entry(part)
@@ -200,7 +201,7 @@ def _alive(entry: Entry, event: Mapping[str, Any]) -> None:
 
 
 def _report(entry: Entry, event: Mapping[str, Any]) -> None:
-    entry.state, entry.seconds = DONE, event["seconds"]
+    entry.state, entry.at, entry.seconds = DONE, event["at"], event["seconds"]
     entry.result = result_of(event["report"])
     entry.stamps = stamps(entry.job)
 

@@ -87,7 +87,7 @@ class Driver:
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self.board = board.remote()
         self.jobs: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        self.waiting: list[dict] = []
+        self.waiting: list[tuple[str, dict]] = []  # kind (needs), job
         self.running: dict = {}  # reference → job
         self.told: set[str] = set()
         self.nodes: list[dict] = []
@@ -148,7 +148,7 @@ class Driver:
                 if job is None:
                     self.open = False
                     return
-                self.waiting.append(job)
+                self.waiting.append((json.dumps(job["needs"]), job))
 
     def _submit(self) -> None:
         """No more at once than the cluster can work on and a few: what is submitted is lost with
@@ -158,10 +158,9 @@ class Driver:
             return
         at_once = Counter(json.dumps(job["needs"]) for job in self.running.values())
         later = []
-        for job in self.waiting:
-            kind = json.dumps(job["needs"])
+        for kind, job in self.waiting:
             if at_once[kind] >= self._room(job["needs"], kind) + ASIDE:
-                later.append(job)
+                later.append((kind, job))
                 continue
             at_once[kind] += 1
             needs = job["needs"]

@@ -24,7 +24,8 @@ BUSY = "TargetBusy"  # quant/files/errors.py
 def run(
     job: dict, tell: Callable[[dict], None], hold: Callable[[subprocess.Popen], object] = id
 ) -> dict:
-    """Runs a job; returns its last event, with `seconds` and `worker`.
+    """Runs a job; returns its last event, with `worker`, `seconds`, and `at`, when it began (in
+    seconds since 1970).
 
     job   `command`: words behind the program; `python`, `pack`: where they are, or None for this
           Python and the folder of this file; `threads`: for arithmetic
@@ -33,12 +34,12 @@ def run(
 
     Raises ChildProcessError where the command was killed: the same job may be done elsewhere.
     """
-    began = time.monotonic()
+    began, at = time.monotonic(), time.time()
     while True:
         answer = _once(job, tell, hold)
-        waited = time.monotonic() - began
-        if answer.get("kind") != BUSY or waited > job.get("patience", PATIENCE):
-            return answer | {"seconds": round(time.monotonic() - began, 3), "worker": name()}
+        seconds = round(time.monotonic() - began, 3)
+        if answer.get("kind") != BUSY or seconds > job.get("patience", PATIENCE):
+            return answer | {"at": round(at, 3), "seconds": seconds, "worker": name()}
         time.sleep(1)
 
 
@@ -96,9 +97,8 @@ def _heard(lines, tell: Callable[[dict], None]) -> dict | None:
 def _answer(code: int, answer: dict | None, said: str) -> dict:
     if answer is not None and (code == 0 or answer["event"] == "refused"):
         return answer
-    if code == 1 or code == 2:  # told in words on stderr (nibble's, or Python's own traceback)
-        last = said.splitlines()[-1] if said else "it ended without a word"
-        return _refused(last.removeprefix("nibble: "))
+    if code in (1, 2) and said:  # nibble's words, or the last line of Python's own traceback
+        return _refused(said.splitlines()[-1].removeprefix("nibble: "))
     how = f"by signal {-code}" if code < 0 else f"with code {code}"
     raise ChildProcessError(f"the quantization on {name()} was ended {how}; {said[-300:]}")
 

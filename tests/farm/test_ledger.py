@@ -29,7 +29,7 @@ def progress(job, done, weights, worker="w1"):
 
 
 def of(job, event, **facts):
-    return {"event": event, "job": job.name, "worker": "w1", "seconds": 90.0, **facts}
+    return {"event": event, "job": job.name, "worker": "w1", "at": 1.0, "seconds": 90.0, **facts}
 
 
 @pytest.fixture

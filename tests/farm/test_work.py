@@ -45,6 +45,11 @@ def test_what_was_killed_may_be_done_elsewhere(tmp_path):
         run(tmp_path, "sys.stderr.write('last words'); os.kill(os.getpid(), signal.SIGKILL)")
 
 
+def test_an_end_without_a_word_is_one_by_force(tmp_path):
+    with pytest.raises(ChildProcessError, match="code 1"):  # so Windows ends a process
+        run(tmp_path, "os._exit(1)")
+
+
 def test_a_python_that_is_not_there_is_told(tmp_path):
     answer, _ = run(tmp_path, "", python=str(tmp_path / "python"))
     assert answer["event"] == "refused"

@@ -64,6 +64,20 @@ class Cluster:
             self.nodes.append(self._start(cores, where))
             self._wait_for_port()
 
+    def wait_for_nodes(self) -> None:
+        """Until all of them have joined."""
+        for _ in range(120):
+            ended = subprocess.run(
+                [str(RAY), "status", "--address", self.address],
+                capture_output=True,
+                text=True,
+                env=os.environ | SETTINGS,
+            )
+            if ended.stdout.count("node_") >= len(self.cores):
+                return
+            time.sleep(1)
+        raise TimeoutError(ended.stdout + ended.stderr)
+
     def kill(self, numbers: tuple[int, ...] | None = None) -> None:
         """Ends nodes as a power cut does; all by default."""
         for number in range(len(self.nodes)) if numbers is None else numbers:
