@@ -28,7 +28,8 @@ SILENT = 20.0  # seconds without a sign of life: the worker is gone, or cut off
 @dataclass
 class Entry:
     """A job's state. workers: those that worked on it, in order; layers, weights: (done, of);
-    at, seconds: of its last try, when it began (since 1970) and what it took; result: what `result_of` takes from the report.
+    at, seconds: when its last try began (since 1970) and what it took; result: what `result_of`
+    takes from the report.
     """
 
     job: Job

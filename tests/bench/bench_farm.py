@@ -10,9 +10,11 @@ a job's seconds beside those of its command.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401, I001  (loads this checkout as `nibble`)
-from bench.machine import command, describe_cpu
+from bench.machine import describe_cpu
 from farm_runs import QUICK, farm_of
 
 RESULTS = Path(__file__).parent / "results" / "farm.json"
@@ -94,13 +96,24 @@ def on_workers(jobs: Path, count: int) -> dict:
         cluster.wait_for_nodes()
         seconds = Farm(jobs, "--address", cluster.address).seconds()
     found = report(jobs)
-    at_work = sum(job["seconds"] for job in found["jobs"])
     return {
         "seconds": round(seconds, 1),
-        "seconds_of_commands": round(at_work, 1),
-        "overhead_a_job": round((seconds * count - at_work) / len(found["jobs"]), 2),
+        "seconds_of_commands": round(sum(job["seconds"] for job in found["jobs"]), 1),
+        "between_two_jobs": between(found["jobs"]),
         "workers": found["workers"],
     }
+
+
+def between(jobs: list[dict]) -> dict[str, float]:
+    """Seconds from a worker's job to its next: what scheduling costs."""
+    gaps = []
+    for worker in {job["workers"][-1] for job in jobs}:
+        own = sorted((job for job in jobs if job["workers"][-1] == worker), key=lambda j: j["at"])
+        gaps += [
+            after["at"] - before["at"] - before["seconds"]
+            for before, after in itertools.pairwise(own)
+        ]
+    return {"median": round(statistics.median(gaps), 3), "worst": round(max(gaps), 3)}
 
 
 def through_deaths(jobs: Path) -> dict:
@@ -137,16 +150,13 @@ def again(jobs: Path) -> dict:
     before = {path: path.stat().st_mtime_ns for path in jobs.parent.rglob("*-q.safetensors")}
     seconds = Farm(jobs, "--address", "nowhere:9").seconds()
     after = {path: path.stat().st_mtime_ns for path in jobs.parent.rglob("*-q.safetensors")}
-    return {
-        "seconds": round(seconds, 1),
-        "files_touched": sum(before[p] != after[p] for p in after),
-    }
+    touched = sum(before[path] != after[path] for path in after)
+    return {"seconds": round(seconds, 1), "files_touched": touched}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, required=True, help="for the models; an empty one")
     parser.add_argument("--models", type=int, default=20)
@@ -158,7 +168,7 @@ def main() -> None:
         "two workers": lambda jobs: on_workers(jobs, 2),
         "through deaths": through_deaths,
     }
-    found: dict = {"environment": describe_cpu() | {"command": command()}, "models": options.models}
+    found: dict = {"environment": describe_cpu(), "models": options.models}
     files = {}
     for name, run in runs.items():
         jobs = farm_of(
