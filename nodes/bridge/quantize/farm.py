@@ -101,7 +101,7 @@ class FarmRequest:
         watch = _Watch(Progress("quantizing", self.node_id, unit="layer", resumes=True), address)
         farm_process.run(farm_process.command(file, address), watch.hear, watch.progress.heed)
         folders.refresh(FOLDER)
-        (entry,) = farm_report.earlier(file.with_suffix("")).values()
+        (entry,) = farm_report.earlier(farm_process.report_of(file)).values()
         by = f"{', '.join(dict.fromkeys(entry['workers']))}, {duration(entry['seconds'])}"
         return Made(name, _report_of(target, entry), by)
 

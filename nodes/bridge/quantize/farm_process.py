@@ -1,6 +1,6 @@
 """A farm as a process: the command line of this pack, its lines, and its end.
 
-    python PACK farm JOBS.json --lines [--in-order | --address ADDRESS] --report BASE
+    python PACK farm JOBS.json --lines [--in-order | --address ADDRESS]
 
 The farm ends where its standard input does, with all that it started. So it does not outlive Stop,
 nor ComfyUI; what is done stays in the target's journal, and the next run goes on from there.
@@ -29,6 +29,7 @@ _NAME = "nibble: "  # before a sentence for people on stderr
 # what the command line calls a way out, and what the node calls it
 _WAYS = (
     ("add --overwrite", "switch 'overwrite' on"),
+    ("(docs/farm.md)", "(the help of this node says how)"),
     ("leave --address out", "leave 'address' empty"),
     ("in the jobs file: worker: pack", "in 'worker' as pack=PATH"),
     ("in the jobs file (worker: ", "in 'worker' ("),
@@ -36,24 +37,25 @@ _WAYS = (
 _OPTION = re.compile(r"--(address|overwrite|method|preset)\b")
 
 
-class Ended(ValueError):
-    """The farm's file was not made; the sentence says why and what to do."""
-
-
 def command(jobs: Path, address: str) -> list[str]:
-    """The command line of a farm of these jobs; its report lies beside them. address: of a Ray
-    cluster; "": this machine, without one.
+    """The command line of a farm of these jobs. address: of a Ray cluster; "": this machine,
+    without one.
     """
     where = ["--address", address] if address else ["--in-order"]
-    report = ["--report", str(jobs.with_suffix(""))]
-    return [sys.executable, str(PACK), "farm", str(jobs), "--lines", *report, *where]
+    return [sys.executable, str(PACK), "farm", str(jobs), "--lines", *where]
+
+
+def report_of(jobs: Path) -> Path:
+    """The farm's report on these jobs, without its ending."""
+    return jobs.with_name(f"{jobs.stem}-farm")
 
 
 def run(
     words: list[str], hear: Callable[[Mapping[str, Any]], None], heed: Callable[[], None]
 ) -> None:
     """Runs a farm of one job until that is made. hear: gets each of its lines; heed: called ten
-    times a second, raises where the user pressed Stop. Raises Ended.
+    times a second, raises where the user pressed Stop. Raises ValueError, which says why the file
+    was not made, and what to do.
     """
     process = subprocess.Popen(
         words,
@@ -124,17 +126,17 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _check(code: int, last: Mapping[str, Any], said: str) -> None:
-    """Raises Ended unless the job was made."""
+    """Raises ValueError unless the job was made."""
     refused = [text for text in last.get("ended", {}).values() if text not in (DONE, BEFORE)]
     if refused:
-        raise Ended(in_node(refused[0]))
+        raise ValueError(in_node(refused[0]))
     if code == 0:
         return
     _, name, sentence = f"\n{said}".rpartition(f"\n{_NAME}")
     if code == 1 and name:
-        raise Ended(in_node(sentence.strip()))
+        raise ValueError(in_node(sentence.strip()))
     end = said.strip().splitlines()
-    raise Ended(
+    raise ValueError(
         f"The farm ended with code {code} ({end[-1] if end else 'without a word'}); Run goes on"
         " from its finished layers."
     )

@@ -90,7 +90,7 @@ def request(**changes) -> FarmRequest:
 
 
 def jobs_in(temp) -> dict:
-    (file,) = [path for path in temp.glob("nibble-farm-*.json")]
+    (file,) = temp.glob("nibble-farm-*.json")
     return json.loads(file.read_text())
 
 
@@ -259,7 +259,7 @@ def test_stop_ends_the_farm(folder, stand_in, told, tmp_path, monkeypatch, heeds
 # ---- a run
 
 
-def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(folder, tmp_path_factory):
+def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(folder, temp, tmp_path_factory):
     typed = tmp_path_factory.mktemp("typed") / "typed.safetensors"
     words = ["quantize", str(folder / "flux.safetensors"), str(typed), *QUICK.split()]
     subprocess.run([sys.executable, str(ROOT), *words], check=True, capture_output=True)
@@ -272,6 +272,10 @@ def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(folder, tmp_
     assert any(row.db is not None for row in made.report.rows)
     assert made.report.seconds > 0
     stamp = target.stat().st_mtime_ns
+    (report,) = temp.glob("*-farm.json")
+    assert json.loads(report.read_text())["jobs"][0]["state"] == "done"
     again = request(filename="by farm").run()
+    assert json.loads(report.read_text())["jobs"][0]["state"] == "done before"
+    assert again.by == made.by
     assert target.stat().st_mtime_ns == stamp
     assert again.report.rows == made.report.rows
