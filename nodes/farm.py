@@ -106,7 +106,18 @@ def _expert_options() -> list[io.Input]:
                 " as cpus=8 gpus=1 memory=24 pack=/opt/ComfyUI-Nibble. Empty: reckoned from the"
                 " model's size; Nibble at this machine's path."
             ),
-        )
+        ),
+        io.Int.Input(
+            "parts",
+            default=1,
+            min=1,
+            max=64,
+            advanced=True,
+            tooltip=(
+                "On how many workers this one file is made: each makes a range of layers (preset"
+                " fast). The file is the same as from one worker."
+            ),
+        ),
     ]
 
 

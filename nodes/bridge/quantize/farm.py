@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ import folder_paths
 
 from ....farm import jobs, on_ray
 from ....farm import report as farm_report
-from ....quant.cli import options as typed
+from ....farm.ledger import BEFORE
+from ....quant.cli import by_name
 from ....quant.cli import quantize as command_line
 from ....quant.files.errors import FileRefused, reading
 from ....quant.files.memory.switches import duration
@@ -69,7 +71,8 @@ class Made:
 @dataclass(kw_only=True)
 class FarmRequest:
     """What the user asked for. options: as they are typed behind `quantize`; address: of a Ray
-    cluster, "": this machine; worker: what a job takes there, as NAME=VALUE, of `farm.jobs.WORKER`.
+    cluster, "": this machine; worker: what a job takes there, as NAME=VALUE, of `farm.jobs.WORKER`;
+    parts: on how many workers the file is made.
     """
 
     model_name: str
@@ -80,6 +83,7 @@ class FarmRequest:
     filename: str = ""
     overwrite: bool = False
     worker: str = ""
+    parts: int = 1
     node_id: str | None = None
 
     def run(self) -> Made:
@@ -95,14 +99,20 @@ class FarmRequest:
         # held for a moment: what another run is writing is refused now, the rest is the worker's
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
             target, name = new.path, new.name
-        file = _jobs_file(source.path, target, options, worker)
+        job = {"source": str(source.path), "target": str(target), "parts": self.parts, **worker}
+        file = _jobs_file(target, options, job)
         if not address:  # the farm needs the memory that models of earlier runs have here
             comfy.model_management.unload_all_models()
+        began = time.monotonic()
         watch = _Watch(Progress("quantizing", self.node_id, unit="layer", resumes=True), address)
         farm_process.run(farm_process.command(file, address), watch.hear, watch.progress.heed)
         folders.refresh(FOLDER)
         (entry,) = farm_report.earlier(farm_process.report_of(file)).values()
-        by = f"{', '.join(dict.fromkeys(entry['workers']))}, {duration(entry['seconds'])}"
+        by = f"{', '.join(dict.fromkeys(entry['workers']))}, "
+        if entry["state"] == BEFORE:
+            by += "in an earlier run"
+        else:  # of parts, the entry has the seconds of putting them together
+            by += duration(entry["seconds"] if self.parts == 1 else time.monotonic() - began)
         return Made(name, _report_of(target, entry), by)
 
     def given(self) -> dict[str, Any]:
@@ -116,8 +126,8 @@ class FarmRequest:
                     f"options: --{name} is a widget of this node, '{name}'; set it there"
                 )
         home = Path(folder_paths.get_folder_paths(prompts.FOLDER)[0])
-        values = vars(typed.parsed(jobs.recipe(words, home, "options")))
-        plain = vars(typed.parsed([]))
+        values = vars(by_name.parsed(jobs.recipe(words, home, "options")))
+        plain = vars(by_name.parsed([]))
         given = {name: value for name, value in values.items() if value != plain[name]}
         return given | {"method": self.method, "preset": self.preset, "overwrite": self.overwrite}
 
@@ -125,7 +135,7 @@ class FarmRequest:
         """What the new file's name ends with: as those of the other quantize nodes. Raises
         ValueError for options that are no recipe.
         """
-        recipe = command_line.recipe_of(typed.parsed(typed.as_typed(options)))
+        recipe = command_line.recipe_of(by_name.parsed(by_name.as_typed(options)))
         return METHODS[self.method](model_name=self.model_name, recipe=recipe).ending
 
     def resources(self) -> dict[str, Any]:
@@ -147,18 +157,20 @@ class _Watch:
 
     def __init__(self, progress: Progress, address: str):
         self.progress = progress
+        self.layers: dict[str, list[int]] = {}  # job, or part of it → done, of
         progress(0, 1, f"looking for the cluster at {address}" if address else "starting")
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """Layers, and which worker makes them, or what is waited for."""
+        """Layers, and which workers make them, or what is waited for."""
         running = event["running"]
-        names = list(dict.fromkeys(each["worker"] for each in running))
-        if running:
-            done, count = (sum(each["layers"][i] for each in running) for i in (0, 1))
-            self.progress.count(done, count)
-            what = ", ".join(names) + ("" if count else ": reading and measuring")
-        else:
+        self.layers |= {each["job"]: each["layers"] for each in running}
+        done, count = (sum(each[i] for each in self.layers.values()) for i in (0, 1))
+        self.progress.count(done, count)
+        what = ", ".join(dict.fromkeys(each["worker"] for each in running))
+        if not running:
             what = _waits(event["notes"])
+        elif not count:
+            what += ": reading and measuring"
         done, of = event["weights"]
         self.progress(done, of, what)
 
@@ -188,19 +200,14 @@ def _amount(name: str, value: str) -> float:
     return amount
 
 
-def _jobs_file(
-    source: Path, target: Path, options: Mapping[str, Any], worker: Mapping[str, Any]
-) -> Path:
+def _jobs_file(target: Path, options: Mapping[str, Any], job: Mapping[str, Any]) -> Path:
     """Writes what the farm is to do, under a name of the target's own: its last report, which the
     farm looks for, lies beside it.
     """
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"nibble-farm-{zlib.crc32(os.fsencode(target)):08x}.json"
-    content = {
-        "recipes": {_RECIPE: options},
-        "jobs": [{"source": str(source), "target": str(target), "recipe": _RECIPE, **worker}],
-    }
+    content = {"recipes": {_RECIPE: options}, "jobs": [{**job, "recipe": _RECIPE}]}
     file.write_text(json.dumps(content, default=str), encoding="utf-8")
     return file
 

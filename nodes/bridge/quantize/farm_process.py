@@ -31,6 +31,7 @@ _WAYS = (
     ("add --overwrite", "switch 'overwrite' on"),
     ("(docs/farm.md)", "(the help of this node says how)"),
     ("leave --address out", "leave 'address' empty"),
+    ("add --memory-cap 0 to all of them", "add --memory-cap 0 to 'options'"),
     ("in the jobs file: worker: pack", "in 'worker' as pack=PATH"),
     ("in the jobs file (worker: ", "in 'worker' ("),
 )
@@ -127,11 +128,11 @@ def _end(process: subprocess.Popen) -> None:
 
 def _check(code: int, last: Mapping[str, Any], said: str) -> None:
     """Raises ValueError unless the job was made."""
-    refused = [text for text in last.get("ended", {}).values() if text not in (DONE, BEFORE)]
-    if refused:
-        raise ValueError(in_node(refused[0]))
     if code == 0:
         return
+    refused = [text for text in last.get("ended", {}).values() if text not in (DONE, BEFORE)]
+    if refused:  # the whole file's before those of its parts
+        raise ValueError(in_node(refused[0]))
     _, name, sentence = f"\n{said}".rpartition(f"\n{_NAME}")
     if code == 1 and name:
         raise ValueError(in_node(sentence.strip()))

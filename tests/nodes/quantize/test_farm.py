@@ -98,7 +98,7 @@ def jobs_in(temp) -> dict:
 
 
 def test_without_an_address_it_works_here_in_order_and_never_asks_for_ray(folder, temp, stand_in):
-    asked = stand_in([line(ended={"a": "no"}, running=[])])
+    asked = stand_in([line(ended={"a": "no"}, running=[])], "sys.exit(1)")
     with pytest.raises(ValueError, match="^no$"):
         request().run()
     (words,) = asked
@@ -109,19 +109,21 @@ def test_without_an_address_it_works_here_in_order_and_never_asks_for_ray(folder
         {
             "source": str(folder / "flux.safetensors"),
             "target": str(folder / "flux-svdq-int4-r16.safetensors"),
+            "parts": 1,
             "recipe": "node",
         }
     ]
 
 
 def test_an_address_a_worker_and_the_widgets_reach_the_farm(folder, temp, stand_in, ray):
-    asked = stand_in([line(ended={"a": "no"}, running=[])])
+    asked = stand_in([line(ended={"a": "no"}, running=[])], "sys.exit(1)")
     with pytest.raises(ValueError, match="^no$"):
         request(
             address=" head:6379 ",
             method="vq",
             options="--bits 2 --keep 'double_blocks.0.*' --keep x",
             worker="pack=/opt/nibble cpus=4 memory=24.5",
+            parts=3,
             overwrite=True,
         ).run()
     assert asked[0][-2:] == ["--address", "head:6379"]
@@ -136,6 +138,7 @@ def test_an_address_a_worker_and_the_widgets_reach_the_farm(folder, temp, stand_
     (job,) = content["jobs"]
     assert job["target"] == str(folder / "flux-vq2-fast.safetensors")
     assert (job["pack"], job["cpus"], job["memory"]) == ("/opt/nibble", 4, 24.5)
+    assert job["parts"] == 3
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_lines_become_layers_worker_and_what_is_waited_for(folder, stand_in, tol
         line(),
         line(ended={"a": "no"}, running=[]),
     ]
-    stand_in(lines)
+    stand_in(lines, "sys.exit(1)")
     with pytest.raises(ValueError, match="^no$"):
         request(node_id="7").run()
     events = [data for event, data in told if event == "nibble_progress"]
@@ -197,10 +200,27 @@ def test_lines_become_layers_worker_and_what_is_waited_for(folder, stand_in, tol
     assert working["name"] == "node1-ab12"
 
 
+def test_layers_of_parts_are_told_together_also_of_those_that_have_ended(told):
+    watch = farm._Watch(progress.Progress("quantizing", "7", unit="layer"), "head:6379")
+    assert told[-1][1]["name"] == "looking for the cluster at head:6379"
+    part = {"job": "a, part 1 of 2", "worker": "node1", "layers": [5, 20]}
+    other = {"job": "a, part 2 of 2", "worker": "node2", "layers": [4, 22]}
+    watch.hear(RUNNING | {"running": [part, other]})
+    last = told[-1][1]
+    assert (last["done"], last["count"], last["name"]) == (9, 42, "node1, node2")
+    watch.hear(RUNNING | {"running": [other | {"layers": [6, 22]}]})
+    last = told[-1][1]
+    assert (last["done"], last["count"], last["name"]) == (11, 42, "node2")
+
+
 @pytest.mark.parametrize(
     ("lines", "then", "sentence"),
     [
-        ([line(ended={"a": "x.safetensors is a VAE."}, running=[])], "", "^x.safetensors is a VAE"),
+        (
+            [line(ended={"a": "x.safetensors is a VAE.", "a, part 2 of 2": "lost"}, running=[])],
+            "sys.exit('nibble: 1 could not be made; see page.html')",
+            "^x.safetensors is a VAE",
+        ),
         (
             [line(ended={"a": str(another(SimpleNamespace(target=Path("x"))))})],
             "sys.exit('nibble: 1 could not be made; see page.html')",
@@ -259,11 +279,14 @@ def test_stop_ends_the_farm(folder, stand_in, told, tmp_path, monkeypatch, heeds
 # ---- a run
 
 
-def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(folder, temp, tmp_path_factory):
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(
+    parts, folder, temp, tmp_path_factory
+):
     typed = tmp_path_factory.mktemp("typed") / "typed.safetensors"
     words = ["quantize", str(folder / "flux.safetensors"), str(typed), *QUICK.split()]
     subprocess.run([sys.executable, str(ROOT), *words], check=True, capture_output=True)
-    made = request(filename="by farm").run()
+    made = request(filename="by farm", parts=parts).run()
     assert made.name == "by farm.safetensors"
     target = folder / made.name
     assert target.read_bytes() == typed.read_bytes()
@@ -274,8 +297,8 @@ def test_a_run_gives_the_command_line_s_bytes_and_is_not_made_twice(folder, temp
     stamp = target.stat().st_mtime_ns
     (report,) = temp.glob("*-farm.json")
     assert json.loads(report.read_text())["jobs"][0]["state"] == "done"
-    again = request(filename="by farm").run()
+    again = request(filename="by farm", parts=parts).run()
     assert json.loads(report.read_text())["jobs"][0]["state"] == "done before"
-    assert again.by == made.by
+    assert again.by.endswith(", in an earlier run")
     assert target.stat().st_mtime_ns == stamp
     assert again.report.rows == made.report.rows
