@@ -2,6 +2,7 @@
 
 svdquant.py      quantize, load
 stock.py         quantize for ComfyUI without this pack
+farm.py          quantize on other machines
 text_encoders.py quantize, load: text encoders
 vq4dit.py        quantize, load, inspect
 get_started.py   where to begin on this computer
@@ -28,6 +29,7 @@ from . import (
     caf,
     caf_training,
     demo,
+    farm,
     feather,
     get_started,
     intlora,
@@ -46,6 +48,7 @@ from .bridge.quantized import encoders, registration
 NODES = [
     *svdquant.NODES,
     *stock.NODES,
+    *farm.NODES,
     *text_encoders.NODES,
     *vq.NODES,
     *inspecting.NODES,

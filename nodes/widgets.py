@@ -51,14 +51,14 @@ def compute_dtype_input() -> io.Combo.Input:
 # ---- quantizing ----------------------------------------------------------------------------------
 
 
-def source_input() -> io.Combo.Input:
-    """The model to quantize."""
+def source_input(more: str = " Ignored when a model is connected.") -> io.Combo.Input:
+    """The model to quantize. more: what the tooltip says at its end."""
     return io.Combo.Input(
         "model_name",
         options=sources.listed() or [NO_SOURCES],
         tooltip=(
             "A model in models/diffusion_models, models/checkpoints or models/diffusers, in 16 bit,"
-            " fp8, int8, mxfp8, nvfp4, W4A8, W4A4 or GGUF. Ignored when a model is connected."
+            f" fp8, int8, mxfp8, nvfp4, W4A8, W4A4 or GGUF.{more}"
         ),
     )
 

@@ -59,7 +59,7 @@ RULES = {
     "accel":             ({"kernels", "quant.files", "quant.training"},  set()),
     "accel.diffusers":   ({"accel", "quant.files"},                      {"diffusers"}),
     "nodes":             ({"nodes.bridge", "quant", "accel", "demo"},    {"comfy_api"}),
-    "nodes.bridge":      ({"quant", "accel", "kernels", "demo"},         ROOMS_OF_COMFYUI),
+    "nodes.bridge":      ({"quant", "accel", "kernels", "demo", "farm"}, ROOMS_OF_COMFYUI),
     "demo.taesd":        (set(),                                         {"diffusers"}),
     "demo":              ({"quant", "kernels", "demo.taesd"},            set()),
     "farm.ray_driver":   (set(),                                         {"ray"}),

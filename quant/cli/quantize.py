@@ -70,7 +70,7 @@ def run(options: argparse.Namespace, monitor: Monitor | None = None) -> Report:
     options.quiet = options.quiet or monitor is not None
     _check_numbers(options)
     _encoders_own(options)
-    recipe = _recipe(options)
+    recipe = recipe_of(options)
     share = shares.asked(options, recipe)
     with share.held() as target:
         job = methods.prepare(options.source, target, recipe)
@@ -128,7 +128,7 @@ def _encoders_own(options: argparse.Namespace) -> None:
             options.format, options.rank = "svdquant_w4a8", 0
 
 
-def _recipe(options: argparse.Namespace) -> AnyRecipe:
+def recipe_of(options: argparse.Namespace) -> AnyRecipe:
     """The method's recipe. Raises ValueError for options of the other methods."""
     own = _OPTIONS[options.method]
     for method, names in _OPTIONS.items():

@@ -5,6 +5,8 @@ sources.py          the models that can be quantized: listed, found, loaded to b
 svdquant.py         what only SVDQuant needs: prompts for 'best', its file's name
 stock.py            the same for files of stock ComfyUI
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
+farm.py             a farm's request: what a cluster, or a process here, is to make
+farm_process.py     that farm as a process: its lines, its sentences, Stop
 text_encoder.py     a text encoder: prompts encoded in place of pictures drawn
 prompts.py          prompts of Nibble's own, and files of prompts for the command line
 record_inputs.py    what layers read while ComfyUI samples

@@ -68,7 +68,7 @@ class QuantizeRequest(ABC):
         wanted = new_name(self.origin, self.filename, self.ending)
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
             job = self.method.prepare(source, new.held, self.recipe)
-            _refuse_encoder(job)
+            refuse_encoder(source)
             try:
                 report = self.existing_report(job)
                 if report is None:
@@ -226,11 +226,13 @@ def watched(node_id: str | None) -> Monitor:
     return Monitor(progress, progress.heed, layers=progress.count)
 
 
-def _refuse_encoder(job: QuantizeJob) -> None:
-    if text_encoders.family_of(job.source.shapes) is not None:
+def refuse_encoder(source: Source | StateDictSource) -> None:
+    """Raises FileRefused for a text encoder, which has a node of its own."""
+    family = text_encoders.family_of(source.shapes)
+    if family is not None:
         raise FileRefused(
-            f"{job.source.name} is a text encoder ({job.architecture}): put it into"
-            " models/text_encoders and choose it in Quantize Text Encoder."
+            f"{source.name} is a text encoder ({family.name}): put it into models/text_encoders and"
+            " choose it in Quantize Text Encoder."
         )
 
 
