@@ -48,6 +48,11 @@ class Entry:
     parts: list[Entry] = field(default_factory=list)
 
     @property
+    def took(self) -> float:
+        """Seconds from the beginning of its last try, or of its first part, to its end."""
+        return self.at + self.seconds - min([self.at, *(part.at for part in self.parts if part.at)])
+
+    @property
     def left(self) -> float | None:
         """Seconds that it will still take, by its own speed; None: not known yet."""
         done, of = self.weights

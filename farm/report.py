@@ -100,7 +100,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "workers": [name for part in (*entry.parts, entry) for name in part.workers],
         "parts": entry.job.parts,
         "at": entry.at,
-        "seconds": round(entry.seconds, 3),
+        "seconds": round(entry.took, 3),
         "layers": list(entry.layers),
         "sentence": entry.sentence,
         "result": dict(entry.result),

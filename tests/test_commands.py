@@ -5,7 +5,7 @@ A page's commands begin with `python ComfyUI-Nibble`; what follows is parsed by 
 parser. Those that take seconds are run, on small files of the names that are printed.
 
 Only parsed: `--preset best` and `demo` (minutes), text encoders (gigabytes), `bench NAME`,
-`cubins`, `libraries` (a GPU, a compiler, hours). `…` and options alone are no whole commands: what
+`cubins`, `libraries` (a GPU, a compiler, hours), `farm` (a cluster; tests/farm runs it). `…` and options alone are no whole commands: what
 they name must exist.
 
 NIBBLE_CLEAN_PYTHON: a Python to take for the new environment; NIBBLE_TORCH_INDEX: where pip finds
@@ -34,10 +34,10 @@ from published_files import RandomFlux
 
 cli = importlib.import_module("nibble.__main__")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "web" / "docs").rglob("*.md"))]
-PAGES += [ROOT / "docs" / f"{name}.md" for name in ("models", "file-format", "questions")]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("models", "file-format", "questions", "farm")]
 BEGINS = "python ComfyUI-Nibble"
 UNPARSED = ("bench", "cubins", "libraries")  # they have parsers of their own
-PARSED_ONLY = re.compile(r"--preset best|t5xxl|^(demo|bench \w|cubins|libraries)")
+PARSED_ONLY = re.compile(r"--preset best|t5xxl|^(demo|farm|bench \w|cubins|libraries)")
 
 
 def printed() -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from support.import_graph import ROOT, graph
 
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "accel|demo|docs|example_workflows|kernels|locales|nodes|quant|tests|web"
+FOLDERS = "accel|demo|docs|farm|example_workflows|kernels|locales|nodes|quant|tests|web"
 PATH = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")  # `quant/files/writer.py`, `nodes/bridge/caf/`
 LINK = re.compile(r"\]\(([^)#:\s]+)\)")
 SYSTEMS = {

@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   {nibble} plan flux1-dev --card "8 GB"
   {nibble} convert svdq-int4_r32-flux.1-dev.safetensors flux1-dev-nibble.safetensors --to nibble
   {nibble} partials
+  {nibble} farm jobs.yaml --address auto
   {nibble} demo --out demo.png
   {nibble} bench --env
 """  # a backslash at the end of a line: commands are printed whole

@@ -191,6 +191,7 @@ def test_one_model_in_parts_gives_the_bytes_of_one_run(tmp_path, capsys):
     assert "1 of 1 made" in capsys.readouterr().out
     (told,) = json.loads((jobs.parent / "jobs-farm.json").read_text())["jobs"]
     assert (told["parts"], len(told["workers"])) == (3, 4)
+    assert told["seconds"] > 4 * told["result"]["seconds"]  # of all its parts, not of joining them
     assert cli.main(["farm", str(jobs), "--in-order"]) == 0
     assert "1 of 1 made, 1 of them before" in capsys.readouterr().out
 
