@@ -5,8 +5,8 @@ A page's commands begin with `python ComfyUI-Nibble`; what follows is parsed by 
 parser. Those that take seconds are run, on small files of the names that are printed.
 
 Only parsed: `--preset best` and `demo` (minutes), text encoders (gigabytes), `bench NAME`,
-`cubins`, `libraries` (a GPU, a compiler, hours), `farm` (a cluster; tests/farm runs it). `…` and options alone are no whole commands: what
-they name must exist.
+`cubins`, `libraries` (a GPU, a compiler, hours), `farm` (a cluster; tests/farm runs it).
+`…` and options alone are no whole commands: what they name must exist.
 
 NIBBLE_CLEAN_PYTHON: a Python to take for the new environment; NIBBLE_TORCH_INDEX: where pip finds
 torch for it.
