@@ -96,7 +96,7 @@ class Lines:
                 if each.state == RUNNING
             ],
             "weights": [sum(each.weights[i] for each in entries) for i in (0, 1)],
-            "notes": self.ledger.notes,
+            "notes": list(self.ledger.notes),  # of now: it is compared with the next state
             "ended": {
                 each.job.name: each.sentence or each.state
                 for each in entries

@@ -81,12 +81,13 @@ def _main_inputs() -> list[io.Input]:
                 " --keep double_blocks.0.* --device cuda"
             ),
         ),
-        io.String.Input(
-            "address",
-            default="",
+        io.Combo.Input(
+            "where",
+            options=list(farm.PLACES),
+            default=farm.HERE,
             tooltip=(
-                "Address of a running Ray cluster: HOST:6379, or auto on one of its machines."
-                " Empty: this machine."
+                "this machine: in a process of its own. cluster: the Ray cluster that"
+                " nibble-farm.json in ComfyUI's user folder names."
             ),
         ),
         filename,
@@ -102,9 +103,8 @@ def _expert_options() -> list[io.Input]:
             default="",
             advanced=True,
             tooltip=(
-                "What the job takes of a machine, and where Nibble lies there, as NAME=VALUE, such"
-                " as cpus=8 gpus=1 memory=24 pack=/opt/ComfyUI-Nibble. Empty: reckoned from the"
-                " model's size; Nibble at this machine's path."
+                "What the job takes of a machine, as NAME=VALUE, such as cpus=8 gpus=1 memory=24"
+                " (GB) retries=5. Empty: reckoned from the model's size."
             ),
         ),
         io.Int.Input(

@@ -1,8 +1,9 @@
-"""Quantize on a Farm in a real browser: the worker and its layers while it works, Stop, and an
-address where there is no cluster.
+"""Quantize on a Farm in a real browser: the worker and its layers while it works, Stop, and a
+cluster that is not there.
 """
 
 import socket
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -69,13 +70,14 @@ def test_the_worker_and_its_layers_are_told_and_stop_says_what_is_done(screen, s
 
 
 @BOTH
-def test_an_address_that_cannot_be_used_is_told_in_the_node(screen):
+def test_a_cluster_that_cannot_be_used_is_told_in_the_node(screen, server):
     """Without Ray, that it is missing; with it, that there is no cluster."""
-    screen.page.evaluate(
-        MAKE, {"model_name": FLUX, "filename": "never", "address": "127.0.0.1:6399"}
-    )
+    settings = Path(server.home, "user", "nibble-farm.json")
+    settings.write_text('{"address": "127.0.0.1:6399"}')
+    screen.page.evaluate(MAKE, {"model_name": FLUX, "filename": "never", "where": "cluster"})
     sentence = told(screen, "error", "Ray")
-    assert "leave 'address' empty to work on this machine" in sentence
+    assert "choose 'this machine'" in sentence
     assert not sentence.startswith("ValueError")
     screen.page.wait_for_timeout(700)
     screen.picture(f"farm-no-cluster-{screen.look}")
+    settings.unlink()

@@ -8,6 +8,7 @@ import pytest
 
 from farm_runs import REPORT
 from nibble.farm import report
+from nibble.farm import table as table_file
 from nibble.farm.jobs import Job
 from nibble.farm.ledger import BEFORE, DONE, LOST, REFUSED, RUNNING, WAITING, Ledger, stamp
 from nibble.farm.table import Lines, Table
@@ -177,3 +178,14 @@ def test_a_program_gets_json(ledger):
     assert (line["jobs"], line["made"], line["failed"]) == (3, 1, 1)
     assert line["running"] == [{"job": "c-q.safetensors", "worker": "w1", "layers": [2, 4]}]
     assert line["ended"] == {"a-q.safetensors": "done", "b-q.safetensors": "b <is> damaged."}
+
+
+def test_a_program_gets_a_note_although_nothing_else_has_changed(ledger, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(table_file, "APART", 0.0)
+    lines = Lines(ledger, out)
+    lines()
+    ledger.note("no machine has a GPU")
+    lines()
+    last = json.loads(out.getvalue().splitlines()[-1])
+    assert last["notes"] == ["no machine has a GPU"]

@@ -7,6 +7,7 @@ stock.py            the same for files of stock ComfyUI
 vq4dit.py           what only VQ needs: a teacher, blocks drawn while they are trained
 farm.py             a farm's request: what a cluster, or a process here, is to make
 farm_process.py     that farm as a process: its lines, its sentences, Stop
+farm_settings.py    the cluster that this ComfyUI's own settings name
 text_encoder.py     a text encoder: prompts encoded in place of pictures drawn
 prompts.py          prompts of Nibble's own, and files of prompts for the command line
 record_inputs.py    what layers read while ComfyUI samples

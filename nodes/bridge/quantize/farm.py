@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shlex
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from ....quant.files.source import Source
 from ..host import folders
 from ..host.progress import Progress
 from ..quantized.loading import FOLDER
-from . import farm_process, prompts, sources
+from . import farm_process, farm_settings, prompts, sources
 from .job import QuantizeRequest, new_name, refuse_encoder
 from .stock import StockRequest
 from .svdquant import SVDQuantRequest
@@ -53,9 +52,11 @@ PRESETS = {
 }
 _WIDGETS = ("method", "preset", "overwrite")  # that have an option of the same name
 _RECIPE = "node"
+HERE, CLUSTER = "this machine", "cluster"
+PLACES = (HERE, CLUSTER)
 NO_RAY = (
-    "'address' needs Ray, which the Python of this ComfyUI has not got; install it there (pip"
-    " install ray), or leave 'address' empty to work on this machine."
+    "where = cluster needs Ray, which the Python of this ComfyUI has not got; install it there (pip"
+    " install ray), or choose 'this machine'."
 )
 
 
@@ -70,16 +71,16 @@ class Made:
 
 @dataclass(kw_only=True)
 class FarmRequest:
-    """What the user asked for. options: as they are typed behind `quantize`; address: of a Ray
-    cluster, "": this machine; worker: what a job takes there, as NAME=VALUE, of `farm.jobs.WORKER`;
-    parts: on how many workers the file is made.
+    """What the user asked for. options: as they are typed behind `quantize`; where: one of PLACES;
+    worker: what a job takes there, as NAME=VALUE, of `farm.jobs.AMOUNTS`; parts: on how many
+    workers the file is made.
     """
 
     model_name: str
     method: str = "svdquant"
     preset: str = "fast"
     options: str = ""
-    address: str = ""
+    where: str = HERE
     filename: str = ""
     overwrite: bool = False
     worker: str = ""
@@ -88,9 +89,11 @@ class FarmRequest:
 
     def run(self) -> Made:
         """Quantizes. Raises ValueError in plain words, before work starts where it can be known."""
-        address = self.address.strip()
-        if address and not on_ray.is_installed():
-            raise ValueError(NO_RAY)
+        cluster = None
+        if self.where == CLUSTER:
+            cluster = farm_settings.read()
+            if not on_ray.is_installed():
+                raise ValueError(NO_RAY)
         options, worker = self.given(), self.resources()
         ending = self.ending(options)
         source = Source(sources.path_of(self.model_name))
@@ -100,19 +103,18 @@ class FarmRequest:
         with folders.new_file(wanted, FOLDER, self.overwrite, beside=source.path) as new:
             target, name = new.path, new.name
         job = {"source": str(source.path), "target": str(target), "parts": self.parts, **worker}
+        if cluster is not None:
+            job = cluster.worker | job
         file = _jobs_file(target, options, job)
+        address = "" if cluster is None else cluster.address
         if not address:  # the farm needs the memory that models of earlier runs have here
             comfy.model_management.unload_all_models()
-        began = time.monotonic()
         watch = _Watch(Progress("quantizing", self.node_id, unit="layer", resumes=True), address)
         farm_process.run(farm_process.command(file, address), watch.hear, watch.progress.heed)
         folders.refresh(FOLDER)
         (entry,) = farm_report.earlier(farm_process.report_of(file)).values()
         by = f"{', '.join(dict.fromkeys(entry['workers']))}, "
-        if entry["state"] == BEFORE:
-            by += "in an earlier run"
-        else:  # of parts, the entry has the seconds of putting them together
-            by += duration(entry["seconds"] if self.parts == 1 else time.monotonic() - began)
+        by += "in an earlier run" if entry["state"] == BEFORE else duration(entry["seconds"])
         return Made(name, _report_of(target, entry), by)
 
     def given(self) -> dict[str, Any]:
@@ -127,6 +129,9 @@ class FarmRequest:
                 )
         home = Path(folder_paths.get_folder_paths(prompts.FOLDER)[0])
         values = vars(by_name.parsed(jobs.recipe(words, home, "options")))
+        file = values["prompts"]
+        if file is not None and not file.is_relative_to(home.resolve()):  # a workflow names it
+            raise ValueError(f"options: --prompts {file.name} is not in models/{prompts.FOLDER}")
         plain = vars(by_name.parsed([]))
         given = {name: value for name, value in values.items() if value != plain[name]}
         return given | {"method": self.method, "preset": self.preset, "overwrite": self.overwrite}
@@ -143,12 +148,12 @@ class FarmRequest:
         found: dict[str, Any] = {}
         for word in _words(self.worker, "worker"):
             name, equals, value = word.partition("=")
-            if name not in jobs.WORKER or not equals:
+            if name not in jobs.AMOUNTS or not equals:
                 raise ValueError(
                     f"worker: {word!r} cannot be read; give NAME=VALUE with"
-                    f" {', '.join(jobs.WORKER)}, such as gpus=1"
+                    f" {', '.join(jobs.AMOUNTS)}, such as gpus=1"
                 )
-            found[name] = _amount(name, value) if name in jobs.AMOUNTS else value
+            found[name] = _amount(name, value)
         return found
 
 

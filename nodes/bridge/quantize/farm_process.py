@@ -30,12 +30,12 @@ _NAME = "nibble: "  # before a sentence for people on stderr
 _WAYS = (
     ("add --overwrite", "switch 'overwrite' on"),
     ("(docs/farm.md)", "(the help of this node says how)"),
-    ("leave --address out", "leave 'address' empty"),
+    ("leave --address out to work on this machine", "choose 'this machine'"),
     ("add --memory-cap 0 to all of them", "add --memory-cap 0 to 'options'"),
-    ("in the jobs file: worker: pack", "in 'worker' as pack=PATH"),
+    ("in the jobs file: worker: pack", "in nibble-farm.json as pack"),
     ("in the jobs file (worker: ", "in 'worker' ("),
 )
-_OPTION = re.compile(r"--(address|overwrite|method|preset)\b")
+_OPTION = re.compile(r"--(overwrite|method|preset)\b")
 
 
 def command(jobs: Path, address: str) -> list[str]:

@@ -85,6 +85,14 @@ def ray(monkeypatch):
     monkeypatch.setattr(farm.on_ray, "is_installed", lambda: True)
 
 
+@pytest.fixture
+def settings(monkeypatch, tmp_path_factory):
+    """The file in ComfyUI's user folder that names a cluster; not there yet."""
+    folder = tmp_path_factory.mktemp("user")
+    monkeypatch.setattr(farm.farm_settings.folder_paths, "get_user_directory", lambda: str(folder))
+    return folder / "nibble-farm.json"
+
+
 def request(**changes) -> FarmRequest:
     return FarmRequest(**({"model_name": "flux.safetensors", "options": QUICK} | changes))
 
@@ -97,7 +105,7 @@ def jobs_in(temp) -> dict:
 # ---- what is asked
 
 
-def test_without_an_address_it_works_here_in_order_and_never_asks_for_ray(folder, temp, stand_in):
+def test_on_this_machine_it_works_here_in_order_and_never_asks_for_ray(folder, temp, stand_in):
     asked = stand_in([line(ended={"a": "no"}, running=[])], "sys.exit(1)")
     with pytest.raises(ValueError, match="^no$"):
         request().run()
@@ -115,14 +123,15 @@ def test_without_an_address_it_works_here_in_order_and_never_asks_for_ray(folder
     ]
 
 
-def test_an_address_a_worker_and_the_widgets_reach_the_farm(folder, temp, stand_in, ray):
+def test_the_cluster_a_worker_and_the_widgets_reach_the_farm(folder, temp, stand_in, ray, settings):
+    settings.write_text('{"address": " head:6379 ", "pack": "/opt/nibble", "cpus": 2}')
     asked = stand_in([line(ended={"a": "no"}, running=[])], "sys.exit(1)")
     with pytest.raises(ValueError, match="^no$"):
         request(
-            address=" head:6379 ",
+            where="cluster",
             method="vq",
             options="--bits 2 --keep 'double_blocks.0.*' --keep x",
-            worker="pack=/opt/nibble cpus=4 memory=24.5",
+            worker="cpus=4 memory=24.5",
             parts=3,
             overwrite=True,
         ).run()
@@ -152,6 +161,8 @@ def test_an_address_a_worker_and_the_widgets_reach_the_farm(folder, temp, stand_
         ({"options": "--bits 3"}, "--bits belongs to --method vq"),
         ({"preset": "vq4dit"}, "vq4dit"),
         ({"worker": "gpus"}, "worker: 'gpus' cannot be read; give NAME=VALUE"),
+        ({"worker": "python=/bin/sh"}, "worker: 'python=/bin/sh' cannot be read"),
+        ({"options": "--prompts /etc/passwd"}, "--prompts passwd is not in models/"),
         ({"worker": "gpus=all"}, "worker: gpus is 'all'; give a number"),
         ({"worker": "cpus=-1"}, "worker: cpus is '-1'; give a number"),
         ({"filename": "../x"}, "filename|name"),
@@ -165,10 +176,33 @@ def test_what_cannot_be_is_refused_before_anything_starts(folder, stand_in, chan
     assert not asked
 
 
-def test_an_address_without_ray_is_refused_in_words(folder, monkeypatch):
+def test_a_cluster_without_ray_is_refused_in_words(folder, monkeypatch, settings):
+    settings.write_text('{"address": "auto"}')
     monkeypatch.setattr(farm.on_ray, "is_installed", lambda: False)
-    with pytest.raises(ValueError, match="needs Ray, .*pip install ray.*leave 'address' empty"):
-        request(address="auto").run()
+    with pytest.raises(ValueError, match="needs Ray, .*pip install ray.*choose 'this machine'"):
+        request(where="cluster").run()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "knows of no cluster: write .*HOST:6379.*nibble-farm.json"),
+        ("{", "names no cluster"),
+        ("[]", "names no cluster"),
+        ("{}", "names no cluster"),
+        ('{"address": ""}', "address is ''"),
+        ('{"address": "auto", "adress": "x"}', "there is no 'adress'"),
+    ],
+)
+def test_only_this_comfyui_s_own_settings_name_a_cluster(
+    folder, stand_in, ray, settings, text, sentence
+):
+    asked = stand_in([])
+    if text is not None:
+        settings.write_text(text)
+    with pytest.raises(FileRefused, match=sentence):
+        request(where="cluster").run()
+    assert not asked
 
 
 def test_a_file_that_another_run_is_writing_is_refused_at_once(folder, stand_in):
@@ -228,8 +262,8 @@ def test_layers_of_parts_are_told_together_also_of_those_that_have_ended(told):
         ),
         (
             [line(running=[])],
-            "sys.exit('warning\\nnibble: There is no Ray cluster at a; leave --address out to go')",
-            "^There is no Ray cluster at a; leave 'address' empty to go$",
+            "sys.exit('a\\nnibble: There is no Ray; leave --address out to work on this machine')",
+            "^There is no Ray; choose 'this machine'$",
         ),
         ([], "raise RuntimeError('no room')", r"code 1 \(RuntimeError: no room\)"),
         ([line()], "import os; os._exit(9)", r"code 9 \(without a word\); Run goes on"),
@@ -243,7 +277,7 @@ def test_every_sentence_reaches_the_node(folder, stand_in, lines, then, sentence
 
 def test_a_file_that_the_cluster_wrote_elsewhere_is_told(folder, temp, stand_in, monkeypatch):
     stand_in([line(ended={"a": "done"}, running=[])])
-    entry = {"workers": ["node1-ab12"], "seconds": 3, "result": {}}
+    entry = {"workers": ["node1-ab12"], "seconds": 3, "result": {}, "state": "done"}
     monkeypatch.setattr(farm.farm_report, "earlier", lambda base: {"a": entry})
     with pytest.raises(FileRefused, match="node1-ab12 has made flux.*share ComfyUI's models"):
         request().run()
