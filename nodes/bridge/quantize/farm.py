@@ -172,9 +172,9 @@ class _Watch:
         done, count = (sum(each[i] for each in self.layers.values()) for i in (0, 1))
         self.progress.count(done, count)
         what = ", ".join(dict.fromkeys(each["worker"] for each in running))
-        if not running:
+        if not running and not event["made"]:
             what = _waits(event["notes"])
-        elif not count:
+        elif running and not count:
             what += ": reading and measuring"
         done, of = event["weights"]
         self.progress(done, of, what)

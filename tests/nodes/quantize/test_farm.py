@@ -22,6 +22,7 @@ from nibble.quant.files.errors import FileRefused
 QUICK = "--rank 16 --solver svd --rotation off --memory-cap 0"
 RUNNING = {
     "event": "farm",
+    "made": 0,
     "running": [{"job": "a", "worker": "node1-ab12", "layers": [3, 42]}],
     "weights": [10, 100],
     "notes": [],
@@ -245,6 +246,10 @@ def test_layers_of_parts_are_told_together_also_of_those_that_have_ended(told):
     watch.hear(RUNNING | {"running": [other | {"layers": [6, 22]}]})
     last = told[-1][1]
     assert (last["done"], last["count"], last["name"]) == (11, 42, "node2")
+    watch.hear(RUNNING | {"running": []})
+    assert told[-1][1]["name"] == "waiting for a worker"
+    watch.hear(RUNNING | {"running": [], "made": 1})
+    assert told[-1][1]["name"] == ""
 
 
 @pytest.mark.parametrize(
