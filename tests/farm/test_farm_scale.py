@@ -73,6 +73,13 @@ def test_an_idle_worker_takes_the_job_of_a_dead_one():
     assert found.makespan == pytest.approx(10)
 
 
+def test_a_dead_workers_job_is_the_next_that_anyone_takes():
+    # 4 s and 3 s begin; at 2 the first dies, comes back at once and goes on to 4; at 3 the other
+    # takes the last. Behind the last, the first would go on from 3 to 5.
+    jobs = [Job(0, 0, 4, layers=4), Job(0, 0, 3), Job(0, 0, 1)]
+    assert run(Farm(2, parts=1, deaths=((2.0, 0),)), *jobs).makespan == pytest.approx(4)
+
+
 def test_a_head_that_starts_again_stops_everyone():
     jobs = [Job(0, 0, 10, layers=10), Job(0, 0, 10, layers=10)]
     found = run(Farm(2, parts=1, heads=(5.5,), away=60), *jobs)
