@@ -17,6 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import checkout  # noqa: F401
 from bench.farm_simulator import Farm, Job, Simulation
+from nibble.farm.ray_driver import ALIVE
+from nibble.quant.cli.driven import APART
 from nibble.quant.files.memory import published
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -37,14 +39,19 @@ INPUTS: dict[str, tuple[float, str]] = {
     ),
     "bytes read first": (
         780 * 3 * 4096,
-        "the fingerprint's samples, 3 x 4 KiB of each of FLUX.1's 780 tensors; where a machine has"
-        " room for the whole model, fast measures it on noise first and reads all of it: the rows"
-        " with measuring, without the time that measuring takes (not measured at this size)",
+        "the fingerprint's samples, 3 x 4 KiB of each of FLUX.1's 780 tensors; a recipe that runs"
+        " the model first (memory-cap above its size in float32, or prompts) reads all of it twice:"
+        " the rows with 'the model run first', without the time that it takes (not measured)",
     ),
     "layers of a checkpoint": (314, "computed: FLUX.1's matrices; assumed of every model"),
     "seconds to start the program": (10, "assumed; import torch alone: 3 s on a busy machine"),
     "tasks a second": (RAY["tasks_a_second"], "measured: results/ray.json"),
     "messages a second": (1 / RAY["actor_call_seconds"], "measured: results/ray.json, one by one"),
+    "messages a second of a worker at most": (
+        1 / APART + 1 / ALIVE,
+        "as they are: progress twice a second (quant/cli/driven.py), a sign of life every five"
+        " seconds (farm/ray_driver.py)",
+    ),
     "bytes of the driver for a job": (
         RAY["driver_bytes_a_waiting_task"],
         "measured: results/ray.json",
@@ -139,7 +146,7 @@ def rows(workers: int, count: int) -> list[dict]:
                 jobs,
             )
             twice = [dataclasses.replace(each, first=each.read) for each in jobs]
-            arms["as given", "none, measuring"] = (quiet, twice)
+            arms["as given", "none, the model run first"] = (quiet, twice)
             for (order, faults), (setting, listed) in arms.items():
                 what = {"mix": mix, "storage_gb_s": storage, "order": order, "faults": faults}
                 found.append({**what, **arm(setting, listed)})
@@ -165,7 +172,7 @@ def limits(jobs: list[Job]) -> dict:
     seconds = sum(each.compute for each in jobs) / count + start + moved / link
     shortest = min(jobs, key=lambda each: each.compute)
     quick = shortest.compute + start + shortest.bytes / link
-    a_second = value("layers of a checkpoint") / seconds
+    a_second = messages(seconds)
     return {
         "bytes_a_job": moved,
         "seconds_a_job": seconds,
@@ -176,16 +183,19 @@ def limits(jobs: list[Job]) -> dict:
                 f"storage of {s} GB/s is full": math.floor(s * GB * seconds / moved)
                 for s in STORAGES
             },
-            "the driver's messages, one blocking call a layer": math.floor(
-                value("messages a second") / a_second
-            ),
+            "the driver's messages": math.floor(value("messages a second") / a_second),
             "the driver's messages, if all have the smallest model": math.floor(
-                value("messages a second") * quick / value("layers of a checkpoint")
+                value("messages a second") / messages(quick)
             ),
             "the driver's tasks": math.floor(value("tasks a second") * seconds),
         },
         "driver_bytes_for_all_jobs": value("bytes of the driver for a job") * count,
     }
+
+
+def messages(seconds: float) -> float:
+    """What a worker says a second that makes a checkpoint in so many."""
+    return min(value("layers of a checkpoint") / seconds, 1 / APART) + 1 / ALIVE
 
 
 def verdict(found: dict, workers: int) -> str:
