@@ -207,6 +207,8 @@ def _alive(entry: Entry, event: Mapping[str, Any]) -> None:
 
 
 def _report(entry: Entry, event: Mapping[str, Any]) -> None:
+    if not entry.workers:  # it was done sooner than it was told
+        entry.workers.append(event["worker"])
     entry.state, entry.at, entry.seconds = DONE, event["at"], event["seconds"]
     entry.result = result_of(event["report"])
     entry.stamps = stamps(entry.job)

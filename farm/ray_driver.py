@@ -24,6 +24,7 @@ ASIDE = 4  # jobs of one kind that wait in Ray behind those that its cores can r
 LOOK = 0.25  # seconds between two looks
 ALIVE = 5.0  # seconds between two signs of life of a task
 WATCH = 1.0  # seconds between two looks at whether the head is there
+MISSES = 5  # of them, one after the other, that it does not answer
 STUCK = 60.0  # seconds after which a turn of the driver will never end
 NODES = 5.0  # seconds between two looks at what the cluster has
 # nothing is sent home
@@ -119,12 +120,16 @@ class Driver:
         a minute to see the one, and waits for ever with the other.
         """
         address = self.ray.get_runtime_context().gcs_address
-        while time.monotonic() - self.turned < STUCK:
+        missed = 0
+        while time.monotonic() - self.turned < STUCK and missed < MISSES:
             time.sleep(WATCH)
             try:
                 reach(address)
-            except OSError:
+                missed = 0
+            except ConnectionRefusedError:
                 break
+            except OSError:  # late, or no way there at the moment
+                missed += 1
         os._exit(LOST_CLUSTER)
 
     def _look_at_nodes(self) -> None:
@@ -157,13 +162,16 @@ class Driver:
         if not self.waiting:
             return
         at_once = Counter(json.dumps(job["needs"]) for job in self.running.values())
+        room: dict[str, int] = {}
         later = []
         for kind, job in self.waiting:
-            if at_once[kind] >= self._room(job["needs"], kind) + ASIDE:
+            needs = job["needs"]
+            if kind not in room:
+                room[kind] = self._room(needs, kind) + ASIDE
+            if at_once[kind] >= room[kind]:
                 later.append((kind, job))
                 continue
             at_once[kind] += 1
-            needs = job["needs"]
             task = self.task.options(
                 name=os.path.basename(job["id"]),
                 num_cpus=needs["cpus"],
@@ -209,9 +217,11 @@ class Driver:
 
 def in_words(error: Exception, job: dict) -> str:
     """Why a job could not be done, after all of its tries."""
-    tries = f"{job['needs']['retries'] + 1} tries"
     cause = getattr(error, "cause", None) or error
     said = str(cause).strip().partition("\n")[0]
+    if cause is not error and not isinstance(cause, ChildProcessError):  # not tried again
+        return f"{type(cause).__name__}: {said}"
+    tries = f"{job['needs']['retries'] + 1} tries"
     return f"given up after {tries}: {said}; more memory (worker: memory) is what mostly helps"
 
 

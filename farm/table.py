@@ -38,10 +38,12 @@ class Table:
         if live and self._drawn:
             self.out.write(f"\x1b[{self._drawn}F\x1b[J")  # up to its first line, all below erased
         for line in lines:
-            print(line, file=self.out)
+            print(plain(line), file=self.out)
         if live:
             width, height = shutil.get_terminal_size()
-            table = [line[: width - 1] for line in self.lines()[: height - 2]]
+            table = [plain(line)[: width - 1] for line in self.lines()]
+            if len(table) > height - 2:  # the last line counts all of them
+                table = [*table[: height - 4], "…", table[-1]]
             self.out.write("".join(line + "\n" for line in table))
             self._drawn, self._at = len(table), time.monotonic()
         self.out.flush()
@@ -103,6 +105,11 @@ class Lines:
                 if each.state in ENDED
             },
         }
+
+
+def plain(line: str) -> str:
+    """A line without what a terminal would obey: file names may hold anything."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def ended(entry: Entry) -> str:

@@ -159,6 +159,31 @@ def test_a_terminal_gets_a_table_that_is_drawn_over(ledger, monkeypatch):
     assert second.startswith("\x1b[2F\x1b[J") and "a-q" not in second
 
 
+def test_a_small_window_has_the_count_of_all_below_as_many_as_fit(jobs, monkeypatch):
+    ledger = Ledger([Job(f"{i}", jobs[0].source, jobs[0].target, "q") for i in range(30)])
+    for name in ledger.entries:
+        ledger.take({"event": "started", "job": name, "worker": "w"})
+    monkeypatch.setattr("nibble.farm.table.shutil.get_terminal_size", lambda: (20, 10))
+    out = Terminal()
+    Table(ledger, out)()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 8 and lines[-2:] == ["…", "0 of 30 made; 30 no"]
+
+
+def test_a_name_cannot_command_a_terminal(jobs):
+    ledger = Ledger([Job("a\x1b[2Jb", jobs[0].source, jobs[0].target, "q")])
+    ledger.take({"event": "refused", "job": "a\x1b[2Jb", "kind": "", "sentence": "no\x07"})
+    out = io.StringIO()
+    Table(ledger, out)()
+    assert out.getvalue() == "refused  a?[2Jb: no?\n"
+
+
+def test_a_job_that_ended_before_it_was_told_has_its_worker(jobs):
+    ledger = Ledger([jobs[0]])
+    ledger.take(of(jobs[0], "report", report=REPORT, errors=[]))
+    assert ledger.entries[jobs[0].name].workers == ["w1"]
+
+
 def test_a_file_gets_a_line_for_each_job_that_ends(ledger, jobs):
     out = io.StringIO()
     table = Table(ledger, out)
