@@ -161,7 +161,8 @@ def show(name: str, row: dict) -> None:
         print(f"    {model:26s} {line}", flush=True)
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict:
+def measure(folder: Path, options: argparse.Namespace) -> None:
+    """Writes the results anew after each machine."""
     for name, recipe in FILES.items():
         if recipe is not None:
             run.quantize(folder / f"{name}.safetensors", recipe)
@@ -170,21 +171,22 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
         machines[BY_AVX512] = {"site": str(options.avx512.resolve()), "isa": "avx512_vnni"}
     reference, of_here = on(HERE, machines.pop(HERE), folder, options)
     wide = compared(reference["4 bit, 8-bit activations"], reference["4 bit"])
-    rows = []
-    for name, how in machines.items():
-        drawn, found = on(name, how, folder, options)
-        models_ = {model: compared(drawn[model], reference[model]) for model in MODELS}
-        how = {key: value for key, value in how.items() if key != "site"}
-        rows.append({"machine": name, "how": how, "facts": found, "models": models_})
-        show(name, rows[-1])
-    return {
+    results = {
         "environment": machine.describe_cpu(),
         "prompts": options.prompts,
         "seeds": options.seeds,
         HERE: of_here,
         "8-bit activations against 4-bit ones, both here": wide,
-        "rows": rows,
+        "rows": [],
     }
+    for name, how in machines.items():
+        drawn, found = on(name, how, folder, options)
+        models_ = {model: compared(drawn[model], reference[model]) for model in MODELS}
+        how = {key: value for key, value in how.items() if key != "site"}
+        row = {"machine": name, "how": how, "facts": found, "models": models_}
+        results["rows"].append(row)
+        show(name, row)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
@@ -205,8 +207,7 @@ def main() -> None:
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        measure(Path(folder), options)
 
 
 if __name__ == "__main__":
