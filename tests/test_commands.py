@@ -33,8 +33,9 @@ from nibble.quant.files.known_shapes import flux1_shapes
 from published_files import RandomFlux
 
 cli = importlib.import_module("nibble.__main__")
+PRINTING = ("models", "file-format", "questions", "several-machines", "farm")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "web" / "docs").rglob("*.md"))]
-PAGES += [ROOT / "docs" / f"{name}.md" for name in ("models", "file-format", "questions", "farm")]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in PRINTING]
 BEGINS = "python ComfyUI-Nibble"
 UNPARSED = ("bench", "cubins", "libraries")  # they have parsers of their own
 PARSED_ONLY = re.compile(r"--preset best|t5xxl|^(demo|farm|bench \w|cubins|libraries)")

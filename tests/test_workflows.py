@@ -8,6 +8,7 @@ import json
 import pytest
 
 from checkout import ROOT
+from other_packs import ADDRESSES, NEEDED, nodes_in
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 TITLE = 30  # pixels above a node's position
@@ -76,6 +77,17 @@ def test_nothing_is_copied_by_hand(workflow):
     for node in workflow["nodes"]:
         if node["type"] == "MarkdownNote":
             assert "demo/weights" not in node["widgets_values"][0]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_template_says_which_other_pack_it_needs(path):
+    nodes = read(path)["nodes"]
+    others = {node["type"] for node in nodes if "aux_id" in node["properties"]}
+    assert others == nodes_in(path.stem)
+    if others:
+        (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+        pack = NEEDED[path.stem][0]
+        assert f"**Needs [{pack}]({ADDRESSES[pack]})**" in note
 
 
 def test_links_join_the_slots_that_name_them(workflow):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_cost, bench_fusions
+from bench import bench_cost, bench_fusions, bench_machines
 
 BENCHES = sorted(Path(__file__).parent.glob("bench_*.py"))
 
@@ -238,3 +238,20 @@ def test_bytes_of_fusions_at_flux_s_size():
     assert round((two - one) / 1e6) == 398
     fused, plain = bench_fusions.mlp_bytes(4096, 3072)
     assert round((plain - fused) / 1e6) == 302
+
+
+def test_pictures_of_two_machines_are_compared_as_computed_and_as_saved():
+    """By hand: all of a picture one level of 255 apart is 20 log10(255) = 48.13 dB; a thousandth of
+    a level is not seen in what is saved.
+    """
+    here = torch.full((2, 4, 4, 3), 100 / 255)
+    other = here.clone()
+    equal = bench_machines.compared(other, here)
+    assert (equal["equal"], equal["equal as saved"], equal["psnr"]) == (2, 2, None)
+    other[0] += 1e-3 / 255
+    assert bench_machines.compared(other, here)["equal as saved"] == 2
+    other[1] += 1 / 255
+    found = bench_machines.compared(other, here)
+    assert (found["equal"], found["equal as saved"]) == (0, 1)
+    assert found["largest difference of levels"] == 1
+    assert found["worst psnr"] == pytest.approx(48.13, abs=0.01)

@@ -218,3 +218,26 @@ def test_published_files_load_draw_like_our_own_and_are_saved_again(tmp_path, ki
         for name, tensor in before.items()
         if not name.endswith("comfy_quant")
     )
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_fsdp_divides_the_16_bit_layers_and_leaves_the_others_whole(files):
+    """Quantized layers own buffers, which FSDP does not take; a group of one process."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    flux = models.load_quantized(files[1], torch.float32)
+    with torch.no_grad():
+        alone = models.velocity(flux, *inputs())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(flux, mesh=init_device_mesh("cpu", (1,)))
+        assert isinstance(flux.x_embedder.weight, DTensor)
+        assert not isinstance(flux.transformer_blocks[0].attn.to_q.weight, DTensor)
+        with torch.no_grad():
+            divided = models.velocity(flux, *inputs())
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(divided, alone)

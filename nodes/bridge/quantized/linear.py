@@ -243,6 +243,7 @@ class Linear(comfy.ops.manual_cast.Linear):
     def forward(self, input):
         comfy.ops.run_every_op()
         if not layouts.is_ours(self.weight):
+            layouts.check_whole(self.weight)
             return self.forward_comfy_cast_weights(input)
         if hasattr(self, "_v") and comfy.model_management.is_device_cpu(input.device):
             # a streamed layer that is used on the CPU: the cast would dequantize it

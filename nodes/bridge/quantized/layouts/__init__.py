@@ -38,7 +38,7 @@ from .base import Layout
 from .svdquant_nvfp4 import NibbleNVFP4Layout
 from .svdquant_w4a4 import NibbleSVDQuantLayout
 from .svdquant_w4a8 import NibbleW4A8Layout
-from .tensor import HookCell, HookSeen, LayoutParams, NibbleTensor, Tensors
+from .tensor import DIVIDED, HookCell, HookSeen, LayoutParams, NibbleTensor, Tensors
 from .vq import NibbleVQLayout
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Layout",
     "NibbleTensor",
     "as_stored",
+    "check_whole",
     "effective_weight",
     "format_of",
     "hooked_by",
@@ -81,6 +82,12 @@ for _layout in LAYOUTS.values():
 def is_ours(weight: object) -> bool:
     """Whether a parameter is one of Nibble's quantized weights."""
     return isinstance(weight, QuantizedTensor) and isinstance(weight.params, LayoutParams)
+
+
+def check_whole(weight: torch.Tensor) -> None:
+    """Raises ValueError for a weight that torch has distributed over devices (a DTensor)."""
+    if hasattr(weight, "device_mesh"):
+        raise ValueError(DIVIDED)
 
 
 def format_of(weight: object) -> str | None:

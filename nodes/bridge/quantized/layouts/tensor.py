@@ -134,6 +134,20 @@ _STREAMED = (
     " memory to hold the model whole."
 )
 
+DIVIDED = (
+    "A low-bit weight of Nibble cannot be divided over several GPUs (FSDP, tensor parallelism):"
+    " torch would make a 16-bit matrix of it. Draw a picture on each GPU instead (MultiGPU CFG"
+    " Split, ComfyUI-Distributed), or make a file in a format of ComfyUI's own with Quantize for"
+    " Stock ComfyUI."
+)
+_CUTS = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
+"""What FSDP and `distribute_tensor` begin with."""
+
+
+def _divides() -> bool:
+    """Whether this is one process of several that share their work, so that a cut is a shard."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
 
 class NibbleTensor(QuantizedTensor):
     """ComfyUI's quantized tensor, whose `to(…, copy=True)` copies in inference mode, too.
@@ -141,6 +155,8 @@ class NibbleTensor(QuantizedTensor):
     There torch hands `to` over undivided, and comfy_kitchen's answer to it forgets `copy`: the
     backup that ComfyUI takes of a weight before it puts a hook on would be the very weight that the
     hook changes, and the hook would never come off.
+
+    It is not divided over processes: comfy_kitchen would dequantize it first. Raises ValueError.
     """
 
     def state_dict(self, prefix: str = "") -> Tensors:
@@ -152,6 +168,8 @@ class NibbleTensor(QuantizedTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in _CUTS and _divides():
+            raise ValueError(DIVIDED)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         copy = (kwargs or {}).get("copy", args[3] if len(args) > 3 else False)
         if func in _TO and out is args[0] and copy:
