@@ -74,8 +74,8 @@ def test_a_node_answers_in_words_whatever_it_is_asked(node):
 
 
 def test_all_nodes_that_read_or_make_a_file_were_asked():
-    assert len(overriding("fingerprint_inputs")) == 22
-    assert len(overriding("validate_inputs")) == 15
+    assert len(overriding("fingerprint_inputs")) == 23
+    assert len(overriding("validate_inputs")) == 16
 
 
 @pytest.mark.parametrize(
