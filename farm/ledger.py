@@ -128,6 +128,8 @@ class Ledger:
             if entry.state not in ENDED:
                 _TAKE[kind](entry, event)
                 entry.seen = time.monotonic() if kind == "alive" or entry.seen else None
+            if entry.state == BUSY:
+                self.note(f"{entry.sentence} It is looked at again.")
 
     def miss(self) -> None:
         """Jobs of which nothing was heard for long wait for another worker."""

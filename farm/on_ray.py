@@ -135,7 +135,8 @@ class OnRay:
 
 
 def _nowhere(needs: Mapping[str, Any]) -> str:
-    wants = [f"{needs['cpus']:g} cores", f"{needs['memory'] / 1e9:.1f} GB of memory"]
+    cores = "1 core" if needs["cpus"] == 1 else f"{needs['cpus']:g} cores"
+    wants = [cores, f"{needs['memory'] / 1e9:.1f} GB of memory"]
     if needs["gpus"]:
         wants.append(f"{needs['gpus']:g} GPU")
     return (

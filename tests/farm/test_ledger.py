@@ -66,6 +66,12 @@ def test_time_left_goes_by_the_speed_of_this_try_alone(ledger, jobs, monkeypatch
     assert entry.left is None
 
 
+def test_what_another_run_is_writing_waits_with_a_note(ledger, jobs):
+    ledger.take(of(jobs[2], "refused", kind="TargetBusy", sentence="c is being written."))
+    assert [entry.job for entry in ledger.open] == [jobs[2]] and not ledger.ready()
+    assert ledger.notes == ["c is being written. It is looked at again."]
+
+
 def test_with_the_cluster_lost_what_was_at_work_waits_again(ledger, jobs):
     ledger.take({"event": "again"})
     assert [ledger.entries[job.name].state for job in jobs] == [DONE, REFUSED, WAITING]
