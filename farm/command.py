@@ -80,15 +80,19 @@ def farm(options: argparse.Namespace) -> None:
     ledger = Ledger(jobs, report.earlier(base))
     show = (Lines if options.lines else Table)(ledger)
     kept = _Kept(base, ledger)
-    if ledger.open or options.watch:
-        runner = _runner(options, ledger)
-        try:
-            Farm(ledger, runner, [show, kept.now_and_then], more).run()
-        finally:
-            kept.write()
-    else:
-        kept.write()
-    show()
+    kept.write()  # now, and not after hours, where it cannot be
+    try:
+        if ledger.open or options.watch:
+            runner = _runner(options, ledger)
+            try:
+                Farm(ledger, runner, [show, kept.now_and_then], more).run()
+            finally:
+                kept.write()
+        show()
+    except BrokenPipeError as error:
+        raise ValueError(
+            "nobody reads any more what the farm says, so it has stopped; the same command goes on"
+        ) from error
     if not options.lines:
         print(f"{report.headline(ledger)}; {kept.paths[1]} tells all of it")
     if ledger.count(*FAILED):
@@ -111,10 +115,16 @@ class _Kept:
         self.ended = -1
 
     def now_and_then(self) -> None:
+        from ..quant.files.errors import FileRefused
+
         ended = len(self.ledger.entries) - len(self.ledger.open)
         if ended != self.ended and time.monotonic() - self.at > self.APART:
             self.ended = ended
-            self.write()
+            try:
+                self.write()
+            except FileRefused as error:  # the work goes on
+                self.ledger.note(f"the report could not be written: {error}")
+                self.at = time.monotonic()
 
     def write(self) -> None:
         from . import report

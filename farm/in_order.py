@@ -19,12 +19,14 @@ class InOrder:
         self._events: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self._process: subprocess.Popen | None = None
         self._stopped = False
-        self._thread = threading.Thread(target=self._work)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def submit(self, job: Mapping[str, Any]) -> None:
-        """job: as `work.run` takes it, and its `id`."""
-        self._jobs.put(dict(job))
+        """job: as `work.run` takes it, and its `id`. It may have all threads of this machine where
+        the user did not say how many.
+        """
+        self._jobs.put({**job, "threads": job["threads"] if job["asked"] else None})
 
     def poll(self, seconds: float) -> list[dict]:
         """What has happened, waiting for the first of it."""
@@ -60,6 +62,10 @@ class InOrder:
                     return
                 if not tries_left:
                     self._events.put({"event": "lost", "sentence": str(error), **facts})
+            except Exception as error:  # whatever it is, the next job is worked on
+                said = f"{type(error).__name__}: {error}"
+                self._events.put({"event": "lost", "sentence": said, **facts})
+                return
 
     def _hold(self, process: subprocess.Popen) -> None:
         self._process = process

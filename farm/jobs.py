@@ -5,6 +5,10 @@ A job is a source, a target and options of `quantize`, all of them words that a 
 
 from __future__ import annotations
 
+import functools
+import glob
+import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -90,20 +94,21 @@ class Order:
         stem = source.stem if source.suffix.lower() in _ENDINGS else source.name
         found = source_files.SHARD.fullmatch(source.name)
         names = {"model": found[1] if found else stem, "recipe": recipe}
-        try:
-            return self.folder / self.target.format_map(names)
-        except (KeyError, ValueError, IndexError) as error:
+        strange = set(re.findall(r"\{(.*?)\}", self.target)) - names.keys()
+        if strange:
             raise ValueError(
-                f"target {self.target!r} cannot be read ({error}); it may hold {{model}} and"
-                " {recipe}"
-            ) from error
+                f"target {self.target!r} may hold {{model}} and {{recipe}}, and no"
+                f" {{{strange.pop()}}}"
+            )
+        return self.folder / re.sub(r"\{(\w+)\}", lambda found: names[found[1]], self.target)
 
 
 def models_in(folder: Path, pattern: str = "**/*") -> list[Path]:
     """The models in a folder that could be quantized: files, of several the first, and folders that
     diffusers saved. What Nibble made is none.
     """
-    found = sorted(folder.glob(pattern))
+    typed = os.path.join(glob.escape(str(folder)), pattern)  # which may be a whole path
+    found = sorted(map(Path, glob.glob(typed, recursive=True)))
     pipelines = [path for path in found if (path / _PIPELINE).is_file()]
     files = [
         path
@@ -112,16 +117,16 @@ def models_in(folder: Path, pattern: str = "**/*") -> list[Path]:
         and path.is_file()
         and not source_files.is_later_shard(path.name)
         and not any(pipeline in path.parents for pipeline in pipelines)
-        and not _is_ours(path)
+        and not _is_ours(path, *stamp(path))
     ]
     return pipelines + files
 
 
 def each_once(jobs: Iterable[Job]) -> list[Job]:
     """The same jobs. Raises ValueError where two write one target."""
-    by_target: dict[Path, Job] = {}
+    by_target: dict[str, Job] = {}
     for job in jobs:
-        other = by_target.setdefault(job.target, job)
+        other = by_target.setdefault(os.path.realpath(job.target), job)
         if other != job:
             raise ValueError(
                 f"{job.name} would be made of {other.source.name} ({other.recipe}) and of"
@@ -158,7 +163,21 @@ def recipe(options: Mapping[str, Any] | list[str], folder: Path, where: str) -> 
     return tuple(words)
 
 
-def _is_ours(path: Path) -> bool:
+def stamp(path: Path) -> list[int]:
+    """What tells that nobody touched a file, or a folder's files: bytes and time of the last
+    change, in ns. [] where there is none.
+    """
+    try:
+        if not path.is_dir():
+            return [path.stat().st_size, path.stat().st_mtime_ns]
+        facts = [file.stat() for file in path.rglob("*") if file.is_file()]
+        return [sum(fact.st_size for fact in facts), max(fact.st_mtime_ns for fact in facts)]
+    except (OSError, ValueError):
+        return []
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a folder that is watched is looked through again and again
+def _is_ours(path: Path, *stamp: int) -> bool:
     try:
         return path.suffix != ".gguf" and read_header(path).metadata.get("format") == "nibble"
     except FileRefused:

@@ -7,6 +7,7 @@ without opening the models is checked before any work starts.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..kernels.optional import optional
 from ..quant.files.errors import FileRefused
 from .jobs import AMOUNTS, DEFAULT_RECIPES, DEFAULT_TARGET, WORKER, Job, Order, models_in, recipe
 
+MOST = {"cpus": 4096, "gpus": 64, "memory": 100_000, "retries": 1000}
+"""Of `AMOUNTS`; memory in GB."""
 _TOP = ("folder", "worker", "recipes", "models", "target", "jobs")
 _JOB = ("source", "target", "recipe", "options", "parts", *WORKER)
 
@@ -30,6 +33,8 @@ def read(path: Path) -> tuple[Order, list[Job]]:
         raise
     except ValueError as error:
         raise FileRefused(f"{path.name}: {error}.") from error
+    except (RecursionError, MemoryError) as error:
+        raise FileRefused(f"{path.name}: it is nested too deep for a list of jobs.") from error
 
 
 def _content(path: Path) -> dict:
@@ -64,7 +69,7 @@ def _read(path: Path, content: dict) -> tuple[Order, list[Job]]:
     for pattern in _list(content, "models"):
         models = models_in(folder, str(pattern))
         if not models:
-            raise ValueError(f"models: {pattern!r} matches no model in {folder}")
+            raise ValueError(f"models: {_shown(pattern)} matches no model in {folder}")
         jobs += [job for model in models for job in order.jobs_of(model)]
     for number, given in enumerate(_list(content, "jobs"), 1):
         jobs.append(_job(order, given, f"job {number}"))
@@ -86,7 +91,7 @@ def _job(order: Order, given: Any, where: str) -> Job:
     source = order.folder / _text(given, "source", "", where)
     if "source" not in given or not source.exists():
         raise ValueError(f"{where}: its source {source} does not exist")
-    name = _text(given, "recipe", next(iter(order.recipes)), where)
+    name = str(given.get("recipe", next(iter(order.recipes))))
     if name not in order.recipes:
         raise ValueError(f"{where}: there is no recipe {name!r}, only {', '.join(order.recipes)}")
     target = order.target_of(source, name)
@@ -96,7 +101,9 @@ def _job(order: Order, given: Any, where: str) -> Job:
     own = recipe(_mapping(given.get("options") or {}, f"{where}: options"), order.folder, where)
     parts = given.get("parts", 1)
     if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
-        raise ValueError(f"{where}: parts is {parts!r}; give the number of workers that make it")
+        raise ValueError(
+            f"{where}: parts is {_shown(parts)}; give the number of workers that make it"
+        )
     worker = _worker({key: given[key] for key in WORKER if key in given}, where)
     return replace(job, options=job.options + own, worker={**order.worker, **worker}, parts=parts)
 
@@ -105,8 +112,12 @@ def _worker(given: Any, where: str) -> dict[str, Any]:
     given = _mapping(given, where, WORKER)
     for name in AMOUNTS:
         value = given.get(name, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(f"{where}: {name} is {value!r}; give a number, 0 or more")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {name} is {_shown(value)}; give a number")
+        if not 0 <= value <= MOST[name]:
+            raise ValueError(f"{where}: {name} is {value}; give 0 to {MOST[name]}")
+    if given.get("gpus", 0) > 1 and given["gpus"] % 1:
+        raise ValueError(f"{where}: gpus is {given['gpus']}; above 1 give a whole number")
     for name in given.keys() - set(AMOUNTS):
         _text(given, name, "", where)
     return dict(given)
@@ -115,8 +126,15 @@ def _worker(given: Any, where: str) -> dict[str, Any]:
 def _text(given: Mapping, name: str, default: str, where: str) -> str:
     value = given.get(name, default)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {value!r}; give text")
+        raise ValueError(f"{where}: {name} is {_shown(value)}; give text")
+    if "\0" in value:
+        raise ValueError(f"{where}: {name} holds a character that no file has in its name")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value for a sentence; a small file of YAML can stand for gigabytes."""
+    return reprlib.repr(value)
 
 
 def _list(content: Mapping, name: str) -> list:
@@ -126,8 +144,9 @@ def _list(content: Mapping, name: str) -> list:
 
 def _mapping(given: Any, where: str, names: Iterable[str] | None = None) -> dict:
     if not isinstance(given, dict):
-        raise ValueError(f"{where} is {type(given).__name__}, and should have names and values")
+        what = "empty" if given is None else f"{_shown(given)}"
+        raise ValueError(f"{where} is {what}, and should have names and values")
     for name in given:
         if names is not None and name not in names:
-            raise ValueError(f"{where} has no {name!r}; it may have {', '.join(names)}")
+            raise ValueError(f"{where} has no {_shown(name)}; it may have {', '.join(names)}")
     return given

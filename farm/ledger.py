@@ -12,11 +12,10 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..quant.files.report import Report
-from .jobs import Job
+from .jobs import Job, stamp
 
 WAITING, RUNNING, DONE, BEFORE = "waiting", "running", "done", "done before"
 BUSY, REFUSED, LOST = "written elsewhere", "refused", "lost"
@@ -77,11 +76,7 @@ class Ledger:
         """
         entry = self.entries[job.name] = Entry(job)
         known = self.earlier.get(job.name)
-        if known and known.get("state") in (DONE, BEFORE) and _same(job, known):
-            entry.state, entry.workers = BEFORE, list(known["workers"])
-            entry.result, entry.stamps = known["result"], known["stamps"]
-            entry.at, entry.seconds = known["at"], known["seconds"]
-        else:
+        if not (known and _is_done(entry, known)):
             for part in job.pieces():
                 self.entries[part.name] = Entry(part)
                 entry.parts.append(self.entries[part.name])
@@ -122,14 +117,29 @@ class Ledger:
             self.note(event["sentence"])
         elif kind == "again":  # its driver is gone: all that were running wait once more
             for entry in self.open:
-                entry.state = WAITING
+                if entry.state == RUNNING:
+                    entry.state = WAITING
         else:
-            entry = self.entries[event["job"]]
-            if entry.state not in ENDED:
-                _TAKE[kind](entry, event)
-                entry.seen = time.monotonic() if kind == "alive" or entry.seen else None
-            if entry.state == BUSY:
-                self.note(f"{entry.sentence} It is looked at again.")
+            job = self.entries.get(event.get("job", ""))
+            if job is not None and job.state in (WAITING, RUNNING):  # else it comes late
+                self._take_of(job, event)
+
+    def _take_of(self, entry: Entry, event: Mapping[str, Any]) -> None:
+        """What a worker says of its job. One that cannot be understood ends that job alone."""
+        kind, worker = event["event"], event.get("worker")
+        if worker and not entry.workers and kind != "started":
+            entry.workers.append(worker)  # told sooner than that it began
+        try:
+            _TAKE[kind](entry, event)
+        except (LookupError, TypeError, ValueError) as error:
+            entry.state = LOST
+            entry.sentence = (
+                f"{worker or 'a worker'} says what this Nibble does not understand"
+                f" ({type(error).__name__}: {error}); put the same version on all machines"
+            )
+        entry.seen = time.monotonic() if kind == "alive" or entry.seen else None
+        if entry.state == BUSY:
+            self.note(f"{entry.sentence} It is looked at again.")
 
     def miss(self) -> None:
         """Jobs of which nothing was heard for long wait for another worker."""
@@ -147,19 +157,6 @@ class Ledger:
         """A job that cannot be done."""
         entry = self.entries[job.name]
         entry.state, entry.sentence = state, sentence
-
-
-def stamp(path: Path) -> list[int]:
-    """What tells that nobody touched a file, or a folder's files: bytes and time of the last
-    change, in ns. [] where there is none.
-    """
-    try:
-        if not path.is_dir():
-            return [path.stat().st_size, path.stat().st_mtime_ns]
-        facts = [file.stat() for file in path.rglob("*") if file.is_file()]
-        return [sum(fact.st_size for fact in facts), max(fact.st_mtime_ns for fact in facts)]
-    except (OSError, ValueError):
-        return []
 
 
 def stamps(job: Job) -> list[list[int]]:
@@ -186,9 +183,21 @@ def result_of(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(job: Job, known: Mapping[str, Any]) -> bool:
-    now = stamps(job)
-    return all(now) and [known.get("options"), known.get("stamps")] == [list(job.options), now]
+def _is_done(entry: Entry, known: Mapping[str, Any]) -> bool:
+    """Fills an entry with that of an earlier report, where it is done and nobody touched it."""
+    now, options = stamps(entry.job), list(entry.job.options)
+    try:
+        if known["state"] not in (DONE, BEFORE) or not all(now):
+            return False
+        if [known["options"], known["stamps"]] != [options, now]:
+            return False
+        sizes = [float(known["result"][key]) for key in ("bytes_before", "bytes_after")]
+        entry.workers, entry.result = [str(name) for name in known["workers"]], known["result"]
+        entry.at, entry.seconds = float(known["at"]), float(known["seconds"])
+    except (LookupError, TypeError, ValueError):  # somebody wrote into it
+        return False
+    entry.state, entry.stamps = BEFORE, now
+    return all(sizes)
 
 
 def _started(entry: Entry, event: Mapping[str, Any]) -> None:
@@ -209,11 +218,10 @@ def _alive(entry: Entry, event: Mapping[str, Any]) -> None:
 
 
 def _report(entry: Entry, event: Mapping[str, Any]) -> None:
-    if not entry.workers:  # it was done sooner than it was told
-        entry.workers.append(event["worker"])
-    entry.state, entry.at, entry.seconds = DONE, event["at"], event["seconds"]
     entry.result = result_of(event["report"])
+    entry.at, entry.seconds = event["at"], event["seconds"]
     entry.stamps = stamps(entry.job)
+    entry.state = DONE
 
 
 def _refused(entry: Entry, event: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ that are in its target's journal.
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import json
 import queue
@@ -41,9 +42,10 @@ class OnRay:
         self.address, self.patience = address, patience
         self._open: dict[str, dict] = {}
         self._events: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        self._said: collections.deque[str] = collections.deque(maxlen=20)
+        self._said: collections.deque[str]
         self._connected = False
         self._died = 0  # drivers since a job ended
+        self._lines: queue.SimpleQueue[str | None]
         self._until: float | None = None  # when a driver must have a cluster
         self._start(FIRST)
 
@@ -68,11 +70,10 @@ class OnRay:
 
     def close(self) -> None:
         """Ends the driver; what its workers were at goes on from its layers the next time."""
-        assert self._process.stdin is not None
+        self._lines.put(None)
         try:
-            self._process.stdin.close()
             self._process.wait(30)
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             self._process.kill()
         self._process.wait()
 
@@ -89,6 +90,7 @@ class OnRay:
     def _again(self) -> list[dict]:
         """The driver has ended: another one, with all jobs that are open."""
         code = self._process.wait()
+        self._hearing.join(1)
         said = next((line.strip() for line in reversed(self._said) if line.strip()), "")
         gone = self._until is not None and time.monotonic() > self._until
         self._died += 1
@@ -100,7 +102,8 @@ class OnRay:
         self._start(self.patience)
         for job in self._open.values():
             self._send(job)
-        note = "the cluster was lost and is looked for again; unfinished jobs go on where they were"
+        why = f" ({said})" if said else ""
+        note = f"the cluster was lost{why} and is looked for again; jobs go on where they were"
         return [{"event": "again"}, {"event": "note", "sentence": note}]
 
     def _start(self, patience: float) -> None:
@@ -114,24 +117,35 @@ class OnRay:
             errors="replace",
             start_new_session=True,  # Ctrl-C is for the farm, which ends it
         )
+        self._lines = queue.SimpleQueue()
+        pair = (self._process, self._lines)
+        threading.Thread(target=_write, args=pair, daemon=True).start()
         threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
-        threading.Thread(
-            target=self._said.extend, args=(self._process.stderr,), daemon=True
-        ).start()
+        self._said = collections.deque(maxlen=20)
+        extend = self._said.extend
+        self._hearing = threading.Thread(target=extend, args=(self._process.stderr,), daemon=True)
+        self._hearing.start()
 
     def _listen(self, process: subprocess.Popen) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._events.put(json.loads(line))
+            with contextlib.suppress(ValueError):  # half a line: it was killed
+                self._events.put(json.loads(line))
         self._events.put(None)
 
     def _send(self, job: dict) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-        except OSError:  # it is gone, which `poll` will find
-            pass
+        self._lines.put(json.dumps(job) + "\n")
+
+
+def _write(process: subprocess.Popen, lines: queue.SimpleQueue) -> None:
+    """Lines to a driver's input, until None, which closes it: a thread of its own, for a driver
+    that looks for its cluster reads nothing.
+    """
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin:  # it is gone, which `poll` will find
+        for line in iter(lines.get, None):
+            process.stdin.write(line)
+            process.stdin.flush()
 
 
 def _nowhere(needs: Mapping[str, Any]) -> str:

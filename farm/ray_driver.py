@@ -88,8 +88,9 @@ class Driver:
         board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self.board = board.remote()
         self.jobs: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-        self.waiting: list[tuple[str, dict]] = []  # kind (needs), job
-        self.running: dict = {}  # reference → job
+        self.waiting: list[dict] = []
+        self.running: dict = {}  # reference → kind, job
+        self.rooms: dict[str, int] = {}  # what a job asks for → how many at once
         self.told: set[str] = set()
         self.nodes: list[dict] = []
         self.cluster: dict = {}
@@ -111,8 +112,9 @@ class Driver:
             self._look_at_nodes()
             self._take_jobs()
             self._submit()
-            self._finish()
-            for event in self.ray.get(self.board.take.remote(), timeout=STUCK):
+            ended = self._finish()  # after what was told of them before
+            told = self.ray.get(self.board.take.remote(), timeout=STUCK)
+            for event in [*told, *ended]:
                 say(event)
 
     def watch(self) -> None:
@@ -144,6 +146,7 @@ class Driver:
         cluster = {"event": "cluster", "nodes": len(self.nodes)} | amounts
         if cluster != self.cluster:
             self.cluster = cluster
+            self.rooms = {}
             say(cluster)
 
     def _take_jobs(self) -> None:
@@ -153,25 +156,35 @@ class Driver:
                 if job is None:
                     self.open = False
                     return
-                self.waiting.append((json.dumps(job["needs"]), job))
+                self.waiting.append(job)
 
     def _submit(self) -> None:
         """No more at once than the cluster can work on and a few: what is submitted is lost with
-        the cluster's head, and Ray heeds no order between kinds of jobs.
+        the cluster's head, and Ray heeds no order. Jobs with a graphics card, those without and
+        those that no machine is large enough for do not wait for one another.
         """
-        if not self.waiting:
-            return
-        at_once = Counter(json.dumps(job["needs"]) for job in self.running.values())
-        room: dict[str, int] = {}
+        at_once = Counter(kind for kind, _ in self.running.values())
+        full: set[str] = set()
         later = []
-        for kind, job in self.waiting:
-            needs = job["needs"]
-            if kind not in room:
-                room[kind] = self._room(needs, kind) + ASIDE
-            if at_once[kind] >= room[kind]:
-                later.append((kind, job))
+        for job in self.waiting:
+            kind = "gpu" if job["needs"]["gpus"] else "cpu"
+            if kind in full:
+                later.append(job)
+                continue
+            room = self._room(job["needs"])
+            if not room:
+                kind = "nowhere"
+            if kind in full or at_once[kind] >= room + ASIDE:
+                full.add(kind)
+                later.append(job)
                 continue
             at_once[kind] += 1
+            self._start(kind, job)
+        self.waiting = later
+
+    def _start(self, kind: str, job: dict) -> None:
+        needs = job["needs"]
+        try:
             task = self.task.options(
                 name=os.path.basename(job["id"]),
                 num_cpus=needs["cpus"],
@@ -180,30 +193,38 @@ class Driver:
                 max_retries=needs["retries"],
                 retry_exceptions=[ChildProcessError],
             )
-            self.running[task.remote(job, self.board)] = job
-        self.waiting = later
+            self.running[task.remote(job, self.board)] = (kind, job)
+        except (ValueError, TypeError, OverflowError) as error:
+            said = f"Ray does not take what it needs ({error}); change it in the jobs file"
+            say({"event": "lost", "job": job["id"], "sentence": said})
 
-    def _room(self, needs: dict, kind: str) -> int:
-        """How many jobs of a kind the cluster can run; says it once where that is none."""
+    def _room(self, needs: dict) -> int:
+        """How many such jobs the cluster can run; says it once where that is none."""
         wanted = {"CPU": needs["cpus"], "GPU": needs["gpus"], "memory": needs["memory"]}
-        wanted = {resource: amount for resource, amount in wanted.items() if amount}
-        room = sum(
-            int(min(node.get(resource, 0) // amount for resource, amount in wanted.items()))
-            for node in self.nodes
-        )
-        if not room and kind not in self.told:
-            self.told.add(kind)
+        key = json.dumps(wanted)
+        if key not in self.rooms:
+            asked = {name: amount for name, amount in wanted.items() if amount}
+            self.rooms[key] = sum(
+                int(min((node.get(name, 0) // amount for name, amount in asked.items()), default=1))
+                for node in self.nodes
+            )
+        room = self.rooms[key]
+        if not room and key not in self.told:
+            self.told.add(key)
             say({"event": "nowhere", "needs": needs})
         return room
 
-    def _finish(self) -> None:
+    def _finish(self) -> list[dict]:
+        """The last events of the jobs that have ended."""
         if not self.running:
-            return
+            return []
         references = list(self.running)
         done, _ = self.ray.wait(references, num_returns=len(references), timeout=LOOK)
+        ended = []
         for reference in done:
-            job = self.running.pop(reference)
-            say(self._ended(reference, job) | {"job": job["id"]})
+            _, job = self.running.pop(reference)
+            ended.append(self._ended(reference, job) | {"job": job["id"]})
+        return ended
 
     def _ended(self, reference, job: dict) -> dict:
         """A task's last event. Raises RayError where not the task, but the cluster is lost."""

@@ -18,7 +18,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; vertical-align: top }
 th, td { border-bottom: 1px solid #8884; font-variant-numeric: tabular-nums }
-.refused { color: #c0392b } small { opacity: .7 }
+td { overflow-wrap: anywhere } td:nth-child(n + 3) { min-width: 5rem }
+.refused { color: light-dark(#b02a1a, #ff9d8f) } small { opacity: .7 }
 :root { color-scheme: light dark }
 """
 
@@ -41,7 +42,7 @@ def write(base: Path, ledger: Ledger, seconds: float) -> list[Path]:
     found = facts(ledger, seconds)
     paths = [base.with_name(base.name + ending) for ending in (".json", ".html")]
     for path, text in zip(paths, (json.dumps(found, indent=1), page(found)), strict=True):
-        atomic.write(path, text.encode())
+        atomic.write(path, text.encode(errors="backslashreplace"))
     return paths
 
 
@@ -51,7 +52,7 @@ def earlier(base: Path) -> dict[str, dict]:
         text = base.with_name(base.name + ".json").read_text(encoding="utf-8")
         found = json.loads(text)
         return {job["name"]: job for job in found["jobs"]} if found["format"] == FORMAT else {}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 
@@ -70,7 +71,10 @@ def page(found: Mapping[str, Any]) -> str:
     failed = [job for job in found["jobs"] if job["state"] in FAILED]
     made = [job for job in found["jobs"] if job["result"]]
     title = f"{len(made)} of {len(found['jobs'])} models quantized"
-    parts = [f"<h1>{title}</h1>", f"<p>{_summary(found, made)}</p>"]
+    counts = [f"{len(failed)} could not be made"] if failed else []
+    if waiting := len(found["jobs"]) - len(made) - len(failed):
+        counts.append(f"{waiting} not yet")
+    parts = [f"<h1>{title}</h1>", f"<p>{'; '.join([_summary(found, made), *counts])}</p>"]
     if failed:
         rows = [[job["name"], job["recipe"], job["state"], job["sentence"]] for job in failed]
         parts += ["<h2>Not made</h2>", _table(["model", "recipe", "", "why"], rows, "refused")]

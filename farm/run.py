@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from ..quant.cli import by_name
 from ..quant.files.errors import FileRefused
 from ..quant.files.source import Source
-from .jobs import Job
-from .ledger import BUSY, REFUSED, WAITING, Ledger, stamp
+from .jobs import Job, stamp
+from .ledger import BUSY, ENDED, REFUSED, WAITING, Ledger
 from .needs import needs_of
 
 PACK = Path(__file__).resolve().parent.parent
@@ -55,8 +55,7 @@ class Farm:
         try:
             while (coming := self.more()) is not None or self.ledger.open:
                 for job in coming or ():
-                    if job.name not in self.ledger.entries:
-                        self.ledger.add(job)
+                    self._add(job)
                 self._look_at_busy()
                 self._submit(
                     [job for job in self.ledger.ready() if job.name not in self._submitted]
@@ -64,6 +63,17 @@ class Farm:
                 self._hear(LOOK)
         finally:
             self.runner.close()
+
+    def _add(self, job: Job) -> None:
+        """A job that has come: a new model, or one that has changed since it was done."""
+        known = self.ledger.entries.get(job.name)
+        if known is not None and known.job.source != job.source:
+            self.ledger.note(
+                f"{job.source} was left out: {known.job.source} has the same target, {job.name}"
+            )
+        elif known is None or known.state in ENDED:
+            self._submitted.discard(job.name)
+            self.ledger.add(job)
 
     def _submit(self, jobs: list[Job]) -> None:
         began = time.monotonic()
@@ -110,5 +120,6 @@ def message(job: Job) -> dict[str, Any]:
         "python": job.worker.get("python"),
         "pack": job.worker.get("pack", str(PACK)),
         "threads": max(1, int(needs.cpus)),
+        "asked": "cpus" in job.worker,
         "needs": needs.facts(),
     }

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import time
+import unicodedata
 from typing import Any, TextIO
 
 from ..quant.files.memory.switches import duration, gigabytes
@@ -40,10 +41,11 @@ class Table:
         for line in lines:
             print(plain(line), file=self.out)
         if live:
-            width, height = shutil.get_terminal_size()
-            table = [plain(line)[: width - 1] for line in self.lines()]
+            columns, height = shutil.get_terminal_size()
+            table = [cut(plain(line), columns - 1) for line in self.lines()]
             if len(table) > height - 2:  # the last line counts all of them
-                table = [*table[: height - 4], "…", table[-1]]
+                left = len(table) - (height - 3)
+                table = [*table[: height - 4], f"and {left} more", table[-1]]
             self.out.write("".join(line + "\n" for line in table))
             self._drawn, self._at = len(table), time.monotonic()
         self.out.flush()
@@ -110,6 +112,15 @@ class Lines:
 def plain(line: str) -> str:
     """A line without what a terminal would obey: file names may hold anything."""
     return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def cut(line: str, columns: int) -> str:
+    """As much of a line as a terminal shows in so many columns; letters of Chinese take two."""
+    for place, letter in enumerate(line):
+        columns -= 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if columns < 0:
+            return line[:place]
+    return line
 
 
 def ended(entry: Entry) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from .jobs import Job, Order, models_in
-from .ledger import stamp
+from .jobs import Job, Order, models_in, stamp
 
 EVERY = 10.0  # seconds between two looks into the folder
 
 
 class Watch:
     """Gives jobs for models that were not there, or not whole, at the last look. A file is whole
-    when two looks find it unchanged.
+    when two looks find it unchanged; one that changes later, as a copy that had stalled, is given
+    again.
     """
 
     def __init__(self, order: Order, every: float = EVERY):
         self.order, self.every = order, every
         self._seen: dict[Path, list[int]] = {}
-        self._taken: set[Path] = set()
+        self._taken: dict[Path, list[int]] = {}
         self._next = 0.0
 
     def __call__(self) -> list[Job]:
@@ -31,8 +31,8 @@ class Watch:
         still = [
             path
             for path, now in found.items()
-            if path not in self._taken and now and self._seen.get(path) == now
+            if now and self._seen.get(path) == now != self._taken.get(path)
         ]
         self._seen = found
-        self._taken |= set(still)
+        self._taken |= {path: found[path] for path in still}
         return [job for path in still for job in self.order.jobs_of(path)]

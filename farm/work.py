@@ -28,7 +28,7 @@ def run(
     seconds since 1970).
 
     job   `command`: words behind the program; `python`, `pack`: where they are, or None for this
-          Python and the folder of this file; `threads`: for arithmetic
+          Python and the folder of this file; `threads`: for arithmetic, or None
     tell  called with each event of progress, as it comes
     hold  called with the process, for whoever would end it
 
@@ -51,9 +51,10 @@ def name() -> str:
 def _once(job: dict, tell: Callable, hold: Callable) -> dict:
     pack = job.get("pack") or os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = [job.get("python") or sys.executable, pack, *job["command"]]
-    threads = str(job["threads"])
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    if job["threads"]:
+        threads = str(job["threads"])
+        environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(

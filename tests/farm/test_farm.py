@@ -177,6 +177,63 @@ def test_a_watched_folder_gives_models_that_lie_still(tmp_path):
     assert look() == [] and first.exists()
 
 
+def test_a_copy_that_had_stalled_is_made_when_it_is_whole(tmp_path):
+    look = watch.Watch(Order(tmp_path, {"q": ()}), every=0)
+    whole = small_model(tmp_path / "whole.bin")
+    (tmp_path / "a.safetensors").write_bytes(whole.read_bytes()[:1000])
+    runner, ledger = Scripted(), Ledger()
+    farm = Farm(ledger, runner, more=lambda: None)
+    look()
+    farm._add(*look())
+    ledger.end(next(iter(ledger.entries.values())).job, "refused", "cut off")
+    (tmp_path / "a.safetensors").write_bytes(whole.read_bytes())
+    assert look() == []
+    farm._add(*look())
+    assert [entry.state for entry in ledger.entries.values()] == ["waiting"]
+
+
+def test_two_models_of_one_target_in_a_watched_folder_are_told(tmp_path):
+    (tmp_path / "b").mkdir()
+    order, ledger = Order(tmp_path), Ledger()
+    farm = Farm(ledger, Scripted())
+    for folder in (tmp_path, tmp_path / "b"):
+        farm._add(*order.jobs_of(small_model(folder / "s.safetensors")))
+    assert len(ledger.entries) == 1
+    assert "b/s.safetensors was left out" in ledger.notes[0]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_any_work(tmp_path, capsys):
+    jobs = farm_of(tmp_path, 1)
+    assert cli.main(["farm", str(jobs), "--in-order", "--report", str(tmp_path / "no" / "r")]) == 1
+    assert "r.json" in capsys.readouterr().err
+    assert not (tmp_path / "quantized").exists()
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(True, "1"), (False, "7")])
+def test_alone_on_a_machine_a_job_has_all_threads_unless_told(
+    tmp_path, monkeypatch, asked, threads
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    runner = InOrder()
+    code = "say('report', report=os.environ['OMP_NUM_THREADS'], errors=[])"
+    runner.submit(job_of(pretending_pack(tmp_path, code)) | {"asked": asked})
+    assert events_of(runner, "report")[-1]["report"] == threads
+    runner.close()
+
+
+def test_a_job_that_cannot_even_be_begun_does_not_stop_the_others(tmp_path):
+    runner = InOrder()
+    pack = pretending_pack(tmp_path, "say('report', report=1, errors=[])")
+    runner.submit(job_of(pack, "a\0b"))
+    runner.submit(job_of(pack) | {"id": "other"})
+    events = events_of(runner, "report")
+    assert [event["job"] for event in events if event["event"] in ("lost", "report")] == [
+        "m.safetensors",
+        "other",
+    ]
+    runner.close()
+
+
 def test_one_model_in_parts_gives_the_bytes_of_one_run(tmp_path, capsys):
     jobs = farm_of(tmp_path / "farm", 1)
     source = str(jobs.parent / "m0.safetensors")

@@ -1,6 +1,7 @@
 """What a jobs file asks for, and how one with a slip is refused before any work."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,16 @@ def test_json_says_the_same(folder):
     ]
 
 
+def test_models_may_be_named_by_whole_paths(folder):
+    found = read(folder, f"folder: more\nmodels: {folder}/[ab].safetensors")
+    assert [job.source.name for job in found] == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_recipe_may_be_called_by_a_number(folder):
+    (job,) = read(folder, "recipes: {1: {rank: 16}}\njobs: [{source: a.safetensors, recipe: 1}]")
+    assert (job.recipe, job.options) == ("1", ("--rank=16",))
+
+
 def test_prompts_are_found_in_the_folder_wherever_a_worker_runs(folder):
     (job,) = read(folder, "recipes: {r: {prompts: p.safetensors}}\nmodels: a.safetensors")
     assert job.options[-1] == f"--prompts={folder / 'p.safetensors'}"
@@ -96,22 +107,30 @@ def test_prompts_are_found_in_the_folder_wherever_a_worker_runs(folder):
         ("recipes: {r: {rnak: 4}}\nmodels: a*", "recipe r: quantize has no option 'rnak'"),
         ("recipes: {r: {preset: quick}}\nmodels: a*", "recipe r: .*invalid choice: 'quick'"),
         ("recipes: {r: {driven: true}}\nmodels: a*", "driven is the farm's own business"),
-        ("recipes: {r: [rank]}\nmodels: a*", "recipe r is list"),
+        ("recipes: {r: [rank]}\nmodels: a*", "recipe r is \\['rank'\\]"),
         ("jobs: [{source: z.safetensors}]", "job 1: its source .*z.safetensors does not exist"),
         ("jobs: [{target: z.safetensors}]", "job 1: its source"),
         ("jobs: [{source: a.safetensors, recipe: q}]", "job 1: there is no recipe 'q', only svdq"),
         ("jobs: [{source: a.safetensors, parts: 0}]", "job 1: parts is 0"),
         ("jobs: [{source: a.safetensors, cpus: -1}]", "job 1: cpus is -1"),
         ("jobs: [{source: a.safetensors, sauce: b}]", "job 1 has no 'sauce'"),
-        ("jobs: [a.safetensors]", "job 1 is str"),
+        ("jobs: [a.safetensors]", "job 1 is 'a.safetensors'"),
         ("job: []", "the file has no 'job'"),
         ("worker: {cores: 4}", "worker has no 'cores'"),
         ("worker: {memory: lots}", "worker: memory is 'lots'"),
         ("folder: nowhere", "nowhere does not exist"),
+        ("worker: {gpus: 1.5}", "gpus is 1.5; above 1 give a whole number"),
+        ("worker: {retries: 3000000000}", "retries is 3000000000; give 0 to 1000"),
+        ("worker: {memory: .inf}", "memory is inf; give 0 to 100000"),
+        ("worker: {cpus: .nan}", "cpus is nan; give 0 to 4096"),
+        ('worker: {pack: "a\\0b"}', "pack holds a character"),
+        ("models: a*\ntarget: '{model:>9999999999}'", "and no {model:>9999999999}"),
+        ("[" * 100_000, "nested too deep"),
+        ("a: &a [x,x,x,x,x,x,x,x,x]\nworker: {pack: [*a,*a,*a,*a]}", "the file has no 'a'"),
         ("{}", "neither models nor jobs"),
-        ("", "the file is NoneType"),
+        ("", "the file is empty"),
         ("a: [", "expected"),
-        ("models: a*\ntarget: '{name}.safetensors'", "may hold {model} and {recipe}"),
+        ("models: a*\ntarget: '{name}.safetensors'", "hold {model} and {recipe}, and no {name}"),
     ],
 )
 def test_a_slip_is_told_before_any_work(folder, text, sentence):
@@ -123,6 +142,9 @@ def test_two_jobs_of_one_target_are_refused(folder):
     found = read(folder, "models: '*.safetensors'\ntarget: one.safetensors")
     with pytest.raises(ValueError, match="one.safetensors would be made of a.* and of b"):
         jobs.each_once(found)
+    roundabout = replace(found[1], target=folder / "more" / ".." / "one.safetensors")
+    with pytest.raises(ValueError, match="would be made of"):
+        jobs.each_once([found[0], roundabout])
     assert jobs.each_once([found[0], found[0]]) == [found[0]]
 
 

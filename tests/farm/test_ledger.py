@@ -79,6 +79,34 @@ def test_with_the_cluster_lost_what_was_at_work_waits_again(ledger, jobs):
     assert ledger.entries[jobs[2].name].workers == ["w1", "w1"]
 
 
+def test_what_is_busy_is_not_called_away_by_what_comes_late(ledger, jobs):
+    entry = ledger.entries[jobs[2].name]
+    ledger.take(of(jobs[2], "refused", kind="TargetBusy", sentence="busy."))
+    for event in ({"event": "again"}, progress(jobs[2], 3, 300), of(jobs[2], "alive")):
+        ledger.take(event)
+    assert entry.state == "written elsewhere"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "report", "report": {}},
+        {"event": "report"},
+        {"event": "refused", "sentence": "x"},
+        {"event": "progress", "layers": [1, 2]},
+        {"event": "something new"},
+    ],
+    ids=lambda event: "-".join(event),
+)
+def test_a_worker_that_cannot_be_understood_costs_its_own_job_alone(jobs, event):
+    ledger = Ledger(jobs)
+    ledger.take({"job": jobs[0].name, "worker": "w9", **event})
+    entry = ledger.entries[jobs[0].name]
+    assert entry.state == LOST and entry.sentence.startswith("w9 says what this Nibble does not")
+    assert len(ledger.open) == 2
+    ledger.take({"event": "progress", "job": "of nobody"})
+
+
 def test_what_has_ended_stays_ended(ledger, jobs):
     ledger.take(progress(jobs[0], 1, 1))
     ledger.take(of(jobs[0], "lost", sentence="late"))
@@ -111,7 +139,16 @@ def test_what_was_touched_is_looked_at_again(ledger, jobs, tmp_path, change):
     assert Ledger([job], earlier).entries[job.name].state == WAITING
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0, "jobs": []}', '{"format": 1}'])
+@pytest.mark.parametrize("name", ["workers", "result", "at", "stamps"])
+def test_an_entry_that_somebody_wrote_into_is_none(ledger, jobs, tmp_path, name):
+    earlier = kept(ledger, tmp_path)
+    del earlier[jobs[0].name][name]
+    assert Ledger(jobs, earlier).entries[jobs[0].name].state == WAITING
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "", "[]", "{}", '{"format": 0, "jobs": []}', '{"format": 1}']
+)
 def test_a_report_that_cannot_be_read_is_none(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     assert report.earlier(tmp_path / "x") == {}
@@ -173,7 +210,7 @@ def test_a_small_window_has_the_count_of_all_below_as_many_as_fit(jobs, monkeypa
     out = Terminal()
     Table(ledger, out)()
     lines = out.getvalue().splitlines()
-    assert len(lines) == 8 and lines[-2:] == ["…", "0 of 30 made; 30 no"]
+    assert len(lines) == 8 and lines[-2:] == ["and 24 more", "0 of 30 made; 30 no"]
 
 
 def test_a_name_cannot_command_a_terminal(jobs):

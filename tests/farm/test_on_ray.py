@@ -78,7 +78,8 @@ for line in sys.stdin:
         "last",
     ]
     kinds = [event["event"] for event in found]
-    assert kinds.index("again") < kinds.index("note") < len(kinds)
+    last = len(kinds) - 1 - kinds[::-1].index("report")
+    assert kinds.index("report") < kinds.index("again") < kinds.index("note") < last
 
 
 def test_a_cluster_that_does_not_answer_is_given_up(runner, monkeypatch):
@@ -86,6 +87,31 @@ def test_a_cluster_that_does_not_answer_is_given_up(runner, monkeypatch):
     monkeypatch.setattr(on_ray, "CONNECTING", 0.1)
     with pytest.raises(ClusterRefused, match="none that answers"):
         events(runner("sys.stdin.read()"), "never")
+
+
+def test_a_driver_that_died_in_the_middle_of_a_line_is_followed_by_another(runner, tmp_path):
+    flag = tmp_path / "flag"
+    code = f"""
+say('cluster', nodes=1)
+if not os.path.exists({str(flag)!r}):
+    open({str(flag)!r}, 'w').close()
+    os.write(1, b'{{"event": "rep')
+    os.abort()
+for line in sys.stdin: say('report', job=json.loads(line)['id'])
+"""
+    made = runner(code)
+    made.submit(job_of(tmp_path))
+    assert events(made, "report")[-1]["job"] == "m.safetensors"
+
+
+def test_more_jobs_than_a_pipe_holds_keep_nobody_waiting(runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(on_ray, "FIRST", 0.1)
+    monkeypatch.setattr(on_ray, "CONNECTING", 0.1)
+    made = runner("import time; time.sleep(600)")  # it reads nothing
+    for number in range(2000):
+        made.submit(job_of(tmp_path) | {"id": str(number)})
+    with pytest.raises(ClusterRefused):
+        events(made, "never")
 
 
 @pytest.mark.parametrize("when", ["at first", "later"])

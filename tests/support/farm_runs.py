@@ -58,6 +58,7 @@ def job_of(pack: Path, *words: str, retries: int = 0) -> dict:
         "python": None,
         "pack": str(pack),
         "threads": 1,
+        "asked": True,
         "needs": needs,
     }
 
