@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .ray_driver import NO_CLUSTER
+from .ray_driver import LOST_CLUSTER, NO_CLUSTER
 from .run import ClusterRefused
 
 DRIVER = Path(__file__).with_name("ray_driver.py")
@@ -102,7 +102,7 @@ class OnRay:
         self._start(self.patience)
         for job in self._open.values():
             self._send(job)
-        why = f" ({said})" if said else ""
+        why = f" ({said})" if said and code != LOST_CLUSTER else ""
         note = f"the cluster was lost{why} and is looked for again; jobs go on where they were"
         return [{"event": "again"}, {"event": "note", "sentence": note}]
 
