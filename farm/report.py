@@ -127,7 +127,10 @@ def _summary(found: Mapping[str, Any], made: list[dict]) -> str:
     before = sum(job["result"]["bytes_before"] for job in made)
     after = sum(job["result"]["bytes_after"] for job in made)
     workers = len(found["workers"])
-    words = f"{gigabytes(before)} → {gigabytes(after)} in {duration(found['seconds'])}"
+    words = f"{gigabytes(before)} → {gigabytes(after)}"
+    if made and all(job["state"] == BEFORE for job in made):
+        return f"{words}, all of them in an earlier run"
+    words += f" in {duration(found['seconds'])}"
     return words + (f" on {workers} workers" if workers > 1 else "")
 
 

@@ -122,6 +122,11 @@ def test_the_next_run_does_not_do_again_what_lies_there_untouched(ledger, jobs, 
     again = Ledger(jobs, kept(ledger, tmp_path))
     assert [entry.state for entry in again.entries.values()] == [BEFORE, WAITING, WAITING]
     assert again.entries[jobs[0].name].result == ledger.entries[jobs[0].name].result
+    page = (tmp_path / "jobs-farm.html").read_text()
+    assert "24.00 GB → 6.60 GB in 2 minutes" in page
+    assert "24.00 GB → 6.60 GB, all of them in an earlier run; 2 not yet" in report.page(
+        report.facts(again, 3)
+    )
     third = Ledger(jobs, kept(again, tmp_path))  # its report tells it, too
     assert third.entries[jobs[0].name].state == BEFORE
 
