@@ -22,7 +22,9 @@ BUSY = "TargetBusy"  # quant/files/errors.py
 
 
 def run(
-    job: dict, tell: Callable[[dict], None], hold: Callable[[subprocess.Popen], object] = id
+    job: dict,
+    tell: Callable[[dict], None],
+    hold: Callable[[subprocess.Popen], None] = lambda process: None,
 ) -> dict:
     """Runs a job; returns its last event, with `worker`, `seconds`, and `at`, when it began (in
     seconds since 1970).

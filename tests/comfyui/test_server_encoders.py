@@ -33,19 +33,7 @@ def running(tmp_path_factory):
 def report(running) -> dict[str, str]:
     """What Quantize Text Encoder says; the model is quantized in the same graph."""
     graph = Graph().quantize(filename=QUANTIZED)
-    encoder = graph.add(
-        "NibbleQuantizeTextEncoder",
-        clip_name=T5,
-        preset="fast",
-        filename="",
-        overwrite=False,
-        format="w4a8",
-        type="sd3",
-        prompts="",
-        keep_layers="",
-        memory_gb=1.0,
-        seed=0,
-    )
+    encoder = graph.quantize_encoder(T5)
     (chart,) = running.run(graph.nodes)[encoder]["nibble_chart"]
     return dict(chart["summary"])
 

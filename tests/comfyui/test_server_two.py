@@ -45,19 +45,7 @@ def make_files(server: Server) -> None:
     server.run(encoders.nodes)
     graph = Graph().quantize(filename=QUANTIZED)
     graph.vector_quantize(filename=CODEWORDS)
-    graph.add(
-        "NibbleQuantizeTextEncoder",
-        clip_name="demo.safetensors",
-        preset="fast",
-        filename="",
-        overwrite=False,
-        format="w4a8",
-        type="sd3",
-        prompts="",
-        keep_layers="",
-        memory_gb=1.0,
-        seed=0,
-    )
+    graph.quantize_encoder("demo.safetensors")
     server.run(graph.nodes)
     for seed, name in enumerate(("first", "second"), 1):
         lora_file(server, name, seed)

@@ -62,6 +62,22 @@ class Graph:
         self.quantizer = self.add("NibbleQuantizeSVDQuant", **(defaults | changes))
         return self
 
+    def quantize_encoder(self, name: str) -> str:
+        """Quantize Text Encoder, W4A8 from the weights alone; returns its id."""
+        return self.add(
+            "NibbleQuantizeTextEncoder",
+            clip_name=name,
+            preset="fast",
+            filename="",
+            overwrite=False,
+            format="w4a8",
+            type="sd3",
+            prompts="",
+            keep_layers="",
+            memory_gb=1.0,
+            seed=0,
+        )
+
     def vector_quantize(self, **changes) -> str:
         """VQ Quantize Checkpoint at its defaults, with changes; returns its id."""
         defaults = dict(
