@@ -1,6 +1,7 @@
 """The files of docs/clusters start what docs/farm.md says: they parse, agree with one another and
 with pyproject.toml about Ray's version, and their commands are ones that `nibble farm` and `ray
-start` take. Against the operator's and SkyPilot's own schemas they were checked by hand (docs/farm.md).
+start` take. Against the operator's and SkyPilot's own schemas they were checked by hand
+(docs/farm.md).
 """
 
 import contextlib
